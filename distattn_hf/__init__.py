@@ -1,0 +1,31 @@
+"""Distance-based attention for Hugging Face transformers: convert a checkpoint, keep its quality, load it anywhere."""
+
+from .core.attention import distance_attention
+from .core.configuration_distattn import CLASS_PREFIX, AttentionSpec
+from .core.metrics import Metric, register_metric
+from .core.modeling_converted import register_all_families
+
+__version__ = "0.1.0"
+
+register_all_families()
+
+# What needs more than core is loaded on first use, so that loading a checkpoint stays quick.
+_LAZY = {
+    "convert": "conversion.convert",
+    "revert": "conversion.convert",
+    "ConversionReport": "conversion.report",
+    "load_checkpoint": "conversion.checkpoints",
+}
+
+__all__ = ["AttentionSpec", "Metric", "distance_attention", "register_metric", "__version__", *_LAZY]
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name.startswith(CLASS_PREFIX):
+        module = "configuration_distattn" if name.endswith("Config") else "modeling_converted"
+        return getattr(import_module(f".core.{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""What a model does: evaluation of a conversion."""

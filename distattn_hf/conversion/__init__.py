@@ -1,0 +1,1 @@
+"""From checkpoint to converted model: plan, check, calibrate, convert, revert, report."""

@@ -1,0 +1,124 @@
+"""The one entry to exact distance attention: check the inputs, pick a backend, run it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .backends import choose_backend, validate_backend
+from .inputs import AttentionInputs
+from .masks import add_bias, split_mask
+from .metrics import get_metric
+from .reference import reference_attention
+
+
+def distance_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    metric: str,
+    lam: float | Tensor | None = None,
+    p: float | None = None,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
+
+    Args:
+        query: (B, H, N, d).
+        key: (B, H_kv, M, d); H a multiple of H_kv (grouped keys: head h uses key head h // (H / H_kv)).
+        value: (B, H_kv, M, d_v).
+        metric: "sqeuclidean", "l2", "l1", "lp", "cosine", "chebyshev", an alias, or a name from `register_metric`.
+        lam: λ > 0, one number or a tensor (H,). None: the metric's own default, at which the logits of N(0, I) vectors
+            have unit deviation along a row.
+        p: order of "lp", p >= 1.
+        scaling: factor beside λ; None: 1/√d.
+        mask: None; bool (True = keep); integer 0/1; or float (added to the logits). Rank 2 is a padding mask (B, M);
+            rank 3 is (B, N, M); rank 4 broadcasts to (B, H, N, M).
+        position_bias: broadcastable to (B, H, N, M), added to the logits.
+        is_causal: query i sees keys j <= i, counted from the start of both, as in PyTorch.
+        dropout_p: dropout on the weights, applied whenever it is > 0.
+        backend: "auto", "sdpa", "chunked" or "reference". An explicit one that cannot run raises.
+        return_weights: also return the weights (B, H, N, M), before dropout; runs the reference backend.
+
+    Returns:
+        (B, H, N, d_v) in value's dtype; with `return_weights`, also the weights. A row in which nothing is kept is 0.
+
+    Raises:
+        ValueError: for a field out of range or shapes that do not fit, naming field, value and what is allowed.
+    """
+    metric = get_metric(metric)
+    p = metric.validate(p)
+    backend = validate_backend(backend)
+    groups = _check_shapes(query, key, value)
+    batch, heads, num_queries, head_dim = query.shape
+    if scaling is None:
+        scaling = head_dim**-0.5
+    if not scaling > 0 or not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a positive finite number, got {scaling!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    shape = (batch, heads, num_queries, key.shape[-2])
+    keep, bias = split_mask(mask, shape)
+    if position_bias is not None:
+        if position_bias.dim() != 4:
+            raise ValueError(f"position_bias must have rank 4 (B, H, N, M), got shape {tuple(position_bias.shape)}")
+        try:
+            torch.broadcast_shapes(position_bias.shape, shape)
+        except RuntimeError:
+            raise ValueError(
+                f"position_bias of shape {tuple(position_bias.shape)} does not broadcast to (B, H, N, M)={shape}"
+            ) from None
+        bias = add_bias(position_bias, bias)
+    inputs = AttentionInputs(query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p)
+    # Distances and softmax are a full-precision island: autocast would take the matmuls inside back to half.
+    with torch.autocast(query.device.type, enabled=False):
+        if return_weights:
+            if backend not in ("auto", "reference"):
+                raise ValueError(f"return_weights needs backend 'reference' or 'auto', got {backend!r}")
+            output, weights = reference_attention(inputs.in_full_precision())
+            return output.to(value.dtype), weights
+        return choose_backend(backend, inputs).run(inputs).to(value.dtype)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """H / H_kv; raises `ValueError` naming the tensor that does not fit."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"query, key and value must share a dtype, got {query.dtype} and {name} {tensor.dtype}")
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and length")
+    if query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch and head_dim")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key heads ({key.shape[1]})")
+    return query.shape[1] // key.shape[1]
+
+
+def _check_lambda(lam, metric, head_dim, scaling, p, heads) -> float | Tensor:
+    if lam is None:
+        return metric.default_lambda(head_dim, scaling, p)
+    if isinstance(lam, Tensor):
+        if lam.dim() == 0:
+            lam = lam.expand(heads)
+        if lam.shape != (heads,):
+            raise ValueError(f"lam must be a number or a tensor of shape ({heads},), got shape {tuple(lam.shape)}")
+        if not torch.compiler.is_compiling() and not bool(((lam > 0) & torch.isfinite(lam)).all()):
+            raise ValueError(f"lam (λ) must be positive and finite, got {lam.detach().tolist()}")
+        return lam
+    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 < lam < math.inf:
+        raise ValueError(f"lam (λ) must be a positive finite number or a tensor of them, got {lam!r}")
+    return float(lam)

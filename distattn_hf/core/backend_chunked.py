@@ -1,0 +1,76 @@
+"""Any metric, with memory linear in N: queries in blocks, each block's weights recomputed in the backward pass."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .inputs import AttentionInputs
+from .masks import causal_keep, masked_softmax
+
+# Entries of one block of weights, over batch and heads: 8 MiB in float32, which two cores' caches still like.
+_BLOCK_ENTRIES = 2**21
+
+
+def unsupported(inputs: AttentionInputs) -> str | None:
+    """This backend runs everything."""
+    return None
+
+
+def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Rows start:stop of something broadcastable to (B, H, N, M)."""
+    if tensor is None or tensor.shape[-2] == 1:
+        return tensor
+    return tensor[..., start:stop, :]
+
+
+def chunked_attention(inputs: AttentionInputs) -> Tensor:
+    """softmax(-λ·scaling·distance(q, k) + bias)·v, one block of queries at a time. Returns (B, H, N, d_v)."""
+    dtype = inputs.value.dtype
+    inputs = inputs.in_full_precision()
+    batch, heads, num_queries, _ = inputs.query.shape
+    num_keys = inputs.key.shape[-2]
+    block = max(16, _BLOCK_ENTRIES // max(1, batch * heads * num_keys))
+    lam = inputs.lambda_column()
+    tensors = [inputs.query, inputs.key, inputs.value, inputs.bias, lam]
+    needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+    def attend(query, key, value, keep, bias, lam, start):
+        logits = -lam * inputs.scaling * inputs.metric.fast_distance(query, key, inputs.p)
+        if bias is not None:
+            logits = logits + bias
+        if inputs.is_causal:
+            triangle = causal_keep(query.shape[-2], key.shape[-2], query.device, offset=start)
+            keep = triangle if keep is None else keep & triangle
+        weights = masked_softmax(logits, None if keep is None else keep.expand_as(logits))
+        if inputs.dropout_p > 0:
+            weights = F.dropout(weights, inputs.dropout_p)
+        return torch.matmul(weights, value)
+
+    outputs = []
+    for start in range(0, num_queries, block):
+        stop = min(start + block, num_queries)
+        # Keys after the block's last query are masked for all of it: leave them out.
+        seen = min(stop, num_keys) if inputs.is_causal else num_keys
+        arguments = (
+            inputs.query[..., start:stop, :],
+            inputs.key[..., :seen, :],
+            inputs.value[..., :seen, :],
+            _columns(_rows(inputs.keep, start, stop), seen),
+            _columns(_rows(inputs.bias, start, stop), seen),
+            lam,
+            start,
+        )
+        if needs_grad and num_queries > block:
+            outputs.append(checkpoint(attend, *arguments, use_reentrant=False))
+        else:
+            outputs.append(attend(*arguments))
+    output = torch.cat(outputs, dim=-2) if outputs else inputs.query.new_zeros(*inputs.query.shape[:-1], 0)
+    return output.to(dtype)
+
+
+def _columns(tensor: Tensor | None, seen: int) -> Tensor | None:
+    """The first `seen` columns of something broadcastable to (B, H, N, M)."""
+    if tensor is None or tensor.shape[-1] == 1:
+        return tensor
+    return tensor[..., :seen]

@@ -1,0 +1,243 @@
+"""What a conversion is, in a form that travels with the checkpoint: `AttentionSpec` and the config classes.
+
+A config class `DistAttn<Base>Config` exists for every base config of transformers. They are made on first use by the
+module's `__getattr__`, so importing this file imports no model.
+"""
+
+import math
+import re
+import sys
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+BLOCK_VERSION = 1
+MODEL_TYPE_PREFIX = "distattn_"
+CLASS_PREFIX = "DistAttn"
+TRANSFORMS = ("none", "scalar", "linear")
+MECHANISMS = ("distance",)
+ATTENTION_KINDS = ("self", "cross")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Which attention takes the place of dot-product attention, and where.
+
+    Logits are -λ_h·scaling·dist(T_q q, T_k (k - c)) with `scaling` the model's own (1/√d for most, 1 for T5).
+
+    Args:
+        metric: name of a registered metric or an alias ("l2", "l1", "sqeuclidean", "lp", "cosine", "chebyshev", ...).
+        mechanism: "distance" (exact).
+        p: order of "lp", p >= 1; None for every other metric.
+        lam: λ > 0 at the start, for all heads. None: the metric's default, or what calibration fits.
+        learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
+        transform: the freedoms dot-product attention has and a distance has not, per head. "scalar": query / α and
+            α·(key - c). "linear": also a (d, d) map on each side. "none": query and key as they are.
+            None: what the initialisation needs ("scalar" for calibrated, "none" otherwise).
+        lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
+            Euclidean attention in d + 1 dimensions and equals dot-product attention.
+        layers: which layers: None (all), a list of indices, or a pattern ("0-5", "0,2,4-7", or a glob on module names
+            such as "encoder.*").
+        heads: which query heads: None (all) or a list of indices; the others keep dot-product attention.
+        attention: None (all), "self" or "cross".
+        backend: "auto", "sdpa", "chunked" or "reference".
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
+            by `convert`, and when a model is built.
+    """
+
+    metric: str = "sqeuclidean"
+    mechanism: str = "distance"
+    p: float | None = None
+    lam: float | None = None
+    learnable_lambda: bool = True
+    transform: str | None = None
+    lift: bool = False
+    layers: tuple[int, ...] | str | None = None
+    heads: tuple[int, ...] | None = None
+    attention: str | None = None
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ValueError(f"metric must be a metric's name (str), got {self.metric!r}")
+        if self.mechanism not in MECHANISMS:
+            raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}")
+        if self.p is not None:
+            if not _is_number(self.p) or not 1 <= self.p < math.inf:
+                raise ValueError(f"p must be a finite number >= 1, got {self.p!r}")
+            object.__setattr__(self, "p", float(self.p))
+        if self.lam is not None:
+            if not _is_number(self.lam) or not 0 < self.lam < math.inf:
+                raise ValueError(f"lam (λ) must be a positive finite number, got {self.lam!r}")
+            object.__setattr__(self, "lam", float(self.lam))
+        if self.transform is not None and self.transform not in TRANSFORMS:
+            raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or None, got {self.transform!r}")
+        for name in ("learnable_lambda", "lift"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.lift and self.metric not in ("sqeuclidean", "squared_l2", "l2_squared"):
+            raise ValueError(f"lift=True needs metric 'sqeuclidean', got {self.metric!r}")
+        if self.attention is not None and self.attention not in ATTENTION_KINDS:
+            raise ValueError(f"attention must be 'self', 'cross' or None (both), got {self.attention!r}")
+        if not isinstance(self.backend, str):
+            raise ValueError(f"backend must be a backend's name (str), got {self.backend!r}")
+        for name in ("layers", "heads"):
+            object.__setattr__(self, name, _indices(name, getattr(self, name), pattern_allowed=name == "layers"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict that `from_dict` turns back into an equal spec."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
+        """The spec described by `data`; raises `ValueError` for a key that is not a field."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(data) - set(known)):
+            raise ValueError(f"unknown AttentionSpec field {unknown[0]!r}; expected one of {', '.join(known)}")
+        return cls(**data)
+
+    def matches_layer(self, layer: int | None, name: str) -> bool:
+        """Whether this spec's `layers` selects the attention module `name` of layer number `layer`."""
+        if self.layers is None:
+            return True
+        if isinstance(self.layers, tuple):
+            return layer in self.layers
+        return layer_pattern_matches(self.layers, layer, name)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _indices(field: str, value, pattern_allowed: bool):
+    if value is None or (pattern_allowed and isinstance(value, str) and value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    kinds = "a list of indices >= 0" + (", a pattern such as '0-5' or 'encoder.*'" if pattern_allowed else "")
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{field} must be None, {kinds}, got {value!r}")
+    value = tuple(value)
+    if not value or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value):
+        raise ValueError(f"{field} must be None or {kinds} (not empty), got {list(value)!r}")
+    return tuple(sorted(set(value)))
+
+
+def numeric_pattern(pattern: str) -> set[int] | None:
+    """{0, 1, 2, 5} for "0-2,5"; None when the pattern is not made of numbers and ranges."""
+    if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", pattern):
+        return None
+    chosen: set[int] = set()
+    for part in pattern.split(","):
+        first, _, last = part.partition("-")
+        chosen.update(range(int(first), int(last or first) + 1))
+    return chosen
+
+
+def layer_pattern_matches(pattern: str, layer: int | None, name: str) -> bool:
+    """Whether a number pattern ("0-5") holds `layer`, or a glob ("encoder.*") matches the module name."""
+    numbers = numeric_pattern(pattern)
+    return layer in numbers if numbers is not None else fnmatchcase(name, pattern)
+
+
+def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Check the `distattn` block of a config; raises `ValueError` naming the key. Returns it in canonical form.
+
+    Keys: version; specs (list of `AttentionSpec` dicts); modules (None: chosen when the model is built; otherwise
+    {attention module's name relative to the base model: {"num_heads", "head_dim", "kind", "layer",
+    "groups": [{"spec": index, "heads": None or list}]}}); fallback (attention implementation of what is not converted).
+    """
+    if block is None:
+        return None
+    if not isinstance(block, dict):
+        raise ValueError(f"distattn must be a dict, got {type(block).__name__}")
+    allowed = {"version", "specs", "modules", "fallback", "init"}
+    if unknown := sorted(set(block) - allowed):
+        raise ValueError(f"unknown key {unknown[0]!r} in the distattn block; expected {', '.join(sorted(allowed))}")
+    version = block.get("version", BLOCK_VERSION)
+    if version != BLOCK_VERSION:
+        raise ValueError(
+            f"this checkpoint's distattn block has version {version!r}, this distattn_hf reads {BLOCK_VERSION}; "
+            "install a matching release of distattn_hf"
+        )
+    specs = [s if isinstance(s, AttentionSpec) else AttentionSpec.from_dict(s) for s in block.get("specs") or []]
+    if not specs:
+        raise ValueError("the distattn block holds no specs; give at least one AttentionSpec")
+    return {
+        "version": BLOCK_VERSION,
+        "specs": [spec.to_dict() for spec in specs],
+        "modules": block.get("modules"),
+        "fallback": block.get("fallback") or "sdpa",
+        "init": block.get("init") or "plain",
+    }
+
+
+class DistAttnConfigMixin:
+    """Adds the `distattn` block to a config of transformers; everything else is the base config's own."""
+
+    def __post_init__(self, **kwargs):
+        block = parse_block(self.distattn)
+        super().__post_init__(**kwargs)
+        self.distattn = block
+
+    # The attention function returns true weights, so `output_attentions` asks for no other implementation.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        """Nothing to refuse: weights are always available."""
+
+    def to_dict(self):
+        """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""
+        share_peft_targets(self.model_type)
+        return super().to_dict()
+
+    @property
+    def attention_specs(self) -> list[AttentionSpec]:
+        """The specs of the `distattn` block, as objects."""
+        return [AttentionSpec.from_dict(s) for s in (self.distattn or {}).get("specs", [])]
+
+
+def share_peft_targets(model_type: str) -> None:
+    """Let an imported PEFT choose for "distattn_<base>" the target modules it chooses for the base model type."""
+    constants = sys.modules.get("peft.utils.constants")
+    base_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
+    for name, table in list(vars(constants).items()) if constants is not None else ():
+        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and base_type in table:
+            table.setdefault(model_type, table[base_type])
+
+
+def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class with a `distattn` block that extends `base`, made once."""
+    name = CLASS_PREFIX + base.__name__
+    if name not in globals():
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"{base.__name__} with a `distattn` block (see `AttentionSpec`).",
+            "__annotations__": {"distattn": dict | None},
+            "distattn": None,
+            "model_type": MODEL_TYPE_PREFIX + base.model_type,
+            "base_config_class": base,
+            "_auto_class": "AutoConfig",
+        }
+        globals()[name] = type(name, (DistAttnConfigMixin, base), namespace)
+    return globals()[name]
+
+
+def __getattr__(name: str):
+    if name.startswith(CLASS_PREFIX) and name.endswith("Config"):
+        base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
+        if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+            return config_class_for(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

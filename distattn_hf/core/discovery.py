@@ -1,0 +1,123 @@
+"""Find the attention modules of a model that go through transformers' attention interface, and their shapes."""
+
+import inspect
+import re
+
+from torch import nn
+
+from .configuration_distattn import AttentionSpec
+
+_HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "num_attn_heads")
+_HEAD_SIZE_NAMES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "dim_head")
+_CROSS_MARKS = ("cross", "encdec", "encoder_attn")
+
+
+def follows_interface(module: nn.Module) -> bool:
+    """Whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def base_prefix(model: nn.Module) -> str:
+    """The prefix of the base model's names inside `model` ("transformer." in GPT2LMHeadModel, "" in GPT2Model)."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _first(names, *holders) -> int | None:
+    for holder in holders:
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def _shape(module: nn.Module) -> tuple[int | None, int | None]:
+    """(number of query heads, head size) from the module's own attributes, then its config's."""
+    config = getattr(module, "config", None)
+    heads = _first(_HEAD_COUNT_NAMES, module, config)
+    size = _first(_HEAD_SIZE_NAMES, module)
+    if size is None and heads is not None:
+        width = _first(("embed_dim", "hidden_size", "d_model", "all_head_size", "inner_dim"), module, config)
+        size = width // heads if width else None
+    return heads, size
+
+
+def find_attention_modules(model: nn.Module) -> dict[str, dict]:
+    """{name relative to the base model: {"layer", "kind", "num_heads", "head_dim"}} in the order of the model.
+
+    "layer" is the first number in the name; "kind" is "self" or "cross". Unknown shapes are None.
+    """
+    prefix = base_prefix(model)
+    found = {}
+    for name, module in model.named_modules():
+        if not follows_interface(module):
+            continue
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+        cross = getattr(module, "is_cross_attention", False) is True or any(m in name.lower() for m in _CROSS_MARKS)
+        heads, size = _shape(module)
+        found[name.removeprefix(prefix)] = {
+            "layer": int(number[1]) if number else None,
+            "kind": "cross" if cross else "self",
+            "num_heads": heads,
+            "head_dim": size,
+        }
+    return found
+
+
+def locate(model: nn.Module, name: str) -> nn.Module | None:
+    """The module with this base-relative name, or None when this head class does not have it."""
+    for candidate in (base_prefix(model) + name, name):
+        try:
+            return model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> dict[str, dict]:
+    """The modules a list of specs applies to, each with its groups of heads: the `modules` part of the config block.
+
+    Raises `ValueError` when a spec selects nothing, names a layer or head that does not exist, or when two specs
+    claim the same head.
+    """
+    if not candidates:
+        raise ValueError("the model has no attention module that follows transformers' attention interface")
+    layers = {entry["layer"] for entry in candidates.values()}
+    chosen: dict[str, dict] = {}
+    for number, spec in enumerate(specs):
+        if isinstance(spec.layers, tuple) and (missing := [i for i in spec.layers if i not in layers]):
+            known = sorted(i for i in layers if i is not None)
+            raise ValueError(f"layers: there is no layer {missing[0]}; this model has layers {known}")
+        matched = [
+            name
+            for name, entry in candidates.items()
+            if spec.matches_layer(entry["layer"], name) and spec.attention in (None, entry["kind"])
+        ]
+        if not matched:
+            raise ValueError(
+                f"the spec layers={spec.layers!r}, attention={spec.attention!r} selects no attention module; "
+                f"candidates are {', '.join(candidates)}"
+            )
+        for name in matched:
+            entry = chosen.setdefault(name, {**candidates[name], "groups": []})
+            if entry["num_heads"] is None:
+                raise ValueError(f"cannot tell the number of heads of {name!r}; leave it out with layers=...")
+            heads = None if spec.heads is None else list(spec.heads)
+            if heads and heads[-1] >= entry["num_heads"]:
+                raise ValueError(f"heads: {name!r} has heads 0 to {entry['num_heads'] - 1}, got {heads[-1]}")
+            _claim(name, entry, heads)
+            entry["groups"].append({"spec": number, "heads": heads})
+    return {name: chosen[name] for name in candidates if name in chosen}
+
+
+def _claim(name: str, entry: dict, heads: list[int] | None) -> None:
+    everything = set(range(entry["num_heads"]))
+    for group in entry["groups"]:
+        both = (everything if heads is None else set(heads)) & (
+            everything if group["heads"] is None else set(group["heads"])
+        )
+        if both:
+            raise ValueError(f"heads: two specs claim head {min(both)} of {name!r}; give them separate layers or heads")

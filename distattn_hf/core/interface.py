@@ -1,0 +1,181 @@
+"""The attention function and the mask function that transformers calls for converted models."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import _active_collector
+
+from .attention import distance_attention
+from .masks import split_mask
+from .parameters import DistanceAttentionState
+
+IMPLEMENTATION = "distattn"
+EAGER_IMPLEMENTATION = "distattn_eager"
+
+# Arguments of transformers' attention calls that change the result and that no distance backend computes.
+_REFUSED = {
+    "s_aux": "attention sinks compare with absolute logits, which a distance does not keep",
+    "sinks": "attention sinks compare with absolute logits, which a distance does not keep",
+    "softcap": "a cap on the logits needs absolute logits, which a distance does not keep",
+    "indices": "sparse key selection is not implemented",
+    "block_indices": "sparse key selection is not implemented",
+    "cache": "the paged cache of continuous batching is not implemented",
+}
+
+
+def refuse_unsupported(module: nn.Module, arguments: dict) -> None:
+    """Raise `ValueError` for the first argument that would change the result and cannot be honoured."""
+    for name, reason in _REFUSED.items():
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to its attention, which distance attention cannot honour: "
+                f"{reason}. Leave its layers unconverted (AttentionSpec(layers=...))."
+            )
+
+
+def weights_requested(arguments: dict) -> bool:
+    """Whether the caller wants attention weights: by argument, or through transformers' output capturing."""
+    if arguments.get("output_attentions"):
+        return True
+    collector = _active_collector.get()
+    return bool(collector) and any("attentions" in name for name in collector)
+
+
+def _fallback_forward(module, query, key, value, attention_mask, *, fallback, want_weights, **kwargs):
+    """Attention of a module that was not converted: what the base model would have run."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if want_weights or fallback == "eager" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        if eager is None:
+            raise ValueError(f"{type(module).__name__} has no eager attention that could return weights")
+        return eager(module, query, key, value, _additive(attention_mask, module, query, key, kwargs), **kwargs)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def _additive(mask, module, query, key, kwargs) -> Tensor | None:
+    """The float mask an eager attention expects, from the bool (or absent) one of our mask function."""
+    if mask is None and _is_causal(module, query, mask, kwargs.get("is_causal")):
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+def _is_causal(module, query, attention_mask, is_causal) -> bool:
+    """transformers' own rule: the flag counts only without a mask and for more than one query."""
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    return query.shape[2] > 1 and attention_mask is None and bool(is_causal)
+
+
+def _forward(module, query, key, value, attention_mask, *, reference, kwargs) -> tuple[Tensor, Tensor | None]:
+    state: DistanceAttentionState | None = getattr(module, "distattn", None)
+    want_weights = weights_requested(kwargs)
+    if not isinstance(state, nn.Module):
+        fallback = "eager" if reference else "sdpa"
+        return _fallback_forward(
+            module, query, key, value, attention_mask, fallback=fallback, want_weights=want_weights, **kwargs
+        )
+    refuse_unsupported(module, kwargs)
+    if query.shape[1] != state.num_heads:
+        raise ValueError(
+            f"{type(module).__name__} was converted with {state.num_heads} heads but calls attention with "
+            f"{query.shape[1]}; convert the model again"
+        )
+    is_causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
+    if is_causal and key.shape[2] > query.shape[2]:
+        # Prefill into an empty static cache: the keys behind the queries are not filled yet.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None and position_bias.shape[-1] > key.shape[2]:
+        position_bias = position_bias[..., : key.shape[2]]
+    shape = (*query.shape[:3], key.shape[2])
+    keep, bias = split_mask(attention_mask, shape)
+    if bias is not None:
+        position_bias = bias if position_bias is None else position_bias + bias
+    call = {
+        "scaling": scaling,
+        "mask": keep,
+        "position_bias": position_bias,
+        "is_causal": is_causal,
+        "dropout_p": kwargs.get("dropout") or 0.0,
+        "backend": "reference" if reference else None,
+        "return_weights": want_weights,
+    }
+    if state.observer is not None:
+        output, weights = state.observer(state, query, key, value, call), None
+    else:
+        output, weights = attend_groups(state, query, key, value, call)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def attend_groups(state, query, key, value, call) -> tuple[Tensor, Tensor | None]:
+    """Run each group of heads by its own spec and the rest by dot product; (B, H, N, d_v) and weights or None."""
+    call = dict(call)
+    backend = call.pop("backend")
+    if len(state.groups) == 1 and state.head_lists[0] is None:
+        return _attend(state.groups[0], query, key, value, call, backend)
+    converted = {h for heads in state.head_lists for h in heads}
+    rest = [h for h in range(state.num_heads) if h not in converted]
+    parts = [*zip(state.head_lists, state.groups, strict=True), *([(rest, None)] if rest else [])]
+    outputs, all_weights, order = [], [], []
+    for heads, group in parts:
+        index = torch.tensor(heads, device=query.device)
+        selected = dict(call, mask=_heads(call["mask"], index), position_bias=_heads(call["position_bias"], index))
+        output, weights = _attend(group, query[:, index], key[:, index], value[:, index], selected, backend)
+        outputs.append(output)
+        all_weights.append(weights)
+        order.extend(heads)
+    inverse = torch.argsort(torch.tensor(order, device=query.device))
+    weights = torch.cat(all_weights, dim=1)[:, inverse] if call["return_weights"] else None
+    return torch.cat(outputs, dim=1)[:, inverse], weights
+
+
+def _heads(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index]
+
+
+def _attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | None]:
+    dtype = value.dtype
+    if group is None:
+        result = distance_attention(query, key, value, metric="dot", lam=1.0, backend=backend or "auto", **call)
+    else:
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = group.map(query, key)
+        backend = backend or group.spec.backend
+        if call["return_weights"]:
+            backend = "reference"
+        result = distance_attention(
+            query, key, value.to(query.dtype), metric=group.metric, lam=group.lam(), p=group.p, backend=backend, **call
+        )
+    output, weights = result if call["return_weights"] else (result, None)
+    return output.to(dtype), None if weights is None else weights.to(dtype)
+
+
+def distattn_attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """Attention function of converted models, by each spec's backend. Returns ((B, N, H, d_v), weights or None)."""
+    return _forward(module, query, key, value, attention_mask, reference=False, kwargs=kwargs)
+
+
+def distattn_eager_attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """The same by the readable reference (`attn_implementation="eager"`)."""
+    return _forward(module, query, key, value, attention_mask, reference=True, kwargs=kwargs)
+
+
+# Without a mask function of the same name transformers passes no mask at all and the model would see the future.
+for _name, _function in (
+    (IMPLEMENTATION, distattn_attention_forward),
+    (EAGER_IMPLEMENTATION, distattn_eager_attention_forward),
+):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)

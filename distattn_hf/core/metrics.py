@@ -1,0 +1,273 @@
+"""Distances between queries and keys, each with the form it is computed in and the λ it needs by default.
+
+Shapes: query (..., N, d), key (..., M, d), distances (..., N, M). Attention logits are -λ·scaling·distance.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .registry import Registry
+
+METRICS = Registry("metric")
+
+# ‖q-k‖² from q·k loses digits when q ≈ k; below this share of ‖q‖²+‖k‖² it is rounding noise.
+_NORM_EPSILON = 1e-12
+
+
+class Metric:
+    """One distance. A subclass gives `distance`; the rest has defaults that are right but slower."""
+
+    name: str = ""
+    aliases: tuple[str, ...] = ()
+    # Under a rotation of q and k (RoPE) the distance stays a function of the relative position.
+    rotation_invariant: bool = False
+    # False for the dot-product control, which is no distance.
+    is_distance: bool = True
+
+    def distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
+        """Distances (..., N, M), written as the definition: slow, readable, the oracle of the fast forms."""
+        raise NotImplementedError
+
+    def fast_distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
+        """The same distances without a (..., N, M, d) tensor."""
+        return self.distance(query, key, p)
+
+    def dot_form(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+        """(q', k', key_bias or None, factor) with -distance = factor·q'·k' + key_bias + (a constant of the row).
+
+        Where it exists, attention by this metric is scaled_dot_product_attention. key_bias is (..., M).
+        """
+        return None
+
+    def temperature(self, head_dim: int, p: float | None = None) -> float:
+        """Standard deviation of the distance along a row, for q and k from N(0, I_d)."""
+        return _measured_temperature(self, head_dim, p)
+
+    def default_lambda(self, head_dim: int, scaling: float, p: float | None = None) -> float:
+        """λ that gives -λ·scaling·distance unit deviation along a row, for q and k from N(0, I_d)."""
+        return 1.0 / (scaling * self.temperature(head_dim, p))
+
+    def validate(self, p: float | None) -> float | None:
+        """Check the order `p` that came with this metric; only `lp` takes one."""
+        if p is not None:
+            raise ValueError(f"p={p!r} was given with metric {self.name!r}; only 'lp' takes an order p")
+        return None
+
+
+@lru_cache(maxsize=256)
+def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> float:
+    """Row deviation of the distance between 256 queries and 1,024 keys drawn from N(0, I_d) with a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(256, head_dim, generator=generator)
+    key = torch.randn(1024, head_dim, generator=generator)
+    with torch.no_grad():
+        deviation = float(metric.fast_distance(query, key, p).float().std(dim=-1).mean())
+    if not math.isfinite(deviation) or deviation <= 0:
+        raise ValueError(f"metric {metric.name!r} gives distances with row deviation {deviation} on N(0, I) vectors")
+    return deviation
+
+
+def _pairwise_difference(query: Tensor, key: Tensor, reduce) -> Tensor:
+    """reduce(q_i - k_j) over the last axis, in blocks of queries so that (..., N, M, d) never exists at once."""
+    block = max(1, 2**24 // max(1, key.numel()))
+    rows = [reduce(query[..., i : i + block, None, :] - key[..., None, :, :]) for i in range(0, query.shape[-2], block)]
+    return torch.cat(rows, dim=-2) if rows else query.new_zeros(*query.shape[:-1], key.shape[-2])
+
+
+def _squared_distance(query: Tensor, key: Tensor) -> Tensor:
+    """‖q‖² + ‖k‖² - 2q·k, with both moved by the mean key first, which keeps the cancellation small."""
+    center = key.mean(dim=-2, keepdim=True)
+    query, key = query - center, key - center
+    squared = query.square().sum(-1)[..., :, None] + key.square().sum(-1)[..., None, :]
+    return squared - 2 * torch.matmul(query, key.transpose(-1, -2))
+
+
+def _cdist(query: Tensor, key: Tensor, p: float) -> Tensor:
+    """`torch.cdist` over any number of (broadcastable) leading axes."""
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
+    return torch.cdist(query.contiguous(), key.contiguous(), p=p, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class SquaredEuclidean(Metric):
+    """‖q-k‖². The row constant ‖q‖² cancels in the softmax, so it is dot-product attention with a key-norm bias."""
+
+    name, aliases, rotation_invariant = "sqeuclidean", ("squared_l2", "l2_squared"), True
+
+    def distance(self, query, key, p=None):
+        return _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
+
+    def fast_distance(self, query, key, p=None):
+        return _squared_distance(query, key).clamp_min(0)
+
+    def dot_form(self, query, key):
+        return query, key, -key.square().sum(-1), 2.0
+
+    def temperature(self, head_dim, p=None):
+        return math.sqrt(6 * head_dim)
+
+
+class LiftedSquaredEuclidean(Metric):
+    """‖[q, 0] - [k, √(R²-‖k‖²)]‖² with R = max‖k‖: equals ‖q‖² + R² - 2q·k, that is dot-product attention.
+
+    What `init="exact"` uses. R depends on the keys, but only through a constant of the row.
+    """
+
+    name, rotation_invariant = "lifted_sqeuclidean", True
+
+    def distance(self, query, key, p=None):
+        norms = key.square().sum(-1, keepdim=True)
+        height = (norms.amax(-2, keepdim=True) - norms).clamp_min(0)
+        # The height enters squared, so its own square root (infinite slope at 0) is never taken.
+        flat = _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
+        return flat + height.transpose(-1, -2)
+
+    def dot_form(self, query, key):
+        return query, key, None, 2.0
+
+    def temperature(self, head_dim, p=None):
+        return 2 * math.sqrt(head_dim)
+
+
+class Euclidean(Metric):
+    """‖q-k‖."""
+
+    name, aliases, rotation_invariant = "l2", ("euclidean",), True
+
+    def distance(self, query, key, p=None):
+        return _pairwise_difference(query, key, lambda diff: torch.linalg.vector_norm(diff, dim=-1))
+
+    def fast_distance(self, query, key, p=None):
+        # The clamp keeps the root's slope finite where q = k (its gradient there is 0, a subgradient).
+        return _squared_distance(query, key).clamp_min(_NORM_EPSILON).sqrt()
+
+    def temperature(self, head_dim, p=None):
+        return math.sqrt(3) / 2
+
+
+class Cosine(Metric):
+    """1 - cos(q, k)."""
+
+    name, rotation_invariant = "cosine", True
+
+    def distance(self, query, key, p=None):
+        return 1 - (F.normalize(query, dim=-1)[..., :, None, :] * F.normalize(key, dim=-1)[..., None, :, :]).sum(-1)
+
+    def fast_distance(self, query, key, p=None):
+        return 1 - torch.matmul(F.normalize(query, dim=-1), F.normalize(key, dim=-1).transpose(-1, -2))
+
+    def dot_form(self, query, key):
+        return F.normalize(query, dim=-1), F.normalize(key, dim=-1), None, 1.0
+
+    def temperature(self, head_dim, p=None):
+        return 1 / math.sqrt(head_dim)
+
+
+class Minkowski(Metric):
+    """(Σ|q-k|^p)^(1/p), p ≥ 1; subclasses fix p."""
+
+    name, aliases = "lp", ("minkowski",)
+    order: float | None = None
+
+    def _order(self, p):
+        return self.order if self.order is not None else self.validate(p)
+
+    def validate(self, p):
+        if self.order is not None:
+            return super().validate(p)
+        if p is None:
+            raise ValueError("metric 'lp' needs its order: p must be a number >= 1, got None")
+        if isinstance(p, bool) or not isinstance(p, int | float) or not 1 <= p < math.inf:
+            raise ValueError(f"p must be a finite number >= 1 (use metric='chebyshev' for p=inf), got {p!r}")
+        return float(p)
+
+    def distance(self, query, key, p=None):
+        order = self._order(p)
+        return _pairwise_difference(query, key, lambda diff: torch.linalg.vector_norm(diff, ord=order, dim=-1))
+
+    def fast_distance(self, query, key, p=None):
+        return _cdist(query, key, self._order(p))
+
+
+class Manhattan(Minkowski):
+    """Σ|q-k|."""
+
+    name, aliases, order = "l1", ("manhattan", "cityblock"), 1.0
+
+    def temperature(self, head_dim, p=None):
+        # Var_k|q-k| averaged over q, for q and k from N(0, 1), is 2 - E_q[(E_k|q-k|)²] = 0.5664 (by quadrature).
+        return math.sqrt(0.5664 * head_dim)
+
+
+class Chebyshev(Minkowski):
+    """max|q-k|."""
+
+    name, aliases, order = "chebyshev", ("linf",), math.inf
+
+
+class DotProduct(Metric):
+    """-q·k with λ = 1: the dot-product attention of the teacher, as a control and for heads left unconverted."""
+
+    name, rotation_invariant, is_distance = "dot", True, False
+
+    def distance(self, query, key, p=None):
+        return -torch.matmul(query, key.transpose(-1, -2))
+
+    def dot_form(self, query, key):
+        return query, key, None, 1.0
+
+    def temperature(self, head_dim, p=None):
+        return math.sqrt(head_dim)
+
+    def default_lambda(self, head_dim, scaling, p=None):
+        return 1.0
+
+
+class FunctionMetric(Metric):
+    """The user's own: any function (query (..., N, d), key (..., M, d)) -> distances (..., N, M)."""
+
+    def __init__(self, name, function, *, aliases=(), rotation_invariant=False):
+        self.name, self.function, self.aliases = name, function, tuple(aliases)
+        self.rotation_invariant = rotation_invariant
+
+    def distance(self, query, key, p=None):
+        distances = self.function(query, key)
+        expected = (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
+        if not isinstance(distances, Tensor) or tuple(distances.shape) != expected:
+            got = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
+            raise ValueError(f"metric {self.name!r} must return distances of shape {expected}, got {got}")
+        return distances
+
+
+for _metric in (
+    SquaredEuclidean(), Euclidean(), Manhattan(), Minkowski(), Cosine(), Chebyshev(), LiftedSquaredEuclidean(), DotProduct(),
+):  # fmt: skip
+    METRICS.register(_metric.name, _metric, aliases=_metric.aliases)
+
+
+def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotation_invariant=False, overwrite=False):
+    """Make a distance usable by name in `AttentionSpec(metric=name)` and `distance_attention(metric=name)`.
+
+    Args:
+        name: the metric's name, used in configs and saved checkpoints.
+        metric: a function (query (..., N, d), key (..., M, d)) -> distances (..., N, M), or a `Metric` instance.
+        aliases: further names.
+        rotation_invariant: whether rotating query and key alike leaves the distance unchanged (matters under RoPE).
+        overwrite: replace an entry of the same name.
+
+    A checkpoint that uses such a metric needs the same call before it is loaded.
+    """
+    if not isinstance(metric, Metric):
+        if not callable(metric):
+            raise ValueError(f"metric must be callable or a Metric, got {type(metric).__name__}")
+        metric = FunctionMetric(name, metric, aliases=aliases, rotation_invariant=rotation_invariant)
+    return METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)
+
+
+def get_metric(name: str) -> Metric:
+    """The metric registered under `name` or an alias; raises `ValueError` listing what exists."""
+    return METRICS.get(name)

@@ -1,0 +1,234 @@
+"""Converted models: every model class of transformers with distance attention in place of dot-product attention.
+
+`DistAttnGPT2LMHeadModel` is `GPT2LMHeadModel` plus a submodule `distattn` in each converted attention module; the
+pretrained parameters keep their names. The classes are made on first use by the module's `__getattr__`, for any class
+of transformers, so importing this file imports no model.
+"""
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_distattn import CLASS_PREFIX, MODEL_TYPE_PREFIX, AttentionSpec, config_class_for
+from .discovery import base_prefix, find_attention_modules, locate, select_modules
+from .interface import EAGER_IMPLEMENTATION, IMPLEMENTATION
+from .parameters import DistanceAttentionState
+
+_ALLOWED_IMPLEMENTATIONS = {
+    None: IMPLEMENTATION,
+    "sdpa": IMPLEMENTATION,
+    IMPLEMENTATION: IMPLEMENTATION,
+    "eager": EAGER_IMPLEMENTATION,
+    EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
+}
+
+
+def resolve_implementation(requested) -> str:
+    """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
+
+    None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
+    would silently put dot-product attention back.
+    """
+    if isinstance(requested, dict):
+        requested = requested.get("", None)
+    if requested not in _ALLOWED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={requested!r} is not available for distance attention; use None or 'sdpa' (the "
+            "backend of each AttentionSpec) or 'eager' (the reference)"
+        )
+    return _ALLOWED_IMPLEMENTATIONS[requested]
+
+
+class DistAttnModelMixin:
+    """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
+
+    _keep_in_fp32_modules_strict = {"distattn"}
+
+    def __init__(self, config, *args, **kwargs):
+        if getattr(config, "distattn", None) is None:
+            raise ValueError(
+                f"{type(self).__name__} needs config.distattn, got None; set it to "
+                "{'specs': [AttentionSpec(...).to_dict()]} or use distattn_hf.convert on a pretrained model"
+            )
+        config._attn_implementation = resolve_implementation(config._attn_implementation)
+        super().__init__(config, *args, **kwargs)
+
+    def post_init(self):
+        # All modules exist now and none is initialised or placed yet: the last moment to add ours.
+        attach_states(self)
+        strict = type(self)._keep_in_fp32_modules_strict | set(self._keep_in_fp32_modules_strict or ())
+        self._keep_in_fp32_modules_strict = strict
+        super().post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        super().initialize_weights()
+        # The base model initialises its own submodules and does not know ours.
+        for owner in self.modules():
+            if isinstance(state := getattr(owner, "distattn", None), DistanceAttentionState):
+                for group in state.groups:
+                    group.reset_parameters(_own_scaling(owner))
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        super().set_attn_implementation(resolve_implementation(attn_implementation), *args, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.config.auto_map = auto_map_for(type(self))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def attention_states(self) -> dict[str, DistanceAttentionState]:
+        """The converted attention modules' states by base-relative name."""
+        names = {module: name for name, module in self.named_modules(remove_duplicate=True)}
+        prefix = base_prefix(self)
+        return {
+            names[module].removeprefix(prefix): module.distattn
+            for module in names
+            if isinstance(getattr(module, "distattn", None), DistanceAttentionState)
+        }
+
+
+def _own_scaling(module: nn.Module) -> float | None:
+    for name in ("scaling", "scale"):
+        value = getattr(module, name, None)
+        if isinstance(value, float) and value > 0:
+            return value
+    return None
+
+
+def attach_states(model: PreTrainedModel) -> None:
+    """Give each attention module named in config.distattn its submodule; choose the modules first where none is named.
+
+    Raises `ValueError` when a named module is missing from a part of the model that this head class has.
+    """
+    block = model.config.distattn
+    specs = [AttentionSpec.from_dict(spec) for spec in block["specs"]]
+    modules = block["modules"]
+    if modules is None:
+        modules = select_modules(find_attention_modules(model), specs)
+        block["modules"] = modules
+    for name, entry in modules.items():
+        module = locate(model, name)
+        if module is None:
+            # A head class may lack a whole part of the base model (T5EncoderModel has no decoder), not a layer of it.
+            if locate(model, name.split(".")[0]) is None:
+                continue
+            raise ValueError(
+                f"config.distattn names the attention module {name!r}, which {type(model).__name__} does not have; "
+                "was the number of layers changed after the conversion?"
+            )
+        if not isinstance(getattr(module, "distattn", None), DistanceAttentionState):
+            module.distattn = DistanceAttentionState(specs, entry)
+            for group in module.distattn.groups:
+                group.reset_parameters(_own_scaling(module))
+
+
+def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The converted class that extends `base`, made once, with the config class that goes with it."""
+    name = CLASS_PREFIX + base.__name__
+    if name not in globals():
+        config_class = config_class_for(base.config_class)
+        strict = set(base._keep_in_fp32_modules_strict or ()) | DistAttnModelMixin._keep_in_fp32_modules_strict
+        namespace = {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"{base.__name__} with distance attention as its config's `distattn` block says.",
+            "config_class": config_class,
+            "base_class": base,
+            "_keep_in_fp32_modules_strict": strict,
+            "_auto_class": next(iter(auto_class_names(base)), "AutoModel"),
+            # transformers reads the module's source to decide this; the base class follows the interface.
+            "_can_set_attn_implementation_cached_value": True,
+        }
+        globals()[name] = type(name, (DistAttnModelMixin, base), namespace)
+    return globals()[name]
+
+
+def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
+    """Names of the Auto classes that list `base` for its config."""
+    names = []
+    for auto_name, auto_class in _auto_classes().items():
+        if base.__name__ in _listed(auto_class, base.config_class.model_type):
+            names.append(auto_name)
+    return names
+
+
+def _auto_classes() -> dict[str, type]:
+    from transformers.models.auto import modeling_auto
+
+    return {
+        name: value
+        for name, value in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and isinstance(value, type) and getattr(value, "_model_mapping", None) is not None
+    }
+
+
+def _listed(auto_class: type, model_type: str) -> tuple[str, ...]:
+    """Names of the model classes an Auto class lists for a model type of transformers."""
+    names = auto_class._model_mapping._model_mapping.get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def auto_map_for(model_class: type[PreTrainedModel]) -> dict[str, str]:
+    """config.auto_map: where trust_remote_code finds the config and every head class of the family."""
+    base = model_class.base_class
+    config_name = model_class.config_class.__name__
+    entries = {"AutoConfig": f"configuration_distattn.{config_name}"}
+    for auto_name, auto_class in _auto_classes().items():
+        names = _listed(auto_class, base.config_class.model_type)
+        if names:
+            chosen = base.__name__ if base.__name__ in names else names[0]
+            entries[auto_name] = f"modeling_converted.{CLASS_PREFIX}{chosen}"
+    return entries
+
+
+def register_family(base_model_type: str) -> type:
+    """Register one family's config and head classes with the Auto classes; returns the config class."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    base_config = CONFIG_MAPPING[base_model_type]
+    config_class = config_class_for(base_config)
+    AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
+    for auto_class in _auto_classes().values():
+        names = _listed(auto_class, base_model_type)
+        classes = tuple(model_class_for(getattr(transformers, n)) for n in names if hasattr(transformers, n))
+        classes = tuple(c for c in classes if c.config_class is config_class)
+        if classes:
+            mapping = auto_class._model_mapping
+            mapping.register(config_class, classes[0] if len(classes) == 1 else classes, exist_ok=True)
+    return config_class
+
+
+class _PendingFamily:
+    """Stands for a family's config class in AutoConfig until it is asked for; then the real classes are registered."""
+
+    base_model_type = ""
+
+    def __new__(cls, *args, **kwargs):
+        return register_family(cls.base_model_type)(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, *args, **kwargs):
+        return register_family(cls.base_model_type).from_dict(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return register_family(cls.base_model_type).from_pretrained(*args, **kwargs)
+
+
+def register_all_families() -> None:
+    """Let AutoConfig know a "distattn_<model type>" for every model type of transformers, without importing any."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
+
+    for model_type in CONFIG_MAPPING_NAMES:
+        pending = type("_Pending", (_PendingFamily,), {"base_model_type": model_type, "__module__": __name__})
+        AutoConfig.register(MODEL_TYPE_PREFIX + model_type, pending, exist_ok=True)
+
+
+def __getattr__(name: str):
+    if name.startswith(CLASS_PREFIX):
+        base = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel):
+            return model_class_for(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

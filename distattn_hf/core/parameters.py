@@ -1,0 +1,90 @@
+"""What a conversion adds to an attention module: λ and the per-head maps of query and key."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization
+
+from .configuration_distattn import AttentionSpec
+from .metrics import get_metric
+
+
+class HeadParameters(nn.Module):
+    """λ, α, shift c and maps of one group of heads.
+
+    transform "none":   q, k
+    transform "scalar": q / α_h, α_h·(k - c_h)
+    transform "linear": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
+
+    Shapes: log_lambda (H,), log_alpha (H,), shift (H, d), query_map and key_map (H, d, d).
+    """
+
+    def __init__(self, spec: AttentionSpec, num_heads: int, head_dim: int | None):
+        super().__init__()
+        self.spec = spec
+        metric = get_metric("lifted_sqeuclidean" if spec.lift else spec.metric)
+        self.metric = metric.name
+        self.p = metric.validate(spec.p)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.transform = spec.transform or "none"
+        self.constant_lambda = spec.lam if (spec.lam is not None and not spec.learnable_lambda) else None
+        if self.constant_lambda is None:
+            self.log_lambda = nn.Parameter(torch.empty(num_heads), requires_grad=spec.learnable_lambda)
+        if self.transform != "none":
+            self.log_alpha = nn.Parameter(torch.empty(num_heads))
+            self.shift = nn.Parameter(torch.empty(num_heads, head_dim))
+        if self.transform == "linear":
+            self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+            self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self, scaling: float | None = None) -> None:
+        """λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own."""
+        if self.constant_lambda is None:
+            lam = self.spec.lam
+            if lam is None:
+                scaling = scaling or (self.head_dim or 1) ** -0.5
+                lam = get_metric(self.metric).default_lambda(self.head_dim or 64, scaling, self.p)
+            initialization.constant_(self.log_lambda, math.log(lam))
+        if self.transform != "none":
+            initialization.zeros_(self.log_alpha)
+            initialization.zeros_(self.shift)
+        if self.transform == "linear":
+            for weight in (self.query_map, self.key_map):
+                initialization.copy_(weight, torch.eye(self.head_dim).expand(self.num_heads, -1, -1))
+
+    def lam(self) -> float | Tensor:
+        """λ: a constant, or (H,) in float32."""
+        return self.constant_lambda if self.constant_lambda is not None else self.log_lambda.float().exp()
+
+    def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query (B, H, N, d) and key (B, H, M, d) as the distance sees them, in at least float32."""
+        if self.transform == "none":
+            return query, key
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        alpha = self.log_alpha.to(dtype).exp()[:, None, None]
+        query, key = query.to(dtype), key.to(dtype) - self.shift.to(dtype)[:, None, :]
+        if self.transform == "linear":
+            query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
+        return query / alpha, key * alpha
+
+    def extra_repr(self) -> str:
+        return f"metric={self.metric}, heads={self.num_heads}, transform={self.transform}"
+
+
+class DistanceAttentionState(nn.Module):
+    """The submodule `distattn` of a converted attention module: one group of heads per spec that applies to it."""
+
+    def __init__(self, specs: list[AttentionSpec], entry: dict):
+        super().__init__()
+        self.num_heads = entry["num_heads"]
+        self.head_lists: list[list[int] | None] = [group["heads"] for group in entry["groups"]]
+        self.groups = nn.ModuleList(
+            HeadParameters(
+                specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim")
+            )
+            for group, heads in zip(entry["groups"], self.head_lists, strict=True)
+        )
+        # Set while a conversion calibrates: called in place of the attention, never saved.
+        self.observer = None
