@@ -38,7 +38,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
     def attend(query, key, value, keep, bias, lam, start):
         logits = -lam * inputs.scaling * inputs.metric.fast_distance(query, key, inputs.p)
         if bias is not None:
-            logits = logits + bias
+            logits = logits + bias.to(logits.dtype)
         if inputs.is_causal:
             triangle = causal_keep(query.shape[-2], key.shape[-2], query.device, offset=start)
             keep = triangle if keep is None else keep & triangle
@@ -65,7 +65,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
             outputs.append(checkpoint(attend, *arguments, use_reentrant=False))
         else:
             outputs.append(attend(*arguments))
-    output = torch.cat(outputs, dim=-2) if outputs else inputs.query.new_zeros(*inputs.query.shape[:-1], 0)
+    output = torch.cat(outputs, dim=-2) if outputs else inputs.query.new_zeros(batch, heads, 0, inputs.value.shape[-1])
     return output.to(dtype)
 
 

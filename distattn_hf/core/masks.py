@@ -21,7 +21,7 @@ def split_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[T
         mask = mask[:, None, :, :]
     elif mask.dim() != 4:
         raise ValueError(f"mask must have rank 2 (B, M), 3 (B, N, M) or 4 (B, H, N, M), got shape {tuple(mask.shape)}")
-    if mask.shape[-1] > shape[-1] and shape[-1] > 1:
+    if mask.shape[-1] > shape[-1]:
         mask = mask[..., : shape[-1]]
     for axis, name in enumerate("BHNM"):
         if mask.shape[axis] not in (1, shape[axis]):

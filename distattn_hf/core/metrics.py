@@ -27,6 +27,8 @@ class Metric:
     rotation_invariant: bool = False
     # False for the dot-product control, which is no distance.
     is_distance: bool = True
+    # Scaling q or k by a positive number changes nothing, so α has no effect.
+    scale_free: bool = False
 
     def distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
         """Distances (..., N, M), written as the definition: slow, readable, the oracle of the fast forms."""
@@ -61,10 +63,11 @@ class Metric:
 @lru_cache(maxsize=256)
 def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> float:
     """Row deviation of the distance between 256 queries and 1,024 keys drawn from N(0, I_d) with a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(256, head_dim, generator=generator)
-    key = torch.randn(1024, head_dim, generator=generator)
-    with torch.no_grad():
+    # transformers builds models on the meta device and in the checkpoint's dtype: neither may reach this measurement.
+    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(256, head_dim, generator=generator, dtype=torch.float32)
+        key = torch.randn(1024, head_dim, generator=generator, dtype=torch.float32)
         deviation = float(metric.fast_distance(query, key, p).float().std(dim=-1).mean())
     if not math.isfinite(deviation) or deviation <= 0:
         raise ValueError(f"metric {metric.name!r} gives distances with row deviation {deviation} on N(0, I) vectors")
@@ -91,6 +94,29 @@ def _cdist(query: Tensor, key: Tensor, p: float) -> Tensor:
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
     return torch.cdist(query.contiguous(), key.contiguous(), p=p, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class _ShareAmongLargest(torch.autograd.Function):
+    """max|q-k| as it is; the gradient is divided by the number of coordinates that reach the maximum.
+
+    `torch.cdist` gives each of them the whole gradient. Half precision has many such ties: without this, 5% of the
+    gradient of bfloat16 vectors is wrong.
+    """
+
+    @staticmethod
+    def forward(ctx, distance, query, key):
+        ctx.save_for_backward(query, key)
+        return distance.view_as(distance)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key = ctx.saved_tensors
+        largest = _cdist(query, key, math.inf)
+        count = torch.full_like(largest, query.shape[-1])
+        # One coordinate at a time, so that (..., N, M, d) never exists.
+        for q, k in zip(query.mT.contiguous().unbind(-2), key.mT.contiguous().unbind(-2)):
+            count += (q[..., :, None] - k[..., None, :]).abs_().sub_(largest).sign_()
+        return gradient / count, None, None
 
 
 class SquaredEuclidean(Metric):
@@ -152,7 +178,7 @@ class Euclidean(Metric):
 class Cosine(Metric):
     """1 - cos(q, k)."""
 
-    name, rotation_invariant = "cosine", True
+    name, rotation_invariant, scale_free = "cosine", True, True
 
     def distance(self, query, key, p=None):
         return 1 - (F.normalize(query, dim=-1)[..., :, None, :] * F.normalize(key, dim=-1)[..., None, :, :]).sum(-1)
@@ -208,6 +234,9 @@ class Chebyshev(Minkowski):
 
     name, aliases, order = "chebyshev", ("linf",), math.inf
 
+    def fast_distance(self, query, key, p=None):
+        return _ShareAmongLargest.apply(super().fast_distance(query, key, p), query.detach(), key.detach())
+
 
 class DotProduct(Metric):
     """-q·k with λ = 1: the dot-product attention of the teacher, as a control and for heads left unconverted."""
@@ -243,10 +272,9 @@ class FunctionMetric(Metric):
         return distances
 
 
-for _metric in (
-    SquaredEuclidean(), Euclidean(), Manhattan(), Minkowski(), Cosine(), Chebyshev(), LiftedSquaredEuclidean(), DotProduct(),
-):  # fmt: skip
-    METRICS.register(_metric.name, _metric, aliases=_metric.aliases)
+_BUILT_IN = (SquaredEuclidean, Euclidean, Manhattan, Minkowski, Cosine, Chebyshev, LiftedSquaredEuclidean, DotProduct)
+for _metric in _BUILT_IN:
+    METRICS.register(_metric.name, _metric(), aliases=_metric.aliases)
 
 
 def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotation_invariant=False, overwrite=False):
@@ -265,7 +293,10 @@ def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotatio
         if not callable(metric):
             raise ValueError(f"metric must be callable or a Metric, got {type(metric).__name__}")
         metric = FunctionMetric(name, metric, aliases=aliases, rotation_invariant=rotation_invariant)
-    return METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)
+    METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)
+    # Models look their metric up by `metric.name`: a subclass of a built-in one must not answer to its parent's name.
+    metric.name = name
+    return metric
 
 
 def get_metric(name: str) -> Metric:

@@ -5,15 +5,21 @@ pretrained parameters keep their names. The classes are made on first use by the
 of transformers, so importing this file imports no model.
 """
 
+import json
+import os
+
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from .configuration_distattn import CLASS_PREFIX, MODEL_TYPE_PREFIX, AttentionSpec, config_class_for
 from .discovery import base_prefix, find_attention_modules, locate, select_modules
 from .interface import EAGER_IMPLEMENTATION, IMPLEMENTATION
 from .parameters import DistanceAttentionState
+
+REPORT_NAME = "distattn_report.json"
 
 _ALLOWED_IMPLEMENTATIONS = {
     None: IMPLEMENTATION,
@@ -44,6 +50,7 @@ class DistAttnModelMixin:
     """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
 
     _keep_in_fp32_modules_strict = {"distattn"}
+    _conversion_report: dict | None = None
 
     def __init__(self, config, *args, **kwargs):
         if getattr(config, "distattn", None) is None:
@@ -63,19 +70,54 @@ class DistAttnModelMixin:
 
     @torch.no_grad()
     def initialize_weights(self):
+        # The base model initialises its own submodules, marks all of them as done, and does not know ours.
+        fresh = [
+            (owner, group)
+            for owner in self.modules()
+            if isinstance(state := getattr(owner, "distattn", None), DistanceAttentionState)
+            for group in state.groups
+            if not getattr(group, "_is_hf_initialized", False)
+        ]
         super().initialize_weights()
-        # The base model initialises its own submodules and does not know ours.
-        for owner in self.modules():
-            if isinstance(state := getattr(owner, "distattn", None), DistanceAttentionState):
-                for group in state.groups:
-                    group.reset_parameters(_own_scaling(owner))
+        for owner, group in fresh:
+            group.reset_parameters(_own_scaling(owner))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """What transformers' own class answers: for custom code it would leave out part of the initialisation."""
+        return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         super().set_attn_implementation(resolve_implementation(attn_implementation), *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.auto_map = auto_map_for(type(self))
+        if (report := self.conversion_report) is not None and kwargs.get("is_main_process", True):
+            os.makedirs(save_directory, exist_ok=True)
+            path = os.path.join(save_directory, REPORT_NAME)
+            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=1)
+            os.replace(f"{path}.tmp", path)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def conversion_report(self) -> dict | None:
+        """What the conversion did, as a dict: set by `convert`, read from the checkpoint afterwards; None if absent."""
+        if self._conversion_report is None and self.name_or_path:
+            found = cached_file(
+                self.name_or_path,
+                REPORT_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if found is not None:
+                with open(found, encoding="utf-8") as file:
+                    self._conversion_report = json.load(file)
+        return self._conversion_report
+
+    @conversion_report.setter
+    def conversion_report(self, report: dict | None):
+        self._conversion_report = report
 
     @property
     def attention_states(self) -> dict[str, DistanceAttentionState]:
@@ -160,7 +202,9 @@ def _auto_classes() -> dict[str, type]:
     return {
         name: value
         for name, value in vars(modeling_auto).items()
-        if name.startswith("AutoModel") and isinstance(value, type) and getattr(value, "_model_mapping", None) is not None
+        if name.startswith("AutoModel")
+        and isinstance(value, type)
+        and getattr(value, "_model_mapping", None) is not None
     }
 
 

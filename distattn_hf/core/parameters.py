@@ -81,9 +81,7 @@ class DistanceAttentionState(nn.Module):
         self.num_heads = entry["num_heads"]
         self.head_lists: list[list[int] | None] = [group["heads"] for group in entry["groups"]]
         self.groups = nn.ModuleList(
-            HeadParameters(
-                specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim")
-            )
+            HeadParameters(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim"))
             for group, heads in zip(entry["groups"], self.head_lists, strict=True)
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.

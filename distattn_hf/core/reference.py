@@ -13,7 +13,7 @@ def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
     distance = inputs.metric.distance(inputs.query, inputs.key, inputs.p)
     logits = -inputs.lambda_column() * inputs.scaling * distance
     if inputs.bias is not None:
-        logits = logits + inputs.bias
+        logits = logits + inputs.bias.to(logits.dtype)
     keep = inputs.keep
     if inputs.is_causal:
         triangle = causal_keep(inputs.query.shape[-2], inputs.key.shape[-2], inputs.query.device)

@@ -24,7 +24,7 @@ class Registry:
         for taken_name in taken:
             self._aliases.pop(taken_name, None)
         self._entries[names[0]] = entry
-        self._aliases.update({alias: names[0] for alias in names[1:]})
+        self._aliases.update(dict.fromkeys(names[1:], names[0]))
         return entry
 
     def canonical(self, name: str) -> str:

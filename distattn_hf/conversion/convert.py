@@ -1,0 +1,277 @@
+"""`convert` and `revert`: a pretrained model -> the same model with distance attention, and back."""
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.backends import validate_backend
+from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
+from ..core.discovery import find_attention_modules, locate, select_modules
+from ..core.metrics import get_metric
+from ..core.modeling_converted import DistAttnModelMixin, model_class_for
+from .calibrate import CalibrationOptions, calibrate
+from .checkpoints import rebuild
+from .report import ConversionReport, GroupReport
+from .texts import calibration_batch
+
+logger = logging.getLogger(__name__)
+
+INITS = ("exact", "calibrated", "plain")
+
+
+def convert(
+    model: PreTrainedModel,
+    spec: AttentionSpec | Sequence[AttentionSpec],
+    *,
+    init: str = "calibrated",
+    calibration=None,
+    tokenizer=None,
+    layers=None,
+    options: CalibrationOptions | None = None,
+) -> PreTrainedModel:
+    """A converted copy of a pretrained model; the model itself is not touched and shares nothing with the copy.
+
+    Args:
+        model: any `PreTrainedModel` whose attention goes through transformers' attention interface.
+        spec: what replaces dot-product attention; several specs with different `layers`/`heads` make one plan.
+        init: "calibrated" fits λ, α, shift (and maps) per head to the teacher's attention on `calibration`;
+            "exact" (sqeuclidean only) lifts the keys to a sphere, which loses nothing;
+            "plain" only sets λ to the metric's default (the control: expect a large loss).
+        calibration: strings, a `datasets.Dataset`, or tokenised batches; used by "calibrated" only.
+        tokenizer: needed when `calibration` is text.
+        layers: shorthand for `AttentionSpec(layers=...)` on every spec that names none.
+        options: `CalibrationOptions`; None for the defaults.
+
+    Returns:
+        The converted model, a `DistAttn<...>` class, in eval mode, with a `ConversionReport` in
+        `model.conversion_report`.
+
+    Raises:
+        ValueError: before anything is built, naming the field or the module: unknown metric, p < 1, λ <= 0, a layer or
+            head out of range, an empty selection, a model without interface attention, NaN weights, no calibration.
+    """
+    start = time.perf_counter()
+    options = options or CalibrationOptions()
+    specs = [spec] if isinstance(spec, AttentionSpec) else list(spec)
+    specs = _check_arguments(model, specs, init, layers)
+    modules = select_modules(find_attention_modules(model), specs)
+    _check_modules(model, modules, init)
+    batch = None
+    if init == "calibrated":
+        batch = calibration_batch(model, calibration, tokenizer, seed=options.seed)
+    warnings = _warnings(model, specs)
+    for text in warnings:
+        logger.warning(text)
+
+    student = _build_student(model, specs, modules, init)
+    divergences = calibrate(student, batch, options) if batch is not None else {}
+    report = _report(type(model), student, modules, divergences, init, warnings)
+    report.calibration_tokens = 0 if batch is None else batch["input_ids"].numel()
+    report.seconds = round(time.perf_counter() - start, 2)
+    student.conversion_report = report.to_dict()
+    return student
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """The original model again: its class, its config, bit-identical pretrained weights, dot-product attention.
+
+    Weights changed by fine-tuning after the conversion stay changed. Raises `ValueError` for a model that was not
+    converted.
+    """
+    if not isinstance(model, DistAttnModelMixin):
+        raise ValueError(f"{type(model).__name__} is not a converted model; revert takes what convert returned")
+    base = model.base_class
+    data = model.config.to_dict()
+    for key in ("distattn", "auto_map", "model_type", "architectures"):
+        data.pop(key, None)
+    fallback = model.config.distattn["fallback"]
+    config = base.config_class.from_dict(data)
+    config._attn_implementation = fallback
+    config.name_or_path = model.config.name_or_path
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".distattn." not in f".{name}"}
+    return _like(rebuild(base, config, state), model)
+
+
+def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> list[AttentionSpec]:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    if isinstance(model, DistAttnModelMixin):
+        raise ValueError(f"{type(model).__name__} is converted already; call distattn_hf.revert(model) first")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if not specs:
+        raise ValueError("spec must be an AttentionSpec or a non-empty list of them, got an empty list")
+    checked = []
+    for spec in specs:
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(f"spec must be an AttentionSpec or a list of them, got {type(spec).__name__}")
+        metric = get_metric(spec.metric)
+        metric.validate(spec.p)
+        validate_backend(spec.backend)
+        spec = replace(spec, metric=metric.name)
+        if layers is not None and spec.layers is None:
+            spec = replace(spec, layers=layers)
+        checked.append(_prepare(spec, init))
+    return checked
+
+
+def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
+    """The spec with what its initialisation implies written out."""
+    if init == "exact":
+        if spec.metric != "sqeuclidean":
+            raise ValueError(
+                f"init='exact' needs metric 'sqeuclidean' (no other distance equals dot-product attention), got "
+                f"{spec.metric!r}; use init='calibrated'"
+            )
+        if spec.lam not in (None, 0.5) or spec.transform not in (None, "none"):
+            raise ValueError(
+                f"init='exact' sets lam=0.5 and transform='none', got lam={spec.lam!r}, transform={spec.transform!r}"
+            )
+        return replace(spec, lift=True, lam=0.5, learnable_lambda=False, transform="none")
+    if init == "calibrated" and not spec.lift and spec.transform is None:
+        return replace(spec, transform="scalar")
+    return spec
+
+
+def _check_modules(model, modules: dict, init: str) -> None:
+    """What would go wrong later, before anything is built."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(f"weight {name!r} has dtype {parameter.dtype}: dequantise the model before converting it")
+        if parameter.is_meta:
+            raise ValueError(f"weight {name!r} is on the meta device: load the model fully before converting it")
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"weight {name!r} of the checkpoint holds NaN or infinite values")
+    for name in modules:
+        module = locate(model, name)
+        sinks = getattr(module, "sinks", None)
+        softcap = getattr(module, "attn_logit_softcapping", None)
+        for field, value in (("sinks", sinks), ("attn_logit_softcapping", softcap)):
+            if value is not None:
+                raise ValueError(
+                    f"{name!r} ({type(module).__name__}) uses {field}, which needs absolute logits; a distance keeps "
+                    "them only up to a constant of the row. Leave this layer out (layers=...)"
+                )
+
+
+def _warnings(model, specs) -> list[str]:
+    rope = any("rotary" in type(m).__name__.lower() for m in model.modules())
+    names = sorted({s.metric for s in specs if not get_metric(s.metric).rotation_invariant})
+    if rope and names:
+        return [
+            f"{', '.join(names)}: this model rotates query and key (RoPE); the metric is not invariant under rotation, "
+            "so its attention depends on absolute positions too"
+        ]
+    return []
+
+
+def _build_student(model, specs, modules, init) -> PreTrainedModel:
+    student_class = model_class_for(type(model))
+    data = model.config.to_dict()
+    for key in ("model_type", "auto_map", "architectures"):
+        data.pop(key, None)
+    if (data.get("quantization_config") or {}).get("quant_method") == "gguf":
+        # Read from GGUF, the weights are plain floats already; the mark alone would forbid saving them.
+        data.pop("quantization_config")
+    block = {
+        "version": BLOCK_VERSION,
+        "specs": [spec.to_dict() for spec in specs],
+        "modules": copy.deepcopy(modules),
+        "fallback": "eager" if model.config._attn_implementation == "eager" else "sdpa",
+        "init": init,
+    }
+    config = config_class_for(type(model.config)).from_dict({**data, "distattn": block})
+    config.name_or_path = model.config.name_or_path
+    config.dtype = model.dtype
+    # The head parameters at their start values, under the names they will have.
+    with torch.device("cpu"):
+        state = dict(model.state_dict())
+        state.update(_initial_head_parameters(model, student_class, config))
+    return _like(rebuild(student_class, config, state), model)
+
+
+def _initial_head_parameters(model, student_class, config) -> dict[str, Tensor]:
+    from ..core.modeling_converted import _own_scaling
+    from ..core.parameters import DistanceAttentionState
+
+    specs = config.attention_specs
+    names = {module: name for name, module in model.named_modules()}
+    values = {}
+    for name, entry in config.distattn["modules"].items():
+        module = locate(model, name)
+        state = DistanceAttentionState(specs, entry)
+        for group in state.groups:
+            group.reset_parameters(_own_scaling(module))
+        values.update({f"{names[module]}.distattn.{k}": v for k, v in state.state_dict().items()})
+    return values
+
+
+def _like(new: PreTrainedModel, old: PreTrainedModel) -> PreTrainedModel:
+    """Give `new` what `old` has beside its weights: buffers, device, mode, trainable flags, generation config."""
+    buffers = dict(old.named_buffers())
+    for name, buffer in new.named_buffers():
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
+    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    for name, parameter in new.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+    if old.can_generate():
+        new.generation_config = copy.deepcopy(old.generation_config)
+    return new.to(old.device).train(old.training)
+
+
+def _report(base_class, student, modules, divergences, init, warnings) -> ConversionReport:
+    report = ConversionReport(base_class.__name__, init, warnings=warnings)
+    report.unconverted = [name for name in find_attention_modules(student) if name not in modules]
+    for name, state in student.attention_states.items():
+        for number, (group, heads) in enumerate(zip(state.groups, state.head_lists, strict=True)):
+            lam = group.lam()
+            measured = divergences.get(name, [{}] * len(state.groups))[number]
+            report.groups.append(
+                GroupReport(
+                    module=name,
+                    layer=modules[name]["layer"],
+                    kind=modules[name]["kind"],
+                    metric=group.metric,
+                    heads=list(range(state.num_heads)) if heads is None else heads,
+                    lam=_numbers(lam) if isinstance(lam, Tensor) else [lam] * group.num_heads,
+                    alpha=_numbers(group.log_alpha.exp()) if group.transform != "none" else None,
+                    divergence_before=_numbers(measured.get("before")),
+                    divergence_after=_numbers(measured.get("after")),
+                )
+            )
+    return report
+
+
+def _numbers(values: Tensor | list[float] | None) -> list[float] | None:
+    if isinstance(values, Tensor):
+        values = values.detach().float().tolist()
+    return None if values is None else [round(v, 6) for v in values]
+
+
+def current_report(model: PreTrainedModel) -> ConversionReport:
+    """The report of a converted model with λ and α as they are now; divergences are those of the conversion.
+
+    Raises `ValueError` for a model that was not converted.
+    """
+    if not isinstance(model, DistAttnModelMixin):
+        raise ValueError(f"{type(model).__name__} is not a converted model")
+    block = model.config.distattn
+    saved = ConversionReport.from_dict(model.conversion_report) if model.conversion_report else None
+    divergences: dict[str, list[dict]] = {}
+    for group in saved.groups if saved else ():
+        measured = {"before": group.divergence_before, "after": group.divergence_after}
+        divergences.setdefault(group.module, []).append(measured)
+    report = _report(
+        model.base_class, model, block["modules"], divergences, block["init"], saved.warnings if saved else []
+    )
+    if saved:
+        report.calibration_tokens, report.seconds = saved.calibration_tokens, saved.seconds
+    return report

@@ -1,0 +1,99 @@
+"""What a conversion did, layer by layer and head by head: printable, and JSON beside the checkpoint."""
+
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+
+
+@dataclass
+class GroupReport:
+    """One group of heads; divergences are KL(teacher's weights ‖ student's) in nats per query, None if not measured."""
+
+    module: str
+    layer: int | None
+    kind: str
+    metric: str
+    heads: list[int]
+    lam: list[float]
+    alpha: list[float] | None = None
+    divergence_before: list[float] | None = None
+    divergence_after: list[float] | None = None
+
+
+@dataclass
+class ConversionReport:
+    """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters."""
+
+    base_architecture: str
+    init: str
+    groups: list[GroupReport] = field(default_factory=list)
+    unconverted: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    calibration_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def mean_alpha(self) -> float | None:
+        """α over all heads that have one: 1 is fully Euclidean, towards 0 it becomes the teacher."""
+        values = [a for g in self.groups if g.alpha for a in g.alpha]
+        return fmean(values) if values else None
+
+    def _mean(self, name: str) -> float | None:
+        values = [v for g in self.groups if getattr(g, name) for v in getattr(g, name)]
+        return fmean(values) if values else None
+
+    @property
+    def mean_divergence_before(self) -> float | None:
+        """Nats per query, mean over heads, at the metric's default λ."""
+        return self._mean("divergence_before")
+
+    @property
+    def mean_divergence_after(self) -> float | None:
+        """Nats per query, mean over heads, after the fit."""
+        return self._mean("divergence_after")
+
+    def to_dict(self) -> dict:
+        """A JSON-ready dict that `from_dict` turns back into an equal report."""
+        return {**asdict(self), "mean_alpha": self.mean_alpha}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "ConversionReport":
+        """The report that `to_dict` described."""
+        data = {k: v for k, v in data.items() if k != "mean_alpha"}
+        return cls(**{**data, "groups": [GroupReport(**g) for g in data["groups"]]})
+
+    def table(self, per_head: bool = False) -> str:
+        """A table for a terminal: a line per group of heads, or per head."""
+        lines = [f"{'module':<42} {'metric':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
+        for g in self.groups:
+            picks = [[i] for i in range(len(g.heads))] if per_head else [range(len(g.heads))]
+            for pick in picks:
+                label = str(g.heads[pick[0]]) if per_head else str(len(g.heads))
+                cells = [_cell(v, pick) for v in (g.lam, g.alpha, g.divergence_before, g.divergence_after)]
+                lines.append(
+                    f"{g.module[-42:]:<42} {g.metric[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
+                    f"{cells[2]:>10} {cells[3]:>10}"
+                )
+        lines.append(self.summary())
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One line: what was converted and what the fit left."""
+        parts = [f"{self.base_architecture}: {len(self.groups)} attention modules, init={self.init}"]
+        if self.unconverted:
+            parts.append(f"{len(self.unconverted)} left as they were")
+        if self.mean_alpha is not None:
+            parts.append(f"mean α {self.mean_alpha:.3f}")
+        if self.mean_divergence_after is not None:
+            parts.append(
+                f"divergence {self.mean_divergence_before:.4f} -> {self.mean_divergence_after:.4f} nats per query"
+            )
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _cell(values, pick) -> str:
+    """The mean of the picked values, or a dash."""
+    return "-" if values is None else f"{fmean(values[i] for i in pick):.4g}"

