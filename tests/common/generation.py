@@ -164,23 +164,23 @@ class GenerationTests:
             first = self.generate(model, inputs, max_new_tokens=2, return_dict_in_generate=True)
             rest = {"past_key_values": first.past_key_values, "max_new_tokens": NEW_TOKENS - 2}
             if model.config.is_encoder_decoder:
-                continued = self.generate(model, inputs, decoder_input_ids=first.sequences, **rest)
+                # Without the mask `generate` would feed all the ids again, cache or not.
+                mask = torch.ones_like(first.sequences)
+                longer = {**inputs, "decoder_input_ids": first.sequences, "decoder_attention_mask": mask}
             else:
                 longer = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
-                continued = self.generate(model, longer, **rest)
-            self.assert_same(model, continued, expected)
+            self.assert_same(model, self.generate(model, longer, **rest), expected)
 
     def test_generate_from_embeddings(self):
         for model, inputs in self.generators():
             if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
                 continue
-            embedded = {
-                "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
-                "attention_mask": inputs["attention_mask"],
-            }
+            reader = model.get_encoder() if model.config.is_encoder_decoder else model
+            embeddings = reader.get_input_embeddings()(inputs["input_ids"])
+            embedded = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
             if model.config.is_encoder_decoder:
-                # Scaled by the model itself where it scales; ids and embeddings take the same road.
-                embedded["decoder_input_ids"] = torch.zeros(BATCH, 1, dtype=torch.long)
+                start = model.generation_config.decoder_start_token_id
+                embedded["decoder_input_ids"] = torch.full((BATCH, 1), start)
             for options in ({}, {"cache_implementation": "static"}):
                 sequences = self.generate(model, embedded, **options)
                 self.assert_same(model, sequences[:, -NEW_TOKENS:], self.generate(model, inputs)[:, -NEW_TOKENS:])

@@ -21,6 +21,7 @@ class BertTester(TextModelTester):
         "intermediate_size": 37,
         "max_position_embeddings": 128,
         "type_vocab_size": 16,
+        "initializer_range": 0.2,
     }
 
 

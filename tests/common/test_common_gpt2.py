@@ -21,6 +21,7 @@ class GPT2Tester(TextModelTester):
         "n_head": 4,
         "n_inner": 37,
         "n_positions": 128,
+        "initializer_range": 0.2,
         "bos_token_id": 98,
         "eos_token_id": 98,
         "pad_token_id": 97,

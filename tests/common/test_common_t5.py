@@ -22,7 +22,7 @@ class T5Tester(TextModelTester):
         "num_layers": 2,
         "num_heads": 4,
         "relative_attention_num_buckets": 8,
-        "initializer_factor": 0.002,
+        "initializer_factor": 0.1,
         "bos_token_id": 0,
         "decoder_start_token_id": 0,
     }
