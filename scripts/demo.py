@@ -74,7 +74,9 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
     same = torch.equal(student(**prompt).logits, reloaded(**prompt).logits)
     score = perplexity(reloaded)
     rows.append(["SmolLM2-135M (Llama)", "l2", "+ fine-tuned", f"{score:.2f}", f"{score / teacher:.4f}", "reloaded"])
-    text = tokenizer.decode(reloaded.generate(**prompt, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True)
+    text = tokenizer.decode(
+        reloaded.generate(**prompt, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True
+    )
     print(f"reloaded as {type(reloaded).__name__}, logits bit-equal: {same}")
     print(f"generates: {text}")
     if not same or not math.isfinite(score):

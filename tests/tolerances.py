@@ -57,3 +57,12 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, kind: str, messag
         atol=tolerance.atol,
         msg=lambda text: f"{message or 'values'} differ by more than {kind!r} ({tolerance.reason}):\n{text}",
     )
+
+
+# Whole models, float32 logits of size 0.1 to 10.
+# The exact conversion calls the same kernel on the same numbers, so this is generous.
+EXACT_LOGITS = 1e-4
+# The literal lift in float64: 2e-16 rounding of ‖q‖² + R², of size up to 1e4 in T5, through the softmax and two layers.
+LIFT_FLOAT64 = 1e-9
+# Other block sizes and orders of summation: rounding through two layers.
+CACHED_LOGITS = 5e-5

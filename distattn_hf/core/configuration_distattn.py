@@ -7,6 +7,7 @@ module's `__getattr__`, so importing this file imports no model.
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,6 +21,9 @@ CLASS_PREFIX = "DistAttn"
 TRANSFORMS = ("none", "scalar", "linear")
 MECHANISMS = ("distance",)
 ATTENTION_KINDS = ("self", "cross")
+
+# Called with every config class that is made. `register_all_families` adds itself, so that the Auto classes know them.
+new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,8 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             "_auto_class": "AutoConfig",
         }
         globals()[name] = type(name, (DistAttnConfigMixin, base), namespace)
+        for hook in new_config_class_hooks:
+            hook(globals()[name])
     return globals()[name]
 
 

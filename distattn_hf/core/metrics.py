@@ -82,9 +82,10 @@ def _pairwise_difference(query: Tensor, key: Tensor, reduce) -> Tensor:
 
 
 def _squared_distance(query: Tensor, key: Tensor) -> Tensor:
-    """‖q‖² + ‖k‖² - 2q·k, with both moved by the mean key first, which keeps the cancellation small."""
-    center = key.mean(dim=-2, keepdim=True)
-    query, key = query - center, key - center
+    """‖q‖² + ‖k‖² - 2q·k. Each entry depends on its own query and key alone, so a masked key changes no bit of others.
+
+    (Moving both by the mean key first would lose fewer digits where q ≈ k, at the price of that property.)
+    """
     squared = query.square().sum(-1)[..., :, None] + key.square().sum(-1)[..., None, :]
     return squared - 2 * torch.matmul(query, key.transpose(-1, -2))
 

@@ -11,10 +11,16 @@ import os
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .configuration_distattn import CLASS_PREFIX, MODEL_TYPE_PREFIX, AttentionSpec, config_class_for
+from .configuration_distattn import (
+    CLASS_PREFIX,
+    MODEL_TYPE_PREFIX,
+    AttentionSpec,
+    config_class_for,
+    new_config_class_hooks,
+)
 from .discovery import base_prefix, find_attention_modules, locate, select_modules
 from .interface import EAGER_IMPLEMENTATION, IMPLEMENTATION
 from .parameters import DistanceAttentionState
@@ -268,6 +274,29 @@ def register_all_families() -> None:
     for model_type in CONFIG_MAPPING_NAMES:
         pending = type("_Pending", (_PendingFamily,), {"base_model_type": model_type, "__module__": __name__})
         AutoConfig.register(MODEL_TYPE_PREFIX + model_type, pending, exist_ok=True)
+    _list_class_names()
+    new_config_class_hooks.append(_register_family_of)
+
+
+def _list_class_names() -> None:
+    """Name our classes where transformers lists its own by task.
+
+    Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
+    """
+    for auto_class in _auto_classes().values():
+        names = auto_class._model_mapping._model_mapping
+        for model_type in [name for name in names if not name.startswith(MODEL_TYPE_PREFIX)]:
+            ours = tuple(CLASS_PREFIX + name for name in _listed(auto_class, model_type))
+            names[MODEL_TYPE_PREFIX + model_type] = ours[0] if len(ours) == 1 else ours
+
+
+def _register_family_of(config_class: type[PreTrainedConfig]) -> None:
+    """Register the family of a config class made outside AutoConfig, so that `AutoModel.from_config` finds it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    base = config_class.base_config_class
+    if CONFIG_MAPPING_NAMES.get(base.model_type) == base.__name__:
+        register_family(base.model_type)
 
 
 def __getattr__(name: str):

@@ -29,14 +29,17 @@ class HeadParameters(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.transform = spec.transform or "none"
         self.constant_lambda = spec.lam if (spec.lam is not None and not spec.learnable_lambda) else None
+        # A model built in half precision keeps these in float32, as it does when it is loaded in half precision.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         if self.constant_lambda is None:
-            self.log_lambda = nn.Parameter(torch.empty(num_heads), requires_grad=spec.learnable_lambda)
+            log_lambda = torch.empty(num_heads, dtype=dtype)
+            self.log_lambda = nn.Parameter(log_lambda, requires_grad=spec.learnable_lambda)
         if self.transform != "none":
-            self.log_alpha = nn.Parameter(torch.empty(num_heads))
-            self.shift = nn.Parameter(torch.empty(num_heads, head_dim))
+            self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
+            self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
         if self.transform == "linear":
-            self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
-            self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
+            self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
+            self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self, scaling: float | None = None) -> None:

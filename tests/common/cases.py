@@ -8,8 +8,10 @@ import tempfile
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, set_seed
+from transformers.models.auto import modeling_auto
 
 from distattn_hf import CLASS_PREFIX
+from distattn_hf.core.discovery import base_prefix
 
 from .generation import GenerationTests
 from .upstream import ConfigTester, ModelTesterMixin, modeling
@@ -109,6 +111,34 @@ class CommonTests(ModelTesterMixin):
                 assert base.attention_states.keys() <= model.attention_states.keys()
                 for name, state in base.attention_states.items():
                     torch.testing.assert_close(state.state_dict(), model.attention_states[name].state_dict())
+
+    def test_auto_classes_build_from_a_config(self):
+        model = AutoModel.from_config(self.model_tester.get_config(), dtype=torch.bfloat16)
+        assert type(model).__name__ == CLASS_PREFIX + type(model).base_class.__name__
+        assert model.dtype == torch.bfloat16
+        assert {p.dtype for state in model.attention_states.values() for p in state.parameters()} == {torch.float32}
+
+    def test_transformers_lists_the_class_by_task(self):
+        # Trainer asks these names whether label smoothing shifts the labels, the pipelines whether they know the model.
+        lists = {key: value for key, value in vars(modeling_auto).items() if key.endswith("_MAPPING_NAMES")}
+        for model_class in self.all_model_classes:
+            for key, names in lists.items():
+                listed = modeling.get_values(names)
+                assert (model_class.base_class.__name__ in listed) == (model_class.__name__ in listed), key
+
+    def test_a_base_checkpoint_loads_into_every_class(self):
+        base = next(iter(self.models()))[0]
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            for model_class in self.all_model_classes[1:]:
+                model = model_class.from_pretrained(folder)
+                prefix, weights = base_prefix(model), model.state_dict()
+                shared = {name: value for name, value in base.state_dict().items() if prefix + name in weights}
+                ours = {name.removeprefix(prefix) for name in weights if ".distattn." in name}
+                assert ours
+                assert ours <= shared.keys()
+                for name, value in shared.items():
+                    torch.testing.assert_close(weights[prefix + name], value, rtol=0, atol=0)
 
     def test_initialising_again_keeps_what_was_trained(self):
         for model, _ in self.models():

@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-from distattn_hf import CLASS_PREFIX
-
 from .generation import GenerationTests
 
 FOLDER = Path(__file__).resolve().parent.parent / ".external" / f"transformers-{version('transformers')}" / "tests"
@@ -64,16 +62,3 @@ TrainingTesterMixin = training.TrainingTesterMixin
 ConfigTester = configuration.ConfigTester
 ids_tensor, floats_tensor = modeling.ids_tensor, modeling.floats_tensor
 random_attention_mask = modeling.random_attention_mask
-
-
-def _with_converted_names(get_values):
-    """The mixin asks these lists by class name what a class needs: a converted one needs what its base class needs."""
-
-    def get_values_and_converted(mapping):
-        names = get_values(mapping)
-        return [*names, *(CLASS_PREFIX + name for name in names if name)]
-
-    return get_values_and_converted
-
-
-modeling.get_values = _with_converted_names(modeling.get_values)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tolerances import assert_close
+
+from tests.tolerances import assert_close
 
 from .cases import Case, evaluate, every_case, make_tensors
 

@@ -2,22 +2,21 @@
 
 import pytest
 import torch
-from tolerances import LINEAR_GROWTH, assert_close
 
 from distattn_hf import distance_attention
 from distattn_hf.core import backend_chunked
 from distattn_hf.core.metrics import get_metric
+from tests.tolerances import LINEAR_GROWTH, assert_close
 
 from .cases import Case, evaluate, every_metric, make_tensors, upstream_gradient
 
 
-def saved_bytes(case: Case, length: int, **options) -> int:
-    """Bytes of the storages that one forward pass keeps for its backward pass, its own inputs left out."""
-    tensors = {name: tensor.requires_grad_() for name, tensor in make_tensors(length, head_dim=4, batch=1).items()}
-    options = {name: make(length) for name, make in options.items()}
-    own = {
-        t.untyped_storage().data_ptr() for t in [*tensors.values(), *options.values()] if isinstance(t, torch.Tensor)
-    }
+def saved_bytes(case: Case, length: int, wanted: tuple[str, ...] = ("query", "key", "value"), **options) -> int:
+    """Bytes of the storages that one forward pass keeps to differentiate by `wanted`, its own inputs left out."""
+    arguments = make_tensors(length, head_dim=4, batch=1) | {name: make(length) for name, make in options.items()}
+    for name in wanted:
+        arguments[name].requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in arguments.values() if isinstance(t, torch.Tensor)}
     storages = {}
 
     def pack(tensor):
@@ -28,7 +27,7 @@ def saved_bytes(case: Case, length: int, **options) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = case(**tensors, **options)
+        output = case(**arguments)
     assert output.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -48,6 +47,15 @@ def test_memory_kept_for_backward_grows_linearly(metric, p, options):
     small, large = (saved_bytes(Case(metric, p, "chunked", blocks=True), n, **OPTIONS[options]) for n in (128, 256))
     # One (H, N, M) tensor in float32 would be more than all that is allowed here.
     assert large < 2 * 256 * 256 * 4
+    assert large <= LINEAR_GROWTH * small
+
+
+@every_metric
+@pytest.mark.parametrize("wanted", ["query", "key", "value", "lam", "position_bias"])
+def test_memory_grows_linearly_whichever_tensor_wants_a_gradient(metric, p, wanted):
+    options = {"lam": lambda n: torch.tensor([0.5, 1.5]), "position_bias": lambda n: torch.randn(1, 2, 1, n)}
+    case = Case(metric, p, "chunked", blocks=True)
+    small, large = (saved_bytes(case, length, (wanted,), **options) for length in (128, 256))
     assert large <= LINEAR_GROWTH * small
 
 

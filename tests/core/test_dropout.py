@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tolerances import STANDARD_ERRORS, assert_close
+
+from tests.tolerances import STANDARD_ERRORS, assert_close
 
 from .cases import every_case, make_tensors
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tolerances import HALF_ERROR_RATIO, assert_close
 from torch.nn import functional as F
+
+from tests.tolerances import HALF_ERROR_RATIO, assert_close
 
 from .cases import evaluate, every_case, make_tensors
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from distattn_hf import distance_attention
+from tests.tolerances import assert_close
 
 from .cases import METRIC_CASES, every_case, every_metric, make_tensors, metric_id
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from distattn_hf.core.masks import add_bias, causal_keep, masked_softmax, split_mask
+from tests.tolerances import assert_close
 
 B, H, N, M = SHAPE = (2, 3, 4, 5)
 INF = float("inf")

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from distattn_hf.core import metrics
 from distattn_hf.core.metrics import METRICS, get_metric
+from tests.tolerances import assert_close
 
 from .cases import METRIC_CASES, every_metric, metric_id
 from .oracles import HAND_COMPUTED, ORACLES, loop_distances

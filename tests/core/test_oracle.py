@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch.nn import functional as F
 
 from distattn_hf import distance_attention
 from distattn_hf.core.metrics import get_metric
+from tests.tolerances import assert_close
 
 from .cases import every_case, make_tensors
 from .oracles import loop_attention

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from distattn_hf import Metric, distance_attention, register_metric
 from distattn_hf.core.metrics import METRICS, Euclidean, get_metric
 from distattn_hf.core.registry import Registry
+from tests.tolerances import assert_close
 
 from .cases import Case, evaluate, make_tensors
 

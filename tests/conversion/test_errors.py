@@ -1,0 +1,195 @@
+"""Bad input: each case its own clear error, before anything is changed."""
+
+import errno
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from distattn_hf import AttentionSpec, convert, revert
+from distattn_hf.conversion.saving import save_checkpoint
+from tests.conversion.models import bert, gpt2, llama, token_batch
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metric": ""}, "metric must be"),
+        ({"metric": "lp", "p": 0.5}, "p must be a finite number >= 1, got 0.5"),
+        ({"metric": "lp", "p": float("nan")}, "p must be"),
+        ({"lam": 0.0}, r"lam \(λ\) must be a positive finite number, got 0.0"),
+        ({"lam": -1}, r"lam \(λ\)"),
+        ({"layers": []}, "layers must be"),
+        ({"layers": [-1]}, "layers must be"),
+        ({"layers": 1.5}, "layers must be"),
+        ({"heads": "0-2"}, "heads must be"),
+        ({"transform": "affine"}, "transform must be one of none, scalar, linear"),
+        ({"mechanism": "magic"}, "mechanism must be one of distance"),
+        ({"attention": "both"}, "attention must be"),
+        ({"metric": "l2", "lift": True}, "lift=True needs metric 'sqeuclidean'"),
+        ({"learnable_lambda": "yes"}, "learnable_lambda must be True or False"),
+    ],
+)
+def test_spec(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(**fields)
+
+
+def test_spec_json_round_trip_and_unknown_field():
+    spec = AttentionSpec("lp", p=3, layers="0-5", heads=[2, 0], lam=1.5, transform="linear")
+    assert AttentionSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(ValueError, match="unknown AttentionSpec field 'metrik'; expected one of metric"):
+        AttentionSpec.from_dict({"metrik": "l2"})
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        (AttentionSpec("l7"), {}, "unknown metric 'l7'; expected one of sqeuclidean"),
+        (AttentionSpec("lp"), {}, "metric 'lp' needs its order"),
+        (AttentionSpec("l2", p=2), {}, "p=2.0 was given with metric 'l2'"),
+        (AttentionSpec("l2", backend="cuda"), {}, "unknown backend 'cuda'; expected one of"),
+        (AttentionSpec("l2", layers=[7]), {}, r"there is no layer 7; this model has layers \[0, 1\]"),
+        (AttentionSpec("l2"), {"layers": "9-12"}, "selects no attention module; candidates are h.0.attn, h.1.attn"),
+        (AttentionSpec("l2", layers="decoder.*"), {}, "selects no attention module; candidates"),
+        (AttentionSpec("l2", attention="cross"), {}, "selects no attention module"),
+        (AttentionSpec("l2", heads=[4]), {}, "has heads 0 to 3, got 4"),
+        ([AttentionSpec("l2"), AttentionSpec("l1", heads=[1])], {}, "two specs claim head 1"),
+        ([], {}, "got an empty list"),
+        ("l2", {}, "spec must be an AttentionSpec"),
+        (AttentionSpec("l2"), {"init": "best"}, "init must be one of exact, calibrated, plain, got 'best'"),
+        (AttentionSpec("l2"), {"init": "exact"}, "init='exact' needs metric 'sqeuclidean'"),
+        (AttentionSpec("l2"), {"init": "calibrated"}, "needs calibration"),
+        (AttentionSpec("l2"), {"init": "calibrated", "calibration": []}, "calibration is empty"),
+        (AttentionSpec("l2"), {"init": "calibrated", "calibration": ["", "  "]}, "all 2 strings are empty"),
+        (AttentionSpec("l2"), {"init": "calibrated", "calibration": ["some text"]}, "tokenizer must be given"),
+        (AttentionSpec("l2"), {"init": "calibrated", "calibration": [{"ids": [1]}]}, "must hold 'input_ids'"),
+    ],
+)
+def test_convert(spec, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert(gpt2(), spec, **{"init": "plain", **options})
+
+
+def test_model_without_the_attention_interface():
+    model = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4))
+    with pytest.raises(ValueError, match="no attention module that follows transformers' attention interface"):
+        convert(model, AttentionSpec("l2"), init="plain")
+
+
+def test_not_a_model_converted_twice_and_not_converted():
+    with pytest.raises(ValueError, match="must be a transformers PreTrainedModel, got Linear"):
+        convert(torch.nn.Linear(2, 2), AttentionSpec(), init="plain")
+    with pytest.raises(ValueError, match="is converted already"):
+        convert(convert(gpt2(), AttentionSpec(), init="plain"), AttentionSpec(), init="plain")
+    with pytest.raises(ValueError, match="is not a converted model"):
+        revert(gpt2())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value):
+    model = gpt2()
+    model.transformer.h[1].attn.c_attn.weight.data[0, 0] = value
+    with pytest.raises(ValueError, match="'transformer.h.1.attn.c_attn.weight' of the checkpoint holds NaN"):
+        convert(model, AttentionSpec(), init="exact")
+
+
+def test_attention_that_needs_absolute_logits_is_refused_by_name():
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
+
+    small = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 32, "vocab_size": 32, "pad_token_id": 0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="softcap"):
+        convert(Gemma2ForCausalLM(Gemma2Config(**small)), AttentionSpec(), init="exact")
+    with pytest.raises(ValueError, match="sinks"):
+        convert(GptOssForCausalLM(GptOssConfig(**small, num_local_experts=2)), AttentionSpec(), init="exact")
+
+
+def test_config_block_is_checked():
+    import distattn_hf
+
+    with pytest.raises(ValueError, match="version 99"):
+        distattn_hf.DistAttnGPT2Config(distattn={"version": 99, "specs": [AttentionSpec().to_dict()]})
+    with pytest.raises(ValueError, match="unknown key 'spec' in the distattn block"):
+        distattn_hf.DistAttnGPT2Config(distattn={"spec": {}})
+    with pytest.raises(ValueError, match="needs config.distattn"):
+        distattn_hf.DistAttnGPT2LMHeadModel(distattn_hf.DistAttnGPT2Config(n_layer=1, n_embd=8, n_head=2))
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_other_attention_implementations_are_refused(implementation, tmp_path):
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not available for distance attention"):
+        type(student).from_pretrained(tmp_path, attn_implementation=implementation)
+    with pytest.raises(ValueError, match="is not available for distance attention"):
+        student.set_attn_implementation(implementation)
+
+
+def test_number_of_layers_changed_after_the_conversion(tmp_path):
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names the attention module 'h.1.attn'"):
+        type(student).from_pretrained(tmp_path, n_layer=1)
+
+
+def test_output_folder(tmp_path):
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty; pass --overwrite"):
+        save_checkpoint(student, None, tmp_path / "out")
+    assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        save_checkpoint(student, None, tmp_path / "file")
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_disk_that_fills_midway_leaves_nothing_half_written(tmp_path, monkeypatch, existing):
+    """The write of the weights fails as a full disk makes it fail; what was there stays, nothing else does."""
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    if existing:
+        save_checkpoint(student, None, tmp_path / "out")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(student, None, tmp_path / "out", overwrite=True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_quantised_and_meta_weights():
+    model = bert()
+    with torch.device("meta"):
+        empty = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(ValueError, match="is on the meta device"):
+        convert(empty, AttentionSpec(), init="exact")
+    model.bert.embeddings.word_embeddings.weight = torch.nn.Parameter(
+        torch.zeros(64, 32, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(ValueError, match="dequantise"):
+        convert(model, AttentionSpec(), init="exact")
+
+
+def test_rotary_positions_warn_for_metrics_that_rotation_changes():
+    from distattn_hf.conversion.report import ConversionReport
+
+    reports = {
+        metric: ConversionReport.from_dict(convert(llama(), AttentionSpec(metric), init="plain").conversion_report)
+        for metric in ("l1", "l2")
+    }
+    assert "not invariant under rotation" in reports["l1"].warnings[0]
+    assert reports["l2"].warnings == []
+
+
+def test_wrong_number_of_heads_at_run_time():
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    student.attention_states["h.0.attn"].num_heads = 8
+    with pytest.raises(ValueError, match="was converted with 8 heads but calls attention with 4"):
+        student(**token_batch(student))

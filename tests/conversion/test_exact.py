@@ -1,0 +1,93 @@
+"""`init="exact"` against the untouched teacher, and `revert` against it bit for bit."""
+
+import pytest
+import torch
+
+from distattn_hf import AttentionSpec, convert, revert
+from tests.conversion.models import FAMILIES, token_batch
+from tests.tolerances import EXACT_LOGITS, LIFT_FLOAT64
+
+
+def valid_rows(model, batch, tensor):
+    """The rows of real tokens: what a model says about padding is nobody's business."""
+    if model.config.is_encoder_decoder:
+        return tensor.flatten(0, 1)
+    return tensor[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_teachers(family, padded):
+    teacher = FAMILIES[family]()
+    batch = token_batch(teacher, padded=padded)
+    student = convert(teacher, AttentionSpec(), init="exact")
+    plain = convert(teacher, AttentionSpec(), init="plain")
+    with torch.no_grad():
+        expected, got, control = (valid_rows(teacher, batch, m(**batch).logits) for m in (teacher, student, plain))
+    assert (got - expected).abs().max() <= EXACT_LOGITS
+    # The test has teeth only if attention matters to these logits.
+    assert (control - expected).abs().max() > 100 * EXACT_LOGITS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_path_of_the_lift_equals_the_teacher(family):
+    """The literal lifted distances, not the dot-product form the fast path reduces them to; float64 for the identity."""
+    teacher = FAMILIES[family]().double()
+    batch = token_batch(teacher, padded=True)
+    student = convert(teacher, AttentionSpec(backend="reference"), init="exact")
+    with torch.no_grad():
+        expected, got = (valid_rows(teacher, batch, m(**batch).logits) for m in (teacher, student))
+    assert (got - expected).abs().max() <= LIFT_FLOAT64
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+def test_greedy_generation_is_the_teachers(family):
+    teacher = FAMILIES[family]()
+    batch = token_batch(teacher, padded=True)
+    batch.pop("decoder_input_ids", None)
+    student = convert(teacher, AttentionSpec(), init="exact")
+    expected, got = (m.generate(**batch, max_new_tokens=20, do_sample=False) for m in (teacher, student))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("init", ["exact", "plain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_revert_is_bit_equal(family, init):
+    teacher = FAMILIES[family]()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    batch = token_batch(teacher, padded=True)
+    original = revert(convert(teacher, AttentionSpec(), init=init))
+    assert type(original) is type(teacher)
+    assert type(original.config) is type(teacher.config)
+    state = original.state_dict()
+    assert state.keys() == before.keys()
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    assert torch.equal(original(**batch).logits, teacher(**batch).logits)
+
+
+def test_the_teacher_is_untouched_and_shares_nothing():
+    teacher = FAMILIES["gpt2"]()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    config = teacher.config.to_dict()
+    student = convert(teacher, AttentionSpec("l2"), init="plain")
+    storages = {p.data_ptr() for p in teacher.parameters()} | {b.data_ptr() for b in teacher.buffers() if b.numel()}
+    assert not storages & {p.data_ptr() for p in student.parameters()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    assert teacher.config.to_dict() == config
+    assert not any(hasattr(module, "distattn") for module in teacher.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_output_attentions_are_the_teachers_weights():
+    teacher = FAMILIES["bert"]()
+    batch = token_batch(teacher, padded=True)
+    student = convert(teacher, AttentionSpec(), init="exact")
+    teacher.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = teacher(**batch, output_attentions=True).attentions
+        got = student(**batch, output_attentions=True).attentions
+    assert len(got) == len(expected) == 2
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=EXACT_LOGITS, rtol=0)

@@ -1,0 +1,199 @@
+"""A saved conversion loads bit-equal in a fresh process: with the package, and without it by trust_remote_code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+import distattn_hf
+from distattn_hf import AttentionSpec, convert
+from distattn_hf.core.metrics import METRICS
+from tests.conversion.models import CLASSIFIER, FAMILIES, bert, gpt2, t5, token_batch
+
+AUTO = {
+    "gpt2": AutoModelForCausalLM,
+    "llama": AutoModelForCausalLM,
+    "bert": AutoModelForMaskedLM,
+    "t5": AutoModelForSeq2SeqLM,
+}
+
+# Run in a fresh interpreter. "remote" makes the package impossible to import, as on a machine without it.
+LOADER = """
+import sys, torch, transformers
+folder, auto, mode = sys.argv[1:]
+if mode == "package":
+    import distattn_hf
+else:
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "distattn_hf":
+                raise ModuleNotFoundError(name)
+    sys.meta_path.insert(0, Absent())
+    assert "distattn_hf" not in sys.modules
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=mode == "remote").eval()
+batch, logits = torch.load(folder + "/expected.pt")
+with torch.no_grad():
+    first = model(**batch).logits
+    model.save_pretrained(folder + "/again")
+    again = getattr(transformers, auto).from_pretrained(folder + "/again", trust_remote_code=mode == "remote").eval()
+    second = again(**batch).logits
+print("RESULT", torch.equal(first, logits), torch.equal(second, logits), type(model).__name__)
+"""
+
+
+def saved(folder: Path, family: str, spec: AttentionSpec):
+    teacher = FAMILIES[family]()
+    student = convert(teacher, spec, calibration=[token_batch(teacher, seed=s) for s in range(3)])
+    batch = token_batch(teacher, padded=True, seed=9)
+    student.save_pretrained(folder)
+    with torch.no_grad():
+        torch.save((batch, student(**batch).logits), folder / "expected.pt")
+    return student, batch
+
+
+@pytest.mark.parametrize("mode", ["package", "remote"])
+@pytest.mark.parametrize(
+    ("family", "metric"), [("gpt2", "l2"), ("bert", "l1"), ("t5", "sqeuclidean"), ("llama", "cosine")]
+)
+def test_fresh_process(tmp_path, monkeypatch, family, metric, mode):
+    student, _ = saved(tmp_path, family, AttentionSpec(metric))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", LOADER, str(tmp_path), AUTO[family].__name__, mode]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
+    assert result == [f"RESULT True True {type(student).__name__}"], run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("metric", [m for m in METRICS if METRICS.get(m).is_distance and not m.startswith("lifted")])
+def test_every_metric_reloads_bit_equal(tmp_path, metric):
+    student, batch = saved(tmp_path, "gpt2", AttentionSpec(metric, p=3 if metric == "lp" else None))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**batch).logits, student(**batch).logits)
+
+
+def test_other_heads_of_the_family_load_from_the_same_folder(tmp_path):
+    student, batch = saved(tmp_path, "bert", AttentionSpec("l2"))
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
+    assert type(base).__name__ == "DistAttnBertModel"
+    assert type(classifier).__name__ == "DistAttnBertForSequenceClassification"
+    expected = student.bert(**batch).last_hidden_state
+    assert torch.equal(base(**batch).last_hidden_state, expected)
+    assert torch.equal(classifier.bert(**batch).last_hidden_state, expected)
+
+
+def test_encoder_of_a_converted_t5_loads_alone(tmp_path):
+    student, batch = saved(tmp_path, "t5", AttentionSpec("l2"))
+    encoder = distattn_hf.DistAttnT5EncoderModel.from_pretrained(tmp_path).eval()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    assert torch.equal(encoder(**inputs).last_hidden_state, student.encoder(**inputs).last_hidden_state)
+
+
+def test_config_and_report_travel(tmp_path):
+    student, _ = saved(tmp_path, "gpt2", AttentionSpec("l2", layers=[1]))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config).__name__ == "DistAttnGPT2Config"
+    assert config.model_type == "distattn_gpt2"
+    assert config.attention_specs == student.config.attention_specs
+    assert config.hidden_size == 32
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    stored = json.loads((tmp_path / "again" / "distattn_report.json").read_text())
+    assert stored == student.conversion_report
+
+
+def test_pretrained_parameters_keep_their_names_and_values():
+    for family, build in FAMILIES.items():
+        teacher = build()
+        state = convert(teacher, AttentionSpec("l2", transform="linear"), init="plain").state_dict()
+        for name, tensor in teacher.state_dict().items():
+            assert torch.equal(state[name], tensor), (family, name)
+        assert all(".distattn." in name for name in state.keys() - teacher.state_dict().keys())
+
+
+def test_tied_weights_stay_tied_and_generation_config_and_modes_are_kept(tmp_path):
+    teacher = gpt2()
+    teacher.generation_config.max_new_tokens = 7
+    teacher.transformer.wte.weight.requires_grad_(False)
+    teacher.train()
+    student = convert(teacher, AttentionSpec("l2"), init="plain")
+    assert student.lm_head.weight is student.transformer.wte.weight
+    assert student.generation_config.max_new_tokens == 7
+    assert student.training
+    assert not student.transformer.wte.weight.requires_grad
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert again.generation_config.max_new_tokens == 7
+
+
+def test_classifier_heads_and_labels_survive(tmp_path):
+    teacher = bert(CLASSIFIER, num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    student = convert(teacher, AttentionSpec("cosine"), init="plain")
+    student.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(again) is type(student)
+    assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_tokenizer_is_found_by_auto_tokenizer(tmp_path):
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "distance", "attention"]
+    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})
+    convert(bert(), AttentionSpec("l2"), init="plain").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("distance attention")["input_ids"] == [2, 5, 6, 3]
+
+
+def test_head_parameters_stay_float32_when_the_model_is_loaded_in_half(tmp_path):
+    student, batch = saved(tmp_path, "gpt2", AttentionSpec("l2"))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    kinds = {p.dtype for n, p in half.named_parameters() if ".distattn." in n}
+    assert kinds == {torch.float32}
+    assert half.transformer.wte.weight.dtype == torch.bfloat16
+    logits = half(**batch).logits
+    assert logits.dtype == torch.bfloat16
+    expected = student(**batch).logits
+    assert torch.nn.functional.cosine_similarity(logits.float(), expected, dim=-1).min() > 0.99
+
+
+def test_every_head_class_of_the_named_families_exists():
+    import transformers
+
+    for family in ("GPT2", "Bert", "T5"):
+        module = getattr(transformers.models, family.lower())
+        for name in dir(module):
+            base = getattr(module, name, None)
+            if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel) and "PreTrained" not in name:
+                assert issubclass(getattr(distattn_hf, f"DistAttn{name}"), base)
+
+
+def test_importing_the_package_imports_no_model_file():
+    code = (
+        "import sys, distattn_hf; "
+        "print([m for m in sys.modules if m.startswith('transformers.models.') and '.modeling_' in m "
+        "and '.auto.' not in m])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_converted_encoder_decoder_keeps_its_config(tmp_path):
+    student = convert(t5(), AttentionSpec("l2"), init="plain")
+    student.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.is_encoder_decoder
+    assert config.tie_word_embeddings is True
