@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,

@@ -187,6 +187,7 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
     report = data.draw(data.report_sequences, 2 * options.rows, generator)
     with torch.no_grad():
         before = report.divergence(group)
+        defaults = _snapshot(group)
         start = data.draw(data.fit_sequences[: options.sequences], 2 * options.rows, generator)
         scale_free = get_metric(group.metric).scale_free
         if group.transform != "none":
@@ -195,40 +196,42 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
             if not scale_free:
                 _choose_alpha(group, start, options.divergence_budget)
         _match_spread(group, start)
-    fixed = ["log_alpha"] if scale_free else []
-    candidates = {n: p for n, p in group.named_parameters() if n not in fixed}
-    initial = {n: p.detach().clone() for n, p in group.named_parameters()}
+    tensors = group.fitted_tensors()
+    candidates = {n: t for n, t in tensors.items() if not (scale_free and n == "log_alpha")}
+    start_values = _snapshot(group)
     steps = options.steps_for(group)
     if candidates and steps:
         _descend(group, candidates, data, options, steps, generator)
     with torch.no_grad():
-        fitted = report.divergence(group)
-        allowed = _divergence_at(group, initial, report).clamp_min(options.divergence_budget)
-        worse = ~(fitted <= allowed)
-        for name, parameter in group.named_parameters():
-            parameter[worse] = initial[name][worse]
+        # The fit is judged on rows it has not seen; a head it did not help goes back to where it started.
+        for fallback in (start_values, defaults):
+            fitted = _snapshot(group)
+            reached = report.divergence(group)
+            _restore(group, fallback)
+            better = reached <= report.divergence(group).clamp_min(options.divergence_budget)
+            _restore(group, fitted, better)
         after = report.divergence(group)
     return before, after
 
 
-def _divergence_at(group, values, rows) -> Tensor:
-    """The divergence with the parameters set to `values`, leaving the group as it was."""
-    current = {n: p.detach().clone() for n, p in group.named_parameters()}
-    for name, parameter in group.named_parameters():
-        parameter.copy_(values[name])
-    divergence = rows.divergence(group)
-    for name, parameter in group.named_parameters():
-        parameter.copy_(current[name])
-    return divergence
+def _snapshot(group) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in group.fitted_tensors().items()}
+
+
+def _restore(group, values: dict[str, Tensor], heads: Tensor | None = None) -> None:
+    """Set the group's tensors to `values`, for the chosen heads only when `heads` (bool, (H,)) is given."""
+    for name, tensor in group.fitted_tensors().items():
+        chosen = slice(None) if heads is None else heads
+        tensor.data[chosen] = values[name][chosen]
 
 
 def _descend(group, candidates, data, options, steps, generator) -> None:
-    flags = {n: p.requires_grad for n, p in group.named_parameters()}
-    for name, parameter in group.named_parameters():
-        parameter.requires_grad_(name in candidates)
+    flags = {n: t.requires_grad for n, t in group.fitted_tensors().items()}
+    for name, tensor in group.fitted_tensors().items():
+        tensor.requires_grad_(name in candidates)
     # A map's entries are of order 1/√d, so they move in steps that much smaller.
-    maps = [p for n, p in candidates.items() if n.endswith("_map")]
-    others = [p for n, p in candidates.items() if not n.endswith("_map")]
+    maps = [t for n, t in candidates.items() if n.endswith("_map")]
+    others = [t for n, t in candidates.items() if not n.endswith("_map")]
     rate = options.learning_rate
     parameter_groups = [{"params": others, "lr": rate}, {"params": maps, "lr": rate / 3}]
     optimizer = torch.optim.Adam([g for g in parameter_groups if g["params"]])
@@ -248,9 +251,9 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
             schedule.step()
             if "log_alpha" in candidates:
                 group.log_alpha.data.clamp_(max=0)
-    for name, parameter in group.named_parameters():
-        parameter.requires_grad_(flags[name])
-        parameter.grad = None
+    for name, tensor in group.fitted_tensors().items():
+        tensor.requires_grad_(flags[name])
+        tensor.grad = None
 
 
 class _AllFittedError(Exception):

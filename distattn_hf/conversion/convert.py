@@ -135,8 +135,7 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
             )
         return replace(spec, lift=True, lam=0.5, learnable_lambda=False, transform="none")
     if init == "calibrated" and not spec.lift and spec.transform is None:
-        # l1, lp and Chebyshev depend on the axes they are taken along, so they need maps to come near a dot product.
-        return replace(spec, transform="scalar" if get_metric(spec.metric).rotation_invariant else "linear")
+        return replace(spec, transform=get_metric(spec.metric).preferred_transform)
     return spec
 
 

@@ -40,8 +40,8 @@ class AttentionSpec:
         learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
         transform: the freedoms dot-product attention has and a distance has not, per head. "scalar": query / α and
             α·(key - c). "linear": also a (d, d) map on each side. "none": query and key as they are.
-            None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" where the metric
-            is invariant under rotation and "linear" for l1, lp, chebyshev and the user's own).
+            None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
+            sqeuclidean and l2, "linear" for every other metric).
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
             Euclidean attention in d + 1 dimensions and equals dot-product attention.
         layers: which layers: None (all), a list of indices, or a pattern ("0-5", "0,2,4-7", or a glob on module names

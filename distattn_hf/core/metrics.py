@@ -29,6 +29,9 @@ class Metric:
     is_distance: bool = True
     # Scaling q or k by a positive number changes nothing, so α has no effect.
     scale_free: bool = False
+    # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
+    # cosine, which forgets the norms, gains most from them.
+    preferred_transform: str = "linear"
 
     def distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
         """Distances (..., N, M), written as the definition: slow, readable, the oracle of the fast forms."""
@@ -125,6 +128,8 @@ class SquaredEuclidean(Metric):
 
     name, aliases, rotation_invariant = "sqeuclidean", ("squared_l2", "l2_squared"), True
 
+    preferred_transform = "scalar"
+
     def distance(self, query, key, p=None):
         return _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
 
@@ -164,6 +169,8 @@ class Euclidean(Metric):
     """‖q-k‖."""
 
     name, aliases, rotation_invariant = "l2", ("euclidean",), True
+
+    preferred_transform = "scalar"
 
     def distance(self, query, key, p=None):
         return _pairwise_difference(query, key, lambda diff: torch.linalg.vector_norm(diff, dim=-1))

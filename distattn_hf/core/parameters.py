@@ -32,8 +32,12 @@ class HeadParameters(nn.Module):
         # A model built in half precision keeps these in float32, as it does when it is loaded in half precision.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         if self.constant_lambda is None:
+            # A fixed λ is a buffer: from_pretrained makes every parameter trainable again.
             log_lambda = torch.empty(num_heads, dtype=dtype)
-            self.log_lambda = nn.Parameter(log_lambda, requires_grad=spec.learnable_lambda)
+            if spec.learnable_lambda:
+                self.log_lambda = nn.Parameter(log_lambda)
+            else:
+                self.register_buffer("log_lambda", log_lambda)
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
@@ -57,9 +61,15 @@ class HeadParameters(nn.Module):
             for weight in (self.query_map, self.key_map):
                 initialization.copy_(weight, torch.eye(self.head_dim).expand(self.num_heads, -1, -1))
 
+    def fitted_tensors(self) -> dict[str, Tensor]:
+        """Everything calibration sets, by name: the parameters, and λ also where it is a buffer."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
     def lam(self) -> float | Tensor:
-        """λ: a constant, or (H,) in float32."""
-        return self.constant_lambda if self.constant_lambda is not None else self.log_lambda.float().exp()
+        """λ: a constant, or (H,) in at least float32."""
+        if self.constant_lambda is not None:
+            return self.constant_lambda
+        return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
 
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query (B, H, N, d) and key (B, H, M, d) as the distance sees them, in at least float32."""

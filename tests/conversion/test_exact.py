@@ -31,7 +31,7 @@ def test_logits_equal_the_teachers(family, padded):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_path_of_the_lift_equals_the_teacher(family):
-    """The literal lifted distances, not the dot-product form the fast path reduces them to; float64 for the identity."""
+    """The literal lifted distances, not the dot-product form the fast path reduces them to, in float64."""
     teacher = FAMILIES[family]().double()
     batch = token_batch(teacher, padded=True)
     student = convert(teacher, AttentionSpec(backend="reference"), init="exact")

@@ -104,7 +104,7 @@ def test_divergence_in_the_report_is_that_of_the_weights():
     teacher = bert()
     batches = [token_batch(teacher, length=24, seed=seed) for seed in range(8)]
     student = convert(teacher, AttentionSpec("l2", layers=[0]), calibration=batches)
-    held_out = {k: v for k, v in batches[-1].items()}
+    held_out = batches[-1]
     teacher.set_attn_implementation("eager")
     with torch.no_grad():
         expected = teacher(**held_out, output_attentions=True).attentions[0]

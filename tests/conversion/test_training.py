@@ -54,7 +54,7 @@ def test_fixed_lambda_does_not_train(tmp_path):
 def test_trainer_on_a_classifier(tmp_path):
     student = convert(bert(CLASSIFIER, num_labels=2), AttentionSpec("cosine"), init="plain")
     rows = [{**row, "labels": int(row["input_ids"][0] > 10)} for row in sequences()]
-    trainer = Trainer(student, arguments(tmp_path, max_steps=20), train_dataset=rows)
+    trainer = Trainer(student, arguments(tmp_path, max_steps=60), train_dataset=rows)
     trainer.train()
     assert trainer.evaluate(rows)["eval_loss"] < 0.6
     trainer.save_model(tmp_path / "final")

@@ -12,6 +12,11 @@ LENGTH = 40
 PADDING = {"left": slice(0, 9), "right": slice(31, 40), "middle": slice(10, 12)}
 
 
+def exactness(case) -> str:
+    """The lift's R is the largest norm of all keys, masked ones too: a constant of the row that rounds its distances."""
+    return "float32_forward" if case.metric == "lifted_sqeuclidean" and case.backend != "sdpa" else "equal"
+
+
 @every_case
 @pytest.mark.parametrize("where", PADDING)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -24,7 +29,7 @@ def test_padding_tokens_change_nothing(case, where, is_causal):
     changed["key"][0, :, PADDING[where]] = 2 * torch.randn(2, LENGTH, 16)[:, PADDING[where]]
     changed["value"][0, :, PADDING[where]] = 50.0
     before, after = (case(**t, mask=mask, is_causal=is_causal) for t in (tensors, changed))
-    assert_close(after, before, "float32_forward")
+    assert_close(after, before, exactness(case))
     # Without the mask the same change is plain to see.
     before, after = (case(**t, is_causal=is_causal) for t in (tensors, changed))
     assert float((after - before).abs().max()) > 0.1
@@ -52,7 +57,7 @@ def test_the_future_changes_nothing_before_it(case, cut):
     for tensor in changed.values():
         tensor[:, :, cut:] = 5 * torch.randn_like(tensor[:, :, cut:])
     after = case(**changed, is_causal=True)
-    assert_close(after[:, :, :cut], before[:, :, :cut], "float32_forward")
+    assert_close(after[:, :, :cut], before[:, :, :cut], exactness(case))
     assert float((after[:, :, cut] - before[:, :, cut]).abs().min()) > 0
 
 

@@ -36,6 +36,50 @@ def test_attention_equals_python_loops(case, is_causal):
     assert_close(actual, expected, "float64")
 
 
+INF = float("inf")
+# name -> (mask, bias) as the caller gives them; 18 queries, 5 keys.
+PADDING = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+FORMS = {
+    "bool (B,M)": (PADDING.bool(), None),
+    "int (B,M)": (PADDING, None),
+    "bool (B,N,M)": (torch.arange(180).view(2, 18, 5) % 7 != 3, None),
+    "bool (1,H,1,M)": (torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 0, 1]]).bool()[None, :, None], None),
+    "float (B,1,1,M)": (
+        torch.tensor([[-INF, 0.5, 0.0, -1.5, 2.0], [0.0, -2.0, 0.0, -3e38, -INF]])[:, None, None],
+        None,
+    ),
+    "float (B,M)": (torch.tensor([[-INF, 0.5, 0.0, -1.5, 2.0], [0.0, -2.0, 0.0, 1.0, -3e38]]), None),
+    "bias (1,H,N,M)": (None, torch.arange(180.0).view(1, 2, 18, 5).cos()),
+    "float + bias": (
+        torch.tensor([[-INF, 0.5, 0.0, -1.5, 2.0], [0.0, -2.0, 0.0, 1.0, -3e38]])[:, None, None],
+        torch.arange(180.0).view(1, 2, 18, 5).cos(),
+    ),
+    "int (B,M) + bias": (PADDING, torch.arange(180.0).view(1, 2, 18, 5).cos()),
+}
+
+
+@every_case
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_of_mask_equals_python_loops(case, form):
+    """The other tests compare backends, which all get their mask from one function: this one judges that function."""
+    tensors = make_tensors(18, 5, 3, 2, dtype=torch.float64)
+    mask, bias = FORMS[form]
+    keep, total = torch.ones(2, 2, 18, 5, dtype=torch.bool), torch.zeros(2, 2, 18, 5, dtype=torch.float64)
+    if mask is not None:
+        axes = {2: (slice(None), None, None), 3: (slice(None), None), 4: ()}[mask.dim()]
+        mask_in_full = mask[axes].expand(2, 2, 18, 5)
+        if mask.is_floating_point():
+            keep = mask_in_full > -1e38
+            total = total + mask_in_full.double().where(keep, 0.0)
+        else:
+            keep = mask_in_full == 1
+    if bias is not None:
+        total = total + bias.double()
+    expected = loop_attention(case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=0.5, keep=keep, bias=total)
+    actual = case(**tensors, lam=0.9, scaling=0.5, mask=mask, position_bias=bias)
+    assert_close(actual, expected, "float64")
+
+
 @every_case
 def test_bare_attention_equals_python_loops(case):
     """Nothing but query, key, value and a plain number λ, which takes other branches than the test above."""
