@@ -1,7 +1,7 @@
 """How good a model is on text, by whatever its head allows, and how close it stays to its teacher."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..conversion.texts import length_for
 from ..core.configuration_distattn import CLASS_PREFIX
 
 _KINDS = {
@@ -60,6 +61,7 @@ def evaluate_model(
     of each text is the query and the rest the passage), by cosine of mean-pooled embeddings.
     """
     options = options or EvaluationOptions()
+    options = replace(options, max_length=length_for(model, options.max_length))
     kind = model_kind(model)
     model.eval()
     if kind == "embedding":

@@ -107,8 +107,7 @@ def calibration_batch(
             f"calibration must be strings, a datasets.Dataset or tokenised batches, got {type(calibration)}"
         )
     items = list(calibration)
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    max_length = min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
+    max_length = length_for(model, max_length)
     if items and all(isinstance(item, str) for item in items):
         texts = [text for text in items if text.strip()]
         if not texts:
@@ -120,6 +119,12 @@ def calibration_batch(
     if not items:
         raise ValueError("calibration is empty: give some text or tokenised batches")
     return _to_device(_merge(items, max_tokens, getattr(model.config, "pad_token_id", None) or 0), model)
+
+
+def length_for(model, max_length: int) -> int:
+    """`max_length`, or the number of positions the model has when that is smaller."""
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    return min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
 
 
 def _to_device(batch, model):

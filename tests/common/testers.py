@@ -34,8 +34,3 @@ class TextModelTester:
         shape = [self.batch_size, self.seq_length]
         inputs = {"input_ids": ids_tensor(shape, self.vocab_size), "attention_mask": random_attention_mask(shape)}
         return self.get_config(), inputs
-
-    def prepare_config_and_inputs(self):
-        """Some of transformers' tests want a tuple whose first item is the config."""
-        config, inputs = self.prepare_config_and_inputs_for_common()
-        return config, *inputs.values()

@@ -49,12 +49,12 @@ FORMS = {
         None,
     ),
     "float (B,M)": (torch.tensor([[-INF, 0.5, 0.0, -1.5, 2.0], [0.0, -2.0, 0.0, 1.0, -3e38]]), None),
-    "bias (1,H,N,M)": (None, torch.arange(180.0).view(1, 2, 18, 5).cos()),
+    "bias (1,H,N,M)": (None, torch.arange(180, dtype=torch.float64).view(1, 2, 18, 5).cos()),
     "float + bias": (
         torch.tensor([[-INF, 0.5, 0.0, -1.5, 2.0], [0.0, -2.0, 0.0, 1.0, -3e38]])[:, None, None],
-        torch.arange(180.0).view(1, 2, 18, 5).cos(),
+        torch.arange(180, dtype=torch.float64).view(1, 2, 18, 5).cos(),
     ),
-    "int (B,M) + bias": (PADDING, torch.arange(180.0).view(1, 2, 18, 5).cos()),
+    "int (B,M) + bias": (PADDING, torch.arange(180, dtype=torch.float64).view(1, 2, 18, 5).cos()),
 }
 
 
@@ -74,7 +74,7 @@ def test_each_form_of_mask_equals_python_loops(case, form):
         else:
             keep = mask_in_full == 1
     if bias is not None:
-        total = total + bias.double()
+        total = total + bias
     expected = loop_attention(case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=0.5, keep=keep, bias=total)
     actual = case(**tensors, lam=0.9, scaling=0.5, mask=mask, position_bias=bias)
     assert_close(actual, expected, "float64")

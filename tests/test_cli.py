@@ -1,0 +1,118 @@
+"""The command line as a user types it, on a small checkpoint folder and real files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertTokenizerFast
+
+import distattn_hf  # noqa: F401 (registers with the Auto classes)
+from tests.conversion.models import gpt2
+
+TEXT = "\n\n".join(" ".join(["the cat sat on the mat and the dog sat on the log"] * 6) for _ in range(8))
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(TEXT.split()))]
+
+
+def distattn(*arguments, check=True):
+    command = [sys.executable, "-m", "distattn_hf.cli", *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not check or run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    gpt2().save_pretrained(folder / "teacher")
+    tokenizer = BertTokenizerFast(vocab={w: i for i, w in enumerate(WORDS)})
+    tokenizer.save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(TEXT)
+    distattn(
+        "convert", folder / "teacher", folder / "l2", "--metric", "l2", "--calibration", folder / "text.txt",
+        "--layers", "0", "--steps", "20",
+    )  # fmt: skip
+    return folder
+
+
+def test_convert_writes_a_loadable_checkpoint_with_tokenizer(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "l2")
+    assert list(model.attention_states) == ["h.0.attn"]
+    assert (folder / "l2" / "tokenizer.json").exists()
+
+
+def test_inspect_shows_the_fitted_values(folder):
+    text = distattn("inspect", folder / "l2").stdout
+    assert "h.0.attn" in text
+    assert "init=calibrated" in text
+    report = json.loads(distattn("inspect", folder / "l2", "--json").stdout)
+    model = AutoModelForCausalLM.from_pretrained(folder / "l2")
+    expected = model.attention_states["h.0.attn"].groups[0].lam().tolist()
+    assert report["groups"][0]["lam"] == pytest.approx(expected, abs=1e-5)
+    assert report["groups"][0]["divergence_after"] is not None
+    assert report["unconverted"] == ["h.1.attn"]
+
+
+def test_evaluate_prints_teacher_and_student(folder):
+    out = distattn("evaluate", folder / "l2", "--against", folder / "teacher", "--data", folder / "text.txt", "--json")
+    result = json.loads(out.stdout)
+    student, teacher = result[str(folder / "l2")], result[str(folder / "teacher")]
+    assert student["ratio"] == pytest.approx(student["perplexity"] / teacher["perplexity"])
+    assert teacher["ratio"] == 1.0
+
+
+def test_revert_gives_the_teachers_weights(folder):
+    distattn("revert", folder / "l2", folder / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "again")
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    assert type(again) is type(teacher)
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "TEACHER", "L2", "--init", "plain"], "is not empty; pass --overwrite"),
+        (["convert", "TEACHER", "NEW", "--metric", "l7", "--init", "plain"], "unknown metric 'l7'"),
+        (["convert", "TEACHER", "NEW", "--metric", "l2"], "needs calibration"),
+        (["convert", "TEACHER", "NEW", "--layers", "8", "--init", "plain"], "selects no attention module"),
+        (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "heads must be a pattern"),
+        (["convert", "TEACHER", "NEW", "--calibration", "nowhere.txt"], "'nowhere.txt' does not exist"),
+        (["convert", "EMPTY", "NEW", "--init", "exact"], "holds no config.json"),
+        (["inspect", "TEACHER"], "is not a converted model"),
+        (["revert", "TEACHER", "NEW"], "is not a converted model"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder, arguments, message):
+    (folder / "empty").mkdir(exist_ok=True)
+    names = {"TEACHER": folder / "teacher", "L2": folder / "l2", "NEW": folder / "new", "EMPTY": folder / "empty"}
+    run = distattn(*[names.get(a, a) for a in arguments], check=False)
+    assert run.returncode == 1
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in run.stderr
+    assert not (folder / "new").exists()
+
+
+def test_overwrite_replaces_the_folder(folder):
+    distattn("convert", folder / "teacher", folder / "twice", "--init", "exact")
+    (folder / "twice" / "stale.txt").write_text("old")
+    distattn("convert", folder / "teacher", folder / "twice", "--init", "plain", "--overwrite")
+    assert not (folder / "twice" / "stale.txt").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder / "twice").config.distattn["init"] == "plain"
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("verb", ["convert", "inspect", "evaluate", "revert"])
+def test_help_has_an_example(verb):
+    assert "Example" in distattn(verb, "--help").stdout
+
+
+def test_a_hub_name_without_the_hub_fails_at_once():
+    run = distattn("inspect", "openai-community/gpt2", check=False)
+    assert run.returncode == 1
+    assert "error: " in run.stderr
