@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..core.backends import validate_backend
 from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
 from ..core.discovery import find_attention_modules, locate, select_modules
+from ..core.interface import EAGER_IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, IMPLEMENTATION
 from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin, model_class_for
 from .calibrate import CalibrationOptions, calibrate
@@ -193,7 +194,15 @@ def _build_student(model, specs, modules, init) -> PreTrainedModel:
     with torch.device("cpu"):
         state = dict(model.state_dict())
         state.update(_initial_head_parameters(model, student_class, config))
-    return _like(rebuild(student_class, config, state), model)
+    try:
+        return _like(rebuild(student_class, config, state), model)
+    except KeyError as error:
+        if error.args and error.args[0] in (IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, EAGER_IMPLEMENTATION):
+            raise ValueError(
+                f"{type(model).__name__} cannot be converted: a part of it picks its attention class by the "
+                "implementation's name instead of following transformers' attention interface"
+            ) from error
+        raise
 
 
 def _initial_head_parameters(model, student_class, config) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from .parameters import DistanceAttentionState
 
 IMPLEMENTATION = "distattn"
 EAGER_IMPLEMENTATION = "distattn_eager"
+# The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
+# always written out.
+FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
 
 # Arguments of transformers' attention calls that change the result and that no distance backend computes.
 _REFUSED = {
@@ -172,10 +175,16 @@ def distattn_eager_attention_forward(module, query, key, value, attention_mask, 
     return _forward(module, query, key, value, attention_mask, reference=True, kwargs=kwargs)
 
 
+def _full_mask(*args, **kwargs):
+    """transformers' bool mask, never left to the `is_causal` flag."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 # Without a mask function of the same name transformers passes no mask at all and the model would see the future.
-for _name, _function in (
-    (IMPLEMENTATION, distattn_attention_forward),
-    (EAGER_IMPLEMENTATION, distattn_eager_attention_forward),
+for _name, _attention, _mask in (
+    (IMPLEMENTATION, distattn_attention_forward, sdpa_mask),
+    (FULL_MASK_IMPLEMENTATION, distattn_attention_forward, _full_mask),
+    (EAGER_IMPLEMENTATION, distattn_eager_attention_forward, _full_mask),
 ):
-    AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, _mask)

@@ -22,7 +22,7 @@ from .configuration_distattn import (
     new_config_class_hooks,
 )
 from .discovery import base_prefix, find_attention_modules, locate, select_modules
-from .interface import EAGER_IMPLEMENTATION, IMPLEMENTATION
+from .interface import EAGER_IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, IMPLEMENTATION
 from .parameters import DistanceAttentionState
 
 REPORT_NAME = "distattn_report.json"
@@ -31,12 +31,13 @@ _ALLOWED_IMPLEMENTATIONS = {
     None: IMPLEMENTATION,
     "sdpa": IMPLEMENTATION,
     IMPLEMENTATION: IMPLEMENTATION,
+    FULL_MASK_IMPLEMENTATION: IMPLEMENTATION,
     "eager": EAGER_IMPLEMENTATION,
     EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
 }
 
 
-def resolve_implementation(requested) -> str:
+def resolve_implementation(requested, supports_sdpa: bool = True) -> str:
     """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
 
     None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
@@ -49,7 +50,8 @@ def resolve_implementation(requested) -> str:
             f"attn_implementation={requested!r} is not available for distance attention; use None or 'sdpa' (the "
             "backend of each AttentionSpec) or 'eager' (the reference)"
         )
-    return _ALLOWED_IMPLEMENTATIONS[requested]
+    chosen = _ALLOWED_IMPLEMENTATIONS[requested]
+    return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
 
 
 class DistAttnModelMixin:
@@ -64,7 +66,7 @@ class DistAttnModelMixin:
                 f"{type(self).__name__} needs config.distattn, got None; set it to "
                 "{'specs': [AttentionSpec(...).to_dict()]} or use distattn_hf.convert on a pretrained model"
             )
-        config._attn_implementation = resolve_implementation(config._attn_implementation)
+        config._attn_implementation = resolve_implementation(config._attn_implementation, self._supports_sdpa)
         super().__init__(config, *args, **kwargs)
 
     def post_init(self):
@@ -94,7 +96,8 @@ class DistAttnModelMixin:
         return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        super().set_attn_implementation(resolve_implementation(attn_implementation), *args, **kwargs)
+        implementation = resolve_implementation(attn_implementation, self._supports_sdpa)
+        super().set_attn_implementation(implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.auto_map = auto_map_for(type(self))
@@ -110,12 +113,16 @@ class DistAttnModelMixin:
     def conversion_report(self) -> dict | None:
         """What the conversion did, as a dict: set by `convert`, read from the checkpoint afterwards; None if absent."""
         if self._conversion_report is None and self.name_or_path:
-            found = cached_file(
-                self.name_or_path,
-                REPORT_NAME,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
+            try:
+                found = cached_file(
+                    self.name_or_path,
+                    REPORT_NAME,
+                    _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )
+            except OSError:
+                # The folder it was loaded from is gone, and its path is no name on the Hub.
+                found = None
             if found is not None:
                 with open(found, encoding="utf-8") as file:
                     self._conversion_report = json.load(file)

@@ -127,6 +127,8 @@ def sweep_one(model_type: str) -> Outcome:
     try:
         student = convert(model, AttentionSpec(), init="exact")
         got = run(student, batch)
+    except TimeoutError:
+        raise
     except ValueError as error:
         return Outcome(model_type, "refused", str(error).split("\n")[0][:160])
     except Exception as error:  # noqa: BLE001 (reported as wrong, with its text)
