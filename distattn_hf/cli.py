@@ -31,6 +31,9 @@ Column = Annotated[str | None, typer.Option(help="The text column of the data se
 def convert(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    spec_file: Annotated[
+        Path | None, typer.Option("--spec", help="A YAML or JSON file with one AttentionSpec or a list (a mixed plan).")
+    ] = None,
     metric: Annotated[
         str, typer.Option(help="sqeuclidean, l2, l1, lp, cosine, chebyshev or an alias.")
     ] = "sqeuclidean",
@@ -56,17 +59,20 @@ def convert(
     from .conversion.checkpoints import load_checkpoint
     from .conversion.report import ConversionReport
     from .conversion.saving import check_output, save_checkpoint
+    from .conversion.specs import read_specs
     from .conversion.texts import read_texts
     from .core.configuration_distattn import AttentionSpec, numeric_pattern
 
     check_output(out, overwrite)
-    chosen = None
-    if heads is not None and (chosen := numeric_pattern(heads)) is None:
-        raise ValueError(f"heads must be a pattern such as '0-3' or '0,2', got {heads!r}")
-    spec = AttentionSpec(
-        metric=metric, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
-        heads=None if chosen is None else tuple(chosen),
-    )  # fmt: skip
+    if spec_file is not None:
+        spec = read_specs(spec_file)
+    else:
+        if heads is not None and numeric_pattern(heads) is None:
+            raise ValueError(f"heads must be a pattern such as '0-3' or '0,2', got {heads!r}")
+        spec = AttentionSpec(
+            metric=metric, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
+            heads=tuple(numeric_pattern(heads)) if heads else None,
+        )  # fmt: skip
     texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None
     model, tokenizer = load_checkpoint(source)
     options = CalibrationOptions(steps=steps, seed=seed)
