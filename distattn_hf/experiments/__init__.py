@@ -1,0 +1,1 @@
+"""Experiments: each module makes one table or figure of the README."""

@@ -1,0 +1,99 @@
+"""What a conversion without training costs, on real checkpoints: the quality tables of the README.
+
+python -m distattn_hf.experiments.conversion_quality {iglm|minilm|smollm2} [METRIC ...]
+"""
+
+import sys
+import time
+
+import torch
+from transformers.utils import logging
+
+from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
+from ..conversion.checkpoints import load_checkpoint
+from ..conversion.convert import convert
+from ..conversion.report import ConversionReport
+from ..conversion.texts import news_articles
+from ..core.configuration_distattn import AttentionSpec
+
+METRICS = ("sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev")
+# Tokens IgLM's own generation forbids, and the end of a sequence.
+_FORBIDDEN, _END = [0, 1, *range(25, 33)], 2
+
+
+def sample_sequences(model, tokenizer, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """`count` antibody sequences from IgLM itself at temperature 1, padded on the right: its package has no data."""
+    torch.manual_seed(seed)
+    chains = tokenizer.convert_tokens_to_ids(["[HEAVY]", "[LIGHT]"])
+    species = tokenizer.convert_tokens_to_ids(["[HUMAN]", "[MOUSE]", "[RABBIT]", "[CAMEL]"])
+    start = torch.tensor([[chains[i % 2], species[i % 4]] for i in range(count)])
+    ids = model.generate(
+        start, attention_mask=torch.ones_like(start), max_length=150, do_sample=True, top_k=0, eos_token_id=_END,
+        pad_token_id=0, bad_words_ids=[[i] for i in _FORBIDDEN],
+    )  # fmt: skip
+    ended = ((ids == _END).cumsum(-1) - (ids == _END).int()) > 0
+    return {"input_ids": ids.masked_fill(ended, 0), "attention_mask": (~ended).long()}
+
+
+@torch.no_grad()
+def batch_perplexity(model, batch) -> float:
+    """Perplexity per real token of one padded batch."""
+    logits = model(**batch).logits[:, :-1]
+    labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).exp())
+
+
+def iglm():
+    """(model, tokenizer, calibration, score function): perplexity on 64 sequences, calibrated on 48 others."""
+    model, tokenizer = load_checkpoint("iglm")
+    calibration = [sample_sequences(model, tokenizer, 48, seed=0)]
+    held_out = sample_sequences(model, tokenizer, 64, seed=1)
+    return model, tokenizer, calibration, lambda candidate: {"perplexity": batch_perplexity(candidate, held_out)}
+
+
+def minilm():
+    """Mean reciprocal rank, title to article, on the last 300 articles; calibrated on titles and texts of the first."""
+    model, tokenizer = load_checkpoint("minilm")
+    articles = news_articles()
+    pairs = [(a["title"], a["text"]) for a in articles[-300:]]
+    calibration = [text for a in articles[:48] for text in (a["title"], a["text"])]
+    options = EvaluationOptions(progress=False)
+
+    def score(candidate):
+        found = evaluate_model(candidate, tokenizer, [], pairs=pairs, options=options)
+        cosine = embedding_agreement(candidate, model, tokenizer, [p[1] for p in pairs[:64]], options)
+        return {"mrr": found["mrr"], "cosine": cosine}
+
+    return model, tokenizer, calibration, score
+
+
+def smollm2(max_tokens: int = 4096):
+    """Perplexity at 512 tokens on articles from the 3,001st on; calibrated on 8,192 tokens of the first 200."""
+    model, tokenizer = load_checkpoint("smollm2-135m")
+    texts = [a["text"] for a in news_articles()]
+    options = EvaluationOptions(max_length=512, max_tokens=max_tokens, progress=False)
+    return model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options)
+
+
+def main(names: list[str]) -> None:
+    """Print one line per metric and initialisation, as each is ready."""
+    if not names or names[0] not in ("iglm", "minilm", "smollm2"):
+        raise SystemExit(__doc__)
+    logging.set_verbosity_error()
+    model, tokenizer, calibration, score = globals()[names[0]]()
+    teacher = score(model)
+    print("teacher", teacher, flush=True)
+    for metric in names[1:] or METRICS:
+        spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
+        for init in ("plain", "calibrated"):
+            start = time.perf_counter()
+            student = convert(model, spec, init=init, calibration=calibration, tokenizer=tokenizer)
+            seconds = time.perf_counter() - start
+            found = score(student)
+            ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
+            summary = ConversionReport.from_dict(student.conversion_report).summary()
+            print(f"{metric:<12} {init:<11} {found} ratio {ratios} {seconds:.0f} s  {summary}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
