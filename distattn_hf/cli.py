@@ -48,7 +48,7 @@ def convert(
     p: Annotated[float | None, typer.Option(help="Order of the lp metric, p >= 1.")] = None,
     lam: Annotated[float | None, typer.Option(help="λ at the start. Default: fitted, or the metric's own.")] = None,
     transform: Annotated[str | None, typer.Option(help="none, scalar or linear. Default: see AttentionSpec.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, linear 300.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, linear 200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
     overwrite: Overwrite = False,
     per_head: Annotated[bool, typer.Option("--per-head", help="Print a line for every head.")] = False,

@@ -30,10 +30,10 @@ class CalibrationOptions:
     """How the fit runs. The defaults take one to a few minutes for 135M parameters on two cores.
 
     Args:
-        steps: Adam steps per layer; more for `transform="linear"`, see `steps_for`.
+        steps: Adam steps per layer; None: 100, and 200 for `transform="linear"`.
         learning_rate: its initial value; it falls to zero along a cosine.
         rows: query positions drawn per step from each sequence.
-        sequences: sequences drawn per step.
+        sequences: sequences drawn per step; None: 4, and 2 for metrics without a matmul form (l1, lp, chebyshev).
         divergence_budget: nats per query. Where a smaller α only buys divergence below this, the larger (more
             Euclidean) α is kept.
         seed: of the draws. Same seed, same data: same result.
@@ -43,16 +43,16 @@ class CalibrationOptions:
     steps: int | None = None
     learning_rate: float = 0.03
     rows: int = 64
-    sequences: int = 4
+    sequences: int | None = None
     divergence_budget: float = 0.004
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self):
-        for name in ("rows", "sequences"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if not isinstance(self.rows, int) or self.rows < 1:
+            raise ValueError(f"rows must be an integer >= 1, got {self.rows!r}")
+        if self.sequences is not None and (not isinstance(self.sequences, int) or self.sequences < 1):
+            raise ValueError(f"sequences must be None or an integer >= 1, got {self.sequences!r}")
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 0):
             raise ValueError(f"steps must be None or an integer >= 0, got {self.steps!r}")
         if not self.learning_rate > 0:
@@ -64,7 +64,13 @@ class CalibrationOptions:
         """Adam steps for one group of heads: maps have d² values a head and take longer."""
         if self.steps is not None:
             return self.steps
-        return 300 if group.transform == "linear" else 100
+        return 200 if group.transform == "linear" else 100
+
+    def sequences_for(self, group: HeadParameters) -> int:
+        """Sequences drawn per step for one group of heads."""
+        if self.sequences is not None:
+            return self.sequences
+        return 2 if get_metric(group.metric).elementwise else 4
 
 
 @dataclass
@@ -188,7 +194,7 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
     with torch.no_grad():
         before = report.divergence(group)
         defaults = _snapshot(group)
-        start = data.draw(data.fit_sequences[: options.sequences], 2 * options.rows, generator)
+        start = data.draw(data.fit_sequences[: options.sequences_for(group)], 2 * options.rows, generator)
         scale_free = get_metric(group.metric).scale_free
         if group.transform != "none":
             weights = data.keep.any(1).any(1).float()[:, None, :, None]
@@ -236,7 +242,7 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
     parameter_groups = [{"params": others, "lr": rate}, {"params": maps, "lr": rate / 3}]
     optimizer = torch.optim.Adam([g for g in parameter_groups if g["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    count = min(options.sequences, len(data.fit_sequences))
+    count = min(options.sequences_for(group), len(data.fit_sequences))
     with torch.enable_grad():
         for _ in range(steps):
             order = torch.randperm(len(data.fit_sequences), generator=generator)[:count].tolist()

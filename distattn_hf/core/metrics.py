@@ -29,6 +29,8 @@ class Metric:
     is_distance: bool = True
     # Scaling q or k by a positive number changes nothing, so α has no effect.
     scale_free: bool = False
+    # No matmul form: N·M·d elementwise operations, so a fit draws fewer rows.
+    elementwise: bool = False
     # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
     # cosine, which forgets the norms, gains most from them.
     preferred_transform: str = "linear"
@@ -204,7 +206,7 @@ class Cosine(Metric):
 class Minkowski(Metric):
     """(Σ|q-k|^p)^(1/p), p ≥ 1; subclasses fix p."""
 
-    name, aliases = "lp", ("minkowski",)
+    name, aliases, elementwise = "lp", ("minkowski",), True
     order: float | None = None
 
     def _order(self, p):
