@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..core.attention import distance_attention
 from ..core.masks import causal_keep
 from ..core.metrics import get_metric
-from ..core.parameters import DistanceAttentionState, HeadParameters
+from ..core.parameters import HeadParameters
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
@@ -266,44 +266,80 @@ class _AllFittedError(Exception):
     """Raised inside the forward pass once the last layer is fitted: the head of the model need not run."""
 
 
-def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> dict[str, list[dict]]:
-    """Fit every converted attention module of `model` on `batch`.
+def _count_uses(model, batch) -> dict[str, int]:
+    """How often one forward pass runs each converted module: more than once where layers share it (ALBERT)."""
+    uses: dict[str, int] = {}
+    names = {state: name for name, state in model.attention_states.items()}
 
-    Returns {module name: one {"before", "after"} of (H,) divergences per group}. Raises `ValueError` when the batch
-    never reaches a converted module.
-    """
-    states: dict[str, DistanceAttentionState] = model.attention_states
-    names = {state: name for name, state in states.items()}
-    results: dict[str, list[dict]] = {}
-    bar = tqdm(total=len(states), desc="calibrate", unit="layer", disable=not options.progress)
+    def count(state, query, key, value, call):
+        uses[names[state]] = uses.get(names[state], 0) + 1
+        return _teacher_output(query, key, value, call)
 
-    def observe(state, query, key, value, call):
-        name = names[state]
-        if name not in results:
-            results[name] = []
-            for group, heads in zip(state.groups, state.head_lists, strict=True):
-                data = LayerData(query, key, call, heads)
-                if not data.fit_sequences:
-                    raise ValueError(f"calibration: no sequence reaches {name!r} with two or more visible keys")
-                before, after = fit_group(group, data, options)
-                results[name].append({"before": before, "after": after})
-            bar.update()
-            if len(results) == len(states):
-                raise _AllFittedError
-        teacher = {k: v for k, v in call.items() if k not in ("backend", "return_weights")}
-        return distance_attention(query, key, value, metric="dot", lam=1.0, **teacher)
+    _observed_forward(model, {name: tensor[:1] for name, tensor in batch.items()}, count)
+    return uses
 
-    for state in states.values():
-        state.observer = observe
+
+def _teacher_output(query, key, value, call) -> Tensor:
+    teacher = {k: v for k, v in call.items() if k not in ("backend", "return_weights")}
+    return distance_attention(query, key, value, metric="dot", lam=1.0, **teacher)
+
+
+def _observed_forward(model, batch, observer) -> None:
+    states = list(model.attention_states.values())
+    for state in states:
+        state.observer = observer
     try:
         with torch.no_grad():
             model(**batch)
     except _AllFittedError:
         pass
     finally:
-        for state in states.values():
+        for state in states:
             state.observer = None
-        bar.close()
-    if missing := [name for name in states if name not in results]:
+
+
+def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> dict[str, list[dict]]:
+    """Fit every converted attention module of `model` on `batch`.
+
+    A module that several layers share is fitted once, on all its uses together. Returns {module name: one {"before",
+    "after"} of (H,) divergences per group}. Raises `ValueError` when the batch never reaches a converted module.
+    """
+    names = {state: name for name, state in model.attention_states.items()}
+    uses = _count_uses(model, batch)
+    if missing := [name for name in names.values() if name not in uses]:
         raise ValueError(f"calibration: the batch never reached {missing[0]!r} ({len(missing)} modules in all)")
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    results: dict[str, list[dict]] = {}
+    bar = tqdm(total=len(names), desc="calibrate", unit="layer", disable=not options.progress)
+
+    def observe(state, query, key, value, call):
+        name = names[state]
+        seen.setdefault(name, []).append((query, key))
+        if len(seen[name]) == uses[name]:
+            queries, keys = (torch.cat(tensors) for tensors in zip(*seen.pop(name), strict=True))
+            results[name] = []
+            for group, heads in zip(state.groups, state.head_lists, strict=True):
+                data = LayerData(queries, keys, _repeated(call, uses[name]), heads)
+                if not data.fit_sequences:
+                    raise ValueError(f"calibration: no sequence reaches {name!r} with two or more visible keys")
+                before, after = fit_group(group, data, options)
+                results[name].append({"before": before, "after": after})
+            bar.update()
+            if len(results) == len(names):
+                raise _AllFittedError
+        return _teacher_output(query, key, value, call)
+
+    try:
+        _observed_forward(model, batch, observe)
+    finally:
+        bar.close()
     return results
+
+
+def _repeated(call: dict, times: int) -> dict:
+    """The call's masks for `times` uses of a module, stacked along the batch."""
+
+    def repeat(tensor):
+        return tensor if tensor is None or tensor.shape[0] == 1 else tensor.repeat(times, 1, 1, 1)
+
+    return {**call, "mask": repeat(call["mask"]), "position_bias": repeat(call["position_bias"])}

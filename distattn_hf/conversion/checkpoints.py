@@ -146,9 +146,11 @@ def rebuild(model_class: type, config, state_dict: dict) -> PreTrainedModel:
     Raises `ValueError` naming the first parameter that is missing, unexpected or of another shape.
     """
     state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
+    name_or_path = config.name_or_path
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=config.dtype or torch.float32, output_loading_info=True
     )
+    model.name_or_path = model.config.name_or_path = name_or_path
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problem := sorted(info[kind], key=str):
             raise ValueError(f"{model_class.__name__}: {kind.replace('_', ' ')}: {problem[0]} ({len(problem)} in all)")

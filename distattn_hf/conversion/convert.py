@@ -50,15 +50,20 @@ def convert(
         options: `CalibrationOptions`; None for the defaults.
 
     Returns:
-        The converted model, a `DistAttn<...>` class, in eval mode, with a `ConversionReport` in
-        `model.conversion_report`.
+        The converted model, a `DistAttn<...>` class, in the mode (train or eval) the model is in, with a
+        `ConversionReport` as a dict in `model.conversion_report`.
 
     Raises:
         ValueError: before anything is built, naming the field or the module: unknown metric, p < 1, λ <= 0, a layer or
             head out of range, an empty selection, a model without interface attention, NaN weights, no calibration.
     """
+    # Fitting needs gradients, which inference mode would forbid for good on every tensor made under it.
+    with torch.inference_mode(False):
+        return _convert(model, spec, init, calibration, tokenizer, layers, options or CalibrationOptions())
+
+
+def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreTrainedModel:
     start = time.perf_counter()
-    options = options or CalibrationOptions()
     specs = [spec] if isinstance(spec, AttentionSpec) else list(spec)
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
@@ -71,9 +76,13 @@ def convert(
         logger.warning(text)
 
     student = _build_student(model, specs, modules, init)
-    divergences = calibrate(student, batch, options) if batch is not None else {}
+    divergences = {}
+    if batch is not None:
+        # Without dropout, whatever mode the model came in.
+        divergences = calibrate(student.eval(), batch, options)
+        student.train(model.training)
     report = _report(type(model), student, modules, divergences, init, warnings)
-    report.calibration_tokens = 0 if batch is None else batch["input_ids"].numel()
+    report.calibration_tokens = batch["input_ids"].numel() if batch and "input_ids" in batch else 0
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
     return student
@@ -87,6 +96,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model; revert takes what convert returned")
+    _refuse_adapters(model)
     base = model.base_class
     data = model.config.to_dict()
     for key in ("distattn", "auto_map", "model_type", "architectures"):
@@ -99,11 +109,19 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return _like(rebuild(base, config, state), model)
 
 
+def _refuse_adapters(model) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{type(model).__name__} holds PEFT adapters; merge them first (PeftModel.merge_and_unload) or delete them"
+        )
+
+
 def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> list[AttentionSpec]:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is converted already; call distattn_hf.revert(model) first")
+    _refuse_adapters(model)
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if not specs:
@@ -114,12 +132,19 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
             raise ValueError(f"spec must be an AttentionSpec or a list of them, got {type(spec).__name__}")
         metric = get_metric(spec.metric)
         metric.validate(spec.p)
-        validate_backend(spec.backend)
+        if validate_backend(spec.backend) == "sdpa" and not _has_dot_form(metric):
+            raise ValueError(
+                f"backend 'sdpa' cannot run metric {metric.name!r}: it has no dot-product form; use 'auto'"
+            )
         spec = replace(spec, metric=metric.name)
         if layers is not None and spec.layers is None:
             spec = replace(spec, layers=layers)
         checked.append(_prepare(spec, init))
     return checked
+
+
+def _has_dot_form(metric) -> bool:
+    return metric.dot_form(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)) is not None
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
@@ -222,15 +247,20 @@ def _initial_head_parameters(model, student_class, config) -> dict[str, Tensor]:
 
 
 def _like(new: PreTrainedModel, old: PreTrainedModel) -> PreTrainedModel:
-    """Give `new` what `old` has beside its weights: buffers, device, mode, trainable flags, generation config."""
+    """Give `new` what `old` has beside its weights: buffers, device, dtypes, mode, flags, generation config."""
     buffers = dict(old.named_buffers())
     for name, buffer in new.named_buffers():
         if name in buffers and buffers[name].shape == buffer.shape:
             buffer.copy_(buffers[name])
-    flags = {name: parameter.requires_grad for name, parameter in old.named_parameters()}
+    theirs = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
-        if name in flags:
-            parameter.requires_grad_(flags[name])
+        if name in theirs:
+            parameter.requires_grad_(theirs[name].requires_grad)
+            if parameter.dtype != theirs[name].dtype:
+                # Loading applies one dtype and the class's exceptions; the model may have been cast otherwise since.
+                parameter.data = theirs[name].detach().clone()
+    if getattr(old, "is_gradient_checkpointing", False):
+        new.gradient_checkpointing_enable()
     if old.can_generate():
         new.generation_config = copy.deepcopy(old.generation_config)
     return new.to(old.device).train(old.training)

@@ -21,8 +21,9 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
 def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overwrite: bool = False) -> Path:
     """Save model and tokenizer to `out` through a temporary folder beside it, which is renamed at the end.
 
-    An error midway (a full disk, a killed process) leaves what was under `out` as it was. Raises `ValueError` for an
-    output that exists and is not empty, unless `overwrite`; then the old folder is removed once the new one is there.
+    An error midway (a full disk) leaves what was under `out` as it was and nothing else; a process killed midway leaves
+    the temporary folder, whose name starts with a dot. Raises `ValueError` for an output that exists and is not empty,
+    unless `overwrite`; then the old folder is moved aside, replaced, and removed.
     """
     out = check_output(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)

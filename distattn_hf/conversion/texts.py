@@ -1,6 +1,7 @@
 """Calibration data in whatever form the user has it -> one padded batch the model can run."""
 
 import csv
+import inspect
 import io
 import random
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 MAX_LENGTH = 512
@@ -98,9 +100,11 @@ def calibration_batch(
         )
     if isinstance(calibration, str):
         calibration = [calibration]
+    if isinstance(getattr(calibration, "column_names", None), dict):
+        raise ValueError(f"calibration is a DatasetDict; give one of its splits: {list(calibration.column_names)}")
     if hasattr(calibration, "column_names") and "input_ids" not in (calibration.column_names or ()):
         calibration = _texts_of(calibration, None)
-    if isinstance(calibration, dict) or hasattr(calibration, "input_ids"):
+    if hasattr(calibration, "keys"):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
         raise ValueError(
@@ -118,7 +122,7 @@ def calibration_batch(
         return _to_device(_tokenise(model, texts, tokenizer, max_length, max_tokens), model)
     if not items:
         raise ValueError("calibration is empty: give some text or tokenised batches")
-    return _to_device(_merge(items, max_tokens, getattr(model.config, "pad_token_id", None) or 0), model)
+    return _to_device(_merge(model, items, max_length, max_tokens), model)
 
 
 def length_for(model, max_length: int) -> int:
@@ -144,7 +148,7 @@ def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tens
             used += len(row)
         batch = _pad(rows, tokenizer.pad_token_id or 0)
         if model.config.is_encoder_decoder:
-            batch["decoder_input_ids"] = model._shift_right(batch["input_ids"])
+            batch["decoder_input_ids"] = shift_right(model, batch["input_ids"])
         return batch
     stream: list[int] = []
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
@@ -168,25 +172,55 @@ def _pad(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _merge(items, max_tokens: int, pad: int) -> dict[str, Tensor]:
-    """Tokenised examples or batches -> one padded batch; "labels" are left out."""
+def shift_right(model, labels: Tensor) -> Tensor:
+    """Decoder inputs for `labels` (B, N): the start token, then all but the last label; -100 becomes padding."""
+    config = model.config
+    decoder = getattr(config, "decoder", config)
+    start, pad = (
+        next((v for holder in (config, decoder) if (v := getattr(holder, name, None)) is not None), 0)
+        for name in ("decoder_start_token_id", "pad_token_id")
+    )
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+def _rows(value) -> list[Tensor]:
+    """One tensor per example, from a tensor, a nested list (ragged or not) or a single example."""
+    if isinstance(value, Tensor):
+        return list(value) if value.dim() > 1 else [value]
+    if len(value) and isinstance(value[0], int | float):
+        return [torch.as_tensor(value)]
+    return [torch.as_tensor(row) for row in value]
+
+
+def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
+    """Tokenised examples or batches -> one padded batch of what the model's forward takes, without labels."""
+    main = model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
     columns: dict[str, list[Tensor]] = {}
     used = 0
     for item in items:
-        if not hasattr(item, "keys") or "input_ids" not in item.keys():  # noqa: SIM118 (BatchEncoding)
+        if not hasattr(item, "keys") or main not in item.keys():  # noqa: SIM118 (BatchEncoding)
             shown = list(item.keys()) if hasattr(item, "keys") else type(item).__name__
-            raise ValueError(f"calibration batches must hold 'input_ids', got {shown}")
-        tensors = {n: torch.as_tensor(item[n]) for n in item.keys() if n != "labels"}  # noqa: SIM118
-        if "attention_mask" not in tensors:
-            tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
-        for name, tensor in tensors.items():
-            columns.setdefault(name, []).extend(tensor if tensor.dim() > 1 else [tensor])
-        used += tensors["input_ids"].numel()
-        if used >= max_tokens:
-            break
+            raise ValueError(f"calibration batches must hold {main!r}, got {shown}")
+        rows = {n: _rows(item[n]) for n in item.keys() if n in accepted and item[n] is not None}  # noqa: SIM118
+        if main == "input_ids" and "attention_mask" not in rows:
+            rows["attention_mask"] = [torch.ones_like(row) for row in rows[main]]
+        for number in range(len(rows[main])):
+            if used >= max_tokens:
+                break
+            for name, values in rows.items():
+                value = values[number]
+                columns.setdefault(name, []).append(value[:max_length] if main == "input_ids" else value)
+            used += min(len(rows[main][number]), max_length)
     if used == 0:
         raise ValueError("calibration is empty: its batches hold no tokens")
-    from torch.nn.utils.rnn import pad_sequence
-
-    fill = {"input_ids": pad, "decoder_input_ids": pad}
-    return {n: pad_sequence(rows, batch_first=True, padding_value=fill.get(n, 0)) for n, rows in columns.items()}
+    if main != "input_ids":
+        return {name: torch.stack(rows) for name, rows in columns.items() if name != "labels"}
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    fill = {"input_ids": pad, "decoder_input_ids": pad, "labels": -100}
+    batch = {n: pad_sequence(rows, batch_first=True, padding_value=fill.get(n, 0)) for n, rows in columns.items()}
+    labels = batch.pop("labels", None)
+    if labels is not None and model.config.is_encoder_decoder:
+        batch.setdefault("decoder_input_ids", shift_right(model, labels))
+    return batch

@@ -41,7 +41,7 @@ def distance_attention(
         scaling: factor beside λ; None: 1/√d.
         mask: None; bool (True = keep); integer 0/1; or float (added to the logits). Rank 2 is a padding mask (B, M);
             rank 3 is (B, N, M); rank 4 broadcasts to (B, H, N, M).
-        position_bias: broadcastable to (B, H, N, M), added to the logits.
+        position_bias: float, broadcastable to (B, H, N, M), added to the logits; -inf masks.
         is_causal: query i sees keys j <= i, counted from the start of both, as in PyTorch.
         dropout_p: dropout on the weights, applied whenever it is > 0.
         backend: "auto", "sdpa", "chunked" or "reference". An explicit one that cannot run raises.
@@ -78,6 +78,9 @@ def distance_attention(
             raise ValueError(
                 f"position_bias of shape {tuple(position_bias.shape)} does not broadcast to (B, H, N, M)={shape}"
             ) from None
+        # A bias may mask, too: -inf and the dtype's minimum mean "masked" here as they do in a mask.
+        open_entries, position_bias = split_mask(position_bias, shape)
+        keep = open_entries if keep is None else keep & open_entries
         bias = add_bias(position_bias, bias)
     inputs = AttentionInputs(query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p)
     # Distances and softmax are a full-precision island: autocast would take the matmuls inside back to half.

@@ -199,8 +199,11 @@ class DistAttnConfigMixin:
     def output_attentions(self, value):
         self._output_attentions = value
 
-    def validate_output_attentions(self):
-        """Nothing to refuse: weights are always available."""
+    def validate(self):
+        """The base class's checks, but for the one that refuses weights to all but the eager implementation."""
+        for validator in self.base_config_class.__class_validators__:
+            if validator.__name__ != "validate_output_attentions":
+                validator(self)
 
     def to_dict(self):
         """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""

@@ -5,7 +5,7 @@ import re
 
 from torch import nn
 
-from .configuration_distattn import AttentionSpec
+from .configuration_distattn import AttentionSpec, numeric_pattern
 
 _HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "num_attn_heads")
 _HEAD_SIZE_NAMES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "dim_head")
@@ -88,7 +88,8 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
     layers = {entry["layer"] for entry in candidates.values()}
     chosen: dict[str, dict] = {}
     for number, spec in enumerate(specs):
-        if isinstance(spec.layers, tuple) and (missing := [i for i in spec.layers if i not in layers]):
+        numbers = numeric_pattern(spec.layers) if isinstance(spec.layers, str) else spec.layers
+        if missing := [i for i in sorted(numbers or ()) if i not in layers]:
             known = sorted(i for i in layers if i is not None)
             raise ValueError(f"layers: there is no layer {missing[0]}; this model has layers {known}")
         matched = [

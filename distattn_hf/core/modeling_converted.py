@@ -7,6 +7,7 @@ of transformers, so importing this file imports no model.
 
 import json
 import os
+import re
 
 import torch
 import transformers
@@ -59,6 +60,7 @@ class DistAttnModelMixin:
 
     _keep_in_fp32_modules_strict = {"distattn"}
     _conversion_report: dict | None = None
+    _report_source: tuple[str, dict] | None = None
 
     def __init__(self, config, *args, **kwargs):
         if getattr(config, "distattn", None) is None:
@@ -109,19 +111,26 @@ class DistAttnModelMixin:
             os.replace(f"{path}.tmp", path)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if pretrained_model_name_or_path is not None:
+            names = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
+            options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+            model._report_source = (str(pretrained_model_name_or_path), options)
+        return found
+
     @property
     def conversion_report(self) -> dict | None:
         """What the conversion did, as a dict: set by `convert`, read from the checkpoint afterwards; None if absent."""
-        if self._conversion_report is None and self.name_or_path:
+        if self._conversion_report is None and self._report_source is not None:
+            source, options = self._report_source
+            self._report_source = None
             try:
-                found = cached_file(
-                    self.name_or_path,
-                    REPORT_NAME,
-                    _raise_exceptions_for_missing_entries=False,
-                    _raise_exceptions_for_connection_errors=False,
-                )
+                found = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **options)
             except OSError:
-                # The folder it was loaded from is gone, and its path is no name on the Hub.
+                # The folder it was loaded from is gone since, or the Hub is.
                 found = None
             if found is not None:
                 with open(found, encoding="utf-8") as file:
@@ -152,6 +161,16 @@ def _own_scaling(module: nn.Module) -> float | None:
     return None
 
 
+def _check_implementation(module: nn.Module, arguments) -> None:
+    """Forward pre-hook of converted attention modules: another implementation would silently run dot product."""
+    implementation = module.config._attn_implementation
+    if implementation not in (IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, EAGER_IMPLEMENTATION):
+        raise ValueError(
+            f"config._attn_implementation was set to {implementation!r}, which would run dot-product attention in a "
+            "converted model; call set_attn_implementation('sdpa' or 'eager') on the whole converted model instead"
+        )
+
+
 def attach_states(model: PreTrainedModel) -> None:
     """Give each attention module named in config.distattn its submodule; choose the modules first where none is named.
 
@@ -161,8 +180,10 @@ def attach_states(model: PreTrainedModel) -> None:
     specs = [AttentionSpec.from_dict(spec) for spec in block["specs"]]
     modules = block["modules"]
     if modules is None:
+        # Chosen anew each time, so that the same config with another number of layers converts all of them.
         modules = select_modules(find_attention_modules(model), specs)
-        block["modules"] = modules
+    else:
+        _refuse_new_layers(model, specs, modules)
     for name, entry in modules.items():
         module = locate(model, name)
         if module is None:
@@ -175,8 +196,21 @@ def attach_states(model: PreTrainedModel) -> None:
             )
         if not isinstance(getattr(module, "distattn", None), DistanceAttentionState):
             module.distattn = DistanceAttentionState(specs, entry)
+            module.register_forward_pre_hook(_check_implementation)
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
+
+
+def _refuse_new_layers(model, specs, modules) -> None:
+    """Raise `ValueError` for a layer like the converted ones that the specs select and config.distattn omits."""
+    templates = {re.sub(r"\d+", "#", name) for name in modules}
+    for name, entry in find_attention_modules(model).items():
+        selected = any(s.matches_layer(entry["layer"], name) and s.attention in (None, entry["kind"]) for s in specs)
+        if selected and name not in modules and re.sub(r"\d+", "#", name) in templates:
+            raise ValueError(
+                f"config.distattn does not name the attention module {name!r}, which its specs select; was the number "
+                "of layers changed after the conversion? Set config.distattn['modules'] = None to choose anew"
+            )
 
 
 def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -50,7 +50,8 @@ def test_spec_json_round_trip_and_unknown_field():
         (AttentionSpec("l2", p=2), {}, "p=2.0 was given with metric 'l2'"),
         (AttentionSpec("l2", backend="cuda"), {}, "unknown backend 'cuda'; expected one of"),
         (AttentionSpec("l2", layers=[7]), {}, r"there is no layer 7; this model has layers \[0, 1\]"),
-        (AttentionSpec("l2"), {"layers": "9-12"}, "selects no attention module; candidates are h.0.attn, h.1.attn"),
+        (AttentionSpec("l2"), {"layers": "0-9"}, r"there is no layer 2; this model has layers \[0, 1\]"),
+        (AttentionSpec("l2", layers="h.7.*"), {}, "selects no attention module; candidates are h.0.attn, h.1.attn"),
         (AttentionSpec("l2", layers="decoder.*"), {}, "selects no attention module; candidates"),
         (AttentionSpec("l2", attention="cross"), {}, "selects no attention module"),
         (AttentionSpec("l2", heads=[4]), {}, "has heads 0 to 3, got 4"),
@@ -193,3 +194,44 @@ def test_wrong_number_of_heads_at_run_time():
     student.attention_states["h.0.attn"].num_heads = 8
     with pytest.raises(ValueError, match="was converted with 8 heads but calls attention with 4"):
         student(**token_batch(student))
+
+
+@pytest.mark.parametrize("where", ["config", "submodel"])
+def test_dot_product_attention_does_not_come_back_silently(where):
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    if where == "config":
+        student.config._attn_implementation = "sdpa"
+    else:
+        student.transformer.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="would run dot-product attention in a converted model"):
+        student(**token_batch(student))
+    student.set_attn_implementation("sdpa")
+    assert torch.isfinite(student(**token_batch(student)).logits).all()
+
+
+def test_model_with_adapters():
+    from peft import LoraConfig
+
+    model = gpt2()
+    model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match="merge them first"):
+        convert(model, AttentionSpec("l2"), init="plain")
+
+
+def test_backend_that_cannot_run_the_metric():
+    with pytest.raises(ValueError, match="backend 'sdpa' cannot run metric 'l2'"):
+        convert(gpt2(), AttentionSpec("l2", backend="sdpa"), init="plain")
+
+
+def test_a_config_reused_with_more_layers(tmp_path):
+    import distattn_hf
+
+    block = {"specs": [AttentionSpec("l2").to_dict()]}
+    config = distattn_hf.DistAttnGPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, distattn=block)
+    assert len(distattn_hf.DistAttnGPT2Model(config).attention_states) == 2
+    config.n_layer = 4
+    assert len(distattn_hf.DistAttnGPT2Model(config).attention_states) == 4
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not name the attention module 'h.2.attn'"):
+        type(student).from_pretrained(tmp_path, n_layer=3)

@@ -91,3 +91,27 @@ def test_output_attentions_are_the_teachers_weights():
     assert len(got) == len(expected) == 2
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=EXACT_LOGITS, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_and_mixed_dtypes_are_kept(family, dtype):
+    teacher = FAMILIES[family]().to(dtype)
+    next(p for n, p in teacher.named_parameters() if "norm" in n.lower() or "ln_" in n).data = torch.ones(32)
+    for other in (student := convert(teacher, AttentionSpec(), init="exact"), revert(student)):
+        theirs = dict(teacher.named_parameters())
+        for name, parameter in other.named_parameters():
+            assert parameter.dtype == theirs[name].dtype, name
+            assert torch.equal(parameter, theirs[name]), name
+
+
+def test_name_mode_and_checkpointing_are_kept(tmp_path):
+    FAMILIES["gpt2"]().save_pretrained(tmp_path)
+    teacher = type(FAMILIES["gpt2"]()).from_pretrained(tmp_path)
+    teacher.gradient_checkpointing_enable()
+    teacher.train()
+    student = convert(teacher, AttentionSpec("l2"), init="plain")
+    for model in (student, revert(student)):
+        assert model.name_or_path == model.config.name_or_path == str(tmp_path)
+        assert model.is_gradient_checkpointing
+        assert model.training

@@ -197,3 +197,18 @@ def test_converted_encoder_decoder_keeps_its_config(tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.is_encoder_decoder
     assert config.tie_word_embeddings is True
+
+
+def test_weights_asked_for_in_the_config_do_not_forbid_saving(tmp_path):
+    teacher = gpt2(attn_implementation="eager", output_attentions=True)
+    student = convert(teacher, AttentionSpec("l2"), init="plain")
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, output_attentions=True)
+    assert len(again(**token_batch(again)).attentions) == 2
+
+
+def test_a_fresh_model_from_a_converted_config_has_no_report(tmp_path):
+    student, _ = saved(tmp_path, "gpt2", AttentionSpec("l2"))
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert fresh.conversion_report is None
+    assert student.conversion_report is not None

@@ -19,6 +19,9 @@ def iglm():
     return model, calibration, score, score(model)["perplexity"]
 
 
+@pytest.mark.xdist_group("iglm")
+@pytest.mark.xdist_group("minilm")
+@pytest.mark.xdist_group("smollm2")
 @pytest.mark.parametrize(
     ("metric", "allowed"), [("sqeuclidean", 1.01), ("cosine", 1.01), ("l2", 1.03), ("l1", 1.08), ("chebyshev", 1.25)]
 )
@@ -30,6 +33,7 @@ def test_iglm_perplexity(iglm, metric, allowed):
     assert score(control)["perplexity"] / teacher > allowed
 
 
+@pytest.mark.xdist_group("iglm")
 def test_iglm_exact(iglm):
     model, calibration, *_ = iglm
     student = convert(model, AttentionSpec(), init="exact")
@@ -54,6 +58,7 @@ def test_minilm_retrieval(minilm, metric):
     assert found["cosine"] >= 0.97
 
 
+@pytest.mark.xdist_group("minilm")
 def test_minilm_exact(minilm):
     model, tokenizer, calibration, *_ = minilm
     student = convert(model, AttentionSpec(), init="exact")
@@ -80,6 +85,7 @@ def test_smollm2_perplexity(smollm2, metric, allowed):
     assert 0 < ConversionReport.from_dict(student.conversion_report).mean_alpha <= 1
 
 
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_exact_logits_and_greedy_generation(smollm2):
     model, tokenizer, calibration, *_ = smollm2
     student = convert(model, AttentionSpec(), init="exact")
