@@ -19,12 +19,10 @@ def iglm():
     return model, calibration, score, score(model)["perplexity"]
 
 
-@pytest.mark.xdist_group("iglm")
-@pytest.mark.xdist_group("minilm")
-@pytest.mark.xdist_group("smollm2")
 @pytest.mark.parametrize(
     ("metric", "allowed"), [("sqeuclidean", 1.01), ("cosine", 1.01), ("l2", 1.03), ("l1", 1.08), ("chebyshev", 1.25)]
 )
+@pytest.mark.xdist_group("iglm")
 def test_iglm_perplexity(iglm, metric, allowed):
     model, calibration, score, teacher = iglm
     student = convert(model, AttentionSpec(metric), calibration=calibration, options=QUIET)
@@ -50,6 +48,7 @@ def minilm():
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "l2", "cosine"])
+@pytest.mark.xdist_group("minilm")
 def test_minilm_retrieval(minilm, metric):
     model, tokenizer, calibration, score, teacher = minilm
     student = convert(model, AttentionSpec(metric), calibration=calibration, tokenizer=tokenizer, options=QUIET)
@@ -76,6 +75,7 @@ def smollm2():
 
 
 @pytest.mark.parametrize(("metric", "allowed"), [("sqeuclidean", 1.02), ("l2", 1.10)])
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_perplexity(smollm2, metric, allowed):
     """Half the default steps, which is enough for the limits."""
     model, tokenizer, calibration, score, teacher = smollm2
