@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,15 @@ def rebuild(model_class: type, config, state_dict: dict) -> PreTrainedModel:
     """
     state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
     name_or_path = config.name_or_path
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=config.dtype or torch.float32, output_loading_info=True
-    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=config.dtype or torch.float32, output_loading_info=True
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     model.name_or_path = model.config.name_or_path = name_or_path
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problem := sorted(info[kind], key=str):

@@ -259,8 +259,8 @@ def _like(new: PreTrainedModel, old: PreTrainedModel) -> PreTrainedModel:
             if parameter.dtype != theirs[name].dtype:
                 # Loading applies one dtype and the class's exceptions; the model may have been cast otherwise since.
                 parameter.data = theirs[name].detach().clone()
-    if getattr(old, "is_gradient_checkpointing", False):
-        new.gradient_checkpointing_enable()
+    if old.is_activation_checkpointing:
+        new.activation_checkpointing_enable()
     if old.can_generate():
         new.generation_config = copy.deepcopy(old.generation_config)
     return new.to(old.device).train(old.training)

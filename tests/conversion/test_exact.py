@@ -108,10 +108,10 @@ def test_half_precision_and_mixed_dtypes_are_kept(family, dtype):
 def test_name_mode_and_checkpointing_are_kept(tmp_path):
     FAMILIES["gpt2"]().save_pretrained(tmp_path)
     teacher = type(FAMILIES["gpt2"]()).from_pretrained(tmp_path)
-    teacher.gradient_checkpointing_enable()
+    teacher.activation_checkpointing_enable()
     teacher.train()
     student = convert(teacher, AttentionSpec("l2"), init="plain")
     for model in (student, revert(student)):
         assert model.name_or_path == model.config.name_or_path == str(tmp_path)
-        assert model.is_gradient_checkpointing
+        assert model.is_activation_checkpointing
         assert model.training
