@@ -20,11 +20,16 @@ from transformers.utils import logging
 
 from distattn_hf import AttentionSpec, convert, load_checkpoint
 from distattn_hf.analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
+from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.conversion.texts import news_articles
 
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+# Half the default steps or less: the demo is to be short.
+FIT = CalibrationOptions(steps=50)
 
 
 def sentence_encoder(articles: list[dict]) -> list[list[str]]:
@@ -36,7 +41,9 @@ def sentence_encoder(articles: list[dict]) -> list[list[str]]:
     teacher = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)["mrr"]
     rows = [["MiniLM (BERT)", "untouched", "-", f"{teacher:.4f}", "1.0000", "-"]]
     for metric, init in (("sqeuclidean", "exact"), ("l2", "plain"), ("l2", "calibrated"), ("cosine", "calibrated")):
-        student = convert(model, AttentionSpec(metric), init=init, calibration=calibration, tokenizer=tokenizer)
+        student = convert(
+            model, AttentionSpec(metric), init=init, calibration=calibration, tokenizer=tokenizer, options=FIT
+        )
         score = evaluate_model(student, tokenizer, [], pairs=pairs, options=options)["mrr"]
         agreement = embedding_agreement(student, model, tokenizer, [p[1] for p in pairs[:64]], options)
         rows.append(["MiniLM (BERT)", metric, init, f"{score:.4f}", f"{score / teacher:.4f}", f"cos {agreement:.4f}"])
@@ -57,7 +64,9 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
     teacher = perplexity(model)
     rows = [["SmolLM2-135M (Llama)", "untouched", "-", f"{teacher:.2f}", "1.0000", "-"]]
     for metric, init in (("sqeuclidean", "exact"), ("l2", "plain"), ("l2", "calibrated")):
-        student = convert(model, AttentionSpec(metric), init=init, calibration=calibration, tokenizer=tokenizer)
+        student = convert(
+            model, AttentionSpec(metric), init=init, calibration=calibration, tokenizer=tokenizer, options=FIT
+        )
         score = perplexity(student)
         alpha = ConversionReport.from_dict(student.conversion_report).mean_alpha
         note = "-" if alpha is None else f"mean α {alpha:.2f}"
