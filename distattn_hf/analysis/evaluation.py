@@ -31,6 +31,12 @@ class EvaluationOptions:
     seed: int = 0
     progress: bool = True
 
+    def __post_init__(self):
+        for name in ("max_length", "max_tokens", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
 
 def model_kind(model: PreTrainedModel) -> str:
     """One of "causal-lm", "seq2seq", "masked-lm" or "embedding", from the model's class.

@@ -39,8 +39,8 @@ def distance_attention(
             have unit deviation along a row.
         p: order of "lp", p >= 1.
         scaling: factor beside λ; None: 1/√d.
-        mask: None; bool (True = keep); integer 0/1; or float (added to the logits). Rank 2 is a padding mask (B, M);
-            rank 3 is (B, N, M); rank 4 broadcasts to (B, H, N, M).
+        mask: None; bool (True = keep); integer 0/1; or float, which is added to the logits (also at rank 2: give 0/1
+            padding as integers or bool). Rank 2 is (B, M); rank 3 is (B, N, M); rank 4 broadcasts to (B, H, N, M).
         position_bias: float, broadcastable to (B, H, N, M), added to the logits; -inf masks.
         is_causal: query i sees keys j <= i, counted from the start of both, as in PyTorch.
         dropout_p: dropout on the weights, applied whenever it is > 0.
