@@ -67,7 +67,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     specs = [spec] if isinstance(spec, AttentionSpec) else list(spec)
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
-    _check_modules(model, modules, init)
+    _check_modules(model, modules)
     batch = None
     if init == "calibrated":
         batch = calibration_batch(model, calibration, tokenizer, seed=options.seed)
@@ -165,7 +165,7 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
     return spec
 
 
-def _check_modules(model, modules: dict, init: str) -> None:
+def _check_modules(model, modules: dict) -> None:
     """What would go wrong later, before anything is built."""
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -218,7 +218,7 @@ def _build_student(model, specs, modules, init) -> PreTrainedModel:
     # The head parameters at their start values, under the names they will have.
     with torch.device("cpu"):
         state = dict(model.state_dict())
-        state.update(_initial_head_parameters(model, student_class, config))
+        state.update(_initial_head_parameters(model, config))
     try:
         return _like(rebuild(student_class, config, state), model)
     except KeyError as error:
@@ -230,7 +230,7 @@ def _build_student(model, specs, modules, init) -> PreTrainedModel:
         raise
 
 
-def _initial_head_parameters(model, student_class, config) -> dict[str, Tensor]:
+def _initial_head_parameters(model, config) -> dict[str, Tensor]:
     from ..core.modeling_converted import _own_scaling
     from ..core.parameters import DistanceAttentionState
 
@@ -308,9 +308,9 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     for group in saved.groups if saved else ():
         measured = {"before": group.divergence_before, "after": group.divergence_after}
         divergences.setdefault(group.module, []).append(measured)
-    report = _report(
-        model.base_class, model, block["modules"], divergences, block["init"], saved.warnings if saved else []
-    )
+    # A model made from a config names no modules: its specs choose them.
+    modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)
+    report = _report(model.base_class, model, modules, divergences, block["init"], saved.warnings if saved else [])
     if saved:
         report.calibration_tokens, report.seconds = saved.calibration_tokens, saved.seconds
     return report

@@ -212,3 +212,13 @@ def test_a_fresh_model_from_a_converted_config_has_no_report(tmp_path):
     fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
     assert fresh.conversion_report is None
     assert student.conversion_report is not None
+
+
+def test_a_model_made_from_a_config_can_be_inspected():
+    from distattn_hf.conversion.convert import current_report
+
+    block = {"specs": [AttentionSpec("l2").to_dict()]}
+    config = distattn_hf.DistAttnGPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, distattn=block)
+    report = current_report(distattn_hf.DistAttnGPT2LMHeadModel(config))
+    assert [group.module for group in report.groups] == ["h.0.attn", "h.1.attn"]
+    assert report.unconverted == []
