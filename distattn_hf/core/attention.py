@@ -56,7 +56,7 @@ def distance_attention(
     metric = get_metric(metric)
     p = metric.validate(p)
     backend = validate_backend(backend)
-    groups = _check_shapes(query, key, value)
+    _check_shapes(query, key, value)
     batch, heads, num_queries, head_dim = query.shape
     if scaling is None:
         scaling = head_dim**-0.5
@@ -65,8 +65,6 @@ def distance_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     shape = (batch, heads, num_queries, key.shape[-2])
     keep, bias = split_mask(mask, shape)
     if position_bias is not None:
@@ -88,13 +86,13 @@ def distance_attention(
         if return_weights:
             if backend not in ("auto", "reference"):
                 raise ValueError(f"return_weights needs backend 'reference' or 'auto', got {backend!r}")
-            output, weights = reference_attention(inputs.in_full_precision())
+            output, weights = reference_attention(inputs.written_out())
             return output.to(value.dtype), weights
         return choose_backend(backend, inputs).run(inputs).to(value.dtype)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """H / H_kv; raises `ValueError` naming the tensor that does not fit."""
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise `ValueError` naming the tensor that does not fit."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}")
@@ -108,7 +106,6 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> int:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in batch and head_dim")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key heads ({key.shape[1]})")
-    return query.shape[1] // key.shape[1]
 
 
 def _check_lambda(lam, metric, head_dim, scaling, p, heads) -> float | Tensor:

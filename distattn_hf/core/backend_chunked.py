@@ -27,13 +27,12 @@ def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
 def chunked_attention(inputs: AttentionInputs) -> Tensor:
     """softmax(-λ·scaling·distance(q, k) + bias)·v, one block of queries at a time. Returns (B, H, N, d_v)."""
     dtype = inputs.value.dtype
-    inputs = inputs.in_full_precision()
+    needs_grad = inputs.needs_grad()
+    inputs = inputs.written_out()
     batch, heads, num_queries, _ = inputs.query.shape
     num_keys = inputs.key.shape[-2]
     block = max(16, _BLOCK_ENTRIES // max(1, batch * heads * num_keys))
     lam = inputs.lambda_column()
-    tensors = [inputs.query, inputs.key, inputs.value, inputs.bias, lam]
-    needs_grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def attend(query, key, value, keep, bias, lam, start):
         logits = -lam * inputs.scaling * inputs.metric.fast_distance(query, key, inputs.p)

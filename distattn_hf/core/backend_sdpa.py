@@ -25,10 +25,10 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     of 8, so that it goes with masks, causality, per-head λ and dropout without an (N, M) tensor of its own.
     """
     value_size, dtype = inputs.value.shape[-1], inputs.value.dtype
-    bare = not isinstance(inputs.lam, Tensor) and inputs.metric.name in ("lifted_sqeuclidean", "dot")
+    bare = inputs.groups == 1 and inputs.alpha is None and not isinstance(inputs.lam, Tensor) and inputs.metric.name in ("lifted_sqeuclidean", "dot")
     if not bare:
         # Half precision would round the key norms; the bare form has none and stays as it is.
-        inputs = inputs.in_full_precision()
+        inputs = inputs.written_out()
     query, key, key_bias, factor = inputs.metric.dot_form(inputs.query, inputs.key)
     value, scale = inputs.value, inputs.scaling
     lam = inputs.lambda_column()

@@ -28,7 +28,7 @@ BACKENDS = Registry("backend")
 for _backend in (
     Backend("sdpa", sdpa_attention, sdpa_unsupported),
     Backend("chunked", chunked_attention, chunked_unsupported),
-    Backend("reference", lambda inputs: reference_attention(inputs.in_full_precision())[0], lambda inputs: None),
+    Backend("reference", lambda inputs: reference_attention(inputs.written_out())[0], lambda inputs: None),
 ):
     BACKENDS.register(_backend.name, _backend)
 
