@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose_backend, validate_backend
-from .inputs import AttentionInputs
+from .inputs import HALF, AttentionInputs
 from .masks import add_bias, split_mask
 from .metrics import get_metric
 from .reference import reference_attention
@@ -93,13 +93,18 @@ def distance_attention(
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise `ValueError` naming the tensor that does not fit."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    named = (("query", query), ("key", key), ("value", value))
+    for name, tensor in named:
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, head_dim), got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"query, key and value must share a dtype, got {query.dtype} and {name} {tensor.dtype}")
+    for name, tensor in named:
+        if tensor.dtype != key.dtype and not (name == "query" and tensor.dtype == torch.float32 and key.dtype in HALF):
+            raise ValueError(
+                f"query, key and value must share a dtype (the query may be float32 beside half precision), got "
+                f"{query.dtype}, {key.dtype}, {value.dtype}"
+            )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and length")
     if query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:

@@ -4,11 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .inputs import AttentionInputs
+from .inputs import HALF, AttentionInputs
 from .masks import causal_keep
 
 # Fused kernels fall to a slow path for head sizes that are not a multiple of this.
 _HEAD_SIZE_MULTIPLE = 8
+# The largest head size of the flash kernels on CUDA.
+_LARGEST_FLASH_HEAD = 256
+# Key norms are divided by this before they are split into half-precision parts, so that float16 does not overflow.
+_NORM_UNIT = 64.0
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
@@ -21,45 +25,100 @@ def unsupported(inputs: AttentionInputs) -> str | None:
 def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     """softmax(λ·scaling·(factor·q'·k' + key_bias))·v by one call of scaled_dot_product_attention.
 
-    The key bias travels as one more column: q̃ = [factor·λ·q', λ], k̃ = [k', key_bias], padded with zeros to a multiple
-    of 8, so that it goes with masks, causality, per-head λ and dropout without an (N, M) tensor of its own.
+    The key bias goes one of two ways. As a mask of shape (B, H, 1, M): on the CPU without gradients and without a mask
+    per query, where it is free (with gradients it costs 1.8 x, and on CUDA a mask rules the flash kernel out). Else as
+    more columns, q̃ = [factor·λ·q', λ], k̃ = [k', key_bias], filled with zeros up to a multiple of 8, which goes with
+    masks, causality and dropout without an (N, M) tensor of its own.
     """
-    value_size, dtype = inputs.value.shape[-1], inputs.value.dtype
-    bare = inputs.groups == 1 and inputs.alpha is None and not isinstance(inputs.lam, Tensor) and inputs.metric.name in ("lifted_sqeuclidean", "dot")
+    dtype, value_size = inputs.value.dtype, inputs.value.shape[-1]
+    bare = inputs.metric.name in ("lifted_sqeuclidean", "dot") and not isinstance(inputs.lam, Tensor)
+    on_cuda = inputs.query.device.type == "cuda"
+    if not bare and not on_cuda:
+        # Half precision would round the norms, and is no faster on the CPU; the bare form stays as it is.
+        inputs = inputs.in_full_precision()
+    work = inputs.value.dtype
+    query, key = inputs.query, inputs.key
     if not bare:
-        # Half precision would round the key norms; the bare form has none and stays as it is.
-        inputs = inputs.written_out()
-    query, key, key_bias, factor = inputs.metric.dot_form(inputs.query, inputs.key)
-    value, scale = inputs.value, inputs.scaling
-    lam = inputs.lambda_column()
+        query, key = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key))
+    query, key, key_bias, factor = inputs.metric.dot_form(query, key)
+    scale, lam = inputs.scaling, inputs.lam
     if isinstance(lam, Tensor):
+        lam = lam.to(query.dtype)[:, None, None]
         query = query * (factor * lam)
     else:
         scale = scale * factor * lam
-    if key_bias is not None:
-        column = lam if isinstance(lam, Tensor) else 1.0 / factor
-        extra = -(query.shape[-1] + 1) % _HEAD_SIZE_MULTIPLE
-        query_column = torch.ones_like(query[..., :1]) * column
-        query = F.pad(torch.cat([query, query_column], dim=-1), (0, extra))
-        key = F.pad(torch.cat([key, key_bias[..., None]], dim=-1), (0, extra))
-        if value.shape[-1] < query.shape[-1]:
-            value = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-    mask, is_causal = _merge_mask(inputs, query)
+        lam = 1.0 / factor
+    value = inputs.value
+    mask, is_causal = _merge_mask(inputs, work)
+    if key_bias is not None and _as_mask(inputs):
+        weight = inputs.lambda_column() * inputs.scaling
+        key_bias = key_bias.repeat_interleave(inputs.groups, dim=1)[:, :, None, :] * weight
+        mask = _add_to_mask(mask, key_bias.to(work))
+    elif key_bias is not None:
+        parts = 3 if work in HALF else 1
+        query, key = _with_columns(query, key, key_bias, lam, work, parts)
+        value = F.pad(value, (0, max(0, query.shape[-1] - value.shape[-1])))
     output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=inputs.dropout_p, is_causal=is_causal, scale=scale
+        query.to(work),
+        key.to(work),
+        value,
+        attn_mask=mask,
+        dropout_p=inputs.dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=inputs.groups > 1,
     )
     return output[..., :value_size].to(dtype)
 
 
-def _merge_mask(inputs: AttentionInputs, query: Tensor) -> tuple[Tensor | None, bool]:
+def _as_mask(inputs: AttentionInputs) -> bool:
+    """Whether the key bias travels as a mask rather than as columns."""
+    if inputs.query.device.type == "cuda":
+        return inputs.query.shape[-1] + _HEAD_SIZE_MULTIPLE > _LARGEST_FLASH_HEAD
+    per_query = [t for t in (inputs.keep, inputs.bias) if t is not None and t.shape[2] > 1]
+    return not (inputs.is_causal or per_query or inputs.needs_grad())
+
+
+def _with_columns(query, key, key_bias, lam, dtype, parts) -> tuple[Tensor, Tensor]:
+    """[query, λ...] and [key, key_bias...]: in half precision λ and key_bias are sums of parts of falling size."""
+    if parts == 1:
+        left, right = [torch.ones_like(query[..., :1]) * lam], [key_bias[..., None]]
+    else:
+        column = torch.ones_like(query[..., :1]) * lam * _NORM_UNIT
+        lam_parts, norm_parts = (_split(t, dtype, parts) for t in (column, key_bias[..., None] / _NORM_UNIT))
+        pairs = [(i, j) for i in range(parts) for j in range(parts - i)]
+        left, right = [lam_parts[i] for i, _ in pairs], [norm_parts[j] for _, j in pairs]
+    zeros = -(query.shape[-1] + len(left)) % _HEAD_SIZE_MULTIPLE
+    return tuple(
+        torch.cat([t.to(dtype), *columns, t.new_zeros(*t.shape[:-1], zeros, dtype=dtype)], dim=-1)
+        for t, columns in ((query, left), (key, right))
+    )
+
+
+def _split(tensor: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
+    """Numbers of `dtype` whose sum is `tensor` up to the rounding of the last; each is what the earlier ones left."""
+    found = []
+    for _ in range(parts):
+        found.append(tensor.to(dtype))
+        tensor = tensor - found[-1].to(tensor.dtype)
+    return found
+
+
+def _merge_mask(inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
     """(attn_mask, is_causal) for PyTorch, which takes either a mask or the causal flag, not both."""
     keep, bias = inputs.keep, inputs.bias
     if keep is None and bias is None:
         return None, inputs.is_causal
     if inputs.is_causal:
-        triangle = causal_keep(inputs.query.shape[-2], inputs.key.shape[-2], query.device)
+        triangle = causal_keep(inputs.query.shape[-2], inputs.key.shape[-2], inputs.query.device)
         keep = triangle if keep is None else keep & triangle
     if bias is None:
         return keep, False
-    bias = bias.to(query.dtype)
+    bias = bias.to(dtype)
     return (bias if keep is None else torch.where(keep, bias, float("-inf"))), False
+
+
+def _add_to_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias

@@ -7,16 +7,17 @@ from torch import Tensor
 
 from .metrics import Metric
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
     """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_kv, M, d_v), and all that shapes their attention.
 
-    logits = -λ_h·scaling·distance(q/α_h, α_h·(k - c_h)) + bias, over the entries that `keep` and `is_causal` leave.
+    logits = -λ_h·scaling·distance(q, k) + bias, over the entries that `keep` and `is_causal` leave.
 
-    H is a multiple of H_kv: query head h uses key head h // (H / H_kv). lam is a float or a tensor (H,); alpha (H,) and
-    shift (H, d) are the per-head map of a conversion, or None for α = 1, c = 0; keep is bool and bias is float, both
-    broadcastable to (B, H, N, M), or None.
+    H is a multiple of H_kv: query head h uses key head h // (H / H_kv). lam is a float or a tensor (H,); keep is bool
+    and bias is float, both broadcastable to (B, H, N, M), or None. The query may be float32 beside half-precision keys.
     """
 
     query: Tensor
@@ -30,8 +31,6 @@ class AttentionInputs:
     bias: Tensor | None = None
     is_causal: bool = False
     dropout_p: float = 0.0
-    alpha: Tensor | None = None
-    shift: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -40,7 +39,7 @@ class AttentionInputs:
 
     def needs_grad(self) -> bool:
         """Whether autograd will ask for a gradient of any tensor here."""
-        tensors = (self.query, self.key, self.value, self.bias, self.lam, self.alpha, self.shift)
+        tensors = (self.query, self.key, self.value, self.bias, self.lam)
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
@@ -51,20 +50,14 @@ class AttentionInputs:
 
     def in_full_precision(self) -> "AttentionInputs":
         """The same problem with half-precision tensors raised to float32; float32 and float64 stay as they are."""
-        if self.query.dtype not in (torch.float16, torch.bfloat16):
+        if not {self.query.dtype, self.key.dtype} & set(HALF):
             return self
         names = ("query", "key", "value", "bias")
         return replace(self, **{n: None if (t := getattr(self, n)) is None else t.float() for n in names})
 
     def written_out(self) -> "AttentionInputs":
-        """The same problem in at least float32, with α and c applied and the key heads repeated for each query head."""
+        """The same problem in at least float32, with the key heads repeated for each of their query heads."""
         inputs = self.in_full_precision()
-        query, key, value = inputs.query, inputs.key, inputs.value
-        if self.groups > 1:
-            key, value = key.repeat_interleave(self.groups, dim=1), value.repeat_interleave(self.groups, dim=1)
-        if self.shift is not None:
-            key = key - self.shift.to(key.dtype)[:, None, :]
-        if self.alpha is not None:
-            alpha = self.alpha.to(key.dtype)[:, None, None]
-            query, key = query / alpha, key * alpha
-        return replace(inputs, query=query, key=key, value=value, alpha=None, shift=None)
+        if self.groups == 1:
+            return inputs
+        return replace(inputs, **{n: getattr(inputs, n).repeat_interleave(self.groups, dim=1) for n in ("key", "value")})

@@ -93,8 +93,6 @@ def _forward(module, query, key, value, attention_mask, *, reference, kwargs) ->
     if is_causal and key.shape[2] > query.shape[2]:
         # Prefill into an empty static cache: the keys behind the queries are not filled yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     scaling = kwargs.get("scaling")
@@ -116,6 +114,8 @@ def _forward(module, query, key, value, attention_mask, *, reference, kwargs) ->
         "return_weights": want_weights,
     }
     if state.observer is not None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         output, weights = state.observer(state, query, key, value, call), None
     else:
         output, weights = attend_groups(state, query, key, value, call)
@@ -128,6 +128,8 @@ def attend_groups(state, query, key, value, call) -> tuple[Tensor, Tensor | None
     backend = call.pop("backend")
     if len(state.groups) == 1 and state.head_lists[0] is None:
         return _attend(state.groups[0], query, key, value, call, backend)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     converted = {h for heads in state.head_lists for h in heads}
     rest = [h for h in range(state.num_heads) if h not in converted]
     parts = [*zip(state.head_lists, state.groups, strict=True), *([(rest, None)] if rest else [])]
@@ -154,12 +156,12 @@ def _attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | N
         result = distance_attention(query, key, value, metric="dot", lam=1.0, backend=backend or "auto", **call)
     else:
         with torch.autocast(query.device.type, enabled=False):
-            query, key = group.map(query, key)
+            query, key, lam = group.fold(query, key)
         backend = backend or group.spec.backend
         if call["return_weights"]:
             backend = "reference"
         result = distance_attention(
-            query, key, value.to(query.dtype), metric=group.metric, lam=group.lam(), p=group.p, backend=backend, **call
+            query, key, value.to(key.dtype), metric=group.metric, lam=lam, p=group.p, backend=backend, **call
         )
     output, weights = result if call["return_weights"] else (result, None)
     return output.to(dtype), None if weights is None else weights.to(dtype)

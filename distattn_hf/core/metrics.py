@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpp_library import distance_backward, distance_forward, kind_of, unavailable
 from .registry import Registry
 
 METRICS = Registry("metric")
@@ -29,6 +30,8 @@ class Metric:
     is_distance: bool = True
     # Scaling q or k by a positive number changes nothing, so α has no effect.
     scale_free: bool = False
+    # dist(s·q + c, s·k + c) = s^degree·dist(q, k) for all s > 0 and c; None: not so.
+    degree: int | None = None
     # No matmul form: N·M·d elementwise operations, so a fit draws fewer rows.
     elementwise: bool = False
     # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
@@ -102,6 +105,23 @@ def _cdist(query: Tensor, key: Tensor, p: float) -> Tensor:
     return torch.cdist(query.contiguous(), key.contiguous(), p=p, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+class _CompiledDistance(torch.autograd.Function):
+    """Distances by the CPU kernels; the gradient of max|q-k| is shared among the coordinates that reach it."""
+
+    @staticmethod
+    def forward(ctx, query, key, kind, p):
+        distances = distance_forward(query, key, kind, p)
+        ctx.save_for_backward(query, key, distances)
+        ctx.kind, ctx.p = kind, p
+        return distances
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        query, key, distances = ctx.saved_tensors
+        return *distance_backward(gradient, query, key, distances, ctx.kind, ctx.p), None, None
+
+
 class _ShareAmongLargest(torch.autograd.Function):
     """max|q-k| as it is; the gradient is divided by the number of coordinates that reach the maximum.
 
@@ -128,7 +148,7 @@ class _ShareAmongLargest(torch.autograd.Function):
 class SquaredEuclidean(Metric):
     """‖q-k‖². The row constant ‖q‖² cancels in the softmax, so it is dot-product attention with a key-norm bias."""
 
-    name, aliases, rotation_invariant = "sqeuclidean", ("squared_l2", "l2_squared"), True
+    name, aliases, rotation_invariant, degree = "sqeuclidean", ("squared_l2", "l2_squared"), True, 2
 
     preferred_transform = "scalar"
 
@@ -170,7 +190,7 @@ class LiftedSquaredEuclidean(Metric):
 class Euclidean(Metric):
     """‖q-k‖."""
 
-    name, aliases, rotation_invariant = "l2", ("euclidean",), True
+    name, aliases, rotation_invariant, degree = "l2", ("euclidean",), True, 1
 
     preferred_transform = "scalar"
 
@@ -206,7 +226,7 @@ class Cosine(Metric):
 class Minkowski(Metric):
     """(Σ|q-k|^p)^(1/p), p ≥ 1; subclasses fix p."""
 
-    name, aliases, elementwise = "lp", ("minkowski",), True
+    name, aliases, elementwise, degree = "lp", ("minkowski",), True, 1
     order: float | None = None
 
     def _order(self, p):
@@ -226,6 +246,17 @@ class Minkowski(Metric):
         return _pairwise_difference(query, key, lambda diff: torch.linalg.vector_norm(diff, ord=order, dim=-1))
 
     def fast_distance(self, query, key, p=None):
+        # The compiled form has no second derivative and no graph: leave torch.func and torch.compile to cdist.
+        if query.dtype == torch.float32 and query.device.type == "cpu" and not torch.compiler.is_compiling():
+            if query.numel() and key.numel() and unavailable() is None:
+                lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+                query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
+                flat = [t.reshape(1, -1, *t.shape[-2:]) for t in (query, key)]
+                distances = _CompiledDistance.apply(*flat, kind_of(self.name, self._order(p)), self._order(p))
+                return distances.view(*lead, query.shape[-2], key.shape[-2])
+        return self._eager_distance(query, key, p)
+
+    def _eager_distance(self, query, key, p):
         return _cdist(query, key, self._order(p))
 
 
@@ -244,8 +275,8 @@ class Chebyshev(Minkowski):
 
     name, aliases, order = "chebyshev", ("linf",), math.inf
 
-    def fast_distance(self, query, key, p=None):
-        return _ShareAmongLargest.apply(super().fast_distance(query, key, p), query.detach(), key.detach())
+    def _eager_distance(self, query, key, p):
+        return _ShareAmongLargest.apply(super()._eager_distance(query, key, p), query.detach(), key.detach())
 
 
 class DotProduct(Metric):

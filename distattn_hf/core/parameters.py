@@ -82,6 +82,27 @@ class HeadParameters(nn.Module):
             query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
         return query / alpha, key * alpha
 
+    def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(query, key, λ) that give the logits of `map` and `lam`, with as little as possible done to the keys.
+
+        dist(q·Q/α, α·(k - c)·K) = α^degree·dist(q·Q/α² + c·K, k·K) for distances of differences: all but K goes to the
+        query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
+        """
+        degree = get_metric(self.metric).degree
+        if self.transform == "none":
+            return query, key, self.lam()
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and (degree is None or self.transform == "linear"):
+            key = key.repeat_interleave(groups, dim=1)
+        if degree is None:
+            return *self.map(query, key), self.lam()
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        alpha, shift, query = self.log_alpha.to(dtype).exp(), self.shift.to(dtype)[:, None, :], query.to(dtype)
+        if self.transform == "linear":
+            key_map = self.key_map.to(dtype)
+            query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
+        return query / alpha.square()[:, None, None] + shift, key, self.lam() * alpha**degree
+
     def extra_repr(self) -> str:
         return f"metric={self.metric}, heads={self.num_heads}, transform={self.transform}"
 

@@ -55,23 +55,30 @@ def metric_id(case: tuple[str, float | None]) -> str:
     return metric if p is None else f"{metric}{p:g}"
 
 
-def runs(metric: str, p: float | None, backend: str) -> bool:
-    """Whether `backend` says that it can run `metric`."""
-    one = torch.ones(1, 1, 1, 4)
-    inputs = AttentionInputs(one, one, one, get_metric(metric), 1.0, 1.0, p)
+def runs(metric: str, p: float | None, backend: str, *, grad=False, queries=5, dtype=torch.float32, dropout=0.0) -> bool:
+    """Whether `backend` says that it can run `metric` for a problem of this kind."""
+    query = torch.ones(1, 1, queries, 4, dtype=dtype, requires_grad=grad)
+    inputs = AttentionInputs(query, query, query, get_metric(metric), 1.0, 1.0, p, dropout_p=dropout)
     return BACKENDS.get(backend).unsupported(inputs) is None
 
 
-CASES = [
-    Case(metric, p, backend, blocks)
-    for metric, p in METRIC_CASES
-    for backend in BACKENDS
-    for blocks in ((False, True) if backend == "chunked" else (False,))
-    if runs(metric, p, backend)
-]
+def _cases(**problem) -> list[Case]:
+    return [
+        Case(metric, p, backend, blocks)
+        for metric, p in METRIC_CASES
+        for backend in BACKENDS
+        for blocks in ((False, True) if backend == "chunked" else (False,))
+        if runs(metric, p, backend, **problem)
+    ]
+
+
+CASES = _cases(grad=True)
 
 every_metric = pytest.mark.parametrize(("metric", "p"), METRIC_CASES, ids=[metric_id(c) for c in METRIC_CASES])
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_float64_case = pytest.mark.parametrize("case", _cases(grad=True, dtype=torch.float64), ids=str)
+every_dropout_case = pytest.mark.parametrize("case", _cases(grad=True, dropout=0.1), ids=str)
+every_decoding_case = pytest.mark.parametrize("case", _cases(queries=1), ids=str)
 
 
 def make_tensors(

@@ -5,7 +5,7 @@ import torch
 
 from tests.tolerances import STANDARD_ERRORS, assert_close
 
-from .cases import every_case, make_tensors
+from .cases import every_dropout_case, make_tensors
 
 P = 0.3
 OPTIONS = {
@@ -15,7 +15,7 @@ OPTIONS = {
 }
 
 
-@every_case
+@every_dropout_case
 @pytest.mark.parametrize("options", OPTIONS)
 def test_each_weight_is_dropped_or_scaled(case, options):
     """With the identity for a value the output is the weights: each is 0 or 1/(1-p) of what it was."""
@@ -34,7 +34,7 @@ def test_each_weight_is_dropped_or_scaled(case, options):
     assert len({tuple(pattern.flatten().tolist()) for pattern in patterns}) == len(patterns)
 
 
-@every_case
+@every_dropout_case
 def test_mean_over_seeds_is_the_output_without_dropout(case):
     tensors = make_tensors(18, 9, 8)
     # A batch of copies is as good as many seeds: each item draws its own.
@@ -46,7 +46,7 @@ def test_mean_over_seeds_is_the_output_without_dropout(case):
     assert float((error / deviation).max()) < STANDARD_ERRORS
 
 
-@every_case
+@every_dropout_case
 def test_seed_decides(case):
     tensors = make_tensors(20, 9, 8)
     outputs = []
@@ -57,7 +57,7 @@ def test_seed_decides(case):
     assert not torch.equal(outputs[0], outputs[2])
 
 
-@every_case
+@every_dropout_case
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_backward_uses_the_weights_that_forward_kept(case, is_causal):
     """Finite differences under one seed: recomputed blocks with other draws would have another gradient."""
@@ -71,7 +71,7 @@ def test_backward_uses_the_weights_that_forward_kept(case, is_causal):
     assert torch.autograd.gradcheck(attention, inputs)
 
 
-@every_case
+@every_dropout_case
 def test_backward_leaves_the_random_stream_alone(case):
     """Other random draws between forward and backward neither matter nor are repeated."""
     tensors = {name: tensor.requires_grad_() for name, tensor in make_tensors(40, 9, 8).items()}
@@ -87,7 +87,7 @@ def test_backward_leaves_the_random_stream_alone(case):
         assert_close(first, second, "equal")
 
 
-@every_case
+@every_dropout_case
 def test_returned_weights_are_those_before_dropout(case):
     tensors = make_tensors(20, 9, 8)
     if case.backend != "reference":

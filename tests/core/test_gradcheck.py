@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .cases import every_case
+from .cases import every_float64_case
 
 OPTIONS = {
     "full": {},
@@ -16,7 +16,7 @@ def leaf(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@every_case
+@every_float64_case
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_equal_finite_differences(case, options):
     """Query, key (grouped), value, λ of each head and bias at once; 18 queries are two blocks of the chunked backend.

@@ -16,7 +16,8 @@ CORE = [path for path in FILES if path.parts[0] == "core" and path.name != "__in
 
 # A file in core/ imports only from files in earlier rows. A new file needs a place here.
 CORE_ORDER = [
-    ("configuration_distattn", "registry"),
+    ("configuration_distattn", "registry", "cpp_tiles", "cpp_forward", "cpp_backward", "cpp_decode"),
+    ("cpp_library", "triton_tile", "triton_forward", "triton_backward"),
     ("metrics", "masks"),
     ("inputs",),
     ("reference", "backend_*"),

@@ -8,13 +8,13 @@ from distattn_hf import distance_attention
 from distattn_hf.core.metrics import get_metric
 from tests.tolerances import assert_close
 
-from .cases import every_case, make_tensors
+from .cases import every_float64_case, make_tensors
 from .oracles import loop_attention
 
 LAMBDAS = [0.3, 0.8, 1.3, 2.1]
 
 
-@every_case
+@every_float64_case
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_attention_equals_python_loops(case, is_causal):
     """All at once: grouped keys, per-head λ, scaling, a mask, a bias, and more queries than one block holds."""
@@ -58,7 +58,7 @@ FORMS = {
 }
 
 
-@every_case
+@every_float64_case
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_mask_equals_python_loops(case, form):
     """The other tests compare backends, which all get their mask from one function: this one judges that function."""
@@ -80,7 +80,7 @@ def test_each_form_of_mask_equals_python_loops(case, form):
     assert_close(actual, expected, "float64")
 
 
-@every_case
+@every_float64_case
 def test_bare_attention_equals_python_loops(case):
     """Nothing but query, key, value and a plain number λ, which takes other branches than the test above."""
     tensors = make_tensors(18, 5, 3, 2, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_bare_attention_equals_python_loops(case):
     assert_close(case(**tensors, lam=0.9), expected, "float64")
 
 
-@every_case
+@every_float64_case
 def test_default_lambda_is_the_metrics_own(case):
     tensors = make_tensors(18, 5, 12, dtype=torch.float64)
     lam = get_metric(case.metric).default_lambda(12, 0.4, case.p)

@@ -1,0 +1,161 @@
+"""Fused CPU kernels for every built-in metric: online softmax, forward and backward, with memory linear in N and M."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from .cpp_library import attention_backward, attention_decode, attention_forward, kind_of, unavailable
+from .inputs import AttentionInputs
+from .metrics import METRICS
+
+# Up to this many queries (times the query heads that share a key head) read the keys where they lie.
+_FEW_QUERIES = 16
+
+
+def unsupported(inputs: AttentionInputs) -> str | None:
+    """Why this backend cannot run `inputs`, or None when it can."""
+    metric, device, dtype = inputs.metric, inputs.query.device, inputs.query.dtype
+    if device.type != "cpu":
+        return f"runs on the CPU only, the tensors are on {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32, the tensors are {dtype}"
+    kind = kind_of(metric.name, inputs.p)
+    if kind is None or METRICS.get(metric.name) is not metric:
+        return f"no kernel for metric {metric.name!r}"
+    if metric.name in ("cosine", "dot") and not few_queries(inputs):
+        return f"metric {metric.name!r} has a kernel for at most {_FEW_QUERIES} queries without gradients"
+    if inputs.dropout_p > 0:
+        return "no dropout in the kernels"
+    return unavailable()
+
+
+def declined(inputs: AttentionInputs) -> str | None:
+    """Why "auto" takes another backend although this one can run, or None."""
+    if inputs.metric.name == "dot":
+        return "plain dot-product attention is left to PyTorch"
+    if inputs.metric.name != "sqeuclidean" or few_queries(inputs) or inputs.is_causal or inputs.needs_grad():
+        return None
+    if _depends_on_query(inputs.keep) or _depends_on_query(inputs.bias):
+        return None
+    return "one key bias on scaled_dot_product_attention is faster here"
+
+
+def _depends_on_query(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.shape[2] > 1
+
+
+def few_queries(inputs: AttentionInputs) -> bool:
+    """Whether this is a decoding step: so few queries that reading the keys is the work."""
+    return inputs.query.shape[2] * inputs.groups <= _FEW_QUERIES and not inputs.needs_grad()
+
+
+def cpp_attention(inputs: AttentionInputs) -> Tensor:
+    """softmax(-λ·scaling·distance(q, k) + bias)·v by the compiled kernels. Returns (B, H, N, d_v)."""
+    query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.value.dtype
+    heads = query.shape[1]
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+        # Nothing to compute: products of empty matrices have the right shape, values (0) and gradients.
+        empty = inputs.written_out()
+        return (empty.query @ empty.key.transpose(-1, -2) @ empty.value).to(dtype)
+    lam = inputs.lam if isinstance(inputs.lam, Tensor) else torch.full((heads,), float(inputs.lam))
+    coef = lam.float() * inputs.scaling
+    kind, p = kind_of(inputs.metric.name, inputs.p), inputs.p or 0.0
+    if few_queries(inputs):
+        if inputs.metric.name == "cosine":
+            query = torch.nn.functional.normalize(query.float(), dim=-1)
+        output = _decode(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
+        return output.to(dtype)
+    key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
+    output, _ = _forward(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
+    return output.to(dtype)
+
+
+# Operators of their own, so that torch.compile keeps one graph around them. A copy of this file that transformers loads
+# from a checkpoint registers under its own name.
+_NAMESPACE = "distattn_" + re.sub(r"\W", "_", __name__)
+
+
+def _decode_fake(query, key, value, coef, keep, bias, kind, p, causal):
+    return query.new_empty(*query.shape[:3], value.shape[-1], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decode", mutates_args=())
+def _decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coef: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    kind: int,
+    p: float,
+    causal: bool,
+) -> Tensor:
+    return attention_decode(query, key, value, coef, keep, bias, kind, p, causal)
+
+
+_decode.register_fake(_decode_fake)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coef: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    kind: int,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    return attention_forward(query, key, value, coef, keep, bias, kind, p, causal)
+
+
+@_forward.register_fake
+def _(query, key, value, coef, keep, bias, kind, p, causal):
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coef: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    kind: int,
+    p: float,
+    causal: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return attention_backward(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad)
+
+
+@_backward.register_fake
+def _(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
+    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, coef)]
+    return *like, bias.new_empty(bias.shape if bias_grad else 0) if bias is not None else query.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    query, key, value, coef, keep, bias, ctx.kind, ctx.p, ctx.causal = inputs
+    ctx.save_for_backward(query, key, value, coef, keep, bias, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, _):
+    query, key, value, coef, keep, bias, output, lse = ctx.saved_tensors
+    bias_grad = bias is not None and ctx.needs_input_grad[5]
+    *grads, bias_gradient = _backward(
+        grad, query, key, value, coef, keep, bias, output, lse, ctx.kind, ctx.p, ctx.causal, bias_grad
+    )
+    return *grads, None, bias_gradient if bias_grad else None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,288 @@
+"""Compiles the CPU kernels once a machine, loads them, and hands tensors over by ctypes."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .cpp_backward import BACKWARD
+from .cpp_decode import DECODE
+from .cpp_forward import FORWARD
+from .cpp_tiles import TILES
+
+SOURCE = "\n".join((TILES, FORWARD, BACKWARD, DECODE))
+# No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
+# time of -O2).
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-shared", "-fPIC", "-Wno-psabi", "-x", "c++"),
+)
+_COMPILERS = ("g++", "c++", "clang++")
+_SECONDS = 300
+# Rows of q, k and v are padded to this many floats.
+_ALIGNMENT = 16
+
+# (metric, p) -> number of the metric in the C++ `switch`; lp takes the general entry unless its p has its own.
+KINDS = {"l1": 0, "sqeuclidean": 1, "l2": 2, "lp": 4, "chebyshev": 5, "cosine": 6, "dot": 7}
+_ORDERS = {1.0: 0, 2.0: 2, 3.0: 3}
+
+
+def kind_of(metric: str, p: float | None) -> int | None:
+    """The kernel's number for a metric, or None when there is no kernel."""
+    return _ORDERS.get(p, KINDS["lp"]) if metric == "lp" else KINDS.get(metric)
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first of g++, c++, clang++ on the path."""
+    return next((found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), None)
+
+
+def _machine() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distattn_hf"
+
+
+def _build() -> Path:
+    """The compiled library, from the cache or made now; raises `OSError` or `subprocess.SubprocessError`."""
+    command = [compiler(), *_FLAGS]
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    digest = hashlib.sha256("\0".join([SOURCE, *command, version, _machine()]).encode()).hexdigest()[:20]
+    folder = _cache_folder()
+    library = folder / f"kernels-{digest}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+    except OSError:
+        # Nowhere to keep it: compile for this process alone.
+        library = Path(tempfile.mkdtemp(prefix="distattn_hf-")) / library.name
+        handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        subprocess.run(
+            [*command, "-", "-o", made], input=SOURCE, capture_output=True, text=True, timeout=_SECONDS, check=True
+        )
+        # Processes that compile at the same time each move a whole file into place.
+        os.replace(made, library)
+    finally:
+        Path(made).unlink(missing_ok=True)
+    return library
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(library, None), or (None, why there is none)."""
+    if sys.platform != "linux":
+        return None, f"the CPU kernels are built on Linux only, this is {sys.platform}"
+    if compiler() is None:
+        return None, f"no C++ compiler found ($CXX, {', '.join(_COMPILERS)})"
+    try:
+        return ctypes.CDLL(str(_build())), None
+    except (OSError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = f"the C++ compiler {compiler()} failed: {told[0] if told else error}"
+    warnings.warn(f"distattn_hf runs without its CPU kernels, more slowly: {reason}", RuntimeWarning, stacklevel=2)
+    return None, reason
+
+
+def unavailable() -> str | None:
+    """Why the CPU kernels cannot run here, or None; the first call on a machine compiles them (about 10 s)."""
+    return _load()[1]
+
+
+_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+
+
+def _fields(pointers: str, numbers: str, strides: dict[str, int]) -> list[tuple[str, type]]:
+    return [
+        *((name, _POINTER) for name in pointers.split()),
+        *((name, _LONG) for name in numbers.split()),
+        *((name, _LONG * size) for name, size in strides.items()),
+        ("p", ctypes.c_float),
+    ]
+
+
+_NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = _fields(
+        "q k kpanels v vpanels coef bias out lse dout keep o l dq dk dv dcoef dbias sums",
+        _NUMBERS,
+        {"keep_stride": 4, "bias_stride": 4},
+    )
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = _fields(
+        "q coef bias k v keep o partial",
+        _NUMBERS,
+        {"k_stride": 3, "v_stride": 3, "keep_stride": 4, "bias_stride": 4},
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Float32, contiguous, the last axis filled with zeros up to a multiple of 16."""
+    fill = -tensor.shape[-1] % _ALIGNMENT
+    return (F.pad(tensor.float(), (0, fill)) if fill else tensor.float()).contiguous()
+
+
+def _cut(tensor: Tensor, size: int) -> Tensor:
+    """The first `size` of the last axis."""
+    return tensor if tensor.shape[-1] == size else tensor[..., :size].contiguous()
+
+
+def _sum_splits(tensor: Tensor) -> Tensor:
+    return tensor[0] if len(tensor) == 1 else tensor.sum(0)
+
+
+def _panels(tensor: Tensor) -> Tensor:
+    """(B, H, M, d) -> (B, H, ⌈M / width⌉, d, width), filled with zeros: what the register tiles read in order."""
+    width = _load()[0].panel_width()
+    batch, heads, length, size = tensor.shape
+    if length % width:
+        tensor = F.pad(tensor, (0, 0, 0, -length % width))
+    return tensor.float().reshape(batch, heads, -1, width, size).transpose(-1, -2).contiguous()
+
+
+class _Call:
+    """A structure being filled; keeps the tensors alive that it points into."""
+
+    def __init__(self, kind: type, query: Tensor, key: Tensor, value_dim: int, p: float | None):
+        self.kept: list[Tensor] = []
+        self.data = data = kind()
+        data.B, data.H, data.N, data.d = query.shape
+        data.M, data.dv_, data.G = key.shape[2], value_dim, query.shape[1] // key.shape[1]
+        data.dp, data.vp = (size + -size % _ALIGNMENT for size in (data.d, data.dv_))
+        data.p = p or 0.0
+        data.splits = 1
+        # A thread must be worth waking: about 50 µs of work.
+        work = query.numel() * data.M
+        data.threads = max(1, min(torch.get_num_threads(), work >> 19))
+
+    def point(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.kept.append(tensor)
+                setattr(self.data, name, tensor.data_ptr())
+
+    def mask(self, keep: Tensor | None, bias: Tensor | None) -> None:
+        """Broadcast axes get stride 0, so that no (B, H, N, M) tensor is made."""
+        shape = (self.data.B, self.data.H, self.data.N, self.data.M)
+        for name, tensor in (("keep", keep), ("bias", bias)):
+            if tensor is not None:
+                tensor = (tensor.float() if name == "bias" else tensor).contiguous().expand(shape)
+                self.point(**{name: tensor})
+                setattr(self.data, f"{name}_stride", (_LONG * 4)(*tensor.stride()))
+
+    def run(self, name: str, *numbers: int) -> None:
+        if getattr(_load()[0], name)(ctypes.byref(self.data), *numbers):
+            raise RuntimeError(f"no CPU kernel {name} for metric number {numbers[0]}")
+
+
+def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
+    """(output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling."""
+    call = _Call(_Problem, query, key, value.shape[-1], p)
+    output = query.new_empty(*query.shape[:3], call.data.vp, dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    call.point(q=_rows(query), kpanels=_panels(key), v=_rows(value), coef=coef.float().contiguous(), o=output, l=lse)
+    call.mask(keep, bias)
+    call.data.causal = causal
+    call.run("attention_forward", kind)
+    return _cut(output, call.data.dv_), lse
+
+
+def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
+    """Gradients (query, key, value, coef, bias or an empty tensor), float32; bias's has the shape of bias."""
+    call = _Call(_Problem, query, key, value.shape[-1], p)
+    data = call.data
+    units = data.B * key.shape[1]
+    if bias_grad:
+        # Work is divided so that no two threads add to the same entry of the bias.
+        units //= 1 if bias.shape[0] == data.B else data.B
+        units //= 1 if bias.shape[1] == data.H else key.shape[1]
+    if units < 2 * data.threads and not (bias_grad and bias.shape[2] == 1):
+        data.splits = -(-2 * data.threads // units)
+    rows = {"q": _rows(query), "k": _rows(key)}
+    new = {
+        "dq": torch.empty_like(rows["q"]),
+        "dk": torch.zeros(data.splits, *rows["k"].shape),
+        "dv": torch.zeros(data.splits, *value.shape[:3], data.vp),
+        "dcoef": torch.empty(data.splits, data.B, data.H),
+    }
+    call.point(**rows, kpanels=_panels(key), vpanels=_panels(value), dout=_rows(grad), out=_rows(output), lse=lse)
+    call.point(**new, coef=coef.float().contiguous())
+    call.mask(keep, bias)
+    bias_gradient = torch.zeros(bias.shape if bias_grad else 0)
+    if bias_grad:
+        call.point(dbias=bias_gradient)
+    data.causal = causal
+    call.run("attention_backward", kind)
+    return (
+        _cut(new["dq"], data.d),
+        _cut(_sum_splits(new["dk"]), data.d),
+        _cut(_sum_splits(new["dv"]), data.dv_),
+        new["dcoef"].sum((0, 1)),
+        bias_gradient,
+    )
+
+
+def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Tensor:
+    """Output (B, H, N, d_v) in float32 for few queries; key and value are read once, where they lie, as float32 or
+    bfloat16."""
+    call = _Call(_Decode, query, key, value.shape[-1], p)
+    data = call.data
+    key, value = (
+        t if t.stride(-1) == 1 and t.dtype in (torch.float32, torch.bfloat16) else t.float().contiguous()
+        for t in (key, value)
+    )
+    units = data.B * key.shape[1]
+    if units < 4 * data.threads and data.threads > 1:
+        data.splits = -(-4 * data.threads // units)
+    output = torch.empty(data.B, data.H, data.N, data.vp)
+    partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2)
+    call.point(q=_rows(query), k=key, v=value, coef=coef.float().contiguous(), o=output, partial=partial)
+    data.k_stride, data.v_stride = ((_LONG * 3)(*t.stride()[:3]) for t in (key, value))
+    call.mask(keep, bias)
+    data.causal = causal
+    call.run("attention_decode", kind, int(key.dtype == torch.bfloat16))
+    return _cut(output, data.dv_)
+
+
+def distance_forward(query, key, kind, p) -> Tensor:
+    """Distances (B, H, N, M), float32."""
+    call = _Call(_Problem, query, key, 1, p)
+    distances = torch.empty(*query.shape[:3], key.shape[2])
+    call.point(q=_rows(query), kpanels=_panels(key), sums=distances)
+    call.run("distance_forward", kind)
+    return distances
+
+
+def distance_backward(grad, query, key, distances, kind, p) -> tuple[Tensor, Tensor]:
+    """Gradients (query, key) of distances whose heads are not grouped, float32."""
+    call = _Call(_Problem, query, key, 1, p)
+    rows = {"q": _rows(query), "k": _rows(key)}
+    dq, dk = torch.empty_like(rows["q"]), torch.zeros_like(rows["k"])
+    call.point(**rows, kpanels=_panels(key), dout=grad.float().contiguous(), out=distances, dq=dq, dk=dk)
+    call.run("distance_backward", kind)
+    return _cut(dq, call.data.d), _cut(dk, call.data.d)
