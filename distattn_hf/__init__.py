@@ -2,6 +2,7 @@
 
 from .core.attention import distance_attention
 from .core.configuration_distattn import CLASS_PREFIX, AttentionSpec
+from .core.explain import BackendChoice, explain_backend
 from .core.metrics import Metric, register_metric
 from .core.modeling_converted import register_all_families
 
@@ -17,7 +18,16 @@ _LAZY = {
     "load_checkpoint": "conversion.checkpoints",
 }
 
-__all__ = ["AttentionSpec", "Metric", "distance_attention", "register_metric", "__version__", *_LAZY]
+__all__ = [
+    "AttentionSpec",
+    "BackendChoice",
+    "Metric",
+    "distance_attention",
+    "explain_backend",
+    "register_metric",
+    "__version__",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""The command line: `distattn convert | inspect | evaluate | revert`. Each verb only calls the package."""
+"""The command line: `distattn convert | inspect | evaluate | revert | benchmark`. Each verb only calls the package."""
 
 import json
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .experiments.benchmark import benchmark
 
 app = typer.Typer(
     help="Distance-based attention for Hugging Face transformers.",
@@ -143,6 +145,11 @@ def revert(
     original = revert_model(model)
     save_checkpoint(original, tokenizer, out, overwrite=overwrite)
     print(f"{type(model).__name__} -> {type(original).__name__}, saved to {out}")
+
+
+app.command(
+    epilog="Example:  distattn benchmark --config configs/experiments/benchmark_quick.yaml --metrics l1,lp3 --out out/b"
+)(benchmark)
 
 
 def main() -> None:

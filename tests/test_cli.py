@@ -107,7 +107,7 @@ def test_overwrite_replaces_the_folder(folder):
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("verb", ["convert", "inspect", "evaluate", "revert"])
+@pytest.mark.parametrize("verb", ["convert", "inspect", "evaluate", "revert", "benchmark"])
 def test_help_has_an_example(verb):
     assert "Example" in distattn(verb, "--help").stdout
 

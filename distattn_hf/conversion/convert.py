@@ -132,7 +132,7 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
             raise ValueError(f"spec must be an AttentionSpec or a list of them, got {type(spec).__name__}")
         metric = get_metric(spec.metric)
         metric.validate(spec.p)
-        if validate_backend(spec.backend) == "sdpa" and not _has_dot_form(metric):
+        if validate_backend(spec.backend) == "sdpa" and not metric.has_dot_form:
             raise ValueError(
                 f"backend 'sdpa' cannot run metric {metric.name!r}: it has no dot-product form; use 'auto'"
             )
@@ -141,10 +141,6 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
             spec = replace(spec, layers=layers)
         checked.append(_prepare(spec, init))
     return checked
-
-
-def _has_dot_form(metric) -> bool:
-    return metric.dot_form(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)) is not None
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:

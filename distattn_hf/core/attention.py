@@ -44,7 +44,8 @@ def distance_attention(
         position_bias: float, broadcastable to (B, H, N, M), added to the logits; -inf masks.
         is_causal: query i sees keys j <= i, counted from the start of both, as in PyTorch.
         dropout_p: dropout on the weights, applied whenever it is > 0.
-        backend: "auto", "sdpa", "chunked" or "reference". An explicit one that cannot run raises.
+        backend: "auto", "cpp", "sdpa", "triton", "chunked" or "reference" (see `explain_backend`). An explicit one that
+            cannot run raises.
         return_weights: also return the weights (B, H, N, M), before dropout; runs the reference backend.
 
     Returns:
@@ -103,7 +104,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.dtype != key.dtype and not (name == "query" and tensor.dtype == torch.float32 and key.dtype in HALF):
             raise ValueError(
                 f"query, key and value must share a dtype (the query may be float32 beside half precision), got "
-                f"{query.dtype}, {key.dtype}, {value.dtype}"
+                f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
             )
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and length")

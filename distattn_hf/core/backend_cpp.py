@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cpp_library import attention_backward, attention_decode, attention_forward, kind_of, unavailable
 from .inputs import AttentionInputs
-from .metrics import METRICS
+from .metrics import BUILT_IN
 
 # Up to this many queries (times the query heads that share a key head) read the keys where they lie.
 _FEW_QUERIES = 16
@@ -21,7 +21,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in float32, the tensors are {dtype}"
     kind = kind_of(metric.name, inputs.p)
-    if kind is None or METRICS.get(metric.name) is not metric:
+    if kind is None or BUILT_IN.get(metric.name) is not metric:
         return f"no kernel for metric {metric.name!r}"
     if metric.name in ("cosine", "dot") and not few_queries(inputs):
         return f"metric {metric.name!r} has a kernel for at most {_FEW_QUERIES} queries without gradients"
@@ -58,7 +58,11 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
         # Nothing to compute: products of empty matrices have the right shape, values (0) and gradients.
         empty = inputs.written_out()
         return (empty.query @ empty.key.transpose(-1, -2) @ empty.value).to(dtype)
-    lam = inputs.lam if isinstance(inputs.lam, Tensor) else torch.full((heads,), float(inputs.lam))
+    lam = (
+        inputs.lam
+        if isinstance(inputs.lam, Tensor)
+        else torch.full((heads,), float(inputs.lam), dtype=torch.float32, device="cpu")
+    )
     coef = lam.float() * inputs.scaling
     kind, p = kind_of(inputs.metric.name, inputs.p), inputs.p or 0.0
     if few_queries(inputs):

@@ -17,7 +17,7 @@ _NORM_UNIT = 64.0
 
 def unsupported(inputs: AttentionInputs) -> str | None:
     """Why this backend cannot run `inputs`, or None when it can."""
-    if inputs.metric.dot_form(inputs.query[:, :, :1], inputs.key[:, :, :1]) is None:
+    if not inputs.metric.has_dot_form:
         return f"metric {inputs.metric.name!r} has no dot-product form"
     return None
 

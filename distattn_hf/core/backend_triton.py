@@ -113,6 +113,11 @@ def _by_coordinates(tensor: Tensor) -> Tensor:
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """Triton 3.7's interpreter multiplies the bits of bfloat16 as if they were integers, so it gets float32."""
+    return tensor.float() if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 else tensor
+
+
 def _strides(tensor: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of something broadcastable to (B, H, N, M), 0 along its axes of size 1 and where it is None."""
     if tensor is None:
@@ -149,7 +154,7 @@ class _Attention(torch.autograd.Function):
         needs_query, needs_key, needs_value, needs_slope, needs_bias, *_ = ctx.needs_input_grad
         delta = (grad_out.float() * out).sum(-1)
         tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep)
-        saved = (grad_out.contiguous(), lse, delta)
+        saved = (_readable(grad_out).contiguous(), lse, delta)
         grad_query = grad_key = grad_value = grad_slope = grad_bias = None
         with _on(query.device):
             if needs_query or needs_slope or needs_bias:
@@ -189,6 +194,7 @@ def _on(device: torch.device):
 def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[int, ...], dict]:
     """What all kernels take: (the tensors they read, strides and sizes, compile-time options)."""
     (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape
+    query, key, value = _readable(query), _readable(key), _readable(value)
     if ctx.metric != "l2":
         query, key = _by_coordinates(query), _by_coordinates(key)
     shape = (batch, heads, num_queries, num_keys)

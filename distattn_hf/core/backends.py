@@ -12,6 +12,9 @@ from .backend_cpp import declined as cpp_declined
 from .backend_cpp import unsupported as cpp_unsupported
 from .backend_sdpa import sdpa_attention
 from .backend_sdpa import unsupported as sdpa_unsupported
+from .backend_triton import declined as triton_declined
+from .backend_triton import triton_attention
+from .backend_triton import unsupported as triton_unsupported
 from .inputs import AttentionInputs
 from .reference import reference_attention
 from .registry import Registry
@@ -35,6 +38,7 @@ BACKENDS = Registry("backend")
 for _backend in (
     Backend("cpp", cpp_attention, cpp_unsupported, cpp_declined),
     Backend("sdpa", sdpa_attention, sdpa_unsupported),
+    Backend("triton", triton_attention, triton_unsupported, triton_declined),
     Backend("chunked", chunked_attention, chunked_unsupported),
     Backend("reference", lambda inputs: reference_attention(inputs.written_out())[0], lambda inputs: None),
 ):

@@ -45,7 +45,9 @@ def kind_of(metric: str, p: float | None) -> int | None:
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX, or the first of g++, c++, clang++ on the path."""
-    return next((found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), None
+    )
 
 
 def _machine() -> str:
@@ -105,6 +107,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return None, reason
 
 
+@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why the CPU kernels cannot run here, or None; the first call on a machine compiles them (about 10 s)."""
     return _load()[1]
@@ -145,6 +148,10 @@ def _rows(tensor: Tensor) -> Tensor:
     """Float32, contiguous, the last axis filled with zeros up to a multiple of 16."""
     fill = -tensor.shape[-1] % _ALIGNMENT
     return (F.pad(tensor.float(), (0, fill)) if fill else tensor.float()).contiguous()
+
+
+# Whatever default device or dtype the caller has set (transformers builds models on the meta device), these are floats.
+_FLOATS = {"dtype": torch.float32, "device": "cpu"}
 
 
 def _cut(tensor: Tensor, size: int) -> Tensor:
@@ -203,8 +210,8 @@ class _Call:
 def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
     """(output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling."""
     call = _Call(_Problem, query, key, value.shape[-1], p)
-    output = query.new_empty(*query.shape[:3], call.data.vp, dtype=torch.float32)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    output = torch.empty(*query.shape[:3], call.data.vp, **_FLOATS)
+    lse = torch.empty(query.shape[:3], **_FLOATS)
     call.point(q=_rows(query), kpanels=_panels(key), v=_rows(value), coef=coef.float().contiguous(), o=output, l=lse)
     call.mask(keep, bias)
     call.data.causal = causal
@@ -226,14 +233,14 @@ def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, k
     rows = {"q": _rows(query), "k": _rows(key)}
     new = {
         "dq": torch.empty_like(rows["q"]),
-        "dk": torch.zeros(data.splits, *rows["k"].shape),
-        "dv": torch.zeros(data.splits, *value.shape[:3], data.vp),
-        "dcoef": torch.empty(data.splits, data.B, data.H),
+        "dk": torch.zeros(data.splits, *rows["k"].shape, **_FLOATS),
+        "dv": torch.zeros(data.splits, *value.shape[:3], data.vp, **_FLOATS),
+        "dcoef": torch.empty(data.splits, data.B, data.H, **_FLOATS),
     }
     call.point(**rows, kpanels=_panels(key), vpanels=_panels(value), dout=_rows(grad), out=_rows(output), lse=lse)
     call.point(**new, coef=coef.float().contiguous())
     call.mask(keep, bias)
-    bias_gradient = torch.zeros(bias.shape if bias_grad else 0)
+    bias_gradient = torch.zeros(bias.shape if bias_grad else 0, **_FLOATS)
     if bias_grad:
         call.point(dbias=bias_gradient)
     data.causal = causal
@@ -259,8 +266,8 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
     units = data.B * key.shape[1]
     if units < 4 * data.threads and data.threads > 1:
         data.splits = -(-4 * data.threads // units)
-    output = torch.empty(data.B, data.H, data.N, data.vp)
-    partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2)
+    output = torch.empty(data.B, data.H, data.N, data.vp, **_FLOATS)
+    partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2, **_FLOATS)
     call.point(q=_rows(query), k=key, v=value, coef=coef.float().contiguous(), o=output, partial=partial)
     data.k_stride, data.v_stride = ((_LONG * 3)(*t.stride()[:3]) for t in (key, value))
     call.mask(keep, bias)
@@ -272,7 +279,7 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
 def distance_forward(query, key, kind, p) -> Tensor:
     """Distances (B, H, N, M), float32."""
     call = _Call(_Problem, query, key, 1, p)
-    distances = torch.empty(*query.shape[:3], key.shape[2])
+    distances = torch.empty(*query.shape[:3], key.shape[2], **_FLOATS)
     call.point(q=_rows(query), kpanels=_panels(key), sums=distances)
     call.run("distance_forward", kind)
     return distances

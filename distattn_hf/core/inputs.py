@@ -31,6 +31,8 @@ class AttentionInputs:
     bias: Tensor | None = None
     is_causal: bool = False
     dropout_p: float = 0.0
+    # What `needs_grad` answers where the tensors cannot say: they stand for a device that is not here.
+    assumed_grad: bool | None = None
 
     @property
     def groups(self) -> int:
@@ -39,6 +41,8 @@ class AttentionInputs:
 
     def needs_grad(self) -> bool:
         """Whether autograd will ask for a gradient of any tensor here."""
+        if self.assumed_grad is not None:
+            return self.assumed_grad
         tensors = (self.query, self.key, self.value, self.bias, self.lam)
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
@@ -60,4 +64,6 @@ class AttentionInputs:
         inputs = self.in_full_precision()
         if self.groups == 1:
             return inputs
-        return replace(inputs, **{n: getattr(inputs, n).repeat_interleave(self.groups, dim=1) for n in ("key", "value")})
+        return replace(
+            inputs, **{n: getattr(inputs, n).repeat_interleave(self.groups, dim=1) for n in ("key", "value")}
+        )

@@ -157,6 +157,8 @@ def _attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | N
     else:
         with torch.autocast(query.device.type, enabled=False):
             query, key, lam = group.fold(query, key)
+        if value.shape[1] != key.shape[1]:
+            value = repeat_kv(value, key.shape[1] // value.shape[1])
         backend = backend or group.spec.backend
         if call["return_weights"]:
             backend = "reference"

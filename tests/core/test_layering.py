@@ -17,12 +17,13 @@ CORE = [path for path in FILES if path.parts[0] == "core" and path.name != "__in
 # A file in core/ imports only from files in earlier rows. A new file needs a place here.
 CORE_ORDER = [
     ("configuration_distattn", "registry", "cpp_tiles", "cpp_forward", "cpp_backward", "cpp_decode"),
-    ("cpp_library", "triton_tile", "triton_forward", "triton_backward"),
+    ("cpp_library", "triton_tile"),
+    ("triton_forward", "triton_backward"),
     ("metrics", "masks"),
     ("inputs",),
     ("reference", "backend_*"),
     ("backends",),
-    ("attention",),
+    ("attention", "explain"),
     ("parameters", "discovery"),
     ("interface",),
     ("modeling_converted",),
@@ -84,7 +85,11 @@ def test_core_imports_torch_transformers_the_standard_library_and_siblings(path)
     for level, module, names in imports(path):
         if level == 0:
             top = module.partition(".")[0]
-            assert top in {"torch", "transformers"} | sys.stdlib_module_names, f"{path} imports {module}"
+            allowed = {"torch", "transformers"} | sys.stdlib_module_names
+            if path.name.startswith("triton_"):
+                # Inside `try`, so that a checkpoint's copy does not ask for Triton: tests/core/test_triton.py.
+                allowed |= {"triton"}
+            assert top in allowed, f"{path} imports {module}"
         else:
             said = f"{path}: `from {'.' * level}{module} import {', '.join(names)}`"
             assert level == 1, f"{said} leaves core/"

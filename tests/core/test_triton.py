@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers.dynamic_module_utils import get_imports
 
 from distattn_hf.core import backend_triton
@@ -224,20 +223,11 @@ class TestKernels:
 
     @pytest.mark.parametrize("kernel", ["l1", "chebyshev"])
     def test_ties(self, kernel):
-        """Whole numbers: equal coordinates, and many that reach the maximum and share its gradient."""
+        """Whole numbers: equal coordinates have slope 0, and those that reach the maximum share its gradient."""
         tensors = make_tensors(12, 9, 7, batch=1)
         for name in ("query", "key"):
             tensors[name] = tensors[name].round()
-        tensors = on_device(tensors)
-        expected = evaluate(
-            # The definition leaves ties to PyTorch, whose amax shares the gradient as well, but not at distance 0.
-            attention_by(lambda inputs: reference(replace(inputs, metric=_definition(kernel))), kernel),
-            tensors,
-            torch.float64,
-        )
-        actual = evaluate(attention_by(triton_attention, kernel), tensors)
-        for name, value in expected.items():
-            assert_close(actual[name], value, "float32_gradient", name)
+        check(kernel, tensors)
 
     @one_of_each_kind
     def test_tile_sizes_do_not_matter(self, kernel, monkeypatch):
@@ -284,7 +274,7 @@ class TestKernels:
     @pytest.mark.parametrize("kernel", ["l1", "l2"])
     @every_half
     def test_lambda_bias_and_query_stay_in_float32(self, kernel, dtype):
-        """They may come in float32 beside half precision, and keep its digits; the query's λ·α of a conversion does."""
+        """They may come in float32 beside half precision, and then keep its digits."""
         tensors = make_tensors(20, head_dim=16, batch=1, dtype=dtype)
         extra = {"lam": torch.tensor([0.7013, 1.3027]), "bias": torch.randn(1, 2, 20, 20)}
         for query in (tensors["query"], torch.randn(1, 2, 20, 16)):
@@ -293,7 +283,6 @@ class TestKernels:
             actual = evaluate(attention_by(triton_attention, kernel), leaves)
             for name in ("lam", "bias", *(["query"] if query.dtype == torch.float32 else [])):
                 assert actual[name].dtype == torch.float32
-                # The gradient of the output comes in half precision, but holds the same numbers.
                 assert_close(actual[name], expected[name], "float32_gradient", name)
 
     @pytest.mark.parametrize("kernel", ["l1", "lp3", "chebyshev", "l2"])
@@ -326,17 +315,10 @@ class TestKernels:
             gradient.sum().backward()
 
 
-def _definition(kernel: str) -> FunctionMetric:
-    """The distance by PyTorch's own sum or maximum over coordinates, both of which share a gradient evenly."""
-    if kernel == "l1":
-        return FunctionMetric("l1", lambda q, k: (q[..., :, None, :] - k[..., None, :, :]).abs().sum(-1))
-    return FunctionMetric("chebyshev", lambda q, k: (q[..., :, None, :] - k[..., None, :, :]).abs().amax(-1))
-
-
 @pytest.mark.skipif(INTERPRETING or DEVICE == "cuda", reason="TestKernels runs in this process")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -348,12 +330,17 @@ def test_kernels_in_the_interpreter():
 class TestCompiler:
     __test__ = not INTERPRETING
 
-    @pytest.mark.parametrize("capability", [80, 90])
     @pytest.mark.parametrize(
-        ("metric", "p", "dtype"),
-        [("l1", None, "fp32"), ("lp", 2.2, "bf16"), ("chebyshev", None, "fp32"), ("l2", None, "bf16")],
+        ("capability", "metric", "p", "dtype"),
+        [
+            (80, "l1", None, "fp32"),
+            (80, "lp", 2.2, "bf16"),
+            (80, "chebyshev", None, "fp16"),
+            (80, "l2", None, "bf16"),
+            (90, "l1", None, "bf16"),
+        ],
     )
-    def test_kernels_compile_without_a_gpu(self, metric, p, dtype, capability, tmp_path, monkeypatch):
+    def test_kernels_compile_without_a_gpu(self, capability, metric, p, dtype, tmp_path, monkeypatch):
         """To machine code by Triton's own compiler, and with shared memory that even a small GPU has."""
         triton = pytest.importorskip("triton")
         from triton.backends.compiler import GPUTarget
@@ -416,7 +403,7 @@ class _OwnManhattan(Manhattan):
         ({"value": torch.ones(1, 1, 2, 257)}, "head sizes up to 256, got 257 of value"),
         ({"query": torch.ones(1, 1, 2, 4, device="meta")}, "got tensors on 'meta'"),
     ],
-    ids=str,
+    ids=["metric", "subclass", "override", "dropout", "float64", "head size", "device"],
 )
 def test_unsupported_says_why(changes, reason, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
