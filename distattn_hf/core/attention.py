@@ -1,6 +1,7 @@
 """The one entry to exact distance attention: check the inputs, pick a backend, run it."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -82,14 +83,26 @@ def distance_attention(
         keep = open_entries if keep is None else keep & open_entries
         bias = add_bias(position_bias, bias)
     inputs = AttentionInputs(query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p)
+    return run_attention(inputs, backend, return_weights)
+
+
+def run_attention(
+    inputs: AttentionInputs, backend: str = "auto", return_weights: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`distance_attention` for inputs that are known to be right: converted models come here at every layer."""
     # Distances and softmax are a full-precision island: autocast would take the matmuls inside back to half.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(inputs.query.device.type):
         if return_weights:
             if backend not in ("auto", "reference"):
                 raise ValueError(f"return_weights needs backend 'reference' or 'auto', got {backend!r}")
             output, weights = reference_attention(inputs.written_out())
-            return output.to(value.dtype), weights
-        return choose_backend(backend, inputs).run(inputs).to(value.dtype)
+            return output.to(inputs.value.dtype), weights
+        return choose_backend(backend, inputs).run(inputs).to(inputs.value.dtype)
+
+
+def without_autocast(device: str):
+    """A context without autocast; nothing at all where there is none, which is quicker."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -68,11 +68,18 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
     if few_queries(inputs):
         if inputs.metric.name == "cosine":
             query = torch.nn.functional.normalize(query.float(), dim=-1)
-        output = _decode(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
+        run = attention_decode if _eager(query) else _decode
+        output = run(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
         return output.to(dtype)
     key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
-    output, _ = _forward(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
+    run = attention_forward if _eager(query) and not inputs.needs_grad() else _forward
+    output, _ = run(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
     return output.to(dtype)
+
+
+def _eager(query: Tensor) -> bool:
+    """Whether plain tensors are computed now: then the kernels are called without the operators' overhead."""
+    return type(query) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 # Operators of their own, so that torch.compile keeps one graph around them. A copy of this file that transformers loads

@@ -10,8 +10,11 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import _active_collector
 
-from .attention import distance_attention
-from .masks import split_mask
+from .attention import run_attention, without_autocast
+from .backends import validate_backend
+from .inputs import AttentionInputs
+from .masks import add_bias, split_mask
+from .metrics import get_metric
 from .parameters import DistanceAttentionState
 
 IMPLEMENTATION = "distattn"
@@ -102,12 +105,14 @@ def _forward(module, query, key, value, attention_mask, *, reference, kwargs) ->
         position_bias = position_bias[..., : key.shape[2]]
     shape = (*query.shape[:3], key.shape[2])
     keep, bias = split_mask(attention_mask, shape)
-    if bias is not None:
-        position_bias = bias if position_bias is None else position_bias + bias
+    if position_bias is not None:
+        # A bias may mask, too (T5 adds its mask to it).
+        open_entries, position_bias = split_mask(position_bias, shape)
+        keep = open_entries if keep is None else keep & open_entries
     call = {
         "scaling": scaling,
         "mask": keep,
-        "position_bias": position_bias,
+        "position_bias": add_bias(position_bias, bias),
         "is_causal": is_causal,
         "dropout_p": kwargs.get("dropout") or 0.0,
         "backend": "reference" if reference else None,
@@ -151,21 +156,30 @@ def _heads(tensor: Tensor | None, index: Tensor) -> Tensor | None:
 
 
 def _attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | None]:
-    dtype = value.dtype
+    dtype, want_weights = value.dtype, call["return_weights"]
     if group is None:
-        result = distance_attention(query, key, value, metric="dot", lam=1.0, backend=backend or "auto", **call)
+        metric, lam, p = get_metric("dot"), 1.0, None
     else:
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             query, key, lam = group.fold(query, key)
+        metric, p, backend = get_metric(group.metric), group.p, backend or group.spec.backend
         if value.shape[1] != key.shape[1]:
             value = repeat_kv(value, key.shape[1] // value.shape[1])
-        backend = backend or group.spec.backend
-        if call["return_weights"]:
-            backend = "reference"
-        result = distance_attention(
-            query, key, value.to(key.dtype), metric=group.metric, lam=lam, p=group.p, backend=backend, **call
-        )
-    output, weights = result if call["return_weights"] else (result, None)
+    inputs = AttentionInputs(
+        query,
+        key,
+        value.to(key.dtype),
+        metric,
+        lam,
+        call["scaling"],
+        p,
+        call["mask"],
+        call["position_bias"],
+        call["is_causal"],
+        call["dropout_p"],
+    )
+    result = run_attention(inputs, "reference" if want_weights else validate_backend(backend or "auto"), want_weights)
+    output, weights = result if want_weights else (result, None)
     return output.to(dtype), None if weights is None else weights.to(dtype)
 
 

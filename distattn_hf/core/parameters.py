@@ -97,11 +97,22 @@ class HeadParameters(nn.Module):
         if degree is None:
             return *self.map(query, key), self.lam()
         dtype = torch.promote_types(query.dtype, torch.float32)
-        alpha, shift, query = self.log_alpha.to(dtype).exp(), self.shift.to(dtype)[:, None, :], query.to(dtype)
+        factor, shift, lam = self._folded(dtype, degree)
+        query = query.to(dtype)
         if self.transform == "linear":
             key_map = self.key_map.to(dtype)
             query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
-        return query / alpha.square()[:, None, None] + shift, key, self.lam() * alpha**degree
+        return torch.addcmul(shift, query, factor), key, lam
+
+    def _folded(self, dtype: torch.dtype, degree: int) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(1/α² as (H, 1, 1), c as (H, 1, d), λ·α^degree)."""
+        # Few operations: a decoding step runs this in every layer, and each costs microseconds whatever its size.
+        log_alpha = self.log_alpha.to(dtype)
+        if self.constant_lambda is None:
+            lam = torch.add(self.log_lambda.to(dtype), log_alpha, alpha=degree).exp()
+        else:
+            lam = self.constant_lambda * (degree * log_alpha).exp()
+        return (-2 * log_alpha).exp()[:, None, None], self.shift.to(dtype)[:, None, :], lam
 
     def extra_repr(self) -> str:
         return f"metric={self.metric}, heads={self.num_heads}, transform={self.transform}"

@@ -1,0 +1,71 @@
+"""Speed of converted models beside the untouched one: prefill and generation, interleaved in one run.
+
+python -m distattn_hf.experiments.model_speed {smollm2-135m|iglm|FOLDER|HUB NAME} [METRIC ...]
+"""
+
+import random
+import statistics
+import sys
+import time
+
+import torch
+from transformers.utils import logging
+
+from ..conversion.calibrate import CalibrationOptions
+from ..conversion.checkpoints import load_checkpoint
+from ..conversion.convert import convert
+from ..core.configuration_distattn import AttentionSpec
+
+METRICS = ("sqeuclidean", "l2", "cosine", "l1")
+PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 1024, 512, 32, 9
+
+
+def _seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def model_speed(models: dict, vocabulary: int, rounds: int = ROUNDS) -> dict[str, dict[str, list[float]]]:
+    """{"prefill" or "generate": {model's name: seconds of each round}}; the order within a round is random."""
+    ids = torch.randint(100, vocabulary, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
+    prompt = ids[:, :PROMPT_TOKENS]
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    jobs = {
+        "prefill": lambda model: model(ids, use_cache=True, logits_to_keep=1),
+        "generate": lambda model: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options),
+    }
+    order, found = list(models), {job: {name: [] for name in models} for job in jobs}
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            random.Random(turn).shuffle(order)
+            for job, run in jobs.items():
+                for name in order:
+                    seconds = _seconds(lambda: run(models[name]))
+                    if turn:  # the first round warms up
+                        found[job][name].append(seconds)
+    return found
+
+
+def main(names: list[str]) -> None:
+    """Print the median seconds of each model and its ratio to the untouched one, paired round by round."""
+    if not names:
+        raise SystemExit(__doc__)
+    logging.set_verbosity_error()
+    teacher, tokenizer = load_checkpoint(names[0])
+    models = {"untouched": teacher.eval()}
+    # Speed does not depend on how well the fit went: two steps give every parameter that a calibrated model has.
+    options = CalibrationOptions(steps=2, sequences=2)
+    text = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
+    for metric in names[1:] or METRICS:
+        spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
+        models[metric] = convert(teacher, spec, calibration=text, tokenizer=tokenizer, options=options).eval()
+    for job, times in model_speed(models, teacher.config.vocab_size).items():
+        for name, seconds in times.items():
+            ratios = sorted(mine / theirs for mine, theirs in zip(seconds, times["untouched"], strict=True))
+            spread = f"{ratios[len(ratios) // 10]:.3f} to {ratios[-1 - len(ratios) // 10]:.3f}"
+            print(f"{job:<9} {name:<12} {statistics.median(seconds):7.3f} s  x {statistics.median(ratios):.3f}  ({spread})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
