@@ -5,6 +5,7 @@ from .core.configuration_distattn import CLASS_PREFIX, AttentionSpec
 from .core.explain import BackendChoice, explain_backend
 from .core.metrics import Metric, register_metric
 from .core.modeling_converted import register_all_families
+from .core.nystrom import nystrom_attention
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "Metric",
     "distance_attention",
     "explain_backend",
+    "nystrom_attention",
     "register_metric",
     "__version__",
     *_LAZY,

@@ -13,9 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.attention import distance_attention
+from ..core.linear import nystrom_forward
 from ..core.masks import causal_keep
 from ..core.metrics import get_metric
-from ..core.parameters import HeadParameters
+from ..core.parameters import HeadParameters, NystromParameters
+from .calibrate_nystrom import NystromData, fit_nystrom
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
@@ -64,7 +66,7 @@ class CalibrationOptions:
         """Adam steps for one group of heads: maps have d² values a head and take longer."""
         if self.steps is not None:
             return self.steps
-        return 200 if group.transform == "linear" else 100
+        return 200 if group.transform == "linear" or isinstance(group, NystromParameters) else 100
 
     def sequences_for(self, group: HeadParameters) -> int:
         """Sequences drawn per step for one group of heads."""
@@ -280,7 +282,7 @@ def _count_uses(model, batch) -> dict[str, int]:
 
 
 def _teacher_output(query, key, value, call) -> Tensor:
-    teacher = {k: v for k, v in call.items() if k not in ("backend", "return_weights")}
+    teacher = {k: v for k, v in call.items() if k not in ("backend", "return_weights", "is_cross")}
     return distance_attention(query, key, value, metric="dot", lam=1.0, **teacher)
 
 
@@ -308,25 +310,31 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
     uses = _count_uses(model, batch)
     if missing := [name for name in names.values() if name not in uses]:
         raise ValueError(f"calibration: the batch never reached {missing[0]!r} ({len(missing)} modules in all)")
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     results: dict[str, list[dict]] = {}
     bar = tqdm(total=len(names), desc="calibrate", unit="layer", disable=not options.progress)
 
     def observe(state, query, key, value, call):
         name = names[state]
-        seen.setdefault(name, []).append((query, key))
+        seen.setdefault(name, []).append((query, key, value))
         if len(seen[name]) == uses[name]:
-            queries, keys = (torch.cat(tensors) for tensors in zip(*seen.pop(name), strict=True))
+            queries, keys, values = (torch.cat(tensors) for tensors in zip(*seen.pop(name), strict=True))
             results[name] = []
-            for group, heads in zip(state.groups, state.head_lists, strict=True):
+            if state.is_nystrom:
+                data = NystromData(queries, keys, values, _repeated(call, uses[name]))
+                _check_sequences(data, name)
+                results[name].append(fit_nystrom(state.groups[0], data, options))
+            for group, heads in () if state.is_nystrom else zip(state.groups, state.head_lists, strict=True):
                 data = LayerData(queries, keys, _repeated(call, uses[name]), heads)
-                if not data.fit_sequences:
-                    raise ValueError(f"calibration: no sequence reaches {name!r} with two or more visible keys")
+                _check_sequences(data, name)
                 before, after = fit_group(group, data, options)
                 results[name].append({"before": before, "after": after})
             bar.update()
             if len(results) == len(names):
                 raise _AllFittedError
+            if state.is_nystrom:
+                # What it loses, the layers above are fitted on.
+                return nystrom_forward(state, query, key, value, {**call, "backend": None})[0]
         return _teacher_output(query, key, value, call)
 
     try:
@@ -334,6 +342,11 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
     finally:
         bar.close()
     return results
+
+
+def _check_sequences(data, name: str) -> None:
+    if not data.fit_sequences:
+        raise ValueError(f"calibration: no sequence reaches {name!r} with two or more visible keys")
 
 
 def _repeated(call: dict, times: int) -> dict:

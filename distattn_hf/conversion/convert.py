@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from ..core.backends import validate_backend
 from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
 from ..core.discovery import find_attention_modules, locate, select_modules
-from ..core.interface import EAGER_IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, IMPLEMENTATION
+from ..core.landmarks import STRATEGIES
 from ..core.metrics import get_metric
-from ..core.modeling_converted import DistAttnModelMixin, model_class_for
+from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
 from .calibrate import CalibrationOptions, calibrate
 from .checkpoints import rebuild
 from .report import ConversionReport, GroupReport
@@ -145,6 +145,11 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
     """The spec with what its initialisation implies written out."""
+    if spec.mechanism == "nystrom":
+        if init != "calibrated":
+            raise ValueError(f"mechanism='nystrom' needs init='calibrated' (landmarks come from text), got {init!r}")
+        STRATEGIES.canonical(spec.landmarks)
+        return spec if spec.transform is not None else replace(spec, transform="scalar")
     if init == "exact":
         if spec.metric != "sqeuclidean":
             raise ValueError(
@@ -218,7 +223,7 @@ def _build_student(model, specs, modules, init) -> PreTrainedModel:
     try:
         return _like(rebuild(student_class, config, state), model)
     except KeyError as error:
-        if error.args and error.args[0] in (IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, EAGER_IMPLEMENTATION):
+        if error.args and error.args[0] in IMPLEMENTATIONS:
             raise ValueError(
                 f"{type(model).__name__} cannot be converted: a part of it picks its attention class by the "
                 "implementation's name instead of following transformers' attention interface"
@@ -280,6 +285,7 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
                     alpha=_numbers(group.log_alpha.exp()) if group.transform != "none" else None,
                     divergence_before=_numbers(measured.get("before")),
                     divergence_after=_numbers(measured.get("after")),
+                    **{name: _numbers(measured.get(name)) for name in ("window_error", "output_error", "rows_off")},
                 )
             )
     return report
@@ -303,6 +309,7 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     divergences: dict[str, list[dict]] = {}
     for group in saved.groups if saved else ():
         measured = {"before": group.divergence_before, "after": group.divergence_after}
+        measured |= {name: getattr(group, name) for name in ("window_error", "output_error", "rows_off")}
         divergences.setdefault(group.module, []).append(measured)
     # A model made from a config names no modules: its specs choose them.
     modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)

@@ -6,7 +6,11 @@ from statistics import fmean
 
 @dataclass
 class GroupReport:
-    """One group of heads; divergences are KL(teacher's weights ‖ student's) in nats per query, None if not measured."""
+    """One group of heads; divergences are KL(teacher's weights ‖ student's) in nats per query, None if not measured.
+
+    Nyström attention: `before` is sinks and window alone; window_error and output_error are relative errors of the
+    outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose normaliser is 25% or more off.
+    """
 
     module: str
     layer: int | None
@@ -17,6 +21,9 @@ class GroupReport:
     alpha: list[float] | None = None
     divergence_before: list[float] | None = None
     divergence_after: list[float] | None = None
+    window_error: list[float] | None = None
+    output_error: list[float] | None = None
+    rows_off: list[float] | None = None
 
 
 @dataclass

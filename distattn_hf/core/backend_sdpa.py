@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from .inputs import HALF, AttentionInputs
 from .masks import causal_keep
+from .metrics import BUILT_IN
+from .sdpa_cosine import can_run_in_parts, cosine_in_parts
 
 # Fused kernels fall to a slow path for head sizes that are not a multiple of this.
 _HEAD_SIZE_MULTIPLE = 8
@@ -38,6 +40,9 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         inputs = inputs.in_full_precision()
     work = inputs.value.dtype
     query, key = inputs.query, inputs.key
+    mask, is_causal = _merge_mask(inputs, work)
+    if inputs.metric is BUILT_IN["cosine"] and can_run_in_parts(inputs, mask, is_causal):
+        return cosine_in_parts(inputs, mask, is_causal).to(dtype)
     if not bare:
         query, key = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key))
     query, key, key_bias, factor = inputs.metric.dot_form(query, key)
@@ -49,7 +54,6 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         scale = scale * factor * lam
         lam = 1.0 / factor
     value = inputs.value
-    mask, is_causal = _merge_mask(inputs, work)
     if key_bias is not None and _as_mask(inputs):
         weight = inputs.lambda_column() * inputs.scaling
         key_bias = key_bias.repeat_interleave(inputs.groups, dim=1)[:, :, None, :] * weight

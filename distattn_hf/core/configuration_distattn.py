@@ -19,8 +19,11 @@ BLOCK_VERSION = 1
 MODEL_TYPE_PREFIX = "distattn_"
 CLASS_PREFIX = "DistAttn"
 TRANSFORMS = ("none", "scalar", "linear")
-MECHANISMS = ("distance",)
+MECHANISMS = ("distance", "nystrom")
 ATTENTION_KINDS = ("self", "cross")
+# The metric sqeuclidean and its aliases.
+SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
+_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4}
 
 # Called with every config class that is made. `register_all_families` adds itself, so that the Auto classes know them.
 new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
@@ -34,7 +37,8 @@ class AttentionSpec:
 
     Args:
         metric: name of a registered metric or an alias ("l2", "l1", "sqeuclidean", "lp", "cosine", "chebyshev", ...).
-        mechanism: "distance" (exact).
+        mechanism: "distance" (exact), or "nystrom" (linear time, metric "sqeuclidean" only): the fields from
+            `num_landmarks` on are its own.
         p: order of "lp", p >= 1; None for every other metric.
         lam: λ > 0 at the start, for all heads. None: the metric's default, or what calibration fits.
         learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
@@ -43,12 +47,18 @@ class AttentionSpec:
             None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
             sqeuclidean and l2, "linear" for every other metric).
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
-            Euclidean attention in d + 1 dimensions and equals dot-product attention.
+            Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
+            then approximates the teacher's own softmax, and False for "distance".
         layers: which layers: None (all), a list of indices, or a pattern ("0-5", "0,2,4-7", or a glob on module names
             such as "encoder.*").
         heads: which query heads: None (all) or a list of indices; the others keep dot-product attention.
         attention: None (all), "self" or "cross".
-        backend: "auto", "sdpa", "chunked" or "reference".
+        backend: "auto", "cpp", "sdpa", "triton", "chunked" or "reference".
+        num_landmarks: m >= 1, landmarks per head; the state of a causal head is m·(d_v + 1) numbers. Default 64.
+        landmarks: the strategy that chooses them before they are fitted (see `select_landmarks`). Default "kmeans".
+        window_size: keys seen exactly: the last ones, the query's own included, when causal; those at a smaller
+            distance in both directions otherwise. None in cross-attention. Default 64.
+        num_sinks: first tokens seen exactly by every later query. Default 4.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -61,11 +71,15 @@ class AttentionSpec:
     lam: float | None = None
     learnable_lambda: bool = True
     transform: str | None = None
-    lift: bool = False
+    lift: bool | None = None
     layers: tuple[int, ...] | str | None = None
     heads: tuple[int, ...] | None = None
     attention: str | None = None
     backend: str = "auto"
+    num_landmarks: int | None = None
+    landmarks: str | None = None
+    window_size: int | None = None
+    num_sinks: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:
@@ -82,10 +96,12 @@ class AttentionSpec:
             object.__setattr__(self, "lam", float(self.lam))
         if self.transform is not None and self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or None, got {self.transform!r}")
+        if self.lift is None:
+            object.__setattr__(self, "lift", self.mechanism == "nystrom")
         for name in ("learnable_lambda", "lift"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.lift and self.metric not in ("sqeuclidean", "squared_l2", "l2_squared"):
+        if self.lift and self.metric not in SQUARED_NAMES:
             raise ValueError(f"lift=True needs metric 'sqeuclidean', got {self.metric!r}")
         if self.attention is not None and self.attention not in ATTENTION_KINDS:
             raise ValueError(f"attention must be 'self', 'cross' or None (both), got {self.attention!r}")
@@ -93,6 +109,41 @@ class AttentionSpec:
             raise ValueError(f"backend must be a backend's name (str), got {self.backend!r}")
         for name in ("layers", "heads"):
             object.__setattr__(self, name, _indices(name, getattr(self, name), pattern_allowed=name == "layers"))
+        self._check_nystrom()
+
+    def _check_nystrom(self):
+        for name, default in _NYSTROM_DEFAULTS.items():
+            value = getattr(self, name)
+            if self.mechanism != "nystrom":
+                if value is not None:
+                    raise ValueError(f"{name} belongs to mechanism='nystrom', got {name}={value!r} with 'distance'")
+                continue
+            if value is None:
+                object.__setattr__(self, name, value := default)
+            least = 1 if name == "num_landmarks" else 0
+            if name == "landmarks":
+                if not isinstance(value, str) or not value:
+                    raise ValueError(f"landmarks must be a strategy's name (str), got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if self.mechanism != "nystrom":
+            return
+        if self.metric not in SQUARED_NAMES:
+            raise ValueError(f"mechanism='nystrom' needs metric 'sqeuclidean' (a Gaussian kernel), got {self.metric!r}")
+        if self.heads is not None:
+            raise ValueError("heads must be None with mechanism='nystrom': a layer's heads share one cache")
+        if self.backend != "auto":
+            raise ValueError(f"backend must be 'auto' with mechanism='nystrom', got {self.backend!r}")
+        if self.transform == "linear":
+            raise ValueError("transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'linear'")
+        if self.lift and (self.lam not in (None, 0.5) or self.transform not in (None, "none")):
+            raise ValueError(
+                f"mechanism='nystrom' with lift=True sets lam=0.5 and transform='none', got lam={self.lam!r}, "
+                f"transform={self.transform!r}"
+            )
+        if self.lift:
+            for name, value in (("lam", 0.5), ("learnable_lambda", False), ("transform", "none")):
+                object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` turns back into an equal spec."""

@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import _active_collector
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
 from .inputs import AttentionInputs
+from .linear import nystrom_forward, padding_mask, written_out
 from .masks import add_bias, split_mask
 from .metrics import get_metric
 from .parameters import DistanceAttentionState
@@ -22,6 +23,9 @@ EAGER_IMPLEMENTATION = "distattn_eager"
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
 FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
+# For models in which some attention is linear: masks say which keys are padding and no more.
+LINEAR_IMPLEMENTATION = "distattn_linear"
+LINEAR_EAGER_IMPLEMENTATION = "distattn_linear_eager"
 
 # Arguments of transformers' attention calls that change the result and that no distance backend computes.
 _REFUSED = {
@@ -78,20 +82,58 @@ def _is_causal(module, query, attention_mask, is_causal) -> bool:
     return query.shape[2] > 1 and attention_mask is None and bool(is_causal)
 
 
-def _forward(module, query, key, value, attention_mask, *, reference, kwargs) -> tuple[Tensor, Tensor | None]:
-    state: DistanceAttentionState | None = getattr(module, "distattn", None)
-    want_weights = weights_requested(kwargs)
-    if not isinstance(state, nn.Module):
-        fallback = "eager" if reference else "sdpa"
-        return _fallback_forward(
-            module, query, key, value, attention_mask, fallback=fallback, want_weights=want_weights, **kwargs
-        )
-    refuse_unsupported(module, kwargs)
+def _check_heads(module, state, query) -> None:
     if query.shape[1] != state.num_heads:
         raise ValueError(
             f"{type(module).__name__} was converted with {state.num_heads} heads but calls attention with "
             f"{query.shape[1]}; convert the model again"
         )
+
+
+def _nystrom(module, state, query, key, value, attention_mask, is_causal, want_weights, reference, kwargs):
+    scaling, is_cross = kwargs.get("scaling"), state.is_cross
+    call = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        "mask": attention_mask,
+        "position_bias": kwargs.get("position_bias"),
+        "is_causal": is_causal and not is_cross,
+        "is_cross": is_cross,
+        "dropout_p": kwargs.get("dropout") or 0.0,
+        "backend": "reference" if reference else None,
+        "return_weights": want_weights,
+    }
+    if state.observer is not None:
+        groups = query.shape[1] // key.shape[1]
+        output, weights = state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call), None
+    else:
+        with without_autocast(query.device.type):
+            output, weights = nystrom_forward(state, query, key, value, call)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _forward(
+    module, query, key, value, attention_mask, *, reference, kwargs, linear=False
+) -> tuple[Tensor, Tensor | None]:
+    state: DistanceAttentionState | None = getattr(module, "distattn", None)
+    want_weights = weights_requested(kwargs)
+    converted = isinstance(state, nn.Module)
+    if linear:
+        is_causal = kwargs.get("is_causal")
+        is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        if converted and state.is_nystrom:
+            refuse_unsupported(module, kwargs)
+            _check_heads(module, state, query)
+            return _nystrom(
+                module, state, query, key, value, attention_mask, is_causal, want_weights, reference, kwargs
+            )
+        attention_mask = written_out(attention_mask, query.shape[2], key.shape[2], is_causal, query.device)
+    if not converted:
+        fallback = "eager" if reference else "sdpa"
+        return _fallback_forward(
+            module, query, key, value, attention_mask, fallback=fallback, want_weights=want_weights, **kwargs
+        )
+    refuse_unsupported(module, kwargs)
+    _check_heads(module, state, query)
     is_causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
     if is_causal and key.shape[2] > query.shape[2]:
         # Prefill into an empty static cache: the keys behind the queries are not filled yet.
@@ -193,6 +235,16 @@ def distattn_eager_attention_forward(module, query, key, value, attention_mask, 
     return _forward(module, query, key, value, attention_mask, reference=True, kwargs=kwargs)
 
 
+def distattn_linear_attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """Attention function of models with Nyström attention, which get padding masks only (see `padding_mask`)."""
+    return _forward(module, query, key, value, attention_mask, reference=False, kwargs=kwargs, linear=True)
+
+
+def distattn_linear_eager_attention_forward(module, query, key, value, attention_mask, **kwargs):
+    """The same by the readable reference, quadratic in time and memory."""
+    return _forward(module, query, key, value, attention_mask, reference=True, kwargs=kwargs, linear=True)
+
+
 def _full_mask(*args, **kwargs):
     """transformers' bool mask, never left to the `is_causal` flag."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -203,6 +255,8 @@ for _name, _attention, _mask in (
     (IMPLEMENTATION, distattn_attention_forward, sdpa_mask),
     (FULL_MASK_IMPLEMENTATION, distattn_attention_forward, _full_mask),
     (EAGER_IMPLEMENTATION, distattn_eager_attention_forward, _full_mask),
+    (LINEAR_IMPLEMENTATION, distattn_linear_attention_forward, padding_mask),
+    (LINEAR_EAGER_IMPLEMENTATION, distattn_linear_eager_attention_forward, padding_mask),
 ):
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, _mask)

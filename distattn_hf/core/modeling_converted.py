@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
+from .cache import use_nystrom_cache
 from .configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
@@ -23,7 +24,13 @@ from .configuration_distattn import (
     new_config_class_hooks,
 )
 from .discovery import base_prefix, find_attention_modules, locate, select_modules
-from .interface import EAGER_IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, IMPLEMENTATION
+from .interface import (
+    EAGER_IMPLEMENTATION,
+    FULL_MASK_IMPLEMENTATION,
+    IMPLEMENTATION,
+    LINEAR_EAGER_IMPLEMENTATION,
+    LINEAR_IMPLEMENTATION,
+)
 from .parameters import DistanceAttentionState
 
 REPORT_NAME = "distattn_report.json"
@@ -35,10 +42,14 @@ _ALLOWED_IMPLEMENTATIONS = {
     FULL_MASK_IMPLEMENTATION: IMPLEMENTATION,
     "eager": EAGER_IMPLEMENTATION,
     EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
+    LINEAR_IMPLEMENTATION: IMPLEMENTATION,
+    LINEAR_EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
 }
+IMPLEMENTATIONS = (*dict.fromkeys(_ALLOWED_IMPLEMENTATIONS.values()), FULL_MASK_IMPLEMENTATION)
+IMPLEMENTATIONS += (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
 
 
-def resolve_implementation(requested, supports_sdpa: bool = True) -> str:
+def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool = False) -> str:
     """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
 
     None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
@@ -52,6 +63,12 @@ def resolve_implementation(requested, supports_sdpa: bool = True) -> str:
             "backend of each AttentionSpec) or 'eager' (the reference)"
         )
     chosen = _ALLOWED_IMPLEMENTATIONS[requested]
+    if linear:
+        if not supports_sdpa:
+            raise ValueError(
+                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
+            )
+        return LINEAR_IMPLEMENTATION if chosen == IMPLEMENTATION else LINEAR_EAGER_IMPLEMENTATION
     return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
 
 
@@ -68,8 +85,12 @@ class DistAttnModelMixin:
                 f"{type(self).__name__} needs config.distattn, got None; set it to "
                 "{'specs': [AttentionSpec(...).to_dict()]} or use distattn_hf.convert on a pretrained model"
             )
-        config._attn_implementation = resolve_implementation(config._attn_implementation, self._supports_sdpa)
+        config._attn_implementation = self._resolve(config._attn_implementation, config)
         super().__init__(config, *args, **kwargs)
+
+    def _resolve(self, requested, config) -> str:
+        linear = any(spec.mechanism == "nystrom" for spec in config.attention_specs)
+        return resolve_implementation(requested, self._supports_sdpa, linear)
 
     def post_init(self):
         # All modules exist now and none is initialised or placed yet: the last moment to add ours.
@@ -98,7 +119,7 @@ class DistAttnModelMixin:
         return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        implementation = resolve_implementation(attn_implementation, self._supports_sdpa)
+        implementation = self._resolve(attn_implementation, self.config)
         super().set_attn_implementation(implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -164,7 +185,7 @@ def _own_scaling(module: nn.Module) -> float | None:
 def _check_implementation(module: nn.Module, arguments) -> None:
     """Forward pre-hook of converted attention modules: another implementation would silently run dot product."""
     implementation = module.config._attn_implementation
-    if implementation not in (IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, EAGER_IMPLEMENTATION):
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"config._attn_implementation was set to {implementation!r}, which would run dot-product attention in a "
             "converted model; call set_attn_implementation('sdpa' or 'eager') on the whole converted model instead"
@@ -197,6 +218,8 @@ def attach_states(model: PreTrainedModel) -> None:
         if not isinstance(getattr(module, "distattn", None), DistanceAttentionState):
             module.distattn = DistanceAttentionState(specs, entry)
             module.register_forward_pre_hook(_check_implementation)
+            if module.distattn.is_nystrom and entry["kind"] == "self" and getattr(module, "is_causal", False):
+                module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
 

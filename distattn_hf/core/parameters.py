@@ -38,13 +38,17 @@ class HeadParameters(nn.Module):
                 self.log_lambda = nn.Parameter(log_lambda)
             else:
                 self.register_buffer("log_lambda", log_lambda)
+        self._add_parameters(dtype)
+        self.reset_parameters()
+
+    def _add_parameters(self, dtype: torch.dtype) -> None:
+        num_heads, head_dim = self.num_heads, self.head_dim
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
         if self.transform == "linear":
             self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
             self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
-        self.reset_parameters()
 
     def reset_parameters(self, scaling: float | None = None) -> None:
         """λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own."""
@@ -118,6 +122,58 @@ class HeadParameters(nn.Module):
         return f"metric={self.metric}, heads={self.num_heads}, transform={self.transform}"
 
 
+class NystromParameters(HeadParameters):
+    """The far field of a group of heads whose attention is linear: landmarks, and weights of each key at them.
+
+    q and k as `HeadParameters.map` gives them, w = λ·scaling:
+    exp(2w·q·k) ≈ Σ_a exp(2w·q·landmarks_a + landmark_bias_a)·β_a(k)
+    β(k) = softmax(k·interpolation_mapᵀ + interpolation_bias)·exp(k·key_gain) >= 0
+
+    It is Nyström's κ(q, L)·β(k) with non-negative weights β, fitted, in place of (κ(L, L) + γI)⁻¹·κ(L, k). Shapes:
+    landmarks and interpolation_map (H, m, d), landmark_bias and interpolation_bias (H, m), key_gain (H, d).
+    """
+
+    def _add_parameters(self, dtype):
+        super()._add_parameters(dtype)
+        shape = (self.num_heads, self.spec.num_landmarks)
+        for name in ("landmarks", "interpolation_map"):
+            setattr(self, name, nn.Parameter(torch.empty(*shape, self.head_dim, dtype=dtype)))
+        for name in ("landmark_bias", "interpolation_bias"):
+            setattr(self, name, nn.Parameter(torch.empty(*shape, dtype=dtype)))
+        self.key_gain = nn.Parameter(torch.empty(self.num_heads, self.head_dim, dtype=dtype))
+
+    def reset_parameters(self, scaling: float | None = None) -> None:
+        """Landmarks from N(0, I), each key to those nearest; the rest as in `HeadParameters`."""
+        super().reset_parameters(scaling)
+        initialization.normal_(self.landmarks)
+        initialization.copy_(self.interpolation_map, self.landmarks.detach() * (scaling or self.head_dim**-0.5))
+        for bias in (self.landmark_bias, self.interpolation_bias, self.key_gain):
+            initialization.zeros_(bias)
+
+    def features(self, query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(query, key, far_query, far_key) of `HybridInputs` from the model's query and key, in at least float32."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key = self.map(query.to(dtype), key.to(dtype))
+        lam = self.lam()
+        weight = scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
+        query = 2 * weight * query
+        far_query = query @ self.landmarks.to(dtype).mT + self.landmark_bias.to(dtype)[:, None]
+        far_key = (key @ self.interpolation_map.to(dtype).mT + self.interpolation_bias.to(dtype)[:, None]).softmax(-1)
+        gain = key @ self.key_gain.to(dtype)[..., None]
+        if not self.spec.lift:
+            # exp(-w·‖k‖²) of the Gaussian kernel: one more column in the exact logits, a factor in the far field.
+            norms = weight * key.square().sum(-1, keepdim=True)
+            query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
+            key, gain = torch.cat([key, -norms], dim=-1), gain - norms
+        return query, key, far_query, far_key * gain.exp()
+
+
+def parameters_for(spec: AttentionSpec, num_heads: int, head_dim: int | None) -> HeadParameters:
+    """The parameters that a spec's mechanism needs."""
+    kind = NystromParameters if spec.mechanism == "nystrom" else HeadParameters
+    return kind(spec, num_heads, head_dim)
+
+
 class DistanceAttentionState(nn.Module):
     """The submodule `distattn` of a converted attention module: one group of heads per spec that applies to it."""
 
@@ -126,8 +182,14 @@ class DistanceAttentionState(nn.Module):
         self.num_heads = entry["num_heads"]
         self.head_lists: list[list[int] | None] = [group["heads"] for group in entry["groups"]]
         self.groups = nn.ModuleList(
-            HeadParameters(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim"))
+            parameters_for(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim"))
             for group, heads in zip(entry["groups"], self.head_lists, strict=True)
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.
         self.observer = None
+        self.is_cross = entry["kind"] == "cross"
+
+    @property
+    def is_nystrom(self) -> bool:
+        """Whether the attention is linear: then one spec covers all heads."""
+        return isinstance(self.groups[0], NystromParameters)

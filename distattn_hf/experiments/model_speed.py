@@ -20,9 +20,9 @@ METRICS = ("sqeuclidean", "l2", "cosine", "l1")
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 1024, 512, 32, 9
 
 
-def _seconds(call) -> float:
+def _seconds(run, model) -> float:
     start = time.perf_counter()
-    call()
+    run(model)
     return time.perf_counter() - start
 
 
@@ -41,7 +41,7 @@ def model_speed(models: dict, vocabulary: int, rounds: int = ROUNDS) -> dict[str
             random.Random(turn).shuffle(order)
             for job, run in jobs.items():
                 for name in order:
-                    seconds = _seconds(lambda: run(models[name]))
+                    seconds = _seconds(run, models[name])
                     if turn:  # the first round warms up
                         found[job][name].append(seconds)
     return found
@@ -64,7 +64,8 @@ def main(names: list[str]) -> None:
         for name, seconds in times.items():
             ratios = sorted(mine / theirs for mine, theirs in zip(seconds, times["untouched"], strict=True))
             spread = f"{ratios[len(ratios) // 10]:.3f} to {ratios[-1 - len(ratios) // 10]:.3f}"
-            print(f"{job:<9} {name:<12} {statistics.median(seconds):7.3f} s  x {statistics.median(ratios):.3f}  ({spread})")
+            middle = f"{statistics.median(seconds):7.3f} s  x {statistics.median(ratios):.3f}"
+            print(f"{job:<9} {name:<12} {middle}  ({spread})")
 
 
 if __name__ == "__main__":

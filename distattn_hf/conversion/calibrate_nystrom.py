@@ -1,0 +1,190 @@
+"""Fit the far field of linear attention to the teacher's: landmarks, and the weights of keys at them."""
+
+import torch
+from torch import Tensor
+
+from ..core.landmarks import select_landmarks
+from ..core.linear import key_padding
+from ..core.masks import causal_keep
+from ..core.parameters import NystromParameters
+
+# Keys per head that landmarks are chosen from.
+_POINTS = 4096
+# Weight of the divergence beside the relative error of the outputs.
+_DIVERGENCE_WEIGHT = 0.1
+# A row is off when its normaliser is wrong by more than this factor.
+_ROW_OFF = 1.25
+_LEAST_WEIGHT = 1e-30
+# Log-weight that a key at a distance of one standard deviation loses, per coordinate.
+_SHARPNESS = 0.125
+
+
+class NystromData:
+    """Query, key and value (B, H, N or M, d) of a layer over the calibration batch, and which rows are worth a fit."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: dict):
+        self.query, self.key, self.value = query.float(), key.float(), value.float()
+        self.call = {**call, "return_weights": False}
+        batch, _, num_queries, _ = query.shape
+        num_keys = key.shape[2]
+        self.keep = key_padding(call["mask"], query, num_keys)
+        seen = self.keep[:, None]
+        if call["is_causal"]:
+            seen = seen & causal_keep(num_queries, num_keys, key.device)
+        # Rows with something to choose from; in self-attention, no padding query.
+        self.valid = (seen.sum(-1) > 1).expand(batch, num_queries)
+        if num_queries == num_keys:
+            self.valid = self.valid & self.keep
+        usable = [i for i in range(batch) if bool(self.valid[i].any())]
+        held_out = max(1, len(usable) // 8) if len(usable) > 1 else 0
+        self.fit_sequences = usable[: len(usable) - held_out]
+        self.report_sequences = usable[len(usable) - held_out :] or usable
+
+    def teacher(self, items: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits (b, H, N, M), -inf where nothing is seen, and outputs of dot-product attention for some sequences."""
+        query, key = self.query[items], self.key[items]
+        logits = self.call["scaling"] * query @ key.transpose(-1, -2)
+        if (bias := self.call["position_bias"]) is not None:
+            logits = logits + bias.float()
+        seen = self.keep[items][:, None, None]
+        if self.call["is_causal"]:
+            seen = seen & causal_keep(query.shape[2], key.shape[2], key.device)
+        logits = logits.masked_fill(~seen, float("-inf"))
+        return logits, logits.softmax(-1).nan_to_num() @ self.value[items]
+
+
+@torch.no_grad()
+def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> None:
+    """Start values: the strategy's landmarks among the keys, and for each key the nearest of them."""
+    spec, generator = group.spec, torch.Generator().manual_seed(seed)
+    items = data.fit_sequences
+    keep = data.keep[items] & (data.keep[items].cumsum(-1) > spec.num_sinks)
+    keys = group.map(data.query[items], data.key[items])[1]
+    points = keys.transpose(1, 2)[keep]  # (points, H, d)
+    if not len(points):
+        raise ValueError(f"calibration: no text is longer than num_sinks={spec.num_sinks} tokens")
+    points = points[torch.randperm(len(points), generator=generator)[:_POINTS]].transpose(0, 1)
+    lam = group.lam()
+    lam = float(lam.mean()) if isinstance(lam, Tensor) else lam
+    weight = lam * data.call["scaling"]
+    landmarks = select_landmarks(points, spec.num_landmarks, spec.landmarks, scaling=2 * weight, seed=seed)
+    # Points lie this far from their landmark, per coordinate; the softmax over landmarks decides on that scale.
+    variance = torch.cdist(points, landmarks).amin(-1).square().mean(-1) / points.shape[-1]
+    sharpness = (_SHARPNESS / variance.clamp_min(1e-6))[:, None]
+    norms = landmarks.square().sum(-1)
+    group.landmarks.copy_(landmarks)
+    group.landmark_bias.zero_() if spec.lift else group.landmark_bias.copy_(-weight * norms)
+    group.interpolation_map.copy_(2 * sharpness[..., None] * landmarks)
+    group.interpolation_bias.copy_(-sharpness * norms)
+    group.key_gain.zero_()
+
+
+def fit_nystrom(group: NystromParameters, data: NystromData, options) -> dict[str, Tensor]:
+    """Fit one layer in place; returns figures (H,) on sequences the fit has not seen.
+
+    before, after: divergence from the teacher in nats per query, of sinks and window alone and of the fitted attention;
+    window_error, output_error: relative errors of the outputs; rows_off: share of rows whose normaliser is wrong by a
+    quarter or more.
+    """
+    choose_landmarks(group, data, options.seed)
+    steps = options.steps_for(group)
+    if steps:
+        _descend(group, data, options, steps)
+    with torch.no_grad():
+        return _figures(group, data)
+
+
+def _descend(group, data: NystromData, options, steps: int) -> None:
+    generator = torch.Generator().manual_seed(options.seed)
+    rate = options.learning_rate
+    scales = {name: max(float(t.detach().abs().mean()), 1e-3) for name, t in group.named_parameters()}
+    # Adam moves every entry by about the rate: so much of what the entries are themselves.
+    relative = {"landmarks", "interpolation_map", "shift"}
+    rates = {"key_gain": 0.3 * rate, **{name: rate * scales[name] for name in relative & set(scales)}}
+    flags = {name: t.requires_grad for name, t in group.named_parameters()}
+    parameters = [{"params": [t.requires_grad_(True)], "lr": rates.get(n, rate)} for n, t in group.named_parameters()]
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    count = min(options.sequences_for(group), len(data.fit_sequences))
+    with torch.enable_grad():
+        for _ in range(steps):
+            order = torch.randperm(len(data.fit_sequences), generator=generator)[:count].tolist()
+            items = [data.fit_sequences[i] for i in order]
+            optimizer.zero_grad()
+            _loss(group, data, items, options.rows, generator).backward()
+            optimizer.step()
+            schedule.step()
+    for name, tensor in group.named_parameters():
+        tensor.requires_grad_(flags[name])
+        tensor.grad = None
+
+
+def _loss(group, data: NystromData, items: list[int], count: int, generator) -> Tensor:
+    """Relative error of the outputs plus a little divergence, summed over heads, at some rows of some sequences."""
+    rows = torch.stack(
+        [torch.multinomial(data.valid[i].float().cpu(), count, replacement=True, generator=generator) for i in items]
+    ).to(data.query.device)
+    problem = _Rows(group, data, items, rows)
+    return (problem.output_error() + _DIVERGENCE_WEIGHT * problem.divergence()).sum()
+
+
+class _Rows:
+    """Teacher's and student's weights at some rows (b, n) of some sequences, written out."""
+
+    def __init__(self, group: NystromParameters, data: NystromData, items: list[int], rows: Tensor):
+        query = data.query[items].transpose(1, 2)
+        query = query[torch.arange(len(items), device=rows.device)[:, None], rows].transpose(1, 2)
+        key, self.value = data.key[items], data.value[items]
+        call, spec = data.call, group.spec
+        num_keys = key.shape[2]
+        relative = torch.arange(num_keys, device=rows.device) - rows[..., None]  # (b, n, M)
+        keep = data.keep[items]
+        seen = keep[:, None].expand_as(relative)
+        if call["is_causal"]:
+            seen = seen & (relative <= 0)
+        window = 0 if call["is_cross"] else spec.window_size
+        sinks = 0 if call["is_cross"] else spec.num_sinks
+        exact = (relative.abs() < window) | (keep & (keep.cumsum(-1) <= sinks))[:, None]
+        self.seen, self.exact = seen[:, None], (exact & seen)[:, None]
+        bias = call["position_bias"]
+        bias = 0.0 if bias is None else bias[0].float()[:, rows].transpose(0, 1)
+        logits = call["scaling"] * query @ key.transpose(-1, -2) + bias
+        self.teacher = logits.masked_fill(~self.seen, float("-inf"))
+        query, key, far_query, far_key = group.features(query, key, call["scaling"])
+        top = far_query.amax(-1, keepdim=True).detach()
+        far = ((far_query - top).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + top
+        near = query @ key.transpose(-1, -2)
+        self.student = (torch.where(self.exact, near, far) + bias).masked_fill(~self.seen, float("-inf"))
+
+    def divergence(self, student: Tensor | None = None) -> Tensor:
+        """KL(teacher ‖ student) in nats, mean over rows: (H,)."""
+        teacher, student = self.teacher.log_softmax(-1), (self.student if student is None else student).log_softmax(-1)
+        terms = (teacher.exp() * (teacher - student)).masked_fill(~self.seen, 0.0)
+        return terms.sum(-1).mean((0, 2))
+
+    def output_error(self, student: Tensor | None = None) -> Tensor:
+        """‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
+        teacher = self.teacher.softmax(-1) @ self.value
+        student = (self.student if student is None else student).softmax(-1) @ self.value
+        return (teacher - student).square().sum((0, 2, 3)) / teacher.square().sum((0, 2, 3)).clamp_min(1e-12)
+
+
+def _figures(group, data: NystromData) -> dict[str, Tensor]:
+    """Over all valid rows of the held-out sequences."""
+    found: dict[str, list[Tensor]] = {}
+    for i in data.report_sequences:
+        rows = data.valid[i].nonzero()[:, 0][None]
+        problem = _Rows(group, data, [i], rows)
+        alone = problem.student.masked_fill(~problem.exact, -1e4)
+        gap = (problem.student.logsumexp(-1) - problem.teacher.logsumexp(-1)) if group.spec.lift else None
+        figures = {
+            "before": problem.divergence(alone),
+            "after": problem.divergence(),
+            "window_error": problem.output_error(alone).sqrt(),
+            "output_error": problem.output_error().sqrt(),
+        }
+        if gap is not None:
+            figures["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().mean((0, 2))
+        for name, value in figures.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean(0) for name, values in found.items()}

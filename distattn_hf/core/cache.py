@@ -1,0 +1,163 @@
+"""A cache layer of constant size for causal Nyström attention: a state per head, the sinks, and the last window."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+
+from .hybrid import FarState
+
+_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class NystromLayer(CacheLayerMixin):
+    """Takes the place of `DynamicLayer` in any transformers cache; its size does not depend on the tokens seen.
+
+    `update` hands back placeholders of the full length, which take no memory and hold NaN: the attention function takes
+    the real keys from the layer (`layer_behind`), which goes with the placeholder. keys and values (B, H_kv, n, d) are
+    the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, window_size: int):
+        super().__init__()
+        self.window_size = window_size
+        self.length = 0
+        self.keep: Tensor | None = None
+        self.state: FarState | None = None
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.keep = torch.ones(len(key_states), 0, dtype=torch.bool, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Remember new keys (B, H_kv, n, d) and values for `take`; returns placeholders of all keys' shape."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = key_states, value_states
+        self.length += key_states.shape[2]
+        return self._placeholder(key_states), self._placeholder(value_states)
+
+    def _placeholder(self, tensor: Tensor) -> Tensor:
+        batch, heads, _, size = tensor.shape
+        placeholder = tensor.new_full((1, 1, 1, 1), float("nan")).expand(batch, heads, self.length, size)
+        placeholder.distattn_layer = self
+        return placeholder
+
+    def take(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(key, value, keep) of the window before the new keys and the new ones, whose padding `keep` (B, n) tells."""
+        if self._new is None:
+            raise RuntimeError("the keys of this cache layer were taken already: update it before each attention call")
+        (key, value), self._new = self._new, None
+        if not self.keys.shape[2]:
+            return key, value, keep
+        return (
+            torch.cat([self.keys, key], dim=2),
+            torch.cat([self.values, value], dim=2),
+            torch.cat([self.keep, keep], dim=1),
+        )
+
+    def put(self, key: Tensor, value: Tensor, keep: Tensor, state: FarState) -> None:
+        """Keep the last window_size - 1 of the keys that `take` gave, and the state of all before them."""
+        start = max(0, key.shape[2] - max(0, self.window_size - 1))
+        # Copies: a slice would keep the whole prompt alive.
+        self.keys, self.values = key[:, :, start:].clone(), value[:, :, start:].clone()
+        self.keep, self.state = keep[:, start:].clone(), state
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.keys = self.values = self.keep = self.state = self._new = None
+        self.length, self.is_initialized = 0, False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a Nyström cache cannot be cropped: tokens that left the window are sums by now")
+
+    def _rows(self, change) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.keep = change(self.keys), change(self.values), change(self.keep)
+        if self.state is not None:
+            s = self.state
+            tensors = (s.total, s.weight, s.sink_key, s.sink_value, s.sink_position)
+            self.state = FarState(*map(change, tensors), s.length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self._rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._rows(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        raise ValueError("a Nyström cache is not offloaded: its size is constant")
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        held = [self.keys, self.values, self.keep]
+        if self.state is not None:
+            held += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def layer_behind(key: Tensor) -> NystromLayer | None:
+    """The cache layer whose placeholder `key` is; raises `RuntimeError` for a placeholder that lost it."""
+    layer = getattr(key, "distattn_layer", None)
+    if layer is None and key.stride() == (0, 0, 0, 0) and key.numel() > 1:
+        raise RuntimeError(
+            "the model changed the keys between its cache and its attention; Nyström attention with a cache needs them "
+            "as the cache gave them. Pass use_cache=False"
+        )
+    return layer
+
+
+def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
+    """Forward pre-hook of a causal Nyström module: give the model's cache a `NystromLayer` where this module writes.
+
+    Raises `ValueError` for a cache of another kind (static, quantised, sliding) or one filled by exact attention.
+    """
+    if module.distattn.observer is not None:  # a conversion looks at whole sequences
+        return
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    if cache is None:
+        return
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(cache, Cache) or index is None:
+        raise ValueError(f"Nyström attention needs a transformers Cache and a layer_idx, got {type(cache).__name__}")
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    window_size = module.distattn.groups[0].spec.window_size
+    if isinstance(layer, NystromLayer):
+        return
+    if type(layer) is not DynamicLayer or cache.offloading:
+        raise ValueError(
+            f"Nyström attention keeps a cache of its own kind in a DynamicCache; got {type(cache).__name__} with "
+            f"{type(layer).__name__}. Leave cache_implementation at its default"
+        )
+    if layer.get_seq_length():
+        raise ValueError(
+            f"the cache of layer {index} holds {layer.get_seq_length()} tokens of exact attention; start Nyström "
+            "attention with an empty cache"
+        )
+    cache.layers[index] = NystromLayer(window_size)
