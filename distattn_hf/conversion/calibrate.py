@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.attention import distance_attention
+from ..core.interface import attend
 from ..core.linear import nystrom_forward
 from ..core.masks import causal_keep
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
-from .calibrate_nystrom import NystromData, fit_nystrom
+from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
@@ -40,6 +41,8 @@ class CalibrationOptions:
             Euclidean) α is kept.
         seed: of the draws. Same seed, same data: same result.
         progress: show a progress bar.
+        max_error: Nyström heads whose outputs stay further from the teacher's (relative error) keep dot-product
+            attention and a full cache; None: none does.
     """
 
     steps: int | None = None
@@ -49,8 +52,11 @@ class CalibrationOptions:
     divergence_budget: float = 0.004
     seed: int = 0
     progress: bool = True
+    max_error: float | None = None
 
     def __post_init__(self):
+        if self.max_error is not None and not self.max_error > 0:
+            raise ValueError(f"max_error must be None or > 0, got {self.max_error!r}")
         if not isinstance(self.rows, int) or self.rows < 1:
             raise ValueError(f"rows must be an integer >= 1, got {self.rows!r}")
         if self.sequences is not None and (not isinstance(self.sequences, int) or self.sequences < 1):
@@ -320,21 +326,25 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
         if len(seen[name]) == uses[name]:
             queries, keys, values = (torch.cat(tensors) for tensors in zip(*seen.pop(name), strict=True))
             results[name] = []
-            if state.is_nystrom:
-                data = NystromData(queries, keys, values, _repeated(call, uses[name]))
-                _check_sequences(data, name)
-                results[name].append(fit_nystrom(state.groups[0], data, options))
-            for group, heads in () if state.is_nystrom else zip(state.groups, state.head_lists, strict=True):
-                data = LayerData(queries, keys, _repeated(call, uses[name]), heads)
+            everything = _repeated(call, uses[name])
+            for group, heads in zip(state.groups, state.head_lists, strict=True):
+                if isinstance(group, NystromParameters):
+                    data = NystromData(queries, keys, values, everything, heads)
+                    _check_sequences(data, name)
+                    results[name].append(fit_nystrom(group, data, options))
+                    continue
+                data = LayerData(queries, keys, everything, heads)
                 _check_sequences(data, name)
                 before, after = fit_group(group, data, options)
                 results[name].append({"before": before, "after": after})
+            if options.max_error is not None:
+                results[name] = leave_exact(model, name, state, results[name], options.max_error)
             bar.update()
             if len(results) == len(names):
                 raise _AllFittedError
             if state.is_nystrom:
                 # What it loses, the layers above are fitted on.
-                return nystrom_forward(state, query, key, value, {**call, "backend": None})[0]
+                return nystrom_forward(state, query, key, value, {**call, "backend": None}, attend)[0]
         return _teacher_output(query, key, value, call)
 
     try:

@@ -22,9 +22,12 @@ _SHARPNESS = 0.125
 class NystromData:
     """Query, key and value (B, H, N or M, d) of a layer over the calibration batch, and which rows are worth a fit."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: dict):
-        self.query, self.key, self.value = query.float(), key.float(), value.float()
-        self.call = {**call, "return_weights": False}
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: dict, heads: list[int] | None):
+        select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
+        self.query, self.key, self.value = (t[:, select].float() for t in (query, key, value))
+        bias = call["position_bias"]
+        bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
+        self.call = {**call, "return_weights": False, "position_bias": bias}
         batch, _, num_queries, _ = query.shape
         num_keys = key.shape[2]
         self.keep = key_padding(call["mask"], query, num_keys)
@@ -188,3 +191,28 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
         for name, value in figures.items():
             found.setdefault(name, []).append(value)
     return {name: torch.stack(values).mean(0) for name, values in found.items()}
+
+
+@torch.no_grad()
+def leave_exact(model, name: str, state, results: list[dict], max_error: float) -> list[dict]:
+    """Take the Nyström heads that are further off than `max_error` out of a module; returns the others' figures.
+
+    They keep dot-product attention. One head stays linear in any case: a module without any is chosen by `layers`.
+    """
+    for number, group in enumerate(state.groups):
+        if not isinstance(group, NystromParameters):
+            continue
+        error = results[number]["output_error"]
+        fine = error <= max(max_error, float(error.min()))
+        if bool(fine.all()):
+            continue
+        heads = state.head_lists[number] or range(state.num_heads)
+        kept = [head for head, good in zip(heads, fine.tolist(), strict=True) if good]
+        smaller = NystromParameters(group.spec, len(kept), group.head_dim)
+        smaller.to(group.landmarks.device)
+        for key, tensor in smaller.fitted_tensors().items():
+            tensor.copy_(group.fitted_tensors()[key][fine])
+        state.groups[number], state.head_lists[number] = smaller, kept
+        model.config.distattn["modules"][name]["groups"][number]["heads"] = kept
+        results[number] = {key: values[fine] for key, values in results[number].items()}
+    return results

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from .hybrid import FarState
+from .parameters import NystromParameters
 
+_TENSORS = ("keys", "values", "keep", "all_keys", "all_values")
 _CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -16,15 +18,16 @@ class NystromLayer(CacheLayerMixin):
 
     `update` hands back placeholders of the full length, which take no memory and hold NaN: the attention function takes
     the real keys from the layer (`layer_behind`), which goes with the placeholder. keys and values (B, H_kv, n, d) are
-    the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks.
+    the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks. Query heads in `exact_heads`
+    are not Nyström's: all keys of their key heads are kept, in all_keys and all_values.
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, window_size: int):
+    def __init__(self, window_size: int, exact_heads: tuple[int, ...] = (), num_heads: int = 1):
         super().__init__()
-        self.window_size = window_size
+        self.window_size, self.exact_heads, self.num_heads = window_size, exact_heads, num_heads
         self.length = 0
         self.keep: Tensor | None = None
         self.state: FarState | None = None
@@ -34,6 +37,9 @@ class NystromLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.keep = torch.ones(len(key_states), 0, dtype=torch.bool, device=self.device)
+        groups = self.num_heads // key_states.shape[1]
+        self.exact_key_heads = sorted({head // groups for head in self.exact_heads})
+        self.all_keys, self.all_values = (t[:, self.exact_key_heads, :0] for t in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -41,6 +47,9 @@ class NystromLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
+        if self.exact_key_heads:
+            self.all_keys = torch.cat([self.all_keys, key_states[:, self.exact_key_heads]], dim=2)
+            self.all_values = torch.cat([self.all_values, value_states[:, self.exact_key_heads]], dim=2)
         self.length += key_states.shape[2]
         return self._placeholder(key_states), self._placeholder(value_states)
 
@@ -80,7 +89,7 @@ class NystromLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.keep = self.state = self._new = None
+        self.keys = self.values = self.keep = self.all_keys = self.all_values = self.state = self._new = None
         self.length, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -88,7 +97,8 @@ class NystromLayer(CacheLayerMixin):
 
     def _rows(self, change) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.keep = change(self.keys), change(self.values), change(self.keep)
+            for name in _TENSORS:
+                setattr(self, name, change(getattr(self, name)))
         if self.state is not None:
             s = self.state
             tensors = (s.total, s.weight, s.sink_key, s.sink_value, s.sink_position)
@@ -110,10 +120,10 @@ class NystromLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
-        held = [self.keys, self.values, self.keep]
+        held = [getattr(self, name) for name in _TENSORS] if self.is_initialized else []
         if self.state is not None:
             held += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return sum(t.numel() * t.element_size() for t in held)
 
 
 def layer_behind(key: Tensor) -> NystromLayer | None:
@@ -147,7 +157,6 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
-    window_size = module.distattn.groups[0].spec.window_size
     if isinstance(layer, NystromLayer):
         return
     if type(layer) is not DynamicLayer or cache.offloading:
@@ -160,4 +169,11 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
             f"the cache of layer {index} holds {layer.get_seq_length()} tokens of exact attention; start Nyström "
             "attention with an empty cache"
         )
-    cache.layers[index] = NystromLayer(window_size)
+    state = module.distattn
+    ours, exact = None, []
+    for heads, group in state.parts():
+        if isinstance(group, NystromParameters):
+            ours = group
+        else:
+            exact.extend(heads)
+    cache.layers[index] = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads)

@@ -130,8 +130,6 @@ class AttentionSpec:
             return
         if self.metric not in SQUARED_NAMES:
             raise ValueError(f"mechanism='nystrom' needs metric 'sqeuclidean' (a Gaussian kernel), got {self.metric!r}")
-        if self.heads is not None:
-            raise ValueError("heads must be None with mechanism='nystrom': a layer's heads share one cache")
         if self.backend != "auto":
             raise ValueError(f"backend must be 'auto' with mechanism='nystrom', got {self.backend!r}")
         if self.transform == "linear":

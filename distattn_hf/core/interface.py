@@ -13,7 +13,7 @@ from transformers.utils.output_capturing import _active_collector
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
 from .inputs import AttentionInputs
-from .linear import nystrom_forward, padding_mask, written_out
+from .linear import join_heads, nystrom_forward, of_heads, padding_mask, written_out
 from .masks import add_bias, split_mask
 from .metrics import get_metric
 from .parameters import DistanceAttentionState
@@ -107,7 +107,7 @@ def _nystrom(module, state, query, key, value, attention_mask, is_causal, want_w
         output, weights = state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call), None
     else:
         with without_autocast(query.device.type):
-            output, weights = nystrom_forward(state, query, key, value, call)
+            output, weights = nystrom_forward(state, query, key, value, call, attend)
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -174,30 +174,19 @@ def attend_groups(state, query, key, value, call) -> tuple[Tensor, Tensor | None
     call = dict(call)
     backend = call.pop("backend")
     if len(state.groups) == 1 and state.head_lists[0] is None:
-        return _attend(state.groups[0], query, key, value, call, backend)
+        return attend(state.groups[0], query, key, value, call, backend)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    converted = {h for heads in state.head_lists for h in heads}
-    rest = [h for h in range(state.num_heads) if h not in converted]
-    parts = [*zip(state.head_lists, state.groups, strict=True), *([(rest, None)] if rest else [])]
-    outputs, all_weights, order = [], [], []
-    for heads, group in parts:
+    results = []
+    for heads, group in state.parts():
         index = torch.tensor(heads, device=query.device)
-        selected = dict(call, mask=_heads(call["mask"], index), position_bias=_heads(call["position_bias"], index))
-        output, weights = _attend(group, query[:, index], key[:, index], value[:, index], selected, backend)
-        outputs.append(output)
-        all_weights.append(weights)
-        order.extend(heads)
-    inverse = torch.argsort(torch.tensor(order, device=query.device))
-    weights = torch.cat(all_weights, dim=1)[:, inverse] if call["return_weights"] else None
-    return torch.cat(outputs, dim=1)[:, inverse], weights
+        selected = dict(call, **{name: of_heads(call[name], index) for name in ("mask", "position_bias")})
+        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], selected, backend)))
+    return join_heads(results)
 
 
-def _heads(tensor: Tensor | None, index: Tensor) -> Tensor | None:
-    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index]
-
-
-def _attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | None]:
+def attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | None]:
+    """Exact attention of one group of heads, or dot product where there is none."""
     dtype, want_weights = value.dtype, call["return_weights"]
     if group is None:
         metric, lam, p = get_metric("dot"), 1.0, None

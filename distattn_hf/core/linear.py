@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .cache import layer_behind
 from .hybrid import HybridInputs, WindowBias, hybrid_attention
 from .masks import causal_keep
+from .parameters import NystromParameters
 from .reference import reference_hybrid
 
 
@@ -93,29 +93,84 @@ def window_bias(position_bias: Tensor | None, window_size: int, is_causal: bool)
     return WindowBias(near, sides[0], sides[-1])
 
 
-def nystrom_forward(state, query, key, value, call: dict) -> tuple[Tensor, Tensor | None]:
-    """Attention of a Nyström module: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for)."""
-    group, dtype = state.groups[0], value.dtype
-    layer = layer_behind(key)
-    num_queries, total = query.shape[2], key.shape[2]
+def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tensor, Tensor | None]:
+    """Attention of a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
+
+    `attend` runs the heads that are not Nyström's, on all keys.
+    """
+    layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    exact_key, exact_value, keep = key, value, key_padding(call["mask"], query, total)
     if layer is not None:
-        key, value, keep = layer.take(key_padding(call["mask"], query, layer.length)[:, -num_queries:])
-    else:
-        keep = key_padding(call["mask"], query, total)
-    groups = query.shape[1] // key.shape[1]
-    far_state = layer.state if layer is not None else None
-    inputs = hybrid_inputs(group, query, repeat_kv(key, groups), repeat_kv(value, groups), keep, call, far_state)
-    started = layer is not None and layer.length > num_queries
+        exact_key, exact_value = layer.all_keys, layer.all_values
+        key, value, keep = layer.take(keep[:, -num_queries:])
+    device = query.device
+    results = []
+    for heads, group in state.parts():
+        rows = torch.tensor(heads, device=device)
+        mine = dict(call, position_bias=of_heads(call["position_bias"], rows))
+        if isinstance(group, NystromParameters):
+            columns = rows // (query.shape[1] // key.shape[1])
+            tensors = query[:, rows], key[:, columns], value[:, columns]
+            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, mine, layer)
+        else:
+            columns = _columns(rows, layer, state.num_heads, key.shape[1])
+            output, weights = attend(
+                group, query[:, rows], exact_key[:, columns], exact_value[:, columns], _exact_call(mine, query, total),
+                call["backend"],
+            )  # fmt: skip
+        results.append((heads, output, weights))
+    if layer is not None:
+        layer.put(key, value, near_keep, far_state)
+    return join_heads(results)
+
+
+def _far_heads(group, query, key, value, keep, call, layer):
+    """(output, weights or None, the state afterwards, keep without the sinks) of the Nyström heads of a module."""
+    inputs = hybrid_inputs(group, query, key, value, keep, call, layer.state if layer is not None else None)
+    started = layer is not None and layer.length > query.shape[2]
     if call["return_weights"] and started:
         raise ValueError("output_attentions is not available once keys are in a Nyström cache: they are sums by now")
     written_out_too = call["return_weights"] or (call["backend"] == "reference" and not started)
     output, weights = reference_hybrid(inputs) if written_out_too else (None, None)
+    far_state = near_keep = None
     if output is None or layer is not None:
         fast, far_state, near_keep = hybrid_attention(inputs)
         output = fast if output is None else output
-    if layer is not None:
-        layer.put(key, value, near_keep, far_state)
-    return output.to(dtype), weights.to(dtype) if call["return_weights"] else None
+    weights = weights.to(value.dtype) if call["return_weights"] else None
+    return output.to(value.dtype), weights, far_state, near_keep
+
+
+def _columns(rows: Tensor, layer, num_heads: int, num_key_heads: int) -> Tensor:
+    """Where the key heads of some query heads are: among all, or among those that the cache layer keeps in full."""
+    columns = rows // (num_heads // num_key_heads)
+    if layer is None:
+        return columns
+    return torch.tensor([layer.exact_key_heads.index(c) for c in columns.tolist()], device=rows.device)
+
+
+def _exact_call(call: dict, query: Tensor, num_keys: int) -> dict:
+    """The call of exact attention on all keys: causality by flag where that is enough, else written into the mask."""
+    call = {name: value for name, value in call.items() if name not in ("backend", "is_cross")}
+    if call["mask"] is None and query.shape[2] == num_keys:
+        return call
+    mask = written_out(call["mask"], query.shape[2], num_keys, call["is_causal"], query.device)
+    return {**call, "mask": mask, "is_causal": False}
+
+
+def of_heads(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    """Some heads of a mask or bias (B, H or 1, N, M)."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index]
+
+
+def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Outputs and weights of groups of heads, (heads, output, weights) each, in the order of the heads."""
+    if len(results) == 1:
+        return results[0][1:]
+    order = [head for heads, *_ in results for head in heads]
+    inverse = torch.argsort(torch.tensor(order, device=results[0][1].device))
+    outputs, weights = ([result[i] for result in results] for i in (1, 2))
+    joined = None if weights[0] is None else torch.cat(weights, dim=1)[:, inverse]
+    return torch.cat(outputs, dim=1)[:, inverse], joined
 
 
 def hybrid_inputs(group, query, key, value, keep, call: dict, state=None) -> HybridInputs:

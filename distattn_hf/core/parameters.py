@@ -191,5 +191,13 @@ class DistanceAttentionState(nn.Module):
 
     @property
     def is_nystrom(self) -> bool:
-        """Whether the attention is linear: then one spec covers all heads."""
-        return isinstance(self.groups[0], NystromParameters)
+        """Whether some heads' attention is linear."""
+        return any(isinstance(group, NystromParameters) for group in self.groups)
+
+    def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
+        """(heads, their parameters); heads that no spec covers come last, with None: dot-product attention."""
+        everything = range(self.num_heads)
+        parts = [(list(everything if h is None else h), g) for h, g in zip(self.head_lists, self.groups, strict=True)]
+        converted = {head for heads, _ in parts for head in heads}
+        rest = [head for head in everything if head not in converted]
+        return [*parts, (rest, None)] if rest else parts

@@ -25,10 +25,9 @@ CORE_ORDER = [
     ("reference", "backend_*"),
     ("backends",),
     ("attention", "explain"),
-    ("nystrom",),
+    ("nystrom", "parameters", "discovery"),
     ("cache",),
     ("linear",),
-    ("parameters", "discovery"),
     ("interface",),
     ("modeling_converted",),
 ]
