@@ -39,6 +39,15 @@ def convert(
     metric: Annotated[
         str, typer.Option(help="sqeuclidean, l2, l1, lp, cosine, chebyshev or an alias.")
     ] = "sqeuclidean",
+    mechanism: Annotated[
+        str, typer.Option(help="distance (exact), or nystrom: linear in time, constant memory per generated token.")
+    ] = "distance",
+    num_landmarks: Annotated[int | None, typer.Option(help="nystrom: landmarks per head. Default: 64.")] = None,
+    window_size: Annotated[int | None, typer.Option(help="nystrom: keys seen exactly. Default: 64.")] = None,
+    num_sinks: Annotated[int | None, typer.Option(help="nystrom: first tokens seen exactly. Default: 4.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
+    ] = None,
     init: Annotated[
         str, typer.Option(help="calibrated, exact (sqeuclidean only) or plain (the control).")
     ] = "calibrated",
@@ -72,12 +81,13 @@ def convert(
         if heads is not None and numeric_pattern(heads) is None:
             raise ValueError(f"heads must be a pattern such as '0-3' or '0,2', got {heads!r}")
         spec = AttentionSpec(
-            metric=metric, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
+            metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=tuple(numeric_pattern(heads)) if heads else None,
+            num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks,
         )  # fmt: skip
     texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None
     model, tokenizer = load_checkpoint(source)
-    options = CalibrationOptions(steps=steps, seed=seed)
+    options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
     student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
     save_checkpoint(student, tokenizer, out, overwrite=overwrite)
     print(ConversionReport.from_dict(student.conversion_report).table(per_head))

@@ -43,6 +43,8 @@ class CalibrationOptions:
         progress: show a progress bar.
         max_error: Nyström heads whose outputs stay further from the teacher's (relative error) keep dot-product
             attention and a full cache; None: none does.
+        max_length, max_tokens: of a calibration sequence, and of all together. None: 512 and 8,192; with Nyström
+            attention, whose far field is what lies beyond the window, 1,024 and 16,384.
     """
 
     steps: int | None = None
@@ -53,8 +55,14 @@ class CalibrationOptions:
     seed: int = 0
     progress: bool = True
     max_error: float | None = None
+    max_length: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self):
+        for name in ("max_length", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 2):
+                raise ValueError(f"{name} must be None or an integer >= 2, got {value!r}")
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"max_error must be None or > 0, got {self.max_error!r}")
         if not isinstance(self.rows, int) or self.rows < 1:

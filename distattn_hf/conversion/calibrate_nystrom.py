@@ -85,9 +85,9 @@ def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> 
 def fit_nystrom(group: NystromParameters, data: NystromData, options) -> dict[str, Tensor]:
     """Fit one layer in place; returns figures (H,) on sequences the fit has not seen.
 
-    before, after: divergence from the teacher in nats per query, of sinks and window alone and of the fitted attention;
-    window_error, output_error: relative errors of the outputs; rows_off: share of rows whose normaliser is wrong by a
-    quarter or more.
+    after: divergence from the teacher in nats per query (that of sinks and window alone is infinite); window_error,
+    output_error: relative errors of the outputs, of sinks and window alone and as fitted; rows_off: share of rows whose
+    normaliser is wrong by a quarter or more.
     """
     choose_landmarks(group, data, options.seed)
     steps = options.steps_for(group)
@@ -181,7 +181,6 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
         alone = problem.student.masked_fill(~problem.exact, -1e4)
         gap = (problem.student.logsumexp(-1) - problem.teacher.logsumexp(-1)) if group.spec.lift else None
         figures = {
-            "before": problem.divergence(alone),
             "after": problem.divergence(),
             "window_error": problem.output_error(alone).sqrt(),
             "output_error": problem.output_error().sqrt(),

@@ -19,7 +19,7 @@ from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model
 from .calibrate import CalibrationOptions, calibrate
 from .checkpoints import rebuild
 from .report import ConversionReport, GroupReport
-from .texts import calibration_batch
+from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,15 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     _check_modules(model, modules)
     batch = None
     if init == "calibrated":
-        batch = calibration_batch(model, calibration, tokenizer, seed=options.seed)
+        longer = 2 if any(spec.mechanism == "nystrom" for spec in specs) else 1
+        batch = calibration_batch(
+            model,
+            calibration,
+            tokenizer,
+            max_length=options.max_length or longer * MAX_LENGTH,
+            max_tokens=options.max_tokens or longer * MAX_TOKENS,
+            seed=options.seed,
+        )
     warnings = _warnings(model, specs)
     for text in warnings:
         logger.warning(text)

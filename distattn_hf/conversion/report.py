@@ -8,7 +8,7 @@ from statistics import fmean
 class GroupReport:
     """One group of heads; divergences are KL(teacher's weights ‖ student's) in nats per query, None if not measured.
 
-    Nyström attention: `before` is sinks and window alone; window_error and output_error are relative errors of the
+    Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose normaliser is 25% or more off.
     """
 
@@ -92,8 +92,13 @@ class ConversionReport:
         if self.mean_alpha is not None:
             parts.append(f"mean α {self.mean_alpha:.3f}")
         if self.mean_divergence_after is not None:
+            before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
+            parts.append(f"divergence {before}{self.mean_divergence_after:.4f} nats per query")
+        if (error := self._mean("output_error")) is not None:
+            off = self._mean("rows_off")
             parts.append(
-                f"divergence {self.mean_divergence_before:.4f} -> {self.mean_divergence_after:.4f} nats per query"
+                f"outputs {error:.1%} off (sinks and window alone: {self._mean('window_error'):.1%})"
+                + (f", normaliser off in {off:.1%} of rows" if off is not None else "")
             )
         return ", ".join(parts)
 

@@ -97,7 +97,8 @@ class AttentionSpec:
         if self.transform is not None and self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or None, got {self.transform!r}")
         if self.lift is None:
-            object.__setattr__(self, "lift", self.mechanism == "nystrom")
+            # For another metric, `_check_nystrom` says what is wrong.
+            object.__setattr__(self, "lift", self.mechanism == "nystrom" and self.metric in SQUARED_NAMES)
         for name in ("learnable_lambda", "lift"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

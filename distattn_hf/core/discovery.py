@@ -110,6 +110,11 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
             if heads and heads[-1] >= entry["num_heads"]:
                 raise ValueError(f"heads: {name!r} has heads 0 to {entry['num_heads'] - 1}, got {heads[-1]}")
             _claim(name, entry, heads)
+            if spec.mechanism == "nystrom" and any(specs[g["spec"]].mechanism == "nystrom" for g in entry["groups"]):
+                raise ValueError(
+                    f"heads: two specs with mechanism='nystrom' claim heads of {name!r}, whose cache serves one such "
+                    "spec; give them separate layers"
+                )
             entry["groups"].append({"spec": number, "heads": heads})
     return {name: chosen[name] for name in candidates if name in chosen}
 

@@ -7,7 +7,7 @@ The far field needs only Σ_j far_key_j [v_j, 1]ᵀ, an (m, d_v + 1) matrix. Whe
 sum, the state of a recurrent network; `FarState` carries it from one call to the next.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
 
     A query that sees nothing gets zeros.
     """
+    if inputs.is_causal and inputs.query.shape[2] > (rows := _rows_at_once(inputs)):
+        return _one_after_another(inputs, rows)
     state, is_sink = take_sinks(inputs)
     near_keep = inputs.keep & ~is_sink
     far_key = inputs.far_key * near_keep[:, None, :, None]
@@ -93,6 +95,36 @@ def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
         output = _all_far(inputs, state, far_key)
     left = max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1)) if inputs.is_causal else 0
     return output, _absorb(state, far_key[:, :, :left], inputs.value[:, :, :left]), near_keep
+
+
+def _rows_at_once(inputs: HybridInputs) -> int:
+    """So many queries of a causal problem that the processor's cache holds what they need, in whole blocks."""
+    batch, heads = inputs.query.shape[:2]
+    reach = max(0, inputs.window_size - 1)
+    blocks = _PART_ENTRIES // (batch * heads * _BLOCK * (_BLOCK + reach))
+    return _BLOCK * max(1, blocks, -(-reach // _BLOCK))
+
+
+def _one_after_another(inputs: HybridInputs, rows: int) -> tuple[Tensor, FarState, Tensor]:
+    """`hybrid_attention` of a causal problem, `rows` queries at a time, the state handed on as between calls."""
+    x, reach = inputs, max(0, inputs.window_size - 1)
+    before = x.key.shape[2] - x.query.shape[2]
+    tensors = (x.key, x.value, x.far_key, x.keep[:, None, :, None])
+    held = [t[:, :, :before] for t in tensors]
+    new = zip(*((t[:, :, before:] if before else t).split(rows, dim=2) for t in tensors))
+    outputs, keeps, state = [], [], x.state
+    for query, far_query, *parts in zip(x.query.split(rows, dim=2), x.far_query.split(rows, dim=2), *zip(*new)):
+        key, value, far_key, keep = (torch.cat(pair, dim=2) for pair in zip(held, parts))
+        chunk = replace(
+            x, query=query, key=key, value=value, keep=keep[:, 0, :, 0], far_query=far_query, far_key=far_key,
+            state=state,
+        )  # fmt: skip
+        output, state, near_keep = hybrid_attention(chunk)
+        outputs.append(output)
+        keeps.append(near_keep[:, 0 if not keeps else held[0].shape[2] :])
+        keep = near_keep[:, None, :, None]
+        held = [t[:, :, max(0, t.shape[2] - reach) :] for t in (key, value, far_key, keep)]
+    return torch.cat(outputs, dim=2), state, torch.cat(keeps, dim=1)
 
 
 def empty_state(inputs: HybridInputs) -> FarState:
@@ -152,7 +184,7 @@ def _all_far(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor:
     drop = _Dropout(inputs.dropout_p)
     output = drop(far_query) @ (far_key.transpose(-1, -2) @ inputs.value) + drop(sinks) @ state.sink_value
     total = far_query @ far_key.sum(2)[..., None] + sinks.sum(-1, keepdim=True)
-    return output / torch.where(total > 0, total, 1.0)
+    return output / torch.where(total != 0, total, 1.0)
 
 
 class _Dropout:
@@ -196,40 +228,44 @@ class _Blocks:
     def attend(self) -> Tensor:
         """The output; so many blocks at a time as the processor's cache holds."""
         step = max(1, _PART_ENTRIES // (self.batch * self.heads * self.width * self.local))
-        parts = [self._part(slice(start, start + step)) for start in range(0, self.count, step)]
+        # `split`, unlike slices, has a gradient that costs no more than the whole, however many parts there are.
+        whole = [self.query, self.far_query, self.key, self.value, self.far_key, self.keep]
+        whole += [t for sums, masses, _ in self.sums for t in (sums, masses)]
+        starts = range(0, self.count, step)
+        parts = [self._part(start, *part) for start, *part in zip(starts, *(t.split(step, dim=2) for t in whole))]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).flatten(2, 3)[:, :, : self.length]
 
-    def _part(self, blocks: slice) -> Tensor:
-        """(B, H, blocks, C, d_v) of some blocks."""
-        x, query, far_query = self.inputs, self.query[:, :, blocks], self.far_query[:, :, blocks]
+    def _part(self, start: int, query, far_query, key, value, far_key, keep, *sums: Tensor) -> Tensor:
+        """(B, H, blocks, C, d_v) of some blocks, the first of which is number `start`."""
+        x = self.inputs
         seen = self.relative <= 0 if x.is_causal else torch.ones_like(self.relative, dtype=torch.bool)
-        near = (self.relative.abs() < x.window_size) & seen & self.keep[:, :, blocks, None]
-        logits = query @ self.key[:, :, blocks]
+        near = (self.relative.abs() < x.window_size) & seen & keep[:, :, :, None]
+        logits = query @ key
         if x.bias is not None:
             logits = logits + x.bias.at(self.relative)[:, None]
         logits = logits.masked_fill(~near, float("-inf"))
-        sinks = self._sink_logits(query, blocks)
+        sinks = self._sink_logits(query, start)
         tops = [t.amax(-1, keepdim=True) for t in (logits, sinks) if t.shape[-1]] + [self._top(far_query)]
         shift = torch.stack(tops).amax(0).detach()
 
         weights, sinks, far_query = ((t - shift).exp() for t in (logits, sinks, far_query))
         far = ((self.relative.abs() >= x.window_size) & seen)[:, : self.far_local]
         # Far keys that are not kept are zero.
-        far_weights = (far_query @ self.far_key[:, :, blocks, :, : self.far_local]) * far
+        far_weights = (far_query @ far_key[..., : self.far_local]) * far
         if x.bias is not None:
             side = self.relative[:, : self.far_local].sign() * x.window_size
             far_weights = far_weights * x.bias.at(side).exp()[:, None]
         weights = weights + F.pad(far_weights, (0, self.local - self.far_local))
         drop = _Dropout(x.dropout_p)
-        output, total = drop(weights) @ self.value[:, :, blocks].transpose(-1, -2), weights.sum(-1, keepdim=True)
+        output, total = drop(weights) @ value.transpose(-1, -2), weights.sum(-1, keepdim=True)
         if x.num_sinks:
             output = output + drop(sinks) @ self.state.sink_value[:, :, None]
             total = total + sinks.sum(-1, keepdim=True)
-        for sums, masses, factor in self.sums:
+        for values, masses, (_, _, factor) in zip(sums[::2], sums[1::2], self.sums):
             distant = far_query if factor is None else far_query * factor
-            output = output + drop(distant) @ sums[:, :, blocks]
-            total = total + distant @ masses[:, :, blocks, :, None]
-        return output / torch.where(total > 0, total, 1.0)
+            output = output + drop(distant) @ values
+            total = total + distant @ masses[..., None]
+        return output / torch.where(total != 0, total, 1.0)
 
     def _top(self, far_query: Tensor) -> Tensor:
         """The largest far logarithm of a row, with the largest bias it can meet."""
@@ -237,12 +273,12 @@ class _Blocks:
         bias = self.inputs.bias
         return top if bias is None else top + torch.maximum(bias.behind, bias.ahead)[:, None, None, None]
 
-    def _sink_logits(self, query: Tensor, blocks: slice) -> Tensor:
+    def _sink_logits(self, query: Tensor, start: int) -> Tensor:
         """(B, H, blocks, C, s)."""
         state, x = self.state, self.inputs
         logits = query @ state.sink_key[:, :, None].transpose(-1, -2)
-        position = torch.arange(self.count * self.width, device=query.device).view(self.count, self.width, 1)[blocks]
-        relative = state.sink_position[:, None, None, None] - (position + self.first)
+        position = torch.arange(query.shape[2] * self.width, device=query.device).view(-1, self.width, 1)
+        relative = state.sink_position[:, None, None, None] - (position + self.first + start * self.width)
         if x.bias is not None:
             logits = logits + x.bias.at(relative.squeeze(1)).transpose(0, 1)
         hidden = relative > 0 if x.is_causal else (state.sink_position == NOWHERE)[:, None, None, None]

@@ -73,6 +73,7 @@ def nystrom_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     keep = _check(query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation)
+    _check_bias(position_bias, query.shape[1], window_size)
     nonnegative = bool(window_size or num_sinks or is_causal) if nonnegative is None else nonnegative
     dtype = value.dtype
     with without_autocast(query.device.type):
@@ -104,7 +105,8 @@ def nystrom_features(query, key, landmarks, weight, keep, lift, regularisation, 
         if not is_causal:
             radius = torch.maximum(radius, (norms * keep[:, None, :, None]).amax(2, keepdim=True))
         lifted_key = torch.cat([key, _root(radius - norms)], dim=-1)
-        landmarks = torch.cat([landmarks, _root(radius - landmark_norms)], dim=-1)
+        height = _root(radius - landmark_norms)
+        landmarks = torch.cat([landmarks.expand(len(height), -1, -1, -1), height], dim=-1)
         far_query = 2 * weight * (query @ landmarks[..., :-1].transpose(-1, -2))
         scaled_query = 2 * weight * query
     else:
@@ -142,6 +144,16 @@ def _inverse(matrix: Tensor, regularisation: float) -> Tensor:
 
 def _average(lam: float | Tensor) -> float:
     return float(lam.detach().mean()) if isinstance(lam, Tensor) else lam
+
+
+def _check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
+    if bias is None:
+        return
+    if not window_size:
+        raise ValueError("position_bias needs window_size >= 1: from there on it is constant")
+    for name, shape in (("near", (heads, 2 * window_size - 1)), ("behind", (heads,)), ("ahead", (heads,))):
+        if (given := tuple(getattr(bias, name).shape)) != shape:
+            raise ValueError(f"position_bias.{name} must have shape {shape}, got {given}")
 
 
 def _check(

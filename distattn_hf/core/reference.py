@@ -60,6 +60,6 @@ def reference_hybrid(inputs: HybridInputs) -> tuple[Tensor, Tensor]:
     far = (far - shift).exp() @ x.far_key.transpose(-1, -2) * far_bias.exp()
     weights = torch.where(exact, (logits - shift).exp(), far) * seen
     total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total > 0, total, 1.0)
+    weights = weights / torch.where(total != 0, total, 1.0)
     dropped = F.dropout(weights, x.dropout_p) if x.dropout_p > 0 else weights
     return torch.matmul(dropped, x.value), weights

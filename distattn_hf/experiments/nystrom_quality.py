@@ -1,0 +1,109 @@
+"""What linear time costs without training: Nyström conversions of real checkpoints beside their window-only control.
+
+python -m distattn_hf.experiments.nystrom_quality {iglm|minilm|smollm2} [--landmarks 16 64 ...] [--max-error 0.4 ...]
+"""
+
+import argparse
+import copy
+import math
+import time
+
+import torch
+from transformers.utils import logging
+
+from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
+from ..conversion.calibrate import CalibrationOptions
+from ..conversion.checkpoints import load_checkpoint
+from ..conversion.convert import convert
+from ..conversion.report import ConversionReport
+from ..conversion.texts import news_articles
+from ..core.configuration_distattn import AttentionSpec
+from ..core.parameters import NystromParameters
+from .conversion_quality import iglm as iglm_task
+
+# A far field of exp(-1e4) = 0: sinks and window alone.
+_SILENT = -1e4
+
+
+def iglm():
+    """As `conversion_quality`: antibody sequences of up to 150 tokens."""
+    return *iglm_task(), {"window_size": 16}
+
+
+def minilm():
+    """Articles of 256 to 512 tokens: cosine with the teacher's embeddings, mean reciprocal rank title to article."""
+    model, tokenizer = load_checkpoint("minilm")
+    articles = news_articles()
+    long = [a for a in articles[3000:] if len(tokenizer(a["text"])["input_ids"]) >= 256][:300]
+    options = EvaluationOptions(max_length=512, progress=False)
+
+    def score(candidate):
+        pairs = [(a["title"], a["text"]) for a in long]
+        found = evaluate_model(candidate, tokenizer, [], pairs=pairs, options=options)
+        cosine = embedding_agreement(candidate, model, tokenizer, [text for _, text in pairs[:64]], options)
+        return {"mrr": found["mrr"], "cosine": cosine}
+
+    return model, tokenizer, [a["text"] for a in articles[:64]], score, {}
+
+
+def smollm2():
+    """Perplexity at 1,024 tokens on 8,192 tokens of articles from the 3,001st on; calibrated on the first 200."""
+    model, tokenizer = load_checkpoint("smollm2-135m")
+    texts = [a["text"] for a in news_articles()]
+    options = EvaluationOptions(max_length=1024, max_tokens=8192, progress=False)
+    return model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options), {}
+
+
+@torch.no_grad()
+def window_only(student):
+    """A copy of a Nyström model whose far field is nothing."""
+    control = copy.deepcopy(student)
+    for module in control.modules():
+        if isinstance(module, NystromParameters):
+            module.landmark_bias.fill_(_SILENT)
+    return control
+
+
+def gap_closed(found: dict, control: dict, teacher: dict) -> float | None:
+    """Share of the log-perplexity between control and teacher that is won back."""
+    if "perplexity" not in found:
+        return None
+    ours, alone, exact = (math.log(d["perplexity"]) for d in (found, control, teacher))
+    return (alone - ours) / (alone - exact)
+
+
+def main() -> None:
+    """Print a line for the teacher, the control, and each number of landmarks and limit of the error."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=("iglm", "minilm", "smollm2"))
+    parser.add_argument("--landmarks", type=int, nargs="+", default=[64])
+    parser.add_argument("--max-error", type=float, nargs="*", default=[], help="beside no limit: heads left exact")
+    parser.add_argument("--steps", type=int, default=None)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    model, tokenizer, calibration, score, fields = globals()[options.task]()
+    teacher = score(model)
+    print("teacher", teacher, flush=True)
+    control = None
+    for count in options.landmarks:
+        for limit in (None, *options.max_error):
+            start = time.perf_counter()
+            spec = AttentionSpec(mechanism="nystrom", num_landmarks=count, **fields)
+            fit = CalibrationOptions(steps=options.steps, max_error=limit)
+            student = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=fit)
+            seconds = time.perf_counter() - start
+            if control is None:
+                control = score(window_only(student))
+                print("window only", control, flush=True)
+            found = score(student)
+            ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
+            closed = gap_closed(found, control, teacher)
+            report = ConversionReport.from_dict(student.conversion_report)
+            linear = sum(len(group.heads) for group in report.groups)
+            shown = "" if closed is None else f"gap closed {closed:.3f}, "
+            print(f"m={count} max_error={limit} {found} ratio {ratios} {shown}{linear} heads linear, {seconds:.0f} s")
+            print("   ", report.summary(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
