@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 # Queries that share one running sum: fewer sums to keep, more work within a block.
 _BLOCK = 64
-# Weights (float32: 4 MB) that are worked on at a time.
-_PART_ENTRIES = 2**20
+# Weights (float32: 2 MB) that are worked on at a time.
+_PART_ENTRIES = 2**19
+# Far logarithms may stand this much above a row's shift: a landmark near the query counts for little where no key is
+# near it, and must not push everything else below what float32 can hold. exp(60) times any sum stays finite.
+HEADROOM = 60.0
 # The position of a sink that is not there yet: ahead of every query.
 NOWHERE = 2**60
 
@@ -179,7 +182,7 @@ def _all_far(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor:
     """Bidirectional attention without a window: one sum for all queries; the number of keys is free."""
     sinks = inputs.query @ state.sink_key.transpose(-1, -2)
     sinks = sinks.masked_fill((state.sink_position == NOWHERE)[:, None, None], float("-inf"))
-    shift = torch.cat([inputs.far_query, sinks], dim=-1).amax(-1, keepdim=True).detach()
+    shift = torch.cat([inputs.far_query - HEADROOM, sinks], dim=-1).amax(-1, keepdim=True).detach()
     far_query, sinks = (inputs.far_query - shift).exp(), (sinks - shift).exp()
     drop = _Dropout(inputs.dropout_p)
     output = drop(far_query) @ (far_key.transpose(-1, -2) @ inputs.value) + drop(sinks) @ state.sink_value
@@ -268,8 +271,8 @@ class _Blocks:
         return output / torch.where(total != 0, total, 1.0)
 
     def _top(self, far_query: Tensor) -> Tensor:
-        """The largest far logarithm of a row, with the largest bias it can meet."""
-        top = far_query.amax(-1, keepdim=True)
+        """The largest far logarithm of a row, with the largest bias it can meet, less the headroom."""
+        top = far_query.amax(-1, keepdim=True) - HEADROOM
         bias = self.inputs.bias
         return top if bias is None else top + torch.maximum(bias.behind, bias.ahead)[:, None, None, None]
 

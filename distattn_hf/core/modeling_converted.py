@@ -239,8 +239,9 @@ def _refuse_new_layers(model, specs, modules) -> None:
 def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The converted class that extends `base`, made once, with the config class that goes with it."""
     name = CLASS_PREFIX + base.__name__
+    # Making a config class registers its family, this class included: first that, then look.
+    config_class = config_class_for(base.config_class)
     if name not in globals():
-        config_class = config_class_for(base.config_class)
         strict = set(base._keep_in_fp32_modules_strict or ()) | DistAttnModelMixin._keep_in_fp32_modules_strict
         namespace = {
             "__module__": __name__,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .hybrid import HybridInputs, take_sinks
+from .hybrid import HEADROOM, HybridInputs, take_sinks
 from .inputs import AttentionInputs
 from .masks import causal_keep, masked_softmax
 
@@ -55,7 +55,7 @@ def reference_hybrid(inputs: HybridInputs) -> tuple[Tensor, Tensor]:
         logits = logits + far_bias
     shift = torch.maximum(
         logits.masked_fill(~(exact & seen), float("-inf")).amax(-1, keepdim=True),
-        far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True),
+        far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
     )
     far = (far - shift).exp() @ x.far_key.transpose(-1, -2) * far_bias.exp()
     weights = torch.where(exact, (logits - shift).exp(), far) * seen

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -222,3 +223,13 @@ def test_a_model_made_from_a_config_can_be_inspected():
     report = current_report(distattn_hf.DistAttnGPT2LMHeadModel(config))
     assert [group.module for group in report.groups] == ["h.0.attn", "h.1.attn"]
     assert report.unconverted == []
+
+
+def test_a_family_used_for_the_first_time_has_one_class():
+    """The class that convert makes is the one that the Auto classes load (no other test uses this family)."""
+    config = transformers.OlmoConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    student = convert(transformers.OlmoForCausalLM(config), AttentionSpec("sqeuclidean"), init="plain")
+    assert type(student) is distattn_hf.DistAttnOlmoForCausalLM
+    assert type(transformers.AutoModelForCausalLM.from_config(student.config)) is type(student)

@@ -10,6 +10,7 @@ from torch import Tensor
 from distattn_hf import distance_attention
 from distattn_hf.core import backend_chunked
 from distattn_hf.core.backends import BACKENDS
+from distattn_hf.core.cpp_library import unavailable
 from distattn_hf.core.inputs import AttentionInputs
 from distattn_hf.core.metrics import METRICS, get_metric
 
@@ -53,6 +54,10 @@ class Case:
 def metric_id(case: tuple[str, float | None]) -> str:
     metric, p = case
     return metric if p is None else f"{metric}{p:g}"
+
+
+# On a machine without a compiler "auto" takes other backends; every test that is not about the kernels runs there too.
+needs_compiler = pytest.mark.skipif(unavailable() is not None, reason=f"CPU kernels: {unavailable()}")
 
 
 def runs(

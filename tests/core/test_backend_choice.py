@@ -5,8 +5,9 @@ import torch
 
 from distattn_hf import distance_attention
 from distattn_hf.core.backends import BACKENDS, Backend, validate_backend
+from distattn_hf.core.cpp_library import unavailable
 
-from .cases import METRIC_CASES, Case, every_metric, make_tensors, metric_id, runs
+from .cases import METRIC_CASES, Case, every_metric, make_tensors, metric_id, needs_compiler, runs
 
 PAIRS = [(metric, p, backend) for metric, p in METRIC_CASES for backend in BACKENDS]
 
@@ -38,7 +39,8 @@ def test_explicit_backend_runs_or_raises(metric, p, backend, used):
         return
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this") as error:
         case(**make_tensors(5))
-    assert repr(metric) in str(error.value) or backend == "triton"
+    no_compiler = backend == "cpp" and unavailable() is not None
+    assert repr(metric) in str(error.value) or backend == "triton" or no_compiler
     alternatives = str(error.value).rpartition("use one of ")[2]
     for other in BACKENDS:
         assert (other in alternatives) == runs(metric, p, other)
@@ -71,6 +73,7 @@ EXPECTED = [
 ]
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("metric", "options", "expected"), [(m, o, e) for metrics, o, e in EXPECTED for m in metrics], ids=str
 )

@@ -22,6 +22,7 @@ from .cases import (
     every_metric,
     make_tensors,
     metric_id,
+    needs_compiler,
     runs,
     upstream_gradient,
 )
@@ -39,6 +40,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@needs_compiler
 def test_every_metric_but_the_dot_products_has_a_kernel():
     assert {metric for metric, _ in KERNELS} == {"sqeuclidean", "l2", "l1", "lp", "chebyshev"}
 
@@ -282,6 +284,7 @@ def _finish(process) -> str:
     return output
 
 
+@needs_compiler
 def test_two_processes_build_at_the_same_time(tmp_path):
     for process in [_start(XDG_CACHE_HOME=tmp_path) for _ in range(2)]:
         assert _finish(process).startswith("cpp | None | []")
@@ -294,6 +297,7 @@ def test_two_processes_build_at_the_same_time(tmp_path):
     assert files[0].stat().st_mtime_ns == before
 
 
+@needs_compiler
 def test_a_folder_that_cannot_be_written_is_no_obstacle():
     assert _finish(_start(XDG_CACHE_HOME="/dev/null")).startswith("cpp | None | []")
 
@@ -325,6 +329,7 @@ def test_explanation_names_every_backend():
     assert all(name in str(choice) for name in (choice.backend, *choice.reasons))
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

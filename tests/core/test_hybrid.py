@@ -281,6 +281,27 @@ def test_dropout(causal, window, sinks, bias, small_blocks):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    ("causal", "query", "together"),
+    [(True, 11, [range(8)]), (False, 5, [range(4), range(8, 12)])],
+    ids=["causal", "bidirectional"],
+)
+def test_dropout_of_the_far_field_drops_landmarks(causal, query, together, small_blocks):
+    """One landmark: all keys outside a query's block, on one side, are dropped together or scaled together."""
+    draws, p = 400, 0.3
+    keep = torch.ones(1, 12, dtype=torch.bool).expand(draws, -1)
+    x = problem(causal, 1, 0, False, 12, keep=keep, heads=1, batch=draws)
+    one = {"far_query": x.far_query[..., :1], "far_key": x.far_key[..., :1]}
+    x = replace(x, **one, value=torch.eye(12, dtype=torch.float64).expand(draws, 1, 12, 12))
+    ratio = (hybrid_attention(replace(x, dropout_p=p))[0] / hybrid_attention(x)[0])[:, 0, query]
+    for keys in together:
+        part = ratio[:, keys]
+        assert_close(part, part[:, :1].expand_as(part), "float64")
+        dropped = part[:, 0] == 0
+        assert_close(part[~dropped, 0], torch.full_like(part[~dropped, 0], 1 / (1 - p)), "float64")
+        assert abs(float(dropped.double().mean()) - p) < STANDARD_ERRORS * math.sqrt(p * (1 - p) / draws)
+
+
 class _Largest(TorchDispatchMode):
     """Entries of the largest tensor that any operation made."""
 

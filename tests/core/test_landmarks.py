@@ -13,7 +13,7 @@ from tests.tolerances import STANDARD_ERRORS, assert_close
 every_strategy = pytest.mark.parametrize("strategy", list(STRATEGIES))
 # Their landmarks are points of the item.
 SELECTING = ["uniform", "random", "kmeans++", "farthest", "rpcholesky"]
-SEEDED = ["random", "kmeans", "kmeans++", "rpcholesky"]
+SEEDED = ["random", "kmeans", "kmeans_sample", "kmeans++", "rpcholesky"]
 
 
 def clusters(sizes, spread, dim=8, distance=10.0, items=1):
