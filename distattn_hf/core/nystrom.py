@@ -1,6 +1,7 @@
 """Nyström attention with the Gaussian kernel: linear time, bidirectional or causal, exact nearby where asked."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from .landmarks import select_landmarks
 from .masks import split_mask
 
 _REGULARISATION = 1e-2
+# Numbers (float32: 2 MB) of queries or keys that are worked on at a time.
+_PART_ENTRIES = 2**19
+_LEAST_ROWS = 64
 
 
 def nystrom_attention(
@@ -88,37 +92,95 @@ def nystrom_attention(
         landmarks = landmarks.to(key.dtype)
         landmarks = landmarks if landmarks.dim() == 4 else landmarks[None]
         weight = lam.to(key.dtype)[:, None, None] * scaling if isinstance(lam, Tensor) else lam * scaling
-        query, key, far_query, far_key = nystrom_features(
-            query, key, landmarks, weight, keep, lift, regularisation, nonnegative, is_causal
-        )
+        features = _Features(landmarks, weight, None if is_causal else (key, keep), lift, regularisation, nonnegative)
+        if not (is_causal or window_size or num_sinks):
+            return _all_far(features, query, key, value, keep).to(dtype)
+        query, far_query = _in_parts(features.of_queries, query)
+        key, far_key = _in_parts(features.of_keys, key)
         inputs = HybridInputs(
             query, key, value, keep, far_query, far_key, num_sinks, window_size, is_causal, position_bias
         )
         return hybrid_attention(inputs)[0].to(dtype)
 
 
-def nystrom_features(query, key, landmarks, weight, keep, lift, regularisation, nonnegative, is_causal):
-    """(query, key, far_query, far_key) of `HybridInputs`; all logits lack the row's -weight·(‖q‖² [+ R²])."""
-    norms, landmark_norms = key.square().sum(-1, keepdim=True), landmarks.square().sum(-1, keepdim=True)
-    if lift:
-        radius = landmark_norms.amax(2, keepdim=True)
-        if not is_causal:
-            radius = torch.maximum(radius, (norms * keep[:, None, :, None]).amax(2, keepdim=True))
-        lifted_key = torch.cat([key, _root(radius - norms)], dim=-1)
-        height = _root(radius - landmark_norms)
-        landmarks = torch.cat([landmarks.expand(len(height), -1, -1, -1), height], dim=-1)
-        far_query = 2 * weight * (query @ landmarks[..., :-1].transpose(-1, -2))
-        scaled_query = 2 * weight * query
-    else:
-        lifted_key = key
-        far_query = 2 * weight * (query @ landmarks.transpose(-1, -2)) - weight * landmark_norms.transpose(-1, -2)
+class _Features:
+    """κ(q, L) and κ(k, L)·(κ(L, L) + γI)⁻¹ of parts of the rows; all logits lack the row's -weight·(‖q‖² [+ R²]).
+
+    `seen` is (key, keep) where all keys may raise the R of the lift, None where only the landmarks do.
+    """
+
+    def __init__(self, landmarks, weight, seen, lift, regularisation, nonnegative):
+        self.weight, self.lift, self.nonnegative = weight, lift, nonnegative
+        self.landmarks, self.norms = landmarks, landmarks.square().sum(-1)[..., None, :]
+        lifted = landmarks
+        if lift:
+            radius = self.norms.amax(-1, keepdim=True)
+            if seen is not None:
+                (norms,) = _in_parts(lambda key: (key.square().sum(-1, keepdim=True),), seen[0])
+                radius = torch.maximum(radius, (norms * seen[1][:, None, :, None]).amax(2, keepdim=True))
+            self.radius, self.heights = radius, _root(radius - self.norms)
+            lifted = torch.cat([landmarks.expand(len(radius), -1, -1, -1), self.heights.transpose(-1, -2)], dim=-1)
+        self.inverse = _inverse(gaussian_kernel(lifted, lifted, weight), regularisation)
+
+    def of_queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """(query, far_query) of `HybridInputs`."""
+        query = 2 * self.weight * query
+        far_query = self.far_queries(query)
         # The key's norm as one more column, so that the logit is a plain product.
-        scaled_query = torch.cat([2 * weight * query, torch.ones_like(query[..., :1])], dim=-1)
-        key = torch.cat([key, -weight * norms], dim=-1)
-    far_key = gaussian_kernel(lifted_key, landmarks, weight) @ _inverse(
-        gaussian_kernel(landmarks, landmarks, weight), regularisation
-    )
-    return scaled_query, key, far_query, far_key.relu() if nonnegative else far_key
+        return query if self.lift else torch.cat([query, torch.ones_like(query[..., :1])], dim=-1), far_query
+
+    def far_queries(self, scaled_query: Tensor) -> Tensor:
+        """far_query of queries times 2·weight."""
+        far_query = scaled_query @ self.landmarks.transpose(-1, -2)
+        return far_query if self.lift else far_query - self.weight * self.norms
+
+    def of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """(key, far_key) of `HybridInputs`."""
+        far_key = self.kernel(key) @ self.inverse
+        if not self.lift:
+            key = torch.cat([key, -self.weight * key.square().sum(-1, keepdim=True)], dim=-1)
+        return key, far_key.relu() if self.nonnegative else far_key
+
+    def kernel(self, key: Tensor) -> Tensor:
+        """κ(k, L), both lifted where asked for."""
+        norms, landmark_norms = key.square().sum(-1, keepdim=True), self.norms
+        product = key @ self.landmarks.transpose(-1, -2)
+        if self.lift:
+            height = _root(self.radius - norms)
+            product = product + height * self.heights
+            norms, landmark_norms = norms + height.square(), landmark_norms + self.heights.square()
+        return (-self.weight * (norms + landmark_norms - 2 * product).clamp_min(0)).exp()
+
+
+def _all_far(features: _Features, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
+    """Attention in which every query sees every key through the landmarks alone: one sum over the keys for all."""
+    sums = 0.0
+    tensors = key, value, keep[:, None, :, None]
+    for key, value, keep in zip(*(t.split(_rows(key), dim=2) for t in tensors)):
+        far_key = features.of_keys(key)[1] if features.nonnegative else features.kernel(key)
+        sums = sums + (far_key * keep).transpose(-1, -2) @ torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+    if not features.nonnegative:
+        sums = features.inverse @ sums
+
+    def attend(query):
+        far_query = features.far_queries(2 * features.weight * query)
+        total = (far_query - far_query.amax(-1, keepdim=True).detach()).exp() @ sums
+        weight = total[..., -1:]
+        return (total[..., :-1] / torch.where(weight != 0, weight, 1.0),)
+
+    return _in_parts(attend, query)[0]
+
+
+def _in_parts(function: Callable, tensor: Tensor) -> list[Tensor]:
+    """What function gives for (B, H, N, d), computed for some rows at a time."""
+    parts = zip(*map(function, tensor.split(_rows(tensor), dim=2)))
+    return [torch.cat(part, dim=2) for part in parts]
+
+
+def _rows(tensor: Tensor) -> int:
+    """So many rows of (B, H, N, d) that the processor's cache holds what they need."""
+    batch, heads, _, size = tensor.shape
+    return max(_LEAST_ROWS, _PART_ENTRIES // max(1, batch * heads * size))
 
 
 def gaussian_kernel(left: Tensor, right: Tensor, weight: float | Tensor) -> Tensor:

@@ -21,8 +21,10 @@ from .benchmark_check import (
     pytorch_attention,
     summary,
 )
-from .benchmark_config import BenchmarkConfig, Case, load_config
+from .benchmark_config import BenchmarkConfig, Case, _choice, load_config, read_config
 from .benchmark_measure import LEAST_MEGABYTES, MemoryProbe, one_line, time_pair
+from .benchmark_nystrom import run_nystrom_benchmark
+from .benchmark_nystrom_config import nystrom_config
 from .benchmark_plot import plot_results, require_matplotlib
 from .benchmark_report import DEFINITIONS, provenance, table_header, table_line, write_json
 
@@ -164,6 +166,7 @@ _LIST = "Separated by commas."
 
 def benchmark(
     config: Annotated[Path | None, typer.Option(help="A YAML file with these options as keys; options win.")] = None,
+    mechanism: Annotated[str | None, typer.Option(help="distance, or nystrom (linear). Default: distance.")] = None,
     metrics: Annotated[str | None, typer.Option(help=f"l2, l1, ...; lp with its order: lp3, lp1.5. {_LIST}")] = None,
     backends: Annotated[str | None, typer.Option(help=f"auto or names. {_LIST}")] = None,
     passes: Annotated[str | None, typer.Option(help=f"forward, forward_backward, decode. {_LIST}")] = None,
@@ -191,9 +194,17 @@ def benchmark(
 ):
     """Check each metric against the reference, then measure its time and memory beside PyTorch's own attention.
 
+    nystrom: linear attention beside PyTorch's and other packages', with the error of each.
+
     Exit code 1: a result was wrong (its line says WRONG and no time) or a case failed.
     """
-    options = {name: value for name, value in locals().items() if name not in ("config", "overwrite")}
-    report = run_benchmark(load_config(config, options), overwrite=overwrite)
+    options = {name: value for name, value in locals().items() if name not in ("config", "overwrite", "mechanism")}
+    mechanism = read_config(config).get("mechanism", "distance") if mechanism is None else mechanism
+    if _choice(mechanism, "mechanism", ("distance", "nystrom")) == "distance":
+        report = run_benchmark(load_config(config, options), overwrite=overwrite)
+    else:
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = nystrom_config({**read_config(config), **given, "mechanism": mechanism})
+        report = run_nystrom_benchmark(chosen, overwrite=overwrite)
     if code := exit_code(report):
         raise typer.Exit(code)

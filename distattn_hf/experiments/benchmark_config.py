@@ -172,23 +172,30 @@ class BenchmarkConfig:
         return result
 
 
+def read_config(path: str | Path | None) -> dict:
+    """The options in a YAML file, none without a file; raises `ValueError` for one that is absent or no mapping."""
+    if path is None:
+        return {}
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {str(path)!r} must hold a mapping of options, got {type(values).__name__}")
+    return values
+
+
 def load_config(path: str | Path | None, overrides: dict | None = None) -> BenchmarkConfig:
     """The options of a YAML file (None: the defaults), with those of `overrides` that are not None in their place.
 
     Raises `ValueError` for a file that is absent or no mapping, for an unknown key and for a value out of range.
     """
-    values = {}
-    if path is not None:
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"config {str(path)!r} does not exist")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"config {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"config {str(path)!r} must hold a mapping of options, got {type(values).__name__}")
-    values = {**values, **{name: value for name, value in (overrides or {}).items() if value is not None}}
+    values = {**read_config(path), **{name: value for name, value in (overrides or {}).items() if value is not None}}
+    if values.pop("mechanism", "distance") != "distance":
+        raise ValueError("these are options of another mechanism than distance")
     allowed = [field.name for field in fields(BenchmarkConfig)]
     if unknown := [str(name) for name in values if name not in allowed]:
         raise ValueError(f"unknown benchmark option {', '.join(unknown)}; expected one of {', '.join(allowed)}")

@@ -111,7 +111,7 @@ def _lines(results: list[dict], metrics: list[str], read):
 def _seconds(result: dict, who: str) -> float | None:
     if who == "naive":
         return result["naive"].get("seconds", {}).get("median")
-    return result[who]["median"]
+    return None if result[who] is None else result[who]["median"]
 
 
 def _memory(result: dict, who: str) -> float | None:

@@ -1,0 +1,118 @@
+"""A long document read in linear time: perplexity, seconds and cache bytes by position, beside the controls.
+
+python -m distattn_hf.experiments.long_text FOLDER [--teacher smollm2-135m] [--tokens 16384] [--out out/long-text]
+
+FOLDER is a causal model converted by mechanism="nystrom". The document: news articles from the 3,001st on, end to end.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from ..conversion.checkpoints import load_checkpoint
+from ..conversion.texts import read_texts
+from ..core.cache import NystromLayer
+from .nystrom_quality import window_only
+
+CHUNK = 1024
+
+
+def document(tokenizer, tokens: int) -> torch.Tensor:
+    """(1, tokens) ids of articles that no calibration saw."""
+    ids: list[int] = []
+    for text in read_texts("news", split="test"):
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(ids) >= tokens:
+            return torch.tensor([ids[:tokens]])
+    raise ValueError(f"tokens: the articles hold {len(ids)} tokens, asked for {tokens}")
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of keys, values and states that a cache holds."""
+    total = 0
+    for layer in cache.layers:
+        tensors = () if isinstance(layer, NystromLayer) else (layer.keys, layer.values)
+        total += (
+            layer.nbytes() if isinstance(layer, NystromLayer) else sum(t.numel() * t.element_size() for t in tensors)
+        )
+    return total
+
+
+@torch.no_grad()
+def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK) -> list[dict]:
+    """One entry per chunk: {"end", "perplexity" of the chunk's tokens, "seconds", "cache_bytes"}."""
+    found, cache, last = [], None, None
+    for start in range(0, ids.shape[1], chunk):
+        begun = time.perf_counter()
+        piece = ids[:, start : start + chunk]
+        output = model(piece, past_key_values=cache, use_cache=True)
+        seconds, cache = time.perf_counter() - begun, output.past_key_values
+        # The first token of a chunk is predicted by the last logits of the one before.
+        logits = output.logits[:, :-1] if last is None else torch.cat([last, output.logits[:, :-1]], dim=1)
+        target = piece[:, 1:] if last is None else piece
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+        last = output.logits[:, -1:]
+        end = start + piece.shape[1]
+        entry = {"end": end, "perplexity": math.exp(loss), "seconds": seconds, "cache_bytes": cache_bytes(cache)}
+        found.append(entry)
+    return found
+
+
+def plot(results: dict[str, list[dict]], path: Path) -> None:
+    """Perplexity and seconds of each chunk against the position."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for name, entries in results.items():
+        ends = [entry["end"] for entry in entries]
+        for axis, key in zip(axes, ("perplexity", "seconds"), strict=True):
+            axis.plot(ends, [entry[key] for entry in entries], label=name, marker=".")
+    axes[0].set(yscale="log", xlabel="position (tokens)", ylabel=f"perplexity of the last {CHUNK} tokens")
+    axes[1].set(xlabel="position (tokens)", ylabel=f"seconds for {CHUNK} tokens", ylim=(0, None))
+    axes[0].legend()
+    for suffix in ("svg", "png"):
+        temporary = path.with_suffix(f".tmp.{suffix}")
+        figure.savefig(temporary, dpi=150)
+        os.replace(temporary, path.with_suffix(f".{suffix}"))
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Read the document with each model and write long_text.json and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--teacher", default=None, help="also the untouched model: quadratic, minutes")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--out", type=Path, default=Path("out/long-text"))
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    student, tokenizer = load_checkpoint(options.folder)
+    teacher = load_checkpoint(options.teacher) if options.teacher else (None, None)
+    ids = document(tokenizer or teacher[1], options.tokens)
+    models = {"Nyström": student.eval(), "sinks and window only": window_only(student).eval()}
+    if teacher[0] is not None:
+        models["teacher"] = teacher[0].eval()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name, model in models.items():
+        results[name] = read_in_chunks(model, ids)
+        for entry in results[name]:
+            print(f"{name:<22} {entry['end']:>7} {entry['perplexity']:9.2f} {entry['seconds']:7.2f} s "
+                  f"{entry['cache_bytes']:>12,} bytes", flush=True)  # fmt: skip
+        temporary = options.out / "long_text.json.tmp"
+        temporary.write_text(json.dumps({"chunk": CHUNK, "results": results}, indent=1), encoding="utf-8")
+        os.replace(temporary, options.out / "long_text.json")
+    plot(results, options.out / "long_text")
+
+
+if __name__ == "__main__":
+    main()
