@@ -1,6 +1,7 @@
 """A cache layer of constant size for causal Nyström attention: a state per head, the sinks, and the last window."""
 
 import inspect
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,12 @@ def layer_behind(key: Tensor) -> NystromLayer | None:
     return layer
 
 
+@lru_cache
+def _argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """Of the arguments that `forward` takes, in order, without self."""
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
 def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     """Forward pre-hook of a causal Nyström module: give the model's cache a `NystromLayer` where this module writes.
 
@@ -144,8 +151,7 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     """
     if module.distattn.observer is not None:  # a conversion looks at whole sequences
         return
-    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    arguments = {**arguments, **arguments.get("kwargs", {})}
+    arguments = {**dict(zip(_argument_names(type(module)), args)), **kwargs}
     cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

@@ -61,7 +61,8 @@ def select_landmarks(
             kmeans++, farthest or rpcholesky.
         keep: (..., N) bool, broadcastable to the leading axes; False marks padding, which has no influence.
         scaling: of the Gaussian kernel exp(-scaling/2·‖x-y‖²); only rpcholesky uses it.
-        seed: of random, kmeans, kmeans_sample, kmeans++ and rpcholesky; the global random state is neither read nor changed.
+        seed: of random, kmeans, kmeans_sample, kmeans++ and rpcholesky; the global random state is neither read nor
+            changed.
 
     Gradients flow to the points that are averaged (segment_means, kmeans) or selected, as if the choice were constant.
     """

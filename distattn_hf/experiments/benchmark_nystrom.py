@@ -1,4 +1,4 @@
-"""`distattn benchmark --mechanism nystrom`: time of linear attention, and beside each time how far off the result is."""
+"""`distattn benchmark --mechanism nystrom`: time of linear attention, and beside each its error."""
 
 import gc
 import json
@@ -12,11 +12,10 @@ import torch
 
 from ..conversion.saving import check_output
 from ..core.nystrom import nystrom_attention
+from . import benchmark_nystrom_inputs as inputs
 from .benchmark_measure import _cpu_peak, one_line, time_pair
 from .benchmark_nystrom_config import NystromCase, NystromConfig
-from .benchmark_nystrom_inputs import (
-    GAMMA, KINDS, RECIPE, error_rows, exact_rows, fixed_landmarks, make_inputs, oracle, relative_error, sdpa,
-)  # fmt: skip
+from .benchmark_nystrom_inputs import KINDS, make_inputs, relative_error
 from .benchmark_nystrom_peers import COMPETITORS, Competitor, Unavailable
 from .benchmark_nystrom_report import DEFINITIONS, headline, plot, table_header, table_line
 from .benchmark_plot import require_matplotlib
@@ -30,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
 
 def our_attention(case: NystromCase, strategy: str, landmarks: torch.Tensor | None) -> Callable:
     """`nystrom_attention` with the options that are measured: lifted, γ = 0.01; causal: window, sinks, fixed L."""
-    options = {"lift": True, "regularisation": GAMMA, "num_landmarks": case.num_landmarks, "strategy": strategy}
+    options = {"lift": True, "regularisation": inputs.GAMMA, "num_landmarks": case.num_landmarks, "strategy": strategy}
     if case.causal:
         options |= {"is_causal": True, "window_size": case.window_size, "num_sinks": case.num_sinks}
     return lambda query, key, value: nystrom_attention(query, key, value, landmarks=landmarks, **options)
@@ -38,14 +37,14 @@ def our_attention(case: NystromCase, strategy: str, landmarks: torch.Tensor | No
 
 def ours(case: NystromCase, strategy: str, kind: str) -> Competitor:
     """Ours as a competitor; bidirectional attention chooses its landmarks within the call, and within the clock."""
-    landmarks = fixed_landmarks(case, kind, strategy).to(case.device) if case.causal else None
+    landmarks = inputs.fixed_landmarks(case, kind, strategy).to(case.device) if case.causal else None
     return lambda *tensors: tensors, our_attention(case, strategy, landmarks)
 
 
 def competitor(case: NystromCase, name: str, kind: str = "normal") -> Competitor:
     """By the name in the table."""
     if name == "sdpa":
-        return lambda *tensors: tensors, sdpa(case)
+        return lambda *tensors: tensors, inputs.sdpa(case)
     return ours(case, name.removeprefix("ours:"), kind) if name.startswith("ours:") else COMPETITORS[name](case)
 
 
@@ -57,11 +56,12 @@ def gate(case: NystromCase, strategy: str) -> dict:
     checks = []
 
     def compare(what, actual, expected, bound):
-        error = float((actual.double() - expected).abs().amax() / expected.abs().amax().clamp_min(1e-30))
+        actual, expected = actual.detach().double(), expected.detach()
+        error = float((actual - expected).abs().amax() / expected.abs().amax().clamp_min(1e-30))
         checks.append((what, error, bound))
 
     for kind in KINDS:
-        landmarks = fixed_landmarks(case, kind, strategy).to(case.device) if case.causal else None
+        landmarks = inputs.fixed_landmarks(case, kind, strategy).to(case.device) if case.causal else None
         attention = our_attention(case, strategy, landmarks)
         for length in (CHECKED_LENGTH, case.length):
             problem, small = replace(case, length=length), length == CHECKED_LENGTH
@@ -74,7 +74,7 @@ def gate(case: NystromCase, strategy: str) -> dict:
                 leaves = [t.to(dtype).requires_grad_(with_gradient) for t in tensors]
                 double = [t.double().requires_grad_(with_gradient) for t in tensors]
                 found = attention(*leaves)[:, :, rows]
-                expected = oracle(problem, *double, strategy, landmarks, rows)
+                expected = inputs.oracle(problem, *double, strategy, landmarks, rows)
                 where = f"{kind} at {length}, {str(dtype).removeprefix('torch.')}"
                 compare(f"{where}: output", found, expected, TOLERANCE[dtype])
                 if with_gradient:
@@ -119,8 +119,8 @@ def _exact(case: NystromCase, config: NystromConfig) -> dict:
     result = {}
     if case.length <= config.error_max_length:
         for kind in KINDS:
-            tensors, rows = make_inputs(case, kind), error_rows(case)
-            result[kind] = tensors, rows, exact_rows(case, *tensors, rows)
+            tensors, rows = make_inputs(case, kind), inputs.error_rows(case)
+            result[kind] = tensors, rows, inputs.exact_rows(case, *tensors, rows)
     return result
 
 
@@ -131,14 +131,18 @@ def run_case(case: NystromCase, config: NystromConfig):
     """
     names = [f"ours:{strategy}" for strategy in config.strategies]
     exact, tensors = _exact(case, config), make_inputs(case, "normal")
-    limits = {
-        name: getattr(config, name) for name in ("repeats", "warmup", "min_seconds", "max_seconds", "seed")
-    }  # fmt: skip
+    limits = {n: getattr(config, n) for n in ("repeats", "warmup", "min_seconds", "max_seconds", "seed")}
     memory = measure_memory(case, config, [*names, "sdpa", *config.peers]) if config.memory else {}
     first = None
     means = {k: relative_error(t[2].mean(2, keepdim=True).expand_as(e), e) for k, (t, _, e) in exact.items()}
     if means and not case.causal:
-        yield {"label": "mean of all values", **asdict(case), "pass": case.pass_name, "status": "yardstick", "errors": means}
+        yield {
+            "label": "mean of all values",
+            **asdict(case),
+            "pass": case.pass_name,
+            "status": "yardstick",
+            "errors": means,
+        }
     for name in [*names, "sdpa", *config.peers]:
         row = {"label": name, **asdict(case), "pass": case.pass_name, "status": "ok"}
         try:
@@ -208,7 +212,7 @@ def run_nystrom_benchmark(config: NystromConfig, *, overwrite: bool = False, ech
             "complete": False,
             "provenance": provenance(config.device),
             "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
-            "definitions": {**DEFINITIONS, "inputs": RECIPE},
+            "definitions": {**DEFINITIONS, "inputs": inputs.RECIPE},
             "results": [],
         }
         echo(headline(config, report["provenance"]))

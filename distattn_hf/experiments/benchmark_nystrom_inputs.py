@@ -73,7 +73,7 @@ def fixed_landmarks(case: NystromCase, kind: str, strategy: str) -> Tensor:
     length = max(4096, case.num_landmarks)
     other = NystromCase(**{**vars(case), "length": length, "batch": 1})
     keys = make_inputs(other, kind, sample=1)[1][0]
-    return select_landmarks(keys, case.num_landmarks, strategy, seed=case.seed)
+    return select_landmarks(keys, case.num_landmarks, strategy, scaling=case.head_size**-0.5, seed=case.seed)
 
 
 def oracle(case: NystromCase, query, key, value, strategy: str, landmarks: Tensor | None, rows: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def oracle(case: NystromCase, query, key, value, strategy: str, landmarks: Tenso
         landmarks = _means(key, case.num_landmarks) if strategy == "segment_means" else None
     if landmarks is None:
         # The strategies themselves are tested against plain loops.
-        landmarks = select_landmarks(key, case.num_landmarks, strategy)
+        landmarks = select_landmarks(key, case.num_landmarks, strategy, scaling=case.head_size**-0.5)
     landmarks = landmarks.double()
     radius = landmarks.square().sum(-1).amax(-1)
     if not case.causal:
