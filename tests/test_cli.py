@@ -43,6 +43,21 @@ def test_convert_writes_a_loadable_checkpoint_with_tokenizer(folder):
     assert (folder / "l2" / "tokenizer.json").exists()
 
 
+def test_convert_to_linear_time(folder):
+    """Two of the four heads of GPT-2's layers, so that --heads and the Nyström options are seen to arrive."""
+    run = distattn(
+        "convert", folder / "teacher", folder / "linear", "--mechanism", "nystrom", "--num-landmarks", "8",
+        "--window-size", "5", "--num-sinks", "1", "--calibration", folder / "text.txt", "--steps", "2", "--heads", "0,1",
+    )  # fmt: skip
+    assert "window off" in run.stdout
+    assert "sinks and window alone" in run.stdout
+    model = AutoModelForCausalLM.from_pretrained(folder / "linear")
+    state = model.attention_states["h.1.attn"]
+    assert state.head_lists == [[0, 1]]
+    assert state.groups[0].landmarks.shape[1] == 8
+    assert (state.groups[0].spec.window_size, state.groups[0].spec.num_sinks) == (5, 1)
+
+
 def test_inspect_shows_the_fitted_values(folder):
     text = distattn("inspect", folder / "l2").stdout
     assert "h.0.attn" in text

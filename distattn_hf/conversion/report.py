@@ -69,17 +69,26 @@ class ConversionReport:
         return cls(**{**data, "groups": [GroupReport(**g) for g in data["groups"]]})
 
     def table(self, per_head: bool = False) -> str:
-        """A table for a terminal: a line per group of heads, or per head."""
+        """A table for a terminal: a line per group of heads, or per head.
+
+        With Nyström attention also how far the outputs are off, relatively: of sinks and window alone, and as fitted.
+        """
         lines = [f"{'module':<42} {'metric':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
+        linear = any(g.output_error for g in self.groups)
+        if linear:
+            lines[0] += f" {'window off':>10} {'off':>10}"
         for g in self.groups:
             picks = [[i] for i in range(len(g.heads))] if per_head else [range(len(g.heads))]
             for pick in picks:
                 label = str(g.heads[pick[0]]) if per_head else str(len(g.heads))
                 cells = [_cell(v, pick) for v in (g.lam, g.alpha, g.divergence_before, g.divergence_after)]
+                metric = "nystrom" if g.output_error else g.metric
                 lines.append(
-                    f"{g.module[-42:]:<42} {g.metric[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
+                    f"{g.module[-42:]:<42} {metric[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
                     f"{cells[2]:>10} {cells[3]:>10}"
                 )
+                if linear:
+                    lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (g.window_error, g.output_error))
         lines.append(self.summary())
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)

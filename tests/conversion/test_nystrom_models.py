@@ -656,3 +656,42 @@ def test_half_precision_reload_keeps_the_far_field_in_float32(tmp_path):
         past = in_chunks(half, batch, [20, 1, 9])[1]
     layer = layers_of(past)[0]
     assert (layer.keys.dtype, layer.state.total.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "t5"])
+def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path):
+    """With a limit no head can meet, the best head of each module is linear and every other one keeps dot product."""
+    teacher = build(family)
+    batches = [token_batch(teacher, length=40, seed=seed) for seed in range(2)]
+    options = CalibrationOptions(steps=2, progress=False, max_error=1e-9)
+    student = convert(teacher, nystrom(9), calibration=batches, options=options)
+    free = convert(teacher, nystrom(9), calibration=batches, options=QUICK)
+    for group, state in zip(student.conversion_report["groups"], student.attention_states.values(), strict=True):
+        assert state.head_lists == [group["heads"]]
+        assert len(group["heads"]) == len(group["output_error"]) == state.groups[0].num_heads == 1
+    # The first module is fitted on the same inputs either way: its best head is the one that stays.
+    errors = free.conversion_report["groups"][0]["output_error"]
+    first = student.conversion_report["groups"][0]
+    assert first["heads"] == [errors.index(min(errors))]
+    assert first["output_error"] == [min(errors)]
+
+    batch = token_batch(teacher, length=40, seed=3)
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch)[0], student(**batch)[0])
+        off = [(model(**batch)[0] - teacher(**batch)[0]).abs().mean() for model in (student, free)]
+    assert off[0] < off[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_error": 0}, "max_error must be None or > 0, got 0"),
+        ({"max_length": 1}, "max_length must be None or an integer >= 2, got 1"),
+        ({"max_tokens": "all"}, "max_tokens must be None or an integer >= 2, got 'all'"),
+    ],
+)
+def test_bad_calibration_options(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationOptions(**fields)
