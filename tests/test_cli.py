@@ -44,10 +44,11 @@ def test_convert_writes_a_loadable_checkpoint_with_tokenizer(folder):
 
 
 def test_convert_to_linear_time(folder):
-    """Two of the four heads of GPT-2's layers, so that --heads and the Nyström options are seen to arrive."""
+    """Two of the heads, so that --heads and the options of Nyström attention are seen to arrive."""
     run = distattn(
         "convert", folder / "teacher", folder / "linear", "--mechanism", "nystrom", "--num-landmarks", "8",
-        "--window-size", "5", "--num-sinks", "1", "--calibration", folder / "text.txt", "--steps", "2", "--heads", "0,1",
+        "--window-size", "5", "--num-sinks", "1", "--calibration", folder / "text.txt", "--steps", "2",
+        "--heads", "0,1",
     )  # fmt: skip
     assert "window off" in run.stdout
     assert "sinks and window alone" in run.stdout
