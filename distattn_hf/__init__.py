@@ -16,6 +16,7 @@ _LAZY = {
     "convert": "conversion.convert",
     "revert": "conversion.convert",
     "ConversionReport": "conversion.report",
+    "CalibrationOptions": "conversion.calibrate",
     "load_checkpoint": "conversion.checkpoints",
 }
 
@@ -41,3 +42,7 @@ def __getattr__(name: str):
         module = "configuration_distattn" if name.endswith("Config") else "modeling_converted"
         return getattr(import_module(f".core.{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,6 +66,8 @@ def convert(
 def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreTrainedModel:
     start = time.perf_counter()
     specs = [spec] if isinstance(spec, AttentionSpec) else list(spec)
+    if options.max_error is not None and not any(getattr(s, "mechanism", None) == "nystrom" for s in specs):
+        raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
     _check_modules(model, modules)
@@ -90,9 +93,19 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         divergences = calibrate(student.eval(), batch, options)
         student.train(model.training)
     report = _report(type(model), student, modules, divergences, init, warnings)
+    limit = options.max_error or math.inf
+    for group in report.groups:
+        for head, error in zip(group.heads, group.output_error or (), strict=False):
+            if error > limit:
+                text = (
+                    f"{group.module}: no head is within max_error={limit}; its best, {head} ({error:.3f}), stays linear"
+                )
+                logger.warning(text)
+                report.warnings.append(text)
     report.calibration_tokens = batch["input_ids"].numel() if batch and "input_ids" in batch else 0
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
+    student.converted_from = model.config.name_or_path
     return student
 
 
@@ -112,7 +125,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     fallback = model.config.distattn["fallback"]
     config = base.config_class.from_dict(data)
     config._attn_implementation = fallback
-    config.name_or_path = model.config.name_or_path
+    config.name_or_path = model.converted_from or model.config.name_or_path
     state = {name: tensor for name, tensor in model.state_dict().items() if ".distattn." not in f".{name}"}
     return _like(rebuild(base, config, state), model)
 
@@ -222,7 +235,8 @@ def _build_student(model, specs, modules, init) -> PreTrainedModel:
         "init": init,
     }
     config = config_class_for(type(model.config)).from_dict({**data, "distattn": block})
-    config.name_or_path = model.config.name_or_path
+    # The teacher's name is not the student's: PEFT would put an adapter of the student on the teacher.
+    config.name_or_path = ""
     config.dtype = model.dtype
     # The head parameters at their start values, under the names they will have.
     with torch.device("cpu"):
@@ -279,6 +293,7 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
     report = ConversionReport(base_class.__name__, init, warnings=warnings)
     report.unconverted = [name for name in find_attention_modules(student) if name not in modules]
     for name, state in student.attention_states.items():
+        report.unconverted_heads += sum(len(heads) for heads, group in state.parts() if group is None)
         for number, (group, heads) in enumerate(zip(state.groups, state.head_lists, strict=True)):
             lam = group.lam()
             measured = divergences.get(name, [{}] * len(state.groups))[number]

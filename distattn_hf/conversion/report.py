@@ -28,12 +28,16 @@ class GroupReport:
 
 @dataclass
 class ConversionReport:
-    """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters."""
+    """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
+
+    unconverted names the attention modules left as they were; unconverted_heads counts heads beside converted ones.
+    """
 
     base_architecture: str
     init: str
     groups: list[GroupReport] = field(default_factory=list)
     unconverted: list[str] = field(default_factory=list)
+    unconverted_heads: int = 0
     warnings: list[str] = field(default_factory=list)
     calibration_tokens: int = 0
     seconds: float = 0.0
@@ -98,6 +102,8 @@ class ConversionReport:
         parts = [f"{self.base_architecture}: {len(self.groups)} attention modules, init={self.init}"]
         if self.unconverted:
             parts.append(f"{len(self.unconverted)} left as they were")
+        if self.unconverted_heads:
+            parts.append(f"{self.unconverted_heads} heads of these keep dot-product attention")
         if self.mean_alpha is not None:
             parts.append(f"mean α {self.mean_alpha:.3f}")
         if self.mean_divergence_after is not None:

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def distance_attention(
     batch, heads, num_queries, head_dim = query.shape
     if scaling is None:
         scaling = head_dim**-0.5
-    if not scaling > 0 or not math.isfinite(scaling):
+    elif not scaling > 0 or not math.isfinite(scaling):
         raise ValueError(f"scaling must be a positive finite number, got {scaling!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
@@ -70,6 +71,8 @@ def distance_attention(
     shape = (batch, heads, num_queries, key.shape[-2])
     keep, bias = split_mask(mask, shape)
     if position_bias is not None:
+        if not position_bias.is_floating_point():
+            raise ValueError(f"position_bias must be a floating-point tensor, got {position_bias.dtype}")
         if position_bias.dim() != 4:
             raise ValueError(f"position_bias must have rank 4 (B, H, N, M), got shape {tuple(position_bias.shape)}")
         try:
@@ -102,7 +105,8 @@ def run_attention(
 
 def without_autocast(device: str):
     """A context without autocast; nothing at all where there is none, which is quicker."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if active else nullcontext()
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -138,6 +142,6 @@ def _check_lambda(lam, metric, head_dim, scaling, p, heads) -> float | Tensor:
         if not torch.compiler.is_compiling() and not bool(((lam > 0) & torch.isfinite(lam)).all()):
             raise ValueError(f"lam (λ) must be positive and finite, got {lam.detach().tolist()}")
         return lam
-    if isinstance(lam, bool) or not isinstance(lam, int | float) or not 0 < lam < math.inf:
+    if isinstance(lam, bool) or not isinstance(lam, Real) or not 0 < lam < math.inf:
         raise ValueError(f"lam (λ) must be a positive finite number or a tensor of them, got {lam!r}")
     return float(lam)

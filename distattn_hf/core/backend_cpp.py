@@ -5,7 +5,15 @@ import re
 import torch
 from torch import Tensor
 
-from .cpp_library import attention_backward, attention_decode, attention_forward, kind_of, unavailable
+from .cpp_library import (
+    attention_backward,
+    attention_decode,
+    attention_forward,
+    kind_of,
+    readable,
+    transformed,
+    unavailable,
+)
 from .inputs import AttentionInputs
 from .metrics import BUILT_IN
 
@@ -27,6 +35,8 @@ def unsupported(inputs: AttentionInputs) -> str | None:
         return f"metric {metric.name!r} has a kernel for at most {_FEW_QUERIES} queries without gradients"
     if inputs.dropout_p > 0:
         return "no dropout in the kernels"
+    if not torch.compiler.is_compiling() and transformed():
+        return "torch.func and forward-mode derivatives cannot look into the kernels"
     return unavailable()
 
 
@@ -57,7 +67,11 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         # Nothing to compute: products of empty matrices have the right shape, values (0) and gradients.
         empty = inputs.written_out()
-        return (empty.query @ empty.key.transpose(-1, -2) @ empty.value).to(dtype)
+        output = empty.query @ empty.key.transpose(-1, -2) @ empty.value
+        for tensor in (inputs.lam, inputs.bias):
+            if isinstance(tensor, Tensor):
+                output = output + 0 * tensor.sum()
+        return output.to(dtype)
     lam = (
         inputs.lam
         if isinstance(inputs.lam, Tensor)
@@ -68,18 +82,19 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
     if few_queries(inputs):
         if inputs.metric.name == "cosine":
             query = torch.nn.functional.normalize(query.float(), dim=-1)
-        run = attention_decode if _eager(query) else _decode
+        run = attention_decode if _eager(inputs) else _decode
         output = run(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
         return output.to(dtype)
     key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
-    run = attention_forward if _eager(query) and not inputs.needs_grad() else _forward
+    run = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
     output, _ = run(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
     return output.to(dtype)
 
 
-def _eager(query: Tensor) -> bool:
+def _eager(inputs: AttentionInputs) -> bool:
     """Whether plain tensors are computed now: then the kernels are called without the operators' overhead."""
-    return type(query) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
+    return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, lam)
 
 
 # Operators of their own, so that torch.compile keeps one graph around them. A copy of this file that transformers loads

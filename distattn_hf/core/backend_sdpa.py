@@ -70,7 +70,7 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         dropout_p=inputs.dropout_p,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=inputs.groups > 1,
+        enable_gqa=bool(inputs.groups > 1),
     )
     return output[..., :value_size].to(dtype)
 

@@ -1,9 +1,11 @@
 """Compiles the CPU kernels once a machine, loads them, and hands tensors over by ctypes."""
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,11 +45,10 @@ def kind_of(metric: str, p: float | None) -> int | None:
     return _ORDERS.get(p, KINDS["lp"]) if metric == "lp" else KINDS.get(metric)
 
 
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first of g++, c++, clang++ on the path."""
-    return next(
-        (found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), None
-    )
+def compiler() -> list[str] | None:
+    """The C++ compiler and its first arguments: $CXX, or the first of g++, c++, clang++ on the path."""
+    wanted = [shlex.split(os.environ.get("CXX", "")), *([name] for name in _COMPILERS)]
+    return next(([found, *rest] for name, *rest in filter(None, wanted) if (found := shutil.which(name))), None)
 
 
 def _machine() -> str:
@@ -60,25 +61,28 @@ def _machine() -> str:
 
 
 def _cache_folder() -> Path:
+    """Raises `RuntimeError` where there is no home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distattn_hf"
 
 
-def _build() -> Path:
+def _build(anew: bool = False) -> Path:
     """The compiled library, from the cache or made now; raises `OSError` or `subprocess.SubprocessError`."""
-    command = [compiler(), *_FLAGS]
+    command = [*compiler(), *_FLAGS]
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     digest = hashlib.sha256("\0".join([SOURCE, *command, version, _machine()]).encode()).hexdigest()[:20]
-    folder = _cache_folder()
-    library = folder / f"kernels-{digest}.so"
-    if library.exists():
-        return library
+    name = f"kernels-{digest}.so"
     try:
+        folder = _cache_folder()
+        if not anew and (folder / name).exists():
+            return folder / name
         folder.mkdir(parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
-    except OSError:
+    except (OSError, RuntimeError):
         # Nowhere to keep it: compile for this process alone.
-        library = Path(tempfile.mkdtemp(prefix="distattn_hf-")) / library.name
-        handle, made = tempfile.mkstemp(suffix=".so", dir=library.parent)
+        folder = Path(tempfile.mkdtemp(prefix="distattn_hf-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+    library = folder / name
     os.close(handle)
     try:
         subprocess.run(
@@ -99,10 +103,14 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if compiler() is None:
         return None, f"no C++ compiler found ($CXX, {', '.join(_COMPILERS)})"
     try:
-        return ctypes.CDLL(str(_build())), None
+        library = _build()
+        try:
+            return ctypes.CDLL(str(library)), None
+        except OSError:  # a damaged file in the cache
+            return ctypes.CDLL(str(_build(anew=True))), None
     except (OSError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = f"the C++ compiler {compiler()} failed: {told[0] if told else error}"
+        reason = f"the C++ compiler {compiler()[0]} failed: {told[0] if told else error}"
     warnings.warn(f"distattn_hf runs without its CPU kernels, more slowly: {reason}", RuntimeWarning, stacklevel=2)
     return None, reason
 
@@ -111,6 +119,18 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def unavailable() -> str | None:
     """Why the CPU kernels cannot run here, or None; the first call on a machine compiles them (about 10 s)."""
     return _load()[1]
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, which look into operators and not into a library."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether these tensors have memory of their own that a kernel may read now: no fakes, subclasses, transforms."""
+    if torch.compiler.is_compiling() or transformed():
+        return False
+    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
@@ -259,10 +279,10 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
     bfloat16."""
     call = _Call(_Decode, query, key, value.shape[-1], p)
     data = call.data
-    key, value = (
-        t if t.stride(-1) == 1 and t.dtype in (torch.float32, torch.bfloat16) else t.float().contiguous()
-        for t in (key, value)
-    )
+    if key.dtype not in (torch.float32, torch.bfloat16):
+        key, value = key.float(), value.float()
+    # One flag tells the kernel the dtype of both.
+    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     units = data.B * key.shape[1]
     if units < 4 * data.threads and data.threads > 1:
         data.splits = -(-4 * data.threads // units)

@@ -59,8 +59,10 @@ def explain_backend(
     """
     entry = get_metric(metric)
     p, backend = entry.validate(p), validate_backend(backend)
-    num_keys, kv_heads, value_dim = num_keys or num_queries, kv_heads or heads, value_dim or head_dim
-    for name, value in {"num_queries": num_queries, "batch": batch, "heads": heads, "head_dim": head_dim}.items():
+    num_keys = num_queries if num_keys is None else num_keys
+    kv_heads, value_dim = heads if kv_heads is None else kv_heads, head_dim if value_dim is None else value_dim
+    sizes = {"num_queries": num_queries, "num_keys": num_keys, "batch": batch, "heads": heads, "kv_heads": kv_heads}
+    for name, value in {**sizes, "head_dim": head_dim, "value_dim": value_dim}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if heads % kv_heads:

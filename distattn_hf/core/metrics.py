@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpp_library import distance_backward, distance_forward, kind_of, unavailable
+from .cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
 from .registry import Registry
 
 METRICS = Registry("metric")
@@ -264,7 +264,7 @@ class Minkowski(Metric):
         return (
             all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
             and self is BUILT_IN[self.name]
-            and not torch.compiler.is_compiling()
+            and readable(*tensors)
             and unavailable() is None
         )
 
@@ -356,4 +356,7 @@ def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotatio
 
 def get_metric(name: str) -> Metric:
     """The metric registered under `name` or an alias; raises `ValueError` listing what exists."""
-    return METRICS.get(name)
+    try:
+        return METRICS.get(name)
+    except ValueError as error:
+        raise ValueError(f"{error}. A metric of your own? Call distattn_hf.register_metric before it is used") from None

@@ -78,6 +78,8 @@ class DistAttnModelMixin:
     _keep_in_fp32_modules_strict = {"distattn"}
     _conversion_report: dict | None = None
     _report_source: tuple[str, dict] | None = None
+    # Where the teacher came from, as long as this model has not been loaded from a folder of its own.
+    converted_from: str | None = None
 
     def __init__(self, config, *args, **kwargs):
         if getattr(config, "distattn", None) is None:
@@ -130,7 +132,11 @@ class DistAttnModelMixin:
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
             os.replace(f"{path}.tmp", path)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        found = super().save_pretrained(save_directory, *args, **kwargs)
+        if not self.config.name_or_path:
+            # Now it has a name, which adapters made from here on refer to.
+            self.name_or_path = self.config.name_or_path = str(save_directory)
+        return found
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

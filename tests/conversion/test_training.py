@@ -1,6 +1,7 @@
 """Fine-tuning works with what a transformers user has: Trainer, PEFT, checkpointing, bf16, device_map, compile."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -77,6 +78,9 @@ def test_lora_finds_its_targets_by_itself(tmp_path, family, target):
     changed = adapted(**batch).logits
     assert not torch.allclose(changed, expected)
     adapted.save_pretrained(tmp_path / "adapter")
+    # Not the teacher, on which the adapter would do something else without a word.
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
     fresh = type(student).from_pretrained(tmp_path / "base")
     again = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     torch.testing.assert_close(again(**batch).logits, changed)

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distattn_hf import distance_attention, explain_backend
 from distattn_hf.core import cpp_library
@@ -295,6 +296,10 @@ def test_two_processes_build_at_the_same_time(tmp_path):
     before = files[0].stat().st_mtime_ns
     assert _finish(_start(XDG_CACHE_HOME=tmp_path)).startswith("cpp")
     assert files[0].stat().st_mtime_ns == before
+    # A damaged one is built anew.
+    files[0].write_bytes(b"")
+    assert _finish(_start(XDG_CACHE_HOME=tmp_path)).startswith("cpp | None | []")
+    assert files[0].stat().st_size > 0
 
 
 @needs_compiler
@@ -316,6 +321,91 @@ def test_with_a_compiler_that_fails(tmp_path):
         f"chunked | the C++ compiler {compiler} failed: unknown option -march | ['distattn_hf runs"
     )
     assert not list((tmp_path / "distattn_hf").iterdir())
+
+
+@needs_compiler
+def test_without_a_home_the_library_is_for_one_process(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cpp_library.Path, "home", no_home)
+    monkeypatch.setattr(cpp_library.tempfile, "tempdir", str(tmp_path))
+    assert cpp_library._build().parent.parent == tmp_path
+
+
+@pytest.mark.parametrize("variable", ["c++ -O2", "no-such-compiler", ""])
+def test_compiler_from_the_environment(variable, monkeypatch, tmp_path):
+    (tmp_path / "c++").write_text("#!/bin/sh\n")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", variable)
+    assert cpp_library.compiler() == [str(tmp_path / "c++"), *variable.split()[1:] * variable.startswith("c++")]
+
+
+# ---- what the kernels must not be given ----
+
+
+@pytest.mark.parametrize("strided", ["key", "value", "both"])
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean", "cosine", "chebyshev"])
+def test_bfloat16_decoding_reads_strided_caches(metric, strided):
+    """One of key and value with rows that are not contiguous: the kernel is told one dtype for both."""
+    tensors = make_tensors(1, 50, dtype=torch.bfloat16)
+    expected = distance_attention(**tensors, metric=metric)
+    for name in ("key", "value"):
+        if strided in (name, "both"):
+            tensors[name] = tensors[name].mT.contiguous().mT
+    assert torch.equal(distance_attention(**tensors, metric=metric), expected)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@every_kernel
+def test_forward_derivatives_are_never_dropped(metric, p, length):
+    query = torch.randn(1, 2, length, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+        try:
+            output = distance_attention(dual, query, query, metric=metric, p=p)
+        except (NotImplementedError, RuntimeError):
+            # PyTorch's own operators say that they have none.
+            return
+        assert torch.autograd.forward_ad.unpack_dual(output).tangent is not None
+
+
+@pytest.mark.parametrize("metric", ["l1", "l2", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize("length", [1, 40])
+def test_vmap_takes_another_backend(metric, length):
+    batches = torch.randn(3, 1, 2, length, 8)
+    other = torch.randn(1, 2, 40, 8)
+    mapped = torch.func.vmap(lambda query: distance_attention(query, other, other, metric=metric))(batches)
+    single = torch.stack([distance_attention(query, other, other, metric=metric) for query in batches])
+    # l2 of equal points takes the root of rounding noise.
+    torch.testing.assert_close(mapped, single, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@every_metric
+def test_fake_tensors_have_a_shape_and_no_memory(metric, p, dropout_p):
+    with FakeTensorMode():
+        query = torch.randn(1, 2, 20, 8)
+        output = distance_attention(query, query, query, metric=metric, p=p, dropout_p=dropout_p)
+    assert output.shape == (1, 2, 20, 8)
+
+
+@every_metric
+def test_meta_tensors_have_a_shape(metric, p):
+    query = torch.randn(1, 2, 20, 8, device="meta")
+    assert distance_attention(query, query, query, metric=metric, p=p).shape == query.shape
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (1, 0, 4), (1, 4, 0)], ids=str)
+@every_metric
+def test_empty_problems_have_gradients(metric, p, sizes):
+    batch, num_queries, num_keys = sizes
+    query, key = torch.randn(batch, 2, num_queries, 8), torch.randn(batch, 2, num_keys, 8)
+    lam = torch.ones(2, requires_grad=True)
+    distance_attention(query, key, key, metric=metric, p=p, lam=lam).sum().backward()
+    assert torch.equal(lam.grad, torch.zeros(2))
 
 
 # ---- explain_backend ----
@@ -353,6 +443,8 @@ def test_explanation(options, expected):
         ({"backend": "flash"}, "unknown backend 'flash'"),
         ({"backend": "sdpa"}, "backend 'sdpa' cannot run this: metric 'l1' has no dot-product form"),
         ({"backend": "cpp", "device": "cuda"}, "backend 'cpp' cannot run this: runs on the CPU only"),
+        ({"num_keys": 0}, "num_keys must be a whole number of at least 1, got 0"),
+        ({"kv_heads": -1}, "kv_heads must be a whole number of at least 1, got -1"),
         ({"num_queries": 0}, "num_queries must be a whole number of at least 1, got 0"),
         ({"kv_heads": 5}, r"heads \(12\) must be a multiple of kv_heads \(5\)"),
         ({"mask_shape": (1, 1, 7, 7)}, "mask_shape must broadcast"),

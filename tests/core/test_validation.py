@@ -128,6 +128,12 @@ def test_position_bias_of_wrong_shape(shape):
     assert str(shape) in refused("position_bias", position_bias=torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_position_bias_of_wrong_dtype(dtype):
+    """An integer bias must not be read as a mask."""
+    assert str(dtype) in refused("position_bias", position_bias=torch.zeros(1, 1, 1, 1, dtype=dtype))
+
+
 def test_what_is_refused_is_refused_before_anything_runs():
     """Also by a backend that would not look at the field."""
     for backend in ("sdpa", "chunked", "reference"):
