@@ -43,18 +43,6 @@ class NystromData:
         self.fit_sequences = usable[: len(usable) - held_out]
         self.report_sequences = usable[len(usable) - held_out :] or usable
 
-    def teacher(self, items: list[int]) -> tuple[Tensor, Tensor]:
-        """Logits (b, H, N, M), -inf where nothing is seen, and outputs of dot-product attention for some sequences."""
-        query, key = self.query[items], self.key[items]
-        logits = self.call["scaling"] * query @ key.transpose(-1, -2)
-        if (bias := self.call["position_bias"]) is not None:
-            logits = logits + bias.float()
-        seen = self.keep[items][:, None, None]
-        if self.call["is_causal"]:
-            seen = seen & causal_keep(query.shape[2], key.shape[2], key.device)
-        logits = logits.masked_fill(~seen, float("-inf"))
-        return logits, logits.softmax(-1).nan_to_num() @ self.value[items]
-
 
 @torch.no_grad()
 def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> None:
@@ -196,14 +184,19 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
 def leave_exact(model, name: str, state, results: list[dict], max_error: float) -> list[dict]:
     """Take the Nyström heads that are further off than `max_error` out of a module; returns the others' figures.
 
-    They keep dot-product attention. One head stays linear in any case: a module without any is chosen by `layers`.
+    They keep dot-product attention; a group that has none left goes.
     """
-    for number, group in enumerate(state.groups):
+    entries = model.config.distattn["modules"][name]["groups"]
+    for number in reversed(range(len(state.groups))):
+        group = state.groups[number]
         if not isinstance(group, NystromParameters):
             continue
-        error = results[number]["output_error"]
-        fine = error <= max(max_error, float(error.min()))
+        fine = results[number]["output_error"] <= max_error
         if bool(fine.all()):
+            continue
+        if not bool(fine.any()):
+            for grouped in (state.groups, state.head_lists, entries, results):
+                del grouped[number]
             continue
         heads = state.head_lists[number] or range(state.num_heads)
         kept = [head for head, good in zip(heads, fine.tolist(), strict=True) if good]
@@ -212,6 +205,6 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
         for key, tensor in smaller.fitted_tensors().items():
             tensor.copy_(group.fitted_tensors()[key][fine])
         state.groups[number], state.head_lists[number] = smaller, kept
-        model.config.distattn["modules"][name]["groups"][number]["heads"] = kept
+        entries[number]["heads"] = kept
         results[number] = {key: values[fine] for key, values in results[number].items()}
     return results

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,15 +92,11 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         divergences = calibrate(student.eval(), batch, options)
         student.train(model.training)
     report = _report(type(model), student, modules, divergences, init, warnings)
-    limit = options.max_error or math.inf
-    for group in report.groups:
-        for head, error in zip(group.heads, group.output_error or (), strict=False):
-            if error > limit:
-                text = (
-                    f"{group.module}: no head is within max_error={limit}; its best, {head} ({error:.3f}), stays linear"
-                )
-                logger.warning(text)
-                report.warnings.append(text)
+    if not report.groups:
+        raise ValueError(
+            f"max_error={options.max_error!r}: no head's outputs came so near to the teacher's, nothing would be "
+            "converted; allow more, or use more landmarks or a larger window"
+        )
     report.calibration_tokens = batch["input_ids"].numel() if batch and "input_ids" in batch else 0
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
@@ -293,7 +288,8 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
     report = ConversionReport(base_class.__name__, init, warnings=warnings)
     report.unconverted = [name for name in find_attention_modules(student) if name not in modules]
     for name, state in student.attention_states.items():
-        report.unconverted_heads += sum(len(heads) for heads, group in state.parts() if group is None)
+        if exact := [head for heads, group in state.parts() if group is None for head in heads]:
+            report.exact_heads[name] = exact
         for number, (group, heads) in enumerate(zip(state.groups, state.head_lists, strict=True)):
             lam = group.lam()
             measured = divergences.get(name, [{}] * len(state.groups))[number]

@@ -30,14 +30,15 @@ class GroupReport:
 class ConversionReport:
     """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
 
-    unconverted names the attention modules left as they were; unconverted_heads counts heads beside converted ones.
+    unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
+    attention, by module.
     """
 
     base_architecture: str
     init: str
     groups: list[GroupReport] = field(default_factory=list)
     unconverted: list[str] = field(default_factory=list)
-    unconverted_heads: int = 0
+    exact_heads: dict[str, list[int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     calibration_tokens: int = 0
     seconds: float = 0.0
@@ -84,7 +85,7 @@ class ConversionReport:
         for g in self.groups:
             picks = [[i] for i in range(len(g.heads))] if per_head else [range(len(g.heads))]
             for pick in picks:
-                label = str(g.heads[pick[0]]) if per_head else str(len(g.heads))
+                label = str(g.heads[pick[0]]) if per_head else self._count(g)
                 cells = [_cell(v, pick) for v in (g.lam, g.alpha, g.divergence_before, g.divergence_after)]
                 metric = "nystrom" if g.output_error else g.metric
                 lines.append(
@@ -93,17 +94,27 @@ class ConversionReport:
                 )
                 if linear:
                     lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (g.window_error, g.output_error))
+        for module, heads in self.exact_heads.items():
+            lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines.append(self.summary())
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
+    def _count(self, group: GroupReport) -> str:
+        """How many heads a group has; of how many, where some of the module keep dot-product attention."""
+        exact = self.exact_heads.get(group.module)
+        if not exact:
+            return str(len(group.heads))
+        return f"{len(group.heads)}/{len(exact) + sum(len(g.heads) for g in self.groups if g.module == group.module)}"
+
     def summary(self) -> str:
         """One line: what was converted and what the fit left."""
-        parts = [f"{self.base_architecture}: {len(self.groups)} attention modules, init={self.init}"]
+        modules = len({group.module for group in self.groups})
+        parts = [f"{self.base_architecture}: {modules} attention modules, init={self.init}"]
         if self.unconverted:
             parts.append(f"{len(self.unconverted)} left as they were")
-        if self.unconverted_heads:
-            parts.append(f"{self.unconverted_heads} heads of these keep dot-product attention")
+        if self.exact_heads:
+            parts.append(f"{sum(map(len, self.exact_heads.values()))} heads keep dot-product attention")
         if self.mean_alpha is not None:
             parts.append(f"mean α {self.mean_alpha:.3f}")
         if self.mean_divergence_after is not None:

@@ -149,7 +149,8 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
 
     Raises `ValueError` for a cache of another kind (static, quantised, sliding) or one filled by exact attention.
     """
-    if module.distattn.observer is not None:  # a conversion looks at whole sequences
+    # A conversion looks at whole sequences, and may have left every head of the module exact.
+    if module.distattn.observer is not None or not module.distattn.is_nystrom:
         return
     arguments = {**dict(zip(_argument_names(type(module)), args)), **kwargs}
     cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)

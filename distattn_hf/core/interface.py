@@ -173,12 +173,13 @@ def attend_groups(state, query, key, value, call) -> tuple[Tensor, Tensor | None
     """Run each group of heads by its own spec and the rest by dot product; (B, H, N, d_v) and weights or None."""
     call = dict(call)
     backend = call.pop("backend")
-    if len(state.groups) == 1 and state.head_lists[0] is None:
-        return attend(state.groups[0], query, key, value, call, backend)
+    parts = state.parts()
+    if len(parts) == 1:
+        return attend(parts[0][1], query, key, value, call, backend)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     results = []
-    for heads, group in state.parts():
+    for heads, group in parts:
         index = torch.tensor(heads, device=query.device)
         selected = dict(call, **{name: of_heads(call[name], index) for name in ("mask", "position_bias")})
         results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], selected, backend)))

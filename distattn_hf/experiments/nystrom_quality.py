@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
 from ..conversion.calibrate import CalibrationOptions
+from ..conversion.calibrate_nystrom import leave_exact
 from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
@@ -64,6 +65,24 @@ def window_only(student):
     return control
 
 
+@torch.no_grad()
+def limited(student, max_error: float):
+    """A copy of a Nyström model in which heads that are further off than `max_error` keep dot-product attention."""
+    student = copy.deepcopy(student)
+    figures: dict[str, list[dict]] = {}
+    for group in ConversionReport.from_dict(student.conversion_report).groups:
+        figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
+    for name, state in student.attention_states.items():
+        leave_exact(student, name, state, figures[name], max_error)
+    return student
+
+
+def linear_heads(student) -> int:
+    """How many heads are linear."""
+    groups = (group for state in student.attention_states.values() for group in state.groups)
+    return sum(group.num_heads for group in groups if isinstance(group, NystromParameters))
+
+
 def gap_closed(found: dict, control: dict, teacher: dict) -> float | None:
     """Share of the log-perplexity between control and teacher that is won back."""
     if "perplexity" not in found:
@@ -78,6 +97,7 @@ def main() -> None:
     parser.add_argument("task", choices=("iglm", "minilm", "smollm2"))
     parser.add_argument("--landmarks", type=int, nargs="+", default=[64])
     parser.add_argument("--max-error", type=float, nargs="*", default=[], help="beside no limit: heads left exact")
+    parser.add_argument("--refit", action="store_true", help="fit anew for each limit, as `convert` does; else once")
     parser.add_argument("--steps", type=int, default=None)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -86,11 +106,15 @@ def main() -> None:
     print("teacher", teacher, flush=True)
     control = None
     for count in options.landmarks:
+        spec = AttentionSpec(mechanism="nystrom", num_landmarks=count, **fields)
+        fitted = None
         for limit in (None, *options.max_error):
             start = time.perf_counter()
-            spec = AttentionSpec(mechanism="nystrom", num_landmarks=count, **fields)
-            fit = CalibrationOptions(steps=options.steps, max_error=limit)
-            student = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=fit)
+            if fitted is None or options.refit:
+                fit = CalibrationOptions(steps=options.steps, max_error=limit, progress=False)
+                fitted = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=fit)
+                print(ConversionReport.from_dict(fitted.conversion_report).summary())
+            student = fitted if limit is None or options.refit else limited(fitted, limit)
             seconds = time.perf_counter() - start
             if control is None:
                 control = score(window_only(student))
@@ -98,11 +122,11 @@ def main() -> None:
             found = score(student)
             ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
             closed = gap_closed(found, control, teacher)
-            report = ConversionReport.from_dict(student.conversion_report)
-            linear = sum(len(group.heads) for group in report.groups)
             shown = "" if closed is None else f"gap closed {closed:.3f}, "
-            print(f"m={count} max_error={limit} {found} ratio {ratios} {shown}{linear} heads linear, {seconds:.0f} s")
-            print("   ", report.summary(), flush=True)
+            print(
+                f"m={count} max_error={limit} {found} ratio {ratios} {shown}{linear_heads(student)} heads linear, "
+                f"{seconds:.0f} s", flush=True,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
