@@ -20,15 +20,17 @@ class NystromLayer(CacheLayerMixin):
     `update` hands back placeholders of the full length, which take no memory and hold NaN: the attention function takes
     the real keys from the layer (`layer_behind`), which goes with the placeholder. keys and values (B, H_kv, n, d) are
     the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks. Query heads in `exact_heads`
-    are not Nyström's: all keys of their key heads are kept, in all_keys and all_values.
+    are not Nyström's: all keys of their key heads are kept, in all_keys and all_values; those of every key head as long
+    as a row of the batch has fewer than `exact_below` tokens.
     """
 
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, window_size: int, exact_heads: tuple[int, ...] = (), num_heads: int = 1):
+    def __init__(self, window_size: int, exact_heads: tuple[int, ...] = (), num_heads: int = 1, exact_below: int = 0):
         super().__init__()
         self.window_size, self.exact_heads, self.num_heads = window_size, exact_heads, num_heads
+        self.exact_below = exact_below
         self.length = 0
         self.keep: Tensor | None = None
         self.state: FarState | None = None
@@ -40,7 +42,8 @@ class NystromLayer(CacheLayerMixin):
         self.keep = torch.ones(len(key_states), 0, dtype=torch.bool, device=self.device)
         groups = self.num_heads // key_states.shape[1]
         self.exact_key_heads = sorted({head // groups for head in self.exact_heads})
-        self.all_keys, self.all_values = (t[:, self.exact_key_heads, :0] for t in (key_states, value_states))
+        self.full_key_heads = list(range(key_states.shape[1])) if self.exact_below else self.exact_key_heads
+        self.all_keys, self.all_values = (t[:, self.full_key_heads, :0] for t in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -48,9 +51,9 @@ class NystromLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
-        if self.exact_key_heads:
-            self.all_keys = torch.cat([self.all_keys, key_states[:, self.exact_key_heads]], dim=2)
-            self.all_values = torch.cat([self.all_values, value_states[:, self.exact_key_heads]], dim=2)
+        if self.full_key_heads:
+            self.all_keys = torch.cat([self.all_keys, key_states[:, self.full_key_heads]], dim=2)
+            self.all_values = torch.cat([self.all_values, value_states[:, self.full_key_heads]], dim=2)
         self.length += key_states.shape[2]
         return self._placeholder(key_states), self._placeholder(value_states)
 
@@ -79,6 +82,13 @@ class NystromLayer(CacheLayerMixin):
         # Copies: a slice would keep the whole prompt alive.
         self.keys, self.values = key[:, :, start:].clone(), value[:, :, start:].clone()
         self.keep, self.state = keep[:, start:].clone(), state
+
+    def forget_early_keys(self) -> None:
+        """Keep all keys of the exact heads only, from here on."""
+        if self.full_key_heads != self.exact_key_heads:
+            columns = [self.full_key_heads.index(head) for head in self.exact_key_heads]
+            self.all_keys, self.all_values = self.all_keys[:, columns].clone(), self.all_values[:, columns].clone()
+            self.full_key_heads = self.exact_key_heads
 
     def get_seq_length(self) -> int:
         return self.length
@@ -183,4 +193,4 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
             ours = group
         else:
             exact.extend(heads)
-    cache.layers[index] = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads)
+    cache.layers[index] = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads, ours.spec.exact_below)

@@ -23,7 +23,7 @@ MECHANISMS = ("distance", "nystrom")
 ATTENTION_KINDS = ("self", "cross")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4}
+_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": 0}
 
 # Called with every config class that is made. `register_all_families` adds itself, so that the Auto classes know them.
 new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
@@ -59,6 +59,9 @@ class AttentionSpec:
         window_size: keys seen exactly: the last ones, the query's own included, when causal; those at a smaller
             distance in both directions otherwise. None in cross-attention. Default 64.
         num_sinks: first tokens seen exactly by every later query. Default 4.
+        exact_below: a query that may see at most so many keys (padding not counted) attends to all of them exactly; a
+            cache keeps that many keys before it takes its constant size. Exact attention is faster below about 2,048.
+            Default 0: none does.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -80,6 +83,7 @@ class AttentionSpec:
     landmarks: str | None = None
     window_size: int | None = None
     num_sinks: int | None = None
+    exact_below: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:

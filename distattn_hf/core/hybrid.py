@@ -8,6 +8,7 @@ sum, the state of a recurrent network; `FarState` carries it from one call to th
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,15 +90,31 @@ def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
     """
     if inputs.is_causal and inputs.query.shape[2] > (rows := _rows_at_once(inputs)):
         return _one_after_another(inputs, rows)
-    state, is_sink = take_sinks(inputs)
-    near_keep = inputs.keep & ~is_sink
-    far_key = inputs.far_key * near_keep[:, None, :, None]
+    state, near_keep, far_key = _enter(inputs)
     if inputs.is_causal or inputs.window_size:
         output = _Blocks(inputs, state, near_keep, far_key).attend()
     else:
-        output = _all_far(inputs, state, far_key)
+        output = _no_window(inputs, state, far_key)
+    return output, _leave(inputs, state, far_key), near_keep
+
+
+def advance(inputs: HybridInputs) -> tuple[FarState, Tensor]:
+    """(state, keep without the sinks) as `hybrid_attention` leaves them, without its output."""
+    state, near_keep, far_key = _enter(inputs)
+    return _leave(inputs, state, far_key), near_keep
+
+
+def _enter(inputs: HybridInputs) -> tuple[FarState, Tensor, Tensor]:
+    """(state with the sinks in it, keep without the sinks, far_key of what is kept)."""
+    state, is_sink = take_sinks(inputs)
+    near_keep = inputs.keep & ~is_sink
+    return state, near_keep, inputs.far_key * near_keep[:, None, :, None]
+
+
+def _leave(inputs: HybridInputs, state: FarState, far_key: Tensor) -> FarState:
+    """The state once all but the last window_size - 1 keys are in it."""
     left = max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1)) if inputs.is_causal else 0
-    return output, _absorb(state, far_key[:, :, :left], inputs.value[:, :, :left]), near_keep
+    return _absorb(state, far_key[:, :, :left], inputs.value[:, :, :left])
 
 
 def _rows_at_once(inputs: HybridInputs) -> int:
@@ -178,26 +195,21 @@ def take_sinks(inputs: HybridInputs) -> tuple[FarState, Tensor]:
     return FarState(state.total, state.weight, *sinks, position, state.length), is_sink
 
 
-def _all_far(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor:
+def _no_window(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor:
     """Bidirectional attention without a window: one sum for all queries; the number of keys is free."""
     sinks = inputs.query @ state.sink_key.transpose(-1, -2)
     sinks = sinks.masked_fill((state.sink_position == NOWHERE)[:, None, None], float("-inf"))
     shift = torch.cat([inputs.far_query - HEADROOM, sinks], dim=-1).amax(-1, keepdim=True).detach()
     far_query, sinks = (inputs.far_query - shift).exp(), (sinks - shift).exp()
-    drop = _Dropout(inputs.dropout_p)
+    drop = partial(_drop, inputs.dropout_p)
     output = drop(far_query) @ (far_key.transpose(-1, -2) @ inputs.value) + drop(sinks) @ state.sink_value
     total = far_query @ far_key.sum(2)[..., None] + sinks.sum(-1, keepdim=True)
     return output / torch.where(total != 0, total, 1.0)
 
 
-class _Dropout:
+def _drop(p: float, tensor: Tensor) -> Tensor:
     """Dropout of what a row is made of: exact weights, and landmarks for the far field, whose weights never exist."""
-
-    def __init__(self, p: float):
-        self.p = p
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return F.dropout(tensor, self.p) if self.p > 0 else tensor
+    return F.dropout(tensor, p) if p > 0 else tensor
 
 
 class _Blocks:
@@ -259,7 +271,7 @@ class _Blocks:
             side = self.relative[:, : self.far_local].sign() * x.window_size
             far_weights = far_weights * x.bias.at(side).exp()[:, None]
         weights = weights + F.pad(far_weights, (0, self.local - self.far_local))
-        drop = _Dropout(x.dropout_p)
+        drop = partial(_drop, x.dropout_p)
         output, total = drop(weights) @ value.transpose(-1, -2), weights.sum(-1, keepdim=True)
         if x.num_sinks:
             output = output + drop(sinks) @ self.state.sink_value[:, :, None]

@@ -13,10 +13,11 @@ from transformers.utils.output_capturing import _active_collector
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
 from .inputs import AttentionInputs
-from .linear import join_heads, nystrom_forward, of_heads, padding_mask, written_out
+from .linear import join_heads, nystrom_forward, padding_mask, written_out
 from .masks import add_bias, split_mask
 from .metrics import get_metric
 from .parameters import DistanceAttentionState
+from .relative_bias import as_tensor, bias_behind, of_heads
 
 IMPLEMENTATION = "distattn"
 EAGER_IMPLEMENTATION = "distattn_eager"
@@ -90,25 +91,33 @@ def _check_heads(module, state, query) -> None:
         )
 
 
-def _nystrom(module, state, query, key, value, attention_mask, is_causal, want_weights, reference, kwargs):
-    scaling, is_cross = kwargs.get("scaling"), state.is_cross
-    call = {
+def _call(query, mask, position_bias, is_causal, want_weights, reference, kwargs) -> dict:
+    """What attention needs beside query, key and value."""
+    scaling = kwargs.get("scaling")
+    return {
         "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        "mask": attention_mask,
-        "position_bias": kwargs.get("position_bias"),
-        "is_causal": is_causal and not is_cross,
-        "is_cross": is_cross,
+        "mask": mask,
+        "position_bias": position_bias,
+        "is_causal": is_causal,
         "dropout_p": kwargs.get("dropout") or 0.0,
         "backend": "reference" if reference else None,
         "return_weights": want_weights,
     }
+
+
+def _observed(state, query, key, value, call) -> Tensor:
+    """What a conversion that looks at this module puts in place of its attention's output."""
+    groups = query.shape[1] // key.shape[1]
+    return state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call)
+
+
+def _nystrom(state, query, key, value, call) -> tuple[Tensor, Tensor | None]:
+    call = {**call, "is_cross": state.is_cross, "is_causal": call["is_causal"] and not state.is_cross}
     if state.observer is not None:
-        groups = query.shape[1] // key.shape[1]
-        output, weights = state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call), None
-    else:
-        with without_autocast(query.device.type):
-            output, weights = nystrom_forward(state, query, key, value, call, attend)
-    return output.transpose(1, 2).contiguous(), weights
+        call["position_bias"] = as_tensor(call["position_bias"], query.shape[2], key.shape[2])
+        return _observed(state, query, key, value, call), None
+    with without_autocast(query.device.type):
+        return nystrom_forward(state, query, key, value, call, attend)
 
 
 def _forward(
@@ -120,12 +129,15 @@ def _forward(
     if linear:
         is_causal = kwargs.get("is_causal")
         is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        position_bias = bias_behind(kwargs.get("position_bias"))
         if converted and state.is_nystrom:
             refuse_unsupported(module, kwargs)
             _check_heads(module, state, query)
-            return _nystrom(
-                module, state, query, key, value, attention_mask, is_causal, want_weights, reference, kwargs
-            )
+            call = _call(query, attention_mask, position_bias, is_causal, want_weights, reference, kwargs)
+            output, weights = _nystrom(state, query, key, value, call)
+            return output.transpose(1, 2).contiguous(), weights
+        if "position_bias" in kwargs:
+            kwargs = {**kwargs, "position_bias": as_tensor(position_bias, query.shape[2], key.shape[2])}
         attention_mask = written_out(attention_mask, query.shape[2], key.shape[2], is_causal, query.device)
     if not converted:
         fallback = "eager" if reference else "sdpa"
@@ -140,8 +152,6 @@ def _forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     position_bias = kwargs.get("position_bias")
     if position_bias is not None and position_bias.shape[-1] > key.shape[2]:
         position_bias = position_bias[..., : key.shape[2]]
@@ -151,19 +161,9 @@ def _forward(
         # A bias may mask, too (T5 adds its mask to it).
         open_entries, position_bias = split_mask(position_bias, shape)
         keep = open_entries if keep is None else keep & open_entries
-    call = {
-        "scaling": scaling,
-        "mask": keep,
-        "position_bias": add_bias(position_bias, bias),
-        "is_causal": is_causal,
-        "dropout_p": kwargs.get("dropout") or 0.0,
-        "backend": "reference" if reference else None,
-        "return_weights": want_weights,
-    }
+    call = _call(query, keep, add_bias(position_bias, bias), is_causal, want_weights, reference, kwargs)
     if state.observer is not None:
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        output, weights = state.observer(state, query, key, value, call), None
+        output, weights = _observed(state, query, key, value, call), None
     else:
         output, weights = attend_groups(state, query, key, value, call)
     return output.transpose(1, 2).contiguous(), weights

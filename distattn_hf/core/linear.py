@@ -1,14 +1,23 @@
 """Nyström attention inside a model: what transformers hands over -> `hybrid_attention`, with or without a cache."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils import logging
 
 from .cache import layer_behind
-from .hybrid import HybridInputs, WindowBias, hybrid_attention
+from .hybrid import HybridInputs, advance, hybrid_attention
 from .masks import causal_keep
 from .parameters import NystromParameters
 from .reference import reference_hybrid
+from .relative_bias import as_tensor, of_heads, window_bias
+
+logger = logging.get_logger(__name__)
+
+# Keys below which exact attention took less time on the machines this was measured on.
+EXACT_IS_FASTER_BELOW = 2048
 
 
 def padding_mask(
@@ -57,71 +66,88 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
     return mask[:, 0, 0, -length:].expand(len(query), length)
 
 
-def window_bias(position_bias: Tensor | None, window_size: int, is_causal: bool) -> WindowBias | None:
-    """T5's bias (1, H, N, M) as a function of the relative position; None where it is zero everywhere.
-
-    Raises `ValueError` where it is not constant from window_size on.
-    """
-    if position_bias is None:
-        return None
-    bias = position_bias[0].float() if position_bias.dtype != torch.float64 else position_bias[0]
-    heads, _, num_keys = bias.shape
-    if position_bias.shape[0] != 1:
-        raise ValueError(f"position_bias must be the same for the whole batch, got shape {tuple(position_bias.shape)}")
-    if not window_size:
-        if bool((bias != bias[..., :1, :1]).any()):
-            raise ValueError("window_size=0 cannot carry a relative position bias; set window_size")
-        return None
-    reach = window_size - 1
-    # Row N - 1 holds what lies behind a query, row 0 what lies ahead.
-    last, first = bias[:, -1], bias[:, 0]
-    near = bias.new_zeros(heads, 2 * reach + 1)
-    count = min(window_size, num_keys)
-    near[:, window_size - count : window_size] = last[:, num_keys - count :]
-    beyond = [last[:, : num_keys - count]]
-    if not is_causal:
-        near[:, reach : reach + count] = first[:, :count]
-        beyond.append(first[:, count:])
-    for rest in beyond:
-        if rest.numel() and bool((rest != rest[:, :1]).any()):
-            raise ValueError(
-                f"window_size={window_size} is too small for this model's relative position bias, which is not "
-                "constant from there on; set it to at least config.relative_attention_max_distance"
-            )
-    # No key stands beyond the window: any value will do.
-    sides = [rest[:, 0] if rest.numel() else near.new_zeros(heads) for rest in beyond]
-    return WindowBias(near, sides[0], sides[-1])
-
-
 def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tensor, Tensor | None]:
     """Attention of a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
 
-    `attend` runs the heads that are not Nyström's, on all keys.
+    `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
     layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
-    exact_key, exact_value, keep = key, value, key_padding(call["mask"], query, total)
+    full_key, full_value, full_keep = key, value, key_padding(call["mask"], query, total)
+    keep = full_keep
     if layer is not None:
-        exact_key, exact_value = layer.all_keys, layer.all_values
+        full_key, full_value = layer.all_keys, layer.all_values
         key, value, keep = layer.take(keep[:, -num_queries:])
     device = query.device
     results = []
     for heads, group in state.parts():
         rows = torch.tensor(heads, device=device)
-        mine = dict(call, position_bias=of_heads(call["position_bias"], rows))
-        if isinstance(group, NystromParameters):
-            columns = rows // (query.shape[1] // key.shape[1])
-            tensors = query[:, rows], key[:, columns], value[:, columns]
-            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, mine, layer)
+        mine = dict(call, position_bias=of_heads(call["position_bias"], rows), num_keys=total)
+        columns = rows // (state.num_heads // key.shape[1])
+        full = partial(_in_full, query, full_key, full_value, rows, columns, layer)
+        exact = partial(_exact, attend, group)
+        if not isinstance(group, NystromParameters):
+            results.append((heads, *exact(*full(), mine)))
+            continue
+        few = _sees_few(state, group, full_keep, num_queries, call["is_causal"])
+        tensors = query[:, rows], key[:, columns], value[:, columns]
+        if few is not None and bool(few.all()):
+            output, weights = exact(*full(), mine)
+            if layer is not None:
+                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, mine, layer.state))
         else:
-            columns = _columns(rows, layer, state.num_heads, key.shape[1])
-            output, weights = attend(
-                group, query[:, rows], exact_key[:, columns], exact_value[:, columns], _exact_call(mine, query, total),
-                call["backend"],
-            )  # fmt: skip
+            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, mine, layer)
+            if few is not None:
+                output, weights = _put_rows(few, _few_rows(few, *full(), full_keep, mine, exact), output, weights)
         results.append((heads, output, weights))
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
+        if bool((full_keep.sum(-1) >= layer.exact_below).all()):
+            layer.forget_early_keys()
     return join_heads(results)
+
+
+def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | None:
+    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does."""
+    limit, num_keys = group.spec.exact_below, keep.shape[1]
+    if state.observer is not None:  # a conversion fits the far field at whatever length its text has
+        return None
+    if not limit:
+        if num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW:
+            logger.warning_once(
+                f"Nyström attention runs on a text of fewer than {EXACT_IS_FASTER_BELOW:,} tokens, where exact attention "
+                f"is faster; AttentionSpec(mechanism='nystrom', exact_below={EXACT_IS_FASTER_BELOW}) uses it there"
+            )
+        return None
+    seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
+    few = seen <= limit
+    return few if bool(few.any()) else None
+
+
+def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: dict, exact):
+    """(items (b,), output, weights) of exact attention of the batch items and first queries that `few` has."""
+    items = few.any(1).nonzero()[:, 0]
+    query, key, value, keep = (t[items] for t in (query, key, value, keep))
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if not call["return_weights"]:
+        count = int(few.any(0).nonzero().max()) + 1
+        seen = num_keys - num_queries + count if call["is_causal"] else int(keep.any(0).nonzero().max()) + 1
+        query, key, value, keep = query[:, :, :count], key[:, :, :seen], value[:, :, :seen], keep[:, :seen]
+    return items, *exact(query, key, value, {**call, "mask": None if bool(keep.all()) else keep[:, None, None]})
+
+
+def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Output and weights with the rows of `_few_rows` where `few` says so."""
+    items, *found = exact
+
+    def put(whole, part):
+        if part is None:
+            return whole
+        chosen = few[items, : part.shape[2]][:, None, :, None]
+        rows = whole[items]
+        part = torch.where(chosen, part.to(whole.dtype), rows[:, :, : part.shape[2]])
+        return whole.index_copy(0, items, torch.cat([part, rows[:, :, part.shape[2] :]], dim=2))
+
+    return put(output, found[0]), put(weights, found[1])
 
 
 def _far_heads(group, query, key, value, keep, call, layer):
@@ -140,26 +166,23 @@ def _far_heads(group, query, key, value, keep, call, layer):
     return output.to(value.dtype), weights, far_state, near_keep
 
 
-def _columns(rows: Tensor, layer, num_heads: int, num_key_heads: int) -> Tensor:
-    """Where the key heads of some query heads are: among all, or among those that the cache layer keeps in full."""
-    columns = rows // (num_heads // num_key_heads)
-    if layer is None:
-        return columns
-    return torch.tensor([layer.exact_key_heads.index(c) for c in columns.tolist()], device=rows.device)
+def _in_full(query, key, value, rows: Tensor, columns: Tensor, layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of some heads, for exact attention: with a cache layer, among the keys that it keeps."""
+    if layer is not None:
+        columns = torch.tensor([layer.full_key_heads.index(c) for c in columns.tolist()], device=columns.device)
+    return query[:, rows], key[:, columns], value[:, columns]
 
 
-def _exact_call(call: dict, query: Tensor, num_keys: int) -> dict:
-    """The call of exact attention on all keys: causality by flag where that is enough, else written into the mask."""
-    call = {name: value for name, value in call.items() if name not in ("backend", "is_cross")}
-    if call["mask"] is None and query.shape[2] == num_keys:
-        return call
-    mask = written_out(call["mask"], query.shape[2], num_keys, call["is_causal"], query.device)
-    return {**call, "mask": mask, "is_causal": False}
-
-
-def of_heads(tensor: Tensor | None, index: Tensor) -> Tensor | None:
-    """Some heads of a mask or bias (B, H or 1, N, M)."""
-    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index]
+def _exact(attend, group, query, key, value, call: dict) -> tuple[Tensor, Tensor | None]:
+    """Exact attention of the last N of M keys' queries: causality by flag where that is enough, else in the mask."""
+    num_queries, num_keys, is_causal = query.shape[2], key.shape[2], call["is_causal"]
+    mask = call["mask"]
+    if mask is not None or num_queries != num_keys:
+        mask, is_causal = written_out(mask, num_queries, num_keys, is_causal, query.device), False
+    bias = as_tensor(call["position_bias"], num_queries, num_keys)
+    rest = {name: call[name] for name in ("scaling", "dropout_p", "return_weights")}
+    exact = {**rest, "mask": mask, "position_bias": bias, "is_causal": is_causal}
+    return attend(group, query, key, value, exact, call["backend"])
 
 
 def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -177,7 +200,7 @@ def hybrid_inputs(group, query, key, value, keep, call: dict, state=None) -> Hyb
     """One problem of a group of Nyström heads; key and value have a head for every query head."""
     query, key, far_query, far_key = group.features(query, key, call["scaling"])
     is_causal, window_size = call["is_causal"], 0 if call["is_cross"] else group.spec.window_size
-    bias = window_bias(call["position_bias"], window_size, is_causal)
+    bias = window_bias(call["position_bias"], window_size, call["num_keys"], is_causal)
     sinks = 0 if call["is_cross"] else group.spec.num_sinks
     value = value.to(query.dtype)
     return HybridInputs(

@@ -32,6 +32,7 @@ from .interface import (
     LINEAR_IMPLEMENTATION,
 )
 from .parameters import DistanceAttentionState
+from .relative_bias import give_relative_bias, has_relative_bias
 
 REPORT_NAME = "distattn_report.json"
 
@@ -228,6 +229,10 @@ def attach_states(model: PreTrainedModel) -> None:
                 module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
+    if any(spec.mechanism == "nystrom" for spec in specs):
+        for name in find_attention_modules(model):
+            if has_relative_bias(module := locate(model, name)):
+                module.register_forward_pre_hook(give_relative_bias, with_kwargs=True)
 
 
 def _refuse_new_layers(model, specs, modules) -> None:

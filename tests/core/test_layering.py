@@ -25,7 +25,7 @@ CORE_ORDER = [
     ("reference", "backend_*"),
     ("backends",),
     ("attention", "explain"),
-    ("nystrom", "parameters", "discovery"),
+    ("nystrom", "parameters", "discovery", "relative_bias"),
     ("cache",),
     ("linear",),
     ("interface",),

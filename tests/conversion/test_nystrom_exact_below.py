@@ -1,0 +1,183 @@
+"""`exact_below`: queries that see few keys attend to all of them exactly, whatever is in batch or cache."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distattn_hf import AttentionSpec, CalibrationOptions, convert
+
+from .models import bert, gpt2, llama, t5, token_batch
+
+QUICK = CalibrationOptions(steps=2, progress=False)
+LIMIT, LENGTH = 12, 60
+
+
+def student_of(teacher, limit=LIMIT, **fields):
+    window = 128 if teacher.config.is_encoder_decoder else 5
+    spec = {"num_landmarks": 6, "window_size": window, "num_sinks": 2, "exact_below": limit, **fields}
+    batches = [token_batch(teacher, 40, seed=seed) for seed in range(2)]
+    return convert(teacher, AttentionSpec(mechanism="nystrom", **spec), calibration=batches, options=QUICK)
+
+
+def padded(model, length=LENGTH):
+    """A batch whose first row has 7 padding tokens, with the positions that generation gives them."""
+    batch = token_batch(model, length, padded=True, seed=5)
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)}
+
+
+@pytest.mark.parametrize("build", [gpt2, llama], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_first_queries_are_the_teachers_and_no_others(build, implementation):
+    teacher = build()
+    student = student_of(teacher)
+    student.set_attn_implementation(implementation)
+    batch = padded(teacher)
+    with torch.no_grad():
+        off = (student(**batch).logits - teacher(**batch).logits).abs().amax(-1)
+    count = batch["attention_mask"].cumsum(-1)
+    real = batch["attention_mask"].bool()
+    assert off[real & (count <= LIMIT)].max() < 1e-5
+    assert off[real & (count > LIMIT)].min() > 1e-3
+
+
+def test_later_queries_are_as_without_it():
+    """One layer: what the later queries see does not depend on how the earlier ones attended."""
+    teacher = _one_layer()
+    with_limit, without = student_of(teacher), student_of(teacher, limit=0)
+    batch = padded(teacher)
+    with torch.no_grad():
+        off = (with_limit(**batch).logits - without(**batch).logits).abs().amax(-1)
+    late = batch["attention_mask"].bool() & (batch["attention_mask"].cumsum(-1) > LIMIT)
+    assert late.any()
+    assert off[late].max() == 0
+    assert off[batch["attention_mask"].bool() & ~late].max() > 1e-3
+
+
+def _one_layer():
+    from transformers import LlamaForCausalLM
+
+    config = llama().config
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [bert, t5], ids=["bert", "t5"])
+def test_bidirectional_attention_goes_by_the_length_of_each_text(build):
+    """The row with 7 padding tokens is short enough and equals the teacher; its neighbour is not."""
+    teacher = build()
+    student, without = student_of(teacher, limit=LENGTH - 7, window_size=128), student_of(teacher, limit=0)
+    batch = token_batch(teacher, LENGTH, padded=True, seed=5)
+    batch.pop("decoder_input_ids", None)
+    models = [m.get_encoder() if build is t5 else m.bert for m in (student, teacher, without)]
+    with torch.no_grad():
+        ours, theirs, plain = (model(**batch).last_hidden_state for model in models)
+    real = batch["attention_mask"].bool()
+    assert (ours - theirs)[0][real[0]].abs().max() < 1e-5
+    if build is bert:
+        # The fit is the same with and without the limit, so the long row is, too.
+        student = student_of(teacher, limit=LENGTH - 7)
+        with torch.no_grad():
+            ours = student.bert(**batch).last_hidden_state
+        assert (ours - plain)[1].abs().max() < 1e-6
+        assert (ours - theirs)[1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("build", [gpt2, llama], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("pieces", [[3, 8, 1, 1, 1, 20, 1, 1, 24], [60], [30, 30], [1] * 60], ids=str)
+def test_pieces_give_what_the_whole_gives(build, pieces):
+    student = student_of(build())
+    batch = padded(student)
+    outputs, cache, start = [], None, 0
+    with torch.no_grad():
+        whole = student(**batch).logits
+        for size in pieces:
+            end = start + size
+            found = student(
+                batch["input_ids"][:, start:end], attention_mask=batch["attention_mask"][:, :end],
+                position_ids=batch["position_ids"][:, start:end], past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache, start = found.past_key_values, end
+            outputs.append(found.logits)
+            kept = cache.layers[0].all_keys
+            # Row 0 has 7 tokens of padding: the cache keeps all keys until that row, too, has LIMIT tokens.
+            assert kept.shape[1] == (student.config.num_key_value_heads if build is llama else 4) * (end < LIMIT + 7)
+    real = batch["attention_mask"].bool()
+    assert (torch.cat(outputs, 1) - whole)[real].abs().max() < 1e-4
+
+
+def test_exact_heads_beside_it():
+    """One query head of a group of two stays exact: its key head is kept in full, the others until the limit."""
+    teacher = llama()
+    student = student_of(teacher, heads=(0, 2, 3))
+    batch = padded(teacher)
+    with torch.no_grad():
+        whole = student(**batch).logits
+        first = student(batch["input_ids"][:, :30], attention_mask=batch["attention_mask"][:, :30],
+                        position_ids=batch["position_ids"][:, :30], use_cache=True)  # fmt: skip
+        rest = student(batch["input_ids"][:, 30:], attention_mask=batch["attention_mask"],
+                       position_ids=batch["position_ids"][:, 30:], past_key_values=first.past_key_values)  # fmt: skip
+    logits = torch.cat([first.logits, rest.logits], 1)
+    assert (logits - whole)[batch["attention_mask"].bool()].abs().max() < 1e-4
+    assert rest.past_key_values.layers[0].all_keys.shape[1:3] == (1, LENGTH)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_within_the_limit_is_the_teachers(options):
+    teacher = llama()
+    student = student_of(teacher, limit=100)
+    batch = token_batch(teacher, 20, padded=True)
+    ours, theirs = (m.generate(**batch, max_new_tokens=20, do_sample=False, **options) for m in (student, teacher))
+    assert torch.equal(ours, theirs)
+
+
+def test_gradients_within_the_limit_are_the_teachers():
+    teacher = llama()
+    student = student_of(teacher, limit=100)
+    batch = token_batch(teacher, 20, padded=True)
+    gradients = []
+    for model in (student, teacher):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_saved_and_loaded(tmp_path):
+    student = student_of(gpt2())
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    batch = padded(student)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, student(**batch).logits)
+    assert again.config.attention_specs[0].exact_below == LIMIT
+
+
+def test_short_texts_without_it_are_said_to_be_slow(caplog):
+    message = "where exact attention is faster"
+    logger = logging.getLogger("distattn_hf.core.linear")
+    batch = token_batch(gpt2(), 20)
+    for limit, count in ((0, 1), (30, 0)):
+        student = student_of(gpt2(), limit=limit)
+        from transformers.utils.logging import warning_once
+
+        warning_once.cache_clear()
+        caplog.clear()
+        with torch.no_grad(), caplog.at_level(logging.WARNING, logger=logger.name):
+            student(**batch)
+            student(**batch)
+        assert sum(message in record.message for record in caplog.records) == count
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mechanism": "nystrom", "exact_below": -1}, "exact_below must be an integer >= 0, got -1"),
+        ({"mechanism": "nystrom", "exact_below": 2.5}, "exact_below must be an integer >= 0, got 2.5"),
+        ({"exact_below": 5}, "exact_below belongs to mechanism='nystrom'"),
+    ],
+)
+def test_bad_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(**fields)
