@@ -1,14 +1,16 @@
 """A long document read in linear time: perplexity, seconds and cache bytes by position, beside the controls.
 
-python -m distattn_hf.experiments.long_text FOLDER [--teacher smollm2-135m] [--tokens 16384] [--out out/long-text]
+python -m distattn_hf.experiments.long_text FOLDER [--teacher smollm2-135m] [--tokens 16384] [--steps 0] [--out ...]
 
 FOLDER is a causal model converted by mechanism="nystrom". The document: news articles from the 3,001st on, end to end.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -37,16 +39,30 @@ def cache_bytes(cache) -> int:
     """Bytes of keys, values and states that a cache holds."""
     total = 0
     for layer in cache.layers:
-        tensors = () if isinstance(layer, NystromLayer) else (layer.keys, layer.values)
-        total += (
-            layer.nbytes() if isinstance(layer, NystromLayer) else sum(t.numel() * t.element_size() for t in tensors)
-        )
+        if isinstance(layer, NystromLayer):
+            total += layer.nbytes()
+        else:
+            total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
     return total
 
 
 @torch.no_grad()
-def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK) -> list[dict]:
-    """One entry per chunk: {"end", "perplexity" of the chunk's tokens, "seconds", "cache_bytes"}."""
+def seconds_per_token(model, cache, token: torch.Tensor, steps: int) -> float:
+    """Median over greedy steps that go on from a copy of the cache; the first one is not counted."""
+    cache, found = copy.deepcopy(cache), []
+    for _ in range(steps + 1):
+        begun = time.perf_counter()
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found[1:])
+
+
+@torch.no_grad()
+def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK, steps: int = 0) -> list[dict]:
+    """One entry per chunk: {"end", "perplexity" of the chunk's tokens, "seconds", "cache_bytes"}.
+
+    With `steps`, also "seconds_per_token" of so many generated ones, where `end` is a power of two times the chunk.
+    """
     found, cache, last = [], None, None
     for start in range(0, ids.shape[1], chunk):
         begun = time.perf_counter()
@@ -60,6 +76,8 @@ def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK) -> list[dict]:
         last = output.logits[:, -1:]
         end = start + piece.shape[1]
         entry = {"end": end, "perplexity": math.exp(loss), "seconds": seconds, "cache_bytes": cache_bytes(cache)}
+        if steps and (count := end // chunk) & (count - 1) == 0:
+            entry["seconds_per_token"] = seconds_per_token(model, cache, last.argmax(-1), steps)
         found.append(entry)
     return found
 
@@ -92,6 +110,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--teacher", default=None, help="also the untouched model: quadratic, minutes")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--steps", type=int, default=0, help="time so many generated tokens at 1, 2, 4, ... chunks")
     parser.add_argument("--out", type=Path, default=Path("out/long-text"))
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -104,10 +123,11 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, model in models.items():
-        results[name] = read_in_chunks(model, ids)
+        results[name] = read_in_chunks(model, ids, steps=options.steps)
         for entry in results[name]:
+            step = f" {entry['seconds_per_token'] * 1e3:7.1f} ms/token" if "seconds_per_token" in entry else ""
             print(f"{name:<22} {entry['end']:>7} {entry['perplexity']:9.2f} {entry['seconds']:7.2f} s "
-                  f"{entry['cache_bytes']:>12,} bytes", flush=True)  # fmt: skip
+                  f"{entry['cache_bytes']:>12,} bytes{step}", flush=True)  # fmt: skip
         temporary = options.out / "long_text.json.tmp"
         temporary.write_text(json.dumps({"chunk": CHUNK, "results": results}, indent=1), encoding="utf-8")
         os.replace(temporary, options.out / "long_text.json")
