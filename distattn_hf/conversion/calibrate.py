@@ -19,6 +19,7 @@ from ..core.masks import causal_keep
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
+from .rows import draw_rows, split_sequences
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
@@ -144,20 +145,12 @@ class LayerData:
         if num_queries == num_keys:
             valid = valid & self.keep.any(1).diagonal(dim1=-2, dim2=-1)
         self.valid = valid
-        usable = [i for i in range(batch) if bool(valid[i].any())]
         # Whole sequences are held out of the fit; the divergences reported are theirs.
-        num_held_out = max(1, len(usable) // 8) if len(usable) > 1 else 0
-        self.fit_sequences = usable[: len(usable) - num_held_out]
-        self.report_sequences = usable[len(usable) - num_held_out :] or usable
+        self.fit_sequences, self.report_sequences = split_sequences(valid)
 
     def draw(self, sequences: list[int], count: int, generator: torch.Generator) -> Rows:
         """`count` valid rows from each of `sequences` (with replacement where a sequence has fewer)."""
-        rows = torch.stack(
-            [
-                torch.multinomial(self.valid[i].float().cpu(), count, replacement=True, generator=generator)
-                for i in sequences
-            ]
-        ).to(self.query.device)
+        rows = draw_rows(self.valid, sequences, count, generator)
         chosen = torch.tensor(sequences, device=self.query.device)[:, None]
 
         def pick(tensor):

@@ -7,6 +7,7 @@ from ..core.landmarks import select_landmarks
 from ..core.linear import key_padding
 from ..core.masks import causal_keep
 from ..core.parameters import NystromParameters
+from .rows import draw_rows, split_sequences
 
 # Keys per head that landmarks are chosen from.
 _POINTS = 4096
@@ -38,10 +39,7 @@ class NystromData:
         self.valid = (seen.sum(-1) > 1).expand(batch, num_queries)
         if num_queries == num_keys:
             self.valid = self.valid & self.keep
-        usable = [i for i in range(batch) if bool(self.valid[i].any())]
-        held_out = max(1, len(usable) // 8) if len(usable) > 1 else 0
-        self.fit_sequences = usable[: len(usable) - held_out]
-        self.report_sequences = usable[len(usable) - held_out :] or usable
+        self.fit_sequences, self.report_sequences = split_sequences(self.valid)
 
 
 @torch.no_grad()
@@ -112,10 +110,7 @@ def _descend(group, data: NystromData, options, steps: int) -> None:
 
 def _loss(group, data: NystromData, items: list[int], count: int, generator) -> Tensor:
     """Relative error of the outputs plus a little divergence, summed over heads, at some rows of some sequences."""
-    rows = torch.stack(
-        [torch.multinomial(data.valid[i].float().cpu(), count, replacement=True, generator=generator) for i in items]
-    ).to(data.query.device)
-    problem = _Rows(group, data, items, rows)
+    problem = _Rows(group, data, items, draw_rows(data.valid, items, count, generator))
     return (problem.output_error() + _DIVERGENCE_WEIGHT * problem.divergence()).sum()
 
 
