@@ -58,6 +58,8 @@ EMBEDDED = {
     )
 }
 
+_NAMES = ", ".join(EMBEDDED)
+
 
 def load_checkpoint(
     source: str | Path, *, dtype=torch.float32
@@ -69,8 +71,9 @@ def load_checkpoint(
         dtype: dtype of the weights.
 
     Raises:
-        ValueError: an embedded checkpoint's package is missing, or a folder holds no config.json.
-        OSError: from transformers, when a Hub name cannot be fetched.
+        ValueError: an embedded checkpoint's package is missing, a folder holds no config.json, or does not exist and
+            its name cannot be one on the Hub.
+        OSError: when there is neither such a folder nor, as far as can be reached, such a name on the Hub.
     """
     if str(source) in EMBEDDED:
         model, tokenizer = _load_embedded(EMBEDDED[str(source)])
@@ -78,7 +81,16 @@ def load_checkpoint(
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"folder {str(source)!r} holds no config.json, so it is no transformers checkpoint")
-    config = AutoConfig.from_pretrained(source)
+    if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"folder {str(source)!r} does not exist; expected a folder, a Hub name, or one of {_NAMES}")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except OSError as error:
+        if path.is_dir():
+            raise
+        raise OSError(
+            f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: {error}"
+        ) from error
     model = _class_of(config).from_pretrained(source, dtype=dtype)
     return model.eval(), _load_tokenizer(source)
 

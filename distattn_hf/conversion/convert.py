@@ -24,6 +24,8 @@ from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch
 logger = logging.getLogger(__name__)
 
 INITS = ("exact", "calibrated", "plain")
+# Tokens of calibration text below which a fit is worth a warning.
+_LITTLE_TEXT = 1024
 
 
 def convert(
@@ -82,6 +84,9 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
             seed=options.seed,
         )
     warnings = _warnings(model, specs)
+    tokens = batch["input_ids"].numel() if batch and "input_ids" in batch else 0
+    if 0 < tokens < _LITTLE_TEXT:
+        warnings.append(f"calibration: {tokens} tokens are little to fit on; {MAX_TOKENS:,} are used where there are")
     for text in warnings:
         logger.warning(text)
 
@@ -97,7 +102,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
             f"max_error={options.max_error!r}: no head's outputs came so near to the teacher's, nothing would be "
             "converted; allow more, or use more landmarks or a larger window"
         )
-    report.calibration_tokens = batch["input_ids"].numel() if batch and "input_ids" in batch else 0
+    report.calibration_tokens = tokens
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
     student.converted_from = model.config.name_or_path

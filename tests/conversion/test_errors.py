@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
-from distattn_hf import AttentionSpec, convert, revert
+from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_checkpoint, revert
 from distattn_hf.conversion.saving import save_checkpoint
 from tests.conversion.models import bert, gpt2, llama, token_batch
 
@@ -235,3 +235,26 @@ def test_a_config_reused_with_more_layers(tmp_path):
     student.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not name the attention module 'h.2.attn'"):
         type(student).from_pretrained(tmp_path, n_layer=3)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./out/minilm", "out/a/b"])
+def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(ValueError, match=f"folder '{source}' does not exist; expected a folder, a Hub name"):
+        load_checkpoint(source)
+
+
+def test_neither_a_folder_nor_a_name_on_the_hub():
+    with pytest.raises(OSError, match="there is no folder 'out/typo' here, and as a Hub name it could not be fetched"):
+        load_checkpoint("out/typo")
+
+
+def test_little_calibration_text_is_said(caplog):
+    teacher = gpt2()
+    batches = [token_batch(teacher, 40, seed=seed) for seed in range(2)]
+    many = [token_batch(teacher, 128, seed=seed) for seed in range(4)]
+    options = CalibrationOptions(steps=1, progress=False)
+    for text, said in ((batches, True), (many, False)):
+        caplog.clear()
+        student = convert(teacher, AttentionSpec("l2"), calibration=text, options=options)
+        for place in (caplog.text, str(student.conversion_report["warnings"])):
+            assert ("tokens are little to fit on" in place) == said
