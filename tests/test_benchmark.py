@@ -5,24 +5,23 @@ import json
 import math
 import sys
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 import typer
 import yaml
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 from distattn_hf.core.backends import BACKENDS, Backend
 from distattn_hf.experiments import benchmark as module
 from distattn_hf.experiments import benchmark_check as check
 from distattn_hf.experiments import benchmark_measure as measure
-from distattn_hf.experiments.benchmark_config import PASSES, BenchmarkConfig, load_config, parse_metric, read_config
+from distattn_hf.experiments.benchmark_config import PASSES, BenchmarkConfig, parse_metric
+from distattn_hf.experiments.benchmark_load import load_config, option_names, read_config
 from distattn_hf.experiments.benchmark_report import provenance, write_json
+from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
 from tests.tolerances import HALF_ERROR_RATIO, assert_close
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "experiments"
 TINY = {
     "metrics": "l2", "lengths": 64, "decode_lengths": 48, "head_sizes": 8, "heads": 2, "repeats": 2, "warmup": 1,
     "min_seconds": 0, "memory": False, "plot": False, "naive": False, "device": "cpu",
@@ -35,15 +34,7 @@ def config(folder, **options) -> BenchmarkConfig:
 
 def run(folder, **options) -> tuple[dict, str]:
     """(the report, what was printed) of one run."""
-    lines = []
-    report = module.run_benchmark(config(folder, **options), echo=lines.append)
-    return report, "\n".join(lines)
-
-
-def command_line(*arguments):
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(module.benchmark)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return recorded(module.run_benchmark, config(folder, **options))
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -94,11 +85,16 @@ def test_cuda_without_a_gpu():
     ("text", "content", "message"),
     [
         ("metric: l2\nlengths: 64", None, "unknown benchmark option metric; expected one of metrics, backends, passes"),
+        (
+            "metrics: [l2]\nnum_landmarks: 8\npeers: []",
+            None,
+            "mechanism distance has no option num_landmarks, peers, which only mechanism nystrom has; its own",
+        ),
         ("- l2", None, "must hold a mapping of options, got list"),
         ("a: [", None, "is not YAML"),
         (None, None, "does not exist"),
     ],
-    ids=["unknown", "list", "broken", "absent"],
+    ids=["unknown", "of nystrom", "list", "broken", "absent"],
 )
 def test_config_file_that_cannot_be_used(text, content, message, tmp_path):
     path = tmp_path / "benchmark.yaml"
@@ -117,7 +113,7 @@ def test_options_win_over_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path for path in CONFIGS.glob("benchmark*.yaml") if "mechanism" not in read_config(path)),
+    [path for path in CONFIGS if "mechanism" not in read_config(path)],
     ids=lambda path: path.stem,
 )
 def test_shipped_configs_are_valid(path):
@@ -128,6 +124,19 @@ def test_shipped_configs_are_valid(path):
 def test_every_option_is_on_the_command_line():
     names = {field.name for field in fields(BenchmarkConfig)}
     assert set(inspect.signature(module.benchmark).parameters) == names | {"config", "overwrite", "mechanism"}
+
+
+def test_the_help_says_which_mechanism_has_an_option():
+    """And names, for nystrom, those that only its YAML file has."""
+    names = {mechanism: set(option_names(mechanism)) for mechanism in ("distance", "nystrom")}
+    app = typer.Typer()
+    app.command()(module.benchmark)
+    command = typer.main.get_command(app)
+    text = {option.name: option.help for option in command.params}
+    for name in names["distance"]:
+        assert text[name].startswith("both: " if name in names["nystrom"] else "distance: "), name
+    alone = command.help.partition("keys of its YAML file:")[2].partition(".")[0]
+    assert {name.strip() for name in alone.split(",")} == names["nystrom"] - names["distance"]
 
 
 @pytest.mark.parametrize(
@@ -161,18 +170,6 @@ def wrong_backend(monkeypatch, distort):
 
     wrong = Backend("wrong", compute, lambda inputs: None)
     monkeypatch.setattr(BACKENDS, "_entries", {"wrong": wrong, **BACKENDS._entries})
-
-
-class WrongSlope(torch.autograd.Function):
-    """The identity, whose gradient is 1% too large."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 1.01 * gradient
 
 
 def last_row_of_long_sequences(output, inputs):
@@ -481,6 +478,16 @@ def test_memory_is_in_the_report(tmp_path):
     assert memory["naive"] is None
     assert (memory["ratio"] is None) == (memory["sdpa"] < measure.LEAST_MEGABYTES)
     assert f"{memory['ours']:.1f}" in printed.splitlines()[-2]
+
+
+def test_a_measuring_process_that_ends_is_reported(tmp_path):
+    """Also to later cases; and leaving raises nothing."""
+    first, second = config(tmp_path, passes="decode", decode_lengths="32,48").cases()
+    with measure.MemoryProbe(threads=1) as probe:
+        assert isinstance(probe.measure(first, "ours"), float)
+        probe._process.kill()
+        probe._process.wait()
+        assert [probe.measure(second, who) for who in ("ours", "sdpa")] == 2 * ["the measuring process ended"]
 
 
 def test_cases_travel_as_json(tmp_path):

@@ -2,26 +2,25 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
-import typer
 import yaml
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
+from distattn_hf.core.landmarks import STRATEGIES
 from distattn_hf.experiments import benchmark as command
 from distattn_hf.experiments import benchmark_nystrom as module
 from distattn_hf.experiments import benchmark_nystrom_inputs as inputs
 from distattn_hf.experiments import benchmark_nystrom_peers as peers
-from distattn_hf.experiments.benchmark_config import read_config
-from distattn_hf.experiments.benchmark_nystrom_config import NystromConfig, nystrom_config
+from distattn_hf.experiments.benchmark_load import load_config, read_config
+from distattn_hf.experiments.benchmark_nystrom_config import NystromConfig
+from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
 from tests.tolerances import assert_close
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "experiments").glob("benchmark_nystrom*.yaml"))
 TINY = {
     "lengths": [48, 96], "strategies": "segment_means", "heads": 2, "head_size": 8, "num_landmarks": 8,
     "window_size": 5, "num_sinks": 2, "repeats": 1, "warmup": 0, "min_seconds": 0, "memory": False, "plot": False,
@@ -30,20 +29,12 @@ TINY = {
 
 
 def config(folder, **options) -> NystromConfig:
-    return nystrom_config({**TINY, "out": str(folder / "out"), **options})
+    return NystromConfig(**{**TINY, "out": str(folder / "out"), **options})
 
 
 def run(folder, **options) -> tuple[dict, str]:
     """(the report, what was printed) of one run."""
-    lines = []
-    report = module.run_nystrom_benchmark(config(folder, **options), echo=lines.append)
-    return report, "\n".join(lines)
-
-
-def command_line(*arguments):
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command.benchmark)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return recorded(module.run_nystrom_benchmark, config(folder, **options))
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -52,7 +43,6 @@ def command_line(*arguments):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": "l2"}, "unknown option metrics of the benchmark of mechanism nystrom"),
         ({"mechanism": "linear"}, "mechanism must be one of nystrom, got 'linear'"),
         ({"strategies": "lloyd"}, "unknown landmark strategy 'lloyd'"),
         ({"strategies": []}, "strategies must name at least one"),
@@ -69,12 +59,30 @@ def command_line(*arguments):
 )
 def test_option_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        nystrom_config(options)
+        NystromConfig(**options)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"metrics": "l2", "head_sizes": 64},
+            "mechanism nystrom has no option metrics, head_sizes, which only mechanism distance has; its own",
+        ),
+        ({"landmarks": 8}, "unknown benchmark option landmarks; expected one of lengths, causal, passes, strategies"),
+    ],
+    ids=["of distance", "unknown"],
+)
+def test_option_that_there_is_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, {"mechanism": "nystrom", **options})
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "mechanism" in read_config(p)], ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
-    assert nystrom_config(read_config(path)).cases()
+    found = load_config(path)
+    assert isinstance(found, NystromConfig)
+    assert found.cases()
     assert set(yaml.safe_load(path.read_text())) <= {field.name for field in fields(NystromConfig)}
 
 
@@ -95,7 +103,10 @@ def test_the_mechanism_comes_from_the_option_or_the_file(monkeypatch, tmp_path):
     assert asked == [("nystrom", "a"), ("nystrom", "b"), ("distance", "c"), ("distance", "d")]
     for arguments, message in (
         (["--mechanism", "linear"], "mechanism must be one of distance, nystrom, got 'linear'"),
-        (["--mechanism", "nystrom", "--metrics", "l2"], "unknown option metrics"),
+        (
+            ["--mechanism", "nystrom", "--metrics", "l2"],
+            "mechanism nystrom has no option metrics, which only mechanism",
+        ),
     ):
         found = command_line(*arguments)
         assert isinstance(found.exception, ValueError)
@@ -103,18 +114,6 @@ def test_the_mechanism_comes_from_the_option_or_the_file(monkeypatch, tmp_path):
 
 
 # The check ----------------------------------------------------------------------------------------------------------
-
-
-class WrongSlope(torch.autograd.Function):
-    """The identity, whose gradient is 1% too large."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 1.01 * gradient
 
 
 def last_rows(output):
@@ -269,7 +268,37 @@ def test_memory_and_plots(tmp_path):
     for row in report["results"]:
         if row["status"] == "ok":
             assert row["memory"] > 0.9 * output * row["length"], row["label"]
+            assert "memory_error" not in row
     for ending, start in ((".png", b"\x89PNG\r\n"), (".svg", b"<?xml")):
         path = tmp_path / "out" / f"benchmark-float32-d64-full-nystrom{ending}"
         assert path.read_bytes().startswith(start)
         assert str(path) in printed
+
+
+def check_memory_errors(report, printed, reasons: dict[str, str]):
+    """Every row has its time; those of the labels in `reasons` have these instead of memory, and below the table."""
+    rows = [row for row in report["results"] if row["status"] != "yardstick"]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["label"]: row["memory_error"] for row in rows if "memory_error" in row} == reasons
+    assert all((row["memory"] is None) == (row["label"] in reasons) for row in rows)
+    notes = [line for line in printed.splitlines() if line.startswith("no MB of ")]
+    for label, reason in reasons.items():
+        assert any(label in note and note.endswith(f" at N = 48, 96: {reason}") for note in notes)
+    assert len(notes) == len(set(reasons.values()))
+    assert command.exit_code(report) == 0
+
+
+def test_memory_of_what_the_measuring_process_does_not_know(monkeypatch, tmp_path):
+    names = {"mine": STRATEGIES.get("segment_means"), **STRATEGIES._entries}
+    monkeypatch.setattr(STRATEGIES, "_entries", names)
+    report, printed = run(tmp_path, causal=False, strategies="mine,segment_means", memory=True)
+    (reason,) = {row["memory_error"] for row in report["results"] if row["label"] == "ours:mine"}
+    assert reason.startswith("ValueError: unknown landmark strategy 'mine'")
+    check_memory_errors(report, printed, {"ours:mine": reason})
+
+
+def test_a_measuring_process_that_cannot_start_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    report, printed = run(tmp_path, causal=False, memory=True)
+    labels = ("ours:segment_means", "sdpa", "transformers")
+    check_memory_errors(report, printed, dict.fromkeys(labels, "the measuring process ended"))

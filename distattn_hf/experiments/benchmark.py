@@ -1,15 +1,13 @@
 """`distattn benchmark`: speed and memory of every metric beside PyTorch's attention, and never for a wrong result."""
 
 import gc
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from ..conversion.saving import check_output
 from .benchmark_check import (
     Checker,
     backend_of,
@@ -21,12 +19,14 @@ from .benchmark_check import (
     pytorch_attention,
     summary,
 )
-from .benchmark_config import BenchmarkConfig, Case, _choice, load_config, read_config
-from .benchmark_measure import LEAST_MEGABYTES, MemoryProbe, one_line, time_pair
+from .benchmark_config import BenchmarkConfig, Case
+from .benchmark_load import load_config
+from .benchmark_measure import LEAST_MEGABYTES, MemoryProbe, measure_memory, one_line, time_pair
 from .benchmark_nystrom import run_nystrom_benchmark
-from .benchmark_nystrom_config import nystrom_config
-from .benchmark_plot import plot_results, require_matplotlib
-from .benchmark_report import DEFINITIONS, provenance, table_header, table_line, write_json
+from .benchmark_nystrom_config import NystromConfig
+from .benchmark_plot import plot_results
+from .benchmark_report import DEFINITIONS, machine, table_header, table_line
+from .benchmark_run import run_and_write
 
 # A naive call takes many times ours: a few pairs give its ratio well enough.
 _NAIVE_PAIRS = 5
@@ -38,43 +38,16 @@ def run_benchmark(config: BenchmarkConfig, *, overwrite: bool = False, echo=prin
     Raises `ValueError` before anything runs for an output folder that is not empty (unless `overwrite`) and for a plot
     without matplotlib. A run that is interrupted leaves the cases so far in benchmark.json, with "complete": false.
     """
-    if config.plot:
-        require_matplotlib()
-    folder = check_output(config.out, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    # Garbage is collected after every case: leave what the imports made out of it, 0.2 s a time.
-    gc.freeze()
-    try:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        report = {
-            "schema": 1,
-            "complete": False,
-            "provenance": provenance(config.device),
-            "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
-            "definitions": DEFINITIONS,
-            "results": [],
-        }
-        echo(_headline(config, report["provenance"]))
-        echo(table_header())
-        checker = Checker()
-        with MemoryProbe(torch.get_num_threads()) if config.memory else nullcontext() as probe:
-            for case in config.cases():
-                result = run_case(case, config, checker, probe)
-                report["results"].append(result)
-                write_json(folder / "benchmark.json", report)
-                echo(table_line(result))
-        report["complete"] = True
-        write_json(folder / "benchmark.json", report)
-    finally:
-        gc.unfreeze()
-        torch.set_num_threads(threads)
-    written = [folder / "benchmark.json"]
-    if config.plot and any(result["status"] == "ok" for result in report["results"]):
-        written += plot_results(report, folder)
-    echo("wrote " + ", ".join(map(str, written)))
-    return report
+    return run_and_write(
+        config, _results, measured_by=measure_memory, definitions=DEFINITIONS, headline=_headline,
+        header=table_header(), line=table_line, plot=plot_results, overwrite=overwrite, echo=echo,
+    )  # fmt: skip
+
+
+def _results(config: BenchmarkConfig, probe: MemoryProbe | None) -> Iterator[dict]:
+    checker = Checker()
+    for case in config.cases():
+        yield run_case(case, config, checker, probe)
 
 
 def run_case(case: Case, config: BenchmarkConfig, checker: Checker, probe: MemoryProbe | None) -> dict:
@@ -143,10 +116,8 @@ def _measure_memory(case: Case, config: BenchmarkConfig, probe: MemoryProbe | No
 
 
 def _headline(config: BenchmarkConfig, source: dict) -> str:
-    commit = source["commit"][:12] + (" with changes" if source["dirty"] else "") if source["commit"] else "no commit"
     lines = [
-        f"distattn_hf {source['distattn_hf']} ({commit}), torch {source['torch']}, {source['device']}, "
-        f"{source['cores']} cores, {source['threads']} threads",
+        machine(source),
         f"batch {config.batch}, heads {config.heads}, key heads {config.key_heads}; ratio is ours / "
         "scaled_dot_product_attention, medians of pairs; MB at the peak, beyond the inputs; N of decode: its keys",
     ]
@@ -165,46 +136,60 @@ _LIST = "Separated by commas."
 
 
 def benchmark(
-    config: Annotated[Path | None, typer.Option(help="A YAML file with these options as keys; options win.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of options; those given here win.")] = None,
     mechanism: Annotated[str | None, typer.Option(help="distance, or nystrom (linear). Default: distance.")] = None,
-    metrics: Annotated[str | None, typer.Option(help=f"l2, l1, ...; lp with its order: lp3, lp1.5. {_LIST}")] = None,
-    backends: Annotated[str | None, typer.Option(help=f"auto or names. {_LIST}")] = None,
-    passes: Annotated[str | None, typer.Option(help=f"forward, forward_backward, decode. {_LIST}")] = None,
-    lengths: Annotated[str | None, typer.Option(help=f"Of forward and forward_backward. {_LIST}")] = None,
-    decode_lengths: Annotated[str | None, typer.Option(help=f"Keys that the query of decode sees. {_LIST}")] = None,
-    head_sizes: Annotated[str | None, typer.Option(help=f"d. {_LIST}")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key heads. Default: as many as query heads.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences.")] = None,
-    dtypes: Annotated[str | None, typer.Option(help=f"float32, float16, bfloat16, float64. {_LIST}")] = None,
-    causal: Annotated[str | None, typer.Option(help="false, true or both.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Pairs that are timed at least.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Untimed calls before.")] = None,
-    min_seconds: Annotated[float | None, typer.Option(help="Add pairs until so many seconds are sampled.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Start no pair of a case after so many seconds.")] = None,
-    naive: Annotated[bool | None, typer.Option("--naive/--no-naive", help="Also time cdist + softmax.")] = None,
-    naive_max_length: Annotated[int | None, typer.Option(help="The longest length naive runs at.")] = None,
-    memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Also measure peak memory.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the inputs and the order in a pair.")] = None,
-    out: Annotated[str | None, typer.Option(help="The folder to write. Default: out/benchmark.")] = None,
-    plot: Annotated[bool | None, typer.Option("--plot/--no-plot", help="Draw the figures (needs matplotlib).")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help=f"distance: l2, l1, ...; lp with its order: lp3, lp1.5. {_LIST}")
+    ] = None,
+    backends: Annotated[str | None, typer.Option(help=f"distance: auto or names. {_LIST}")] = None,
+    passes: Annotated[
+        str | None, typer.Option(help=f"both: forward, forward_backward; distance also decode. {_LIST}")
+    ] = None,
+    lengths: Annotated[str | None, typer.Option(help=f"both: N of forward and forward_backward. {_LIST}")] = None,
+    decode_lengths: Annotated[
+        str | None, typer.Option(help=f"distance: keys that the query of decode sees. {_LIST}")
+    ] = None,
+    head_sizes: Annotated[str | None, typer.Option(help=f"distance: d. {_LIST}")] = None,
+    heads: Annotated[int | None, typer.Option(help="both: query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="distance: key heads. Default: as many as query heads.")] = None,
+    batch: Annotated[int | None, typer.Option(help="both: sequences.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help=f"distance: float32, float16, bfloat16, float64. {_LIST}")] = None,
+    causal: Annotated[str | None, typer.Option(help="both: false, true or both.")] = None,
+    device: Annotated[str | None, typer.Option(help="both: auto, cpu or cuda.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="both: pairs that are timed at least.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="both: untimed calls before.")] = None,
+    min_seconds: Annotated[
+        float | None, typer.Option(help="both: add pairs until so many seconds are sampled.")
+    ] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="both: start no pair after so many seconds.")] = None,
+    naive: Annotated[
+        bool | None, typer.Option("--naive/--no-naive", help="distance: also time cdist + softmax.")
+    ] = None,
+    naive_max_length: Annotated[int | None, typer.Option(help="distance: the longest length naive runs at.")] = None,
+    memory: Annotated[
+        bool | None, typer.Option("--memory/--no-memory", help="both: also measure peak memory (nystrom: on CPU).")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="both: CPU threads. Default: PyTorch's choice.")] = None,
+    seed: Annotated[int | None, typer.Option(help="both: of the inputs and the order in a pair.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="both: the folder to write. Default: out/benchmark, out/benchmark-nystrom.")
+    ] = None,
+    plot: Annotated[
+        bool | None, typer.Option("--plot/--no-plot", help="both: draw the figures (needs matplotlib).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")] = False,
 ):
     """Check each metric against the reference, then measure its time and memory beside PyTorch's own attention.
 
     nystrom: linear attention beside PyTorch's and other packages', with the error of each.
 
+    Each option says whether the distance mechanism has it or both. What nystrom alone has are keys of its YAML file:
+    strategies, peers, num_landmarks, window_size, num_sinks, head_size, sdpa_max_length, error_max_length.
+
     Exit code 1: a result was wrong (its line says WRONG and no time) or a case failed.
     """
-    options = {name: value for name, value in locals().items() if name not in ("config", "overwrite", "mechanism")}
-    mechanism = read_config(config).get("mechanism", "distance") if mechanism is None else mechanism
-    if _choice(mechanism, "mechanism", ("distance", "nystrom")) == "distance":
-        report = run_benchmark(load_config(config, options), overwrite=overwrite)
-    else:
-        given = {name: value for name, value in options.items() if value is not None}
-        chosen = nystrom_config({**read_config(config), **given, "mechanism": mechanism})
-        report = run_nystrom_benchmark(chosen, overwrite=overwrite)
-    if code := exit_code(report):
+    options = {name: value for name, value in locals().items() if name not in ("config", "overwrite")}
+    chosen = load_config(config, options)
+    run = run_nystrom_benchmark if isinstance(chosen, NystromConfig) else run_benchmark
+    if code := exit_code(run(chosen, overwrite=overwrite)):
         raise typer.Exit(code)

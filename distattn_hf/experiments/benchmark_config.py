@@ -1,22 +1,28 @@
 """What `distattn benchmark` measures: its options, checked before anything runs, and the list of cases they make."""
 
 import itertools
-import math
 import re
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-import yaml
 
 from ..core.backends import validate_backend
 from ..core.metrics import METRICS, get_metric
+from .benchmark_options import (
+    CAUSAL,
+    SHORTEST_LENGTH,
+    check_shared,
+    choices,
+    flag,
+    items,
+    number,
+    numbers,
+    store,
+    unique,
+)
 
 PASSES = ("forward", "forward_backward", "decode")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-_CAUSAL = {"false": (False,), "true": (True,), "both": (False, True)}
-# Shorter sequences measure the dispatch of a call, and the check has too few rows.
-_SHORTEST = 16
 
 
 @dataclass(frozen=True)
@@ -107,31 +113,21 @@ class BenchmarkConfig:
     plot: bool = True
 
     def __post_init__(self):
-        def store(name, value):
-            object.__setattr__(self, name, value)
-
-        parsed = [parse_metric(name) for name in _items(self.metrics, "metrics", str)]
-        store("metrics", _unique(metric if p is None else f"{metric}{p:g}" for metric, p in parsed))
-        store("backends", _unique(validate_backend(name) for name in _items(self.backends, "backends", str)))
-        for name, allowed in (("passes", PASSES), ("dtypes", tuple(DTYPES))):
-            store(name, _unique(_choice(item, name, allowed) for item in _items(getattr(self, name), name, str)))
-        for name, least in (("lengths", _SHORTEST), ("decode_lengths", _SHORTEST), ("head_sizes", 1)):
-            values = [_number(item, name, int, least) for item in _items(getattr(self, name), name, int)]
-            store(name, _unique(values))
-        for name, kind, least in (
-            ("heads", int, 1), ("batch", int, 1), ("repeats", int, 1), ("warmup", int, 0), ("naive_max_length", int, 0),
-            ("seed", int, 0), ("min_seconds", float, 0), ("max_seconds", float, 0),
-        ):  # fmt: skip
-            store(name, _number(getattr(self, name), name, kind, least))
-        for name in ("kv_heads", "threads"):
-            store(name, None if getattr(self, name) is None else _number(getattr(self, name), name, int, 1))
-        for name in ("naive", "memory", "plot"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        store("causal", _choice(str(self.causal).lower(), "causal", tuple(_CAUSAL)))
-        store("device", _device(self.device))
-        if not isinstance(self.out, str) or not self.out:
-            raise ValueError(f"out must be a folder, got {self.out!r}")
+        metrics = [parse_metric(name) for name in items(self.metrics, "metrics", str)]
+        store(
+            self,
+            metrics=unique(metric if p is None else f"{metric}{p:g}" for metric, p in metrics),
+            backends=unique(validate_backend(name) for name in items(self.backends, "backends", str)),
+            passes=choices(self.passes, "passes", PASSES),
+            lengths=numbers(self.lengths, "lengths", SHORTEST_LENGTH),
+            decode_lengths=numbers(self.decode_lengths, "decode_lengths", SHORTEST_LENGTH),
+            head_sizes=numbers(self.head_sizes, "head_sizes", 1),
+            kv_heads=None if self.kv_heads is None else number(self.kv_heads, "kv_heads", int, 1),
+            dtypes=choices(self.dtypes, "dtypes", tuple(DTYPES)),
+            naive=flag(self.naive, "naive"),
+            naive_max_length=number(self.naive_max_length, "naive_max_length", int, 0),
+        )
+        check_shared(self)
         if self.heads % self.key_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
 
@@ -146,7 +142,7 @@ class BenchmarkConfig:
         for dtype, head_size, pass_name in itertools.product(self.dtypes, self.head_sizes, self.passes):
             decode = pass_name == "decode"
             for causal, length, metric, backend in itertools.product(
-                (False,) if decode else _CAUSAL[self.causal],
+                (False,) if decode else CAUSAL[self.causal],
                 self.decode_lengths if decode else self.lengths,
                 self.metrics,
                 self.backends,
@@ -172,36 +168,6 @@ class BenchmarkConfig:
         return result
 
 
-def read_config(path: str | Path | None) -> dict:
-    """The options in a YAML file, none without a file; raises `ValueError` for one that is absent or no mapping."""
-    if path is None:
-        return {}
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {str(path)!r} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config {str(path)!r} must hold a mapping of options, got {type(values).__name__}")
-    return values
-
-
-def load_config(path: str | Path | None, overrides: dict | None = None) -> BenchmarkConfig:
-    """The options of a YAML file (None: the defaults), with those of `overrides` that are not None in their place.
-
-    Raises `ValueError` for a file that is absent or no mapping, for an unknown key and for a value out of range.
-    """
-    values = {**read_config(path), **{name: value for name, value in (overrides or {}).items() if value is not None}}
-    if values.pop("mechanism", "distance") != "distance":
-        raise ValueError("these are options of another mechanism than distance")
-    allowed = [field.name for field in fields(BenchmarkConfig)]
-    if unknown := [str(name) for name in values if name not in allowed]:
-        raise ValueError(f"unknown benchmark option {', '.join(unknown)}; expected one of {', '.join(allowed)}")
-    return BenchmarkConfig(**values)
-
-
 def parse_metric(text: str) -> tuple[str, float | None]:
     """(canonical name, p) of "l1", "euclidean", "lp3", "lp1.5", "minkowski2"; raises `ValueError` naming the fault."""
     name, p = text, None
@@ -213,47 +179,3 @@ def parse_metric(text: str) -> tuple[str, float | None]:
     if metric.name == "lp" and p is None:
         raise ValueError(f"metric {text!r} needs its order: write lp3 or lp1.5")
     return metric.name, metric.validate(p)
-
-
-def _items(value, name: str, kind: type) -> list:
-    """A list from a list, one value, or "a,b,c"; raises `ValueError` when it is empty."""
-    if isinstance(value, str):
-        value = [item.strip() for item in value.split(",") if item.strip()]
-    items = list(value) if isinstance(value, list | tuple) else [value]
-    if not items:
-        raise ValueError(f"{name} must name at least one")
-    if kind is str and not all(isinstance(item, str) for item in items):
-        raise ValueError(f"{name} must be names, got {value!r}")
-    return items
-
-
-def _unique(values) -> tuple:
-    return tuple(dict.fromkeys(values))
-
-
-def _choice(value, name: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
-
-
-def _number(value, name: str, kind: type, least: float):
-    """`value` (a number or its text) as int or float, at least `least`."""
-    try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
-            raise ValueError
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not least <= number < math.inf:
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {what} >= {least}, got {value!r}")
-    return number
-
-
-def _device(name) -> str:
-    """ "cpu" or "cuda"; raises `ValueError` when there is no GPU to run on."""
-    _choice(name, "device", ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU; use device cpu or auto")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -1,7 +1,7 @@
 """Time and peak memory of one call, for `distattn benchmark`.
 
-`python -m distattn_hf.experiments.benchmark_measure` is the process that CPU memory is measured in: it reads one case a
-line from standard input and answers each from a fresh fork.
+`python -m distattn_hf.experiments.benchmark_measure` (`benchmark_nystrom` for that mechanism) is the process that CPU
+memory is measured in: it reads one case a line from standard input and answers each from a fresh fork.
 """
 
 import contextlib
@@ -180,31 +180,42 @@ def measure_memory(case: Case, competitor: str, ran: str | None = None) -> float
     length = min(64, case.length)
     short = replace(case, length=length, **({"backend": ran} if competitor == "ours" and ran else {}))
     one_call(short, attention(short), make_tensors(short))()
-    call = one_call(case, attention(case), tensors)
+    return peak_megabytes(one_call(case, attention(case), tensors), case.device)
+
+
+def peak_megabytes(call: Callable, device: str) -> float:
+    """Megabytes (10⁶ bytes) that one call takes at its peak beyond what is there before; what it returns counts."""
     gc.collect()
-    return (_cuda_peak if case.device == "cuda" else _cpu_peak)(call) / 1e6
+    return (_cuda_peak if device == "cuda" else _cpu_peak)(call) / 1e6
 
 
 class MemoryProbe:
     """Measures CPU memory in another process, in a fresh fork for every call, so that nothing is left over from before.
 
     A metric or backend registered by hand is not known there: `measure` then returns the reason instead of a number.
+
+    Args:
+        threads: CPU threads of PyTorch there; None: its own choice.
+        measured_by: a function of (case, competitor, ran) that returns megabytes. Its module, as the main program,
+            calls `serve` with it.
     """
 
-    def __init__(self, threads: int | None = None):
-        self._threads, self._process, self._known = threads, None, {}
+    def __init__(self, threads: int | None = None, measured_by: Callable = measure_memory):
+        self._threads, self._measured_by, self._process, self._known = threads, measured_by, None, {}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         if self._process is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # It had ended before.
+                self._process.stdin.close()
             self._process.wait()
 
-    def measure(self, case: Case, competitor: str, ran: str | None = None) -> float | str:
-        """Megabytes, as `measure_memory` says, or why there is no number; PyTorch's are measured once a shape."""
-        key = replace(case, metric="", p=None, backend="") if competitor == "sdpa" else (case, competitor, ran)
+    def measure(self, case, competitor: str, ran: str | None = None) -> float | str:
+        """Megabytes, as `measured_by` says, or why there is no number; PyTorch's are measured once a shape."""
+        of_shape = competitor == "sdpa" and isinstance(case, Case)
+        key = replace(case, metric="", p=None, backend="") if of_shape else (case, competitor, ran)
         if key not in self._known:
             self._known[key] = self._measure(case, competitor, ran)
         return self._known[key]
@@ -212,13 +223,13 @@ class MemoryProbe:
     def _measure(self, case, competitor, ran):
         if case.device == "cuda":
             try:
-                return measure_memory(case, competitor, ran)
+                return self._measured_by(case, competitor, ran)
             except (RuntimeError, ValueError) as error:
                 return one_line(error)
         if not hasattr(os, "fork"):
             return "this system has no fork"
         if self._process is None:
-            command = [sys.executable, "-m", __name__]
+            command = [sys.executable, "-m", self._measured_by.__module__]
             # The same package, also where it is imported from a folder and not installed.
             path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = {**os.environ, "PYTHONPATH": path}
@@ -239,7 +250,7 @@ class MemoryProbe:
         return json.loads(answer) if answer else "the measuring process ended"
 
 
-def _serve() -> None:
+def serve(case_type: type, measured_by: Callable) -> None:
     """Answer each line of standard input from a fork of this process, which itself never computes anything."""
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
@@ -249,7 +260,7 @@ def _serve() -> None:
         if child == 0:
             status = 1
             try:
-                answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+                answers.write(json.dumps(_answer(json.loads(line), case_type, measured_by)) + "\n")
                 answers.flush()
                 status = 0
             finally:
@@ -260,14 +271,14 @@ def _serve() -> None:
             answers.flush()
 
 
-def _answer(request: dict) -> float | str:
+def _answer(request: dict, case_type: type, measured_by: Callable) -> float | str:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     try:
-        return measure_memory(Case(**request["case"]), request["competitor"], request["ran"])
+        return measured_by(case_type(**request["case"]), request["competitor"], request["ran"])
     except Exception as error:
         return one_line(error)
 
 
 if __name__ == "__main__":
-    _serve()
+    serve(Case, measure_memory)

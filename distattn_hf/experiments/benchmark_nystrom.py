@@ -1,25 +1,20 @@
 """`distattn benchmark --mechanism nystrom`: time of linear attention, and beside each its error."""
 
 import gc
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 import torch
 
-from ..conversion.saving import check_output
 from ..core.nystrom import nystrom_attention
 from . import benchmark_nystrom_inputs as inputs
-from .benchmark_measure import _cpu_peak, one_line, time_pair
+from .benchmark_measure import MemoryProbe, one_line, peak_megabytes, serve, time_pair
 from .benchmark_nystrom_config import NystromCase, NystromConfig
 from .benchmark_nystrom_inputs import KINDS, make_inputs, relative_error
 from .benchmark_nystrom_peers import COMPETITORS, Competitor, Unavailable
-from .benchmark_nystrom_report import DEFINITIONS, headline, plot, table_header, table_line
-from .benchmark_plot import require_matplotlib
-from .benchmark_report import provenance, write_json
+from .benchmark_nystrom_report import DEFINITIONS, footnotes, headline, plot, table_header, table_line
+from .benchmark_run import run_and_write
 
 # N of the small check (more than a part of rows of either pass), and query rows checked at the timed length.
 CHECKED_LENGTH, _CHECKED_ROWS = 200, 16
@@ -124,7 +119,7 @@ def _exact(case: NystromCase, config: NystromConfig) -> dict:
     return result
 
 
-def run_case(case: NystromCase, config: NystromConfig):
+def run_case(case: NystromCase, config: NystromConfig, probe: MemoryProbe | None) -> Iterator[dict]:
     """Yield a row for each competitor: ours with every strategy, then sdpa, then the peers.
 
     Every time stands in pairs with that of ours with the first strategy, run back to back in random order.
@@ -132,7 +127,6 @@ def run_case(case: NystromCase, config: NystromConfig):
     names = [f"ours:{strategy}" for strategy in config.strategies]
     exact, tensors = _exact(case, config), make_inputs(case, "normal")
     limits = {n: getattr(config, n) for n in ("repeats", "warmup", "min_seconds", "max_seconds", "seed")}
-    memory = measure_memory(case, config, [*names, "sdpa", *config.peers]) if config.memory else {}
     first = None
     means = {k: relative_error(t[2].mean(2, keepdim=True).expand_as(e), e) for k, (t, _, e) in exact.items()}
     if means and not case.causal:
@@ -160,7 +154,7 @@ def run_case(case: NystromCase, config: NystromConfig):
                 base = ours(case, config.strategies[0], "normal")
                 first = call_of(case, base, tensors)
             pair = time_pair(first, call, case.device, **limits)
-            yield {**row, "seconds": pair["second"], "times_ours": pair["ratio"], "memory": memory.get(name)}
+            yield {**row, "seconds": pair["second"], "times_ours": pair["ratio"], **_memory(case, name, probe)}
         except Unavailable as reason:
             yield {**row, "status": "absent", "reason": str(reason)}
         except Exception as error:  # One competitor out of memory must not end the run; the exit code tells.
@@ -168,69 +162,36 @@ def run_case(case: NystromCase, config: NystromConfig):
         gc.collect()
 
 
-def measure_memory(case: NystromCase, config: NystromConfig, names: list[str]) -> dict:
-    """{name: megabytes at the peak of one call beyond its inputs}, in a process of its own; CPU only."""
-    if case.device != "cpu":
-        return {}
-    if case.length > config.sdpa_max_length:
-        names = [name for name in names if name != "sdpa"]
-    code = f"from {__name__} import _serve; _serve()"
-    request = json.dumps({"case": asdict(case), "names": names})
-    done = subprocess.run([sys.executable, "-c", code], input=request, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+def _memory(case: NystromCase, name: str, probe: MemoryProbe | None) -> dict:
+    """{"memory": megabytes or None} and, where a number was asked for and is not there, "memory_error": the reason."""
+    if probe is None:
+        return {"memory": None}
+    found = probe.measure(case, name) if case.device == "cpu" else "measured on CPU only"
+    return {"memory": found} if isinstance(found, float) else {"memory": None, "memory_error": found}
 
 
-def _serve() -> None:
-    request = json.load(sys.stdin)
-    case, found = NystromCase(**request["case"]), {}
+def measure_memory(case: NystromCase, name: str, ran: str | None = None) -> float:
+    """Megabytes that one call of a competitor takes at its peak beyond its inputs, after one call on short inputs."""
     short = replace(case, length=4 * case.num_landmarks)
-    for name in request["names"]:
-        try:
-            call_of(short, competitor(short, name), make_inputs(short, "normal"))()
-            call = call_of(case, competitor(case, name), make_inputs(case, "normal"))
-        except Exception:  # The row itself says why.
-            continue
-        gc.collect()
-        found[name] = _cpu_peak(call) / 1e6
-        del call
-    print(json.dumps(found))
+    call_of(short, competitor(short, name), make_inputs(short, "normal"))()
+    return peak_megabytes(call_of(case, competitor(case, name), make_inputs(case, "normal")), case.device)
 
 
 def run_nystrom_benchmark(config: NystromConfig, *, overwrite: bool = False, echo=print) -> dict:
     """Measure every case, print a line for each competitor, write benchmark.json; returns what was written."""
-    if config.plot:
-        require_matplotlib()
-    folder = check_output(config.out, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    try:
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        report = {
-            "schema": 1,
-            "mechanism": "nystrom",
-            "complete": False,
-            "provenance": provenance(config.device),
-            "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
-            "definitions": {**DEFINITIONS, "inputs": inputs.RECIPE},
-            "results": [],
-        }
-        echo(headline(config, report["provenance"]))
-        echo(table_header())
-        for case in config.cases():
-            for row in run_case(case, config):
-                report["results"].append(_with_growth(row, report["results"]))
-                write_json(folder / "benchmark.json", report)
-                echo(table_line(row))
-        report["complete"] = True
-        write_json(folder / "benchmark.json", report)
-    finally:
-        torch.set_num_threads(threads)
-    written = [folder / "benchmark.json"]
-    if config.plot and any(row["status"] == "ok" for row in report["results"]):
-        written += plot(report, folder)
-    echo("wrote " + ", ".join(map(str, written)))
-    return report
+    return run_and_write(
+        config, _rows, measured_by=measure_memory, about={"mechanism": "nystrom"},
+        definitions={**DEFINITIONS, "inputs": inputs.RECIPE}, headline=headline, header=table_header(), line=table_line,
+        footnotes=footnotes, plot=plot, overwrite=overwrite, echo=echo,
+    )  # fmt: skip
+
+
+def _rows(config: NystromConfig, probe: MemoryProbe | None) -> Iterator[dict]:
+    rows = []
+    for case in config.cases():
+        for row in run_case(case, config, probe):
+            rows.append(_with_growth(row, rows))
+            yield rows[-1]
 
 
 def _with_growth(row: dict, before: list[dict]) -> dict:
@@ -240,3 +201,7 @@ def _with_growth(row: dict, before: list[dict]) -> dict:
         times, lengths = (row["seconds"]["median"] / same[-1]["seconds"]["median"]), row["length"] / same[-1]["length"]
         row["growth"] = times ** (1 / math.log2(lengths))
     return row
+
+
+if __name__ == "__main__":
+    serve(NystromCase, measure_memory)

@@ -1,10 +1,21 @@
 """What `distattn benchmark --mechanism nystrom` measures: its options, checked before anything runs, and its cases."""
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..core.landmarks import STRATEGIES
-from .benchmark_config import _CAUSAL, _SHORTEST, _choice, _device, _items, _number, _unique
+from .benchmark_options import (
+    CAUSAL,
+    SHORTEST_LENGTH,
+    check_shared,
+    choice,
+    choices,
+    items,
+    number,
+    numbers,
+    store,
+    unique,
+)
 
 PASSES = ("forward", "forward_backward")
 PEERS = ("transformers", "nystrom-attention", "performer")
@@ -79,35 +90,24 @@ class NystromConfig:
     plot: bool = True
 
     def __post_init__(self):
-        def store(name, value):
-            object.__setattr__(self, name, value)
-
-        store("mechanism", _choice(self.mechanism, "mechanism", ("nystrom",)))
-        store("passes", _unique(_choice(item, "passes", PASSES) for item in _items(self.passes, "passes", str)))
-        strategies = _items(self.strategies, "strategies", str)
+        strategies = items(self.strategies, "strategies", str)
         for name in strategies:
             STRATEGIES.get(name)
-        store("strategies", _unique(strategies))
-        # No peers is a choice too.
-        peers = _items(self.peers, "peers", str) if self.peers else []
-        store("peers", _unique(_choice(item, "peers", PEERS) for item in peers))
-        lengths = [_number(item, "lengths", int, _SHORTEST) for item in _items(self.lengths, "lengths", int)]
-        store("lengths", tuple(sorted(set(lengths))))
-        for name, kind, least in (
-            ("num_landmarks", int, 1), ("window_size", int, 0), ("num_sinks", int, 0), ("heads", int, 1),
-            ("head_size", int, 1), ("batch", int, 1), ("sdpa_max_length", int, 0), ("error_max_length", int, 0),
-            ("repeats", int, 1), ("warmup", int, 0), ("min_seconds", float, 0), ("max_seconds", float, 0),
-            ("seed", int, 0),
+        store(
+            self,
+            mechanism=choice(self.mechanism, "mechanism", ("nystrom",)),
+            lengths=tuple(sorted(numbers(self.lengths, "lengths", SHORTEST_LENGTH))),
+            passes=choices(self.passes, "passes", PASSES),
+            strategies=unique(strategies),
+            # No peers is a choice too.
+            peers=choices(self.peers, "peers", PEERS) if self.peers else (),
+        )
+        for name, least in (
+            ("num_landmarks", 1), ("window_size", 0), ("num_sinks", 0), ("head_size", 1), ("sdpa_max_length", 0),
+            ("error_max_length", 0),
         ):  # fmt: skip
-            store(name, _number(getattr(self, name), name, kind, least))
-        store("threads", None if self.threads is None else _number(self.threads, "threads", int, 1))
-        for name in ("memory", "plot"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        store("causal", _choice(str(self.causal).lower(), "causal", tuple(_CAUSAL)))
-        store("device", _device(self.device))
-        if not isinstance(self.out, str) or not self.out:
-            raise ValueError(f"out must be a folder, got {self.out!r}")
+            store(self, **{name: number(getattr(self, name), name, int, least)})
+        check_shared(self)
 
     def cases(self) -> list[NystromCase]:
         """Every case, the lengths of one form and pass together, ascending."""
@@ -116,16 +116,5 @@ class NystromConfig:
                 causal, pass_name, length, self.batch, self.heads, self.head_size, self.num_landmarks,
                 self.window_size, self.num_sinks, self.device, self.seed,
             )
-            for causal, pass_name, length in itertools.product(_CAUSAL[self.causal], self.passes, self.lengths)
+            for causal, pass_name, length in itertools.product(CAUSAL[self.causal], self.passes, self.lengths)
         ]  # fmt: skip
-
-
-def nystrom_config(values: dict) -> NystromConfig:
-    """The options as one object; raises `ValueError` for one that there is not and for a value out of range."""
-    allowed = [field.name for field in fields(NystromConfig)]
-    if unknown := [str(name) for name in values if name not in allowed]:
-        raise ValueError(
-            f"unknown option {', '.join(unknown)} of the benchmark of mechanism nystrom; expected one of "
-            f"{', '.join(allowed)}"
-        )
-    return NystromConfig(**values)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .benchmark_nystrom_config import NystromConfig
 from .benchmark_plot import plot_results
+from .benchmark_report import aligned, machine
 
 DEFINITIONS = {
     "ours:STRATEGY": "nystrom_attention with lift and γ = 0.01. Bidirectional: landmarks chosen by STRATEGY within the "
@@ -17,7 +18,8 @@ DEFINITIONS = {
     "errors": "‖output - exact‖ / ‖exact‖ against softmax attention on up to 1,024 evenly spaced query rows, for each "
     "kind of input",
     "mean of all values": "no attention at all: the error that an approximation has to beat",
-    "memory": "10^6 bytes at the peak of one call, above its inputs; the output (and gradients) count",
+    "memory": "10^6 bytes at the peak of one call, above its inputs; the output (and gradients) count; on CPU. "
+    "Null where it was not asked for, and where there is no number: memory_error then has the reason",
     "gate": "before timing: ours against the formula written out in float64, at a short length and on rows of the "
     "timed one",
     "peers": "their own modules with as many landmarks or random features, projections replaced by the given tensors, "
@@ -30,19 +32,15 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def _line(cells) -> str:
-    return " ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(cells))
-
-
 def table_header() -> str:
     """The titles of the table's columns."""
-    return _line([*_COLUMNS, *_NUMBERS])
+    return aligned([*_COLUMNS, *_NUMBERS])
 
 
 def table_line(row: dict) -> str:
     """One row in a line: times only where the check passed."""
     start = (row["label"], row["pass"], "yes" if row["causal"] else "no", row["length"])
-    start = _line([(text, width) for text, (_, width) in zip(map(str, start), _COLUMNS)])
+    start = aligned([(text, width) for text, (_, width) in zip(map(str, start), _COLUMNS)])
     if row["status"] == "wrong":
         error, bound = (f"{x:.1e}" if isinstance(x, float) else x for x in (row["gate"]["error"], row["gate"]["bound"]))
         return f"{start} WRONG (error {error} > {bound}; {row['gate']['worst']})"
@@ -54,17 +52,35 @@ def table_line(row: dict) -> str:
         f"{row['times_ours']['median']:.2f}" if timed else "-",
         f"{row['growth']:.2f}" if "growth" in row else "-",
         *("-" if error is None else f"{error:.3f}" for error in row["errors"].values()),
-        "-" if (memory := row.get("memory")) is None else f"{memory:.1f}",
+        _megabytes(row),
     ]
     return " ".join([start, *(f"{text:>{width}}" for text, (_, width) in zip(cells, _NUMBERS))])
 
 
+def _megabytes(row: dict) -> str:
+    if "memory_error" in row:
+        return "n/a"
+    return "-" if (memory := row.get("memory")) is None else f"{memory:.1f}"
+
+
+def footnotes(results: list[dict]) -> list[str]:
+    """Why rows have no memory, each reason once."""
+    rows_of = {}
+    for row in results:
+        if "memory_error" in row:
+            rows_of.setdefault(row["memory_error"], []).append(row)
+    notes = []
+    for reason, rows in rows_of.items():
+        labels = ", ".join(dict.fromkeys(row["label"] for row in rows))
+        lengths = ", ".join(map(str, dict.fromkeys(row["length"] for row in rows)))
+        notes.append(f"no MB of {labels} at N = {lengths}: {reason}")
+    return notes
+
+
 def headline(config: NystromConfig, source: dict) -> str:
     """What was run on what."""
-    commit = source["commit"][:12] + (" with changes" if source["dirty"] else "") if source["commit"] else "no commit"
     return (
-        f"distattn_hf {source['distattn_hf']} ({commit}), torch {source['torch']}, {source['device']}, "
-        f"{source['cores']} cores, {source['threads']} threads\n"
+        f"{machine(source)}\n"
         f"batch {config.batch}, heads {config.heads}, head size {config.head_size}, float32, {config.num_landmarks} "
         f"landmarks or features; causal: window {config.window_size}, {config.num_sinks} sinks, fixed landmarks\n"
         f"x ours: time / that of ours:{config.strategies[0]} within pairs; x2 N: factor of the time when N doubles; "

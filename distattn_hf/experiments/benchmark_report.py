@@ -64,18 +64,19 @@ def _megabytes(value: float | str | None) -> str:
     return f"{value:.1f}" if isinstance(value, float) else "-" if value is None else "failed"
 
 
-def _line(cells) -> str:
+def aligned(cells) -> str:
+    """(text, width) side by side: the first two to the left, the rest to the right."""
     return " ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(cells))
 
 
 def table_header() -> str:
     """The titles of the table's columns."""
-    return _line([(title, width) for title, width, _ in (*_COLUMNS, *_NUMBERS)])
+    return aligned([(title, width) for title, width, _ in (*_COLUMNS, *_NUMBERS)])
 
 
 def table_line(result: dict) -> str:
     """One result in a line: times only where the check passed; otherwise WRONG, skipped or FAILED with the reason."""
-    start = _line([(str(text(result)), width) for _, width, text in _COLUMNS])
+    start = aligned([(str(text(result)), width) for _, width, text in _COLUMNS])
     if result["status"] == "ok":
         return " ".join([start, *(f"{text(result):>{width}}" for _, width, text in _NUMBERS)])
     if result["status"] == "wrong":
@@ -87,6 +88,15 @@ def table_line(result: dict) -> str:
 
 def _short(value: float | str | None) -> str:
     return f"{value:.1e}" if isinstance(value, float) else str(value)
+
+
+def machine(source: dict) -> str:
+    """Versions, device and threads of `provenance` in a line."""
+    commit = source["commit"][:12] + (" with changes" if source["dirty"] else "") if source["commit"] else "no commit"
+    return (
+        f"distattn_hf {source['distattn_hf']} ({commit}), torch {source['torch']}, {source['device']}, "
+        f"{source['cores']} cores, {source['threads']} threads"
+    )
 
 
 def write_atomically(path: Path, data: bytes) -> None:

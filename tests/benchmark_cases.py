@@ -1,0 +1,36 @@
+"""What the tests of `distattn benchmark` share, whatever the mechanism."""
+
+from pathlib import Path
+
+import torch
+import typer
+from typer.testing import CliRunner
+
+from distattn_hf.experiments.benchmark import benchmark
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "experiments").glob("benchmark*.yaml"))
+
+
+def recorded(run, config) -> tuple[dict, str]:
+    """(the report, what was printed) of one run."""
+    lines = []
+    report = run(config, echo=lines.append)
+    return report, "\n".join(lines)
+
+
+def command_line(*arguments):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(benchmark)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+class WrongSlope(torch.autograd.Function):
+    """The identity, whose gradient is 1% too large."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.01 * gradient
