@@ -1,0 +1,1 @@
+"""Training: arguments, data, objectives, the Trainer subclass and the Accelerate loop."""
