@@ -1,4 +1,4 @@
-"""The command line: `distattn convert | inspect | evaluate | revert | benchmark`. Each verb only calls the package."""
+"""The command line: `distattn VERB`, see `distattn --help`. Each verb only calls the package."""
 
 import json
 import sys
@@ -45,6 +45,9 @@ def convert(
     num_landmarks: Annotated[int | None, typer.Option(help="nystrom: landmarks per head. Default: 64.")] = None,
     window_size: Annotated[int | None, typer.Option(help="nystrom: keys seen exactly. Default: 64.")] = None,
     num_sinks: Annotated[int | None, typer.Option(help="nystrom: first tokens seen exactly. Default: 4.")] = None,
+    exact_below: Annotated[
+        int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 0.")
+    ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
     ] = None,
@@ -75,6 +78,8 @@ def convert(
     from .core.configuration_distattn import AttentionSpec, numeric_pattern
 
     check_output(out, overwrite)
+    if init == "calibrated" and calibration is None:
+        raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
     if spec_file is not None:
         spec = read_specs(spec_file)
     else:
@@ -83,7 +88,7 @@ def convert(
         spec = AttentionSpec(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=tuple(numeric_pattern(heads)) if heads else None,
-            num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks,
+            num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
         )  # fmt: skip
     texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None
     model, tokenizer = load_checkpoint(source)
@@ -157,6 +162,61 @@ def revert(
     print(f"{type(model).__name__} -> {type(original).__name__}, saved to {out}")
 
 
+@app.command(
+    epilog="Examples:  distattn push out/minilm-l2 me/minilm-l2 --base-model minilm   |   "
+    "distattn push out/minilm-l2 me/minilm-l2 --license apache-2.0 --dry-run"
+)
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a converted checkpoint; its code is run to check it.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    license: Annotated[str | None, typer.Option(help="The licence's identifier. Default: the base model's.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help=f"{_SOURCE} Default: the scorecard's teacher, if it is known.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a README.md that somebody wrote or edited.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the card, upload nothing.")] = False,
+):
+    """Check that a converted checkpoint loads both ways, write its model card and upload it.
+
+    The token is taken from HF_TOKEN or `hf auth login`.
+    """
+    from .hub import push as push_folder
+
+    result = push_folder(
+        path, repo, private=private, license=license, base_model=base_model, commit_message=message,
+        overwrite_card=overwrite_card, dry_run=dry_run,
+    )  # fmt: skip
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(result.card if dry_run else result.url, end="" if dry_run else "\n")
+
+
+@app.command(
+    epilog="Examples:  distattn adapt configs/training/minilm_l1.yaml   |   "
+    "distattn adapt configs/training/minilm_l1.yaml spec.metric=l2 max_steps=50 output_dir=out/minilm-l2   |   "
+    "torchrun --nproc-per-node 2 -m distattn_hf.cli adapt configs/training/minilm_l1.yaml use_cpu=true"
+)
+def adapt(
+    config: Annotated[Path, typer.Argument(help="A YAML file as those in configs/training.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, with dots for nested keys: spec.metric=l2")
+    ] = None,
+):
+    """Convert a checkpoint and train it back towards its teacher, in stages; run it again to go on where it stopped."""
+    from .experiments.adapt import adapt as run
+    from .training.arguments import read_config
+
+    arguments = read_config(config, overrides or ())
+    card = run(arguments)
+    if arguments.training.process_index == 0:
+        print(card.table())
+        print(f"saved to {Path(arguments.training.output_dir) / 'student'}")
+
+
 app.command(
     epilog="Example:  distattn benchmark --config configs/experiments/benchmark_quick.yaml --metrics l1,lp3 --out out/b"
 )(benchmark)
@@ -164,6 +224,10 @@ app.command(
 
 def main() -> None:
     """Run the command line; bad input is one line on standard error and exit code 1."""
+    if not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     try:
         app()
     except (ValueError, OSError) as error:

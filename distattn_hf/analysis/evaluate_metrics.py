@@ -223,8 +223,7 @@ class Retrieval(_PackagedMetric):
 
     predictions: embeddings of the queries (B, d); references: embeddings of their passages (B, d), row i for row i.
     compute: "mrr", mean of 1/rank, and "retrieval_at_k" for each k of `at`, share of ranks <= k. A passage as close as
-    the query's own counts as ahead of it, so equal embeddings for everything score as badly as they are (in
-    `analysis.evaluation.retrieval_scores`, which is the same without such ties, they would score 1).
+    the query's own counts as ahead of it, so equal embeddings for everything score as badly as they are.
 
     Raises `ValueError` for other shapes, values that are not finite, k < 1, and fewer than 2 pairs.
     """

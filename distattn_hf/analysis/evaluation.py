@@ -116,9 +116,12 @@ def compare_models(models: dict[str, tuple], texts, options: EvaluationOptions |
 
 
 def retrieval_scores(queries: Tensor, passages: Tensor) -> dict[str, float]:
-    """Rank of passage i for query i by dot product: share ranked first, and mean reciprocal rank."""
+    """Rank of passage i for query i by dot product: share ranked first, and mean reciprocal rank.
+
+    Whatever is not clearly worse ranks ahead, so that embeddings that are all equal, or NaN, come last and not first.
+    """
     scores = queries @ passages.T
-    ranks = (scores > scores.diagonal()[:, None]).sum(-1) + 1
+    ranks = (~(scores < scores.diagonal()[:, None])).sum(-1)
     return {"retrieval_at_1": float((ranks == 1).float().mean()), "mrr": float((1 / ranks).mean())}
 
 

@@ -1,0 +1,92 @@
+"""What is known of the base model: its name on the Hub, its licence and language, each with where that is from."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+
+from ..conversion.checkpoints import EMBEDDED
+
+# The names that the embedded checkpoints have on the Hub.
+_HUB_NAMES = {
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+
+@dataclass
+class BaseModel:
+    """The model that was converted; `hub_name` is None unless it is known to be on the Hub.
+
+    metadata holds license, license_name, license_link and language as far as they are known; source says from where,
+    or why they are not.
+    """
+
+    hub_name: str | None = None
+    shown_name: str | None = None
+    metadata: dict = field(default_factory=dict)
+    source: str = "no base model was named"
+
+
+def find_base_model(named: str | None, taught: str | None, api: HfApi) -> BaseModel:
+    """Look the base model up: `named` by the user, who is believed, or `taught`, the scorecard's teacher.
+
+    A folder is asked for the front matter of its README.md, an embedded checkpoint for its entry, the Hub for the rest.
+    A teacher that is none of these may have been a folder on another machine, so it is not called a Hub model.
+    Raises `ValueError` when the Hub says that it has no model of the name the user gave.
+    """
+    name = named or taught
+    if not name:
+        return BaseModel()
+    if Path(name).is_dir():
+        return _from_folder(Path(name))
+    for embedded in EMBEDDED.values():
+        hub_name = _HUB_NAMES.get(embedded.name)
+        if name.lower() in (embedded.name, (hub_name or "").lower()):
+            metadata = license_metadata(embedded.license)
+            return BaseModel(hub_name, hub_name or embedded.description, metadata, "the package's own table")
+    return _from_hub(name, named is not None, api)
+
+
+def _from_folder(path: Path) -> BaseModel:
+    readme = path / "README.md"
+    # The name of a folder on this machine says nothing to others.
+    if not readme.is_file():
+        return BaseModel(source=f"the base model's folder {str(path)!r} holds no README.md")
+    metadata = _card_metadata(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict())
+    if str(metadata.get("license_link", "")).startswith("LICENSE"):
+        del metadata["license_link"]
+    return BaseModel(metadata=metadata, source=f"the front matter of {str(readme)!r}")
+
+
+def _from_hub(name: str, believed: bool, api: HfApi) -> BaseModel:
+    unknown = BaseModel(name if believed else None, name if believed else None)
+    try:
+        info = api.model_info(name, timeout=10)
+    except (HTTPError, OSError, ValueError) as error:
+        if believed and isinstance(error, RepositoryNotFoundError):
+            raise ValueError(
+                f"base_model={name!r} is neither a folder, nor an embedded checkpoint ({', '.join(EMBEDDED)}), nor a "
+                f"model that {api.endpoint} shows you"
+            ) from None
+        unknown.source = f"{name!r} could not be looked up at {api.endpoint}: {type(error).__name__}"
+        return unknown
+    metadata = _card_metadata(info.card_data.to_dict() if info.card_data else {})
+    link = metadata.get("license_link")
+    if link and "://" not in link:
+        metadata["license_link"] = f"{api.endpoint}/{info.id}/blob/main/{link}"
+    return BaseModel(info.id, info.id, metadata, f"the card of {info.id!r} on the Hub")
+
+
+def _card_metadata(data: dict) -> dict:
+    return {name: data[name] for name in (*_LICENSE_FIELDS, "language") if data.get(name)}
+
+
+def license_metadata(license: str) -> dict:
+    """Front matter for a licence: its identifier, or "other" with a name where it is a phrase and no identifier."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
+        return {"license": license.lower()}
+    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-")}

@@ -1,0 +1,266 @@
+"""The model card: model_cards/template.md filled from the checkpoint's report and scorecard, and nothing else."""
+
+import hashlib
+import math
+import re
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+
+import jinja2
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+from ..conversion.report import ConversionReport
+from .base import BaseModel, find_base_model, license_metadata
+from .folder import ConvertedFolder, read_folder
+
+_TEMPLATE = "model_cards/template.md"
+_INSTALLED_TEMPLATE = "share/distattn_hf/template.md"
+
+# Rows of the scorecard that can be the checkpoint in the folder, the last step first.
+_STEPS = ("task", "distillation", "transfer", "calibrated", "plain")
+_ROW_LABELS = {
+    "teacher": "base model, as published",
+    "teacher_finetuned": "base model, trained on the same data",
+    "plain": "new attention put in, nothing fitted (control)",
+    "calibrated": "fitted head by head, no training",
+    "transfer": "attention transfer",
+    "distillation": "distillation",
+    "task": "training on the task",
+    "window_only": "sinks and window alone (control)",
+    "no_attention": "no attention at all (control)",
+}
+_COUNTS = {"trained_parameters": "trained parameters", "tokens": "training tokens", "seconds": "seconds"}
+_SIGNATURE = re.compile(r"\n\n<!-- Card by distattn_hf, ([0-9a-f]{16}): .*-->\n\Z")
+_SIGNATURE_TEXT = "\n\n<!-- Card by distattn_hf, {}: the next push replaces it unless it has been edited. -->\n"
+
+
+def build_card(
+    path: str | Path,
+    repo: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> ModelCard:
+    """The model card of a converted checkpoint folder, for the repository `repo` ("owner/name").
+
+    Args:
+        license: the licence's identifier on the Hub; None takes the base model's.
+        base_model: a Hub name, a folder (its README.md is read), or an embedded checkpoint; None takes the scorecard's
+            teacher where that is known to be one of these.
+        token, endpoint: for looking the base model up, as in `push`.
+
+    Raises:
+        ValueError: what `read_folder` raises; the licence is neither given nor known from the base model.
+    """
+    validate_repo_id(repo)
+    folder = read_folder(path)
+    scorecard = folder.scorecard or {}
+    base = find_base_model(base_model, scorecard.get("teacher"), HfApi(endpoint=endpoint, token=token))
+    if license is not None:
+        base.metadata = {k: v for k, v in base.metadata.items() if k == "language"} | license_metadata(license)
+    elif "license" not in base.metadata:
+        raise ValueError(
+            f"license: the base model's is not known ({base.source}); pass license= (--license), such as "
+            "'apache-2.0', or name the base model by base_model= (--base-model)"
+        )
+    data = _metadata(folder, repo, base)
+    # Not ModelCard.from_template, which renders a name that the template misspells as nothing.
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(read_template())
+    return sign(ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base))))
+
+
+def read_template() -> str:
+    """The text of model_cards/template.md, from the repository or from where the wheel put it.
+
+    Raises `ValueError` when it is in neither place.
+    """
+    beside = Path(__file__).resolve().parents[2] / _TEMPLATE
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    for file in metadata.files("distattn_hf") or ():
+        if file.as_posix().endswith(_INSTALLED_TEMPLATE):
+            return Path(file.locate()).read_text(encoding="utf-8")
+    raise ValueError(f"the card's template is missing: neither {_TEMPLATE} nor {_INSTALLED_TEMPLATE} is installed")
+
+
+def sign(card: ModelCard) -> ModelCard:
+    """Put a last line with a digest of all before it, by which `is_unedited` knows the card again."""
+    card.text += _SIGNATURE_TEXT.format(_digest(str(card)))
+    return card
+
+
+def is_unedited(text: str) -> bool:
+    """Whether a README.md was made by a program and not touched since: by `build_card`, or by transformers' push."""
+    if found := _SIGNATURE.search(text):
+        return found.group(1) == _digest(text[: found.start()])
+    card = ModelCard(text, ignore_metadata_errors=True)
+    # transformers.utils.hub.create_and_tag_model_card
+    sentence = (
+        "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+        "automatically generated."
+    )
+    blank = ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=sentence)
+    return card.text.strip() == blank.text.strip()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------- front matter
+
+
+def _metadata(folder: ConvertedFolder, repo: str, base: BaseModel) -> ModelCardData:
+    results = _results(folder)
+    scorecard = folder.scorecard or {}
+    train = (scorecard.get("data") or {}).get("train")
+    fields = {
+        "library_name": "transformers",
+        "base_model": base.hub_name,
+        "pipeline_tag": folder.pipeline_tag,
+        "tags": ["distattn", *_attention_tags(folder.config)],
+        "datasets": [train] if train and _is_hub_name(train) else None,
+        "metrics": [scorecard["metric"]] if results else None,
+        "model_name": repo.partition("/")[2] if results else None,
+        "eval_results": results or None,
+        **base.metadata,
+    }
+    return ModelCardData(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _attention_tags(config: dict) -> list[str]:
+    specs = config["distattn"]["specs"]
+    mechanisms = ["nystrom-attention" if s.get("mechanism") == "nystrom" else "distance-attention" for s in specs]
+    return [*dict.fromkeys(mechanisms), *dict.fromkeys(s["metric"] for s in specs)]
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether a data set's name can only be one of the Hub's: owner/name, no file ending, nothing here by that name."""
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not Path(name).suffix and not Path(name).exists()
+
+
+def _public(name: str) -> str:
+    """A data set's name without the folders of the machine it was on."""
+    return name if _is_hub_name(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def own_row(scorecard: dict | None) -> dict | None:
+    """The row of the checkpoint in the folder: the one the scorecard names as `checkpoint`, or the last step it has."""
+    rows = {row["name"]: row for row in (scorecard or {}).get("rows", ())}
+    return next((rows[name] for name in ((scorecard or {}).get("checkpoint"), *_STEPS) if name in rows), None)
+
+
+def _results(folder: ConvertedFolder) -> list[EvalResult]:
+    """The model index: this checkpoint's own finite metrics, as the scorecard has them."""
+    row, scorecard = own_row(folder.scorecard), folder.scorecard
+    evaluated_on = ((scorecard or {}).get("data") or {}).get("eval")
+    if row is None or not evaluated_on:
+        return []
+    name = _public(evaluated_on)
+    measured = row.get("metrics") or {scorecard["metric"]: row["score"]}
+    return [
+        EvalResult(
+            task_type=folder.pipeline_tag or scorecard["task"],
+            dataset_type=evaluated_on if _is_hub_name(evaluated_on) else "custom",
+            dataset_name=name,
+            metric_type=metric,
+            metric_name=metric.replace("_", " "),
+            metric_value=value,
+        )
+        for metric, value in measured.items()
+        if math.isfinite(value)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+def contents(folder: ConvertedFolder, repo: str, base: BaseModel) -> dict:
+    """What the template shows; every value is None or empty where nothing was measured."""
+    block, report, scorecard = folder.config["distattn"], folder.report, folder.scorecard
+    row, data = own_row(scorecard), (scorecard or {}).get("data") or {}
+    return {
+        "repo": repo,
+        "name": repo.partition("/")[2],
+        "base_link": f"[{base.hub_name}](https://huggingface.co/{base.hub_name})" if base.hub_name else base.shown_name,
+        "architecture": folder.architecture,
+        "attention": _attention_text(folder.config),
+        "init": block.get("init"),
+        "auto_class": folder.auto_class,
+        "has_tokenizer": folder.has_tokenizer,
+        "report": report,
+        "exact_heads": _exact_heads(report),
+        "trained": bool(row) and row["name"] in ("transfer", "distillation", "task"),
+        "loss_table": _loss_table(report) if report else None,
+        "warnings": report.warnings if report else [],
+        "metric": (scorecard or {}).get("metric"),
+        "greater_is_better": (scorecard or {}).get("greater_is_better"),
+        "train": _public(data["train"]) if data.get("train") else None,
+        "eval": _public(data["eval"]) if data.get("eval") else None,
+        "score_table": _score_table(scorecard) if scorecard else None,
+        "row": {k: row.get(k) for k in _COUNTS} if row else None,
+        "row_label": _ROW_LABELS.get(row["name"], row["name"]) if row else None,
+        "nystrom": "nystrom-attention" in _attention_tags(folder.config),
+    }
+
+
+def _attention_text(config: dict) -> str:
+    """The kinds of attention in words, with the numbers that make them."""
+    parts = []
+    for spec in config["distattn"]["specs"]:
+        if spec.get("mechanism") == "nystrom":
+            sizes = [f"{spec[k]} {label}" for k, label in (
+                ("num_landmarks", "landmarks"), ("window_size", "tokens of window"), ("num_sinks", "sinks")
+            ) if spec.get(k) is not None]  # fmt: skip
+            parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
+        else:
+            order = f" (p={spec['p']:g})" if spec.get("p") is not None else ""
+            parts.append(f"{spec['metric']}{order} distance attention")
+    return " and ".join(dict.fromkeys(parts))
+
+
+def _exact_heads(report: ConversionReport | None) -> int:
+    return sum(len(heads) for heads in report.exact_heads.values()) if report else 0
+
+
+def _loss_table(report: ConversionReport) -> str | None:
+    """One line per group of heads, means over its heads; columns that nothing was measured for are left out."""
+    columns = {
+        "λ": "lam",
+        "α": "alpha",
+        "divergence unfitted": "divergence_before",
+        "divergence fitted": "divergence_after",
+        "output off, sinks and window alone": "window_error",
+        "output off": "output_error",
+    }
+    columns = {k: v for k, v in columns.items() if any(getattr(group, v) is not None for group in report.groups)}
+    rows = []
+    for group in report.groups:
+        cells = [f"`{group.module}`", group.metric, str(len(group.heads))]
+        values = [getattr(group, field) for field in columns.values()]
+        rows.append(cells + ["-" if v is None else f"{fmean(v):.4g}" for v in values])
+    return _table(["module", "metric", "heads", *columns], rows) if rows else None
+
+
+def _score_table(scorecard: dict) -> str:
+    counts = {k: v for k, v in _COUNTS.items() if any(row.get(k) for row in scorecard["rows"])}
+    ratio = any(row.get("ratio") is not None for row in scorecard["rows"])
+    own = own_row(scorecard)
+    reference = "ratio to the base model" + (" so trained" if scorecard.get("ratio_to") == "teacher_finetuned" else "")
+    rows = []
+    for row in scorecard["rows"]:
+        label = _ROW_LABELS.get(row["name"], row["name"])
+        cells = [f"**{label} (this checkpoint)**" if row is own else label, f"{row['score']:.4g}"]
+        if ratio:
+            cells.append("-" if row.get("ratio") is None else f"{row['ratio']:.3f}")
+        rows.append(cells + ["-" if not row.get(k) else f"{row[k]:,.0f}" for k in counts])
+    return _table(["", scorecard["metric"], *([reference] if ratio else []), *counts.values()], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

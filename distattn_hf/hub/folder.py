@@ -1,0 +1,167 @@
+"""A converted checkpoint as a folder: what it says about itself, and which of its files belong on the Hub."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..conversion.report import ConversionReport
+from ..core.modeling_converted import REPORT_NAME
+
+SCORECARD_NAME = "distattn_scorecard.json"
+CARD_NAME = "README.md"
+
+# Auto classes from the most to the least telling, with the Hub's name of the task. Sequence-to-sequence has none any
+# more: the Hub and transformers 5 dropped text2text-generation.
+PIPELINE_TAGS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": None,
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModel": None,
+}
+
+# What training leaves beside a checkpoint. Pickles can run code when they are opened, and nothing reads them here.
+LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.lock", "*.tmp", "*.pyc")
+LEFT_OUT_FOLDERS = ("__pycache__", "checkpoint-*", "runs", "logs")
+_PICKLED_WEIGHTS = ("*model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "tf_model.h5", "*.msgpack")
+
+
+@dataclass
+class ConvertedFolder:
+    """The parts of a converted checkpoint that the card and the checks need; `read_folder` makes one."""
+
+    path: Path
+    config: dict
+    architecture: str
+    auto_class: str
+    report: ConversionReport | None
+    scorecard: dict | None
+    files: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The Hub's name of the task, None where it has none."""
+        return PIPELINE_TAGS.get(self.auto_class)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether AutoTokenizer finds something here."""
+        return "tokenizer_config.json" in self.files
+
+
+def read_folder(path: str | Path) -> ConvertedFolder:
+    """Read and check a converted checkpoint without loading it.
+
+    Raises `ValueError` naming the folder and the file or field: no config.json, no `distattn` block in it, no Auto
+    class for its architecture, no safetensors weights, pickled weights, or a report or scorecard that cannot be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{str(path)!r} is not a folder; give the folder that save_pretrained wrote")
+    if not (path / "config.json").is_file():
+        adapter = " (it holds a PEFT adapter: merge it and save the whole model)"
+        raise ValueError(
+            f"folder {str(path)!r} holds no config.json"
+            + (adapter if (path / "adapter_config.json").exists() else ", so it is no transformers checkpoint")
+        )
+    config = _read_json(path / "config.json")
+    if not isinstance(config.get("distattn"), dict):
+        raise ValueError(
+            f"folder {str(path)!r}: config.json has no 'distattn' block, so this is no converted model; "
+            "push it with its own push_to_hub, or convert it first"
+        )
+    architecture = next(iter(config.get("architectures") or ()), None)
+    auto_class = _auto_class(config, architecture)
+    if auto_class is None:
+        raise ValueError(
+            f"folder {str(path)!r}: config.json names no Auto class for architectures={config.get('architectures')!r} "
+            "in auto_map; save the model again with its save_pretrained"
+        )
+    files, left_out = _list_files(path)
+    _check_weights(path, files, left_out)
+    return ConvertedFolder(
+        path, config, architecture, auto_class, _read_report(path), _read_scorecard(path), files, left_out
+    )
+
+
+def _auto_class(config: dict, architecture: str | None) -> str | None:
+    auto_map = config.get("auto_map") or {}
+    names = [name for name, target in auto_map.items() if str(target).rpartition(".")[2] == architecture]
+    return next((name for name in (*PIPELINE_TAGS, *sorted(names)) if name in names), None)
+
+
+def _list_files(path: Path) -> tuple[list[str], list[str]]:
+    """Relative names of the files to upload, and of those left out."""
+    files, left_out = [], []
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path)
+        if not file.is_file():
+            continue
+        hidden = any(part.startswith(".") for part in name.parts)
+        folder = any(fnmatchcase(part, pattern) for part in name.parts[:-1] for pattern in LEFT_OUT_FOLDERS)
+        unwanted = hidden or folder or any(fnmatchcase(name.name, pattern) for pattern in LEFT_OUT)
+        (left_out if unwanted else files).append(name.as_posix())
+    return files, left_out
+
+
+def _check_weights(path: Path, files: list[str], left_out: list[str]) -> None:
+    for name in (*files, *left_out):
+        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in _PICKLED_WEIGHTS):
+            raise ValueError(
+                f"folder {str(path)!r} holds {name!r}: weights go to the Hub as safetensors only; "
+                "save the model again with its save_pretrained and delete that file"
+            )
+    if not {"model.safetensors", "model.safetensors.index.json"} & set(files):
+        raise ValueError(f"folder {str(path)!r} holds no model.safetensors (nor an index of its shards)")
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{str(file)!r} must hold a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _read_report(path: Path) -> ConversionReport | None:
+    if not (path / REPORT_NAME).is_file():
+        return None
+    try:
+        return ConversionReport.from_dict(_read_json(path / REPORT_NAME))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{str(path / REPORT_NAME)!r} is no conversion report of this version: {error}") from error
+
+
+def _read_scorecard(path: Path) -> dict | None:
+    """The scores that training wrote; raises `ValueError` for a field of the wrong kind, so that none is guessed."""
+    file = path / SCORECARD_NAME
+    if not file.is_file():
+        return None
+    card = _read_json(file)
+    if card.get("version") != 1:
+        raise ValueError(f"{str(file)!r}: version must be 1, got {card.get('version')!r}")
+    for key in ("task", "metric"):
+        if not isinstance(card.get(key), str):
+            raise ValueError(f"{str(file)!r}: {key} must be a string, got {card.get(key)!r}")
+    if not isinstance(card.get("rows"), list):
+        raise ValueError(f"{str(file)!r}: rows must be a list, got {card.get('rows')!r}")
+    for number, row in enumerate(card["rows"]):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not _is_number(row.get("score")):
+            raise ValueError(f"{str(file)!r}: rows[{number}] must have a name and a number as score, got {row!r}")
+        for name, value in (row.get("metrics") or {}).items():
+            if not _is_number(value):
+                raise ValueError(f"{str(file)!r}: rows[{number}].metrics[{name!r}] must be a number, got {value!r}")
+    return card
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,149 @@
+"""Push a converted checkpoint: check, reload, card, then one commit. What fails a check never reaches the Hub."""
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .card import build_card, is_unedited
+from .folder import CARD_NAME, ConvertedFolder, read_folder
+from .reload import check_reload
+
+
+@dataclass
+class PushResult:
+    """What `push` did: the commit's address (None for a dry run), the card, the files, and what to know about them."""
+
+    url: str | None
+    card: str
+    files: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+def push(
+    path: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    base_model: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    overwrite_card: bool = False,
+    dry_run: bool = False,
+    endpoint: str | None = None,
+) -> PushResult:
+    """Upload a converted checkpoint folder to the Hub in one commit, with a model card, after a reload check.
+
+    The folder itself is never written to. Hidden files, pickles and training's own leavings stay behind. A README.md in
+    the folder is uploaded as it is, and one in the repository is kept, unless `overwrite_card`, or unless `build_card`
+    or transformers wrote it and nobody edited it since.
+
+    Args:
+        path: the folder that `save_pretrained` wrote; the check runs the Python files in it.
+        repo: "owner/name"; created if it does not exist.
+        private: create the repository as a private one; an existing public one is refused.
+        license, base_model: see `build_card`.
+        token: None takes HF_TOKEN or the stored login; it is neither printed nor written.
+        revision: a branch, created if it does not exist; None for the main one.
+        commit_message: None for "Upload <class> with distattn_hf".
+        overwrite_card: replace a README.md that somebody wrote or edited.
+        dry_run: do all checks and make the card, create and upload nothing.
+        endpoint: None takes HF_ENDPOINT or the Hub.
+
+    Raises:
+        ValueError: the folder, the licence or the reload check is not in order, or the repository is public.
+        OSError: the Hub refused, or could not be reached; says at which step. The repository has all files or none.
+    """
+    validate_repo_id(repo)
+    if repo.count("/") != 1:
+        raise ValueError(f"repo must be 'owner/name', got {repo!r}")
+    folder = read_folder(path)
+    card, notes = choose_card(folder, repo, overwrite_card, license, base_model, token, endpoint)
+    if folder.left_out:
+        notes.append(f"left out of the upload: {', '.join(folder.left_out)}")
+    files = {name: folder.path / name for name in folder.files if name != CARD_NAME}
+    with tempfile.TemporaryDirectory(prefix="distattn_push_") as staging:
+        # Only what will be uploaded, so that a file left out is missed now.
+        for name, file in files.items():
+            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(file.resolve(), Path(staging) / name)
+        check_reload(staging, folder.auto_class)
+    result = PushResult(None, card, sorted([*files, CARD_NAME]), notes)
+    if not dry_run:
+        message = commit_message or f"Upload {folder.architecture} with distattn_hf"
+        own_card = card == _local_card(folder)
+        Upload(HfApi(endpoint=endpoint, token=token), repo, token).run(
+            result, files, private, revision, message, keep_remote_card=not (overwrite_card or own_card)
+        )
+    return result
+
+
+def _local_card(folder: ConvertedFolder) -> str | None:
+    file = folder.path / CARD_NAME
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def choose_card(folder, repo, overwrite_card, license, base_model, token, endpoint) -> tuple[str, list[str]]:
+    """The folder's README.md where somebody wrote or edited it, a new card otherwise; and notes for the user."""
+    written = _local_card(folder)
+    if written is not None and not overwrite_card and not is_unedited(written):
+        return written, [f"{CARD_NAME} of the folder is uploaded as it is; overwrite_card replaces it"]
+    card = build_card(folder.path, repo, license=license, base_model=base_model, token=token, endpoint=endpoint)
+    return str(card), []
+
+
+class Upload:
+    """The steps on the Hub, each of which says where it failed, without the token."""
+
+    def __init__(self, api: HfApi, repo: str, token: str | None):
+        self.api, self.repo = api, repo
+        self.secret = token or get_token()
+
+    def run(self, result: PushResult, files: dict, private: bool, revision, message: str, keep_remote_card: bool):
+        """Create what is missing, then commit everything at once; fills in `result`."""
+        api, repo = self.api, self.repo
+        self.step("creating the repository", api.create_repo, repo, private=private or None, exist_ok=True)
+        if private and not self.step("reading the repository", api.model_info, repo).private:
+            raise ValueError(f"private=True, but the repository {repo!r} exists and is public; nothing was uploaded")
+        if revision is not None:
+            self.step("creating the branch", api.create_branch, repo, branch=revision, exist_ok=True)
+        additions = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+        remote = self.step("reading the repository's card", self._remote_card, revision)
+        if keep_remote_card and remote is not None and not is_unedited(remote):
+            result.card, result.files = remote, sorted(files)
+            result.notes.append(
+                f"{CARD_NAME} of the repository was kept: somebody wrote it; overwrite_card replaces it"
+            )
+        else:
+            additions.append(CommitOperationAdd(CARD_NAME, result.card.encode()))
+        # Not upload_folder: with Xet it commits in batches and splits a batch that fails, which can leave half a model.
+        commit = self.step("uploading", api.create_commit, repo, additions, commit_message=message, revision=revision)
+        result.url = commit.commit_url
+
+    def _remote_card(self, revision: str | None) -> str | None:
+        with tempfile.TemporaryDirectory(prefix="distattn_card_") as cache:
+            try:
+                file = self.api.hf_hub_download(self.repo, CARD_NAME, revision=revision, cache_dir=cache)
+            except (RemoteEntryNotFoundError, RevisionNotFoundError):
+                return None
+            return Path(file).read_text(encoding="utf-8")
+
+    def step(self, doing: str, function, *args, **kwargs):
+        """Call the Hub; raises `OSError` with what was being done, the status and the server's words."""
+        try:
+            return function(*args, **kwargs)
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            text = " ".join(str(cause).split()) or type(cause).__name__
+            if self.secret:
+                text = text.replace(self.secret, "<token>")
+            if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+                text += "; check the token (HF_TOKEN or `hf auth login`) and that it may write there"
+        # Outside the handler: the client's own exception may carry the request, and with it the token.
+        raise OSError(f"push to {self.repo!r} failed while {doing}: {text}")
