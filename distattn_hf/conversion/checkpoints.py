@@ -119,7 +119,9 @@ def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
 def _load_embedded(checkpoint: EmbeddedCheckpoint):
     folder = checkpoint.folder()
     if checkpoint.name == "minilm":
-        return AutoModel.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
+        model, tokenizer = (auto.from_pretrained(folder / "model") for auto in (AutoModel, AutoTokenizer))
+        model.config.name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
+        return model, tokenizer
     if checkpoint.name == "smollm2-135m":
         return _load_gguf(folder)
     return _load_iglm(folder, {"iglm": "IgLM", "iglm-s": "IgLM-S"}[checkpoint.name])

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -103,10 +104,19 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
             "converted; allow more, or use more landmarks or a larger window"
         )
     report.calibration_tokens = tokens
+    report.base_model = _hub_name(model)
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
     student.converted_from = model.config.name_or_path
     return student
+
+
+def _hub_name(model) -> str | None:
+    """The name a model was loaded by, unless that is a folder, which says nothing elsewhere."""
+    name = str(model.config.name_or_path or "")
+    return (
+        name if name and name.count("/") <= 1 and not name.startswith((".", "~")) and not Path(name).exists() else None
+    )
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -339,5 +349,6 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)
     report = _report(model.base_class, model, modules, divergences, block["init"], saved.warnings if saved else [])
     if saved:
-        report.calibration_tokens, report.seconds = saved.calibration_tokens, saved.seconds
+        for name in ("calibration_tokens", "seconds", "base_model"):
+            setattr(report, name, getattr(saved, name))
     return report

@@ -31,7 +31,7 @@ class ConversionReport:
     """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
 
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
-    attention, by module.
+    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder.
     """
 
     base_architecture: str
@@ -42,6 +42,7 @@ class ConversionReport:
     warnings: list[str] = field(default_factory=list)
     calibration_tokens: int = 0
     seconds: float = 0.0
+    base_model: str | None = None
 
     @property
     def mean_alpha(self) -> float | None:

@@ -32,7 +32,7 @@ class BaseModel:
 
 
 def find_base_model(named: str | None, taught: str | None, api: HfApi) -> BaseModel:
-    """Look the base model up: `named` by the user, who is believed, or `taught`, the scorecard's teacher.
+    """Look the base model up: `named` by the user, who is believed, or `taught`, the scorecard's or report's teacher.
 
     A folder is asked for the front matter of its README.md, an embedded checkpoint for its entry, the Hub for the rest.
     A teacher that is none of these may have been a folder on another machine, so it is not called a Hub model.

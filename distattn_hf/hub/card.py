@@ -50,7 +50,7 @@ def build_card(
     Args:
         license: the licence's identifier on the Hub; None takes the base model's.
         base_model: a Hub name, a folder (its README.md is read), or an embedded checkpoint; None takes the scorecard's
-            teacher where that is known to be one of these.
+            teacher, or what the report names, where that is known to be one of these.
         token, endpoint: for looking the base model up, as in `push`.
 
     Raises:
@@ -59,7 +59,8 @@ def build_card(
     validate_repo_id(repo)
     folder = read_folder(path)
     scorecard = folder.scorecard or {}
-    base = find_base_model(base_model, scorecard.get("teacher"), HfApi(endpoint=endpoint, token=token))
+    taught = scorecard.get("teacher") or (folder.report and folder.report.base_model)
+    base = find_base_model(base_model, taught, HfApi(endpoint=endpoint, token=token))
     if license is not None:
         base.metadata = {k: v for k, v in base.metadata.items() if k == "language"} | license_metadata(license)
     elif "license" not in base.metadata:

@@ -20,6 +20,8 @@ from transformers import (
 
 import distattn_hf
 from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion.convert import current_report
+from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.core.metrics import METRICS
 from tests.conversion.models import CLASSIFIER, FAMILIES, bert, gpt2, t5, token_batch
 
@@ -233,3 +235,15 @@ def test_a_family_used_for_the_first_time_has_one_class():
     student = convert(transformers.OlmoForCausalLM(config), AttentionSpec("sqeuclidean"), init="plain")
     assert type(student) is distattn_hf.DistAttnOlmoForCausalLM
     assert type(transformers.AutoModelForCausalLM.from_config(student.config)) is type(student)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("me/model", "me/model"), ("gpt2", "gpt2"), ("", None), ("/a/b", None), ("tests/core", None)]
+)
+def test_the_report_names_the_teacher_unless_it_was_a_folder(name, known, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    teacher = gpt2()
+    teacher.config.name_or_path = name
+    student = convert(teacher, AttentionSpec("l2"), init="plain")
+    assert ConversionReport.from_dict(student.conversion_report).base_model == known
+    assert current_report(student).base_model == known
