@@ -115,7 +115,8 @@ def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> 
         if num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW:
             logger.warning_once(
                 f"Nyström attention runs on a text of fewer than {EXACT_IS_FASTER_BELOW:,} tokens, where exact "
-                f"attention is faster; AttentionSpec(mechanism='nystrom', exact_below={EXACT_IS_FASTER_BELOW}) uses it there"
+                "attention is faster; "
+                f"AttentionSpec(mechanism='nystrom', exact_below={EXACT_IS_FASTER_BELOW}) uses it there"
             )
         return None
     seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
