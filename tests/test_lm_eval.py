@@ -32,7 +32,7 @@ def bits_per_byte(model, tokenizer, monkeypatch) -> float:
     from lm_eval.tasks import TaskManager
 
     monkeypatch.chdir(TASKS.parents[1])
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=MAX_LENGTH, batch_size=4)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=MAX_LENGTH, batch_size=4, device="cpu")
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     found = simple_evaluate(
         model=lm, tasks=["heldout_chapters"], task_manager=manager, limit=CHAPTERS, bootstrap_iters=0
