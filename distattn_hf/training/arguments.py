@@ -1,0 +1,246 @@
+"""One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..conversion.convert import INITS
+from ..conversion.specs import read_specs
+from ..core.configuration_distattn import AttentionSpec
+from .data import DataArguments
+from .objectives import STAGES, TASKS
+from .stages import StageOptions, refuse_unknown
+
+CONTROLS = ("plain", "window_only", "no_attention")
+FINETUNED = "teacher_finetuned"
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is converted before it is adapted.
+
+    Args:
+        teacher: Hub name, folder or embedded checkpoint ("minilm", "smollm2-135m", "iglm").
+        task: one of `TASKS`; None: what the teacher's head is for.
+        student: folder or Hub name of a converted checkpoint; None: the teacher is converted as `spec` says.
+        spec: fields of an `AttentionSpec`, a list of such mappings, or a YAML file with one.
+        init: "calibrated", "exact" or "plain".
+        calibration_data: text for the fit, as `distattn convert --calibration`; None: the training data.
+        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    teacher: str | None = None
+    task: str | None = None
+    student: str | None = None
+    spec: Any = None
+    init: str = "calibrated"
+    calibration_data: str | None = None
+    calibration_steps: int | None = None
+    calibration_tokens: int | None = None
+    calibration_length: int | None = None
+    max_error: float | None = None
+
+    def __post_init__(self):
+        if not self.teacher or not isinstance(self.teacher, str):
+            raise ValueError(f"teacher must be a Hub name, a folder or an embedded checkpoint, got {self.teacher!r}")
+        if self.task is not None and self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {self.init!r}")
+        if (self.student is None) == (self.spec is None):
+            raise ValueError(
+                f"give either spec (the teacher is converted) or student (a converted checkpoint), got "
+                f"spec={self.spec!r}, student={self.student!r}"
+            )
+        self.specs = _specs(self.spec)
+
+
+def _specs(spec) -> list[AttentionSpec] | None:
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        return read_specs(spec)
+    entries = spec if isinstance(spec, list) else [spec]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"spec must be AttentionSpec fields, a list of them, or a YAML file, got {spec!r}")
+    return [AttentionSpec.from_dict(entry) for entry in entries]
+
+
+@dataclass
+class AdaptationArguments(StageOptions):
+    """Which stages run, with which options, and what the scorecard compares.
+
+    Args:
+        stages: some of "transfer", "distillation", "task", in the order in which they run.
+        stage_options: {stage: {field: value}}: fields of `StageOptions` or `TrainingArguments` for one stage alone.
+        teacher_finetuned: also fine-tune the teacher on the same data for as many steps as all stages together (or as
+            stage_options.teacher_finetuned says), and compare with that.
+        controls: some of "plain" (swapped, no fit), "window_only" (Nyström without its far field) and "no_attention".
+        pair_columns: [query, passage], two columns of the evaluation data, for retrieval; encoders only.
+        max_pairs: how many of the last pairs to use.
+
+    Beside these, the fields of `StageOptions` are what all stages share.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    stages: list[str] = field(default_factory=lambda: ["transfer"])
+    stage_options: dict = field(default_factory=dict)
+    teacher_finetuned: bool = False
+    controls: list[str] = field(default_factory=list)
+    pair_columns: list[str] | None = None
+    max_pairs: int = 300
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in (("stages", STAGES), ("controls", CONTROLS)):
+            values = getattr(self, name)
+            if not isinstance(values, list) or len(set(map(str, values))) != len(values):
+                raise ValueError(f"{name} must be a list without repetition, got {values!r}")
+            for value in values:
+                if value not in allowed:
+                    raise ValueError(f"{name} must be some of {', '.join(allowed)}, got {value!r}")
+        if not self.stages:
+            raise ValueError(f"stages must name at least one of {', '.join(STAGES)}, got an empty list")
+        if not isinstance(self.stage_options, dict):
+            raise ValueError(f"stage_options must be a mapping, got {self.stage_options!r}")
+        refuse_unknown(self.stage_options, [*STAGES, FINETUNED], "stage_options")
+        known = _names(StageOptions) | _names(TrainingArguments) - {"output_dir"}
+        for stage, options in self.stage_options.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
+            refuse_unknown(options, known, f"stage_options.{stage}")
+        if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
+            raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
+
+    def options_for(self, stage: str) -> StageOptions:
+        """The options of one stage: what is shared, with the stage's own in place; mappings are merged."""
+        shared = {f.name: getattr(self, f.name) for f in fields(StageOptions)}
+        own = {k: v for k, v in self.stage_options.get(stage, {}).items() if k in shared}
+        if "learning_rates" in own:
+            own["learning_rates"] = {**shared["learning_rates"], **own["learning_rates"]}
+        return StageOptions(**{**shared, **own})
+
+
+def _names(kind) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
+
+
+@dataclass
+class AdaptationConfig:
+    """All arguments of an adaptation; `values` is what the file and the command line said."""
+
+    model: ModelArguments
+    adaptation: AdaptationArguments
+    data: DataArguments
+    training: TrainingArguments
+    values: dict
+
+    def training_for(self, stage: str) -> TrainingArguments:
+        """transformers' arguments of one stage: its own in place of the shared ones, output in a folder of its own."""
+        known = _names(TrainingArguments)
+        shared = {k: v for k, v in self.values.items() if k in known}
+        own = {k: v for k, v in self.adaptation.stage_options.get(stage, {}).items() if k in known}
+        return TrainingArguments(**{**shared, **own, "output_dir": str(Path(self.training.output_dir) / stage)})
+
+
+def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
+    """The arguments in a YAML file, with `key=value` overrides (dots for nested keys: spec.metric=l1).
+
+    Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
+    value that a field does not take.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r} does not exist")
+    values = _yaml(path.read_text(encoding="utf-8"), f"config {str(path)!r}")
+    if not isinstance(values, dict):
+        raise ValueError(f"config {str(path)!r} must hold a mapping of arguments, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict) -> AdaptationConfig:
+    """The arguments in a mapping; raises as `read_config`."""
+    kinds = (ModelArguments, AdaptationArguments, DataArguments, TrainingArguments)
+    refuse_unknown(values, set().union(*map(_names, kinds)))
+    for name in ("teacher", "train_data", "output_dir"):
+        if not values.get(name):
+            raise ValueError(f"{name} must be given, got {values.get(name)!r}")
+    try:
+        # Two kinds have a `seed`: one value serves both.
+        parsed = HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
+    except TypeError as error:
+        raise ValueError(f"a value has the wrong type: {error}") from error
+    config = AdaptationConfig(*parsed, values)
+    _check(config)
+    return config
+
+
+def _check(config: AdaptationConfig) -> None:
+    """What can be wrong between fields, before anything is loaded."""
+    adaptation, model = config.adaptation, config.model
+    for stage in adaptation.stages:
+        options = adaptation.options_for(stage)
+        options.trains(stage)
+        training = config.training_for(stage)
+        if training.max_steps <= 0 and training.num_train_epochs <= 0:
+            raise ValueError(f"stage {stage!r}: set max_steps or num_train_epochs")
+        if model.specs and all(s.mechanism != "nystrom" for s in model.specs):
+            for name in ("window_size", "num_landmarks"):
+                if getattr(options.annealing, name) is not None:
+                    raise ValueError(f"anneal.{name} needs a spec with mechanism='nystrom'")
+    nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]
+    if "plain" in adaptation.controls and (not nystrom or any(nystrom)):
+        raise ValueError("controls: 'plain' needs a spec with mechanism='distance' (landmarks cannot do without a fit)")
+    if "window_only" in adaptation.controls and nystrom and not any(nystrom):
+        raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom'")
+    if model.task == "embedding" and (adaptation.teacher_finetuned or "task" in adaptation.stages):
+        raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
+
+
+def _override(values: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override must be key=value, got {override!r}")
+    *parents, last = key.split(".")
+    place = values
+    for number, name in enumerate(parents):
+        place = place.setdefault(name, {}) if isinstance(place, dict) else place[int(name)]
+        if not isinstance(place, dict | list):
+            where = ".".join(parents[: number + 1])
+            raise ValueError(f"override {override!r}: {where!r} is {place!r}, which has no fields")
+    value = _yaml(text, f"override {override!r}")
+    if isinstance(place, list):
+        if not last.isdigit() or int(last) >= len(place):
+            raise ValueError(f"override {override!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _yaml(text: str, where: str):
+    try:
+        return _numbers(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
+
+
+def _numbers(value):
+    """YAML 1.1 reads 1e-3 as text; here it is a number, as everyone means it."""
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value

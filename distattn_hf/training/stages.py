@@ -1,0 +1,282 @@
+"""One stage of an adaptation: what trains at which rate, what is minimised, what is annealed. Both drivers use it."""
+
+import copy
+import re
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+
+from ..core.discovery import base_prefix
+from .objectives import STAGES, TASKS, AttentionTransfer, Distillation, label_loss
+from .schedules import Annealing, AnnealingOptions
+
+TRAIN = ("attention", "attention+qk", "all", "lora")
+GROUPS = ("attention", "qk", "rest")
+# What transformers' attention modules call the layers that make query and key; fused ones make value, too.
+_QUERY_KEY = re.compile(
+    r"(q|k|query|key|q_proj|k_proj|q_lin|k_lin|q_norm|k_norm|query_proj|key_proj|q_layernorm|k_layernorm|to_q|to_k|c_attn"
+    r"|q_attn|qkv|qkv_proj|Wqkv|in_proj|query_key_value|query_ln|key_ln)"
+)
+
+
+@dataclass
+class StageOptions:
+    """How one stage trains.
+
+    Args:
+        train: "attention" (λ, α, shift, maps, landmarks), "attention+qk" (also the query and key projections), "all" or
+            "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
+        learning_rates: {"attention", "qk", "rest": rate}; what is not given takes TrainingArguments.learning_rate.
+            Adapters belong to "rest".
+        temperature, hidden_weight, task_weight, dropout: of `Distillation`.
+        anneal: fields of `AnnealingOptions`.
+        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets None: those peft knows for the model.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    train: str | None = None
+    learning_rates: dict = field(default_factory=dict)
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    task_weight: float = 0.0
+    dropout: bool = False
+    anneal: dict = field(default_factory=dict)
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_targets: list[str] | None = None
+
+    def __post_init__(self):
+        if self.train is not None and self.train not in TRAIN:
+            raise ValueError(f"train must be one of {', '.join(TRAIN)} or None, got {self.train!r}")
+        for name in ("learning_rates", "anneal"):
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, {})
+            elif not isinstance(value, dict):
+                raise ValueError(f"{name} must be a mapping, got {value!r}")
+        refuse_unknown(self.learning_rates, GROUPS, "learning_rates")
+        for name, rate in self.learning_rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 0:
+                raise ValueError(
+                    f"learning_rates.{name} must be a number >= 0 (in YAML 1.0e-3, not 1e-3), got {rate!r}"
+                )
+        refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
+        self.annealing = AnnealingOptions(**self.anneal)
+        if not isinstance(self.lora_r, int) or self.lora_r < 1:
+            raise ValueError(f"lora_r must be an integer >= 1, got {self.lora_r!r}")
+
+    def trains(self, stage: str) -> str:
+        """What trains in `stage`; raises `ValueError` for what attention transfer gives no gradient."""
+        if self.train is None:
+            return "attention" if stage == "transfer" else "all"
+        if stage == "transfer" and self.train in ("all", "lora"):
+            raise ValueError(
+                f"train={self.train!r} does not go with stage 'transfer', which has no gradients beyond 'attention' or "
+                "'attention+qk'; set stage_options.transfer.train"
+            )
+        return self.train
+
+
+def refuse_unknown(given, known, where: str = "") -> None:
+    """Raise `ValueError` for the first key of `given` that is not in `known`, with the closest names."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(sorted(known))}"
+            raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
+
+
+def group_of(name: str, student) -> str:
+    """The group of a parameter of `student` by its name: "attention", "qk" or "rest"."""
+    dotted = f".{name}"
+    if ".distattn." in dotted:
+        return "attention"
+    if "lora_" in name:
+        return "rest"
+    prefix = base_prefix(student)
+    for module in student.attention_states:
+        for start in (f".{prefix}{module}.", f".{module}."):
+            if dotted.startswith(start):
+                return "qk" if _QUERY_KEY.fullmatch(dotted[len(start) :].split(".")[0]) else "rest"
+    return "rest"
+
+
+def set_trainable(student, train: str, task: str) -> None:
+    """Let exactly the parameters of `train` require gradients.
+
+    Raises `ValueError` where "attention+qk" finds no query or key projection, or nothing is left to train.
+    """
+    groups = {name: group_of(name, student) for name, _ in student.named_parameters()}
+    chosen = {"attention": {"attention"}, "attention+qk": {"attention", "qk"}, "lora": {"attention"}}.get(train)
+    if train == "attention+qk" and "qk" not in groups.values():
+        example = next(iter(student.attention_states))
+        children = sorted({n.split(".")[0] for n, _ in dict(student.named_modules())[example].named_children()})
+        raise ValueError(f"train='attention+qk': no query or key projection known by name; {example!r} has {children}")
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(chosen is None or groups[name] in chosen)
+        if task == "embedding" and re.search(r"(^|\.)pooler\.", name):
+            # The loss is on token embeddings, so it would never get a gradient, which DDP takes for an error.
+            parameter.requires_grad_(False)
+
+
+def frozen_copy(student, teacher):
+    """A converted model like `student` with the weights of `teacher`, frozen: the one that goes first in transfer.
+
+    Raises `ValueError` for a teacher whose parameters are not the student's.
+    """
+    frozen = copy.deepcopy(student).requires_grad_(False).eval()
+    missing, unexpected = frozen.load_state_dict(teacher.state_dict(), strict=False)
+    missing = [name for name in missing if ".distattn." not in f".{name}"]
+    if wrong := [*missing, *unexpected]:
+        raise ValueError(f"teacher and student differ in {wrong[0]!r} ({len(wrong)} parameters)")
+    return frozen
+
+
+class Stage:
+    """One stage of the adaptation of `student`: `loss`, `parameter_groups`, `annealing`, and `finish` at the end.
+
+    Args:
+        name: "transfer", "distillation" or "task".
+        student: a converted model (any model, in stage "task").
+        teacher: the model it came from; frozen, and needed by distillation, and by transfer that trains projections.
+        task: one of `TASKS`.
+        recompute: save memory in attention transfer, where gradient checkpointing has nothing to save.
+
+    `model` is what trains: the student, or a PeftModel around it.
+    """
+
+    def __init__(self, name: str, student, teacher, task: str, options: StageOptions, *, recompute: bool = False):
+        if name not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
+        if task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+        if name == "task" and task == "embedding":
+            raise ValueError("stage 'task' needs a head with a loss, which an encoder has not; use distillation")
+        self.name, self.student, self.task, self.options = name, student, task, options
+        self.converted = hasattr(student, "attention_states")
+        self.trains = options.trains(name) if self.converted else "all"
+        set_trainable(student, self.trains, task) if self.converted else student.requires_grad_(True)
+        self.annealing = Annealing(student, options.annealing) if options.annealing.active else None
+        self.model = self._with_adapters() if self.trains == "lora" else student
+        self.objective = None
+        if teacher is not None and name != "task":
+            teacher.requires_grad_(False).eval()
+        if name == "transfer":
+            frozen = frozen_copy(student, teacher) if self.trains == "attention+qk" else None
+            self.objective = AttentionTransfer(student, frozen, recompute=recompute)
+        elif name == "distillation":
+            self.objective = Distillation(
+                teacher,
+                task,
+                temperature=options.temperature,
+                hidden_weight=options.hidden_weight,
+                task_weight=options.task_weight,
+                dropout=options.dropout,
+            )
+
+    def _with_adapters(self):
+        from peft import LoraConfig, get_peft_model
+
+        options = self.options
+        config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=options.lora_targets)
+        own = [p for n, p in self.student.named_parameters() if p.requires_grad]
+        model = get_peft_model(self.student, config)
+        # peft freezes all but the adapters.
+        for parameter in own:
+            parameter.requires_grad_(True)
+        return model
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `loss` comes with predictions for labels."""
+        return self.name != "transfer" and self.task != "embedding"
+
+    @property
+    def counts_items(self) -> bool:
+        """Whether the loss is a mean over labels, of which a step counts all in all its parts."""
+        config = self.student.config
+        if self.task == "sequence-classification" and config.num_labels == 1:
+            return False
+        return self.has_output and config.problem_type in (None, "single_label_classification")
+
+    def loss(self, model: nn.Module, inputs: dict, num_items=None) -> tuple[torch.Tensor, object]:
+        """(loss, model output or None) of one batch; `model` is `self.model` or what wraps it."""
+        if self.name == "transfer":
+            return self.objective(model, inputs), None
+        if self.name == "distillation":
+            return self.objective(model, inputs, num_items)
+        if num_items is None or not self.counts_items:
+            output = model(**inputs)
+            return output.loss, output
+        if self.task == "causal-lm":
+            output = model(**inputs, num_items_in_batch=num_items)
+            return output.loss, output
+        # These models take num_items_in_batch without a word and return the mean over their own part.
+        output = model(**inputs)
+        return label_loss(output.logits, inputs["labels"], num_items), output
+
+    def place(self, device) -> None:
+        """Move the frozen teacher to where the student trains."""
+        teacher = getattr(self.objective, "teacher", None)
+        if teacher is not None:
+            teacher.to(device)
+
+    def parameter_groups(self, model: nn.Module, learning_rate: float, weight_decay: float, decayed) -> list[dict]:
+        """Optimizer groups {"name", "params", "lr", "weight_decay"} of the trainable parameters of `model`.
+
+        decayed: names of the parameters that weight decay is for. It never is for attention parameters: it would pull
+        λ towards 1, where most metrics are uniform, and maps towards 0.
+        """
+        groups: dict[tuple[str, bool], list] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kind = group_of(_plain(name), self.student) if self.converted else "rest"
+                # In transfer the value part of fused projections gets no gradient, and is to stay what it is.
+                decays = kind != "attention" and self.name != "transfer" and name in decayed
+                groups.setdefault((kind, decays), []).append(parameter)
+        if not groups:
+            raise ValueError(f"stage {self.name!r}, train={self.trains!r}: no parameter is left to train")
+        return [
+            {
+                "name": kind if decays or kind == "attention" else f"{kind} (no decay)",
+                "params": parameters,
+                "lr": float(self.options.learning_rates.get(kind, learning_rate)),
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+            for (kind, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ]
+
+    def trained_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def finish(self):
+        """The student as it is after the stage, adapters merged, all parameters trainable again."""
+        student = self.model.merge_and_unload() if self.trains == "lora" else self.student
+        return student.requires_grad_(True).eval()
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers (DDP, PEFT, compile) put before and into it."""
+    for part in ("module.", "_orig_mod.", "base_model.model."):
+        name = name.removeprefix(part)
+    return name.replace(".base_layer.", ".")
+
+
+@torch.no_grad()
+def attention_means(student) -> dict[str, float]:
+    """Mean λ and α over the heads of each metric: {"lambda/l2": ..., "alpha/l2": ...}."""
+    found: dict[str, list] = {}
+    for state in student.attention_states.values():
+        for group in state.groups:
+            lam = group.lam()
+            if isinstance(lam, torch.Tensor):
+                found.setdefault(f"lambda/{group.metric}", []).append(lam.float().flatten())
+            if group.transform != "none":
+                found.setdefault(f"alpha/{group.metric}", []).append(group.log_alpha.float().exp().flatten())
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()}

@@ -1,0 +1,215 @@
+"""`AdaptationTrainer`: transformers' `Trainer` over one `Stage`, and the checks before anything trains."""
+
+import errno
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..core.configuration_distattn import MODEL_TYPE_PREFIX
+from .checkpoints import check_space, last_checkpoint
+from .schedules import AnnealingCallback
+from .stages import Stage, attention_means
+
+_BESIDE_ADAPTER = "distattn_parameters.safetensors"
+_SECONDS = "seconds.txt"
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite; no step was made with it."""
+
+
+def check_pair(teacher, student) -> None:
+    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
+
+    Names the first parameter or the config field that differs.
+    """
+    base = getattr(student, "base_class", None)
+    if base is None:
+        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
+    theirs = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if base.config_class.model_type != theirs:
+        raise ValueError(
+            f"teacher and student are of different families: {type(teacher).__name__} (model_type {theirs!r}) and "
+            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
+        )
+    if not isinstance(teacher, base):
+        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
+    mine = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
+    for name, parameter in teacher.named_parameters():
+        if mine.pop(name, None) != tuple(parameter.shape):
+            shape = dict(student.named_parameters()).get(name)
+            raise ValueError(
+                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
+                f"{None if shape is None else tuple(shape.shape)} in the student"
+            )
+    if mine:
+        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
+
+
+def check_tokenizers(model, tokenizer, other=None) -> None:
+    """Raise `ValueError` for a tokenizer with more tokens than `model`, or with another vocabulary than `other`."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (count := len(tokenizer)) > rows:
+        raise ValueError(f"tokenizer has {count} tokens but {type(model).__name__} embeds {rows}: not its tokenizer")
+    if other is None:
+        return
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine != theirs:
+        different = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
+        raise ValueError(
+            f"teacher and student have tokenizers with different vocabularies ({len(mine)} and {len(theirs)} tokens): "
+            f"{different!r} is {mine.get(different)} and {theirs.get(different)}"
+        )
+
+
+def check_data(name: str, dataset) -> None:
+    """Raise `ValueError` for a data set without a single example, also a streamed one."""
+    if dataset is None:
+        raise ValueError(f"{name} must be a data set, got None")
+    empty = len(dataset) == 0 if hasattr(dataset, "__len__") else next(iter(dataset), None) is None
+    if empty:
+        raise ValueError(f"{name} is empty: it holds no example (is every text shorter than what is asked for?)")
+
+
+class AdaptationTrainer(Trainer):
+    """`Trainer` for one stage of an adaptation; everything of `TrainingArguments` works as ever.
+
+    Args:
+        stage: what trains, what is minimised, what is annealed. Its `model` is trained.
+        args, and everything else: as in `Trainer`.
+
+    Raises:
+        ValueError: an empty data set; annealing or transfer under FSDP or DeepSpeed; while training, a loss that is
+            not finite (`NonFiniteLossError`, with the step and the last good checkpoint).
+        OSError: no space for a checkpoint, found before it is written; what was saved before stays.
+    """
+
+    def __init__(self, stage: Stage, args, *, train_dataset, callbacks=None, **kwargs):
+        check_data("train_dataset", train_dataset)
+        self.stage = stage
+        if stage.name != "task" and args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} is for stage 'task'; set stage_options.task"
+            )
+        if stage.name == "transfer" and args.activation_checkpointing:
+            # There is no graph through the model to save; what a layer keeps for itself can be computed again.
+            stage.objective.recompute = True
+            args.activation_checkpointing = args.gradient_checkpointing = False
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start one process each with accelerate launch or torchrun"
+            )
+        super().__init__(stage.model, args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
+        if stage.name == "transfer" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "stage 'transfer' takes a loss out of each layer's middle, where FSDP and DeepSpeed do not gather "
+                "parameters for the backward pass; it needs little memory: run it by DDP (configs/accelerate)"
+            )
+        if stage.annealing is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("anneal sets parameters in place, which FSDP and DeepSpeed cut up; train without it")
+            self.add_callback(AnnealingCallback(stage.annealing))
+        stage.place(self.args.device)
+        self._own_loss = stage.name == "task" and (
+            self.label_smoother is not None or self.compute_loss_func is not None
+        )
+        if not self._own_loss:
+            self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = stage.counts_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The stage's loss."""
+        if self._own_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self.stage.loss(model, inputs, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # DDP takes the mean over processes of what is a share of the whole batch's sum.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        """As in `Trainer`, with mean λ and α of each metric beside a loss."""
+        if self.stage.converted and "loss" in logs:
+            logs.update({name: round(value, 6) for name, value in attention_means(self.stage.student).items()})
+        super().log(logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A step; raises `NonFiniteLossError` before the optimizer moves."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss).all()):
+            raise NonFiniteLossError(
+                f"stage {self.stage.name!r}: the loss is {float(loss)} at step {self.state.global_step + 1}; "
+                f"{self._last_good()}. Lower the learning rate (learning_rates.attention first), or look at the data"
+            )
+        return loss
+
+    def _last_good(self) -> str:
+        found = last_checkpoint(self.args.output_dir)
+        return f"the last good checkpoint is {str(found)!r}" if found else "no checkpoint was saved before"
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As in `Trainer`; in transfer, and for encoders, there is only a loss."""
+        if self._own_loss or self.stage.has_output:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        """transformers' choice of optimizer, with the stage's parameter groups."""
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if not {"params", "model", "optimizer_dict"} & kwargs.keys():
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            kwargs["params"] = self.stage.parameter_groups(model, args.learning_rate, args.weight_decay, decayed)
+        return optimizer, kwargs
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As in `Trainer`; True resumes from the last complete checkpoint, and starts anew where there is none."""
+        if resume_from_checkpoint is True:
+            found = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if found is None else str(found)
+        self._started, self._seconds_before = time.perf_counter(), 0.0
+        if resume_from_checkpoint:
+            file = Path(resume_from_checkpoint) / _SECONDS
+            self._seconds_before = float(file.read_text()) if file.is_file() else 0.0
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken; of a run that was cut off, up to the checkpoint it went on from."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            check_space(folder, self.model, with_optimizer=not self.args.save_only_model)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                (folder / _SECONDS).write_text(str(self.seconds), encoding="utf-8")
+        except OSError as error:
+            if self.args.should_save and not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            if error.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, f"{error.strerror or error}; {self._last_good()}") from error
+            raise
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.stage.trains == "lora" and self.args.should_save:
+            # An adapter's folder holds the adapter alone.
+            own = {n: p.detach().contiguous() for n, p in self.stage.student.named_parameters() if ".distattn." in n}
+            save_file(own, os.path.join(output_dir or self.args.output_dir, _BESIDE_ADAPTER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, _BESIDE_ADAPTER)
+        if os.path.isfile(path):
+            self.stage.student.load_state_dict(load_file(path), strict=False)

@@ -1,0 +1,185 @@
+"""The stages of `distattn adapt` as a plain Accelerate loop, to read and to change.
+
+accelerate launch scripts/adapt_accelerate.py configs/training/minilm_l1.yaml [key=value ...]
+
+Same YAML, same losses, same folders as `distattn adapt`; no scorecard and no evaluation. Run it again to go on where it
+stopped.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
+
+from distattn_hf.conversion.checkpoints import load_checkpoint
+from distattn_hf.conversion.saving import save_checkpoint
+from distattn_hf.experiments.adapt import converted, task_of
+from distattn_hf.training.arguments import read_config
+from distattn_hf.training.data import build_data
+from distattn_hf.training.stages import Stage, attention_means
+from distattn_hf.training.trainer import check_data, check_pair, check_tokenizers
+
+
+def main() -> None:
+    """Convert, then run the stages one after another."""
+    config = read_config(sys.argv[1], sys.argv[2:])
+    out = Path(config.training.output_dir)
+    # Before the Accelerator: each TrainingArguments sets up devices anew and forgets what an Accelerator has set up.
+    stages = {name: config.training_for(name) for name in config.adaptation.stages}
+    accelerator = Accelerator(
+        cpu=config.training.use_cpu,
+        mixed_precision=config.training.mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        # A step of the schedule is a step of training, whatever the number of processes.
+        step_scheduler_with_optimizer=False,
+    )
+    teacher, tokenizer = load_checkpoint(config.model.teacher)
+    check_tokenizers(teacher, tokenizer)
+    task = task_of(teacher)
+    with accelerator.main_process_first():
+        data = build_data(config.data, task, tokenizer, teacher.config)
+    check_data("train_data", data.train)
+
+    folder = out / "calibrated"
+    if accelerator.is_main_process and not folder.exists():
+        given = config.model.student
+        student = load_checkpoint(given)[0] if given else converted(config, teacher, tokenizer, data)
+        save_checkpoint(student, tokenizer, folder)
+    accelerator.wait_for_everyone()
+
+    for name, arguments in stages.items():
+        final = out / name / "final"
+        if not final.exists():
+            student = load_checkpoint(folder)[0]
+            check_pair(teacher, student)
+            run_stage(accelerator, config, name, arguments, student, teacher, tokenizer, task, data, final)
+        folder = final
+    accelerator.print(f"saved to {folder}")
+    accelerator.end_training()
+
+
+def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer, task, data, final: Path) -> None:
+    """Train one stage and save the student to `final`, and the loss of each step beside it."""
+    options = config.adaptation.options_for(name)
+    set_seed(arguments.seed)
+    stage = Stage(name, student, teacher, task, options, recompute=arguments.activation_checkpointing)
+    if arguments.activation_checkpointing and name != "transfer":
+        stage.model.activation_checkpointing_enable()
+    stage.place(accelerator.device)
+    loader = DataLoader(
+        data.train,
+        batch_size=arguments.per_device_train_batch_size,
+        shuffle=arguments.train_sampling_strategy == "random" and not config.data.streaming,
+        collate_fn=data.collator,
+    )
+    if options.annealing.num_landmarks is not None:
+        student.to(accelerator.device)
+        stage.annealing.choose_landmarks([batch_to(b, accelerator.device) for b in islice(loader, 4)])
+
+    # What trains, at which rate. Weight decay leaves λ, α and maps alone.
+    decayed = set(Trainer.get_decay_parameter_names(None, stage.model))
+    groups = stage.parameter_groups(stage.model, arguments.learning_rate, arguments.weight_decay, decayed)
+    optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(arguments, stage.model)
+    optimizer = optimizer_class(groups, **optimizer_options)
+    model, optimizer, loader = accelerator.prepare(stage.model, optimizer, loader)
+    parts = arguments.gradient_accumulation_steps
+    per_epoch = -(-len(loader) // parts) if hasattr(loader, "__len__") else arguments.max_steps
+    total = arguments.max_steps if arguments.max_steps > 0 else int(arguments.num_train_epochs * per_epoch)
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        arguments.get_warmup_steps(total),
+        total,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or {},
+    )
+    scheduler = accelerator.prepare(scheduler)
+
+    step = resume(accelerator, final.parent)
+    random_state = torch.get_rng_state() if step else None
+    losses: list[float] = []
+    while step < total:
+        loader.set_epoch(step // per_epoch)
+        batches = iter(skip_first_batches(loader, (step % per_epoch) * parts))
+        while step < total and (chunk := list(islice(batches, parts))):
+            if random_state is not None:
+                # Going through the data again to where it stopped has drawn from it.
+                torch.set_rng_state(random_state)
+                random_state = None
+            if stage.annealing is not None:
+                stage.annealing.apply(step, total)
+            loss = train_step(accelerator, stage, model, chunk)
+            if not torch.isfinite(loss):
+                raise ValueError(f"stage {name!r}: the loss is {float(loss)} at step {step + 1}")
+            if arguments.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            losses.append(float(loss))
+            if step % max(int(arguments.logging_steps), 1) == 0:
+                means = "  ".join(f"{key} {value:.4f}" for key, value in attention_means(student).items())
+                accelerator.print(f"{name} {step}/{total}  loss {loss:.5f}  {means}")
+            if step % max(int(arguments.save_steps), 1) == 0:
+                save(accelerator, final.parent, step, total)
+
+    if stage.annealing is not None:
+        stage.annealing.finish(total)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        (final.parent / "losses.json").write_text(json.dumps(losses))
+        save_checkpoint(stage.finish().to("cpu"), tokenizer, final)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory(model, optimizer)
+
+
+def train_step(accelerator, stage: Stage, model, batches: list[dict]) -> torch.Tensor:
+    """Forward and backward of all parts of one step; returns its loss, the mean over all processes."""
+    model.train()
+    num_items = None
+    if stage.counts_items:
+        labels = [batch["labels"][..., 1:] if stage.task == "causal-lm" else batch["labels"] for batch in batches]
+        num_items = accelerator.reduce(sum((part != -100).sum() for part in labels), "sum")
+    total = 0.0
+    for number, batch in enumerate(batches):
+        with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(model):
+            loss, _ = stage.loss(model, batch, num_items)
+            # DDP takes the mean over processes; a counted loss is already this part's share of the whole.
+            loss = loss * accelerator.num_processes if num_items is not None else loss / len(batches)
+            accelerator.backward(loss)
+        total = total + loss.detach()
+    return accelerator.reduce(total, "mean")
+
+
+def save(accelerator, folder: Path, step: int, total: int) -> None:
+    """folder/state-N, with a file that is written last and says that it is complete; older ones go."""
+    accelerator.save_state(str(folder / f"state-{step}"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (folder / f"state-{step}" / "done.json").write_text(json.dumps({"step": step, "total": total}))
+
+
+def resume(accelerator, folder: Path) -> int:
+    """Load the last complete state, if there is one; returns the steps it holds."""
+    steps = [int(path.parent.name.split("-")[1]) for path in folder.glob("state-*/done.json")]
+    if steps:
+        accelerator.load_state(str(folder / f"state-{max(steps)}"))
+    return max(steps, default=0)
+
+
+def batch_to(batch: dict, device) -> dict:
+    """The batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+if __name__ == "__main__":
+    main()

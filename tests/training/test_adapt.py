@@ -1,0 +1,217 @@
+"""`adapt` from a configuration to a student with a scorecard, and that nothing is done twice."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertModel
+
+from distattn_hf import AttentionSpec, convert
+from distattn_hf.analysis.scorecard import METRICS, Scorecard, no_attention, score_model, without_far_field
+from distattn_hf.experiments import adapt as module
+from distattn_hf.experiments.adapt import adapt, task_of
+from distattn_hf.training.arguments import parse_config
+from distattn_hf.training.data import build_data
+from tests.conversion.models import CLASSIFIER, bert, gpt2, llama, t5
+from tests.training.rows import checkpoint, text_file, values
+
+
+def test_stages_one_after_another(tmp_path, monkeypatch):
+    given = values(
+        tmp_path, llama(), stages=["transfer", "distillation", "task"], controls=["plain", "no_attention"],
+        teacher_finetuned=True, max_steps=3,
+    )  # fmt: skip
+    card = adapt(parse_config(given))
+    names = ["teacher", "teacher_finetuned", "plain", "calibrated", "transfer", "distillation", "task", "no_attention"]
+    assert [row.name for row in card.rows] == names
+    assert card.ratio_to == "teacher_finetuned"
+    assert card.checkpoint == "task"
+    base = card.row("teacher_finetuned")
+    for row in card.rows:
+        assert row.ratio == row.score / base.score
+        assert row.score == row.metrics["perplexity"]
+    # 4 rows of 16 tokens a step; the fine-tuned teacher gets as many steps as all stages together.
+    assert [card.row(name).tokens for name in ("transfer", "distillation", "task")] == [192, 384, 576]
+    assert base.tokens == 576
+    assert card.row("transfer").trained_parameters == 2 * 4 * 10
+    assert card.row("teacher").tokens is None
+    assert card.row("plain").score != card.row("calibrated").score
+    saved = json.loads((tmp_path / "run" / "student" / "distattn_scorecard.json").read_text())
+    assert saved == card.to_dict()
+    assert Scorecard.from_dict(saved) == card
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").eval()
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "task" / "final").eval()
+    ids = torch.tensor([[5, 9, 12]])
+    assert torch.equal(student(ids).logits, last(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "student")) == 64
+    table = card.table()
+    assert all(name in table for name in names)
+
+    def never(*arguments, **options):
+        raise AssertionError("done again")
+
+    for name in ("AdaptationTrainer", "convert", "score_model"):
+        monkeypatch.setattr(module, name, never)
+    again = adapt(parse_config({**given, "logging_steps": 5}))
+    assert again.to_dict() == card.to_dict()
+    with pytest.raises(ValueError, match="holds a run with learning_rate=0.001, now 0.002 .1 arguments differ"):
+        adapt(parse_config({**given, "learning_rate": 2e-3}))
+
+
+def test_perplexity_is_that_of_all_labels(tmp_path):
+    given = values(tmp_path, gpt2())
+    config = parse_config(given)
+    model = gpt2()
+    tokenizer = AutoTokenizer.from_pretrained(given["teacher"])
+    data = build_data(config.data, "causal-lm", tokenizer, model.config)
+    found = score_model(model, "causal-lm", data, tokenizer, batch_size=3, progress=False)
+    total, right, count = 0.0, 0, 0
+    for row in data.evaluation:
+        ids = torch.as_tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
+        right += int((logits.argmax(-1) == ids[1:]).sum())
+        count += len(ids) - 1
+    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["accuracy"] == right / count
+
+
+def test_an_encoder(tmp_path):
+    given = values(
+        tmp_path, bert(BertModel), stages=["transfer", "distillation"], pair_columns=["title", "text"], max_steps=2,
+        calibration_data=str(text_file(tmp_path / "calibration.jsonl", 8, seed=3)),
+    )  # fmt: skip
+    card = adapt(parse_config(given))
+    assert card.metric == "mrr"
+    assert card.greater_is_better
+    assert card.row("transfer").metrics.keys() == {"retrieval_at_1", "mrr"}
+    assert type(AutoModel.from_pretrained(tmp_path / "run" / "student")).__name__ == "DistAttnBertModel"
+
+
+def test_a_classifier_and_a_sequence_to_sequence_model(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    given = values(tmp_path / "a", bert(CLASSIFIER, num_labels=2), max_steps=2)
+    card = adapt(parse_config(given))
+    assert card.task == "sequence-classification"
+    assert 0 <= card.row("distillation").score <= 1
+    given = values(tmp_path / "b", t5(), max_steps=2, source_column="text", target_column="title", text_column=None)
+    card = adapt(parse_config(given))
+    assert card.task == "seq2seq"
+    assert card.row("distillation").score > 1
+
+
+def test_nystrom_with_its_controls_and_annealing(tmp_path):
+    given = values(
+        tmp_path, gpt2(), stages=["transfer"], max_length=32, max_steps=4,
+        spec={"mechanism": "nystrom", "num_landmarks": 6, "window_size": 8, "num_sinks": 1},
+        anneal={"num_landmarks": 3, "window_size": 4, "hold": 0.25}, controls=["window_only", "no_attention"],
+    )  # fmt: skip
+    card = adapt(parse_config(given))
+    assert {row.name for row in card.rows} == {"teacher", "calibrated", "window_only", "no_attention", "transfer"}
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    spec = student.config.attention_specs[0]
+    assert (spec.num_landmarks, spec.window_size) == (3, 4)
+    assert {g.num_heads for s in student.attention_states.values() for g in s.groups} == {4}
+    assert all(tuple(g.landmarks.shape) == (4, 3, 8) for s in student.attention_states.values() for g in s.groups)
+
+
+def test_a_given_student_is_checked_against_the_teacher(tmp_path):
+    given = values(tmp_path, gpt2(), stages=["transfer"], max_steps=1)
+    student = convert(gpt2(), AttentionSpec("l2", transform="scalar"), init="plain")
+    given |= {"spec": None, "student": str(checkpoint(tmp_path / "student", student))}
+    card = adapt(parse_config(given))
+    assert card.row("transfer") is not None
+    other = convert(llama(), AttentionSpec("l2", transform="scalar"), init="plain")
+    given |= {"student": str(checkpoint(tmp_path / "other", other)), "output_dir": str(tmp_path / "run2")}
+    with pytest.raises(ValueError, match="teacher and student are of different families"):
+        adapt(parse_config(given))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer.add_tokens(["more"])
+    student.save_pretrained(tmp_path / "renamed")
+    tokenizer.save_pretrained(tmp_path / "renamed")
+    given |= {"student": str(tmp_path / "renamed"), "output_dir": str(tmp_path / "run3")}
+    with pytest.raises(ValueError, match="tokenizer has 65 tokens but DistAttnGPT2LMHeadModel embeds 64"):
+        adapt(parse_config(given))
+
+
+def test_bad_input_is_found_before_anything_is_written(tmp_path):
+    given = values(tmp_path, gpt2())
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"text": ""}) + "\n")
+    for changes, said in (
+        ({"train_data": str(tmp_path / "empty.jsonl")}, "train_data"),
+        ({"eval_data": None}, "eval_data must be given"),
+        ({"task": "masked-lm"}, "task 'masked-lm' needs another head than GPT2LMHeadModel"),
+        ({"text_column": "body"}, "body"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            adapt(parse_config({**given, **changes}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_far_field_and_attention_can_be_taken_away(tmp_path):
+    text = {"input_ids": torch.randint(3, 64, (8, 48), generator=torch.Generator().manual_seed(0))}
+    spec = AttentionSpec(mechanism="nystrom", num_landmarks=4, window_size=4, num_sinks=1)
+    student = convert(gpt2(), spec, calibration=text)
+    alone = without_far_field(student)
+    ids = text["input_ids"][:2]
+    changed = ids.clone()
+    changed[:, 10] = (changed[:, 10] + 7) % 61 + 3
+    # Two layers of 4 keys and a sink: what stands 10 tokens back cannot be seen.
+    assert torch.allclose(alone(ids).logits[:, 20:], alone(changed).logits[:, 20:], atol=1e-5)
+    assert not torch.allclose(student(ids).logits[:, 20:], student(changed).logits[:, 20:], atol=1e-5)
+    with no_attention(student):
+        assert torch.allclose(student(ids).logits[:, 11:], student(changed).logits[:, 11:], atol=1e-6)
+    assert not torch.allclose(student(ids).logits[:, 11:], student(changed).logits[:, 11:], atol=1e-6)
+    with pytest.raises(ValueError, match="'window_only' needs a model with mechanism='nystrom'"):
+        without_far_field(convert(gpt2(), AttentionSpec("l2"), init="plain"))
+
+
+def test_the_card_itself(tmp_path):
+    card = Scorecard.for_task("sequence-classification", {"train": "a", "eval": "b"}, "someone/model")
+    card.put("transfer", {"accuracy": 0.6}, trained_parameters=10, tokens=1000, seconds=2.5)
+    assert card.row("transfer").ratio is None
+    card.put("teacher", {"accuracy": 0.8})
+    assert card.row("transfer").ratio == pytest.approx(0.75)
+    card.put("teacher", {"accuracy": 0.5})
+    assert [row.name for row in card.rows] == ["teacher", "transfer"]
+    assert card.row("transfer").ratio == pytest.approx(1.2)
+    card.save(tmp_path)
+    assert Scorecard.load(tmp_path) == card
+    assert Scorecard.load(tmp_path / "none") is None
+    with pytest.raises(ValueError, match="a scorecard row must be one of teacher"):
+        card.put("best", {"accuracy": 1.0})
+    with pytest.raises(ValueError, match="version must be 1, got 2"):
+        Scorecard.from_dict({**card.to_dict(), "version": 2})
+
+
+def test_tasks_have_a_metric():
+    assert [task_of(m) for m in (gpt2(), bert(), t5(), bert(CLASSIFIER), bert(BertModel))] == [
+        "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "embedding",
+    ]  # fmt: skip
+    assert {METRICS[task][0] for task in METRICS} == {"perplexity", "accuracy", "mrr"}
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    from distattn_hf import cli
+
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values(tmp_path, gpt2(), stages=["transfer"], max_steps=5)))
+    monkeypatch.setattr("sys.argv", ["distattn", "adapt", str(tmp_path / "c.yaml"), "max_steps=1", "spec.metric=l1"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "to teacher" in said
+    assert f"saved to {tmp_path / 'run' / 'student'}" in said
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert student.config.attention_specs[0].metric == "l1"
+    monkeypatch.setattr("sys.argv", ["distattn", "adapt", str(tmp_path / "c.yaml"), "max_stps=1"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert "error: unknown key 'max_stps'; did you mean max_steps" in capsys.readouterr().err

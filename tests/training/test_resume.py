@@ -1,0 +1,139 @@
+"""A run that is killed and started again ends with the weights of one that was not, bit for bit."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from distattn_hf.analysis.scorecard import Scorecard
+from distattn_hf.experiments.adapt import adapt
+from distattn_hf.training.arguments import parse_config
+from tests.conversion.models import gpt2
+from tests.training.rows import values
+
+ROOT = Path(__file__).parents[2]
+
+# Kills itself without warning where a step of a stage begins, or while a checkpoint's files are being written.
+KILLED = """
+import os, signal, sys
+import distattn_hf.training.trainer as module
+from distattn_hf.experiments.adapt import adapt
+from distattn_hf.training.arguments import read_config
+
+where, stage, step = sys.argv[2], sys.argv[3], int(sys.argv[4])
+method = {"step": "training_step", "save": "_save_optimizer_and_scheduler"}[where]
+original = getattr(module.AdaptationTrainer, method)
+
+def killed(self, *arguments, **options):
+    if self.stage.name == stage and self.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments, **options)
+
+setattr(module.AdaptationTrainer, method, killed)
+adapt(read_config(sys.argv[1]))
+"""
+
+
+def given(folder, **changes):
+    """Dropout is on, so the random state matters; α is annealed, so the step does."""
+    return values(
+        folder, gpt2(), stages=["transfer", "distillation"], anneal={"alpha": 0.8}, dropout=True, save_total_limit=2,
+        gradient_accumulation_steps=2, per_device_train_batch_size=2, **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(the configuration, the folder of an uninterrupted run)."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = given(folder)
+    adapt(parse_config(config))
+    return config, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("where", "stage", "step", "left"),
+    [("step", "transfer", 3, "checkpoint-2"), ("save", "distillation", 4, "checkpoint-2")],
+)
+def test_killed_and_started_again(tmp_path, whole, where, stage, step, left):
+    config, expected = whole
+    config = {**config, "output_dir": str(tmp_path / "run")}
+    shutil.copytree(expected / "calibrated", tmp_path / "run" / "calibrated")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "c.yaml"), where, stage, str(step)]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    complete = [p.parent.name for p in (tmp_path / "run" / stage).glob("checkpoint-*/trainer_state.json")]
+    assert complete == [left]
+    assert not (tmp_path / "run" / stage / "final").exists()
+    if where == "save":
+        # It was cut off in the middle of this one.
+        assert (tmp_path / "run" / stage / f"checkpoint-{step}" / "model.safetensors").exists()
+    card = adapt(parse_config(config))
+    for name in ("transfer", "distillation"):
+        one, other = (load_file(run / name / "final" / "model.safetensors") for run in (expected, tmp_path / "run"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    reference = Scorecard.load(expected / "student")
+    for row in reference.rows:
+        mine = card.row(row.name)
+        assert (mine.score, mine.tokens, mine.trained_parameters) == (row.score, row.tokens, row.trained_parameters)
+
+
+def test_killed_between_training_and_saving_the_student(tmp_path, whole):
+    """All steps are done, but the stage's result is not there: it is made from the last checkpoint."""
+    config, expected = whole
+    shutil.copytree(expected, tmp_path / "run")
+    for path in ("distillation/final", "student"):
+        shutil.rmtree(tmp_path / "run" / path)
+    adapt(parse_config({**config, "output_dir": str(tmp_path / "run")}))
+    one, other = (load_file(run / "student" / "model.safetensors") for run in (expected, tmp_path / "run"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monkeypatch):
+    """Same data in the same order: the two drivers' losses are the same numbers, resumed or not."""
+    config = values(tmp_path, gpt2(), stages=["transfer", "distillation"], train_sampling_strategy="sequential",
+                    anneal={"alpha": 0.8}, dropout=True, logging_steps=1, max_grad_norm=0.5)  # fmt: skip
+    adapt(parse_config({**config, "output_dir": str(tmp_path / "trainer")}))
+    script = str(ROOT / "scripts" / "adapt_accelerate.py")
+
+    def run(folder, stop=None):
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump({**config, "output_dir": str(tmp_path / folder)}))
+        if not (tmp_path / folder).exists():
+            shutil.copytree(tmp_path / "trainer" / "calibrated", tmp_path / folder / "calibrated")
+        monkeypatch.setattr(sys, "argv", [script, str(path)])
+        names = runpy.run_path(script)
+        if stop:
+            step, original = [0], names["train_step"]
+
+            def stopping(*arguments):
+                step[0] += 1
+                if step[0] == stop:
+                    raise KeyboardInterrupt
+                return original(*arguments)
+
+            names["main"].__globals__["train_step"] = stopping
+        names["main"]()
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", stop=9)  # in distillation, after its step 2 was saved
+    run("cut")
+    for stage in ("transfer", "distillation"):
+        final = [load_file(tmp_path / f / stage / "final" / "model.safetensors") for f in ("whole", "cut", "trainer")]
+        for key, tensor in final[0].items():
+            assert torch.equal(tensor, final[1][key]), (stage, key)
+            # The same operations in the same order; dropout is drawn from the same generator.
+            torch.testing.assert_close(tensor, final[2][key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")

@@ -1,0 +1,176 @@
+"""Annealing: the values at each step, what it does to a model, and that the end is what the schedule promised."""
+
+import math
+
+import pytest
+import torch
+
+from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from distattn_hf.training.schedules import (
+    Annealing,
+    AnnealingOptions,
+    fading,
+    integer_linear,
+    landmark_use,
+    log_linear,
+    progress,
+    remove_landmarks,
+)
+from tests.conversion.models import bert, gpt2, llama
+from tests.training.rows import collate, rows
+
+
+def nystrom(window=8, landmarks=6, model=None):
+    text = torch.stack([row["input_ids"] for row in rows("causal-lm", 8, 64)])
+    spec = AttentionSpec(mechanism="nystrom", num_landmarks=landmarks, window_size=window, num_sinks=1)
+    options = CalibrationOptions(steps=3, progress=False)
+    return convert(model or gpt2(), spec, calibration={"input_ids": text}, options=options)
+
+
+def groups(student):
+    return [group for state in student.attention_states.values() for group in state.groups]
+
+
+def test_progress_holds_then_moves_then_holds():
+    values = [progress(step, 10, warmup=0.2, hold=0.3) for step in range(11)]
+    expected = [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]
+    assert values == pytest.approx(expected)
+    assert progress(0, 0) == 0.0
+    assert progress(1, 0) == 1.0
+
+
+def test_log_linear_and_integer_and_fading():
+    start = torch.tensor([math.log(0.25), math.log(0.5)])
+    torch.testing.assert_close(log_linear(start, 1.0, 0.5).exp(), torch.tensor([0.5, math.sqrt(0.5)]))
+    torch.testing.assert_close(log_linear(start, 0.1, 1.0).exp(), torch.tensor([0.1, 0.1]))
+    assert [integer_linear(64, 16, done) for done in (0, 0.25, 1 / 3, 1)] == [64, 52, 48, 16]
+    assert math.exp(fading(0.75)) == pytest.approx(0.25)
+    assert math.exp(fading(1.0)) < 1e-11
+
+
+def test_alpha_goes_to_its_target_and_does_not_train():
+    student = convert(gpt2(), AttentionSpec("l2", transform="scalar"), init="plain")
+    starts = []
+    for number, group in enumerate(groups(student)):
+        with torch.no_grad():
+            group.log_alpha.copy_(torch.linspace(-2, -1 - number, 4))
+        starts.append(group.log_alpha.detach().clone())
+    annealing = Annealing(student, AnnealingOptions(alpha=1.0, hold=0.0))
+    assert all(not group.log_alpha.requires_grad for group in groups(student))
+    assert all(group.log_lambda.requires_grad for group in groups(student))
+    annealing.apply(5, 10)
+    for group, start in zip(groups(student), starts, strict=True):
+        torch.testing.assert_close(group.log_alpha, start / 2)
+    annealing.finish(10)
+    assert all(torch.equal(group.log_alpha, torch.zeros(4)) for group in groups(student))
+
+
+def test_values_depend_on_the_step_alone():
+    one, other = (convert(llama(), AttentionSpec("l2", transform="scalar"), init="plain") for _ in range(2))
+    for student in (one, other):
+        for group in groups(student):
+            with torch.no_grad():
+                group.log_alpha.fill_(-1.5)
+    stepped, jumped = (Annealing(student, AnnealingOptions(alpha=0.9, warmup=0.1)) for student in (one, other))
+    for step in range(8):
+        stepped.apply(step, 12)
+    jumped.apply(7, 12)
+    for a, b in zip(groups(one), groups(other), strict=True):
+        assert torch.equal(a.log_alpha, b.log_alpha)
+
+
+def test_the_window_shrinks_in_the_model_and_in_what_it_saves(tmp_path):
+    student = nystrom(window=8)
+    annealing = Annealing(student, AnnealingOptions(window_size=2, hold=0.0))
+    batch = {k: v for k, v in collate(rows("causal-lm", 2, 40)).items() if k != "labels"}
+    before = student(**batch).logits
+    annealing.apply(5, 10)
+    assert {group.spec.window_size for group in groups(student)} == {5}
+    assert student.config.distattn["specs"][0]["window_size"] == 5
+    annealing.finish(10)
+    after = student(**batch).logits
+    assert not torch.allclose(before, after)
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path).eval()
+    assert groups(again)[0].spec.window_size == 2
+    assert torch.equal(again(**batch).logits, after)
+
+
+def test_landmarks_fade_until_taking_them_out_changes_nothing(tmp_path):
+    student = nystrom(landmarks=6)
+    batches = [{k: v for k, v in collate(rows("causal-lm", 4, 64, seed=5)).items() if k != "labels"}]
+    annealing = Annealing(student, AnnealingOptions(num_landmarks=2, hold=0.0))
+    annealing.choose_landmarks(batches)
+    before = student(**batches[0]).logits
+    annealing.apply(0, 10)
+    torch.testing.assert_close(student(**batches[0]).logits, before)
+    annealing.apply(5, 10)
+    half = student(**batches[0]).logits
+    annealing.apply(10, 10)
+    faded = student(**batches[0]).logits
+    annealing.finish(10)
+    after = student(**batches[0]).logits
+    assert not torch.allclose(before, half)
+    # What is left of a faded landmark is a share of 1e-12.
+    torch.testing.assert_close(after, faded, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, after)
+    assert all(tuple(group.landmarks.shape[:2]) == (4, 2) for group in groups(student))
+    assert student.config.distattn["specs"][0]["num_landmarks"] == 2
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**batches[0]).logits, after)
+
+
+def test_the_least_used_landmarks_go():
+    student = nystrom(landmarks=4)
+    for group in groups(student):
+        with torch.no_grad():
+            group.interpolation_bias[:, 1] = -40.0  # no key goes there
+    batches = [{k: v for k, v in collate(rows("causal-lm", 4, 64)).items() if k != "labels"}]
+    use = landmark_use(student, batches)
+    for group in groups(student):
+        torch.testing.assert_close(use[group].sum(-1), torch.ones(4))
+        assert bool((use[group].argmin(-1) == 1).all())
+    annealing = Annealing(student, AnnealingOptions(num_landmarks=3))
+    kept = [group.landmarks[:, [0, 2, 3]].detach().clone() for group in groups(student)]
+    annealing.choose_landmarks(batches)
+    annealing.finish(4)
+    for group, expected in zip(groups(student), kept, strict=True):
+        assert torch.equal(group.landmarks, expected)
+
+
+def test_heads_lose_landmarks_of_their_own():
+    student = nystrom(landmarks=3)
+    group = groups(student)[0]
+    expected = torch.stack([group.landmark_bias[0, [1, 2]], group.landmark_bias[1, [0, 2]],
+                            group.landmark_bias[2, [0, 1]], group.landmark_bias[3, [1, 2]]]).detach()  # fmt: skip
+    remove_landmarks(group, torch.tensor([[0], [1], [2], [0]]))
+    assert torch.equal(group.landmark_bias, expected)
+    assert group.spec.num_landmarks == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 0.0}, r"anneal.alpha must be in \(0, 1\], got 0.0"),
+        ({"alpha": 1.5}, r"anneal.alpha must be in \(0, 1\], got 1.5"),
+        ({"window_size": 2.5}, "anneal.window_size must be an integer >= 0, got 2.5"),
+        ({"num_landmarks": 0}, "anneal.num_landmarks must be an integer >= 1, got 0"),
+        ({"alpha": 1.0, "warmup": 0.6, "hold": 0.4}, "warmup .* < 1, got 0.6"),
+        ({"hold": 1.0}, r"anneal.hold must be a fraction in \[0, 1\), got 1.0"),
+    ],
+)
+def test_options_out_of_range(options, said):
+    with pytest.raises(ValueError, match=said):
+        AnnealingOptions(**options)
+
+
+def test_models_with_nothing_to_anneal():
+    exact = convert(bert(), AttentionSpec("sqeuclidean"), init="exact")
+    with pytest.raises(ValueError, match="no converted head has α"):
+        Annealing(exact, AnnealingOptions(alpha=1.0))
+    with pytest.raises(ValueError, match="anneal.window_size needs a model with mechanism='nystrom'"):
+        Annealing(exact, AnnealingOptions(window_size=3))
+    few = Annealing(nystrom(landmarks=4), AnnealingOptions(num_landmarks=9))
+    with pytest.raises(ValueError, match="at most the model's own 4, got 9"):
+        few.choose_landmarks([{"input_ids": torch.ones(1, 20, dtype=torch.long) * 5}])
