@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..core.parameters import NystromParameters
-from ..training.data import TaskData, _find_data
+from ..training.data import TaskData
 from ..training.objectives import forward_inputs, label_loss, observed
+from ..training.sources import find_data
 from .evaluation import EvaluationOptions, evaluate_model, first_sentence_pairs
 
 SCORECARD = "distattn_scorecard.json"
@@ -174,7 +175,7 @@ def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[t
 
     Raises `ValueError` for a column that is not there, or fewer than two pairs.
     """
-    rows = _find_data(arguments)[1]
+    rows = find_data(arguments)[1]
     if rows is None:
         raise ValueError("eval_data must be given: the data has no split to evaluate on")
     rows = list(rows)

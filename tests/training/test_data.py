@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from distattn_hf.conversion.texts import read_texts
-from distattn_hf.training import data as data_module
+from distattn_hf.training import sources
 from distattn_hf.training.data import TASKS, DataArguments, build_data
 
 LETTERS = "abcdefghij"
@@ -243,7 +243,7 @@ def test_evaluation_falls_back_to_test_then_to_nothing(save, caplog):
 
 def test_news(monkeypatch):
     articles = [{"title": "a", "text": "b"}] * 3000 + [{"title": "c", "text": "de"}] * 4
-    monkeypatch.setattr(data_module, "news_articles", lambda: articles)
+    monkeypatch.setattr(sources, "news_articles", lambda: articles)
     data = build("embedding", train_data="news")
     assert len(data.train) == 3000
     assert column(data.evaluation) == [ids("de")] * 4
@@ -266,8 +266,8 @@ def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
     def unknown(*arguments, **options):
         raise socket.gaierror("Name or service not known")
 
-    monkeypatch.setattr(data_module.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(data_module, "getproxies", dict)
+    monkeypatch.setattr(sources.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(ValueError, match="'no/such'.*cannot be reached.*HF_HUB_OFFLINE=1"):
         build("embedding", train_data="no/such")
@@ -280,7 +280,7 @@ def test_a_hub_name_goes_through_load_dataset(monkeypatch):
         asked.update(name=name, config_name=config_name, streaming=streaming)
         return DatasetDict(train=Dataset.from_list(texts("a")), validation=Dataset.from_list(texts("b")))
 
-    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
     data = build("embedding", train_data="some/data", config_name="small")
     assert (column(data.train), column(data.evaluation)) == ([ids("a")], [ids("b")])
     assert asked == {"name": "some/data", "config_name": "small", "streaming": False}
