@@ -202,6 +202,7 @@ def without_far_field(student):
         raise ValueError("control 'window_only' needs a model with mechanism='nystrom'")
     for group in groups:
         with torch.no_grad():
+            # exp(-1e4) = 0.
             group.landmark_bias.fill_(-1e4)
     return student
 

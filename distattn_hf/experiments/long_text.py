@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from ..analysis.scorecard import without_far_field
 from ..conversion.checkpoints import load_checkpoint
 from ..conversion.texts import read_texts
 from ..core.cache import NystromLayer
-from .nystrom_quality import window_only
 
 CHUNK = 1024
 
@@ -117,7 +117,7 @@ def main() -> None:
     student, tokenizer = load_checkpoint(options.folder)
     teacher = load_checkpoint(options.teacher) if options.teacher else (None, None)
     ids = document(tokenizer or teacher[1], options.tokens)
-    models = {"Nyström": student.eval(), "sinks and window only": window_only(student).eval()}
+    models = {"Nyström": student.eval(), "sinks and window only": without_far_field(student).eval()}
     if teacher[0] is not None:
         models["teacher"] = teacher[0].eval()
     options.out.mkdir(parents=True, exist_ok=True)

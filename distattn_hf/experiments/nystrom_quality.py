@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
+from ..analysis.scorecard import without_far_field
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.calibrate_nystrom import leave_exact
 from ..conversion.checkpoints import load_checkpoint
@@ -21,9 +22,6 @@ from ..conversion.texts import news_articles
 from ..core.configuration_distattn import AttentionSpec
 from ..core.parameters import NystromParameters
 from .conversion_quality import iglm as iglm_task
-
-# A far field of exp(-1e4) = 0: sinks and window alone.
-_SILENT = -1e4
 
 
 def iglm():
@@ -53,16 +51,6 @@ def smollm2():
     texts = [a["text"] for a in news_articles()]
     options = EvaluationOptions(max_length=1024, max_tokens=8192, progress=False)
     return model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options), {}
-
-
-@torch.no_grad()
-def window_only(student):
-    """A copy of a Nyström model whose far field is nothing."""
-    control = copy.deepcopy(student)
-    for module in control.modules():
-        if isinstance(module, NystromParameters):
-            module.landmark_bias.fill_(_SILENT)
-    return control
 
 
 @torch.no_grad()
@@ -117,7 +105,7 @@ def main() -> None:
             student = fitted if limit is None or options.refit else limited(fitted, limit)
             seconds = time.perf_counter() - start
             if control is None:
-                control = score(window_only(student))
+                control = score(without_far_field(student))
                 print("window only", control, flush=True)
             found = score(student)
             ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
