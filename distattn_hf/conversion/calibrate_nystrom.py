@@ -196,7 +196,7 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
         heads = state.head_lists[number] or range(state.num_heads)
         kept = [head for head, good in zip(heads, fine.tolist(), strict=True) if good]
         smaller = NystromParameters(group.spec, len(kept), group.head_dim)
-        smaller.to(group.landmarks.device)
+        smaller.to(group.landmarks)
         for key, tensor in smaller.fitted_tensors().items():
             tensor.copy_(group.fitted_tensors()[key][fine])
         state.groups[number], state.head_lists[number] = smaller, kept

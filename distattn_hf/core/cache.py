@@ -1,12 +1,10 @@
 """A cache layer of constant size for causal Nyström attention: a state per head, the sinks, and the last window."""
 
-import inspect
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
+from .discovery import argument_names
 from .hybrid import FarState
 from .parameters import NystromParameters
 
@@ -21,7 +19,7 @@ class NystromLayer(CacheLayerMixin):
     the real keys from the layer (`layer_behind`), which goes with the placeholder. keys and values (B, H_kv, n, d) are
     the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks. Query heads in `exact_heads`
     are not Nyström's: all keys of their key heads are kept, in all_keys and all_values; those of every key head as long
-    as a row of the batch has fewer than `exact_below` tokens.
+    as a row of the batch has no more than `exact_below` tokens.
     """
 
     is_sliding = False
@@ -148,12 +146,6 @@ def layer_behind(key: Tensor) -> NystromLayer | None:
     return layer
 
 
-@lru_cache
-def _argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    """Of the arguments that `forward` takes, in order, without self."""
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
-
-
 def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     """Forward pre-hook of a causal Nyström module: give the model's cache a `NystromLayer` where this module writes.
 
@@ -162,7 +154,7 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     # A conversion looks at whole sequences, and may have left every head of the module exact.
     if module.distattn.observer is not None or not module.distattn.is_nystrom:
         return
-    arguments = {**dict(zip(_argument_names(type(module)), args)), **kwargs}
+    arguments = {**dict(zip(argument_names(type(module)), args)), **kwargs}
     cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import lru_cache
 
 from torch import nn
 
@@ -17,6 +18,12 @@ def follows_interface(module: nn.Module) -> bool:
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+@lru_cache
+def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what `forward` takes, in order, without self."""
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 def base_prefix(model: nn.Module) -> str:

@@ -21,7 +21,9 @@ EXACT_IS_FASTER_BELOW = 2048
 
 
 def padding_mask(
+    q_length: int,
     kv_length: int,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -30,12 +32,18 @@ def padding_mask(
     """Mask function of models with Nyström attention: which keys are padding, (B, 1, 1, M) bool, or None for none.
 
     Causality is left to the attention function, so that no (N, M) mask is made. Raises `ValueError` for a pattern that
-    is neither causal nor bidirectional.
+    is neither causal nor bidirectional, and for a cache with places that are not filled yet.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "Nyström attention takes causal and bidirectional masks with padding; this call asks for another pattern "
-            "(a sliding window, packed sequences or a mask function of the model's own)"
+            "(a sliding window, packed sequences, a mask function of the model's own, or, under torch.compile, no "
+            "attention_mask: pass one)"
+        )
+    if mask_function is causal_mask_function and int(q_offset) + q_length < kv_length:
+        raise ValueError(
+            f"models with Nyström attention take caches that hold no more than what was seen, got {kv_length} places "
+            f"for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None
@@ -101,7 +109,8 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
         results.append((heads, output, weights))
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
-        if bool((full_keep.sum(-1) >= layer.exact_below).all()):
+        # Padding after the last of so many tokens still sees no more than these.
+        if bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
 
@@ -131,7 +140,9 @@ def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: dict, exact):
     num_queries, num_keys = query.shape[2], key.shape[2]
     if not call["return_weights"]:
         count = int(few.any(0).nonzero().max()) + 1
-        seen = num_keys - num_queries + count if call["is_causal"] else int(keep.any(0).nonzero().max()) + 1
+        # A text that is all padding keeps no key.
+        last = max(keep.any(0).nonzero().flatten().tolist(), default=0)
+        seen = num_keys - num_queries + count if call["is_causal"] else last + 1
         query, key, value, keep = query[:, :, :count], key[:, :, :seen], value[:, :, :seen], keep[:, :seen]
     return items, *exact(query, key, value, {**call, "mask": None if bool(keep.all()) else keep[:, None, None]})
 

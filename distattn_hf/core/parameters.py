@@ -135,6 +135,8 @@ class NystromParameters(HeadParameters):
 
     def _add_parameters(self, dtype):
         super()._add_parameters(dtype)
+        # False: sinks and window alone, the control that says what the far field is worth; never saved.
+        self.far_field = True
         shape = (self.num_heads, self.spec.num_landmarks)
         for name in ("landmarks", "interpolation_map"):
             setattr(self, name, nn.Parameter(torch.empty(*shape, self.head_dim, dtype=dtype)))
@@ -165,7 +167,8 @@ class NystromParameters(HeadParameters):
             norms = weight * key.square().sum(-1, keepdim=True)
             query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
             key, gain = torch.cat([key, -norms], dim=-1), gain - norms
-        return query, key, far_query, far_key * gain.exp()
+        far_key = far_key * gain.exp()
+        return query, key, far_query, far_key if self.far_field else torch.zeros_like(far_key)
 
 
 def parameters_for(spec: AttentionSpec, num_heads: int, head_dim: int | None) -> HeadParameters:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .discovery import argument_names
 from .hybrid import WindowBias
 
 
@@ -75,9 +76,9 @@ def give_relative_bias(module: nn.Module, args, kwargs):
 
 
 def has_relative_bias(module: nn.Module) -> bool:
-    """Whether an attention module makes its position bias the way T5 does."""
+    """Whether an attention module makes its position bias the way T5 does, and takes one that was made before."""
     needed = ("has_relative_attention_bias", "_relative_position_bucket", "compute_bias", "q")
-    return all(hasattr(module, name) for name in needed)
+    return all(hasattr(module, name) for name in needed) and "position_bias" in argument_names(type(module))
 
 
 def bias_behind(position_bias: Tensor | None) -> Tensor | RelativeBias | None:

@@ -139,6 +139,8 @@ class AttentionTransfer:
                     target = teacher_attention(query, key, value, call)
             else:
                 target = targets.pop(0)
+            if not state.groups:  # every head of the module was left exact
+                return target.to(value.dtype)
             valid = query_mask(self.names[state], state.is_cross, inputs, encoder_decoder)
             if valid is not None and tuple(valid.shape) != (query.shape[0], query.shape[2]):
                 valid = None

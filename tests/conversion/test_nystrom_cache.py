@@ -4,9 +4,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from distattn_hf import AttentionSpec
 from distattn_hf.core.cache import NystromLayer
 from tests.conversion.models import VOCAB, token_batch
-from tests.conversion.nystrom_cases import DECODERS, GENERATION, in_chunks, layers_of, padded, student_of
+from tests.conversion.nystrom_cases import (
+    DECODERS,
+    GENERATION,
+    build,
+    converted,
+    in_chunks,
+    layers_of,
+    nystrom,
+    padded,
+    student_of,
+)
 from tests.tolerances import CACHED_LOGITS
 
 
@@ -191,3 +202,16 @@ def test_half_precision_reload_keeps_the_far_field_in_float32(tmp_path):
         past = in_chunks(half, batch, [20, 1, 9])[1]
     layer = layers_of(past)[0]
     assert (layer.keys.dtype, layer.state.total.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("case", ["t5 encoder", "llama beside l1"])
+def test_a_static_cache_is_refused_also_where_only_exact_modules_use_it(case):
+    """Its places that are not filled yet would be attended to: the mask of these models says padding only."""
+    if case == "t5 encoder":
+        model = converted(build("t5"), nystrom(9, layers="encoder.*"))
+    else:
+        model = converted(build("llama"), [AttentionSpec("l1", layers=[0]), nystrom(9, layers=[1])])
+    batch = {"input_ids": token_batch(model, 12)["input_ids"]}
+    with pytest.raises(ValueError, match="static cache|DynamicCache"):
+        model.generate(**batch, max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True)
+    assert model.generate(**batch, max_new_tokens=4, do_sample=False).shape[0] == 2

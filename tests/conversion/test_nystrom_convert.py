@@ -270,3 +270,13 @@ def test_a_module_without_any_head_within_the_limit_is_the_teachers(family, tmp_
 def test_bad_calibration_options(fields, message):
     with pytest.raises(ValueError, match=message):
         CalibrationOptions(**fields)
+
+
+def test_a_limit_keeps_the_precision_of_the_model():
+    student = converted(build("gpt2").double(), nystrom(9))
+    kinds = {p.dtype for name, p in student.named_parameters() if ".distattn." in name}
+    (errors, *_) = (group["output_error"] for group in student.conversion_report["groups"])
+    name, state = next(iter(student.attention_states.items()))
+    leave_exact(student, name, state, [{"output_error": torch.tensor(errors)}], sorted(errors)[1])
+    assert {p.dtype for p in state.parameters()} <= kinds
+    assert state.groups[0].num_heads < state.num_heads

@@ -181,3 +181,36 @@ def test_short_texts_without_it_are_said_to_be_slow(caplog):
 def test_bad_values(fields, message):
     with pytest.raises(ValueError, match=message):
         AttentionSpec(**fields)
+
+
+@pytest.mark.parametrize("build", [bert, t5], ids=["bert", "t5"])
+def test_a_text_that_is_all_padding_beside_a_long_one(build):
+    student = student_of(build())
+    batch = token_batch(student, 40, seed=1)
+    batch["attention_mask"][0] = 0
+    alone = {name: tensor[1:] for name, tensor in batch.items()}
+    with torch.no_grad():
+        logits = student(**batch)[0]
+        assert logits.isfinite().all()
+        torch.testing.assert_close(logits[1:], student(**alone)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_right_after_the_last_exact_query():
+    """A padding query sees as many tokens as the last real one: the cache may not forget them before."""
+    student = student_of(llama())
+    batch = token_batch(student, 30, seed=1)
+    batch["attention_mask"][0, LIMIT : LIMIT + 4] = 0
+    batch["attention_mask"][1, LIMIT : LIMIT + 4] = 0
+    batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    outputs, cache = [], None
+    with torch.no_grad():
+        whole = student(**batch).logits
+        for end in range(1, 31):
+            found = student(
+                batch["input_ids"][:, end - 1 : end], attention_mask=batch["attention_mask"][:, :end],
+                position_ids=batch["position_ids"][:, end - 1 : end], past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache = found.past_key_values
+            outputs.append(found.logits)
+    real = batch["attention_mask"].bool()
+    assert (torch.cat(outputs, 1) - whole)[real].abs().max() < 1e-4

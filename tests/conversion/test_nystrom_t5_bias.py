@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import UMT5Config, UMT5ForConditionalGeneration
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.core.relative_bias import RelativeBias
@@ -131,3 +132,20 @@ def test_a_placeholder_that_lost_its_bias_is_noticed():
     loss = student(**batch, labels=batch["decoder_input_ids"]).loss
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss.backward()
+
+
+def test_a_model_that_makes_its_bias_in_every_layer():
+    """UMT5 takes no bias from outside: its own, written out, is used."""
+    torch.manual_seed(0)
+    config = UMT5Config(
+        num_layers=2, num_decoder_layers=2, num_heads=4, d_model=32, d_kv=8, d_ff=64, vocab_size=64,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, relative_attention_max_distance=20,
+        relative_attention_num_buckets=8,
+    )  # fmt: skip
+    teacher = UMT5ForConditionalGeneration(config).eval()
+    student = student_of(teacher, window_size=100, attention="self")
+    batch = token_batch(teacher, 60, seed=4)
+    with torch.no_grad():
+        torch.testing.assert_close(student(**batch).logits, teacher(**batch).logits, rtol=1e-3, atol=1e-3)
+    student = student_of(teacher, window_size=20)
+    assert student.generate(input_ids=batch["input_ids"], max_new_tokens=5).shape[1] <= 6

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import yaml
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertModel
 
-from distattn_hf import AttentionSpec, convert
+from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.analysis.scorecard import METRICS, Scorecard, no_attention, score_model, without_far_field
 from distattn_hf.experiments import adapt as module
 from distattn_hf.experiments.adapt import adapt, task_of
@@ -165,11 +166,27 @@ def test_the_far_field_and_attention_can_be_taken_away(tmp_path):
     # Two layers of 4 keys and a sink: what stands 10 tokens back cannot be seen.
     assert torch.allclose(alone(ids).logits[:, 20:], alone(changed).logits[:, 20:], atol=1e-5)
     assert not torch.allclose(student(ids).logits[:, 20:], student(changed).logits[:, 20:], atol=1e-5)
+    # Queries that `exact_below` lets see everything would make it the teacher.
+    spec = replace(spec, exact_below=48)
+    exact = convert(gpt2(), spec, calibration=text)
+    assert torch.allclose(without_far_field(exact)(ids).logits, alone(ids).logits, atol=1e-5)
     with no_attention(student):
         assert torch.allclose(student(ids).logits[:, 11:], student(changed).logits[:, 11:], atol=1e-6)
     assert not torch.allclose(student(ids).logits[:, 11:], student(changed).logits[:, 11:], atol=1e-6)
     with pytest.raises(ValueError, match="'window_only' needs a model with mechanism='nystrom'"):
         without_far_field(convert(gpt2(), AttentionSpec("l2"), init="plain"))
+
+
+def test_cross_attention_without_its_far_field_is_nothing():
+    """It has neither window nor sinks: what is left is the same as no attention at all."""
+    teacher = t5()
+    batch = {"input_ids": torch.randint(3, 64, (2, 20)), "decoder_input_ids": torch.randint(3, 64, (2, 10))}
+    spec = AttentionSpec(mechanism="nystrom", num_landmarks=4, attention="cross")
+    student = convert(teacher, spec, calibration=batch, options=CalibrationOptions(steps=1, progress=False))
+    with torch.no_grad(), no_attention(student):
+        nothing = student(**batch).logits
+    with torch.no_grad():
+        torch.testing.assert_close(without_far_field(student)(**batch).logits, nothing)
 
 
 def test_the_card_itself(tmp_path):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel, BertModel
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from distattn_hf.conversion.calibrate_nystrom import leave_exact
 from distattn_hf.training.objectives import (
     AttentionTransfer,
     Distillation,
@@ -262,6 +263,33 @@ def test_nystrom_heads_transfer():
     transfer(student, batch).backward()
     for name, gradient in gradients(student).items():
         torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("train", ["attention", "attention+qk"])
+def test_modules_that_max_error_left_exact_count_for_nothing(train):
+    """One layer has no converted head: the loss is that of the other, and the layer above still gets its input."""
+    teacher = gpt2()
+    data = batch_for("gpt2")
+    spec = AttentionSpec(mechanism="nystrom", num_landmarks=4, window_size=4, num_sinks=1)
+    options = CalibrationOptions(steps=1, progress=False)
+    student = convert(teacher, spec, calibration={"input_ids": data["input_ids"]}, options=options)
+
+    def loss():
+        stage = Stage("transfer", student, teacher, "causal-lm", StageOptions(train=train))
+        return stage.loss(student, data)[0].item()
+
+    both = loss()
+    name, state = next(iter(student.attention_states.items()))
+    leave_exact(student, name, state, [{"output_error": torch.ones(state.num_heads)}], 0.5)
+    second = loss()
+    assert math.isfinite(second)
+    # Every layer gets the teacher's input, so the other layer's loss is what it was.
+    first = 2 * both - second
+    other = convert(teacher, spec, calibration={"input_ids": data["input_ids"]}, options=options)
+    name, state = list(other.attention_states.items())[1]
+    leave_exact(other, name, state, [{"output_error": torch.ones(state.num_heads)}], 0.5)
+    student = other
+    assert loss() == pytest.approx(first, rel=1e-4)
 
 
 def test_transfer_refuses_what_it_cannot_train():
