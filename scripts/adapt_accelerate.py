@@ -7,6 +7,7 @@ stopped.
 """
 
 import json
+import math
 import sys
 from contextlib import nullcontext
 from itertools import islice
@@ -20,10 +21,10 @@ from transformers import Trainer, get_scheduler
 
 from distattn_hf.conversion.checkpoints import load_checkpoint
 from distattn_hf.conversion.saving import save_checkpoint
-from distattn_hf.experiments.adapt import converted, task_of
+from distattn_hf.experiments.adapt import check_arguments, converted, task_of
 from distattn_hf.training.arguments import read_config
-from distattn_hf.training.data import build_data
-from distattn_hf.training.stages import Stage, attention_means
+from distattn_hf.training.data import build_data, row_length
+from distattn_hf.training.stages import Stage, attention_means, check_stages
 from distattn_hf.training.trainer import check_data, check_pair, check_tokenizers
 
 
@@ -47,6 +48,7 @@ def main() -> None:
     with accelerator.main_process_first():
         data = build_data(config.data, task, tokenizer, teacher.config)
     check_data("train_data", data.train)
+    check_arguments(config, accelerator)
 
     folder = out / "calibrated"
     if accelerator.is_main_process and not folder.exists():
@@ -54,6 +56,9 @@ def main() -> None:
         student = load_checkpoint(given)[0] if given else converted(config, teacher, tokenizer, data)
         save_checkpoint(student, tokenizer, folder)
     accelerator.wait_for_everyone()
+    options = {name: config.adaptation.options_for(name) for name in stages}
+    length = row_length(config.data, tokenizer, teacher.config)
+    check_stages(load_checkpoint(folder)[0], teacher, task, options, length)
 
     for name, arguments in stages.items():
         final = out / name / "final"
@@ -91,8 +96,9 @@ def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer,
     optimizer = optimizer_class(groups, **optimizer_options)
     model, optimizer, loader = accelerator.prepare(stage.model, optimizer, loader)
     parts = arguments.gradient_accumulation_steps
-    per_epoch = -(-len(loader) // parts) if hasattr(loader, "__len__") else arguments.max_steps
-    total = arguments.max_steps if arguments.max_steps > 0 else int(arguments.num_train_epochs * per_epoch)
+    # How many steps there are in streamed data, only its end can tell.
+    per_epoch = None if config.data.streaming else -(-len(loader) // parts)
+    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
     scheduler = get_scheduler(
         arguments.lr_scheduler_type,
         optimizer,
@@ -105,31 +111,28 @@ def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer,
     step = resume(accelerator, final.parent)
     random_state = torch.get_rng_state() if step else None
     losses: list[float] = []
-    while step < total:
-        loader.set_epoch(step // per_epoch)
-        batches = iter(skip_first_batches(loader, (step % per_epoch) * parts))
-        while step < total and (chunk := list(islice(batches, parts))):
-            if random_state is not None:
-                # Going through the data again to where it stopped has drawn from it.
-                torch.set_rng_state(random_state)
-                random_state = None
-            if stage.annealing is not None:
-                stage.annealing.apply(step, total)
-            loss = train_step(accelerator, stage, model, chunk)
-            if not torch.isfinite(loss):
-                raise ValueError(f"stage {name!r}: the loss is {float(loss)} at step {step + 1}")
-            if arguments.max_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            losses.append(float(loss))
-            if step % max(int(arguments.logging_steps), 1) == 0:
-                means = "  ".join(f"{key} {value:.4f}" for key, value in attention_means(student).items())
-                accelerator.print(f"{name} {step}/{total}  loss {loss:.5f}  {means}")
-            if step % max(int(arguments.save_steps), 1) == 0:
-                save(accelerator, final.parent, step, total)
+    for chunk in islice(steps_from(loader, parts, step, per_epoch), max(total - step, 0)):
+        if random_state is not None:
+            # Going through the data again to where it stopped has drawn from it.
+            torch.set_rng_state(random_state)
+            random_state = None
+        if stage.annealing is not None:
+            stage.annealing.apply(step, total)
+        loss = train_step(accelerator, stage, model, chunk)
+        if not torch.isfinite(loss):
+            raise ValueError(f"stage {name!r}: the loss is {float(loss)} at step {step + 1}")
+        if arguments.max_grad_norm:
+            accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        losses.append(float(loss))
+        if step % max(int(arguments.logging_steps), 1) == 0:
+            means = "  ".join(f"{key} {value:.4f}" for key, value in attention_means(student).items())
+            accelerator.print(f"{name} {step}/{total}  loss {loss:.5f}  {means}")
+        if step % max(int(arguments.save_steps), 1) == 0:
+            save(accelerator, final.parent, step, total)
 
     if stage.annealing is not None:
         stage.annealing.finish(total)
@@ -140,6 +143,29 @@ def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer,
         save_checkpoint(stage.finish().to("cpu"), tokenizer, final)
     accelerator.wait_for_everyone()
     accelerator.free_memory(model, optimizer)
+
+
+def steps_from(loader, parts: int, first: int, per_epoch: int | None):
+    """The batches of each step from step `first` on, again and again through the data.
+
+    per_epoch: steps in the data; None: known when it ends, so that what comes before `first` is read and left out.
+    """
+    epoch = first // per_epoch if per_epoch else 0
+    step = epoch * per_epoch if per_epoch else 0
+    while True:
+        loader.set_epoch(epoch)
+        start = step
+        if per_epoch and first > step:
+            batches, step = iter(skip_first_batches(loader, (first - step) * parts)), first
+        else:
+            batches = iter(loader)
+        while chunk := list(islice(batches, parts)):
+            if step >= first:
+                yield chunk
+            step += 1
+        if step == start:
+            raise ValueError(f"train_data gave no row in epoch {epoch + 1}")
+        epoch += 1
 
 
 def train_step(accelerator, stage: Stage, model, batches: list[dict]) -> torch.Tensor:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from ..conversion.texts import read_texts
 from ..core.configuration_distattn import CLASS_PREFIX
 from ..training.arguments import FINETUNED, AdaptationConfig
 from ..training.checkpoints import check_space
-from ..training.data import TaskData, build_data
-from ..training.stages import Stage
+from ..training.data import TaskData, build_data, row_length
+from ..training.objectives import STAGES
+from ..training.stages import Stage, StageOptions, check_stages
 from ..training.trainer import AdaptationTrainer, check_data, check_pair, check_tokenizers
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _MAY_CHANGE = {
     "output_dir", "stages", "controls", "teacher_finetuned", "disable_tqdm", "report_to", "logging_steps", "save_steps",
     "save_strategy", "save_total_limit", "use_cpu", "per_device_eval_batch_size", "num_proc", "dataloader_num_workers",
 }  # fmt: skip
+# Until a stage begins, so may its options: what is wrong in them may only be found once there is a student.
+_OF_STAGES = {"stage_options", *(field.name for field in fields(StageOptions))}
 # Training rows that the fit may take its tokens from, where it does not read text itself.
 _CALIBRATION_ROWS = 2048
 
@@ -72,6 +75,39 @@ def _calibration_texts(config: AdaptationConfig, task: str, data: TaskData) -> l
     return read_texts(source, column=arguments.text_column, split=arguments.train_split)
 
 
+def check_arguments(config: AdaptationConfig, state) -> None:
+    """Note the arguments in output_dir; state: `PartialState` or `Accelerator`.
+
+    Raises `ValueError` where output_dir holds a run with other arguments, or with stages that those of `config` do not
+    begin with: each stage starts from the one before it.
+    """
+    out = Path(config.training.output_dir)
+    file, values = out / _ARGUMENTS, json.loads(json.dumps(config.values, default=str))
+    # The default may change, so what it is today is noted.
+    values["stages"] = config.adaptation.stages
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        begun = any((out / stage).exists() for stage in (*STAGES, FINETUNED))
+        may_change = _MAY_CHANGE if begun else _MAY_CHANGE | _OF_STAGES
+        changed = {k for k in {*before, *values} - may_change if before.get(k) != values.get(k)}
+        if changed:
+            key = min(changed)
+            raise ValueError(
+                f"output_dir {str(out)!r} holds a run with {key}={before.get(key)!r}, now {values.get(key)!r} "
+                f"({len(changed)} arguments differ); give another output_dir or remove that one"
+            )
+        stages = before.get("stages", ["transfer"])
+        if begun and values["stages"][: len(stages)] != stages:
+            raise ValueError(
+                f"output_dir {str(out)!r} holds a run with stages={stages!r}, to which stages may be added at the end, "
+                f"now {values['stages']!r}; give another output_dir or remove that one"
+            )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
 def adapt(config: AdaptationConfig) -> Scorecard:
     """Run the stages of `config` one after another and return the scorecard.
 
@@ -85,8 +121,9 @@ def adapt(config: AdaptationConfig) -> Scorecard:
         OSError: where a checkpoint finds no space; what was saved before stays.
     """
     run = _Run(config)
-    run.check_arguments()
+    check_arguments(config, run.state)
     run.convert()
+    run.check_stages()
     run.baselines()
     for number, stage in enumerate(config.adaptation.stages):
         run.stage(stage, run.final(config.adaptation.stages[number - 1]) if number else run.out / "calibrated")
@@ -143,23 +180,6 @@ class _Run:
     def _converted(self, init: str | None = None):
         return converted(self.config, self.teacher.to("cpu"), self.tokenizer, self.data, init, progress=self.progress)
 
-    def check_arguments(self) -> None:
-        """Raise `ValueError` where output_dir holds a run with other arguments."""
-        file, values = self.out / _ARGUMENTS, json.loads(json.dumps(self.config.values, default=str))
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            changed = {k for k in {*before, *values} - _MAY_CHANGE if before.get(k) != values.get(k)}
-            if changed:
-                key = min(changed)
-                raise ValueError(
-                    f"output_dir {str(self.out)!r} holds a run with {key}={before.get(key)!r}, now {values.get(key)!r} "
-                    f"({len(changed)} arguments differ); give another output_dir or remove that one"
-                )
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(values, indent=1), encoding="utf-8")
-
     def convert(self) -> None:
         """output_dir/calibrated: the teacher converted, or the student that was given."""
         path, model = self.out / "calibrated", self.config.model
@@ -174,6 +194,13 @@ class _Run:
             check_space(path, student, with_optimizer=False)
             save_checkpoint(student, self.tokenizer, path)
         self.state.wait_for_everyone()
+
+    def check_stages(self) -> None:
+        """Raise `ValueError` for options that a stage would refuse, before the first one trains."""
+        student = load_checkpoint(self.out / "calibrated")[0]
+        length = row_length(self.config.data, self.tokenizer, self.teacher.config)
+        options = {stage: self._options(stage) for stage in self.config.adaptation.stages}
+        check_stages(student, self.teacher, self.task, options, length)
 
     def baselines(self) -> None:
         """The rows that need no training: teacher, calibrated, controls; and the teacher fine-tuned."""

@@ -13,7 +13,7 @@ from ..conversion.specs import read_specs
 from ..core.configuration_distattn import AttentionSpec
 from .data import DataArguments
 from .objectives import STAGES, TASKS
-from .stages import StageOptions, refuse_unknown
+from .stages import StageOptions, check_exact, refuse_unknown
 
 CONTROLS = ("plain", "window_only", "no_attention")
 FINETUNED = "teacher_finetuned"
@@ -195,10 +195,23 @@ def _check(config: AdaptationConfig) -> None:
         training = config.training_for(stage)
         if training.max_steps <= 0 and training.num_train_epochs <= 0:
             raise ValueError(f"stage {stage!r}: set max_steps or num_train_epochs")
+        if config.data.streaming and training.max_steps <= 0:
+            raise ValueError(
+                f"stage {stage!r}: max_steps must be > 0 with streaming=True, whose data has no known length, got "
+                f"{training.max_steps}"
+            )
+        if stage != "task" and training.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={training.label_smoothing_factor} is for stage 'task', not {stage!r}; set "
+                "stage_options.task"
+            )
+        check_exact(model.specs or (), stage, config.data.max_length)
         if model.specs and all(s.mechanism != "nystrom" for s in model.specs):
             for name in ("window_size", "num_landmarks"):
                 if getattr(options.annealing, name) is not None:
                     raise ValueError(f"anneal.{name} needs a spec with mechanism='nystrom'")
+    if adaptation.teacher_finetuned:
+        adaptation.options_for(FINETUNED)
     nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]
     if "plain" in adaptation.controls and (not nystrom or any(nystrom)):
         raise ValueError("controls: 'plain' needs a spec with mechanism='distance' (landmarks cannot do without a fit)")

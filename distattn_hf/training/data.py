@@ -220,12 +220,17 @@ def _check_padding(tokenizer, task: str, arguments) -> None:
         )
 
 
+def row_length(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> int:
+    """Tokens in a row, at most: max_length, or what model and tokenizer have room for."""
+    allowed = length_for(SimpleNamespace(config=_text_config(model_config)), arguments.max_length)
+    return int(min(allowed, tokenizer.model_max_length))
+
+
 def _clamped_length(arguments, tokenizer, config) -> int:
-    wanted = arguments.max_length
-    allowed = min(length_for(SimpleNamespace(config=_text_config(config)), wanted), tokenizer.model_max_length)
+    wanted, allowed = arguments.max_length, row_length(arguments, tokenizer, config)
     if allowed < wanted:
         logger.warning(f"max_length={wanted} is more than model and tokenizer have room for; {allowed} is used.")
-    return int(allowed)
+    return allowed
 
 
 def _text_config(config):

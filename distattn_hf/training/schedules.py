@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..core.parameters import HeadParameters, NystromParameters
-from .objectives import observed, teacher_attention
+from ..core.relative_bias import RelativeBias, has_relative_bias
+from .objectives import observed, query_mask, teacher_attention
 
 # What is left of a landmark before it is taken out, as a share of its weight at the start.
 _REST = 1e-12
@@ -39,7 +40,7 @@ class AnnealingOptions:
     hold: float = 0.2
 
     def __post_init__(self):
-        if self.alpha is not None and not (_is_number(self.alpha) and 0 < self.alpha <= 1):
+        if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha <= 1):
             raise ValueError(f"anneal.alpha must be in (0, 1], got {self.alpha!r}")
         for name, least in (("window_size", 0), ("num_landmarks", 1)):
             value = getattr(self, name)
@@ -47,7 +48,7 @@ class AnnealingOptions:
                 raise ValueError(f"anneal.{name} must be an integer >= {least}, got {value!r}")
         for name in ("warmup", "hold"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"anneal.{name} must be a fraction in [0, 1), got {value!r}")
         if self.warmup + self.hold >= 1:
             raise ValueError(f"anneal.warmup + anneal.hold must be < 1, got {self.warmup} + {self.hold}")
@@ -58,7 +59,8 @@ class AnnealingOptions:
         return any(value is not None for value in (self.alpha, self.window_size, self.num_landmarks))
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether a value is an int or float; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -86,7 +88,8 @@ def fading(done: float) -> float:
 class Annealing:
     """Applies `AnnealingOptions` to a converted model; made when a stage starts, before any checkpoint is loaded.
 
-    Raises `ValueError` where the model has nothing of the kind that is to move.
+    Raises `ValueError` where the model has nothing of the kind that is to move, or cannot go to the target: a window
+    too small for its relative position bias, more landmarks than it has.
     """
 
     def __init__(self, student, options: AnnealingOptions):
@@ -103,24 +106,25 @@ class Annealing:
         for name in ("window_size", "num_landmarks"):
             if getattr(options, name) is not None and not self.linear:
                 raise ValueError(f"anneal.{name} needs a model with mechanism='nystrom', which no head has")
+        if options.window_size is not None:
+            _check_window(student, options.window_size)
+        least = min((group.spec.num_landmarks for group in self.linear), default=0)
+        if options.num_landmarks is not None and options.num_landmarks > least:
+            raise ValueError(
+                f"anneal.num_landmarks must be at most the model's own {least}, got {options.num_landmarks}"
+            )
         self.windows = [group.spec.window_size for group in self.linear]
         self.leaving: list[tuple[NystromParameters, Tensor, Tensor]] = []
 
     def choose_landmarks(self, batches: list[dict]) -> None:
-        """Mark each head's least used landmarks, by the far attention that goes through them on `batches`.
-
-        Raises `ValueError` for a target above what a head has.
-        """
+        """Mark each head's least used landmarks, by the far attention that goes through them on `batches`."""
         target = self.options.num_landmarks
         if target is None:
             return
         use = landmark_use(self.student, batches)
         for group in self.linear:
-            count = group.spec.num_landmarks
-            if target > count:
-                raise ValueError(f"anneal.num_landmarks must be at most the model's own {count}, got {target}")
-            order = use[group].argsort(dim=-1, stable=True)
-            self.leaving.append((group, order[:, : count - target], group.interpolation_bias.detach().clone()))
+            leaving = use[group].argsort(dim=-1, stable=True)[:, : group.spec.num_landmarks - target]
+            self.leaving.append((group, leaving, group.interpolation_bias.detach().clone()))
 
     @torch.no_grad()
     def apply(self, step: int, total: int) -> None:
@@ -164,12 +168,35 @@ class Annealing:
 
 
 @torch.no_grad()
+def _check_window(student, window_size: int) -> None:
+    """Raise `ValueError` for a window that cannot carry a relative position bias of Nyström heads."""
+    linear = [k for k, s in student.attention_states.items() if s.is_nystrom and not s.is_cross]
+    for name, module in student.named_modules():
+        # The layers of a stack share the bias of one of them.
+        stack = name.partition("block.")[0]
+        if not has_relative_bias(module) or not module.has_relative_attention_bias:
+            continue
+        if not any(f".{key}".partition("block.")[0].endswith(f".{stack}") for key in linear):
+            continue
+        try:
+            if not window_size:
+                raise ValueError("it cannot carry the model's relative position bias")
+            # Rows may be as long as it takes to tell.
+            RelativeBias(module, 0).window(window_size, module.relative_attention_max_distance + 2, module.is_decoder)
+        except ValueError as error:
+            raise ValueError(f"anneal.window_size={window_size}: {error}") from None
+
+
+@torch.no_grad()
 def landmark_use(student, batches: list[dict]) -> dict[NystromParameters, Tensor]:
     """{group: (H, m)}: the share of a query's far attention that goes through each landmark, mean over queries.
 
-    Keys of the whole row count as far, and padding is left out.
+    The queries are those of all batches. Keys of the whole row count as far, and padding is left out.
     """
-    found: dict[NystromParameters, Tensor] = {}
+    sums: dict[NystromParameters, Tensor] = {}
+    counts: dict[NystromParameters, Tensor] = {}
+    names = {state: name for name, state in student.attention_states.items()}
+    inputs: dict = {}
 
     def observe(state, query, key, value, call):
         for heads, group in state.parts():
@@ -180,18 +207,23 @@ def landmark_use(student, batches: list[dict]) -> dict[NystromParameters, Tensor
             if mask is not None:
                 far_key = far_key * mask[:, :, 0, :, None]
             weight = (far_query + far_key.sum(-2, keepdim=True).clamp_min(1e-30).log()).softmax(-1)
-            found[group] = found.get(group, 0.0) + weight.mean((0, 2))
+            valid = query_mask(names[state], state.is_cross, inputs, student.config.is_encoder_decoder)
+            if valid is None or tuple(valid.shape) != (query.shape[0], query.shape[2]):
+                valid = torch.ones(query.shape[0], query.shape[2], device=query.device)
+            valid = valid.to(weight.dtype)
+            sums[group] = sums.get(group, 0.0) + (weight * valid[:, None, :, None]).sum((0, 2))
+            counts[group] = counts.get(group, 0.0) + valid.sum()
         return teacher_attention(query, key, value, call)
 
     was_training = student.training
     student.eval()
     with observed(student, observe):
-        for batch in batches:
-            student(**{k: v for k, v in batch.items() if k != "labels" or student.config.is_encoder_decoder})
+        for inputs in batches:  # noqa: B007 (`observe` reads it)
+            student(**{k: v for k, v in inputs.items() if k != "labels" or student.config.is_encoder_decoder})
     student.train(was_training)
-    if not found:
+    if not sums:
         raise ValueError("anneal.num_landmarks: no batch reached a head with landmarks")
-    return found
+    return {group: total / counts[group].clamp_min(1) for group, total in sums.items()}
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """One stage of an adaptation: what trains at which rate, what is minimised, what is annealed. Both drivers use it."""
 
 import copy
+import math
 import re
-from dataclasses import dataclass, field, fields
+import warnings
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from ..core.discovery import base_prefix
 from .objectives import STAGES, TASKS, AttentionTransfer, Distillation, label_loss
-from .schedules import Annealing, AnnealingOptions
+from .schedules import Annealing, AnnealingOptions, is_number
 
 TRAIN = ("attention", "attention+qk", "all", "lora")
 GROUPS = ("attention", "qk", "rest")
@@ -30,9 +32,10 @@ class StageOptions:
             "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
         learning_rates: {"attention", "qk", "rest": rate}; what is not given takes TrainingArguments.learning_rate.
             Adapters belong to "rest".
-        temperature, hidden_weight, task_weight, dropout: of `Distillation`.
+        temperature, hidden_weight, task_weight, dropout: of `Distillation`; > 0, >= 0, in [0, 1], True or False.
         anneal: fields of `AnnealingOptions`.
-        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets None: those peft knows for the model.
+        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets are names, or a pattern for whole names; None:
+            those peft knows for the model.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -47,7 +50,7 @@ class StageOptions:
     anneal: dict = field(default_factory=dict)
     lora_r: int = 8
     lora_alpha: int = 16
-    lora_targets: list[str] | None = None
+    lora_targets: list[str] | str | None = None
 
     def __post_init__(self):
         if self.train is not None and self.train not in TRAIN:
@@ -60,14 +63,33 @@ class StageOptions:
                 raise ValueError(f"{name} must be a mapping, got {value!r}")
         refuse_unknown(self.learning_rates, GROUPS, "learning_rates")
         for name, rate in self.learning_rates.items():
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not rate >= 0:
+            if not is_number(rate) or not rate >= 0:
                 raise ValueError(
                     f"learning_rates.{name} must be a number >= 0 (in YAML 1.0e-3, not 1e-3), got {rate!r}"
                 )
         refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
         self.annealing = AnnealingOptions(**self.anneal)
-        if not isinstance(self.lora_r, int) or self.lora_r < 1:
-            raise ValueError(f"lora_r must be an integer >= 1, got {self.lora_r!r}")
+        for name, allowed, fine in (
+            ("temperature", "a finite number > 0", lambda v: v > 0),
+            ("hidden_weight", "a finite number >= 0", lambda v: v >= 0),
+            ("task_weight", "a number in [0, 1]", lambda v: 0 <= v <= 1),
+        ):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value) or not fine(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if not isinstance(self.dropout, bool):
+            raise ValueError(f"dropout must be True or False, got {self.dropout!r}")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        targets = [self.lora_targets] if isinstance(self.lora_targets, str) else self.lora_targets
+        if targets is not None and (
+            not isinstance(targets, list) or not targets or not all(t and isinstance(t, str) for t in targets)
+        ):
+            raise ValueError(
+                f"lora_targets must be a list of module names, a pattern or None, got {self.lora_targets!r}"
+            )
 
     def trains(self, stage: str) -> str:
         """What trains in `stage`; raises `ValueError` for what attention transfer gives no gradient."""
@@ -161,7 +183,8 @@ class Stage:
         self.converted = hasattr(student, "attention_states")
         self.trains = options.trains(name) if self.converted else "all"
         set_trainable(student, self.trains, task) if self.converted else student.requires_grad_(True)
-        self.annealing = Annealing(student, options.annealing) if options.annealing.active else None
+        anneals = options.annealing.active and self.converted
+        self.annealing = Annealing(student, options.annealing) if anneals else None
         self.model = self._with_adapters() if self.trains == "lora" else student
         self.objective = None
         if teacher is not None and name != "task":
@@ -259,6 +282,40 @@ class Stage:
         """The student as it is after the stage, adapters merged, all parameters trainable again."""
         student = self.model.merge_and_unload() if self.trains == "lora" else self.student
         return student.requires_grad_(True).eval()
+
+
+def check_exact(specs, stage: str, max_length: int) -> None:
+    """Raise `ValueError` where rows of max_length tokens never reach the landmarks of a Nyström spec of `specs`."""
+    for spec in specs:
+        if stage != "transfer" and spec.mechanism == "nystrom" and (spec.exact_below or 0) >= max_length:
+            raise ValueError(
+                f"stage {stage!r} would train no landmark: rows have at most max_length={max_length} tokens, and the "
+                f"spec's exact_below={spec.exact_below} takes exact attention for all of them; set exact_below=0 while "
+                "adapting, or a greater max_length"
+            )
+
+
+def check_stages(student, teacher, task: str, options: dict[str, StageOptions], max_length: int) -> None:
+    """Raise the `ValueError` that a stage of `options`, {stage: its options}, would raise, before any of them trains.
+
+    `student` is the converted model that the first stage would get. It is used up: it goes to the meta device.
+    max_length: tokens in a row of data, at most.
+    """
+    student = student.to("meta")
+    groups = [group for state in student.attention_states.values() for group in state.groups]
+    for name, chosen in options.items():
+        check_exact([group.spec for group in groups], name, max_length)
+        with warnings.catch_warnings():
+            # That nothing is copied to the meta device.
+            warnings.simplefilter("ignore")
+            # Adapters are put into the model in place.
+            stage = Stage(name, copy.deepcopy(student), teacher, task, chosen)
+        stage.parameter_groups(stage.model, 0.0, 0.0, ())
+        target = chosen.annealing
+        for group in groups:
+            if group.spec.mechanism == "nystrom":
+                wanted = {"window_size": target.window_size, "num_landmarks": target.num_landmarks}
+                group.spec = replace(group.spec, **{k: v for k, v in wanted.items() if v is not None})
 
 
 def _plain(name: str) -> str:

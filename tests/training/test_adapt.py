@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,77 @@ def test_stages_one_after_another(tmp_path, monkeypatch):
     assert again.to_dict() == card.to_dict()
     with pytest.raises(ValueError, match="holds a run with learning_rate=0.001, now 0.002 .1 arguments differ"):
         adapt(parse_config({**given, "learning_rate": 2e-3}))
+
+
+def test_stages_may_be_added_at_the_end_alone(tmp_path):
+    """What is finished was trained from the stages before it, so none may come between or before."""
+    given = values(tmp_path, gpt2(), stages=["distillation"], max_steps=1)
+    adapt(parse_config(given))
+    for stages in (["transfer", "distillation"], ["task"]):
+        said = f"holds a run with stages=['distillation'], to which stages may be added at the end, now {stages!r}"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            adapt(parse_config({**given, "stages": stages}))
+    assert not (tmp_path / "run" / "transfer").exists()
+    card = adapt(parse_config({**given, "stages": ["distillation", "task"]}))
+    assert card.checkpoint == "task"
+    with pytest.raises(ValueError, match=r"holds a run with stages=\['distillation', 'task'\]"):
+        adapt(parse_config(given))
+
+
+NYSTROM = {"mechanism": "nystrom", "num_landmarks": 4, "window_size": 4, "num_sinks": 1}
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "said"),
+    [
+        (NYSTROM, {"anneal": {"alpha": 1.0}}, "no converted head has α"),
+        (NYSTROM, {"anneal": {"num_landmarks": 9}}, "anneal.num_landmarks must be at most the model's own 4, got 9"),
+        (NYSTROM, {"anneal": {"num_landmarks": 3}}, "anneal.num_landmarks must be at most the model's own 2, got 3"),
+        ({"metric": "l2"}, {"train": "lora", "lora_targets": ["nope"]}, "nope"),
+    ],
+)
+def test_what_a_later_stage_refuses_is_said_before_the_first_one(tmp_path, spec, options, said):
+    stage_options = {"distillation": options}
+    if options.get("anneal", {}).get("num_landmarks") == 3:
+        stage_options["transfer"] = {"anneal": {"num_landmarks": 2}}
+    given = values(tmp_path, gpt2(), spec=spec, max_length=32, max_steps=1, stage_options=stage_options)
+    with pytest.raises(ValueError, match=said):
+        adapt(parse_config(given))
+    assert (tmp_path / "run" / "calibrated").exists()
+    assert not (tmp_path / "run" / "transfer").exists()
+    assert not (tmp_path / "run" / "distattn_scorecard.json").exists()
+    # With other options it goes on from the conversion, which is not to blame.
+    card = adapt(parse_config({**given, "stage_options": {}}))
+    assert card.checkpoint == "distillation"
+
+
+def test_a_t5_window_is_refused_before_anything_trains(tmp_path):
+    model = t5(relative_attention_max_distance=6, relative_attention_num_buckets=8)
+    given = values(
+        tmp_path, model, source_column="text", target_column="title", text_column=None, max_steps=1,
+        spec={**NYSTROM, "window_size": 8}, stage_options={"distillation": {"anneal": {"window_size": 2}}},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="anneal.window_size=2: .*relative position bias"):
+        adapt(parse_config(given))
+    assert not (tmp_path / "run" / "transfer").exists()
+
+
+def test_rows_too_short_for_the_landmarks_of_a_given_student(tmp_path):
+    """The rows are cut where the model ends, at 128 tokens."""
+    text = {"input_ids": torch.randint(3, 64, (8, 48), generator=torch.Generator().manual_seed(0))}
+    student = convert(gpt2(), AttentionSpec(**NYSTROM, exact_below=128), calibration=text)
+    given = values(tmp_path, gpt2(), max_length=256, max_steps=1, eval_data=None)
+    given |= {"spec": None, "student": str(checkpoint(tmp_path / "student", student)), "eval_data": given["train_data"]}
+    with pytest.raises(ValueError, match="stage 'distillation' would train no landmark: .*max_length=128"):
+        adapt(parse_config(given))
+    assert not (tmp_path / "run" / "transfer").exists()
+
+
+def test_annealing_is_not_for_the_fine_tuned_teacher(tmp_path):
+    given = values(
+        tmp_path, gpt2(), stages=["transfer"], teacher_finetuned=True, max_steps=1, anneal={"alpha": 0.9},
+    )  # fmt: skip
+    assert adapt(parse_config(given)).row("teacher_finetuned") is not None
 
 
 def test_perplexity_is_that_of_all_labels(tmp_path):

@@ -112,6 +112,28 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
         ({"max_length": 1}, "max_length must be an integer >= 2"),
         ({"pair_columns": ["title"]}, r"pair_columns must be \[query column, passage column\]"),
         ({"lora_r": 0}, "lora_r must be an integer >= 1"),
+        ({"lora_alpha": True}, "lora_alpha must be an integer >= 1, got True"),
+        ({"lora_targets": []}, r"lora_targets must be a list of module names, a pattern or None, got \[\]"),
+        ({"lora_targets": [3]}, "lora_targets must be a list of module names"),
+        ({"temperature": -1}, "temperature must be a finite number > 0, got -1"),
+        ({"temperature": "x"}, "temperature must be a finite number > 0, got 'x'"),
+        ({"temperature": float("nan")}, "temperature must be a finite number > 0, got nan"),
+        ({"hidden_weight": -1}, "hidden_weight must be a finite number >= 0, got -1"),
+        ({"dropout": "no"}, "dropout must be True or False, got 'no'"),
+        (
+            {"stages": ["transfer", "distillation"], "stage_options": {"distillation": {"task_weight": 2}}},
+            r"task_weight must be a number in \[0, 1\], got 2",
+        ),
+        (
+            {"teacher_finetuned": True, "stage_options": {"teacher_finetuned": {"dropout": 1}}},
+            "dropout must be True or False, got 1",
+        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is for stage 'task', not 'transfer'"),
+        ({"streaming": True}, "stage 'transfer': max_steps must be > 0 with streaming=True"),
+        (
+            {"stages": ["distillation"], "max_length": 64, "spec": {"mechanism": "nystrom", "exact_below": 64}},
+            "train no landmark: .* max_length=64 tokens, .* exact_below=64",
+        ),
     ],
 )
 def test_refused_up_front(tmp_path, changes, said):
@@ -139,6 +161,12 @@ def test_files_that_hold_something_else(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="must hold a mapping"):
         read_config(tmp_path / "list.yaml")
+
+
+def test_exact_below_is_fine_in_transfer_and_for_longer_rows(tmp_path):
+    spec = {"mechanism": "nystrom", "exact_below": 64}
+    config(tmp_path, spec=spec, max_length=64)
+    config(tmp_path, spec=spec, max_length=65, stages=["distillation"])
 
 
 def test_a_given_mapping_is_not_changed():

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends with the weights of one that was not, bit for bit."""
 
+import json
 import os
 import runpy
 import shutil
@@ -137,3 +138,83 @@ def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monke
             assert torch.equal(tensor, final[1][key]), (stage, key)
             # The same operations in the same order; dropout is drawn from the same generator.
             torch.testing.assert_close(tensor, final[2][key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
+
+
+SCRIPT = str(ROOT / "scripts" / "adapt_accelerate.py")
+
+
+def loop(monkeypatch, path, stop=None):
+    """Run the Accelerate loop; with `stop`, it is cut off where that step begins."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, str(path)])
+    names = runpy.run_path(SCRIPT)
+    step, original = [0], names["train_step"]
+
+    def stopping(*arguments):
+        step[0] += 1
+        if step[0] == stop:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    names["main"].__globals__["train_step"] = stopping
+    names["main"]()
+
+
+def test_the_accelerate_loop_streams_data_that_ends_early(tmp_path, monkeypatch):
+    """Streamed rows come in the order of the data, again and again: the same weights as without, resumed or not."""
+    config = values(tmp_path, gpt2(), stages=["distillation"], train_sampling_strategy="sequential", max_steps=12,
+                    max_train_samples=14, gradient_accumulation_steps=2, save_steps=5, calibration_steps=1)  # fmt: skip
+
+    def run(folder, streaming, stop=None):
+        path = tmp_path / f"{folder}.yaml"
+        path.write_text(yaml.safe_dump({**config, "output_dir": str(tmp_path / folder), "streaming": streaming}))
+        if folder != "whole" and not (tmp_path / folder).exists():
+            shutil.copytree(tmp_path / "whole" / "calibrated", tmp_path / folder / "calibrated")
+        loop(monkeypatch, path, stop)
+
+    run("whole", False)
+    run("streamed", True)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", True, stop=8)  # 4 batches of 14 rows are 2 steps, so it was in the fourth epoch
+    run("cut", True)
+    whole, *others = (tmp_path / f / "distillation" for f in ("whole", "streamed", "cut"))
+    assert len(json.loads((whole / "losses.json").read_text())) == 12
+    expected = load_file(whole / "final" / "model.safetensors")
+    for folder in others:
+        found = load_file(folder / "final" / "model.safetensors")
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), folder
+
+
+def test_the_accelerate_loop_rounds_epochs_up(tmp_path, monkeypatch):
+    config = values(tmp_path, gpt2(), stages=["transfer"], max_steps=-1, num_train_epochs=0.01)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    loop(monkeypatch, tmp_path / "c.yaml")
+    assert len(json.loads((tmp_path / "run" / "transfer" / "losses.json").read_text())) == 1
+
+
+def test_the_accelerate_loop_ends_where_there_is_no_row(tmp_path):
+    class Empty(list):
+        def set_epoch(self, epoch):
+            assert epoch == 0
+
+    steps = runpy.run_path(SCRIPT)["steps_from"](Empty(), 2, 0, None)
+    with pytest.raises(ValueError, match="train_data gave no row in epoch 1"):
+        next(steps)
+
+
+def test_the_accelerate_loop_refuses_what_adapt_refuses(tmp_path, monkeypatch):
+    config = values(tmp_path, gpt2(), stages=["distillation"], max_steps=1)
+    path = tmp_path / "c.yaml"
+
+    def refused(said, **changes):
+        path.write_text(yaml.safe_dump({**config, **changes}))
+        with pytest.raises(ValueError, match=said):
+            loop(monkeypatch, path)
+
+    late = {"distillation": {"train": "lora", "lora_targets": ["nope"]}}
+    refused("nope", stages=["transfer", "distillation"], stage_options=late)
+    refused("max_steps must be > 0 with streaming=True", streaming=True, max_steps=-1)
+    assert not list((tmp_path / "run").glob("*/final"))
+    path.write_text(yaml.safe_dump(config))
+    loop(monkeypatch, path)
+    refused(r"holds a run with stages=\['distillation'\]", stages=["transfer", "distillation"])
+    refused("holds a run with learning_rate=0.001, now 0.002", learning_rate=2e-3)

@@ -16,7 +16,7 @@ from distattn_hf.training.schedules import (
     progress,
     remove_landmarks,
 )
-from tests.conversion.models import bert, gpt2, llama
+from tests.conversion.models import bert, gpt2, llama, t5, token_batch
 from tests.training.rows import collate, rows
 
 
@@ -171,6 +171,46 @@ def test_models_with_nothing_to_anneal():
         Annealing(exact, AnnealingOptions(alpha=1.0))
     with pytest.raises(ValueError, match="anneal.window_size needs a model with mechanism='nystrom'"):
         Annealing(exact, AnnealingOptions(window_size=3))
-    few = Annealing(nystrom(landmarks=4), AnnealingOptions(num_landmarks=9))
     with pytest.raises(ValueError, match="at most the model's own 4, got 9"):
-        few.choose_landmarks([{"input_ids": torch.ones(1, 20, dtype=torch.long) * 5}])
+        Annealing(nystrom(landmarks=4), AnnealingOptions(num_landmarks=9))
+
+
+def test_a_window_below_the_relative_position_bias():
+    model = t5(relative_attention_max_distance=6, relative_attention_num_buckets=8)
+    spec = AttentionSpec(mechanism="nystrom", num_landmarks=4, window_size=8)
+    student = convert(model, spec, calibration=token_batch(model), options=CalibrationOptions(steps=1, progress=False))
+    for window, said in (
+        (0, "cannot carry"),
+        (2, "window_size=2 is too small for this model's relative position bias"),
+    ):
+        with pytest.raises(ValueError, match=f"anneal.window_size={window}: .*{said}"):
+            Annealing(student, AnnealingOptions(window_size=window))
+    annealing = Annealing(student, AnnealingOptions(window_size=6))
+    annealing.finish(4)
+    assert student(**token_batch(model, 40)).logits.isfinite().all()
+
+
+def test_landmark_use_leaves_padding_out_and_is_a_mean_over_batches():
+    student = nystrom(landmarks=4)
+    batch = token_batch(gpt2(), 20, padded=True)
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], 40)}
+    use, changed, twice = (landmark_use(student, given) for given in ([batch], [other], [batch, batch]))
+    for group in groups(student):
+        torch.testing.assert_close(use[group], changed[group])
+        torch.testing.assert_close(use[group], twice[group])
+        torch.testing.assert_close(use[group].sum(-1), torch.ones(4))
+
+
+def test_landmark_use_of_a_decoder_takes_its_padding_from_the_labels():
+    model = t5(relative_attention_max_distance=6, relative_attention_num_buckets=8)
+    spec = AttentionSpec(mechanism="nystrom", num_landmarks=4, window_size=8)
+    student = convert(model, spec, calibration=token_batch(model), options=CalibrationOptions(steps=1, progress=False))
+    batch = token_batch(model, 20)
+    del batch["decoder_input_ids"]
+    labels = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([labels, torch.full((2, 5), -100)], 1)
+    short, long = (landmark_use(student, [{**batch, "labels": given}]) for given in (labels, padded))
+    cross = {g for s in student.attention_states.values() if s.is_cross for g in s.groups}
+    assert cross
+    for group in cross:
+        torch.testing.assert_close(short[group], long[group])
