@@ -143,10 +143,13 @@ def test_a_cache_that_is_reset_starts_anew():
 @torch.no_grad()
 def test_caches_of_another_kind_are_refused(family):
     model, batch = student_of(family), padded(12)
+    with pytest.raises(ValueError, match=r"got 20 places for 12 tokens \(a static cache\?\)"):
+        model(**batch, past_key_values=StaticCache(model.config, max_cache_len=20))
+    # Without a place to spare, too: it is of another kind.
     with pytest.raises(
         ValueError, match="keeps a cache of its own kind in a DynamicCache; got StaticCache with Static"
     ):
-        model(**batch, past_key_values=StaticCache(model.config, max_cache_len=20))
+        model(**batch, past_key_values=StaticCache(model.config, max_cache_len=12))
     with pytest.raises(ValueError, match="got DynamicCache with DynamicLayer"):
         model(**batch, past_key_values=DynamicCache(config=model.config, offloading=True))
     with pytest.raises(ValueError, match="Leave cache_implementation at its default"):
