@@ -8,6 +8,7 @@ stopped.
 
 import json
 import math
+import shutil
 import sys
 from contextlib import nullcontext
 from itertools import islice
@@ -192,6 +193,9 @@ def save(accelerator, folder: Path, step: int, total: int) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (folder / f"state-{step}" / "done.json").write_text(json.dumps({"step": step, "total": total}))
+        for older in folder.glob("state-*"):
+            if older.name != f"state-{step}":
+                shutil.rmtree(older)
 
 
 def resume(accelerator, folder: Path) -> int:

@@ -110,7 +110,7 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
         # Padding after the last of so many tokens still sees no more than these.
-        if bool((full_keep.sum(-1) > layer.exact_below).all()):
+        if layer.full_key_heads != layer.exact_key_heads and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
 

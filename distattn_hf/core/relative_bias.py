@@ -56,7 +56,7 @@ _TOO_SMALL = (
     "window_size={} is too small for this model's relative position bias, which is not constant from there on; set it "
     "to at least config.relative_attention_max_distance"
 )
-_NOTHING = "distattn_bias"
+_ATTRIBUTE = "distattn_bias"
 
 
 def give_relative_bias(module: nn.Module, args, kwargs):
@@ -71,7 +71,7 @@ def give_relative_bias(module: nn.Module, args, kwargs):
         cache = kwargs.get("past_key_values")
         bias = RelativeBias(module, 0 if cache is None else int(cache.get_seq_length(module.layer_idx)))
     placeholder = torch.full((1, 1, 1, 1), float("nan"), device=module.q.weight.device)
-    setattr(placeholder, _NOTHING, bias)
+    setattr(placeholder, _ATTRIBUTE, bias)
     return args, {**kwargs, "position_bias": placeholder}
 
 
@@ -83,8 +83,8 @@ def has_relative_bias(module: nn.Module) -> bool:
 
 def bias_behind(position_bias: Tensor | None) -> Tensor | RelativeBias | None:
     """What a placeholder stands for, or the tensor itself; raises `RuntimeError` for a placeholder that lost it."""
-    if position_bias is None or hasattr(position_bias, _NOTHING):
-        return getattr(position_bias, _NOTHING, None)
+    if position_bias is None or hasattr(position_bias, _ATTRIBUTE):
+        return getattr(position_bias, _ATTRIBUTE, None)
     if position_bias.numel() == 1 and bool(position_bias.isnan().any()):
         raise RuntimeError(
             "the model copied its position bias between layers (reentrant gradient checkpointing, or layers on several "

@@ -215,8 +215,9 @@ def _attention_text(config: dict) -> str:
     for spec in config["distattn"]["specs"]:
         if spec.get("mechanism") == "nystrom":
             sizes = [f"{spec[k]} {label}" for k, label in (
-                ("num_landmarks", "landmarks"), ("window_size", "tokens of window"), ("num_sinks", "sinks")
-            ) if spec.get(k) is not None]  # fmt: skip
+                ("num_landmarks", "landmarks"), ("window_size", "tokens of window"), ("num_sinks", "sinks"),
+                ("exact_below", "tokens from which on it begins"),
+            ) if spec.get(k)]  # fmt: skip
             parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
         else:
             order = f" (p={spec['p']:g})" if spec.get("p") is not None else ""

@@ -30,7 +30,7 @@ SCORECARD = {
     "task": "masked-lm",
     "metric": "perplexity",
     "greater_is_better": False,
-    "data": {"train": "/home/somebody/train.txt", "eval": "somebody/evaluation-texts"},
+    "data": {"train": "/srv/somebody/train.txt", "eval": "somebody/evaluation-texts"},
     "teacher": "minilm",
     "rows": [
         {"name": "teacher", "score": 26.04, "ratio": 1.0, "metrics": {"perplexity": 26.04}},
@@ -235,7 +235,7 @@ def test_the_card_on_the_hub(world, tmp_path):
         "2 attention modules converted",
     ):
         assert text in card.text, text
-    assert "/home/somebody" not in str(card)
+    assert "/srv/somebody" not in str(card)
 
 
 def test_an_exact_checkpoint_without_scorecard_claims_no_score(world):
