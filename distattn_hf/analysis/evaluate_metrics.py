@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .evaluation import retrieval_ranks
+
 
 class _PackagedMetric(evaluate.Metric):
     """An `evaluate.Metric` whose files do not collide with another process's, and whose config name is checked.
@@ -262,17 +264,10 @@ class Retrieval(_PackagedMetric):
         if len({len(row) for row in predictions}) > 1:
             raise ValueError(f"predictions must be of one size d, got {sorted({len(row) for row in predictions})}")
         queries, passages = torch.tensor(predictions), torch.tensor(references)
-        ranks = torch.cat([_ranks(part, passages, start) for start, part in _parts(queries)]).double()
+        ranks = torch.cat([retrieval_ranks(part, passages, start) for start, part in _parts(queries)]).double()
         scores = {f"retrieval_at_{k}": float((ranks <= k).double().mean()) for k in self.at}
         return {"mrr": float((1 / ranks).mean()), **scores}
 
 
 def _parts(queries: Tensor, size: int = 1024):
     return ((start, queries[start : start + size]) for start in range(0, len(queries), size))
-
-
-def _ranks(queries: Tensor, passages: Tensor, start: int) -> Tensor:
-    """Rank of passage start + i for query i: (len(queries),)."""
-    scores = queries @ passages.T
-    own = scores.gather(1, torch.arange(start, start + len(queries))[:, None])
-    return (scores >= own).sum(-1)

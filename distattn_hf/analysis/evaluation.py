@@ -116,13 +116,19 @@ def compare_models(models: dict[str, tuple], texts, options: EvaluationOptions |
 
 
 def retrieval_scores(queries: Tensor, passages: Tensor) -> dict[str, float]:
-    """Rank of passage i for query i by dot product: share ranked first, and mean reciprocal rank.
+    """`retrieval_ranks` in two numbers: the share ranked first, and the mean reciprocal rank."""
+    ranks = retrieval_ranks(queries, passages)
+    return {"retrieval_at_1": float((ranks == 1).float().mean()), "mrr": float((1 / ranks).mean())}
+
+
+def retrieval_ranks(queries: Tensor, passages: Tensor, first: int = 0) -> Tensor:
+    """Rank of passage first + i for query i among all passages, by dot product: (len(queries),).
 
     Whatever is not clearly worse ranks ahead, so that embeddings that are all equal, or NaN, come last and not first.
     """
     scores = queries @ passages.T
-    ranks = (~(scores < scores.diagonal()[:, None])).sum(-1)
-    return {"retrieval_at_1": float((ranks == 1).float().mean()), "mrr": float((1 / ranks).mean())}
+    own = scores.gather(1, torch.arange(first, first + len(queries), device=scores.device)[:, None])
+    return (~(scores < own)).sum(-1)
 
 
 def first_sentence_pairs(texts) -> list[tuple[str, str]]:

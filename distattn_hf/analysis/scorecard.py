@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..conversion.observe import observed
 from ..core.parameters import NystromParameters
 from ..training.data import TaskData
-from ..training.objectives import forward_inputs, label_loss, observed
+from ..training.objectives import forward_inputs, label_loss
 from ..training.sources import find_data
 from .evaluation import EvaluationOptions, evaluate_model, first_sentence_pairs
 

@@ -6,19 +6,20 @@ so only one layer's activations are kept, and it works for every architecture.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.attention import distance_attention
 from ..core.interface import attend
 from ..core.linear import nystrom_forward
 from ..core.masks import causal_keep
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
+from .observe import observed, teacher_attention
 from .rows import draw_rows, split_sequences
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
@@ -282,29 +283,15 @@ def _count_uses(model, batch) -> dict[str, int]:
 
     def count(state, query, key, value, call):
         uses[names[state]] = uses.get(names[state], 0) + 1
-        return _teacher_output(query, key, value, call)
+        return teacher_attention(query, key, value, call)
 
     _observed_forward(model, {name: tensor[:1] for name, tensor in batch.items()}, count)
     return uses
 
 
-def _teacher_output(query, key, value, call) -> Tensor:
-    teacher = {k: v for k, v in call.items() if k not in ("backend", "return_weights", "is_cross")}
-    return distance_attention(query, key, value, metric="dot", lam=1.0, **teacher)
-
-
 def _observed_forward(model, batch, observer) -> None:
-    states = list(model.attention_states.values())
-    for state in states:
-        state.observer = observer
-    try:
-        with torch.no_grad():
-            model(**batch)
-    except _AllFittedError:
-        pass
-    finally:
-        for state in states:
-            state.observer = None
+    with suppress(_AllFittedError), observed(model, observer), torch.no_grad():
+        model(**batch)
 
 
 def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> dict[str, list[dict]]:
@@ -346,7 +333,7 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
             if state.is_nystrom:
                 # What it loses, the layers above are fitted on.
                 return nystrom_forward(state, query, key, value, {**call, "backend": None}, attend)[0]
-        return _teacher_output(query, key, value, call)
+        return teacher_attention(query, key, value, call)
 
     try:
         _observed_forward(model, batch, observe)

@@ -216,7 +216,7 @@ def _attention_text(config: dict) -> str:
         if spec.get("mechanism") == "nystrom":
             sizes = [f"{spec[k]} {label}" for k, label in (
                 ("num_landmarks", "landmarks"), ("window_size", "tokens of window"), ("num_sinks", "sinks"),
-                ("exact_below", "tokens from which on it begins"),
+                ("exact_below", "first tokens attended exactly"),
             ) if spec.get(k)]  # fmt: skip
             parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
         else:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from ..conversion.observe import observed, teacher_attention
 from ..conversion.texts import shift_right
-from ..core.attention import distance_attention, without_autocast
+from ..core.attention import without_autocast
 from ..core.interface import attend, attend_groups
 from ..core.linear import nystrom_forward
 from .data import TASKS
@@ -55,15 +56,6 @@ def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
     valid = valid.to(dtype)[:, None]
     ratio = (difference * valid).sum(-1) / (norm * valid).sum(-1).clamp_min(1e-12)
     return ratio.sum(0) / (valid.sum(-1) > 0).sum().clamp_min(1)
-
-
-def teacher_attention(query: Tensor, key: Tensor, value: Tensor, call: dict) -> Tensor:
-    """Dot-product attention of one observed call without dropout: (B, H, N, d_v)."""
-    names = ("scaling", "mask", "position_bias", "is_causal")
-    # Under autocast rotated queries and keys are float32 beside a value in half precision.
-    tensors = query.to(key.dtype), key, value.to(key.dtype)
-    output = distance_attention(*tensors, metric="dot", lam=1.0, **{name: call[name] for name in names})
-    return output.to(value.dtype)
 
 
 def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: dict) -> Tensor:
@@ -186,19 +178,6 @@ def _layer_loss(state, query, key, value, call, target, valid) -> Tensor:
     errors = relative_error(student_attention(state, query, key, value, call), target, valid)
     heads = [head for heads, group in state.parts() if group is not None for head in heads]
     return errors.mean() if len(heads) == len(errors) else errors[heads].mean()
-
-
-@contextmanager
-def observed(model, observer):
-    """Have `observer` called in place of every converted module's attention."""
-    states = list(model.attention_states.values())
-    for state in states:
-        state.observer = observer
-    try:
-        yield
-    finally:
-        for state in states:
-            state.observer = None
 
 
 def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

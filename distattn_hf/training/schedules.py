@@ -5,15 +5,16 @@ sets the same values as one that is not.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..conversion.observe import observed, teacher_attention
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.relative_bias import RelativeBias, has_relative_bias
-from .objectives import observed, query_mask, teacher_attention
+from .objectives import query_mask
 
 # What is left of a landmark before it is taken out, as a share of its weight at the start.
 _REST = 1e-12
@@ -252,8 +253,3 @@ class AnnealingCallback(TrainerCallback):
         """The targets, where the run reached its last step."""
         if state.global_step >= state.max_steps:
             self.annealing.finish(state.max_steps)
-
-
-def describe(options: AnnealingOptions) -> dict:
-    """The options that are set, for logs and reports."""
-    return {name: value for name, value in asdict(options).items() if value is not None}

@@ -232,7 +232,8 @@ def test_heads_that_are_not_converted_do_not_dilute_the_loss():
 
         def observe(state, query, key, value, call):
             if not seen:
-                from distattn_hf.training.objectives import student_attention, teacher_attention
+                from distattn_hf.conversion.observe import teacher_attention
+                from distattn_hf.training.objectives import student_attention
 
                 target = teacher_attention(query, key, value, call)
                 seen.append(relative_error(student_attention(state, query, key, value, call), target, None)[1])

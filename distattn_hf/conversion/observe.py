@@ -1,0 +1,32 @@
+"""Look at a converted model's attention while it runs, and put something else in its place."""
+
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..core.attention import distance_attention
+
+
+@contextmanager
+def observed(model, observer):
+    """Have `observer(state, query, key, value, call)` called in place of every converted module's attention.
+
+    Its result (B, H, N, d_v) is the attention's output; key and value come with a head for every query head.
+    """
+    states = list(model.attention_states.values())
+    for state in states:
+        state.observer = observer
+    try:
+        yield
+    finally:
+        for state in states:
+            state.observer = None
+
+
+def teacher_attention(query: Tensor, key: Tensor, value: Tensor, call: dict) -> Tensor:
+    """Dot-product attention of one observed call without dropout: (B, H, N, d_v)."""
+    names = ("scaling", "mask", "position_bias", "is_causal")
+    # Under autocast rotated queries and keys are float32 beside a value in half precision.
+    tensors = query.to(key.dtype), key, value.to(key.dtype)
+    output = distance_attention(*tensors, metric="dot", lam=1.0, **{name: call[name] for name in names})
+    return output.to(value.dtype)
