@@ -60,6 +60,25 @@ def whole(tmp_path_factory):
     return config, folder / "run"
 
 
+SCRIPT = str(ROOT / "scripts" / "adapt_accelerate.py")
+
+
+def loop(monkeypatch, path, stop=None):
+    """Run the Accelerate loop; with `stop`, it is cut off where that step begins."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, str(path)])
+    names = runpy.run_path(SCRIPT)
+    step, original = [0], names["train_step"]
+
+    def stopping(*arguments):
+        step[0] += 1
+        if step[0] == stop:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    names["main"].__globals__["train_step"] = stopping
+    names["main"]()
+
+
 @pytest.mark.parametrize(
     ("where", "stage", "step", "left"),
     [("step", "transfer", 3, "checkpoint-2"), ("save", "distillation", 4, "checkpoint-2")],
@@ -107,26 +126,13 @@ def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monke
     config = values(tmp_path, gpt2(), stages=["transfer", "distillation"], train_sampling_strategy="sequential",
                     anneal={"alpha": 0.8}, dropout=True, logging_steps=1, max_grad_norm=0.5)  # fmt: skip
     adapt(parse_config({**config, "output_dir": str(tmp_path / "trainer")}))
-    script = str(ROOT / "scripts" / "adapt_accelerate.py")
 
     def run(folder, stop=None):
         path = tmp_path / f"{folder}.yaml"
         path.write_text(yaml.safe_dump({**config, "output_dir": str(tmp_path / folder)}))
         if not (tmp_path / folder).exists():
             shutil.copytree(tmp_path / "trainer" / "calibrated", tmp_path / folder / "calibrated")
-        monkeypatch.setattr(sys, "argv", [script, str(path)])
-        names = runpy.run_path(script)
-        if stop:
-            step, original = [0], names["train_step"]
-
-            def stopping(*arguments):
-                step[0] += 1
-                if step[0] == stop:
-                    raise KeyboardInterrupt
-                return original(*arguments)
-
-            names["main"].__globals__["train_step"] = stopping
-        names["main"]()
+        loop(monkeypatch, path, stop)
 
     run("whole")
     with pytest.raises(KeyboardInterrupt):
@@ -138,25 +144,6 @@ def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monke
             assert torch.equal(tensor, final[1][key]), (stage, key)
             # The same operations in the same order; dropout is drawn from the same generator.
             torch.testing.assert_close(tensor, final[2][key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
-
-
-SCRIPT = str(ROOT / "scripts" / "adapt_accelerate.py")
-
-
-def loop(monkeypatch, path, stop=None):
-    """Run the Accelerate loop; with `stop`, it is cut off where that step begins."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT, str(path)])
-    names = runpy.run_path(SCRIPT)
-    step, original = [0], names["train_step"]
-
-    def stopping(*arguments):
-        step[0] += 1
-        if step[0] == stop:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    names["main"].__globals__["train_step"] = stopping
-    names["main"]()
 
 
 def test_the_accelerate_loop_streams_data_that_ends_early(tmp_path, monkeypatch):
