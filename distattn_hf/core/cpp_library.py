@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from .cpp_backward import BACKWARD
 from .cpp_decode import DECODE
 from .cpp_forward import FORWARD
+from .cpp_hybrid import HYBRID
 from .cpp_tiles import TILES
 
-SOURCE = "\n".join((TILES, FORWARD, BACKWARD, DECODE))
+SOURCE = "\n".join((TILES, FORWARD, BACKWARD, DECODE, HYBRID))
 # No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
 # time of -O2).
 _FLAGS = (
@@ -33,7 +34,7 @@ _FLAGS = (
 _COMPILERS = ("g++", "c++", "clang++")
 _SECONDS = 300
 # Rows of q, k and v are padded to this many floats.
-_ALIGNMENT = 16
+ALIGNMENT = 16
 
 # (metric, p) -> number of the metric in the C++ `switch`; lp takes the general entry unless its p has its own.
 KINDS = {"l1": 0, "sqeuclidean": 1, "l2": 2, "lp": 4, "chebyshev": 5, "cosine": 6, "dot": 7}
@@ -156,6 +157,16 @@ class _Problem(ctypes.Structure):
     )
 
 
+_HYBRID_NUMBERS = "B H N M d dp dv_ vp m mp sinks window first left threads"
+
+
+class _Hybrid(ctypes.Structure):
+    _fields_ = [
+        *_fields("q k v fq fk sk sv keep position o total mass", _HYBRID_NUMBERS, {})[:-1],
+        ("headroom", ctypes.c_float),
+    ]
+
+
 class _Decode(ctypes.Structure):
     _fields_ = _fields(
         "q coef bias k v keep o partial",
@@ -164,9 +175,9 @@ class _Decode(ctypes.Structure):
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def padded_rows(tensor: Tensor) -> Tensor:
     """Float32, contiguous, the last axis filled with zeros up to a multiple of 16."""
-    fill = -tensor.shape[-1] % _ALIGNMENT
+    fill = -tensor.shape[-1] % ALIGNMENT
     return (F.pad(tensor.float(), (0, fill)) if fill else tensor.float()).contiguous()
 
 
@@ -200,7 +211,7 @@ class _Call:
         self.data = data = kind()
         data.B, data.H, data.N, data.d = query.shape
         data.M, data.dv_, data.G = key.shape[2], value_dim, query.shape[1] // key.shape[1]
-        data.dp, data.vp = (size + -size % _ALIGNMENT for size in (data.d, data.dv_))
+        data.dp, data.vp = (size + -size % ALIGNMENT for size in (data.d, data.dv_))
         data.p = p or 0.0
         data.splits = 1
         # A thread must be worth waking: about 50 µs of work.
@@ -232,7 +243,14 @@ def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> t
     call = _Call(_Problem, query, key, value.shape[-1], p)
     output = torch.empty(*query.shape[:3], call.data.vp, **_FLOATS)
     lse = torch.empty(query.shape[:3], **_FLOATS)
-    call.point(q=_rows(query), kpanels=_panels(key), v=_rows(value), coef=coef.float().contiguous(), o=output, l=lse)
+    call.point(
+        q=padded_rows(query),
+        kpanels=_panels(key),
+        v=padded_rows(value),
+        coef=coef.float().contiguous(),
+        o=output,
+        l=lse,
+    )
     call.mask(keep, bias)
     call.data.causal = causal
     call.run("attention_forward", kind)
@@ -250,14 +268,16 @@ def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, k
         units //= 1 if bias.shape[1] == data.H else key.shape[1]
     if units < 2 * data.threads and not (bias_grad and bias.shape[2] == 1):
         data.splits = -(-2 * data.threads // units)
-    rows = {"q": _rows(query), "k": _rows(key)}
+    rows = {"q": padded_rows(query), "k": padded_rows(key)}
     new = {
         "dq": torch.empty_like(rows["q"]),
         "dk": torch.zeros(data.splits, *rows["k"].shape, **_FLOATS),
         "dv": torch.zeros(data.splits, *value.shape[:3], data.vp, **_FLOATS),
         "dcoef": torch.empty(data.splits, data.B, data.H, **_FLOATS),
     }
-    call.point(**rows, kpanels=_panels(key), vpanels=_panels(value), dout=_rows(grad), out=_rows(output), lse=lse)
+    call.point(
+        **rows, kpanels=_panels(key), vpanels=_panels(value), dout=padded_rows(grad), out=padded_rows(output), lse=lse
+    )
     call.point(**new, coef=coef.float().contiguous())
     call.mask(keep, bias)
     bias_gradient = torch.zeros(bias.shape if bias_grad else 0, **_FLOATS)
@@ -288,7 +308,7 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
         data.splits = -(-4 * data.threads // units)
     output = torch.empty(data.B, data.H, data.N, data.vp, **_FLOATS)
     partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2, **_FLOATS)
-    call.point(q=_rows(query), k=key, v=value, coef=coef.float().contiguous(), o=output, partial=partial)
+    call.point(q=padded_rows(query), k=key, v=value, coef=coef.float().contiguous(), o=output, partial=partial)
     data.k_stride, data.v_stride = ((_LONG * 3)(*t.stride()[:3]) for t in (key, value))
     call.mask(keep, bias)
     data.causal = causal
@@ -296,11 +316,27 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
     return _cut(output, data.dv_)
 
 
+def hybrid_forward(tensors: dict[str, Tensor], numbers: dict[str, int], value_dim: int, headroom: float) -> Tensor:
+    """Output (B, H, N, d_v) of causal hybrid attention; `total` and `mass` among the tensors are changed in place."""
+    data = _Hybrid(**numbers)
+    query, key = tensors["q"], tensors["k"]
+    data.B, data.H, data.N, data.dp = query.shape
+    data.M, data.dv_, data.vp = key.shape[2], value_dim, tensors["v"].shape[-1]
+    # What fills a row is zero, so counting it changes no sum.
+    data.d, data.sinks, data.headroom = data.dp, tensors["sk"].shape[2], headroom
+    data.threads = min(torch.get_num_threads(), data.B * data.H)
+    output = torch.empty(*query.shape[:3], data.vp, **_FLOATS)
+    for name, tensor in {**tensors, "o": output}.items():
+        setattr(data, name, tensor.data_ptr())
+    _load()[0].hybrid_forward(ctypes.byref(data))
+    return _cut(output, value_dim)
+
+
 def distance_forward(query, key, kind, p) -> Tensor:
     """Distances (B, H, N, M), float32."""
     call = _Call(_Problem, query, key, 1, p)
     distances = torch.empty(*query.shape[:3], key.shape[2], **_FLOATS)
-    call.point(q=_rows(query), kpanels=_panels(key), sums=distances)
+    call.point(q=padded_rows(query), kpanels=_panels(key), sums=distances)
     call.run("distance_forward", kind)
     return distances
 
@@ -308,7 +344,7 @@ def distance_forward(query, key, kind, p) -> Tensor:
 def distance_backward(grad, query, key, distances, kind, p) -> tuple[Tensor, Tensor]:
     """Gradients (query, key) of distances whose heads are not grouped, float32."""
     call = _Call(_Problem, query, key, 1, p)
-    rows = {"q": _rows(query), "k": _rows(key)}
+    rows = {"q": padded_rows(query), "k": padded_rows(key)}
     dq, dk = torch.empty_like(rows["q"]), torch.zeros_like(rows["k"])
     call.point(**rows, kpanels=_panels(key), dout=grad.float().contiguous(), out=distances, dq=dq, dk=dk)
     call.run("distance_backward", kind)

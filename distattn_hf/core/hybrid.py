@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .hybrid_cpu import fused, runs
+
 # Queries that share one running sum: fewer sums to keep, more work within a block.
 _BLOCK = 64
 # Weights (float32: 2 MB) that are worked on at a time.
@@ -88,6 +90,8 @@ def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
 
     A query that sees nothing gets zeros.
     """
+    if runs(inputs):
+        return _by_kernel(inputs)
     if inputs.is_causal and inputs.query.shape[2] > (rows := _rows_at_once(inputs)):
         return _one_after_another(inputs, rows)
     state, near_keep, far_key = _enter(inputs)
@@ -96,6 +100,14 @@ def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
     else:
         output = _no_window(inputs, state, far_key)
     return output, _leave(inputs, state, far_key), near_keep
+
+
+def _by_kernel(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
+    state, is_sink = take_sinks(inputs)
+    near_keep = inputs.keep & ~is_sink
+    left = _far_from_all_to_come(inputs)
+    output, total, weight = fused(inputs, state, near_keep, left, HEADROOM)
+    return output, replace(state, total=total, weight=weight, length=state.length + left), near_keep
 
 
 def advance(inputs: HybridInputs) -> tuple[FarState, Tensor]:
@@ -113,8 +125,13 @@ def _enter(inputs: HybridInputs) -> tuple[FarState, Tensor, Tensor]:
 
 def _leave(inputs: HybridInputs, state: FarState, far_key: Tensor) -> FarState:
     """The state once all but the last window_size - 1 keys are in it."""
-    left = max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1)) if inputs.is_causal else 0
+    left = _far_from_all_to_come(inputs) if inputs.is_causal else 0
     return _absorb(state, far_key[:, :, :left], inputs.value[:, :, :left])
+
+
+def _far_from_all_to_come(inputs: HybridInputs) -> int:
+    """How many of the keys no later query sees exactly."""
+    return max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1))
 
 
 def _rows_at_once(inputs: HybridInputs) -> int:
