@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from .cpp_backward import BACKWARD
 from .cpp_decode import DECODE
+from .cpp_far import FAR
 from .cpp_forward import FORWARD
 from .cpp_hybrid import HYBRID
 from .cpp_tiles import TILES
 
-SOURCE = "\n".join((TILES, FORWARD, BACKWARD, DECODE, HYBRID))
+SOURCE = "\n".join((TILES, FORWARD, BACKWARD, DECODE, HYBRID, FAR))
 # No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
 # time of -O2).
 _FLAGS = (
@@ -137,38 +138,41 @@ def readable(*tensors: Tensor | None) -> bool:
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 
 
-def _fields(pointers: str, numbers: str, strides: dict[str, int]) -> list[tuple[str, type]]:
+def fields(pointers: str, numbers: str, strides: dict[str, int], real: str = "p") -> list[tuple[str, type]]:
+    """The fields of a C structure: pointers, longs, arrays of longs and one float, in this order."""
     return [
         *((name, _POINTER) for name in pointers.split()),
         *((name, _LONG) for name in numbers.split()),
         *((name, _LONG * size) for name, size in strides.items()),
-        ("p", ctypes.c_float),
+        (real, ctypes.c_float),
     ]
+
+
+def run_kernel(name: str, data: ctypes.Structure, **tensors: Tensor | None) -> None:
+    """Call a kernel with a structure whose pointers are set to these tensors, which must stay alive meanwhile."""
+    for field, tensor in tensors.items():
+        setattr(data, field, None if tensor is None else tensor.data_ptr())
+    getattr(_load()[0], name)(ctypes.byref(data))
+
+
+def strides(tensor: Tensor) -> ctypes.Array:
+    """How far apart items, heads and rows of (B, H, N, x) lie."""
+    return (_LONG * 3)(*tensor.stride()[:3])
 
 
 _NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
 
 
 class _Problem(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         "q k kpanels v vpanels coef bias out lse dout keep o l dq dk dv dcoef dbias sums",
         _NUMBERS,
         {"keep_stride": 4, "bias_stride": 4},
     )
 
 
-_HYBRID_NUMBERS = "B H N M d dp dv_ vp m mp sinks window first left threads"
-
-
-class _Hybrid(ctypes.Structure):
-    _fields_ = [
-        *_fields("q k v fq fk sk sv keep position o total mass", _HYBRID_NUMBERS, {})[:-1],
-        ("headroom", ctypes.c_float),
-    ]
-
-
 class _Decode(ctypes.Structure):
-    _fields_ = _fields(
+    _fields_ = fields(
         "q coef bias k v keep o partial",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3, "keep_stride": 4, "bias_stride": 4},
@@ -182,7 +186,7 @@ def padded_rows(tensor: Tensor) -> Tensor:
 
 
 # Whatever default device or dtype the caller has set (transformers builds models on the meta device), these are floats.
-_FLOATS = {"dtype": torch.float32, "device": "cpu"}
+FLOATS = {"dtype": torch.float32, "device": "cpu"}
 
 
 def _cut(tensor: Tensor, size: int) -> Tensor:
@@ -241,8 +245,8 @@ class _Call:
 def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
     """(output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling."""
     call = _Call(_Problem, query, key, value.shape[-1], p)
-    output = torch.empty(*query.shape[:3], call.data.vp, **_FLOATS)
-    lse = torch.empty(query.shape[:3], **_FLOATS)
+    output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
+    lse = torch.empty(query.shape[:3], **FLOATS)
     call.point(
         q=padded_rows(query),
         kpanels=_panels(key),
@@ -271,16 +275,16 @@ def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, k
     rows = {"q": padded_rows(query), "k": padded_rows(key)}
     new = {
         "dq": torch.empty_like(rows["q"]),
-        "dk": torch.zeros(data.splits, *rows["k"].shape, **_FLOATS),
-        "dv": torch.zeros(data.splits, *value.shape[:3], data.vp, **_FLOATS),
-        "dcoef": torch.empty(data.splits, data.B, data.H, **_FLOATS),
+        "dk": torch.zeros(data.splits, *rows["k"].shape, **FLOATS),
+        "dv": torch.zeros(data.splits, *value.shape[:3], data.vp, **FLOATS),
+        "dcoef": torch.empty(data.splits, data.B, data.H, **FLOATS),
     }
     call.point(
         **rows, kpanels=_panels(key), vpanels=_panels(value), dout=padded_rows(grad), out=padded_rows(output), lse=lse
     )
     call.point(**new, coef=coef.float().contiguous())
     call.mask(keep, bias)
-    bias_gradient = torch.zeros(bias.shape if bias_grad else 0, **_FLOATS)
+    bias_gradient = torch.zeros(bias.shape if bias_grad else 0, **FLOATS)
     if bias_grad:
         call.point(dbias=bias_gradient)
     data.causal = causal
@@ -306,36 +310,20 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
     units = data.B * key.shape[1]
     if units < 4 * data.threads and data.threads > 1:
         data.splits = -(-4 * data.threads // units)
-    output = torch.empty(data.B, data.H, data.N, data.vp, **_FLOATS)
-    partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2, **_FLOATS)
+    output = torch.empty(data.B, data.H, data.N, data.vp, **FLOATS)
+    partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2, **FLOATS)
     call.point(q=padded_rows(query), k=key, v=value, coef=coef.float().contiguous(), o=output, partial=partial)
-    data.k_stride, data.v_stride = ((_LONG * 3)(*t.stride()[:3]) for t in (key, value))
+    data.k_stride, data.v_stride = strides(key), strides(value)
     call.mask(keep, bias)
     data.causal = causal
     call.run("attention_decode", kind, int(key.dtype == torch.bfloat16))
     return _cut(output, data.dv_)
 
 
-def hybrid_forward(tensors: dict[str, Tensor], numbers: dict[str, int], value_dim: int, headroom: float) -> Tensor:
-    """Output (B, H, N, d_v) of causal hybrid attention; `total` and `mass` among the tensors are changed in place."""
-    data = _Hybrid(**numbers)
-    query, key = tensors["q"], tensors["k"]
-    data.B, data.H, data.N, data.dp = query.shape
-    data.M, data.dv_, data.vp = key.shape[2], value_dim, tensors["v"].shape[-1]
-    # What fills a row is zero, so counting it changes no sum.
-    data.d, data.sinks, data.headroom = data.dp, tensors["sk"].shape[2], headroom
-    data.threads = min(torch.get_num_threads(), data.B * data.H)
-    output = torch.empty(*query.shape[:3], data.vp, **_FLOATS)
-    for name, tensor in {**tensors, "o": output}.items():
-        setattr(data, name, tensor.data_ptr())
-    _load()[0].hybrid_forward(ctypes.byref(data))
-    return _cut(output, value_dim)
-
-
 def distance_forward(query, key, kind, p) -> Tensor:
     """Distances (B, H, N, M), float32."""
     call = _Call(_Problem, query, key, 1, p)
-    distances = torch.empty(*query.shape[:3], key.shape[2], **_FLOATS)
+    distances = torch.empty(*query.shape[:3], key.shape[2], **FLOATS)
     call.point(q=padded_rows(query), kpanels=_panels(key), sums=distances)
     call.run("distance_forward", kind)
     return distances

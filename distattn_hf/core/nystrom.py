@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from .attention import without_autocast
+from .far_cpu import far_outputs, far_sums
 from .hybrid import HybridInputs, WindowBias, hybrid_attention
+from .hybrid_cpu import for_cpu_kernels
 from .inputs import HALF
 from .landmarks import select_landmarks
 from .masks import split_mask
@@ -122,6 +124,11 @@ class _Features:
             lifted = torch.cat([landmarks.expand(len(radius), -1, -1, -1), self.heights.transpose(-1, -2)], dim=-1)
         self.inverse = _inverse(gaussian_kernel(lifted, lifted, weight), regularisation)
 
+    def weights(self) -> Tensor:
+        """w = λ·scaling of each head, (H,)."""
+        heads = self.landmarks.shape[1]
+        return torch.as_tensor(self.weight, dtype=self.landmarks.dtype).reshape(-1).expand(heads)
+
     def of_queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """(query, far_query) of `HybridInputs`."""
         query = 2 * self.weight * query
@@ -154,6 +161,8 @@ class _Features:
 
 def _all_far(features: _Features, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
     """Attention in which every query sees every key through the landmarks alone: one sum over the keys for all."""
+    if not features.nonnegative and for_cpu_kernels(query, key, value, features.landmarks, features.weights()):
+        return _all_far_by_kernel(features, query, key, value, keep)
     sums = 0.0
     tensors = key, value, keep[:, None, :, None]
     for key, value, keep in zip(*(t.split(_rows(key), dim=2) for t in tensors)):
@@ -169,6 +178,18 @@ def _all_far(features: _Features, query: Tensor, key: Tensor, value: Tensor, kee
         return (total[..., :-1] / torch.where(weight != 0, weight, 1.0),)
 
     return _in_parts(attend, query)[0]
+
+
+def _all_far_by_kernel(features: _Features, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
+    landmarks, norms, weight = features.landmarks, features.norms[..., 0, :], features.weights()
+    heights, radius = torch.zeros_like(norms), None
+    if features.lift:
+        heights, radius = features.heights[..., 0, :], features.radius[..., 0, 0]
+    offset = -weight[:, None] * (norms + heights.square())
+    total, mass = far_sums(key, value, keep, landmarks, heights, offset, radius, weight)
+    total, mass = features.inverse @ total, (features.inverse @ mass[..., None])[..., 0]
+    # Lifted, all landmarks have the same norm.
+    return far_outputs(query, total, mass, landmarks, torch.zeros_like(offset) if features.lift else offset, weight)
 
 
 def _in_parts(function: Callable, tensor: Tensor) -> list[Tensor]:
