@@ -86,9 +86,9 @@ def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer,
         shuffle=arguments.train_sampling_strategy == "random" and not config.data.streaming,
         collate_fn=data.collator,
     )
-    if options.annealing.num_landmarks is not None:
+    if stage.annealing is not None and stage.annealing.needs_batches:
         student.to(accelerator.device)
-        stage.annealing.choose_landmarks([batch_to(b, accelerator.device) for b in islice(loader, 4)])
+        stage.annealing.prepare([batch_to(b, accelerator.device) for b in islice(loader, 4)])
 
     # What trains, at which rate. Weight decay leaves λ, α and maps alone.
     decayed = set(Trainer.get_decay_parameter_names(None, stage.model))

@@ -271,8 +271,8 @@ class _Run:
             data_collator=self.data.collator,
             processing_class=self.tokenizer,
         )
-        if stage.annealing is not None and stage.options.annealing.num_landmarks is not None:
-            stage.annealing.choose_landmarks(first_batches(trainer))
+        if stage.annealing is not None and stage.annealing.needs_batches:
+            stage.annealing.prepare(first_batches(trainer))
         trained = stage.trained_parameters()
         trainer.train(resume_from_checkpoint=True)
         earlier = self._spent(before) if before is not None else {}

@@ -1,7 +1,7 @@
 """Annealing: α, the window and the landmarks of a converted model go to a target while the rest trains.
 
 Every value is a function of (value at the start of the stage, step, steps in all), so a run that is killed and resumed
-sets the same values as one that is not.
+sets the same values as one that is not. λ, which trains, moves along with α by a function of the two values of α.
 """
 
 import math
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..conversion.observe import observed, teacher_attention
+from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.relative_bias import RelativeBias, has_relative_bias
 from .objectives import query_mask
@@ -25,7 +26,8 @@ class AnnealingOptions:
     """Targets of one stage; None leaves a value alone.
 
     Args:
-        alpha: target of α, in (0, 1]; 1 is fully Euclidean. Moves log-linearly; α does not train meanwhile.
+        alpha: target of α, in (0, 1]; 1 is fully Euclidean. Moves log-linearly; α does not train meanwhile, and λ of
+            l2, l1, lp and chebyshev goes along so that q·k keeps its weight (see `Annealing.prepare`).
         window_size: target of the Nyström window, an integer >= 0.
         num_landmarks: target m >= 1 of the landmarks per head. The least used ones fade and are taken out at the end.
         warmup, hold: fractions of the steps before anything moves, and at the target at the end.
@@ -97,6 +99,8 @@ class Annealing:
         self.student, self.options = student, options
         groups = [group for state in student.attention_states.values() for group in state.groups]
         self.alphas: list[tuple[HeadParameters, Tensor]] = []
+        # Mean squares of query and key, by which λ follows α.
+        self.sizes: dict[HeadParameters, tuple[Tensor, Tensor]] = {}
         if options.alpha is not None:
             self.alphas = [(g, g.log_alpha.detach().clone()) for g in groups if g.transform != "none"]
             if not self.alphas:
@@ -117,7 +121,27 @@ class Annealing:
         self.windows = [group.spec.window_size for group in self.linear]
         self.leaving: list[tuple[NystromParameters, Tensor, Tensor]] = []
 
-    def choose_landmarks(self, batches: list[dict]) -> None:
+    @property
+    def needs_batches(self) -> bool:
+        """Whether `prepare` has to see some rows."""
+        return self.options.num_landmarks is not None or bool(self._following())
+
+    def prepare(self, batches: list[dict]) -> None:
+        """Look at the first training rows: which landmarks are least used, and how large queries and keys are.
+
+        For a metric of degree 1 the share of q·k in a logit is λ/dist with dist² ≈ ‖q‖²/α² + α²‖k - c‖². Where α moves,
+        λ is multiplied by what this root is multiplied by: else α = 1 would come with a temperature many times off,
+        which λ's own learning rate takes hundreds of steps to undo.
+        """
+        self._choose_landmarks(batches)
+        if following := self._following():
+            self.sizes = head_sizes(self.student, following, batches)
+
+    def _following(self) -> list[HeadParameters]:
+        """The groups whose λ follows α."""
+        return [g for g, _ in self.alphas if get_metric(g.metric).degree == 1 and g.constant_lambda is None]
+
+    def _choose_landmarks(self, batches: list[dict]) -> None:
         """Mark each head's least used landmarks, by the far attention that goes through them on `batches`."""
         target = self.options.num_landmarks
         if target is None:
@@ -133,7 +157,11 @@ class Annealing:
         options = self.options
         done = progress(step, total, options.warmup, options.hold)
         for group, start in self.alphas:
-            group.log_alpha.copy_(log_linear(start, options.alpha, done))
+            log_alpha = log_linear(start, options.alpha, done)
+            if group in self.sizes:
+                # From where α stands now, so that a resumed run goes on from what its checkpoint says.
+                group.log_lambda.add_(self._log_size(group, log_alpha) - self._log_size(group, group.log_alpha))
+            group.log_alpha.copy_(log_alpha)
         if options.window_size is not None:
             for group, start in zip(self.linear, self.windows, strict=True):
                 window = integer_linear(start, options.window_size, done)
@@ -143,6 +171,11 @@ class Annealing:
             # β(k) is a softmax over landmarks: without its share a landmark is gone, and the others take its keys.
             faded = start.gather(-1, indices) + fading(done)
             group.interpolation_bias.scatter_(-1, indices, faded)
+
+    def _log_size(self, group: HeadParameters, log_alpha: Tensor) -> Tensor:
+        """log √(‖q‖²/α² + α²‖k - c‖²) of each head, (H,)."""
+        query, key = (size.to(log_alpha) for size in self.sizes[group])
+        return 0.5 * torch.logaddexp(query.log() - 2 * log_alpha, key.log() + 2 * log_alpha)
 
     def finish(self, total: int) -> None:
         """The state after the last step: targets reached, faded landmarks taken out."""
@@ -186,6 +219,40 @@ def _check_window(student, window_size: int) -> None:
             RelativeBias(module, 0).window(window_size, module.relative_attention_max_distance + 2, module.is_decoder)
         except ValueError as error:
             raise ValueError(f"anneal.window_size={window_size}: {error}") from None
+
+
+@torch.no_grad()
+def head_sizes(student, groups: list[HeadParameters], batches: list[dict]) -> dict[HeadParameters, tuple]:
+    """{group: (‖q·Q‖², ‖(k - c)·K‖²)}, each (H,): medians over the tokens of a batch, mean over batches.
+
+    Medians, because the first tokens of a text have keys many times larger than all others. Padding counts.
+    """
+    found: dict[HeadParameters, list[tuple[Tensor, Tensor]]] = {group: [] for group in groups}
+
+    def observe(state, query, key, value, call):
+        for heads, group in state.parts():
+            if group in found:
+                alpha = group.log_alpha.exp()[:, None, None]
+                query_mapped, key_mapped = group.map(query[:, heads], key[:, heads])
+                sizes = (query_mapped * alpha).square().sum(-1), (key_mapped / alpha).square().sum(-1)
+                found[group].append(tuple(s.transpose(0, 1).flatten(1).median(-1).values for s in sizes))
+        return teacher_attention(query, key, value, call)
+
+    _run_observed(student, observe, batches)
+    if unseen := [group for group, seen in found.items() if not seen]:
+        raise ValueError(f"anneal.alpha: no batch reached {len(unseen)} of the converted attention modules")
+    return {
+        group: tuple(torch.stack(part).mean(0).clamp_min(1e-12) for part in zip(*seen)) for group, seen in found.items()
+    }
+
+
+def _run_observed(student, observe, batches: list[dict]) -> None:
+    was_training = student.training
+    student.eval()
+    with observed(student, observe):
+        for inputs in batches:
+            student(**{k: v for k, v in inputs.items() if k != "labels" or student.config.is_encoder_decoder})
+    student.train(was_training)
 
 
 @torch.no_grad()

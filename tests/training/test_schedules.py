@@ -1,11 +1,13 @@
 """Annealing: the values at each step, what it does to a model, and that the end is what the schedule promised."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from distattn_hf.conversion.observe import observed, teacher_attention
 from distattn_hf.training.schedules import (
     Annealing,
     AnnealingOptions,
@@ -65,6 +67,83 @@ def test_alpha_goes_to_its_target_and_does_not_train():
     assert all(torch.equal(group.log_alpha, torch.zeros(4)) for group in groups(student))
 
 
+def small_alpha(metric="l2"):
+    """A causal model whose heads are far from α = 1, and rows for it."""
+    student = convert(llama(), AttentionSpec(metric, transform="scalar"), init="plain").eval()
+    for number, group in enumerate(groups(student)):
+        with torch.no_grad():
+            group.log_alpha.copy_(torch.linspace(-2, -1.5 + number / 10, group.num_heads))
+            group.shift.normal_()
+    batches = [{k: v for k, v in collate(rows("causal-lm", 3, 20, seed)).items() if k != "labels"} for seed in (0, 1)]
+    return student, batches
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "chebyshev"])
+def test_lambda_follows_alpha_by_the_sizes_of_query_and_key(metric):
+    student, batches = small_alpha(metric)
+    seen = {state: [] for state in student.attention_states.values()}
+
+    def note(state, query, key, value, call):
+        seen[state].append((query, key))
+        return teacher_attention(query, key, value, call)
+
+    with torch.no_grad(), observed(student, note):
+        for batch in batches:
+            student(**batch)
+    before = [(g.log_lambda.detach().clone(), g.log_alpha.detach().clone()) for g in groups(student)]
+    annealing = Annealing(student, AnnealingOptions(alpha=0.8, hold=0.0))
+    assert annealing.needs_batches
+    annealing.prepare(batches)
+    for step in range(4):
+        annealing.apply(step, 8)
+    # As a run that is killed after its fourth step: the values come from a checkpoint, the sizes are measured again.
+    resumed = convert(llama(), AttentionSpec(metric, transform="scalar"), init="plain").eval()
+    resumed.load_state_dict(student.state_dict())
+    again = Annealing(resumed, AnnealingOptions(alpha=0.8, hold=0.0))
+    again.alphas = [(g, a.clone()) for g, (_, a) in zip(groups(resumed), annealing.alphas, strict=True)]
+    again.sizes = {g: annealing.sizes[old] for g, old in zip(groups(resumed), groups(student), strict=True)}
+    for run in (annealing, again):
+        run.apply(4, 8)
+        run.finish(8)
+    for state, (log_lambda, log_alpha), group in zip(seen, before, groups(student), strict=True):
+        for head in range(group.num_heads):
+            shift, sizes = group.shift[head].detach(), []
+            for alpha in (float(log_alpha[head].exp()), 0.8):
+                q = [float(query[:, head].square().sum(-1).flatten().median()) for query, _ in seen[state]]
+                k = [float((key[:, head] - shift).square().sum(-1).flatten().median()) for _, key in seen[state]]
+                sizes.append(math.sqrt(sum(q) / 2 / alpha**2 + alpha**2 * sum(k) / 2))
+            expected = math.exp(log_lambda[head]) * sizes[1] / sizes[0]
+            assert float(group.log_lambda[head].detach().exp()) == pytest.approx(expected, rel=1e-4)
+    for group, other in zip(groups(student), groups(resumed), strict=True):
+        assert torch.equal(group.log_lambda, other.log_lambda)
+
+
+def test_where_lambda_follows_the_attention_stays_nearer():
+    student, batches = small_alpha()
+    before = student(**batches[0]).logits.detach()
+    distances = {}
+    for follows in (True, False):
+        changed, _ = small_alpha()
+        changed.load_state_dict(student.state_dict())
+        annealing = Annealing(changed, AnnealingOptions(alpha=0.5, hold=0.0))
+        if follows:
+            annealing.prepare(batches)
+        annealing.finish(10)
+        distances[follows] = float((changed(**batches[0]).logits.detach() - before).norm())
+    assert distances[True] < 0.5 * distances[False]
+
+
+def test_lambda_of_other_metrics_and_fixed_ones_stay():
+    for spec in (
+        AttentionSpec("sqeuclidean"),
+        AttentionSpec("cosine"),
+        AttentionSpec("l2", lam=1.0, learnable_lambda=False),
+    ):
+        student = convert(llama(), replace(spec, transform="scalar"), init="plain")
+        annealing = Annealing(student, AnnealingOptions(alpha=1.0))
+        assert not annealing.needs_batches
+
+
 def test_values_depend_on_the_step_alone():
     one, other = (convert(llama(), AttentionSpec("l2", transform="scalar"), init="plain") for _ in range(2))
     for student in (one, other):
@@ -100,7 +179,7 @@ def test_landmarks_fade_until_taking_them_out_changes_nothing(tmp_path):
     student = nystrom(landmarks=6)
     batches = [{k: v for k, v in collate(rows("causal-lm", 4, 64, seed=5)).items() if k != "labels"}]
     annealing = Annealing(student, AnnealingOptions(num_landmarks=2, hold=0.0))
-    annealing.choose_landmarks(batches)
+    annealing.prepare(batches)
     before = student(**batches[0]).logits
     annealing.apply(0, 10)
     torch.testing.assert_close(student(**batches[0]).logits, before)
@@ -133,7 +212,7 @@ def test_the_least_used_landmarks_go():
         assert bool((use[group].argmin(-1) == 1).all())
     annealing = Annealing(student, AnnealingOptions(num_landmarks=3))
     kept = [group.landmarks[:, [0, 2, 3]].detach().clone() for group in groups(student)]
-    annealing.choose_landmarks(batches)
+    annealing.prepare(batches)
     annealing.finish(4)
     for group, expected in zip(groups(student), kept, strict=True):
         assert torch.equal(group.landmarks, expected)
