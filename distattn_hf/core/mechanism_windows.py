@@ -1,0 +1,158 @@
+"""Attention to the keys near a query, in overlapping blocks: time and memory O(N·window), never an (N, M) matrix.
+
+Written here and not taken from a library, because a checkpoint must load with torch and transformers alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .mechanism_base import Call, Mechanism, Option, register_mechanism
+
+# Queries in one block: more make fewer and larger products, of which more entries are masked.
+_FEWEST, _MOST = 32, 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """Softmax attention to some of the keys, not yet normalised: weights are exp(logits - top).
+
+    summed (B, H, N, d_v): Σ weight·value; total and top (B, H, N, 1): Σ weight and the largest logit.
+    """
+
+    summed: Tensor
+    total: Tensor
+    top: Tensor
+
+
+def merge(parts: list[Part]) -> Tensor:
+    """The output of attention to the keys of all parts, which share none; queries that see nothing get zeros."""
+    top = torch.stack([part.top for part in parts]).amax(0)
+    factors = [(part.top - top).exp() for part in parts]
+    total = sum(part.total * factor for part, factor in zip(parts, factors))
+    return sum(part.summed * factor for part, factor in zip(parts, factors)) / torch.where(total != 0, total, 1.0)
+
+
+def attend(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+    """softmax(logits (..., N, L) over what is seen)·value (..., L, d_v); queries that see nothing get zeros."""
+    weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
+    return (drop(weights) @ value).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+
+
+def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Part:
+    """The part that logits (..., N, L), those of them that are seen, and value (..., L, d_v) make; `drop`: dropout."""
+    logits = logits.masked_fill(~seen, float("-inf"))
+    top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
+    weights = (logits - top).exp()
+    return Part(drop(weights) @ value, weights.sum(-1, keepdim=True), top)
+
+
+def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tuple[Tensor, Tensor, Tensor, Callable]:
+    """(logits, seen, value, back) of the keys 0, dilation, ..., (window_size - 1)·dilation behind a query.
+
+    Bidirectional: also ahead. Only keys at least `beyond` away. `back` puts rows in the order of the queries again.
+    Queries and keys are sorted by position modulo dilation: within one class a dilated window is a window. Each block
+    of C queries of a class meets the L = reach + C (+ reach) keys around it.
+    """
+    length, device = call.query.shape[2], call.query.device
+    reach = window_size - 1
+    ahead = 0 if call.is_causal else reach
+    rows = -(-length // dilation)
+    count = -(-rows // min(_MOST, max(_FEWEST, reach)))
+    width = -(-rows // count)
+    local = reach + width + ahead
+    # Keys are moved so that the first query of a class stands `reach` after its first key.
+    left = reach * dilation - call.before
+
+    def queries(tensor):
+        tensor = F.pad(tensor, (0, 0, 0, count * width * dilation - length))
+        return tensor.unflatten(2, (count, width, dilation)).movedim(4, 2)
+
+    def around(tensor):
+        size = (count * width + reach + ahead) * dilation
+        tensor = F.pad(tensor, (0, 0, left, size - left - tensor.shape[2]))
+        return tensor.unflatten(2, (-1, dilation)).transpose(2, 3).unfold(3, local, width)
+
+    # (C, L): key's class position minus query's.
+    offset = torch.arange(local, device=device) - torch.arange(width, device=device)[:, None] - reach
+    seen = (offset.abs() < window_size) & (offset.abs() * dilation >= beyond)
+    if call.is_causal:
+        seen = seen & (offset <= 0)
+    keep = call.keep if call.keep is not None else torch.ones(1, call.key.shape[2], dtype=torch.bool, device=device)
+    seen = seen & around(keep[:, None, :, None])
+    logits = queries(call.scaled_query) @ around(call.key)
+    if call.bias is not None:
+        start = torch.arange(count, device=device)[:, None] * width
+        remainder = torch.arange(dilation, device=device)[:, None, None]
+        query_at = (start + torch.arange(width, device=device)) * dilation + remainder
+        key_at = (start + torch.arange(local, device=device)) * dilation + remainder - left
+        query_at, key_at = query_at.clamp(max=length - 1), key_at.clamp(0, call.key.shape[2] - 1)
+        logits = logits + call.bias[:, :, query_at[..., :, None], key_at[..., None, :]]
+
+    def back(tensor):
+        return tensor.movedim(2, 4).flatten(2, 4)[:, :, :length]
+
+    return logits, seen, around(call.value).mT, back
+
+
+def distances(call: Call) -> Tensor:
+    """(N, M): how many positions lie between each query and each key."""
+    query = torch.arange(call.query.shape[2], device=call.query.device) + call.before
+    return (query[:, None] - torch.arange(call.key.shape[2], device=call.query.device)).abs()
+
+
+@register_mechanism("local", aliases=("window", "sliding_window"))
+class LocalAttention(Mechanism):
+    """Softmax attention to the keys j with |i - j| = 0, D, 2·D, ..., (W - 1)·D, W = window_size and D = dilation.
+
+    Causal: W keys, the query's own among them. Bidirectional: W - 1 more ahead, so that every query has as many on
+    either side. A position bias is read at those keys only, but the caller has made all of it.
+
+    Source: Beltagy et al., Longformer (2020).
+    """
+
+    takes_bias = True
+    complexity = "O(N·W·d)"
+    memory = "O(N·(W + d))"
+    options = {"window_size": Option(128), "dilation": Option(1)}
+
+    def _attend(self, call):
+        *problem, back = windows(call, self.window_size, self.dilation)
+        return back(attend(*problem, call.drop))
+
+    def _visible(self, call):
+        distance = distances(call)
+        return (distance % self.dilation == 0) & (distance < self.window_size * self.dilation)
+
+
+@register_mechanism("strided")
+class StridedAttention(Mechanism):
+    """Softmax attention to the keys j with |i - j| < W and those with |i - j| = s, 2·s, ..., T·s, under one normaliser.
+
+    W = window_size, s = stride, T = num_strides. Child et al. let the second kind go back to the first token, which is
+    N²/s entries; here their number is fixed, so time and memory are linear, and T·s is how far one layer sees.
+    Bidirectional: as many on either side. Their other pattern ("fixed") is not here.
+
+    Source: Child et al., Generating Long Sequences with Sparse Transformers (2019).
+    """
+
+    takes_bias = True
+    complexity = "O(N·(W + T)·d)"
+    memory = "O(N·(W + T + d))"
+    options = {"window_size": Option(64), "stride": Option(64), "num_strides": Option(64)}
+
+    def _attend(self, call):
+        parts = []
+        for size, dilation, beyond in ((self.window_size, 1, 0), (self.num_strides + 1, self.stride, self.window_size)):
+            *problem, back = windows(call, size, dilation, beyond)
+            part = weigh(*problem, call.drop)
+            parts.append(Part(back(part.summed), back(part.total), back(part.top)))
+        return merge(parts)
+
+    def _visible(self, call):
+        distance = distances(call)
+        columns = (distance % self.stride == 0) & (distance <= self.num_strides * self.stride)
+        return columns | (distance < self.window_size)
