@@ -2,14 +2,38 @@
 
 from .core.attention import distance_attention
 from .core.configuration_distattn import CLASS_PREFIX, AttentionSpec
+from .core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
+from .core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding, register_encoding
 from .core.explain import BackendChoice, explain_backend
+from .core.layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
+from .core.layers_factory import AttentionFactory, PositionalEncodingFactory, create_distance_attention
+from .core.layers_stack import (
+    DistanceDecoder,
+    DistanceDecoderLayer,
+    DistanceEncoder,
+    DistanceEncoderLayer,
+    MultiHeadDistanceAttention,
+)
+from .core.mechanisms import MECHANISMS, Mechanism, register_mechanism
 from .core.metrics import Metric, register_metric
 from .core.modeling_converted import register_all_families
+from .core.modeling_distattn import (
+    DistAttnForCausalLM,
+    DistAttnForMaskedLM,
+    DistAttnForMultipleChoice,
+    DistAttnForQuestionAnswering,
+    DistAttnForSequenceClassification,
+    DistAttnForTokenClassification,
+    DistAttnModel,
+)
+from .core.modeling_distattn_seq2seq import DistAttnForConditionalGeneration, DistAttnSeq2SeqModel
+from .core.native_layers import DistAttnPreTrainedModel, register_native_family
 from .core.nystrom import nystrom_attention
 
 __version__ = "0.1.0"
 
 register_all_families()
+register_native_family()
 
 # What needs more than core is loaded on first use, so that loading a checkpoint stays quick.
 _LAZY = {
@@ -21,12 +45,41 @@ _LAZY = {
 }
 
 __all__ = [
+    "MECHANISMS",
+    "AttentionFactory",
     "AttentionSpec",
     "BackendChoice",
+    "DistAttnConfig",
+    "DistAttnForCausalLM",
+    "DistAttnForConditionalGeneration",
+    "DistAttnForMaskedLM",
+    "DistAttnForMultipleChoice",
+    "DistAttnForQuestionAnswering",
+    "DistAttnForSequenceClassification",
+    "DistAttnForTokenClassification",
+    "DistAttnModel",
+    "DistAttnPreTrainedModel",
+    "DistAttnSeq2SeqConfig",
+    "DistAttnSeq2SeqModel",
+    "DistanceAttentionConfig",
+    "DistanceBasedAttention",
+    "DistanceDecoder",
+    "DistanceDecoderLayer",
+    "DistanceEncoder",
+    "DistanceEncoderLayer",
+    "DistanceType",
+    "Mechanism",
     "Metric",
+    "MultiHeadDistanceAttention",
+    "POSITIONAL_ENCODINGS",
+    "PositionalEncoding",
+    "PositionalEncodingFactory",
+    "create_distance_attention",
     "distance_attention",
     "explain_backend",
     "nystrom_attention",
+    "register_encoding",
+    "register_mechanism",
     "register_metric",
     "__version__",
     *_LAZY,

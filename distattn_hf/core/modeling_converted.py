@@ -31,6 +31,7 @@ from .interface import (
     LINEAR_EAGER_IMPLEMENTATION,
     LINEAR_IMPLEMENTATION,
 )
+from .monitor import Monitored
 from .parameters import DistanceAttentionState
 from .relative_bias import give_relative_bias, has_relative_bias
 
@@ -73,7 +74,7 @@ def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool =
     return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
 
 
-class DistAttnModelMixin:
+class DistAttnModelMixin(Monitored):
     """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
 
     _keep_in_fp32_modules_strict = {"distattn"}
@@ -168,6 +169,10 @@ class DistAttnModelMixin:
     @conversion_report.setter
     def conversion_report(self, report: dict | None):
         self._conversion_report = report
+
+    def attention_modules(self) -> dict[str, nn.Module]:
+        """The converted attention modules by base-relative name."""
+        return {name: locate(self, name) for name in self.attention_states}
 
     @property
     def attention_states(self) -> dict[str, DistanceAttentionState]:

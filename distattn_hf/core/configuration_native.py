@@ -1,0 +1,276 @@
+"""Configs of the native family, in which attention mechanism, metric and positional encoding are choices."""
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .configuration_distattn import AttentionSpec
+
+logger = logging.get_logger(__name__)
+
+NORM_POSITIONS = ("pre", "post")
+NORM_TYPES = ("layer_norm", "rms_norm")
+# Mechanisms that are an `AttentionSpec`; "dot" is transformers' own attention, all others are registered modules.
+SPEC_MECHANISMS = ("distance", "nystrom")
+_DEFAULT_METRICS = {"distance": "l2", "nystrom": "sqeuclidean"}
+# Choices that have a field of their own, or that the native family has no use for.
+_NOT_OPTIONS = ("metric", "mechanism", "layers", "heads", "attention", "landmarks")
+
+# Called with every config that is made. The modelling files add the checks that need torch: names of mechanisms,
+# metrics and encodings, and which of them go together.
+config_checks: list[Callable[["DistAttnConfig"], None]] = []
+
+
+class DistAttnConfig(PreTrainedConfig):
+    """A Transformer encoder (`is_decoder=False`) or causal decoder (`is_decoder=True`) to train from scratch.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: sizes.
+        intermediate_size: of the feed-forward layer; None: 4·hidden_size.
+        num_key_value_heads: key and value heads, a divisor of num_attention_heads; None: as many.
+        hidden_act: an activation of transformers. gated_mlp: down(act(gate(x))·up(x)) in place of down(act(up(x))).
+        attention_bias, mlp_bias: whether the linear layers have a bias.
+        mechanism: "dot" (transformers' own attention), "distance", "nystrom", a mechanism registered in `MECHANISMS`,
+            or a metric's name, which means "distance" with that metric ("l2", "l1", "cosine", ...).
+        metric: of "distance"; None: "l2". Of "nystrom": "sqeuclidean".
+        mechanism_options: the mechanism's own. "distance": p, lam, learnable_lambda, transform, lift, backend;
+            "nystrom": also num_landmarks, window_size, num_sinks, exact_below (see `AttentionSpec`); λ is a parameter
+            of each head from the metric's default on unless they say otherwise, and nothing is lifted.
+        positional_encoding: a name registered in `POSITIONAL_ENCODINGS`: "sinusoidal", "learned", "rotary",
+            "relative", "alibi", "none".
+        rope_parameters: of "rotary", as transformers has them; rope_theta=... alone will do.
+        relative_attention_num_buckets, relative_attention_max_distance: of "relative".
+        scale_embedding: token embeddings times √hidden_size; None: for "sinusoidal", whose entries are of size 1.
+        norm_position: "pre" (x + f(norm(x)), and a norm at the end) or "post" (norm(x + f(x))).
+        norm_type: "layer_norm" or "rms_norm"; norm_eps.
+        hidden_dropout, attention_dropout, classifier_dropout: probabilities; classifier_dropout None: hidden_dropout.
+        initializer_range: standard deviation of initial weights.
+        is_decoder: causal attention. `DistAttnForCausalLM` needs True, `DistAttnForMaskedLM` False.
+
+    Raises:
+        ValueError: naming field, value and what is allowed; also for choices that do not go together.
+    """
+
+    model_type = "distattn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 10000.0
+    _auto_class = "AutoConfig"
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    hidden_act: str = "gelu"
+    gated_mlp: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    mechanism: str = "dot"
+    metric: str | None = None
+    mechanism_options: dict | None = None
+    positional_encoding: str = "rotary"
+    rope_parameters: dict | None = None
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    max_position_embeddings: int = 2048
+    scale_embedding: bool | None = None
+    norm_position: str = "pre"
+    norm_type: str = "layer_norm"
+    norm_eps: float = 1e-5
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    classifier_dropout: float | None = None
+    initializer_range: float = 0.02
+    is_decoder: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        self._check_names(kwargs)
+        self._check_sizes()
+        self._check_choices()
+        super().__post_init__(**kwargs)
+        for check in config_checks:
+            check(self)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    # The attention modules return true weights whatever the implementation, or say why they cannot.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        self._output_attentions = value
+
+    def validate_output_attentions(self):
+        """Nothing to check: see `output_attentions`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""
+        _share_peft_targets(self.model_type)
+        return super().to_dict()
+
+    def _check_names(self, unknown) -> None:
+        # transformers keeps whatever it does not know, so a slip of the pen would give another model.
+        known = [field.name for field in fields(self)]
+        for name in unknown:
+            if not name.endswith("_token_id") and (meant := get_close_matches(name, known, n=1, cutoff=0.8)):
+                logger.warning(
+                    f"{type(self).__name__} has no field {name!r}, which does nothing; did you mean {meant[0]!r}?"
+                )
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "relative_attention_num_buckets",
+            "relative_attention_max_distance",
+        ):
+            check_integer(name, getattr(self, name))
+        for name in ("intermediate_size", "num_key_value_heads"):
+            check_integer(name, getattr(self, name), optional=True)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads} heads"
+            )
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, got "
+                f"{self.num_key_value_heads}"
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be None or below vocab_size={self.vocab_size}, got {self.pad_token_id}"
+            )
+        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None or name != "classifier_dropout":
+                check_number(name, value, "in [0, 1)", lambda v: 0 <= v < 1)
+        for name in ("initializer_range", "norm_eps"):
+            check_number(name, getattr(self, name), "positive and finite", lambda v: 0 < v < math.inf)
+
+    def _check_choices(self) -> None:
+        for name, allowed in (("norm_position", NORM_POSITIONS), ("norm_type", NORM_TYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("gated_mlp", "attention_bias", "mlp_bias", "is_decoder"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.scale_embedding is None:
+            self.scale_embedding = self.positional_encoding == "sinusoidal"
+        for name in ("mechanism", "positional_encoding", "hidden_act"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name} must be a name (str), got {getattr(self, name)!r}")
+        if self.mechanism_options is None:
+            self.mechanism_options = {}
+        if not isinstance(self.mechanism_options, dict):
+            raise ValueError(f"mechanism_options must be a dict, got {self.mechanism_options!r}")
+        self.metric = self.metric or _DEFAULT_METRICS.get(self.mechanism)
+        if self.metric is not None and self.mechanism not in SPEC_MECHANISMS:
+            raise ValueError(f"metric belongs to mechanism='distance', got {self.metric!r} with {self.mechanism!r}")
+
+
+class DistAttnSeq2SeqConfig(DistAttnConfig):
+    """An encoder and a causal decoder with cross-attention; fields are those of `DistAttnConfig`, for both, and these.
+
+    Args:
+        decoder_layers: None: as many as the encoder has (num_hidden_layers).
+        cross_mechanism, cross_metric, cross_options: of cross-attention, as mechanism, metric and mechanism_options;
+            cross_mechanism None: the same, with the same options.
+        decoder_start_token_id: what the decoder starts from.
+    """
+
+    model_type = "distattn_seq2seq"
+
+    decoder_layers: int | None = None
+    cross_mechanism: str | None = None
+    cross_metric: str | None = None
+    cross_options: dict | None = None
+    decoder_start_token_id: int | None = 0
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs):
+        check_integer("decoder_layers", self.decoder_layers, optional=True)
+        if self.decoder_layers is None:
+            self.decoder_layers = self.num_hidden_layers
+        if not isinstance(self.cross_options, dict | None):
+            raise ValueError(f"cross_options must be a dict or None, got {self.cross_options!r}")
+        for name in ("cross_metric", "cross_options"):
+            if self.cross_mechanism is None and getattr(self, name):
+                raise ValueError(f"{name} belongs to cross_mechanism, which is None; got {getattr(self, name)!r}")
+        super().__post_init__(**kwargs)
+
+    def part(self, is_decoder: bool) -> "DistAttnSeq2SeqConfig":
+        """The config of the encoder or the decoder: a copy."""
+        config = copy.deepcopy(self)
+        config.is_decoder = is_decoder
+        if is_decoder:
+            config.num_hidden_layers = self.decoder_layers
+        else:
+            config.use_cache = False
+        return config
+
+    def cross_choice(self) -> tuple[str, str | None, dict]:
+        """(mechanism, metric, options) of cross-attention."""
+        if self.cross_mechanism is None:
+            return self.mechanism, self.metric, self.mechanism_options
+        return self.cross_mechanism, self.cross_metric, self.cross_options or {}
+
+
+def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec | None:
+    """The spec of "distance" or "nystrom" with these options; None for every other mechanism.
+
+    Raises `ValueError` for an option that the mechanism does not have, or a value it cannot take.
+    """
+    if mechanism not in SPEC_MECHANISMS:
+        return None
+    if taken := sorted(set(options) & set(_NOT_OPTIONS)):
+        raise ValueError(f"mechanism_options: {taken[0]!r} is no option of mechanism {mechanism!r}")
+    defaults = {"lift": False, "transform": "none"}
+    return AttentionSpec.from_dict({**defaults, **options, "mechanism": mechanism, "metric": metric})
+
+
+def check_integer(name: str, value, optional: bool = False) -> None:
+    """Raise `ValueError` for what is no integer >= 1 (None is allowed where it is optional)."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1{' or None' if optional else ''}, got {value!r}")
+
+
+def check_number(name: str, value, allowed: str, holds: Callable[[float], bool]) -> None:
+    """Raise `ValueError` for what is no number, or one for which `holds` is false."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        raise ValueError(f"{name} must be a number, {allowed}; got {value!r}")
+
+
+def _share_peft_targets(model_type: str) -> None:
+    """Let an imported PEFT choose for ours the target modules it chooses for Llama, whose names our layers have."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in list(vars(constants).items()) if constants is not None else ():
+        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and "llama" in table:
+            table.setdefault(model_type, table["llama"])

@@ -1,0 +1,221 @@
+"""Positional encodings by name: added to the embeddings, turning query and key, or a bias on the logits."""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from .registry import Registry
+from .relative_bias import RelativeBias
+
+POSITIONAL_ENCODINGS = Registry("positional encoding")
+
+
+def register_encoding(name: str, aliases: tuple[str, ...] = ()):
+    """Class decorator: make a `PositionalEncoding` usable by `name`; raises `ValueError` for a name that is taken."""
+
+    def register(kind: type["PositionalEncoding"]) -> type["PositionalEncoding"]:
+        POSITIONAL_ENCODINGS.register(name, kind, aliases=tuple(aliases))
+        kind.name = name
+        return kind
+
+    return register
+
+
+class PositionalEncoding(nn.Module):
+    """What a model knows of the order of its tokens; a subclass overrides the one method it is about.
+
+    is_bias: it adds to the logits, so the mechanism must be able to take a bias. extrapolates: what happens beyond the
+    lengths seen in training, in words. Cross-attention knows no order: its keys belong to another sequence.
+    """
+
+    name: str
+    is_bias: bool = False
+    extrapolates: str
+
+    @classmethod
+    def from_config(cls, config) -> "PositionalEncoding":
+        """The encoding that a native config asks for."""
+        return cls()
+
+    @classmethod
+    def check(cls, config) -> None:
+        """Raise `ValueError` for a native config in which this encoding is impossible."""
+
+    def embed(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """Embeddings (B, N, D) with positions (B or 1, N) in them."""
+        return hidden_states
+
+    def rotation(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin), each (B or 1, N, d), by which query and key are turned; None: they are not."""
+        return None
+
+    def bias(self, num_queries: int, num_keys: int, past: int | Tensor = 0, device=None) -> Tensor | None:
+        """(1, H, N, M), added to the logits of queries that have `past` keys before the first; None: nothing is."""
+        return None
+
+
+@register_encoding("none")
+class NoEncoding(PositionalEncoding):
+    """No encoding: a causal model can still tell positions apart by what each token sees; a bidirectional one cannot.
+
+    Length extrapolation: nothing is unseen at longer lengths; Kazemnejad et al. 2023 find it good in causal models.
+    """
+
+    extrapolates = "yes, for causal models"
+
+
+@register_encoding("sinusoidal")
+class SinusoidalEncoding(PositionalEncoding):
+    """Fixed waves added to the embeddings (Vaswani et al., "Attention Is All You Need", 2017).
+
+    PE(t, 2i) = sin(t / 10000^(2i/D)), PE(t, 2i + 1) = cos(t / 10000^(2i/D)); no parameters.
+    Length extrapolation: defined for every position; quality falls soon beyond the training length.
+    """
+
+    extrapolates = "defined everywhere, quality falls soon"
+
+    def embed(self, hidden_states, position_ids):
+        size, device = hidden_states.shape[-1], hidden_states.device
+        # An odd size has one sine more than cosines.
+        exponent = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+        angle = position_ids[..., None].float() * 10000.0**-exponent
+        waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :size]
+        return hidden_states + waves.to(hidden_states.dtype)
+
+
+@register_encoding("learned")
+class LearnedEncoding(PositionalEncoding):
+    """One learned vector per position, added to the embeddings (Gehring et al. 2017; BERT, GPT-2).
+
+    Length extrapolation: none. Raises `ValueError` for a position >= num_positions.
+    """
+
+    extrapolates = "no: a longer sequence is refused"
+
+    def __init__(self, num_positions: int, size: int):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(num_positions, size)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.max_position_embeddings, config.hidden_size)
+
+    def embed(self, hidden_states, position_ids):
+        limit = self.position_embeddings.num_embeddings
+        if not torch.compiler.is_compiling() and position_ids.numel():
+            first, last = (int(end) for end in position_ids.aminmax())
+            if first < 0 or last >= limit:
+                raise ValueError(
+                    f"learned positions go from 0 to max_position_embeddings - 1 = {limit - 1}, got position "
+                    f"{last if last >= limit else first}; shorten the sequence or choose another positional_encoding"
+                )
+        return hidden_states + self.position_embeddings(position_ids)
+
+
+@register_encoding("rotary")
+class RotaryEncoding(PositionalEncoding):
+    """Query and key turned by angles proportional to their positions (Su et al., "RoFormer", 2021), as Llama does.
+
+    (x_i, x_{i+d/2}) is turned by t·θ^(-2i/d), so q·k, ‖q - k‖ and the cosine depend on the distance of positions alone;
+    other metrics (l1, lp, chebyshev) also on the positions themselves. Needs an even head size.
+    Length extrapolation: poor beyond the training length as it is; `rope_parameters` can rescale the angles.
+    """
+
+    extrapolates = "poor; rope_parameters can rescale it"
+
+    def __init__(self, config):
+        super().__init__()
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config)
+
+    @classmethod
+    def check(cls, config):
+        if config.head_dim % 2:
+            raise ValueError(
+                "positional_encoding='rotary' turns pairs of coordinates and needs an even head size, got hidden_size="
+                f"{config.hidden_size} with num_attention_heads={config.num_attention_heads}: {config.head_dim}"
+            )
+
+    def rotation(self, hidden_states, position_ids):
+        return self.rotary(hidden_states, position_ids)
+
+
+@register_encoding("relative")
+class RelativeEncoding(PositionalEncoding):
+    """A learned bias per head and bucket of distances (Raffel et al., T5, 2020); all layers share it.
+
+    Half of the buckets are single distances, the others grow logarithmically up to max_distance, from which on the bias
+    is constant. Bidirectional: half of the buckets for each side.
+    Length extrapolation: defined everywhere and flat beyond max_distance; quality falls slowly.
+    """
+
+    is_bias = True
+    extrapolates = "flat beyond max_distance, quality falls slowly"
+    _relative_position_bucket = staticmethod(T5Attention._relative_position_bucket)
+
+    def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, is_causal: bool = False):
+        super().__init__()
+        # The names under which `RelativeBias` knows them.
+        self.relative_attention_num_buckets, self.relative_attention_max_distance = num_buckets, max_distance
+        self.is_decoder = is_causal
+        self.relative_attention_bias = nn.Embedding(num_buckets, num_heads)
+
+    @classmethod
+    def from_config(cls, config):
+        sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        return cls(config.num_attention_heads, *sizes, is_causal=config.is_decoder)
+
+    @classmethod
+    def check(cls, config):
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        if buckets < 4 or buckets % 2:
+            raise ValueError(f"relative_attention_num_buckets must be an even number >= 4, got {buckets}")
+        if distance <= buckets // 2:
+            raise ValueError(
+                f"relative_attention_max_distance must exceed half of relative_attention_num_buckets={buckets}, got "
+                f"{distance}"
+            )
+
+    def bias(self, num_queries, num_keys, past=0, device=None):
+        return self.lazy_bias(past).written_out(num_queries, num_keys)
+
+    def lazy_bias(self, past: int) -> RelativeBias:
+        """The same as a function of the distance, for attention that never writes (N, M) entries."""
+        return RelativeBias(self, past)
+
+
+@register_encoding("alibi")
+class AlibiEncoding(PositionalEncoding):
+    """A penalty linear in the distance: bias = -slope_h·|i - j| (Press et al., "Train Short, Test Long", 2022).
+
+    slope_h = 2^(-8h/H), h = 1..H, for H a power of two; otherwise those of the power of two below, then every other one
+    of that above. No parameters. Bidirectional: the same on both sides.
+    Length extrapolation: what it was made for; causal models keep their quality well beyond the training length.
+    """
+
+    is_bias = True
+    extrapolates = "yes"
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.num_attention_heads)
+
+    def slopes(self) -> list[float]:
+        """One slope > 0 per head."""
+        below = 2 ** (self.num_heads.bit_length() - 1)
+        first = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]
+        between = [2.0 ** (-4 * (h + 1) / below) for h in range(0, 2 * below, 2)]
+        return (first + between)[: self.num_heads]
+
+    def bias(self, num_queries, num_keys, past=0, device=None):
+        query, key = (torch.arange(n, device=device) for n in (num_queries, num_keys))
+        distance = (key - query[:, None] - past).abs()
+        return -torch.tensor(self.slopes(), device=device)[None, :, None, None] * distance

@@ -1,0 +1,307 @@
+"""The native family: encoders and causal decoders to train from scratch, with any mechanism and positional encoding."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_native import DistAttnConfig
+from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
+from .native_attention import DistAttnAttention
+from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, make_norm, register_models
+
+
+def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Tensor, device) -> Tensor:
+    """Positions (B or 1, N) of the last N tokens: padding, wherever it stands, is not counted."""
+    index = torch.arange(num_queries, device=device) + past
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return index[None]
+    counted = attention_mask.long().cumsum(-1) - 1
+    return counted.clamp(min=0)[:, index.clamp(max=counted.shape[1] - 1)]
+
+
+def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor = 0) -> None:
+    """Raise `ValueError` for a padding mask that does not fit embeddings (B, N, D) with `past` tokens before them."""
+    if not isinstance(mask, Tensor) or mask.dim() == 4 or isinstance(past, Tensor) or torch.compiler.is_compiling():
+        return
+    expected = (embeddings.shape[0], past + embeddings.shape[1])
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape (B, M)={expected}, one entry for each token, those in the cache included; got "
+            f"{tuple(mask.shape)}"
+        )
+
+
+class DistAttnModel(DistAttnPreTrainedModel):
+    """Embeddings and layers: an encoder, or a causal decoder where config.is_decoder."""
+
+    _can_record_outputs = {
+        "hidden_states": DistAttnLayer,
+        "attentions": OutputRecorder(DistAttnAttention, index=1, layer_name="self_attn"),
+    }
+
+    def __init__(self, config: DistAttnConfig):
+        super().__init__(config)
+        scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        sizes = config.vocab_size, config.hidden_size, config.pad_token_id
+        self.embed_tokens = BartScaledWordEmbedding(*sizes, embed_scale=scale)
+        self.positions = POSITIONAL_ENCODINGS.get(config.positional_encoding).from_config(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(
+            DistAttnLayer(config, index, self._has_cross_attention) for index in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D)."""
+        arguments = self._prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        hidden_states = self._run(**arguments, **kwargs)
+        return BaseModelOutputWithPast(hidden_states, past_key_values=arguments["past_key_values"])
+
+    def _prepare(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache) -> dict:
+        """What all layers get, and the embeddings."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not self.config.is_decoder:
+            if past_key_values is not None:
+                raise ValueError("past_key_values needs is_decoder=True in the config: an encoder keeps no cache")
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = self._new_cache()
+        cache = past_key_values
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        past = 0 if cache is None else cache.get_seq_length()
+        num_queries, device = inputs_embeds.shape[1], inputs_embeds.device
+        # Static caches count in a tensor that the layers will change.
+        past = past.clone() if isinstance(past, Tensor) else past
+        check_padding_mask("attention_mask", attention_mask, inputs_embeds, past)
+        mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        if self.config.is_decoder:
+            # Positions that the caller gave may start anew: packed sequences.
+            mask = create_causal_mask(**mask_of, past_key_values=cache, position_ids=position_ids)
+        else:
+            mask = create_bidirectional_mask(**mask_of)
+        if position_ids is None:
+            position_ids = positions_of(attention_mask, num_queries, past, device)
+        num_keys = num_queries if cache is None else cache.get_mask_sizes(num_queries, 0)[0]
+        return {
+            "hidden_states": self.dropout(self.positions.embed(inputs_embeds, position_ids)),
+            "position_bias": self._bias(num_queries, num_keys, past, device),
+            "position_embeddings": self.positions.rotation(inputs_embeds, position_ids),
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+    def _new_cache(self) -> Cache:
+        return DynamicCache(config=self.config)
+
+    def _bias(self, num_queries: int, num_keys: int, past, device):
+        if self.config.mechanism == "nystrom" and isinstance(self.positions, RelativeEncoding):
+            # No tensor, so that no (N, M) entries are made: see `bias_behind`.
+            return SimpleNamespace(distattn_bias=self.positions.lazy_bias(past))
+        return self.positions.bias(num_queries, num_keys, past, device)
+
+    def _run(self, hidden_states, position_bias, encoder_hidden_states=None, **kwargs) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_bias, encoder_hidden_states, **kwargs)
+        return self.norm(hidden_states)
+
+
+def _require_decoder(model_class: str, config: DistAttnConfig, wanted: bool) -> None:
+    if config.is_decoder is not wanted:
+        why = "predicts the next token from those before" if wanted else "fills gaps from both sides"
+        raise ValueError(f"{model_class} {why} and needs is_decoder={wanted} in its config, got {config.is_decoder}")
+
+
+class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
+    """The next token from those before; raises `ValueError` unless config.is_decoder."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DistAttnConfig):
+        _require_decoder("DistAttnForCausalLM", config, True)
+        super().__init__(config)
+        self.model = DistAttnModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, N, vocab_size), and the mean loss of labels (B, N), which are shifted here; -100 is left out."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss, logits, outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class DistAttnForMaskedLM(DistAttnPreTrainedModel):
+    """The tokens under the masks, from both sides; raises `ValueError` where config.is_decoder."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DistAttnConfig):
+        _require_decoder("DistAttnForMaskedLM", config, False)
+        super().__init__(config)
+        self.model = DistAttnModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class DistAttnForSequenceClassification(GenericForSequenceClassification, DistAttnPreTrainedModel):
+    """A label for each text, read from its last token that is not padding."""
+
+    # Its loss is a mean over the batch it gets, which Trainer must know to accumulate gradients.
+    accepts_loss_kwargs = False
+
+
+class DistAttnForTokenClassification(GenericForTokenClassification, DistAttnPreTrainedModel):
+    """A label for each token."""
+
+    accepts_loss_kwargs = False
+
+
+class DistAttnForQuestionAnswering(GenericForQuestionAnswering, DistAttnPreTrainedModel):
+    """First and last token of the answer."""
+
+
+class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
+    """Which of C texts fits best: each is read alone and scored from its last token that is not padding."""
+
+    def __init__(self, config: DistAttnConfig):
+        super().__init__(config)
+        self.model = DistAttnModel(config)
+        rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(rate)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput:
+        """Logits (B, C) of input_ids (B, C, N), and the mean loss of labels (B,).
+
+        Without an attention_mask the last token is read.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        batch, choices, length = given.shape[:3]
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        flat = {name: None if t is None else t.reshape(-1, length) for name, t in named.items()}
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.flatten(0, 1)
+        outputs = self.model(**flat, inputs_embeds=inputs_embeds, **kwargs)
+        last = torch.full((batch * choices,), length - 1, device=given.device)
+        if flat["attention_mask"] is not None:
+            last = (flat["attention_mask"].long() * torch.arange(length, device=given.device)).argmax(-1)
+        rows = torch.arange(batch * choices, device=given.device)
+        pooled = outputs.last_hidden_state[rows, last]
+        logits = self.score(self.dropout(pooled)).view(batch, choices)
+        loss = None if labels is None else fixed_cross_entropy(logits, labels, num_items_in_batch)
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+register_models(
+    DistAttnConfig,
+    {
+        "AutoModel": DistAttnModel,
+        "AutoModelForCausalLM": DistAttnForCausalLM,
+        "AutoModelForMaskedLM": DistAttnForMaskedLM,
+        "AutoModelForSequenceClassification": DistAttnForSequenceClassification,
+        "AutoModelForTokenClassification": DistAttnForTokenClassification,
+        "AutoModelForQuestionAnswering": DistAttnForQuestionAnswering,
+        "AutoModelForMultipleChoice": DistAttnForMultipleChoice,
+    },
+)

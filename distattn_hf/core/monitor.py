@@ -1,0 +1,183 @@
+"""An opt-in monitor of attention modules: time, memory and what the weights look like; nothing runs while it is off."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
+
+from .discovery import argument_names
+from .statistics import ROW_NUMBERS, row_statistics
+
+
+class PerformanceMonitor:
+    """Watches modules by forward hooks until `stop`.
+
+    Args:
+        modules: {name: attention module}, whose forward gives (output, weights or None, ...) or the output alone.
+        statistics: ask each module for its weights (output_attentions=True, the slow path of most mechanisms) and note
+            mean entropy, sparsity, largest weight and attended distance of their rows.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], statistics: bool = False):
+        self.statistics = statistics
+        self._open: dict[str, tuple] = {}
+        self._stats: dict[str, dict] = {name: _empty() for name in modules}
+        self._handles = []
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after(name), always_call=True))
+
+    def _before(self, name: str):
+        def hook(module, arguments, keywords):
+            token = None
+            if self.statistics:
+                if "output_attentions" in argument_names(type(module)):
+                    keywords = {**keywords, "output_attentions": True}
+                # Modules of transformers models compute weights where somebody collects them.
+                token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
+            device = _device(module)
+            _synchronise(device)
+            self._open[name] = (time.perf_counter(), _mark_memory(device), token)
+            return arguments, keywords
+
+        return hook
+
+    def _after(self, name: str):
+        def hook(module, arguments, output):
+            device = _device(module)
+            _synchronise(device)
+            started, before, token = self._open.pop(name)
+            if token is not None:
+                _active_collector.reset(token)
+            if output is None:  # the module raised
+                return
+            stats = self._stats[name]
+            stats["calls"] += 1
+            stats["seconds"] += time.perf_counter() - started
+            peak = _peak_memory(device)
+            if before is not None and peak is not None:
+                stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - before)
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if self.statistics and isinstance(weights, Tensor) and weights.dim() == 4:
+                _add_rows(stats, weights.detach())
+
+        return hook
+
+    def stats(self) -> dict[str, dict]:
+        """{module name: numbers} of the calls so far.
+
+        calls; seconds, of all calls; seconds_per_call; peak_bytes, by which memory rose at most in one call: on CUDA
+        what the allocator handed out, on Linux resident memory (what PyTorch had freed and takes again is not seen),
+        elsewhere None. With statistics also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the
+        rows that see more than one key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95;
+        None where no weights were given. Keys of weight 0 count as unseen.
+        """
+        found = {}
+        for name, stats in self._stats.items():
+            calls, rows = stats["calls"], stats["rows"]
+            found[name] = {
+                "calls": calls,
+                "seconds": stats["seconds"],
+                "seconds_per_call": stats["seconds"] / calls if calls else None,
+                "peak_bytes": stats["peak_bytes"],
+            }
+            if self.statistics:
+                sums = {n: stats["sums"][n] / rows if rows else None for n in (*ROW_NUMBERS, "collapsed")}
+                found[name] |= sums
+        return found
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._stats = {name: _empty() for name in self._stats}
+
+    def stop(self) -> None:
+        """Remove the hooks; what was counted stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _empty() -> dict:
+    return {
+        "calls": 0,
+        "seconds": 0.0,
+        "peak_bytes": None,
+        "rows": 0,
+        "sums": dict.fromkeys((*ROW_NUMBERS, "collapsed"), 0.0),
+    }
+
+
+def _add_rows(stats: dict, weights: Tensor) -> None:
+    rows = row_statistics(weights, keep=weights > 0)
+    counted = rows.counted()
+    stats["rows"] += int(counted.sum())
+    for name in (*ROW_NUMBERS, "collapsed"):
+        stats["sums"][name] += float(getattr(rows, name)[counted].double().sum())
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _mark_memory(device: torch.device) -> int | None:
+    """Bytes in use now; the high-water mark starts from here. None where it cannot be set."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _resident("VmRSS")
+    except (OSError, KeyError):
+        return None
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _resident("VmHWM")
+    except (OSError, KeyError):
+        return None
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(dict(line.split(":", 1) for line in lines if ":" in line)[name].split()[0])
+
+
+class Monitored:
+    """Methods of models and layers that can be monitored; `attention_modules` says what there is to watch."""
+
+    _monitor: PerformanceMonitor | None = None
+
+    def attention_modules(self) -> dict[str, nn.Module]:
+        """{name: attention module}."""
+        raise NotImplementedError
+
+    def enable_performance_monitoring(self, statistics: bool = False) -> None:
+        """Count time and memory of every attention module from now on (see `PerformanceMonitor`), anew if it was on."""
+        self.disable_performance_monitoring()
+        # Not an attribute that torch would register or copy as a submodule.
+        object.__setattr__(self, "_monitor", PerformanceMonitor(self.attention_modules(), statistics))
+
+    def disable_performance_monitoring(self) -> None:
+        """Stop counting; what was counted is gone."""
+        if self._monitor is not None:
+            self._monitor.stop()
+        object.__setattr__(self, "_monitor", None)
+
+    def get_performance_stats(self) -> dict[str, dict]:
+        """What was counted, by attention module (see `PerformanceMonitor.stats`).
+
+        Raises `RuntimeError` where monitoring is off.
+        """
+        if self._monitor is None:
+            raise RuntimeError("performance monitoring is off; call enable_performance_monitoring() first")
+        return self._monitor.stats()

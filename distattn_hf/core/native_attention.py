@@ -1,0 +1,270 @@
+"""The attention module of the native family, whose mechanism the config names, and which choices go together."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import logging
+
+from .cache import use_nystrom_cache
+from .configuration_native import SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
+from .encodings import POSITIONAL_ENCODINGS
+from .interface import IMPLEMENTATION, weights_requested
+from .mechanisms import MECHANISMS
+from .metrics import METRICS, get_metric
+from .modeling_converted import IMPLEMENTATIONS, resolve_implementation
+from .parameters import DistanceAttentionState
+
+logger = logging.get_logger(__name__)
+
+# Attention functions that return true weights.
+_WITH_WEIGHTS = ("eager", "sdpa", *IMPLEMENTATIONS)
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, position_bias=None, **kwargs
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention written out: ((B, N, H, d), weights (B, H, N, M)); masks and biases are added."""
+    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
+    logits = query @ key.mT * scaling
+    for addend in (position_bias, attention_mask):
+        if addend is not None:
+            logits = logits + addend
+    weights = logits.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def attention_choice(config: DistAttnConfig, is_cross: bool) -> tuple[str, str | None, dict]:
+    """(mechanism, metric, options) of a config's self- or cross-attention."""
+    return config.cross_choice() if is_cross else (config.mechanism, config.metric, config.mechanism_options)
+
+
+def known_mechanisms() -> str:
+    """The names that a config's `mechanism` may have, for error messages."""
+    names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
+    return f"{', '.join(names)}; or a metric: {METRICS.describe()}"
+
+
+def check_choices(config: DistAttnConfig) -> None:
+    """Bring names of mechanisms and metrics into canonical form; raise `ValueError` for choices that do not fit.
+
+    A metric given as mechanism becomes mechanism "distance" with that metric.
+    """
+    config.mechanism, config.metric = _canonical("mechanism", config.mechanism, config.metric)
+    config.positional_encoding = POSITIONAL_ENCODINGS.canonical(config.positional_encoding)
+    encoding = POSITIONAL_ENCODINGS.get(config.positional_encoding)
+    encoding.check(config)
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"unknown hidden_act {config.hidden_act!r}; expected one of {', '.join(ACT2FN)}")
+    forms = [(False, config.is_decoder)]
+    if config.is_encoder_decoder:
+        if config.cross_mechanism is not None:
+            chosen = _canonical("cross_mechanism", config.cross_mechanism, config.cross_metric)
+            config.cross_mechanism, config.cross_metric = chosen
+        forms = [(False, False), (False, True), (True, False)]
+    for is_cross, is_causal in forms:
+        _check_form(config, encoding, is_cross, is_causal)
+
+
+def _canonical(field: str, mechanism: str, metric: str | None) -> tuple[str, str | None]:
+    """(mechanism, metric) in canonical names."""
+    name = mechanism.lower()
+    if name != "dot" and name not in SPEC_MECHANISMS:
+        if name in MECHANISMS:
+            name = MECHANISMS.canonical(name)
+        elif name in METRICS:
+            if metric is not None and get_metric(metric) is not get_metric(name):
+                raise ValueError(f"{field}={mechanism!r} is a metric, and so is the other one given, {metric!r}")
+            name, metric = "distance", name
+        else:
+            raise ValueError(f"unknown {field} {mechanism!r}; expected one of {known_mechanisms()}")
+    if name == "distance":
+        metric = get_metric(metric or "l2").name
+    elif name == "nystrom":
+        metric = get_metric(metric or "sqeuclidean").name
+    return name, metric
+
+
+def _check_form(config, encoding, is_cross: bool, is_causal: bool) -> None:
+    """Raise `ValueError` where one kind of attention cannot be had with this mechanism and encoding."""
+    mechanism, metric, options = attention_choice(config, is_cross)
+    has_bias = encoding.is_bias and not is_cross
+    try:
+        if mechanism == "dot":
+            if options:
+                raise ValueError(f"mechanism 'dot' has no option {sorted(options)[0]!r}")
+        elif mechanism in SPEC_MECHANISMS:
+            spec = spec_of(mechanism, metric, options)
+            get_metric(metric).validate(spec.p)
+            if config.positional_encoding == "rotary" and not is_cross and not get_metric(metric).rotation_invariant:
+                logger.warning_once(
+                    f"positional_encoding='rotary' rotates query and key; {metric} is not invariant under rotation, so "
+                    "its attention depends on absolute positions too"
+                )
+            if mechanism == "nystrom" and has_bias:
+                _check_nystrom_bias(config, spec.window_size)
+        else:
+            kind = MECHANISMS.get(mechanism)
+            kind.check_options(max_length=config.max_position_embeddings, **options)
+            kind.check(is_causal=is_causal, is_cross=is_cross, has_bias=has_bias)
+    except ValueError as error:
+        form = "cross-attention" if is_cross else "causal attention" if is_causal else "bidirectional attention"
+        hint = "; cross_mechanism can be another one" if is_cross and config.cross_mechanism is None else ""
+        raise ValueError(
+            f"mechanism={mechanism!r} with positional_encoding={config.positional_encoding!r} in {form}: {error}{hint}"
+        ) from None
+
+
+def _check_nystrom_bias(config, window_size: int) -> None:
+    if config.positional_encoding != "relative":
+        raise ValueError(
+            "Nyström attention takes only a position bias that is constant beyond its window: positional_encoding "
+            "'relative'"
+        )
+    if window_size < config.relative_attention_max_distance:
+        raise ValueError(
+            f"window_size must be at least relative_attention_max_distance={config.relative_attention_max_distance}, "
+            f"from which on the bias is constant; got {window_size}"
+        )
+
+
+config_checks.append(check_choices)
+
+
+def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bool):
+    """transformers' attention function for a model of this family; raises `ValueError` for what cannot be had.
+
+    crosses: the model has cross-attention, too.
+    """
+    used = {attention_choice(config, is_cross)[0] for is_cross in ((False, True) if crosses else (False,))}
+    if used != {"dot"}:
+        return resolve_implementation(requested, linear=bool(used - {"dot", "distance"}))
+    if requested in IMPLEMENTATIONS:
+        return "eager" if "eager" in requested else "sdpa"
+    takes_bias = requested in (None, "eager", "sdpa", "flex_attention")
+    known = isinstance(requested, str) and ("flash" in requested or requested in ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if known and not takes_bias and POSITIONAL_ENCODINGS.get(config.positional_encoding).is_bias:
+        raise ValueError(
+            f"attn_implementation={requested!r} takes no position bias, which positional_encoding="
+            f"{config.positional_encoding!r} is; use 'sdpa', 'eager' or 'flex_attention'"
+        )
+    return requested
+
+
+class DistAttnAttention(nn.Module):
+    """Multi-head attention of hidden states (B, N, D), among themselves or to another sequence (B, M, D)."""
+
+    def __init__(self, config: DistAttnConfig, layer_idx: int, is_cross: bool = False):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_cross_attention = is_cross
+        self.is_causal = config.is_decoder and not is_cross
+        key_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        mechanism, metric, options = attention_choice(config, is_cross)
+        self.mechanism = None
+        if mechanism in SPEC_MECHANISMS:
+            entry = {"num_heads": self.num_heads, "head_dim": self.head_dim, "kind": "cross" if is_cross else "self"}
+            entry["groups"] = [{"spec": 0, "heads": None}]
+            self.distattn = DistanceAttentionState([spec_of(mechanism, metric, options)], entry)
+            if mechanism == "nystrom" and self.is_causal:
+                self.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
+        elif mechanism != "dot":
+            length = config.max_position_embeddings
+            self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output (B, N, D), weights (B, H, N, M) where they are asked for)."""
+        query = self._heads(self.q_proj, hidden_states)
+        key_value = self._computed_before(key_value_states, past_key_values)
+        if key_value is None:
+            source = hidden_states if key_value_states is None else key_value_states
+            key, value = self._heads(self.k_proj, source), self._heads(self.v_proj, source)
+            if position_embeddings is not None:
+                query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            key_value = self._remember(key, value, key_value_states, past_key_values)
+        output, weights = self._attend(query, *key_value, attention_mask, position_bias, kwargs)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
+        """(B, heads, length, d)."""
+        return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _computed_before(self, other, cache) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of another sequence where the cache has them."""
+        if other is None or not isinstance(cache, EncoderDecoderCache) or not cache.is_updated.get(self.layer_idx):
+            return None
+        layer = cache.cross_attention_cache.layers[self.layer_idx]
+        return layer.keys, layer.values
+
+    def _remember(self, key, value, other, cache) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far."""
+        if isinstance(cache, EncoderDecoderCache):
+            if other is not None:
+                cache.is_updated[self.layer_idx] = True
+            cache = cache.self_attention_cache if other is None else cache.cross_attention_cache
+        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
+
+    def _attend(self, query, key, value, mask, position_bias, kwargs) -> tuple[Tensor, Tensor | None]:
+        """((B, N, H, d), weights or None) by the mechanism's module or by transformers' attention interface."""
+        dropout_p = self.attention_dropout if self.training else 0.0
+        implementation, wanted = self.config._attn_implementation, weights_requested(kwargs)
+        ours = self.mechanism is not None or hasattr(self, "distattn")
+        if ours and implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"config._attn_implementation was set to {implementation!r}, which would run dot-product attention in "
+                "place of the config's mechanism; call set_attn_implementation('sdpa' or 'eager') on the model"
+            )
+        if self.mechanism is not None:
+            return self._by_mechanism(query, key, value, mask, position_bias, dropout_p, wanted)
+        if wanted and implementation not in _WITH_WEIGHTS:
+            raise ValueError(
+                f"output_attentions: attn_implementation={implementation!r} returns no weights; use 'sdpa' or 'eager'"
+            )
+        if wanted and implementation == "sdpa":
+            implementation = IMPLEMENTATION  # the same attention, written out where weights are asked for
+        if position_bias is not None:
+            kwargs = {**kwargs, "position_bias": position_bias}
+            if isinstance(position_bias, Tensor):
+                kwargs["position_bias"] = position_bias.to(query.dtype)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return attend(self, query, key, value, mask, dropout=dropout_p, scaling=self.scaling, **kwargs)
+
+    def _by_mechanism(self, query, key, value, mask, position_bias, dropout_p, wanted):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[1:3] != (1, 1)):
+            raise ValueError(
+                f"mechanism {self.mechanism.name!r} takes a padding mask (B, M), got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}"
+            )
+        output, weights = self.mechanism(
+            query,
+            repeat_kv(key, self.num_key_value_groups),
+            repeat_kv(value, self.num_key_value_groups),
+            keep=None if mask is None else mask[:, 0, 0].expand(len(query), -1),
+            is_causal=self.is_causal,
+            is_cross=self.is_cross_attention,
+            dropout_p=dropout_p,
+            position_bias=position_bias,
+            return_weights=wanted,
+        )
+        return output.transpose(1, 2), weights

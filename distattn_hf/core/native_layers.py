@@ -1,0 +1,177 @@
+"""What the models of the native family share: layers, initial weights, attention functions, saving."""
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto import modeling_auto
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .configuration_native import DistAttnConfig
+from .mechanism_base import Mechanism
+from .monitor import Monitored
+from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
+from .parameters import HeadParameters
+
+
+def make_norm(config: DistAttnConfig) -> nn.Module:
+    """The config's kind of normalisation."""
+    kind = {"layer_norm": nn.LayerNorm, "rms_norm": LlamaRMSNorm}[config.norm_type]
+    return kind(config.hidden_size, eps=config.norm_eps)
+
+
+class DistAttnMLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x))·up(x)) where the config says so (Shazeer, "GLU Variants", 2020)."""
+
+    def __init__(self, config: DistAttnConfig):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(inner)
+
+
+class DistAttnLayer(GradientCheckpointingLayer):
+    """Self-attention, cross-attention where there is an encoder, and the feed-forward layer, each with a residual."""
+
+    def __init__(self, config: DistAttnConfig, layer_idx: int, has_cross_attention: bool = False):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.self_attn, self.self_attn_norm = DistAttnAttention(config, layer_idx), make_norm(config)
+        if has_cross_attention:
+            self.cross_attn = DistAttnAttention(config, layer_idx, is_cross=True)
+            self.cross_attn_norm = make_norm(config)
+        self.mlp, self.mlp_norm = DistAttnMLP(config), make_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_bias: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Hidden states (B, N, D) -> (B, N, D). What gradients flow through comes by position (see transformers)."""
+        hidden_states = self._add(
+            self.self_attn,
+            self.self_attn_norm,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            position_bias=position_bias,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        if encoder_hidden_states is not None:
+            hidden_states = self._add(
+                self.cross_attn,
+                self.cross_attn_norm,
+                hidden_states,
+                attention_mask=encoder_attention_mask,
+                key_value_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return self._add(self.mlp, self.mlp_norm, hidden_states)
+
+    def _add(self, part: nn.Module, norm: nn.Module, hidden_states: Tensor, **arguments) -> Tensor:
+        """x + f(norm(x)), or norm(x + f(x))."""
+        output = part(norm(hidden_states) if self.pre_norm else hidden_states, **arguments)
+        total = hidden_states + self.dropout(output[0] if isinstance(output, tuple) else output)
+        return total if self.pre_norm else norm(total)
+
+
+class DistAttnPreTrainedModel(Monitored, PreTrainedModel):
+    """What every class of the native family inherits."""
+
+    config_class = DistAttnConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DistAttnLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # transformers reads the source of each class's file to decide this, and ours has its attention in another one.
+    _can_set_attn_implementation_cached_value = True
+    _has_cross_attention = False
+
+    def __init__(self, config, *args, **kwargs):
+        check_choices(config)
+        if type(config) not in AutoModel._model_mapping and type(config).__name__ == self.config_class.__name__:
+            # A checkpoint's own code: transformers imports its config file and its modelling file as two packages, and
+            # its heads ask AutoModel for the base model of a config.
+            register_models(type(config), _REGISTERED[config.model_type])
+        super().__init__(config, *args, **kwargs)
+
+    def post_init(self):
+        # λ and landmarks stay in float32 when the model is loaded in half precision.
+        if any(isinstance(module, HeadParameters) for module in self.modules()):
+            self._keep_in_fp32_modules_strict = {"distattn"}
+        super().post_init()
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False):
+        """transformers' check of an implementation, after ours: mechanisms of our own run by our own functions."""
+        requested = resolve_native_implementation(requested_attention, self.config, self._has_cross_attention)
+        return super().get_correct_attn_implementation(requested, is_init_check)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, HeadParameters | Mechanism):
+            module.reset_parameters()
+
+    def attention_modules(self) -> dict[str, nn.Module]:
+        """All attention modules by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, DistAttnAttention)}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: all initialisation goes through transformers' functions, which leave loaded weights alone."""
+        return False
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.config.auto_map = auto_map_for(self.config)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+# {model type: {Auto class's name: model class}}
+_REGISTERED: dict[str, dict[str, type[PreTrainedModel]]] = {}
+
+
+def register_models(config_class: type[DistAttnConfig], classes: dict[str, type[PreTrainedModel]]) -> None:
+    """Let the Auto classes (by name) find these model classes for a config class."""
+    for auto_name, model_class in classes.items():
+        model_class._auto_class = auto_name
+        getattr(modeling_auto, auto_name).register(config_class, model_class, exist_ok=True)
+    _REGISTERED[config_class.model_type] = classes
+
+
+def register_native_family() -> None:
+    """Let AutoConfig know the family's model types, and name its classes where transformers lists its own by task.
+
+    Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
+    """
+    for model_type, classes in _REGISTERED.items():
+        AutoConfig.register(model_type, next(iter(classes.values())).config_class, exist_ok=True)
+        for auto_name, model_class in classes.items():
+            getattr(modeling_auto, auto_name)._model_mapping._model_mapping[model_type] = model_class.__name__
+
+
+def auto_map_for(config: DistAttnConfig) -> dict[str, str]:
+    """config.auto_map: where trust_remote_code finds the config and every head class of the family."""
+    classes = {"AutoConfig": type(config), **_REGISTERED[config.model_type]}
+    return {name: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for name, kind in classes.items()}

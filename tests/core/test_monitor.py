@@ -1,0 +1,118 @@
+"""The monitor of attention modules: what it counts, and that nothing of it is left when it is off."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from distattn_hf import AttentionSpec, DistAttnConfig, DistAttnForCausalLM, convert
+from distattn_hf.core.monitor import PerformanceMonitor
+
+
+class Sleepy(nn.Module):
+    """Attention whose weights are known, and which takes 20 ms and 8 MB."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.weights, self.asked = weights, []
+
+    def forward(self, x, output_attentions=False):
+        self.asked.append(output_attentions)
+        time.sleep(0.02)
+        torch.ones(2_000_000).sum()
+        return x, self.weights if output_attentions else None
+
+
+def test_calls_time_and_memory():
+    module = Sleepy()
+    monitor = PerformanceMonitor({"a": module})
+    for _ in range(3):
+        module(torch.ones(1))
+    stats = monitor.stats()["a"]
+    assert stats["calls"] == 3
+    assert stats["seconds"] >= 0.06
+    assert stats["seconds_per_call"] == stats["seconds"] / 3
+    # Linux says how much memory rose; allocators take up to a few MB more or have some left from before.
+    assert stats["peak_bytes"] is None or 0 <= stats["peak_bytes"] < 100_000_000
+    assert set(stats) == {"calls", "seconds", "seconds_per_call", "peak_bytes"}
+    assert module.asked == [False] * 3
+    monitor.reset()
+    assert monitor.stats()["a"]["calls"] == 0
+    monitor.stop()
+    module(torch.ones(1))
+    assert monitor.stats()["a"]["calls"] == 0
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+
+
+def test_statistics_of_known_weights():
+    """One head uniform over 4 keys, one that sees a single key of 4, and a row that sees nothing."""
+    uniform, single = torch.full((4, 4), 0.25), torch.eye(4)[[0, 0, 0, 0]]
+    weights = torch.stack([uniform, single * 0.97 + 0.01])[None].clone()
+    weights[0, :, 3] = 0.0
+    module = Sleepy(weights)
+    monitor = PerformanceMonitor({"a": module}, statistics=True)
+    module(torch.ones(1))
+    module(x=torch.ones(1))
+    stats = monitor.stats()["a"]
+    assert module.asked == [True, True]
+    # Three rows of each head count; 0.97 + 0.01 is beyond 0.95.
+    narrow = -(0.98 * torch.tensor(0.98).log() + 3 * 0.01 * torch.tensor(0.01).log())
+    assert stats["entropy"] == pytest.approx((1.3862944 + float(narrow)) / 2, abs=1e-6)
+    assert stats["maximum"] == pytest.approx((0.25 + 0.98) / 2, abs=1e-6)
+    assert stats["collapsed"] == pytest.approx(0.5)
+    # Distances of rows 0, 1, 2 to keys 0 to 3: uniform (6, 4, 4) / 4.
+    near = [0.01 * 6, 0.98 + 0.01 * 3, 0.98 * 2 + 0.01 * 2]
+    assert stats["distance"] == pytest.approx((14 / 4 + sum(near)) / 6, abs=1e-6)
+
+
+def test_a_converted_model_is_monitored_and_gives_the_same():
+    torch.manual_seed(0)
+    teacher = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16)).eval()
+    student = convert(teacher, AttentionSpec(metric="l2", layers="0"), init="plain").eval()
+    ids = torch.arange(8)[None]
+    expected = student(ids).logits
+    with pytest.raises(RuntimeError, match="performance monitoring is off"):
+        student.get_performance_stats()
+    student.enable_performance_monitoring(statistics=True)
+    assert torch.equal(student(ids).logits, expected) or torch.allclose(student(ids).logits, expected, atol=1e-6)
+    stats = student.get_performance_stats()
+    weights = student(ids, output_attentions=True).attentions[0].detach().double()
+    assert list(stats) == ["h.0.attn"]
+    entropy = -(weights * weights.clamp_min(1e-300).log()).sum(-1)[:, :, 1:].mean()
+    assert stats["h.0.attn"]["entropy"] == pytest.approx(float(entropy), abs=1e-5)
+    with pytest.raises(RuntimeError, match="monitor"), torch.no_grad():
+        attention = student.attention_modules()["h.0.attn"]
+        handle = attention.c_attn.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("monitor")))
+        student(ids)
+    handle.remove()
+    assert student(ids).attentions is None, "what the monitor asked for goes no further, also after an error"
+    student.enable_performance_monitoring()
+    student(ids)
+    assert student.get_performance_stats()["h.0.attn"]["calls"] == 1, "counting starts anew"
+    assert "entropy" not in student.get_performance_stats()["h.0.attn"]
+    student.disable_performance_monitoring()
+    assert torch.equal(student(ids).logits, expected)
+    attention = student.attention_modules()["h.0.attn"]
+    hooks = [*attention._forward_hooks.values(), *attention._forward_pre_hooks.values()]
+    assert not [hook for hook in hooks if "PerformanceMonitor" in hook.__qualname__]
+
+
+@pytest.mark.parametrize("mechanism", ["dot", "l1", "local", "linear", "nystrom"])
+def test_a_native_model_is_monitored(mechanism):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
+    model = DistAttnForCausalLM(DistAttnConfig(mechanism=mechanism, is_decoder=True, **sizes)).eval()
+    ids = torch.arange(12)[None] % 30
+    weights = model(ids, output_attentions=True).attentions
+    model.enable_performance_monitoring(statistics=True)
+    model(ids)
+    stats = model.get_performance_stats()
+    assert list(stats) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    for found, layer in zip(stats.values(), weights, strict=True):
+        layer = layer.detach().double()[:, :, 1:]
+        entropy = -(layer * layer.clamp_min(1e-300).log()).sum(-1).mean()
+        assert found["entropy"] == pytest.approx(float(entropy), abs=1e-5)
+        assert found["calls"] == 1

@@ -1,0 +1,1 @@
+"""The native family: models, encodings, and transformers' common tests on them."""

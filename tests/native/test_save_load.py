@@ -1,0 +1,105 @@
+"""A saved native model loads bit-equal: in this process, and in a fresh one with the package and without it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+from distattn_hf.core.native_layers import auto_map_for
+from tests.conversion.test_save_load import LOADER
+from tests.tolerances import assert_close
+
+from .choices import FORMS, HAS, make_model, tokens
+
+AUTO = {"causal": AutoModelForCausalLM, "bidirectional": AutoModelForMaskedLM, "cross": AutoModelForSeq2SeqLM}
+
+
+def trained(mechanism, encoding, form):
+    """A model after a step, so that no parameter or buffer is what a fresh model has; and a batch with padding."""
+    model = make_model(mechanism, encoding, form).train()
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if form == "cross":
+        batch["decoder_input_ids"] = tokens(length=5, seed=1)
+    return model.eval(), batch
+
+
+@pytest.mark.parametrize("mechanism", HAS)
+@pytest.mark.parametrize("form", FORMS)
+def test_auto_classes_load_it_bit_equal(tmp_path, mechanism, form):
+    if form not in HAS[mechanism][0]:
+        pytest.skip("refused: see test_trains_or_is_refused_by_name")
+    model, batch = trained(mechanism, "learned", form)
+    model.save_pretrained(tmp_path)
+    loaded = AUTO[form].from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        assert_close(loaded(**batch).logits, model(**batch).logits, "equal")
+
+
+# A process takes seconds to start: no more than one of each kind.
+@pytest.mark.parametrize(
+    ("mechanism", "encoding", "form", "mode"),
+    [
+        ("l2", "relative", "causal", "package"),
+        ("performer", "sinusoidal", "bidirectional", "remote"),
+        ("nystrom", "rotary", "cross", "remote"),
+    ],
+)
+def test_fresh_process(tmp_path, monkeypatch, mechanism, encoding, form, mode):
+    model, batch = trained(mechanism, encoding, form)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.save((batch, model(**batch).logits), tmp_path / "expected.pt")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", LOADER, str(tmp_path), AUTO[form].__name__, mode]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
+    assert result == [f"RESULT True True {type(model).__name__}"], run.stderr[-2000:]
+
+
+GENERIC_HEAD = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification
+assert "distattn_hf" not in sys.modules
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "distattn_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=3, trust_remote_code=True)
+assert model(torch.ones(2, 4, dtype=torch.long)).logits.shape == (2, 3)
+print("RESULT", type(model).__name__)
+"""
+
+
+def test_a_head_that_transformers_makes_loads_without_the_package(tmp_path, monkeypatch):
+    """It asks the Auto classes for the base model, which must know the family from its file alone."""
+    model, _ = trained("l1", "alibi", "causal")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", GENERIC_HEAD, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stdout.splitlines()[-1:] == ["RESULT DistAttnForSequenceClassification"], run.stderr[-2000:]
+
+
+def test_every_class_is_in_the_auto_map(tmp_path):
+    for form in FORMS:
+        model, _ = trained("dot", "none", form)
+        model.save_pretrained(tmp_path / form)
+        auto_map = json.loads((tmp_path / form / "config.json").read_text())["auto_map"]
+        assert auto_map == auto_map_for(model.config)
+        for reference in auto_map.values():
+            module, _, name = reference.partition(".")
+            assert f"class {name}(" in (tmp_path / form / f"{module}.py").read_text()
