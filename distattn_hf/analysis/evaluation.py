@@ -14,10 +14,13 @@ from ..conversion.texts import length_for
 from ..core.configuration_distattn import CLASS_PREFIX
 
 _KINDS = {
-    "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "masked-lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "embedding": modeling_auto.MODEL_MAPPING_NAMES,
+    "causal-lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+    "seq2seq": (
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    ),
+    "masked-lm": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
+    "embedding": (modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_MAPPING),
 }
 
 
@@ -39,14 +42,15 @@ class EvaluationOptions:
 
 
 def model_kind(model: PreTrainedModel) -> str:
-    """One of "causal-lm", "seq2seq", "masked-lm" or "embedding", from the model's class.
+    """One of "causal-lm", "seq2seq", "masked-lm" or "embedding", from the model's class: transformers' own, a converted
+    one, or one registered with the Auto classes.
 
     Raises `ValueError` naming the class for any other head.
     """
     name = type(model).__name__.removeprefix(CLASS_PREFIX)
-    for kind, mapping in _KINDS.items():
-        listed = {n for value in mapping.values() for n in ((value,) if isinstance(value, str) else value)}
-        if name in listed:
+    for kind, (names, mapping) in _KINDS.items():
+        listed = {n for value in names.values() for n in ((value,) if isinstance(value, str) else value)}
+        if name in listed or mapping._extra_content.get(type(model.config)) is type(model):
             return kind
     raise ValueError(
         f"{type(model).__name__} has a head that cannot be evaluated on plain text; expected a causal, masked or "

@@ -158,15 +158,21 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
     value that a field does not take.
     """
+    values = read_mapping(path, "config")
+    for text in overrides:
+        override(values, text)
+    return parse_config(values)
+
+
+def read_mapping(path: str | Path, name: str) -> dict:
+    """The mapping in a YAML file, which errors call `name`; raises `ValueError` where there is none."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"config {str(path)!r} does not exist")
-    values = _yaml(path.read_text(encoding="utf-8"), f"config {str(path)!r}")
+        raise ValueError(f"{name} {str(path)!r} does not exist")
+    values = _yaml(path.read_text(encoding="utf-8"), f"{name} {str(path)!r}")
     if not isinstance(values, dict):
-        raise ValueError(f"config {str(path)!r} must hold a mapping of arguments, got {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    return parse_config(values)
+        raise ValueError(f"{name} {str(path)!r} must hold a mapping of arguments, got {type(values).__name__}")
+    return values
 
 
 def parse_config(values: dict) -> AdaptationConfig:
@@ -221,21 +227,23 @@ def _check(config: AdaptationConfig) -> None:
         raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
 
 
-def _override(values: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(values: dict, assignment: str) -> None:
+    """Set what `assignment` ("spec.metric=l1", dots for nested keys) says; raises `ValueError` where there is no such
+    place."""
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise ValueError(f"override must be key=value, got {override!r}")
+        raise ValueError(f"override must be key=value, got {assignment!r}")
     *parents, last = key.split(".")
     place = values
     for number, name in enumerate(parents):
         place = place.setdefault(name, {}) if isinstance(place, dict) else place[int(name)]
         if not isinstance(place, dict | list):
             where = ".".join(parents[: number + 1])
-            raise ValueError(f"override {override!r}: {where!r} is {place!r}, which has no fields")
-    value = _yaml(text, f"override {override!r}")
+            raise ValueError(f"override {assignment!r}: {where!r} is {place!r}, which has no fields")
+    value = _yaml(text, f"override {assignment!r}")
     if isinstance(place, list):
         if not last.isdigit() or int(last) >= len(place):
-            raise ValueError(f"override {override!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
+            raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
         place[int(last)] = value
     else:
         place[last] = value

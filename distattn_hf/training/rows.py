@@ -351,3 +351,16 @@ def collator_for(job: Job):
     if job.task == "token-classification":
         return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+
+
+def training_texts(dataset, arguments, task: str) -> Iterator[str]:
+    """The texts that a training reads, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
+    first = _first(dataset, "train_data", arguments)
+    if task == "seq2seq":
+        columns = [
+            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
+            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
+        ]
+    else:
+        columns = [_text_column(dataset, first, arguments.text_column)]
+    return (row[name] for row in dataset for name in columns if isinstance(row[name], str) and row[name].strip())

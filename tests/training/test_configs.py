@@ -9,10 +9,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 from distattn_hf.conversion.specs import read_specs
 from distattn_hf.training.arguments import read_config
+from distattn_hf.training.scratch import read_scratch_config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-OF = {folder: [p for p in FILES if p.parts[1] == folder] for folder in ("attention", "training", "accelerate")}
+OF = {f: [p for p in FILES if p.parts[1] == f] for f in ("attention", "training", "accelerate", "model")}
+NATIVE = [p for p in OF["training"] if p.name.startswith("native_")]
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -28,15 +30,28 @@ def test_attention(path):
 
 
 @pytest.mark.parametrize("path", OF["training"], ids=str)
-def test_training(path):
-    config = read_config(ROOT / path, ["use_cpu=true"])
-    for stage in config.adaptation.stages:
-        assert config.training_for(stage).max_steps > 0
-        config.adaptation.options_for(stage)
+def test_training(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if path in NATIVE:
+        config = read_scratch_config(path, ["use_cpu=true"])
+        assert config.training.max_steps > 0
+    else:
+        config = read_config(path, ["use_cpu=true"])
+        for stage in config.adaptation.stages:
+            assert config.training_for(stage).max_steps > 0
+            config.adaptation.options_for(stage)
     # What it writes goes under out/, which git ignores, in a folder of its own.
     assert config.training.output_dir.startswith("out/")
     others = [yaml.safe_load((ROOT / p).read_text())["output_dir"] for p in OF["training"] if p != path]
     assert config.training.output_dir not in others
+
+
+@pytest.mark.parametrize("path", OF["model"], ids=str)
+def test_model(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = path.read_text().splitlines()[0].split()[3:]
+    values = read_scratch_config(command[0], command[1:]).scratch.model
+    assert values == yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("path", OF["accelerate"], ids=str)
@@ -57,4 +72,4 @@ def test_what_others_test_is_a_mapping(path):
 
 
 def test_no_kind_is_missing():
-    assert {p.parts[1] for p in FILES} == {"attention", "training", "accelerate", "experiments"}
+    assert {p.parts[1] for p in FILES} == {"attention", "training", "accelerate", "experiments", "model"}

@@ -1,0 +1,127 @@
+"""`compare`: one training from scratch with several choices in its config, several seeds each: a table and a figure."""
+
+import json
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..analysis.scorecard import METRICS
+from ..training.arguments import override, read_mapping
+from ..training.scratch import ScratchConfig, parse_scratch_config, read_scratch_config
+from ..training.stages import refuse_unknown
+from .from_scratch import train_from_scratch
+
+RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"
+
+
+@dataclass
+class Comparison:
+    """What is compared: runs {choice: [config of each seed]}, and where the results go."""
+
+    runs: dict[str, list[ScratchConfig]]
+    output_dir: Path
+
+
+def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Comparison:
+    """The comparison in a YAML file: {base, set, choices: {name: {set, seeds}}, seeds, output_dir}.
+
+    base: a config of `distattn train`; set: overrides of it for all runs, then for one choice ("model.mechanism: l1").
+    Overrides given here (key=value) are for all runs. Every config is checked before the first run.
+
+    Raises `ValueError` naming the key, its value and what is allowed.
+    """
+    values = read_mapping(path, "config")
+    refuse_unknown(values, ["base", "set", "choices", "seeds", "output_dir"])
+    for name, kind in (("base", str), ("choices", dict), ("output_dir", str)):
+        if not isinstance(values.get(name), kind) or not values[name]:
+            raise ValueError(f"{name} must be a {'mapping' if kind is dict else 'path'}, got {values.get(name)!r}")
+    out, runs = values["output_dir"], {}
+    for text in [t for t in overrides if t.partition("=")[0] == "output_dir"]:
+        out = text.partition("=")[2]
+    overrides = [t for t in overrides if t.partition("=")[0] != "output_dir"]
+    for choice, options in values["choices"].items():
+        options = options or {}
+        if not isinstance(options, dict):
+            raise ValueError(f"choices.{choice} must be a mapping with set and seeds, got {options!r}")
+        refuse_unknown(options, ["set", "seeds"], f"choices.{choice}")
+        seeds = options.get("seeds", values.get("seeds", [0]))
+        if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+            raise ValueError(f"seeds must be a list of integers >= 0, got {seeds!r}")
+        runs[str(choice)] = []
+        for seed in seeds:
+            arguments = read_scratch_config(values["base"]).values
+            for key, value in {**(values.get("set") or {}), **(options.get("set") or {})}.items():
+                override(arguments, f"{key}={json.dumps(value)}")
+            for text in overrides:
+                override(arguments, text)
+            arguments |= {"seed": seed, "output_dir": str(Path(out) / f"{choice}-{seed}")}
+            runs[str(choice)].append(parse_scratch_config(arguments))
+    return Comparison(runs, Path(out))
+
+
+def compare(comparison: Comparison) -> dict:
+    """Train what is not trained yet and write comparison.json, comparison.md and comparison.png to output_dir."""
+    results = {}
+    for choice, configs in comparison.runs.items():
+        for config in configs:
+            results.setdefault(choice, {})[str(config.training.seed)] = train_from_scratch(config)
+            # After each run, so that one that is cut off has shown what it found.
+            comparison.output_dir.mkdir(parents=True, exist_ok=True)
+            _replace(comparison.output_dir / RESULTS, json.dumps(results, indent=1))
+            _replace(comparison.output_dir / TABLE, table(results) + "\n")
+    plot(results, comparison.output_dir / FIGURE)
+    return results
+
+
+def _replace(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def table(results: dict) -> str:
+    """Markdown: the score of every seed, mean and standard deviation (of one seed: none), tokens and seconds."""
+    task = next(iter(next(iter(results.values())).values()))["task"]
+    metric = METRICS[task][0]
+    lines = [
+        f"| attention | {metric} | standard deviation | each seed | parameters | tokens | seconds a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for choice, runs in results.items():
+        scores = [run["scores"][metric] for run in runs.values()]
+        first, seconds = next(iter(runs.values())), statistics.mean(run["seconds"] for run in runs.values())
+        spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+        each = ", ".join(f"{score:.2f}" for score in scores)
+        lines.append(
+            f"| {choice} | {statistics.mean(scores):.2f} | {spread} | {each} | {first['parameters']:,} | "
+            f"{first['tokens']:,} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Training loss against step, a line a choice: the mean over seeds, the range between them shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    styles = ("-", "--", "-.", ":")
+    # Okabe and Ito's colours, which colour-blind readers tell apart; line styles help where there are more.
+    colours = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
+    for number, (choice, runs) in enumerate(results.items()):
+        curves = [dict(map(tuple, run["curve"])) for run in runs.values()]
+        steps = sorted(set.intersection(*map(set, curves)))
+        values = [[curve[step] for curve in curves] for step in steps]
+        look = {"color": colours[number % len(colours)], "linestyle": styles[number % len(styles)]}
+        axes.plot(steps, [statistics.mean(v) for v in values], label=f"{choice} ({len(curves)})", **look)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=look["color"], alpha=0.15)
+    axes.set(xlabel="step", ylabel="training loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="attention (seeds)", frameon=False)
+    staging = path.with_name(f".{path.name}")
+    figure.savefig(staging, dpi=150, format="png")
+    plt.close(figure)
+    os.replace(staging, path)

@@ -1,0 +1,112 @@
+"""One YAML file for a model of the native family that is trained from scratch."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
+from .arguments import override, read_mapping
+from .data import DataArguments
+from .learned_tokenizer import LEAST_VOCABULARY
+from .stages import refuse_unknown
+
+SCRATCH_TASKS = ("causal-lm", "masked-lm", "seq2seq")
+# What the tokenizer and the task decide.
+_DECIDED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_decoder")
+
+
+@dataclass
+class ScratchArguments:
+    """What is trained.
+
+    Args:
+        model: fields of a `DistAttnConfig`, or a YAML file with them. The vocabulary comes from the tokenizer.
+        task: "causal-lm", "masked-lm" or "seq2seq".
+        tokenizer: a folder or Hub name, or {"vocab_size": n}: byte-level BPE learned from the training text.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    model: Any = None
+    task: str = "causal-lm"
+    tokenizer: Any = None
+
+    def __post_init__(self):
+        if self.task not in SCRATCH_TASKS:
+            raise ValueError(f"task must be one of {', '.join(SCRATCH_TASKS)}, got {self.task!r}")
+        if not isinstance(self.model, dict):
+            raise ValueError(f"model must be fields of a DistAttnConfig or a YAML file with them, got {self.model!r}")
+        for name in _DECIDED:
+            if name in self.model:
+                source = "task" if name == "is_decoder" else "tokenizer"
+                raise ValueError(f"model.{name} comes from the {source}; leave it out")
+        known = {f.name for kind in type(self.model_config()).__mro__ for f in _fields(kind)}
+        refuse_unknown(self.model, known, "model")
+        if isinstance(self.tokenizer, dict):
+            refuse_unknown(self.tokenizer, ["vocab_size"], "tokenizer")
+            size = self.tokenizer.get("vocab_size")
+            if isinstance(size, bool) or not isinstance(size, int) or size < LEAST_VOCABULARY:
+                raise ValueError(f"tokenizer.vocab_size must be an integer >= {LEAST_VOCABULARY}, got {size!r}")
+        elif not self.tokenizer or not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer must be a folder, a Hub name or {{vocab_size: n}}, got {self.tokenizer!r}")
+
+    def model_config(self, **decided) -> DistAttnConfig:
+        """The model's config; raises `ValueError` for what it refuses."""
+        kind = DistAttnSeq2SeqConfig if self.task == "seq2seq" else DistAttnConfig
+        if kind is DistAttnConfig:
+            decided["is_decoder"] = self.task == "causal-lm"
+        return kind(**{**self.model, **decided})
+
+
+def _fields(kind: type):
+    return fields(kind) if "__dataclass_fields__" in vars(kind) else ()
+
+
+@dataclass
+class ScratchConfig:
+    """All arguments of a training from scratch; `values` is what the file and the command line said."""
+
+    scratch: ScratchArguments
+    data: DataArguments
+    training: TrainingArguments
+    values: dict
+
+
+def read_scratch_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ScratchConfig:
+    """The arguments in a YAML file, with `key=value` overrides (model.mechanism=l1).
+
+    Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
+    value that a field does not take.
+    """
+    values = read_mapping(path, "config")
+    for text in (None, *overrides):
+        if text is not None:
+            override(values, text)
+        # A file is read as soon as it is named, so that the next override can change a field of it.
+        if isinstance(values.get("model"), str):
+            values["model"] = read_mapping(values["model"], "model")
+    return parse_scratch_config(values)
+
+
+def parse_scratch_config(values: dict) -> ScratchConfig:
+    """The arguments in a mapping; raises as `read_scratch_config`."""
+    kinds = (ScratchArguments, DataArguments, TrainingArguments)
+    refuse_unknown(values, {f.name for kind in kinds for f in fields(kind) if f.init})
+    for name in ("model", "tokenizer", "train_data", "output_dir"):
+        if not values.get(name):
+            raise ValueError(f"{name} must be given, got {values.get(name)!r}")
+    try:
+        # Two kinds have a `seed`: one value serves both.
+        parsed = HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
+    except TypeError as error:
+        raise ValueError(f"a value has the wrong type: {error}") from error
+    config = ScratchConfig(*parsed, values)
+    if config.training.max_steps <= 0 and (config.training.num_train_epochs <= 0 or config.data.streaming):
+        raise ValueError(
+            "max_steps must be > 0 with streaming=True, whose data has no known length, and without num_train_epochs; "
+            f"got {config.training.max_steps}"
+        )
+    return config
