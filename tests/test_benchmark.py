@@ -127,16 +127,19 @@ def test_every_option_is_on_the_command_line():
 
 
 def test_the_help_says_which_mechanism_has_an_option():
-    """And names, for nystrom, those that only its YAML file has."""
-    names = {mechanism: set(option_names(mechanism)) for mechanism in ("distance", "nystrom")}
+    """And names, for the others, those that only their YAML files have."""
+    names = {mechanism: set(option_names(mechanism)) for mechanism in ("distance", "nystrom", "native")}
     app = typer.Typer()
     app.command()(module.benchmark)
     command = typer.main.get_command(app)
     text = {option.name: option.help for option in command.params}
     for name in names["distance"]:
-        assert text[name].startswith("both: " if name in names["nystrom"] else "distance: "), name
-    alone = command.help.partition("keys of its YAML file:")[2].partition(".")[0]
-    assert {name.strip() for name in alone.split(",")} == names["nystrom"] - names["distance"]
+        assert text[name].startswith("all: " if name in names["nystrom"] else "distance: "), name
+        assert (name in names["nystrom"]) == (name in names["native"]), name
+    for mechanism in ("nystrom", "native"):
+        alone = command.help.partition("keys of their YAML files:")[2].partition(f"{mechanism} ")[2]
+        alone = alone.partition(";")[0].partition(".")[0]
+        assert {name.strip() for name in alone.split(",")} == names[mechanism] - names["distance"]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def test_option_that_there_is_not(options, message):
         load_config(None, {"mechanism": "nystrom", **options})
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "mechanism" in read_config(p)], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if read_config(p).get("mechanism") == "nystrom"], ids=lambda path: path.stem
+)
 def test_shipped_configs_are_valid(path):
     found = load_config(path)
     assert isinstance(found, NystromConfig)
@@ -102,7 +104,7 @@ def test_the_mechanism_comes_from_the_option_or_the_file(monkeypatch, tmp_path):
     assert command_line("--config", path).exit_code == 0
     assert asked == [("nystrom", "a"), ("nystrom", "b"), ("distance", "c"), ("distance", "d")]
     for arguments, message in (
-        (["--mechanism", "linear"], "mechanism must be one of distance, nystrom, got 'linear'"),
+        (["--mechanism", "linear"], "mechanism must be one of distance, nystrom, native, got 'linear'"),
         (
             ["--mechanism", "nystrom", "--metrics", "l2"],
             "mechanism nystrom has no option metrics, which only mechanism",

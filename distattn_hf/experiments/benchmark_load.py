@@ -6,10 +6,11 @@ from pathlib import Path
 import yaml
 
 from .benchmark_config import BenchmarkConfig
+from .benchmark_native import NativeConfig
 from .benchmark_nystrom_config import NystromConfig
 from .benchmark_options import choice
 
-CONFIGS = {"distance": BenchmarkConfig, "nystrom": NystromConfig}
+CONFIGS = {"distance": BenchmarkConfig, "nystrom": NystromConfig, "native": NativeConfig}
 
 
 def option_names(mechanism: str) -> list[str]:
@@ -33,7 +34,7 @@ def read_config(path: str | Path | None) -> dict:
     return values
 
 
-def load_config(path: str | Path | None, overrides: dict | None = None) -> BenchmarkConfig | NystromConfig:
+def load_config(path: str | Path | None, overrides: dict | None = None):
     """The options of a YAML file (None: the defaults), with those of `overrides` that are not None in their place.
 
     Raises `ValueError` for a file that is absent or no mapping, for an unknown key or one of another mechanism, and for

@@ -14,6 +14,7 @@ from .benchmark_nystrom_config import NystromCase, NystromConfig
 from .benchmark_nystrom_inputs import KINDS, make_inputs, relative_error
 from .benchmark_nystrom_peers import COMPETITORS, Competitor, Unavailable
 from .benchmark_nystrom_report import DEFINITIONS, footnotes, headline, plot, table_header, table_line
+from .benchmark_report import with_growth
 from .benchmark_run import run_and_write
 
 # N of the small check (more than a part of rows of either pass), and query rows checked at the timed length.
@@ -190,17 +191,8 @@ def _rows(config: NystromConfig, probe: MemoryProbe | None) -> Iterator[dict]:
     rows = []
     for case in config.cases():
         for row in run_case(case, config, probe):
-            rows.append(_with_growth(row, rows))
+            rows.append(with_growth(row, rows))
             yield rows[-1]
-
-
-def _with_growth(row: dict, before: list[dict]) -> dict:
-    """The row with "growth": (time / time at the length before)^(1 / log2 of the ratio of lengths), 2 where linear."""
-    same = [r for r in before if all(r[key] == row[key] for key in ("label", "causal", "pass")) and "seconds" in r]
-    if same and "seconds" in row:
-        times, lengths = (row["seconds"]["median"] / same[-1]["seconds"]["median"]), row["length"] / same[-1]["length"]
-        row["growth"] = times ** (1 / math.log2(lengths))
-    return row
 
 
 if __name__ == "__main__":

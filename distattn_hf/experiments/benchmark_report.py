@@ -1,6 +1,7 @@
 """What `distattn benchmark` prints and writes: table lines, provenance, and JSON that is complete or not there."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -164,3 +165,12 @@ def _git() -> dict:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
+
+
+def with_growth(row: dict, before: list[dict]) -> dict:
+    """The row with "growth": (time / time at the length before)^(1 / log2 of the ratio of lengths), 2 where linear."""
+    same = [r for r in before if all(r[key] == row[key] for key in ("label", "causal", "pass")) and "seconds" in r]
+    if same and "seconds" in row:
+        times, lengths = (row["seconds"]["median"] / same[-1]["seconds"]["median"]), row["length"] / same[-1]["length"]
+        row["growth"] = times ** (1 / math.log2(lengths))
+    return row
