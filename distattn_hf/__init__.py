@@ -42,6 +42,8 @@ _LAZY = {
     "ConversionReport": "conversion.report",
     "CalibrationOptions": "conversion.calibrate",
     "load_checkpoint": "conversion.checkpoints",
+    "optimize_lambda_parameters": "analysis.lambda_search",
+    "grid_search": "analysis.lambda_search",
 }
 
 __all__ = [

@@ -16,6 +16,7 @@ from .attention import distance_attention, without_autocast
 from .backends import validate_backend
 from .masks import add_bias, causal_keep, masked_softmax, split_mask
 from .metrics import get_metric
+from .monitor import Monitored
 from .statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, row_statistics
 
 
@@ -115,11 +116,13 @@ class DistanceAttentionConfig:
         return self.hidden_size // self.num_heads
 
 
-class ProjectedAttention(nn.Module):
+class ProjectedAttention(Monitored, nn.Module):
     """Projections to H heads, a KV cache, and back; a subclass says in `_attend` what happens between.
 
     layer_idx: this layer's place in a cache that several layers share.
     """
+
+    gives_weights_on_request = True
 
     def __init__(
         self, hidden_size: int, num_heads: int, *, is_causal=False, bias=True, key_value_size=None, layer_idx: int = 0

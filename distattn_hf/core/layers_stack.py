@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from .layers import DistanceAttentionConfig, DistanceBasedAttention
+from .monitor import Monitored
 
 
 class _Residual(nn.Module):
@@ -31,7 +32,7 @@ class _Residual(nn.Module):
         return total if self.config.norm_first else self.norm(total)
 
 
-class MultiHeadDistanceAttention(nn.Module):
+class MultiHeadDistanceAttention(Monitored, nn.Module):
     """`DistanceBasedAttention` with `use_residual` and `use_layer_norm` of its config around it; called like it.
 
     attention: the layer inside; None: a `DistanceBasedAttention` of the config.
@@ -76,7 +77,7 @@ class FeedForward(nn.Module):
         return self.residual.after(hidden_states, self.down_proj(inner))
 
 
-class DistanceEncoderLayer(nn.Module):
+class DistanceEncoderLayer(Monitored, nn.Module):
     """Self-attention and feed-forward; causal where the config says so."""
 
     def __init__(self, config: DistanceAttentionConfig, layer_idx: int = 0):
@@ -92,7 +93,7 @@ class DistanceEncoderLayer(nn.Module):
         return self.feed_forward(result)
 
 
-class DistanceDecoderLayer(nn.Module):
+class DistanceDecoderLayer(Monitored, nn.Module):
     """Causal self-attention, cross-attention to an encoder's output, and feed-forward."""
 
     def __init__(self, config: DistanceAttentionConfig, layer_idx: int = 0):
@@ -125,7 +126,7 @@ class DistanceDecoderLayer(nn.Module):
         return (hidden_states, (own_weights, cross_weights)) if output_attentions else hidden_states
 
 
-class _Stack(nn.Module):
+class _Stack(Monitored, nn.Module):
     """Layers one after another, and a last normalisation where each layer normalises first."""
 
     layer_class: type[nn.Module]

@@ -31,15 +31,16 @@ class PerformanceMonitor:
 
     def _before(self, name: str):
         def hook(module, arguments, keywords):
-            token = None
+            token, injected = None, False
             if self.statistics:
                 if "output_attentions" in argument_names(type(module)):
+                    injected = not keywords.get("output_attentions")
                     keywords = {**keywords, "output_attentions": True}
                 # Modules of transformers models compute weights where somebody collects them.
                 token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
             device = _device(module)
             _synchronise(device)
-            self._open[name] = (time.perf_counter(), _mark_memory(device), token)
+            self._open[name] = (time.perf_counter(), _mark_memory(device), token, injected)
             return arguments, keywords
 
         return hook
@@ -48,11 +49,11 @@ class PerformanceMonitor:
         def hook(module, arguments, output):
             device = _device(module)
             _synchronise(device)
-            started, before, token = self._open.pop(name)
+            started, before, token, injected = self._open.pop(name)
             if token is not None:
                 _active_collector.reset(token)
             if output is None:  # the module raised
-                return
+                return None
             stats = self._stats[name]
             stats["calls"] += 1
             stats["seconds"] += time.perf_counter() - started
@@ -62,6 +63,8 @@ class PerformanceMonitor:
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if self.statistics and isinstance(weights, Tensor) and weights.dim() == 4:
                 _add_rows(stats, weights.detach())
+            # A layer that gives weights on request alone gives its caller what the caller asked for.
+            return output[0] if injected and getattr(module, "gives_weights_on_request", False) else None
 
         return hook
 
@@ -158,8 +161,9 @@ class Monitored:
     _monitor: PerformanceMonitor | None = None
 
     def attention_modules(self) -> dict[str, nn.Module]:
-        """{name: attention module}."""
-        raise NotImplementedError
+        """{name: attention module}: all layers in it that give weights on request."""
+        layers = {n: m for n, m in self.named_modules() if getattr(m, "gives_weights_on_request", False)}
+        return {name or type(module).__name__: module for name, module in layers.items()}
 
     def enable_performance_monitoring(self, statistics: bool = False) -> None:
         """Count time and memory of every attention module from now on (see `PerformanceMonitor`), anew if it was on."""

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from distattn_hf import AttentionSpec, DistAttnConfig, DistAttnForCausalLM, convert
+from distattn_hf import (
+    AttentionSpec,
+    DistanceAttentionConfig,
+    DistanceBasedAttention,
+    DistanceEncoder,
+    DistAttnConfig,
+    DistAttnForCausalLM,
+    convert,
+)
 from distattn_hf.core.monitor import PerformanceMonitor
 
 
@@ -83,9 +91,9 @@ def test_a_converted_model_is_monitored_and_gives_the_same():
     assert list(stats) == ["h.0.attn"]
     entropy = -(weights * weights.clamp_min(1e-300).log()).sum(-1)[:, :, 1:].mean()
     assert stats["h.0.attn"]["entropy"] == pytest.approx(float(entropy), abs=1e-5)
-    with pytest.raises(RuntimeError, match="monitor"), torch.no_grad():
-        attention = student.attention_modules()["h.0.attn"]
-        handle = attention.c_attn.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("monitor")))
+    attention = student.attention_modules()["h.0.attn"]
+    handle = attention.c_attn.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("monitor")))
+    with pytest.raises(RuntimeError, match="monitor"):
         student(ids)
     handle.remove()
     assert student(ids).attentions is None, "what the monitor asked for goes no further, also after an error"
@@ -116,3 +124,25 @@ def test_a_native_model_is_monitored(mechanism):
         entropy = -(layer * layer.clamp_min(1e-300).log()).sum(-1).mean()
         assert found["entropy"] == pytest.approx(float(entropy), abs=1e-5)
         assert found["calls"] == 1
+
+
+def test_layers_are_monitored_and_give_what_their_caller_asked_for():
+    torch.manual_seed(0)
+    config = DistanceAttentionConfig(hidden_size=16, num_heads=2)
+    x = torch.randn(2, 6, 16)
+    stack = DistanceEncoder(config, num_layers=2).eval()
+    expected, weights = stack(x, output_attentions=True)
+    stack.enable_performance_monitoring(statistics=True)
+    torch.testing.assert_close(stack(x), expected)
+    assert len(stack(x, output_attentions=True)[1]) == 2
+    stats = stack.get_performance_stats()
+    assert len(stats) == 2
+    for found, layer in zip(stats.values(), weights, strict=True):
+        entropy = -(layer.detach().double() * layer.detach().double().log()).sum(-1).mean()
+        assert found["entropy"] == pytest.approx(float(entropy), abs=1e-5)
+        assert found["calls"] == 2
+    layer = DistanceBasedAttention(config).eval()
+    expected = layer(x)
+    layer.enable_performance_monitoring(statistics=True)
+    torch.testing.assert_close(layer(x), expected)
+    assert list(layer.get_performance_stats()) == ["DistanceBasedAttention"]
