@@ -144,6 +144,43 @@ def _score_table(result: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+@app.command(
+    epilog="Examples:  distattn analyse out/minilm-l2 --against minilm --data news --out out/report   |   "
+    "distattn analyse smollm2-135m --text 'In the beginning God created the heaven and the earth.' --out out/report"
+)
+def analyse(
+    path: Source,
+    out: Annotated[Path, typer.Option(help="The folder to write: report.html, analysis.json, heads.csv, figures.")],
+    against: Annotated[str | None, typer.Option(help="The teacher to compare with.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text to analyse; may be given several times.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Texts to analyse. {_DATA}")] = None,
+    column: Column = None,
+    max_texts: Annotated[int, typer.Option(help="How many texts of --data to use.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Tokens a text.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="How many tokens to use in all.")] = 8192,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="layer:head to show large; may be given several times.")
+    ] = None,
+    importance: Annotated[bool, typer.Option(help="Measure which heads matter: two passes, and one a head.")] = True,
+    overwrite: Overwrite = False,
+):
+    """Statistics, figures and a report in one HTML page of what the attention does, alone or beside its teacher's."""
+    from .analysis.analyse import AnalyseOptions, parse_heads
+    from .analysis.analyse import analyse as run
+    from .conversion.texts import read_texts
+
+    if (text is None) == (data is None):
+        raise ValueError("give either --text or --data")
+    options = AnalyseOptions(
+        max_length=max_length, max_tokens=max_tokens, importance=importance, heads=parse_heads(heads),
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    texts = text if data is None else read_texts(data, column=column, split="test")[:max_texts]
+    found = run(path, texts, out, against=against, options=options, overwrite=overwrite)
+    print(found.summary())
+    print(f"saved to {out}; open {out / 'report.html'}")
+
+
 @app.command(epilog="Example:  distattn revert out/minilm-l2 out/minilm-again")
 def revert(
     path: Annotated[str, typer.Argument(help="A converted checkpoint: a folder or a Hub name.")],
@@ -215,6 +252,43 @@ def adapt(
     if arguments.training.process_index == 0:
         print(card.table())
         print(f"saved to {Path(arguments.training.output_dir) / 'student'}")
+
+
+@app.command(
+    epilog="Examples:  distattn train configs/training/native_causal_lm.yaml   |   "
+    "distattn train configs/training/native_causal_lm.yaml model.mechanism=l1 output_dir=out/native-l1"
+)
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file as configs/training/native_*.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, with dots for nested keys: model.mechanism=l2")
+    ] = None,
+):
+    """Train a model of the native family from scratch; run it again to go on where it stopped."""
+    from .experiments.from_scratch import summary, train_from_scratch
+    from .training.scratch import read_scratch_config
+
+    arguments = read_scratch_config(config, overrides or ())
+    result = train_from_scratch(arguments)
+    if arguments.training.process_index == 0:
+        print(summary(result))
+        print(f"saved to {Path(arguments.training.output_dir) / 'final'}")
+
+
+@app.command(
+    epilog="Example:  distattn compare configs/experiments/native_comparison.yaml max_steps=100 output_dir=out/c"
+)
+def compare(
+    config: Annotated[Path, typer.Argument(help="A YAML file as configs/experiments/native_comparison.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for all runs.")] = None,
+):
+    """Train from scratch with several attentions and seeds: a table and a figure; finished runs are not done again."""
+    from .experiments.native_comparison import compare as run
+    from .experiments.native_comparison import read_comparison, table
+
+    comparison = read_comparison(config, overrides or ())
+    print(table(run(comparison)))
+    print(f"saved to {comparison.output_dir}")
 
 
 app.command(

@@ -186,8 +186,8 @@ def benchmark(
     landmark, linear, performer, ... of the native family.
 
     Each option says whether the distance mechanism has it or all. What the others alone have are
-    keys of their YAML files: nystrom strategies, peers, num_landmarks, window_size, num_sinks, head_size, sdpa_max_length,
-    error_max_length; native mechanisms, head_size, sdpa_max_length.
+    keys of their YAML files: nystrom strategies, peers, num_landmarks, window_size, num_sinks, head_size,
+    sdpa_max_length, error_max_length; native mechanisms, head_size, sdpa_max_length.
 
     Exit code 1: a result was wrong (its line says WRONG and no time) or a case failed.
     """

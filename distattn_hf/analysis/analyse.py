@@ -1,0 +1,302 @@
+"""The whole analysis of a checkpoint: everything is checked, then measured, drawn and written to one folder."""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import transformers
+
+from ..conversion.checkpoints import load_checkpoint
+from ..conversion.convert import current_report
+from ..conversion.saving import check_output
+from ..core.modeling_converted import DistAttnModelMixin
+from ..training.trainer import check_tokenizers
+from .comparison import Comparison, compare
+from .export import attention_maps
+from .figure_style import require_matplotlib, save_figure
+from .importance import HeadImportance, ablation_importance, gradient_attribution, gradient_importance
+from .inputs import AnalysisOptions, TextLoss, check_texts, make_batches, token_texts
+from .intervention import resolve_heads
+from .report import build_sections, render
+from .rollout import attention_rollout
+from .scorecard import Scorecard
+from .sections import Example
+from .statistics import AttentionStatistics, measure
+from .watch import attention_modules
+
+# Heads shown with their tokens where none is asked for.
+_SHOWN_HEADS = 3
+
+
+@dataclass(frozen=True)
+class AnalyseOptions(AnalysisOptions):
+    """`AnalysisOptions`, and: whether heads' importance is measured and on how many tokens, how many tokens of the
+    first text the maps show, and which heads they show large, as {layer number or module name: [head, ...]}; None: the
+    most important or most changed ones."""
+
+    importance: bool = True
+    importance_tokens: int = 2048
+    map_tokens: int = 40
+    heads: dict | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("importance_tokens", "map_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+@dataclass
+class Analysis:
+    """What an analysis found; `to_dict` is what analysis.json holds.
+
+    importance: by kind, empty where it was not measured; conversion and scorecard: as they came with the checkpoint;
+    attribution and rollout: of the first text's tokens; notes: what could not be measured, and why.
+    """
+
+    model: str
+    architecture: str
+    statistics: AttentionStatistics
+    teacher: str | None = None
+    teacher_statistics: AttentionStatistics | None = None
+    comparison: Comparison | None = None
+    importance: dict[str, HeadImportance] = field(default_factory=dict)
+    tokens: list[str] = field(default_factory=list)
+    attribution: list[float] | None = None
+    rollout: list[float] | None = None
+    conversion: dict | None = None
+    scorecard: dict | None = None
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        numbers = self.statistics
+        lines = [
+            f"{self.architecture}: {len(numbers.heads)} heads in {len(numbers.modules)} modules, over "
+            f"{numbers.num_tokens:,} tokens of {numbers.num_texts:,} texts",
+            "patterns: " + ", ".join(f"{count} {name}" for name, count in numbers.pattern_counts().items()),
+            f"collapsed heads: {sum(head.collapsed for head in numbers.heads)}",
+        ]
+        if self.comparison is not None:
+            heads = self.comparison.heads
+            lines.append(
+                f"from the teacher: {fmean(h.divergence for h in heads):.4f} nats per query, correlation "
+                f"{fmean(h.correlation for h in heads):.3f}"
+            )
+        for kind, found in self.importance.items():
+            module, head, score = found.ranking()[0]
+            lines.append(f"most important by {kind}: {module} head {head} ({score:.4f} nats)")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict:
+        """JSON-ready; `from_dict` turns it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Analysis":
+        """The analysis that `to_dict` described."""
+
+        def read(kind, name):
+            return None if data.get(name) is None else kind.from_dict(data[name])
+
+        importance = {kind: HeadImportance.from_dict(found) for kind, found in data["importance"].items()}
+        return cls(**{
+            **data, "statistics": read(AttentionStatistics, "statistics"), "importance": importance,
+            "teacher_statistics": read(AttentionStatistics, "teacher_statistics"),
+            "comparison": read(Comparison, "comparison"),
+        })  # fmt: skip
+
+
+def parse_heads(texts) -> dict | None:
+    """{layer: [head, ...]} from "layer:head" strings, such as "3:5"; None for none.
+
+    Raises `ValueError` for anything else.
+    """
+    found: dict[int, list[int]] = {}
+    for text in texts or ():
+        layer, _, head = text.partition(":")
+        if not (layer.isdecimal() and head.isdecimal()):
+            raise ValueError(f"heads must be layer:head with two numbers, such as 3:5, got {text!r}")
+        found.setdefault(int(layer), []).append(int(head))
+    return found or None
+
+
+@contextmanager
+def staging_folder(out: str | Path, overwrite: bool = False):
+    """A folder beside `out` that takes its name once all is written; an error leaves what was there before.
+
+    Raises `ValueError`, before anything is done, for an output that is a file, is not empty (unless `overwrite`), or
+    cannot be written.
+    """
+    out = check_output(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"output folder {str(out)!r} cannot be written: {error}") from error
+    new, old = staging / "new", staging / "old"
+    try:
+        new.mkdir()
+        yield new
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(new, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def analyse(
+    path: str,
+    texts,
+    out: str | Path,
+    *,
+    against: str | None = None,
+    options: AnalyseOptions | None = None,
+    overwrite: bool = False,
+) -> Analysis:
+    """Analyse a checkpoint on texts and write report.html, analysis.json, heads.csv and figures/ to the folder `out`.
+
+    path, against: what `load_checkpoint` takes; against: a teacher to compare with.
+
+    Raises `ValueError`, before anything is measured: empty text, an output folder that cannot be written or is not
+    empty, a head that does not exist, a model without a tokenizer or attention weights, a teacher with another
+    tokenizer; `OSError` for a checkpoint that is not there.
+    """
+    options = options or AnalyseOptions()
+    texts = check_texts(texts)
+    require_matplotlib()
+    with staging_folder(out, overwrite) as folder:
+        model, tokenizer = load_checkpoint(path)
+        teacher = None
+        if against is not None:
+            teacher, teacher_tokenizer = load_checkpoint(against)
+            if teacher_tokenizer is not None and tokenizer is not None:
+                check_tokenizers(model, tokenizer, teacher_tokenizer)
+        analysis, example = analyse_models(
+            model, tokenizer, texts, teacher=teacher, options=options, names=(str(path), against)
+        )
+        card = Scorecard.load(path) if Path(path).is_dir() else None
+        analysis.scorecard = None if card is None else card.to_dict()
+        write_analysis(analysis, example, folder)
+    return analysis
+
+
+def analyse_models(
+    model, tokenizer, texts, *, teacher=None, options: AnalyseOptions | None = None, names=(None, None)
+) -> tuple[Analysis, Example]:
+    """The analysis of models in memory, and the maps of the first text, which only figures hold.
+
+    names: what the report calls the model and its teacher. Raises `ValueError` as `analyse`.
+    """
+    options = options or AnalyseOptions()
+    shown = {} if options.heads is None else resolve_heads(model, options.heads)
+    if tokenizer is not None:
+        for each in (model, teacher):
+            if each is not None:
+                check_tokenizers(each, tokenizer)
+    batches = make_batches(model, tokenizer, texts, options)
+    first = make_batches(model, tokenizer, texts[:1], AnalysisOptions(max_length=options.map_tokens))[0]
+    # The cheapest run comes first: a model without weights to show is refused here.
+    maps = attention_maps(model, first)
+    progress = options.progress
+    name, teacher_name = (given or (m and type(m).__name__) for given, m in zip(names, (model, teacher)))
+    found = Analysis(name, type(model).__name__, measure(model, batches, tokenizer, progress=progress), teacher_name)
+    found.versions = {"python": platform.python_version(), "torch": torch.__version__}
+    found.versions["transformers"] = transformers.__version__
+    found.tokens = token_texts(tokenizer, first["input_ids"][0].tolist())
+    if isinstance(model, DistAttnModelMixin):
+        found.conversion = current_report(model).to_dict()
+    teacher_maps = {}
+    if teacher is not None:
+        found.teacher_statistics = measure(teacher, batches, tokenizer, progress=progress)
+        found.comparison = compare(model, teacher, batches, progress=progress)
+        teacher_maps = attention_maps(teacher, first)
+    if options.importance:
+        _measure_importance(found, model, tokenizer, texts, options)
+    else:
+        found.notes.append("Importance of heads was not asked for.")
+    rollout = _look_at_tokens(found, model, tokenizer, texts[0], first, options)
+    shown = shown or _heads_to_show(found)
+    example = Example(maps, teacher_maps, shown, rollout, _token_lists(model, tokenizer, first))
+    return found, example
+
+
+def _token_lists(model, tokenizer, batch: dict) -> dict[str, list[str]]:
+    """The first text's tokens: those of "encoder" (or the only part) and "decoder"."""
+    lists = {"encoder": token_texts(tokenizer, batch["input_ids"][0].tolist())}
+    if model.config.is_encoder_decoder:
+        lists["decoder"] = token_texts(tokenizer, batch["decoder_input_ids"][0].tolist())
+    return lists
+
+
+def _measure_importance(found: Analysis, model, tokenizer, texts, options: AnalyseOptions) -> None:
+    settings = AnalysisOptions(options.max_length, options.importance_tokens, options.batch_size, options.seed)
+    try:
+        loss = TextLoss(model, tokenizer, texts, settings)
+    except ValueError as error:
+        # A model without a loss is still worth looking at.
+        found.notes.append(f"Importance of heads was not measured: {error}.")
+        return
+    if not attention_modules(model):
+        found.notes.append("Importance of heads was not measured: the model's heads cannot be changed one by one.")
+        return
+    for measured in (gradient_importance, ablation_importance):
+        result = measured(model, loss, progress=options.progress)
+        found.importance[result.kind] = result
+
+
+def _look_at_tokens(found: Analysis, model, tokenizer, text: str, first: dict, options: AnalyseOptions):
+    rollout = attention_rollout(model, first)[0].cpu()
+    # Where a causal model predicts the next token, its last row counts; where a text is read as a whole, the mean.
+    causal = bool((rollout.triu(1) == 0).all())
+    found.rollout = (rollout[-1] if causal else rollout.mean(0)).tolist()
+    try:
+        found.attribution = gradient_attribution(model, tokenizer, text, max_length=options.map_tokens)["values"]
+    except ValueError as error:
+        found.notes.append(f"Gradient attribution was not measured: {error}.")
+    return rollout
+
+
+def _heads_to_show(found: Analysis) -> dict[str, list[int]]:
+    """The heads furthest from the teacher, else those whose loss matters most, else the strongest patterns."""
+    if found.comparison is not None:
+        ranked = [(h.module, h.head) for h in sorted(found.comparison.heads, key=lambda h: -h.divergence)]
+    elif "ablation" in found.importance:
+        ranked = [item[:2] for item in found.importance["ablation"].ranking()]
+    else:
+        ranked = [(h.module, h.head) for h in sorted(found.statistics.heads, key=lambda h: -h.strength)]
+    chosen: dict[str, list[int]] = {}
+    for module, head in ranked[:_SHOWN_HEADS]:
+        chosen.setdefault(module, []).append(head)
+    return chosen
+
+
+def write_analysis(analysis: Analysis, example: Example, folder: Path) -> list[Path]:
+    """Write report.html, analysis.json, heads.csv and figures/ into a folder; returns the files."""
+    sections = build_sections(analysis, example)
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    files = []
+    for section in sections:
+        for drawing in section.figures:
+            files += save_figure(drawing.figure, figures / drawing.name)
+    data = json.dumps(analysis.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+    for name, text in (("analysis.json", data), ("report.html", render(analysis, sections))):
+        (folder / name).write_text(text, encoding="utf-8")
+        files.append(folder / name)
+    analysis.statistics.to_frame().to_csv(folder / "heads.csv", index=False)
+    return [*files, folder / "heads.csv"]

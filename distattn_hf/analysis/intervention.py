@@ -1,0 +1,192 @@
+"""Change what single heads give, while a block of code runs or for good, and measure what that does to the loss."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .watch import attention_modules, forward, no_weights, watched
+
+REPLACEMENTS = ("zero", "uniform", "mean")
+# The config's note of the heads that `prune_heads` took out.
+PRUNED = "pruned_attention_heads"
+
+
+def resolve_heads(model, heads: Mapping) -> dict[str, list[int]]:
+    """{module name: heads} from {layer number or module name: heads}.
+
+    A layer number stands for all attention modules of that layer. Raises `ValueError` for a layer, module or head that
+    does not exist, and for an empty selection.
+    """
+    found = attention_modules(model)
+    if not found:
+        raise no_weights(model, "does not follow transformers' attention interface")
+    chosen: dict[str, list[int]] = {}
+    for key, numbers in heads.items():
+        names = [n for n, entry in found.items() if key in (n, entry["layer"])]
+        if not names:
+            layers = sorted({e["layer"] for e in found.values() if e["layer"] is not None})
+            raise ValueError(f"there is no layer or module {key!r}; layers are {layers}, modules {', '.join(found)}")
+        for name in names:
+            count = found[name]["num_heads"]
+            for head in numbers:
+                if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < (count or 0):
+                    raise ValueError(f"there is no head {head!r} in {name!r}, which has heads 0 to {(count or 0) - 1}")
+            chosen[name] = sorted({*chosen.get(name, []), *numbers})
+    if not any(chosen.values()):
+        raise ValueError("heads names no head; give {layer number or module name: [head, ...]}")
+    return chosen
+
+
+@contextmanager
+def replaced_heads(model, heads: Mapping, replacement: str = "zero", means: dict[str, Tensor] | None = None):
+    """While it is open, the outputs of some heads are replaced.
+
+    replacement: "zero"; "uniform": the mean value vector of the keys that a query may see; "mean": the head's mean
+    output over a data set, `means` as from `mean_outputs`. Raises `ValueError` for another name or missing means.
+    """
+    chosen = resolve_heads(model, heads)
+    if replacement not in REPLACEMENTS:
+        raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
+    if replacement == "mean" and (missing := [n for n in chosen if n not in (means or {})]):
+        raise ValueError(f"replacement 'mean' needs means of {missing[0]!r}; see mean_outputs")
+
+    def change(call):
+        if call.name not in chosen:
+            return None
+        output, index = call.output.clone(), chosen[call.name]
+        if replacement == "zero":
+            output[:, index] = 0.0
+        elif replacement == "mean":
+            output[:, index] = means[call.name][index][:, None].to(output)
+        else:
+            for head in index:
+                output[:, head] = _uniform(call, head).to(output.dtype)
+        return output
+
+    with watched(model, change):
+        yield model
+
+
+def _uniform(call, head: int) -> Tensor:
+    """The mean of the values (B, N, d_v) that each query may see; zeros where it sees none."""
+    value, parts = call.value[:, head], []
+    num_queries, step = call.shape[2], max(1, 2**22 // max(1, call.shape[0] * call.shape[3]))
+    for start in range(0, num_queries, step):
+        stop = min(start + step, num_queries)
+        keep = call.keep_rows(start, stop)
+        keep = keep[:, head if keep.shape[1] > 1 else 0].to(value.dtype).expand(len(value), stop - start, -1)
+        parts.append(keep @ value / keep.sum(-1, keepdim=True).clamp_min(1))
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def mean_outputs(model, batches: list[dict]) -> dict[str, Tensor]:
+    """Each module's mean attention output over the queries that are no padding: {module: (H, d_v)}."""
+    from .inputs import padding_of
+
+    sums: dict[str, list] = {}
+    for batch in batches:
+
+        def add(call, batch=batch):
+            keep = padding_of(model, call, batch)[0]
+            total = (call.output * keep[:, None, :, None]).double().sum((0, 2))
+            entry = sums.setdefault(call.name, [torch.zeros_like(total), 0])
+            entry[0] += total
+            entry[1] += int(keep.sum())
+
+        with watched(model, add):
+            forward(model, batch)
+    return {name: (total / max(count, 1)).float() for name, (total, count) in sums.items()}
+
+
+def loss_without(model, loss, heads: Mapping, replacement: str = "zero", means=None) -> dict[str, float]:
+    """{"before", "after", "increase"} of a loss (`inputs.TextLoss`), in nats, when some heads are replaced."""
+    model.eval()
+    before = loss.value(model)
+    with replaced_heads(model, heads, replacement, means):
+        after = loss.value(model)
+    return {"before": before, "after": after, "increase": after - before}
+
+
+def output_projections(model, batch: dict) -> dict[str, tuple[nn.Module, int]]:
+    """{module: (the layer that reads the heads' outputs side by side, head size d_v)}, found by running the model.
+
+    Raises `ValueError` for a module whose outputs go through something else first.
+    """
+    model.eval()
+    waiting: dict[str, Tensor] = {}
+    found: dict[str, tuple[nn.Module, int]] = {}
+
+    def note(call):
+        waiting[call.name] = call.output.transpose(1, 2).flatten(2)
+        sizes[call.name] = call.output.shape[-1]
+
+    def look(module, arguments):
+        for name, output in list(waiting.items()):
+            given = arguments[0]
+            if given.numel() == output.numel() and torch.equal(given.reshape(output.shape), output):
+                found[name] = module, sizes[name]
+                del waiting[name]
+
+    sizes: dict[str, int] = {}
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    try:
+        with torch.no_grad(), watched(model, note):
+            forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not sizes:
+        raise no_weights(model, "has attention modules, but none went through the attention interface")
+    if waiting:
+        raise ValueError(
+            f"{type(model).__name__}: the outputs of {next(iter(waiting))!r} do not go straight into a linear layer, "
+            "so its heads cannot be pruned"
+        )
+    return found
+
+
+def _probe(model) -> dict:
+    """A little input that sends something other than zeros through every layer."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9, device=model.device)[None] % vocabulary
+    batch = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    return batch
+
+
+@torch.no_grad()
+def prune_heads(model, heads: Mapping, batch: dict | None = None):
+    """A copy of the model without some heads; `model` stays as it is.
+
+    The columns of the output projection that read these heads are set to zero: the same function as removing them, in
+    every architecture, with every shape as it was, so that the copy saves, loads and generates as any other
+    checkpoint (removing them physically would need each architecture's config to know how many heads each layer has).
+    No time is saved. config.pruned_attention_heads notes which heads are gone. batch: an input to find the projections
+    with; None: eight tokens.
+
+    Raises `ValueError` for a head that does not exist, and a module whose outputs do not go straight into a linear
+    layer.
+    """
+    chosen = resolve_heads(model, heads)
+    pruned = copy.deepcopy(model).eval()
+    projections = output_projections(pruned, batch or _probe(pruned))
+    if missing := [name for name in chosen if name not in projections]:
+        raise ValueError(f"{missing[0]!r} did not run on this input; give a batch on which it does")
+    for name, numbers in chosen.items():
+        layer, size = projections[name]
+        columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in numbers]).to(layer.weight.device)
+        if isinstance(layer, Conv1D):
+            layer.weight[columns] = 0.0
+        else:
+            layer.weight[:, columns] = 0.0
+    noted = {name: list(numbers) for name, numbers in (getattr(pruned.config, PRUNED, None) or {}).items()}
+    for name, numbers in chosen.items():
+        noted[name] = sorted({*noted.get(name, []), *numbers})
+    setattr(pruned.config, PRUNED, noted)
+    return pruned

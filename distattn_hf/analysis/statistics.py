@@ -1,0 +1,222 @@
+"""What every head's attention looks like over a data set, added up block by block: no map is kept."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW_NUMBERS, row_statistics
+from .inputs import SeparatorFinder, key_ids, padding_of
+from .patterns import PATTERNS, Places, dominant_pattern, pattern_masses, pattern_strength
+from .watch import run_watched
+
+
+@dataclass
+class HeadStatistics:
+    """One head of one module; means over its rows, which are the queries that are no padding and see two keys or more.
+
+    entropy (nats), sparsity (Hoyer), maximum and distance (tokens): see `core.statistics.RowStatistics`.
+    diversity: mean divergence KL(head's row ‖ mean row of the module's heads) in nats, from 0 (all alike) to ln H.
+    pattern, strength: the strongest of `patterns`, see `patterns.py`. collapsed: entropy < 0.1 or maximum > 0.95, in
+    the mean; collapsed_rows: the share of single rows. key_norm_share: Σ_i Var_j(t_ij) / Σ_i Var_j(logit_ij) over the
+    kept keys j, with t_ij the term in ‖k_j‖² (`maps._key_norms`); above 1 where the dot product works against the norm;
+    None where the logits have none. Rows without a counted one: all zero.
+    """
+
+    module: str
+    layer: int | None
+    kind: str
+    head: int
+    rows: int = 0
+    entropy: float = 0.0
+    sparsity: float = 0.0
+    maximum: float = 0.0
+    distance: float = 0.0
+    diversity: float = 0.0
+    pattern: str = "mixed"
+    strength: float = 0.0
+    patterns: dict[str, float] = field(default_factory=dict)
+    collapsed: bool = False
+    collapsed_rows: float = 0.0
+    key_norm_share: float | None = None
+
+
+@dataclass
+class AttentionStatistics:
+    """Statistics of all heads of a model over `num_texts` texts of `num_tokens` tokens, padding left out."""
+
+    model: str
+    num_texts: int = 0
+    num_tokens: int = 0
+    heads: list[HeadStatistics] = field(default_factory=list)
+    version: int = 1
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules' names, in the order in which they run."""
+        return list(dict.fromkeys(head.module for head in self.heads))
+
+    def of(self, module: str) -> list[HeadStatistics]:
+        """The heads of a module; raises `ValueError` for one that is not there."""
+        if found := [head for head in self.heads if head.module == module]:
+            return found
+        raise ValueError(f"module must be one of {', '.join(self.modules)}, got {module!r}")
+
+    def grid(self, name: str) -> list[list[float]]:
+        """One number of each head: a row a module, filled up with NaN; None becomes NaN. Raises for another name."""
+        numbers = [f.name for f in fields(HeadStatistics) if f.name not in ("module", "kind", "pattern", "patterns")]
+        if name not in numbers:
+            raise ValueError(f"name must be one of {', '.join(numbers)}, got {name!r}")
+        rows = [[getattr(head, name) for head in self.of(module)] for module in self.modules]
+        width = max(map(len, rows), default=0)
+        rows = [[math.nan if v is None else float(v) for v in row] for row in rows]
+        return [row + [math.nan] * (width - len(row)) for row in rows]
+
+    def pattern_counts(self) -> dict[str, int]:
+        """How many heads have each pattern, most first."""
+        return dict(Counter(head.pattern for head in self.heads).most_common())
+
+    def to_dict(self) -> dict:
+        """JSON-ready; `from_dict` turns it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "AttentionStatistics":
+        """The statistics that `to_dict` described; raises `ValueError` for another version."""
+        if data.get("version") != 1:
+            raise ValueError(f"statistics version must be 1, got {data.get('version')!r}")
+        return cls(**{**data, "heads": [HeadStatistics(**head) for head in data["heads"]]})
+
+    def to_frame(self):
+        """A pandas frame, a row a head; each pattern's strength in a column of its own."""
+        import pandas
+
+        rows = [{k: v for k, v in asdict(head).items() if k != "patterns"} for head in self.heads]
+        for row, head in zip(rows, self.heads):
+            row |= {f"strength of {name}": value for name, value in head.patterns.items()}
+        return pandas.DataFrame(rows)
+
+
+class _Sums:
+    """Running sums of one module, each (H,) in float64."""
+
+    def __init__(self, call):
+        self.layer, self.kind = call.layer, call.kind
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, name: str, tensor: Tensor, counted: Tensor) -> None:
+        """Add (B, H, n) where counted (B, 1 or H, n)."""
+        total = torch.where(counted, tensor, 0.0).double().sum((0, 2)).cpu()
+        self.values[name] = self.values[name] + total if name in self.values else total
+
+    def mean(self, name: str, head: int, count: str = "rows") -> float:
+        """The mean over what `count` counts; 0 where that is nothing."""
+        total = float(self.values[count][head])
+        return float(self.values[name][head]) / total if total else 0.0
+
+
+class StatisticsCollector:
+    """Takes attention calls one after another and adds up their statistics (`measure` runs a model for it)."""
+
+    def __init__(self, model, tokenizer=None):
+        self.model = model
+        self.separators = None if tokenizer is None else SeparatorFinder(tokenizer)
+        self.sums: dict[str, _Sums] = {}
+
+    def add(self, call, batch: dict) -> None:
+        """Add one call of a batch."""
+        query_keep, key_keep = padding_of(self.model, call, batch)
+        ids = key_ids(self.model, call, batch)
+        separators = None if self.separators is None or ids is None else self.separators(ids)
+        places = Places.of(key_keep, separators)
+        sums = self.sums.setdefault(call.name, _Sums(call))
+        for rows in call.blocks():
+            stop = rows.start + rows.weights.shape[2]
+            positions = torch.arange(rows.start, stop, device=rows.weights.device)
+            keep = rows.keep & key_keep[:, None, None, :]
+            found = row_statistics(rows.weights, keep, positions)
+            counted = found.counted(query_keep[:, None, rows.start : stop])
+            ones = torch.ones_like(found.entropy)
+            sums.add("rows", ones, counted)
+            for name in ROW_NUMBERS:
+                sums.add(name, getattr(found, name), counted)
+            sums.add("collapsed_rows", found.collapsed.to(ones.dtype), counted)
+            sums.add("diversity", _apart_from_mean(rows.weights, found.entropy), counted)
+            self._add_patterns(sums, rows, keep, places, found, counted)
+            if rows.key_norms is not None:
+                sums.add("key_norm_variance", _variance(rows.key_norms, keep), counted)
+                sums.add("logit_variance", _variance(rows.logits, keep), counted)
+
+    def _add_patterns(self, sums, rows, keep, places, found, counted) -> None:
+        is_self = sums.kind == "self"
+        masses, far_enough = pattern_masses(rows.weights, keep, rows.start, places, is_self)
+        counted = counted & far_enough
+        sums.add("pattern_rows", torch.ones_like(found.entropy), counted)
+        for name, (mass, chance) in masses.items():
+            sums.add(name, mass, counted)
+            sums.add(f"{name} by chance", chance, counted)
+        sums.add("uniform", found.entropy.exp() / found.num_keys.clamp_min(1), counted)
+
+    def result(self, num_texts: int, num_tokens: int) -> AttentionStatistics:
+        """The means so far."""
+        name = self.model.config.name_or_path or type(self.model).__name__
+        heads = [
+            _head(module, sums, head) for module, sums in self.sums.items() for head in range(len(sums.values["rows"]))
+        ]
+        return AttentionStatistics(name, num_texts, num_tokens, heads)
+
+
+def _head(module: str, sums: _Sums, head: int) -> HeadStatistics:
+    numbers = {name: sums.mean(name, head) for name in (*ROW_NUMBERS, "collapsed_rows", "diversity")}
+    strengths = {}
+    for pattern in PATTERNS:
+        if pattern in sums.values:
+            strength = sums.mean(pattern, head, "pattern_rows")
+            if pattern != "uniform":
+                strength = pattern_strength(strength, sums.mean(f"{pattern} by chance", head, "pattern_rows"))
+            strengths[pattern] = strength
+    pattern, strength = dominant_pattern(strengths)
+    rows = int(sums.values["rows"][head])
+    narrow = numbers["entropy"] < COLLAPSED_ENTROPY or numbers["maximum"] > COLLAPSED_WEIGHT
+    share = None
+    if "logit_variance" in sums.values:
+        share = float(sums.values["key_norm_variance"][head]) / (float(sums.values["logit_variance"][head]) or 1.0)
+        share = None if math.isnan(share) else share
+    return HeadStatistics(
+        module, sums.layer, sums.kind, head, rows, **numbers, pattern=pattern, strength=strength, patterns=strengths,
+        collapsed=rows > 0 and narrow, key_norm_share=share,
+    )  # fmt: skip
+
+
+def _apart_from_mean(weights: Tensor, entropy: Tensor) -> Tensor:
+    """KL(row ‖ mean row), (B, H, n): its mean over heads is the Jensen-Shannon divergence (Lin, 1991)."""
+    mean = weights.mean(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return -entropy - (weights * mean.log()).sum(-1)
+
+
+def _variance(values: Tensor, keep: Tensor) -> Tensor:
+    """Variance along the last axis over the kept entries, (B, H, n)."""
+    count = keep.sum(-1, keepdim=True).clamp_min(1)
+    mean = values.masked_fill(~keep, 0.0).sum(-1, keepdim=True) / count
+    return ((values - mean).masked_fill(~keep, 0.0).square().sum(-1, keepdim=True) / count)[..., 0]
+
+
+def measure(model, batches: list[dict], tokenizer=None, *, progress: bool = False) -> AttentionStatistics:
+    """Statistics of every head of `model` over tokenised batches.
+
+    tokenizer: tells separators apart, without which the patterns "separator" and "block" are left out.
+    Raises `ValueError` for a model without attention weights, or no batch.
+    """
+    if not batches:
+        raise ValueError("batches is empty: give some text")
+    collector = StatisticsCollector(model, tokenizer)
+    texts = tokens = 0
+    for batch in tqdm(batches, desc="attention statistics", disable=not progress, leave=False):
+        run_watched(model, batch, lambda call, batch=batch: collector.add(call, batch))
+        ids = batch[model.main_input_name]
+        texts += len(ids)
+        tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.shape[0] * ids.shape[1]
+    return collector.result(texts, tokens)

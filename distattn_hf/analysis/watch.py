@@ -1,0 +1,235 @@
+"""Run a model and see every attention call it makes, or change what one gives; the model itself is left as it is."""
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..core.attention import without_autocast
+from ..core.discovery import argument_names, base_prefix, find_attention_modules, locate
+from ..core.interface import (
+    LINEAR_EAGER_IMPLEMENTATION,
+    LINEAR_IMPLEMENTATION,
+    attend,
+    attend_groups,
+    refuse_unsupported,
+)
+from ..core.linear import nystrom_forward, written_out
+from ..core.masks import add_bias, split_mask
+from ..core.modeling_converted import IMPLEMENTATIONS
+from ..core.native_attention import DistAttnAttention
+from ..core.parameters import DistanceAttentionState
+from ..core.relative_bias import as_tensor, bias_behind
+from .maps import AttentionCall, StoredCall
+
+_LINEAR = (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
+# Other implementations (flash, flex) take masks of their own; while a model is watched it runs sdpa instead.
+_KNOWN = ("sdpa", "eager", *IMPLEMENTATIONS)
+
+
+def no_weights(model, why: str) -> ValueError:
+    """The error for a model that has no attention weights to show."""
+    return ValueError(f"no attention weights available from this model: {type(model).__name__} {why}")
+
+
+def attention_modules(model) -> dict[str, dict]:
+    """`find_attention_modules`, and those of the native family, unless a mechanism of its own runs some of them."""
+    native = {name: m for name, m in model.named_modules() if isinstance(m, DistAttnAttention)}
+    if not native:
+        return find_attention_modules(model)
+    if any(module.mechanism is not None for module in native.values()):
+        return {}
+    prefix = base_prefix(model)
+    return {
+        name.removeprefix(prefix): {
+            "layer": module.layer_idx,
+            "kind": "cross" if module.is_cross_attention else "self",
+            "num_heads": module.num_heads,
+            "head_dim": module.head_dim,
+        }
+        for name, module in native.items()
+    }
+
+
+def forward(model, batch: dict, **options):
+    """model(**batch) without a cache of keys."""
+    accepted = argument_names(type(model))
+    if ("use_cache" in accepted or "kwargs" in accepted) and hasattr(model.config.get_text_config(), "use_cache"):
+        options["use_cache"] = False
+    return model(**batch, **options)
+
+
+@contextmanager
+def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
+    """Have `watcher(call)` called for every attention call of `model`, call.output set.
+
+    Where it gives a tensor (B, H, N, d_v), that takes the output's place. Works through transformers' attention
+    interface: while this is open, the function under the model's implementation name is wrapped; the masks stay those
+    that the model makes for it. A converted module is observed through its state.
+
+    Raises:
+        ValueError: where no module follows the interface, and in the forward pass for an argument whose effect on the
+            weights is not known (sinks, sparse selection).
+    """
+    found = attention_modules(model)
+    modules = {locate(model, name): (name, entry) for name, entry in found.items()}
+    if not modules:
+        raise no_weights(model, "does not follow transformers' attention interface")
+    configs = {id(m.config): m.config for m in modules if getattr(m, "config", None) is not None}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        if config._attn_implementation not in _KNOWN:
+            config._attn_implementation_internal = "sdpa"
+    overridden = ALL_ATTENTION_FUNCTIONS._local_mapping
+    names = {config._attn_implementation for config in configs.values()}
+    kept = {name: overridden[name] for name in names if name in overridden}
+    for name in names:
+        original = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        overridden[name] = _wrapper(name, original, modules, watcher)
+    try:
+        yield
+    finally:
+        for name in names:
+            del overridden[name]
+        overridden.update(kept)
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+def _wrapper(implementation: str, original, modules: dict, watcher: Callable):
+    def run(module, query, key, value, attention_mask, **kwargs):
+        function = original or sys.modules[type(module).__module__].eager_attention_forward
+        if module not in modules:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        name, entry = modules[module]
+        state = getattr(module, "distattn", None)
+        if isinstance(state, DistanceAttentionState):
+            state.observer = _observer(name, entry, watcher)
+            try:
+                return function(module, query, key, value, attention_mask, **kwargs)
+            finally:
+                state.observer = None
+        call = _untouched(implementation, module, name, entry, query, key, value, attention_mask, kwargs)
+        output, weights = function(module, query, key, value, attention_mask, **kwargs)
+        call.output = output.transpose(1, 2)
+        changed = watcher(call)
+        return output if changed is None else changed.transpose(1, 2).contiguous(), weights
+
+    return run
+
+
+def _observer(name: str, entry: dict, watcher: Callable):
+    """Runs a converted module's attention as it would run unobserved, and shows it."""
+
+    def observe(state, query, key, value, call):
+        observer, state.observer = state.observer, None
+        options = {**call, "return_weights": False}
+        try:
+            if state.is_nystrom:
+                with without_autocast(query.device.type):
+                    output = nystrom_forward(state, query, key, value, options, attend)[0]
+            else:
+                output = attend_groups(state, query, key, value, options)[0]
+        finally:
+            state.observer = observer
+        seen = AttentionCall(
+            name, entry["layer"], entry["kind"], query, key, value, call["scaling"], call["mask"],
+            call["position_bias"], call["is_causal"], state.parts(), output=output,
+        )  # fmt: skip
+        changed = watcher(seen)
+        return output if changed is None else changed
+
+    return observe
+
+
+def _untouched(implementation, module, name, entry, query, key, value, mask, kwargs) -> AttentionCall:
+    """The call of a module with dot-product attention."""
+    softcap = kwargs.get("softcap")
+    refuse_unsupported(module, {n: v for n, v in kwargs.items() if n != "softcap"})
+    groups = query.shape[1] // key.shape[1]
+    is_causal = kwargs.get("is_causal")
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    position_bias = kwargs.get("position_bias")
+    if implementation in _LINEAR:
+        position_bias = as_tensor(bias_behind(position_bias), query.shape[2], key.shape[2])
+        mask = written_out(mask, query.shape[2], key.shape[2], is_causal, query.device)
+    # transformers' own rule: the flag counts only without a mask and for more than one query.
+    is_causal = is_causal and mask is None and query.shape[2] > 1 and implementation != "eager"
+    shape = (*query.shape[:3], key.shape[2])
+    keep, bias = split_mask(mask, shape)
+    if position_bias is not None:
+        open_entries, position_bias = split_mask(position_bias, shape)
+        if open_entries is not None:
+            keep = open_entries if keep is None else keep & open_entries
+    scaling = kwargs.get("scaling")
+    return AttentionCall(
+        name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups),
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling), keep, add_bias(position_bias, bias), is_causal,
+        [(list(range(query.shape[1])), None)], softcap,
+    )  # fmt: skip
+
+
+def run_watched(model, batch: dict, watcher: Callable[[AttentionCall], None]) -> None:
+    """One forward pass without gradients whose attention calls `watcher` sees, of any model that has weights.
+
+    Models that do not follow transformers' attention interface are asked for output_attentions=True, whole maps at
+    once. Raises `ValueError` where that gives none either.
+    """
+    model.eval()
+    with torch.no_grad():
+        if not attention_modules(model):
+            for call in _stored_calls(model, batch):
+                watcher(call)
+            return
+        seen = []
+
+        def watch(call):
+            seen.append(call.name)
+            watcher(call)
+
+        with watched(model, watch):
+            forward(model, batch)
+    if not seen:
+        raise no_weights(model, "has attention modules, but none went through the attention interface")
+
+
+def _stored_calls(model, batch: dict):
+    """The maps that a model gives by itself."""
+    why = "does not follow transformers' attention interface and gives none with output_attentions=True"
+    try:
+        outputs = forward(model, batch, output_attentions=True)
+    except (TypeError, NotImplementedError) as error:
+        raise no_weights(model, f"{why} ({error})") from None
+    padding = batch.get("attention_mask")
+    decoder = batch.get("decoder_attention_mask")
+    found = []
+    for field, kind, keys in (
+        ("attentions", "self", padding),
+        ("encoder_attentions", "self", padding),
+        ("decoder_attentions", "self", decoder),
+        ("cross_attentions", "cross", padding),
+    ):
+        for number, weights in enumerate(getattr(outputs, field, None) or ()):
+            if isinstance(weights, Tensor) and weights.dim() == 4:
+                if bool((weights < 0).any()):
+                    raise no_weights(model, f"gives negative numbers in {field}, which are no weights")
+                fits = keys is not None and keys.shape[-1] == weights.shape[-1]
+                mask = keys.bool()[:, None, None, :] if fits else None
+                found.append(StoredCall(f"{field}.{number}", number, kind, weights, mask))
+    if not found:
+        raise no_weights(model, why)
+    return found
+
+
+def capture(model, batch: dict) -> dict[str, AttentionCall]:
+    """Every attention call of one forward pass by module name: queries, keys, values and outputs, but no weights yet.
+
+    A module that runs more than once is noted with its last call. Raises `ValueError` as `run_watched`.
+    """
+    found: dict[str, AttentionCall] = {}
+    run_watched(model, batch, lambda call: found.__setitem__(call.name, call))
+    return found
