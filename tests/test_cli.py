@@ -123,7 +123,9 @@ def test_overwrite_replaces_the_folder(folder):
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("verb", ["convert", "inspect", "evaluate", "revert", "benchmark", "push", "adapt", "train", "compare", "analyse"])
+@pytest.mark.parametrize(
+    "verb", ["convert", "inspect", "evaluate", "revert", "benchmark", "push", "adapt", "train", "compare", "analyse"]
+)
 def test_help_has_an_example(verb):
     assert "Example" in distattn(verb, "--help").stdout
 
