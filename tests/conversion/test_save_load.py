@@ -24,6 +24,7 @@ from distattn_hf.conversion.convert import current_report
 from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.core.metrics import METRICS
 from tests.conversion.models import CLASSIFIER, FAMILIES, bert, gpt2, t5, token_batch
+from tests.without_package import HIDE_PACKAGE
 
 AUTO = {
     "gpt2": AutoModelForCausalLM,
@@ -33,18 +34,15 @@ AUTO = {
 }
 
 # Run in a fresh interpreter. "remote" makes the package impossible to import, as on a machine without it.
-LOADER = """
+LOADER = (
+    HIDE_PACKAGE
+    + """
 import sys, torch, transformers
 folder, auto, mode = sys.argv[1:]
 if mode == "package":
     import distattn_hf
 else:
-    class Absent:
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "distattn_hf":
-                raise ModuleNotFoundError(name)
-    sys.meta_path.insert(0, Absent())
-    assert "distattn_hf" not in sys.modules
+    hide_package()
 model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=mode == "remote").eval()
 batch, logits = torch.load(folder + "/expected.pt")
 with torch.no_grad():
@@ -54,6 +52,7 @@ with torch.no_grad():
     second = again(**batch).logits
 print("RESULT", torch.equal(first, logits), torch.equal(second, logits), type(model).__name__)
 """
+)
 
 
 def saved(folder: Path, family: str, spec: AttentionSpec):

@@ -19,6 +19,7 @@ from distattn_hf.hub.card import is_unedited
 from distattn_hf.hub.folder import read_folder
 from tests.conversion.models import bert, gpt2, t5, token_batch
 from tests.hub.endpoint import Hub, Repository
+from tests.without_package import HIDE_PACKAGE
 
 # One server and two pushed checkpoints for the whole file.
 pytestmark = pytest.mark.xdist_group("hub")
@@ -49,23 +50,22 @@ SCORECARD = {
 }
 
 # Run in a fresh interpreter with HF_ENDPOINT set. "remote" makes the package impossible to import.
-FETCH = """
+FETCH = (
+    HIDE_PACKAGE
+    + """
 import sys, torch
 repo, auto, mode, expected = sys.argv[1:]
 if mode == "package":
     import distattn_hf
 else:
-    class Absent:
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "distattn_hf":
-                raise ModuleNotFoundError(name)
-    sys.meta_path.insert(0, Absent())
+    hide_package()
 import transformers
 model = getattr(transformers, auto).from_pretrained(repo, trust_remote_code=mode == "remote").eval()
 batch, logits = torch.load(expected)
 with torch.no_grad():
     print("RESULT", torch.equal(model(**batch).logits, logits), type(model).__name__)
 """
+)
 
 PUSH = """
 import sys

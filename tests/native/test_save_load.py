@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from distattn_hf.core.native_layers import auto_map_for
 from tests.conversion.test_save_load import LOADER
 from tests.tolerances import assert_close
+from tests.without_package import HIDE_PACKAGE
 
 from .choices import FORMS, HAS, make_model, tokens
 
@@ -69,19 +70,17 @@ def test_fresh_process(tmp_path, monkeypatch, mechanism, encoding, form, mode):
     assert result == [f"RESULT True True {type(model).__name__}"], run.stderr[-2000:]
 
 
-GENERIC_HEAD = """
+GENERIC_HEAD = (
+    HIDE_PACKAGE
+    + """
 import sys, torch
 from transformers import AutoModelForSequenceClassification
-assert "distattn_hf" not in sys.modules
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "distattn_hf":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
+hide_package()
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=3, trust_remote_code=True)
 assert model(torch.ones(2, 4, dtype=torch.long)).logits.shape == (2, 3)
 print("RESULT", type(model).__name__)
 """
+)
 
 
 def test_a_head_that_transformers_makes_loads_without_the_package(tmp_path, monkeypatch):
