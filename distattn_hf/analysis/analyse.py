@@ -215,6 +215,11 @@ def analyse_models(
     progress = options.progress
     name, teacher_name = (given or (m and type(m).__name__) for given, m in zip(names, (model, teacher)))
     found = Analysis(name, type(model).__name__, measure(model, batches, tokenizer, progress=progress), teacher_name)
+    if not any(head.rows for head in found.statistics.heads):
+        raise ValueError(
+            "no query of these texts saw two tokens or more, so there is nothing to say about the attention: texts or "
+            "max_length are too short, or the weights are not finite"
+        )
     found.versions = {"python": platform.python_version(), "torch": torch.__version__}
     found.versions["transformers"] = transformers.__version__
     found.tokens = token_texts(tokenizer, first["input_ids"][0].tolist())

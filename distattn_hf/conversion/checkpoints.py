@@ -96,13 +96,14 @@ def load_checkpoint(
 
 
 def _class_of(config) -> type:
-    """The class named in config.architectures, ours or transformers'; AutoModel when it names none."""
+    """The class named in config.architectures, ours or transformers'; AutoModel when it names none that is known."""
     import transformers
 
-    from ..core import modeling_converted
+    from ..core import modeling_converted, modeling_distattn, modeling_distattn_seq2seq
 
+    # First the native family: any name with our prefix would be made by `modeling_converted`.
     for name in config.architectures or ():
-        for module in (transformers, modeling_converted):
+        for module in (transformers, modeling_distattn, modeling_distattn_seq2seq, modeling_converted):
             if (found := getattr(module, name, None)) is not None:
                 return found
     return AutoModel

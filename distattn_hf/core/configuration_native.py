@@ -185,6 +185,7 @@ class DistAttnConfig(PreTrainedConfig):
         for name in ("mechanism", "positional_encoding", "hidden_act"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a name (str), got {getattr(self, name)!r}")
+        self.mechanism = self.mechanism.lower()
         if self.mechanism_options is None:
             self.mechanism_options = {}
         if not isinstance(self.mechanism_options, dict):

@@ -73,7 +73,7 @@ extern "C" int far_outputs(const Far* problem) {
         const float *map = a.map + bh * a.d * a.mp, *offset = a.offset + bh * a.mp, *mass = a.mass + bh * a.mp;
         const float* x = row_of(a.x, a.x_stride, bh / a.H, bh % a.H, i0);
         multiply_rows<false>(x, a.x_stride[2], 1, map, a.mp, a.d, s, a.mp, rows, a.mp);
-        float scale[BLOCK];
+        float by[BLOCK];
         for (long i = 0; i < rows; i++) {
           float* row = s + i * a.mp;
           for (long c = 0; c < a.mp; c += W) store(row + c, load(row + c) + load(offset + c));
@@ -85,12 +85,12 @@ extern "C" int far_outputs(const Far* problem) {
             sum += w * load(mass + c);
           }
           float weight = total(sum);
-          scale[i] = weight == 0 ? 1 : 1 / weight;
+          by[i] = weight == 0 ? 1 : weight;
         }
         multiply_rows<false>(s, a.mp, 1, a.total + bh * a.mp * a.vp, a.vp, a.mp, o, a.vp, rows, a.vp);
         for (long i = 0; i < rows; i++) {
           float* out = a.o + (bh * a.N + i0 + i) * a.vp;
-          for (long c = 0; c < a.vp; c += W) store(out + c, scale[i] * load(o + i * a.vp + c));
+          for (long c = 0; c < a.vp; c += W) store(out + c, load(o + i * a.vp + c) / by[i]);
         }
       }
   }

@@ -152,8 +152,9 @@ struct HybridHead {
       multiply_rows<true>(weight, a.sinks, 1, a.sv + bh * a.sinks * a.vp, a.vp, a.sinks, o, a.vp, RP, a.vp);
     for (long i = 0; i < RP; i++) {
       if (r + i < least || r + i >= count) continue;
-      float *out = a.o + (bh * a.N + k0 + r + i - before) * a.vp, scale = sum[i] == 0 ? 0 : 1 / sum[i];
-      for (long c = 0; c < a.vp; c += W) store(out + c, scale * load(o + i * a.vp + c));
+      float *out = a.o + (bh * a.N + k0 + r + i - before) * a.vp, by = sum[i] == 0 ? INF : sum[i];
+      // Divided, not multiplied by 1 / sum: of a sum this small the inverse may be infinite.
+      for (long c = 0; c < a.vp; c += W) store(out + c, load(o + i * a.vp + c) / by);
     }
   }
   void run(long bh) {
@@ -180,13 +181,18 @@ struct HybridHead {
   }
 };
 extern "C" int hybrid_forward(const Hybrid* a) {
+  int failed = 0;
 #pragma omp parallel num_threads(a->threads)
   {
     auto memory = buffer(HybridHead::floats(*a));
-    HybridHead head(*a, memory.get());
+    if (!memory) failed = 1;
+#pragma omp barrier
+    if (!failed) {
+      HybridHead head(*a, memory.get());
 #pragma omp for schedule(dynamic)
-    for (long bh = 0; bh < a->B * a->H; bh++) head.run(bh);
+      for (long bh = 0; bh < a->B * a->H; bh++) head.run(bh);
+    }
   }
-  return 0;
+  return failed;
 }
 """

@@ -152,7 +152,8 @@ def run_kernel(name: str, data: ctypes.Structure, **tensors: Tensor | None) -> N
     """Call a kernel with a structure whose pointers are set to these tensors, which must stay alive meanwhile."""
     for field, tensor in tensors.items():
         setattr(data, field, None if tensor is None else tensor.data_ptr())
-    getattr(_load()[0], name)(ctypes.byref(data))
+    if getattr(_load()[0], name)(ctypes.byref(data)):
+        raise MemoryError(f"the CPU kernel {name} got no memory for its work")
 
 
 def strides(tensor: Tensor) -> ctypes.Array:

@@ -23,7 +23,7 @@ class _Far(ctypes.Structure):
 
 def _rows(tensor: Tensor) -> Tensor:
     """As it lies where each row is whole vectors of 16, else a copy filled with zeros."""
-    fill = -tensor.shape[-1] % ALIGNMENT
+    tensor, fill = tensor.resolve_neg(), -tensor.shape[-1] % ALIGNMENT
     if fill:
         return F.pad(tensor, (0, fill))
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

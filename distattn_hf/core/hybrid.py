@@ -134,11 +134,16 @@ def _far_from_all_to_come(inputs: HybridInputs) -> int:
     return max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1))
 
 
+def _reach(inputs: HybridInputs) -> int:
+    """How far the window reaches from a query, and no further than there are keys."""
+    return min(max(0, inputs.window_size - 1), inputs.key.shape[2])
+
+
 def _rows_at_once(inputs: HybridInputs) -> int:
     """So many queries of a causal problem that the processor's cache holds what they need, in whole blocks."""
     batch, heads = inputs.query.shape[:2]
-    reach = max(0, inputs.window_size - 1)
-    blocks = _PART_ENTRIES // (batch * heads * _BLOCK * (_BLOCK + reach))
+    reach = _reach(inputs)
+    blocks = _PART_ENTRIES // max(1, batch * heads * _BLOCK * (_BLOCK + reach))
     return _BLOCK * max(1, blocks, -(-reach // _BLOCK))
 
 
@@ -241,7 +246,7 @@ class _Blocks:
         self.batch, self.heads, self.length, _ = inputs.query.shape
         self.width = min(_BLOCK, self.length)
         self.count = -(-self.length // self.width)
-        self.reach = max(0, inputs.window_size - 1)
+        self.reach = _reach(inputs)
         before = inputs.key.shape[2] - self.length if inputs.is_causal else 0
         self.local = self.width + self.reach * (1 if inputs.is_causal else 2)
         self.left = self.reach - before

@@ -45,7 +45,9 @@ def fused(x, state, near_keep: Tensor, left: int, headroom: float) -> tuple[Tens
     # What fills a row is zero, so counting it changes no sum.
     data = _Hybrid(
         B=batch, H=heads, N=length, M=key.shape[2], d=width, dp=width, dv_=value_dim, vp=value.shape[-1], m=rank,
-        mp=rank + fill, sinks=x.num_sinks, window=x.window_size, first=state.length, left=left,
+        mp=rank + fill, sinks=x.num_sinks,
+        # A wider window than there are keys sees no more, and would only take room.
+        window=min(x.window_size, key.shape[2]), first=state.length, left=left,
         threads=min(torch.get_num_threads(), batch * heads), headroom=headroom,
     )  # fmt: skip
     total = F.pad(padded_rows(state.total), (0, 0, 0, fill)).clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,8 @@
 """An opt-in monitor of attention modules: time, memory and what the weights look like; nothing runs while it is off."""
 
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,51 +24,48 @@ class PerformanceMonitor:
 
     def __init__(self, modules: dict[str, nn.Module], statistics: bool = False):
         self.statistics = statistics
-        self._open: dict[str, tuple] = {}
+        # Calls that have begun, by module and thread; a module may call itself.
+        self._open: dict[tuple[str, int], list[tuple]] = {}
         self._stats: dict[str, dict] = {name: _empty() for name in modules}
         self._handles = []
         for name, module in modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after(name), always_call=True))
+            self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(partial(self._after, name), always_call=True))
 
-    def _before(self, name: str):
-        def hook(module, arguments, keywords):
-            token, injected = None, False
-            if self.statistics:
-                if "output_attentions" in argument_names(type(module)):
-                    injected = not keywords.get("output_attentions")
-                    keywords = {**keywords, "output_attentions": True}
-                # Modules of transformers models compute weights where somebody collects them.
-                token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
-            device = _device(module)
-            _synchronise(device)
-            self._open[name] = (time.perf_counter(), _mark_memory(device), token, injected)
-            return arguments, keywords
+    # Bound methods, so that a copied or pickled model has hooks that count for the copy.
+    def _before(self, name: str, module, arguments, keywords):
+        token, injected = None, False
+        if self.statistics:
+            if "output_attentions" in argument_names(type(module)):
+                injected = not keywords.get("output_attentions")
+                keywords = {**keywords, "output_attentions": True}
+            # Modules of transformers models compute weights where somebody collects them.
+            token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
+        device = _device(module)
+        _synchronise(device)
+        calls = self._open.setdefault((name, threading.get_ident()), [])
+        calls.append((time.perf_counter(), _mark_memory(device), token, injected))
+        return arguments, keywords
 
-        return hook
-
-    def _after(self, name: str):
-        def hook(module, arguments, output):
-            device = _device(module)
-            _synchronise(device)
-            started, before, token, injected = self._open.pop(name)
-            if token is not None:
-                _active_collector.reset(token)
-            if output is None:  # the module raised
-                return None
-            stats = self._stats[name]
-            stats["calls"] += 1
-            stats["seconds"] += time.perf_counter() - started
-            peak = _peak_memory(device)
-            if before is not None and peak is not None:
-                stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - before)
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if self.statistics and isinstance(weights, Tensor) and weights.dim() == 4:
-                _add_rows(stats, weights.detach())
-            # A layer that gives weights on request alone gives its caller what the caller asked for.
-            return output[0] if injected and getattr(module, "gives_weights_on_request", False) else None
-
-        return hook
+    def _after(self, name: str, module, arguments, output):
+        device = _device(module)
+        _synchronise(device)
+        started, before, token, injected = self._open[name, threading.get_ident()].pop()
+        if token is not None:
+            _active_collector.reset(token)
+        if output is None:  # the module raised
+            return None
+        stats = self._stats[name]
+        stats["calls"] += 1
+        stats["seconds"] += time.perf_counter() - started
+        peak = _peak_memory(device)
+        if before is not None and peak is not None:
+            stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - before)
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if self.statistics and isinstance(weights, Tensor) and weights.dim() == 4:
+            _add_rows(stats, weights.detach())
+        # A layer that gives weights on request alone gives its caller what the caller asked for.
+        return output[0] if injected and getattr(module, "gives_weights_on_request", False) else None
 
     def stats(self) -> dict[str, dict]:
         """{module name: numbers} of the calls so far.

@@ -82,8 +82,15 @@ def nystrom_attention(
     _check_bias(position_bias, query.shape[1], window_size)
     nonnegative = bool(window_size or num_sinks or is_causal) if nonnegative is None else nonnegative
     dtype = value.dtype
+    if 0 in query.shape or 0 in key.shape:
+        # No queries, or none of them sees anything; sums of nothing carry the gradient.
+        nothing = 0.0 * (query.sum() + key.sum() + value.sum())
+        return value.new_zeros(*query.shape[:3], value.shape[-1]) + nothing.to(dtype)
     with without_autocast(query.device.type):
         query, key, value = (t.float() if t.dtype in HALF else t for t in (query, key, value))
+        if not bool(keep.all()):
+            # What stands at padding may be anything, also what is no number.
+            key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -271,9 +278,10 @@ def _check(
         )
     if landmarks is not None:
         expected = (heads, landmarks.shape[-2] if landmarks.dim() > 1 else 0, size)
-        if tuple(landmarks.shape[-3:]) != expected or landmarks.shape[:-3] not in ((), (batch,), (1,)):
+        fits = expected[1] and tuple(landmarks.shape[-3:]) == expected
+        if not fits or landmarks.shape[:-3] not in ((), (batch,), (1,)):
             raise ValueError(
-                f"landmarks must be (H, m, d) or (B, H, m, d) with B={batch}, H={heads}, d={size}, got shape "
+                f"landmarks must be (H, m >= 1, d) or (B, H, m, d) with B={batch}, H={heads}, d={size}, got shape "
                 f"{tuple(landmarks.shape)}"
             )
     values = lam.detach() if isinstance(lam, Tensor) else torch.tensor(float(lam))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
@@ -43,13 +44,13 @@ def train_from_scratch(config: ScratchConfig) -> dict:
     _check_arguments(config, out)
     if (out / SCORES).is_file():
         return json.loads((out / SCORES).read_text(encoding="utf-8"))
+    if find_data(config.data)[1] is None:
+        raise ValueError("eval_data must be given: the data has no split to evaluate on")
     with state.main_process_first():
         tokenizer = _tokenizer(config, out, state)
     model = _new_model(config, tokenizer)
     data = build_data(config.data, config.scratch.task, tokenizer, model.config)
     check_data("train_data", data.train)
-    if data.evaluation is None:
-        raise ValueError("eval_data must be given: the data has no split to evaluate on")
     trainer = AdaptationTrainer(
         Stage("task", model, None, config.scratch.task, StageOptions()),
         config.training,
@@ -121,10 +122,15 @@ def _tokenizer(config: ScratchConfig, out: Path, state):
     the same."""
     wanted, folder = config.scratch.tokenizer, out / "tokenizer"
     if isinstance(wanted, dict):
-        if state.is_main_process and not (folder / "tokenizer.json").is_file():
+        # What it was learned from stands beside it: a run that failed before may have had other data.
+        source = {**_plain(wanted), "task": config.scratch.task, **_plain(asdict(config.data))}
+        noted = folder / "learned_from.json"
+        known = noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) == source
+        if state.is_main_process and not known:
             texts = training_texts(find_data(config.data)[0], config.data, config.scratch.task)
             tokenizer = byte_level_bpe(texts, wanted["vocab_size"], add_end=config.scratch.task == "seq2seq")
             tokenizer.save_pretrained(folder)
+            _write(noted, source)
         wanted = str(folder)
     return AutoTokenizer.from_pretrained(wanted)
 

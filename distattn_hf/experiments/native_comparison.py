@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +38,25 @@ def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         if not isinstance(values.get(name), kind) or not values[name]:
             raise ValueError(f"{name} must be a {'mapping' if kind is dict else 'path'}, got {values.get(name)!r}")
     out, runs = values["output_dir"], {}
+    _check_settings("set", values.get("set"))
     for text in [t for t in overrides if t.partition("=")[0] == "output_dir"]:
         out = text.partition("=")[2]
+    if seed := next((t for t in overrides if t.partition("=")[0] == "seed"), None):
+        raise ValueError(f"{seed!r}: each choice has seeds of its own; set them in the file")
     overrides = [t for t in overrides if t.partition("=")[0] != "output_dir"]
     for choice, options in values["choices"].items():
         options = options or {}
         if not isinstance(options, dict):
             raise ValueError(f"choices.{choice} must be a mapping with set and seeds, got {options!r}")
         refuse_unknown(options, ["set", "seeds"], f"choices.{choice}")
+        _check_settings(f"choices.{choice}.set", options.get("set"))
+        if not isinstance(choice, str) or not re.fullmatch(r"[\w][\w.+-]*", choice):
+            raise ValueError(f"choices: a name is made of letters, digits and . + - _, got {choice!r}")
         seeds = options.get("seeds", values.get("seeds", [0]))
-        if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
-            raise ValueError(f"seeds must be a list of integers >= 0, got {seeds!r}")
-        runs[str(choice)] = []
+        numbers = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
+        if not numbers or not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds must be a list of different integers >= 0, got {seeds!r}")
+        runs[choice] = []
         for seed in seeds:
             arguments = read_scratch_config(values["base"]).values
             for key, value in {**(values.get("set") or {}), **(options.get("set") or {})}.items():
@@ -56,8 +64,24 @@ def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
             for text in overrides:
                 override(arguments, text)
             arguments |= {"seed": seed, "output_dir": str(Path(out) / f"{choice}-{seed}")}
-            runs[str(choice)].append(parse_scratch_config(arguments))
+            runs[choice].append(parse_scratch_config(arguments))
+    tasks = {config.scratch.task for configs in runs.values() for config in configs}
+    if len(tasks) > 1:
+        raise ValueError(
+            f"choices must have one task, or their scores cannot be compared; got {', '.join(sorted(tasks))}"
+        )
     return Comparison(runs, Path(out))
+
+
+def _check_settings(name: str, settings) -> None:
+    """Raise `ValueError` for what is no mapping of overrides, or sets what the comparison itself sets."""
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"{name} must be a mapping of overrides, got {settings!r}")
+    for key in ("seed", "output_dir"):
+        if key in (settings or {}):
+            raise ValueError(
+                f"{name}.{key} is set by the comparison; use {'seeds' if key == 'seed' else key} beside it"
+            )
 
 
 def compare(comparison: Comparison) -> dict:

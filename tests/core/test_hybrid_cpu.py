@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distattn_hf import nystrom_attention
 from distattn_hf.core import hybrid
 from distattn_hf.core.cpp_library import unavailable
 from distattn_hf.core.hybrid import HybridInputs, hybrid_attention
@@ -138,3 +139,54 @@ def test_what_the_kernel_leaves_to_pytorch():
         assert runs(learning)
     with torch.device("meta"):
         assert not runs(replace(x, **{name: torch.empty_like(getattr(x, name), device="meta") for name in TENSORS}))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_rows_whose_sum_is_hardly_a_number(window):
+    """Far weights beyond the headroom underflow; what is left of a row is divided, as 1 / sum would be infinite."""
+    torch.manual_seed(0)
+    query, key, marks = (8 * torch.randn(1, 2, 50, 16) for _ in range(3))
+    value = torch.randn(1, 2, 50, 4)
+    options = {"landmarks": marks[0, :, :16], "is_causal": True, "window_size": window}
+    with torch.no_grad():
+        actual = nystrom_attention(query, key, value, **options)
+    expected = nystrom_attention(query.requires_grad_(), key, value, **options).detach()
+    assert bool(actual.isfinite().all())
+    # Rows of subnormal weights have a few digits; all others agree.
+    different = ((actual - expected).abs().amax(-1) > 1e-3).float().mean()
+    assert float(different) < 0.1
+    assert float(actual.abs().max()) <= float(value.abs().max()) * 1.001, "a mean of values, whatever the weights"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_window_far_wider_than_the_text_takes_no_room(gradients):
+    query, marks = torch.randn(1, 1, 40, 8, requires_grad=gradients), torch.randn(1, 4, 8)
+    wide, fitting = (
+        nystrom_attention(query, query, query, landmarks=marks, is_causal=True, window_size=window)
+        for window in (10**12, 40)
+    )
+    assert_close(wide, fitting.detach(), "float32_forward")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("lift", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_no_number_at_padding_goes_nowhere(causal, lift, gradients):
+    torch.manual_seed(1)
+    tensors = [torch.randn(2, 2, 20, 8, requires_grad=gradients) for _ in range(3)]
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :7] = False
+    options = {"landmarks": torch.randn(2, 5, 8), "mask": mask, "lift": lift, "is_causal": causal}
+    options["window_size"] = 3 if causal else 0
+    expected = nystrom_attention(*tensors, **options)
+    query, *others = tensors
+    broken = [t.detach().clone().requires_grad_(gradients) for t in others]
+    with torch.no_grad():
+        broken[0][0, :, :7], broken[1][0, :, :7] = float("inf"), float("nan")
+    assert torch.equal(nystrom_attention(query, *broken, **options)[:, :, 7:], expected[:, :, 7:])
+
+
+def test_nothing_at_all():
+    for shape in ((0, 2, 5, 8), (1, 2, 0, 8)):
+        x = torch.randn(shape)
+        assert nystrom_attention(x, x, x, landmarks=torch.randn(2, 3, 8), is_causal=True).shape == shape

@@ -1,6 +1,9 @@
 """The monitor of attention modules: what it counts, and that nothing of it is left when it is off."""
 
+import copy
+import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,7 +108,7 @@ def test_a_converted_model_is_monitored_and_gives_the_same():
     assert torch.equal(student(ids).logits, expected)
     attention = student.attention_modules()["h.0.attn"]
     hooks = [*attention._forward_hooks.values(), *attention._forward_pre_hooks.values()]
-    assert not [hook for hook in hooks if "PerformanceMonitor" in hook.__qualname__]
+    assert not [hook for hook in hooks if "PerformanceMonitor" in repr(hook)]
 
 
 @pytest.mark.parametrize("mechanism", ["dot", "l1", "local", "linear", "nystrom"])
@@ -146,3 +149,19 @@ def test_layers_are_monitored_and_give_what_their_caller_asked_for():
     layer.enable_performance_monitoring(statistics=True)
     torch.testing.assert_close(layer(x), expected)
     assert list(layer.get_performance_stats()) == ["DistanceBasedAttention"]
+
+
+def test_a_copy_counts_for_itself_and_threads_do_not_meet():
+    torch.manual_seed(0)
+    config = DistanceAttentionConfig(hidden_size=16, num_heads=2)
+    model, x = DistanceEncoder(config, num_layers=2).eval(), torch.randn(1, 6, 16)
+    model.enable_performance_monitoring()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other(x)
+        assert {stats["calls"] for stats in other.get_performance_stats().values()} == {1}
+        assert {stats["calls"] for stats in model.get_performance_stats().values()} == {0}
+        other.disable_performance_monitoring()
+        assert not any(module._forward_hooks for module in other.modules())
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: model(x), range(20)))
+    assert {stats["calls"] for stats in model.get_performance_stats().values()} == {20}

@@ -10,6 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from distattn_hf.analysis.evaluation import evaluate_model
+from distattn_hf.conversion.checkpoints import load_checkpoint
+from distattn_hf.experiments import from_scratch
 from distattn_hf.experiments.from_scratch import train_from_scratch
 from distattn_hf.experiments.native_comparison import compare, read_comparison, table
 from distattn_hf.training.learned_tokenizer import byte_level_bpe
@@ -165,9 +168,15 @@ def test_compare_trains_each_choice_with_each_seed_and_goes_on(tmp_path):
     ("changed", "message"),
     [
         ({"choices": {}}, "choices must be a mapping"),
-        ({"seeds": [0.5]}, "seeds must be a list of integers"),
+        ({"seeds": [0.5]}, "seeds must be a list of different integers"),
         ({"choices": {"a": {"sets": {}}}}, "sets"),
         ({"choices": {"a": {"set": {"model.mechanism": "l7"}}}}, "l7"),
+        ({"choices": {"a/../../b": None}}, "a name is made of letters"),
+        ({"choices": {1: None, "1": None}}, "a name is made of letters"),
+        ({"seeds": [0, 0]}, "different integers"),
+        ({"set": [1]}, "set must be a mapping"),
+        ({"set": {"seed": 7}}, "set.seed is set by the comparison; use seeds"),
+        ({"choices": {"a": None, "b": {"set": {"task": "masked-lm"}}}}, "choices must have one task"),
         ({"choice": {}}, "choice"),
     ],
 )
@@ -177,3 +186,34 @@ def test_a_wrong_comparison_is_refused(changed, message, tmp_path):
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump({**config, **changed}))
     with pytest.raises(ValueError, match=message):
         read_comparison(tmp_path / "compare.yaml")
+
+
+def test_a_seed_for_all_runs_is_refused(tmp_path):
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values("unused")))
+    config = {"base": str(tmp_path / "train.yaml"), "choices": {"a": None}, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="seed=5.*each choice has seeds of its own"):
+        read_comparison(tmp_path / "compare.yaml", ["seed=5"])
+
+
+def test_a_tokenizer_of_a_run_that_failed_is_not_taken_for_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_scratch, "AdaptationTrainer", lambda *_, **__: (_ for _ in ()).throw(OSError("no space")))
+    with pytest.raises(OSError, match="no space"):
+        train_from_scratch(parse_scratch_config(values(tmp_path)))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 300
+    monkeypatch.undo()
+    train_from_scratch(parse_scratch_config(values(tmp_path, tokenizer={"vocab_size": 320}, max_steps=1)))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "final")) == 320
+
+
+def test_missing_evaluation_data_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="eval_data must be given"):
+        train_from_scratch(parse_scratch_config(values(tmp_path / "run", eval_data=None)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_trained_loads_with_its_head_and_is_evaluated(tmp_path):
+    train_from_scratch(parse_scratch_config(values(tmp_path, max_steps=1)))
+    model, tokenizer = load_checkpoint(str(tmp_path / "final"))
+    assert type(model).__name__ == "DistAttnForCausalLM"
+    assert evaluate_model(model, tokenizer, ["in the beginning " * 20])["perplexity"] > 1
