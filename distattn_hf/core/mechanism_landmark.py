@@ -114,7 +114,8 @@ def _of_part(query, key, value, bias, chosen: _Chosen, part: slice) -> tuple:
 class LandmarkAttention(Mechanism):
     """Softmax attention of each query to its own block of b = block_size keys, and to the num_blocks best of others.
 
-    Blocks start at the first key, so pad on the right: padding on the left moves them. A block's landmark is the mean of its real keys, and the best blocks are those of the
+    Blocks start at the first key, so pad on the right: padding on the left moves them.
+    A block's landmark is the mean of its real keys, and the best blocks are those of the
     largest q·landmark, each query choosing for itself among the num_candidates nearest blocks: causal, those before its
     own, which are whole; bidirectional, num_candidates // 2 on either side. So one layer sees num_candidates·b keys
     back, and time and memory are linear. The choice has no gradient.
