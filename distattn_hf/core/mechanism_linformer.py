@@ -15,9 +15,9 @@ class LinformerAttention(Mechanism):
     """softmax(scaling·Q·(E·K)ᵀ)·(F·V), E and F (rank, max_length) learned and shared by all heads.
 
     Shorter sequences use the first columns of E and F; padding is zeroed before it is projected, and belongs on the
-    right, where it moves nothing. There is no causal form, as a projected row mixes past and future, and no length beyond
-    max_length. The true weights of the keys, softmax(...)·F, may be negative and their rows need not sum to 1. Entries of
-    E and F start from N(0, 1/rank).
+    right, where it moves nothing. There is no causal form, as a projected row mixes past and future, and no length
+    beyond max_length. The true weights of the keys, softmax(...)·F, may be negative and their rows need not sum to 1.
+    Entries of E and F start from N(0, 1/rank).
 
     Source: Wang et al., Linformer (2020), with projections shared by heads.
     """
