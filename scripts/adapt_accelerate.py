@@ -22,7 +22,7 @@ from transformers import Trainer, get_scheduler
 
 from distattn_hf.conversion.checkpoints import load_checkpoint
 from distattn_hf.conversion.saving import save_checkpoint
-from distattn_hf.experiments.adapt import check_arguments, converted, task_of
+from distattn_hf.experiments.adapt import check_arguments, converted, first_batches, task_of
 from distattn_hf.training.arguments import read_config
 from distattn_hf.training.data import build_data, row_length
 from distattn_hf.training.stages import Stage, attention_means, check_stages
@@ -88,7 +88,8 @@ def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer,
     )
     if stage.annealing is not None and stage.annealing.needs_batches:
         student.to(accelerator.device)
-        stage.annealing.prepare([batch_to(b, accelerator.device) for b in islice(loader, 4)])
+        size = arguments.per_device_train_batch_size
+        stage.annealing.prepare(first_batches(data, size, accelerator.device))
 
     # What trains, at which rate. Weight decay leaves λ, α and maps alone.
     decayed = set(Trainer.get_decay_parameter_names(None, stage.model))

@@ -272,7 +272,8 @@ class _Run:
             processing_class=self.tokenizer,
         )
         if stage.annealing is not None and stage.annealing.needs_batches:
-            stage.annealing.prepare(first_batches(trainer))
+            size, device = arguments.per_device_train_batch_size, trainer.args.device
+            stage.annealing.prepare(first_batches(self.data, size, device))
         trained = stage.trained_parameters()
         trainer.train(resume_from_checkpoint=True)
         earlier = self._spent(before) if before is not None else {}
@@ -323,12 +324,14 @@ class _Noted:
         (Path(folder) / _SPENT).write_text(json.dumps(self.spent), encoding="utf-8")
 
 
-def first_batches(trainer, count: int = 4) -> list[dict]:
-    """The first few training rows in the order of the data, as batches: the same in every run of a stage."""
-    size = trainer.args.per_device_train_batch_size
-    rows = list(islice(trainer.train_dataset, count * size))
-    batches = [trainer.data_collator(rows[i : i + size]) for i in range(0, len(rows), size)]
-    return [{name: tensor.to(trainer.args.device) for name, tensor in batch.items()} for batch in batches]
+def first_batches(data: TaskData, size: int, device, count: int = 4) -> list[dict]:
+    """The first few training rows in the order of the data, as batches: the same in every run of a stage.
+
+    A data loader would give others, and move the random numbers that the training's order comes from.
+    """
+    rows = list(islice(data.train, count * size))
+    batches = [data.collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
 def _update_report(student) -> None:

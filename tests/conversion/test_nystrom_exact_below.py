@@ -185,14 +185,15 @@ def test_bad_values(fields, message):
 
 @pytest.mark.parametrize("build", [bert, t5], ids=["bert", "t5"])
 def test_a_text_that_is_all_padding_beside_a_long_one(build):
-    student = student_of(build())
+    """In float64: blocks differ with the batch, and T5's logits of size 14 round by 1e-4 in float32 either way."""
+    student = student_of(build()).double()
     batch = token_batch(student, 40, seed=1)
     batch["attention_mask"][0] = 0
     alone = {name: tensor[1:] for name, tensor in batch.items()}
     with torch.no_grad():
         logits = student(**batch)[0]
         assert logits.isfinite().all()
-        torch.testing.assert_close(logits[1:], student(**alone)[0], rtol=1e-5, atol=1e-5)
+        assert_close(logits[1:], student(**alone)[0], "float64")
 
 
 def test_padding_right_after_the_last_exact_query():
