@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from tests.tolerances import assert_close
 
 from .models import bert, gpt2, llama, t5, token_batch
 
