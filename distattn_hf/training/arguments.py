@@ -178,18 +178,22 @@ def read_mapping(path: str | Path, name: str) -> dict:
 def parse_config(values: dict) -> AdaptationConfig:
     """The arguments in a mapping; raises as `read_config`."""
     kinds = (ModelArguments, AdaptationArguments, DataArguments, TrainingArguments)
+    config = AdaptationConfig(*parse_kinds(values, kinds, ("teacher", "train_data", "output_dir")), values)
+    _check(config)
+    return config
+
+
+def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]) -> tuple:
+    """One object of each dataclass from a mapping; raises `ValueError` for unknown, missing and mistyped values."""
     refuse_unknown(values, set().union(*map(_names, kinds)))
-    for name in ("teacher", "train_data", "output_dir"):
+    for name in required:
         if not values.get(name):
             raise ValueError(f"{name} must be given, got {values.get(name)!r}")
     try:
         # Two kinds have a `seed`: one value serves both.
-        parsed = HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
+        return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
     except TypeError as error:
         raise ValueError(f"a value has the wrong type: {error}") from error
-    config = AdaptationConfig(*parsed, values)
-    _check(config)
-    return config
 
 
 def _check(config: AdaptationConfig) -> None:

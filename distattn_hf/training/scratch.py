@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from ..core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
-from .arguments import override, read_mapping
+from .arguments import override, parse_kinds, read_mapping
 from .data import DataArguments
 from .learned_tokenizer import LEAST_VOCABULARY
 from .stages import refuse_unknown
@@ -94,16 +94,7 @@ def read_scratch_config(path: str | Path, overrides: list[str] | tuple[str, ...]
 def parse_scratch_config(values: dict) -> ScratchConfig:
     """The arguments in a mapping; raises as `read_scratch_config`."""
     kinds = (ScratchArguments, DataArguments, TrainingArguments)
-    refuse_unknown(values, {f.name for kind in kinds for f in fields(kind) if f.init})
-    for name in ("model", "tokenizer", "train_data", "output_dir"):
-        if not values.get(name):
-            raise ValueError(f"{name} must be given, got {values.get(name)!r}")
-    try:
-        # Two kinds have a `seed`: one value serves both.
-        parsed = HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
-    except TypeError as error:
-        raise ValueError(f"a value has the wrong type: {error}") from error
-    config = ScratchConfig(*parsed, values)
+    config = ScratchConfig(*parse_kinds(values, kinds, ("model", "tokenizer", "train_data", "output_dir")), values)
     if config.training.max_steps <= 0 and (config.training.num_train_epochs <= 0 or config.data.streaming):
         raise ValueError(
             "max_steps must be > 0 with streaming=True, whose data has no known length, and without num_train_epochs; "
