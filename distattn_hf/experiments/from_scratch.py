@@ -1,7 +1,6 @@
 """`train`: a model of the native family from scratch, resumable, with its scores on held-out text."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ..training.scratch import ScratchConfig
 from ..training.sources import find_data
 from ..training.stages import Stage, StageOptions
 from ..training.trainer import AdaptationTrainer, check_data
+from .benchmark_report import write_json
 
 SCORES = "scores.json"
 _ARGUMENTS = "arguments.json"
@@ -61,7 +61,7 @@ def train_from_scratch(config: ScratchConfig) -> dict:
     )
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / _ARGUMENTS, _plain(config.values))
+        write_json(out / _ARGUMENTS, _plain(config.values))
     if config.training.include_num_input_tokens_seen == "no":
         config.training.include_num_input_tokens_seen = "non_padding"
     trainer.train(resume_from_checkpoint=True)
@@ -87,19 +87,13 @@ def train_from_scratch(config: ScratchConfig) -> dict:
         }
         check_space(out / "final", model, with_optimizer=False)
         save_checkpoint(model.to("cpu"), tokenizer, out / "final", overwrite=True)
-        _write(out / SCORES, result)
+        write_json(out / SCORES, result)
     trainer.accelerator.wait_for_everyone()
     return result or json.loads((out / SCORES).read_text(encoding="utf-8"))
 
 
 def _plain(values: dict) -> dict:
     return json.loads(json.dumps(values, default=str))
-
-
-def _write(path: Path, values: dict) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    os.replace(staging, path)
 
 
 def _check_arguments(config: ScratchConfig, out: Path) -> None:
@@ -130,7 +124,7 @@ def _tokenizer(config: ScratchConfig, out: Path, state):
             texts = training_texts(find_data(config.data)[0], config.data, config.scratch.task)
             tokenizer = byte_level_bpe(texts, wanted["vocab_size"], add_end=config.scratch.task == "seq2seq")
             tokenizer.save_pretrained(folder)
-            _write(noted, source)
+            write_json(noted, source)
         wanted = str(folder)
     return AutoTokenizer.from_pretrained(wanted)
 

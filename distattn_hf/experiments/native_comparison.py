@@ -11,6 +11,7 @@ from ..analysis.scorecard import METRICS
 from ..training.arguments import override, read_mapping
 from ..training.scratch import ScratchConfig, parse_scratch_config, read_scratch_config
 from ..training.stages import refuse_unknown
+from .benchmark_report import write_atomically, write_json
 from .from_scratch import train_from_scratch
 
 RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"
@@ -92,16 +93,10 @@ def compare(comparison: Comparison) -> dict:
             results.setdefault(choice, {})[str(config.training.seed)] = train_from_scratch(config)
             # After each run, so that one that is cut off has shown what it found.
             comparison.output_dir.mkdir(parents=True, exist_ok=True)
-            _replace(comparison.output_dir / RESULTS, json.dumps(results, indent=1))
-            _replace(comparison.output_dir / TABLE, table(results) + "\n")
+            write_json(comparison.output_dir / RESULTS, results)
+            write_atomically(comparison.output_dir / TABLE, (table(results) + "\n").encode())
     plot(results, comparison.output_dir / FIGURE)
     return results
-
-
-def _replace(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
 
 
 def table(results: dict) -> str:
