@@ -29,21 +29,21 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **unused,
 ) -> Tensor | None:
-    """Mask function of models with Nyström attention: which keys are padding, (B, 1, 1, M) bool, or None for none.
+    """Mask function of models with linear-time attention: which keys are padding, (B, 1, 1, M) bool, or None for none.
 
     Causality is left to the attention function, so that no (N, M) mask is made. Raises `ValueError` for a pattern that
     is neither causal nor bidirectional, and for a cache with places that are not filled yet.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "Nyström attention takes causal and bidirectional masks with padding; this call asks for another pattern "
-            "(a sliding window, packed sequences, a mask function of the model's own, or, under torch.compile, no "
+            "linear-time attention takes causal and bidirectional masks with padding; this call asks for another "
+            "pattern (a sliding window, packed sequences, a mask function of the model's own, or, under torch.compile, no "
             "attention_mask: pass one)"
         )
     if mask_function is causal_mask_function and int(q_offset) + q_length < kv_length:
         raise ValueError(
-            f"models with Nyström attention take caches that hold no more than what was seen, got {kv_length} places "
-            f"for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
+            f"models with linear-time attention take caches that hold no more than what was seen, got {kv_length} "
+            f"places for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
         )
     if attention_mask is None or bool(attention_mask.all()):
         return None
@@ -68,8 +68,8 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
         return torch.ones(len(query), length, dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
         raise ValueError(
-            f"Nyström attention needs a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: it never "
-            "forms the (N, M) entries that another mask speaks of"
+            f"linear-time attention needs a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: it "
+            "never forms the (N, M) entries that another mask speaks of"
         )
     return mask[:, 0, 0, -length:].expand(len(query), length)
 

@@ -118,6 +118,7 @@ class AdaptationArguments(StageOptions):
             if not isinstance(options, dict):
                 raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
             refuse_unknown(options, known, f"stage_options.{stage}")
+            _check_integers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
 
@@ -132,6 +133,14 @@ class AdaptationArguments(StageOptions):
 
 def _names(kind) -> set[str]:
     return {f.name for f in fields(kind) if f.init}
+
+
+def _check_integers(values: dict, where: str = "") -> None:
+    """Raise `ValueError` for 2.5 steps: transformers takes them, and trips over them when it first counts."""
+    for entry in (entry for entry in fields(TrainingArguments) if entry.type is int):
+        value = values.get(entry.name, 0)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{where}{entry.name} must be an integer, got {value!r}")
 
 
 @dataclass
@@ -189,6 +198,7 @@ def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]
     for name in required:
         if not values.get(name):
             raise ValueError(f"{name} must be given, got {values.get(name)!r}")
+    _check_integers(values)
     try:
         # Two kinds have a `seed`: one value serves both.
         return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
@@ -244,7 +254,7 @@ def override(values: dict, assignment: str) -> None:
         if not isinstance(place, dict | list):
             where = ".".join(parents[: number + 1])
             raise ValueError(f"override {assignment!r}: {where!r} is {place!r}, which has no fields")
-    value = _yaml(text, f"override {assignment!r}")
+    value = _as_meant(_yaml(text, f"override {assignment!r}"), last)
     if isinstance(place, list):
         if not last.isdigit() or int(last) >= len(place):
             raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
@@ -255,17 +265,19 @@ def override(values: dict, assignment: str) -> None:
 
 def _yaml(text: str, where: str):
     try:
-        return _numbers(yaml.safe_load(text))
+        return _as_meant(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
 
 
-def _numbers(value):
-    """YAML 1.1 reads 1e-3 as text; here it is a number, as everyone means it."""
+def _as_meant(value, key: str = ""):
+    """What YAML 1.1 reads otherwise than everyone means it: 1e-3 is a number, and `save_strategy: no` is no False."""
     if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
+        return {name: _as_meant(entry, str(name)) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
+        return [_as_meant(entry) for entry in value]
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)
+    if value is False and key.endswith("_strategy"):
+        return "no"
     return value

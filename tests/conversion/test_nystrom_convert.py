@@ -128,7 +128,7 @@ def test_a_sliding_window_of_the_model_is_refused():
         vocab_size=VOCAB, sliding_window=4, **SPECIAL,
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match="Nyström attention takes causal and bidirectional masks with padding.*sliding"
+        ValueError, match="linear-time attention takes causal and bidirectional masks with padding.*sliding"
     ):
         converted(MistralForCausalLM(config).eval(), nystrom())
     config.sliding_window = None

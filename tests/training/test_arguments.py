@@ -67,6 +67,14 @@ def test_overrides_reach_nested_keys_and_mean_numbers(tmp_path):
     assert [spec.metric for spec in mixed.model.specs] == ["sqeuclidean", "cosine"]
 
 
+def test_no_as_a_strategy_is_no_false(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(LEAST) + "save_strategy: no\nstage_options: {transfer: {eval_strategy: no}}\n")
+    found = read_config(path, ["logging_strategy=no"])
+    assert (found.training.save_strategy, found.training.logging_strategy) == ("no", "no")
+    assert found.training_for("transfer").eval_strategy == "no"
+
+
 def test_spec_from_a_file(tmp_path):
     found = config(tmp_path, spec="configs/attention/l2.yaml")
     assert found.model.specs[0].metric == "l2"
@@ -83,6 +91,8 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"max_steps": 2.5}, "max_steps must be an integer, got 2.5"),
+        ({"stage_options": {"transfer": {"seed": "one"}}}, "stage_options.transfer.seed must be an integer, got 'one'"),
         ({"learning_rat": 1.0}, "unknown key 'learning_rat'; did you mean learning_rate"),
         ({"spec": {"metrik": "l1"}}, "unknown AttentionSpec field 'metrik'"),
         ({"stage_options": {"transfr": {}}}, "unknown key 'transfr' in stage_options; did you mean transfer"),
