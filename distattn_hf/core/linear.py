@@ -37,8 +37,8 @@ def padding_mask(
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "linear-time attention takes causal and bidirectional masks with padding; this call asks for another "
-            "pattern (a sliding window, packed sequences, a mask function of the model's own, or, under torch.compile, no "
-            "attention_mask: pass one)"
+            "pattern (a sliding window, packed sequences, a mask function of the model's own, or, under torch.compile, "
+            "no attention_mask: pass one)"
         )
     if mask_function is causal_mask_function and int(q_offset) + q_length < kv_length:
         raise ValueError(
@@ -85,19 +85,17 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     if layer is not None:
         full_key, full_value = layer.all_keys, layer.all_values
         key, value, keep = layer.take(keep[:, -num_queries:])
-    device = query.device
     results = []
     for heads, group in state.parts():
-        rows = torch.tensor(heads, device=device)
-        mine = dict(call, position_bias=of_heads(call["position_bias"], rows), num_keys=total)
-        columns = rows // (state.num_heads // key.shape[1])
-        full = partial(_in_full, query, full_key, full_value, rows, columns, layer)
+        columns = [head // (state.num_heads // key.shape[1]) for head in heads]
+        mine = dict(call, position_bias=_bias_of(call["position_bias"], heads, query.device), num_keys=total)
+        full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(_exact, attend, group)
         if not isinstance(group, NystromParameters):
             results.append((heads, *exact(*full(), mine)))
             continue
         few = _sees_few(state, group, full_keep, num_queries, call["is_causal"])
-        tensors = query[:, rows], key[:, columns], value[:, columns]
+        tensors = _take(query, heads), _take(key, columns), _take(value, columns)
         if few is not None and bool(few.all()):
             output, weights = exact(*full(), mine)
             if layer is not None:
@@ -178,11 +176,23 @@ def _far_heads(group, query, key, value, keep, call, layer):
     return output.to(value.dtype), weights, far_state, near_keep
 
 
-def _in_full(query, key, value, rows: Tensor, columns: Tensor, layer) -> tuple[Tensor, Tensor, Tensor]:
+def _take(tensor: Tensor, heads: list[int]) -> Tensor:
+    """Some heads of (B, H, ...): the tensor itself where these are all of them in order, else a copy."""
+    if heads == list(range(tensor.shape[1])):
+        return tensor
+    return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
+
+
+def _bias_of(bias, heads: list[int], device):
+    """Some heads of a position bias, if there is one."""
+    return None if bias is None else of_heads(bias, torch.tensor(heads, device=device))
+
+
+def _in_full(query, key, value, heads: list[int], columns: list[int], layer) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of some heads, for exact attention: with a cache layer, among the keys that it keeps."""
     if layer is not None:
-        columns = torch.tensor([layer.full_key_heads.index(c) for c in columns.tolist()], device=columns.device)
-    return query[:, rows], key[:, columns], value[:, columns]
+        columns = [layer.full_key_heads.index(column) for column in columns]
+    return _take(query, heads), _take(key, columns), _take(value, columns)
 
 
 def _exact(attend, group, query, key, value, call: dict) -> tuple[Tensor, Tensor | None]:
