@@ -1,11 +1,7 @@
 """The whole analysis of a checkpoint: everything is checked, then measured, drawn and written to one folder."""
 
 import json
-import os
 import platform
-import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +11,7 @@ import transformers
 
 from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import current_report
-from ..conversion.saving import check_output
+from ..conversion.saving import staging_folder
 from ..core.modeling_converted import DistAttnModelMixin
 from ..training.trainer import check_tokenizers
 from .comparison import Comparison, compare
@@ -128,35 +124,6 @@ def parse_heads(texts) -> dict | None:
             raise ValueError(f"heads must be layer:head with two numbers, such as 3:5, got {text!r}")
         found.setdefault(int(layer), []).append(int(head))
     return found or None
-
-
-@contextmanager
-def staging_folder(out: str | Path, overwrite: bool = False):
-    """A folder beside `out` that takes its name once all is written; an error leaves what was there before.
-
-    Raises `ValueError`, before anything is done, for an output that is a file, is not empty (unless `overwrite`), or
-    cannot be written.
-    """
-    out = check_output(out, overwrite)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise ValueError(f"output folder {str(out)!r} cannot be written: {error}") from error
-    new, old = staging / "new", staging / "old"
-    try:
-        new.mkdir()
-        yield new
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(new, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def analyse(

@@ -1,8 +1,9 @@
-"""Write a checkpoint folder so that under its final name it is either complete or not there."""
+"""Write a folder so that under its final name it is either complete or not there."""
 
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -18,21 +19,24 @@ def check_output(out: str | Path, overwrite: bool) -> Path:
     return out
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Save model and tokenizer to `out` through a temporary folder beside it, which is renamed at the end.
+@contextmanager
+def staging_folder(out: str | Path, overwrite: bool = False):
+    """A folder beside `out` that takes its name once all is written; an error leaves what was there before.
 
-    An error midway (a full disk) leaves what was under `out` as it was and nothing else; a process killed midway leaves
-    the temporary folder, whose name starts with a dot. Raises `ValueError` for an output that exists and is not empty,
-    unless `overwrite`; then the old folder is moved aside, replaced, and removed.
+    A process killed midway leaves the temporary folder, whose name starts with a dot. Raises `ValueError`, before
+    anything is done, for an output that is a file, is not empty (unless `overwrite`; then the old folder is moved
+    aside, replaced, and removed), or cannot be written.
     """
     out = check_output(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"output folder {str(out)!r} cannot be written: {error}") from error
     new, old = staging / "new", staging / "old"
     try:
-        model.save_pretrained(new)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+        new.mkdir()
+        yield new
         if out.exists():
             os.replace(out, old)
         try:
@@ -43,4 +47,12 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overw
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return out
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does."""
+    with staging_folder(out, overwrite) as folder:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return Path(out)

@@ -18,7 +18,6 @@ from distattn_hf.analysis.analyse import (
     analyse,
     analyse_models,
     parse_heads,
-    staging_folder,
     write_analysis,
 )
 from distattn_hf.analysis.figure_style import inline_svg, save_figure
@@ -27,6 +26,7 @@ from distattn_hf.analysis.scorecard import Scorecard
 from distattn_hf.analysis.section_heads import rank_correlation
 from distattn_hf.analysis.statistics import measure
 from distattn_hf.cli import app
+from distattn_hf.conversion.saving import staging_folder
 from tests.analysis.models import hand_built, letter_tokenizer
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.fixtures.load import GPT2_ENGLISH

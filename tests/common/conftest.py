@@ -18,18 +18,28 @@ UPSTREAM_MARKS = (
 )
 
 
-def pytest_configure(config):
+def declare_marks(config):
+    """Make `UPSTREAM_MARKS` known to pytest."""
     for mark in UPSTREAM_MARKS:
         config.addinivalue_line("markers", f"{mark}: of transformers' common tests")
 
 
-def pytest_collection_modifyitems(items):
+def expect_failures(items, folder: Path, reasons: dict[str, str]):
+    """Strict xfail for the tests of a folder that `reasons` names, by test or class.test."""
     for item in items:
-        if item.path.parent != Path(__file__).parent or item.cls is None:
+        if item.path.parent != folder or item.cls is None:
             continue
         for name in (item.name, f"{item.cls.__name__}.{item.name}"):
-            if name in NOT_APPLICABLE:
-                item.add_marker(pytest.mark.xfail(reason=NOT_APPLICABLE[name], strict=True))
+            if name in reasons:
+                item.add_marker(pytest.mark.xfail(reason=reasons[name], strict=True))
+
+
+def pytest_configure(config):
+    declare_marks(config)
+
+
+def pytest_collection_modifyitems(items):
+    expect_failures(items, Path(__file__).parent, NOT_APPLICABLE)
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from tests.common.conftest import UPSTREAM_MARKS, one_thread
+from tests.common.conftest import declare_marks, expect_failures, one_thread
 
 from .not_applicable import NOT_APPLICABLE
 
@@ -12,14 +10,8 @@ __all__ = ["one_thread"]
 
 
 def pytest_configure(config):
-    for mark in UPSTREAM_MARKS:
-        config.addinivalue_line("markers", f"{mark}: of transformers' common tests")
+    declare_marks(config)
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent != Path(__file__).parent or item.cls is None:
-            continue
-        for name in (item.name, f"{item.cls.__name__}.{item.name}"):
-            if name in NOT_APPLICABLE:
-                item.add_marker(pytest.mark.xfail(reason=NOT_APPLICABLE[name], strict=True))
+    expect_failures(items, Path(__file__).parent, NOT_APPLICABLE)
