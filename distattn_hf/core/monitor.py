@@ -135,7 +135,7 @@ def _mark_memory(device: torch.device) -> int | None:
         return torch.cuda.memory_allocated(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _resident("VmRSS")
+        return resident_bytes("VmRSS")
     except (OSError, KeyError):
         return None
 
@@ -144,12 +144,16 @@ def _peak_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        return _resident("VmHWM")
+        return resident_bytes("VmHWM")
     except (OSError, KeyError):
         return None
 
 
-def _resident(name: str) -> int:
+def resident_bytes(name: str) -> int:
+    """Resident memory of this process, from the kernel: "VmRSS" now, "VmHWM" its peak since the last reset. Linux only.
+
+    Raises `OSError` or `KeyError` elsewhere.
+    """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(dict(line.split(":", 1) for line in lines if ":" in line)[name].split()[0])
 

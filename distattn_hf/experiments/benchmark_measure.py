@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.monitor import resident_bytes
 from .benchmark_check import make_tensors, naive_attention, one_call, our_attention, pytorch_attention
 from .benchmark_config import Case
 
@@ -122,13 +123,6 @@ def time_pair(
     }
 
 
-def _memory_of_process() -> tuple[int, int]:
-    """(resident bytes now, their peak since the last reset) from the kernel; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines if line.startswith("Vm"))
-    return tuple(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-
-
 def _cpu_peak(call: Callable) -> int:
     """Bytes by which the resident memory of this process rises at most during one call.
 
@@ -140,9 +134,9 @@ def _cpu_peak(call: Callable) -> int:
         ctypes.CDLL(None).malloc_trim(0)  # glibc
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _memory_of_process()[0]
+        before = resident_bytes("VmRSS")
         kept = call()
-        peak = _memory_of_process()[1]
+        peak = resident_bytes("VmHWM")
     except (OSError, KeyError):
         import resource
 

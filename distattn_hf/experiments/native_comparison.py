@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..analysis.figure_style import COLOURS, new_figure, save_figure, styled
 from ..analysis.scorecard import METRICS
 from ..training.arguments import override, read_mapping
 from ..training.scratch import ScratchConfig, parse_scratch_config, read_scratch_config
@@ -14,7 +15,7 @@ from ..training.stages import refuse_unknown
 from .benchmark_report import write_atomically, write_json
 from .from_scratch import train_from_scratch
 
-RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison.png"
+RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison"
 
 
 @dataclass
@@ -86,7 +87,7 @@ def _check_settings(name: str, settings) -> None:
 
 
 def compare(comparison: Comparison) -> dict:
-    """Train what is not trained yet and write comparison.json, comparison.md and comparison.png to output_dir."""
+    """Train what is not trained yet and write comparison.json, .md, .svg and .png to output_dir."""
     results = {}
     for choice, configs in comparison.runs.items():
         for config in configs:
@@ -95,7 +96,8 @@ def compare(comparison: Comparison) -> dict:
             comparison.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(comparison.output_dir / RESULTS, results)
             write_atomically(comparison.output_dir / TABLE, (table(results) + "\n").encode())
-    plot(results, comparison.output_dir / FIGURE)
+    for path in plot(results, comparison.output_dir / f".{FIGURE}"):
+        os.replace(path, path.with_name(path.name[1:]))
     return results
 
 
@@ -119,17 +121,14 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict, path: Path) -> None:
-    """Training loss against step, a line a choice: the mean over seeds, the range between them shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+@styled
+def plot(results: dict, stem: Path) -> list[Path]:
+    """Training loss against step, a line a choice: the mean over seeds, the range between them shaded; SVG and PNG."""
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    # Line styles help where there are more choices than colours.
     styles = ("-", "--", "-.", ":")
-    # Okabe and Ito's colours, which colour-blind readers tell apart; line styles help where there are more.
-    colours = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F")
+    colours = ("#000000", *COLOURS)
     for number, (choice, runs) in enumerate(results.items()):
         curves = [dict(map(tuple, run["curve"])) for run in runs.values()]
         steps = sorted(set.intersection(*map(set, curves)))
@@ -140,7 +139,4 @@ def plot(results: dict, path: Path) -> None:
     axes.set(xlabel="step", ylabel="training loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend(title="attention (seeds)", frameon=False)
-    staging = path.with_name(f".{path.name}")
-    figure.savefig(staging, dpi=150, format="png")
-    plt.close(figure)
-    os.replace(staging, path)
+    return save_figure(figure, stem)

@@ -157,6 +157,7 @@ def test_compare_trains_each_choice_with_each_seed_and_goes_on(tmp_path):
     assert saved["learning_rate"] == 1e-3
     assert json.loads((tmp_path / "out/comparison.json").read_text()) == results
     assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "out/comparison.svg").read_text()
     lines = table(results).splitlines()
     scores = [run["scores"]["perplexity"] for run in results["dot"].values()]
     assert lines[2].split("|")[2].strip() == f"{sum(scores) / 2:.2f}"
