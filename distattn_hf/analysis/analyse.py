@@ -27,6 +27,7 @@ from .sections import Example
 from .statistics import AttentionStatistics, measure
 from .watch import attention_modules
 
+RESULTS = "analysis.json"
 # Heads shown with their tokens where none is asked for.
 _SHOWN_HEADS = 3
 
@@ -146,7 +147,7 @@ def analyse(
     options = options or AnalyseOptions()
     texts = check_texts(texts)
     require_matplotlib()
-    with staging_folder(out, overwrite) as folder:
+    with staging_folder(out, overwrite, marker=RESULTS) as folder:
         model, tokenizer = load_checkpoint(path)
         teacher = None
         if against is not None:
@@ -267,7 +268,7 @@ def write_analysis(analysis: Analysis, example: Example, folder: Path) -> list[P
         for drawing in section.figures:
             files += save_figure(drawing.figure, figures / drawing.name)
     data = json.dumps(analysis.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-    for name, text in (("analysis.json", data), ("report.html", render(analysis, sections))):
+    for name, text in ((RESULTS, data), ("report.html", render(analysis, sections))):
         (folder / name).write_text(text, encoding="utf-8")
         files.append(folder / name)
     analysis.statistics.to_frame().to_csv(folder / "heads.csv", index=False)

@@ -7,27 +7,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 
-def check_output(out: str | Path, overwrite: bool) -> Path:
-    """The output folder as a path; raises `ValueError` when it is a file, or not empty without `overwrite`."""
+def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME) -> Path:
+    """The output folder as a path; marker: a file that what may be replaced has in it, None where nothing is removed.
+
+    Raises `ValueError` when it is a file, not empty without `overwrite`, or, with it, a folder of something else.
+    """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"output {str(out)!r} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    if not out.is_dir() or not any(out.iterdir()):
+        return out
+    if not overwrite:
         raise ValueError(f"output folder {str(out)!r} exists and is not empty; pass --overwrite to replace it")
+    if marker is not None and not (out / marker).is_file():
+        raise ValueError(
+            f"output folder {str(out)!r} is not replaced: it has no {marker}, so what is in it was not made by this "
+            "command; give another folder"
+        )
     return out
 
 
 @contextmanager
-def staging_folder(out: str | Path, overwrite: bool = False):
+def staging_folder(out: str | Path, overwrite: bool = False, marker: str = CONFIG_NAME):
     """A folder beside `out` that takes its name once all is written; an error leaves what was there before.
 
     A process killed midway leaves the temporary folder, whose name starts with a dot. Raises `ValueError`, before
-    anything is done, for an output that is a file, is not empty (unless `overwrite`; then the old folder is moved
-    aside, replaced, and removed), or cannot be written.
+    anything is done, as `check_output`, and for an output that cannot be written. With `overwrite` the old folder is
+    moved aside, replaced, and removed.
     """
-    out = check_output(out, overwrite)
+    out = check_output(out, overwrite, marker)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

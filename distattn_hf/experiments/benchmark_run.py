@@ -39,7 +39,7 @@ def run_and_write(
     """
     if config.plot:
         require_matplotlib()
-    folder = check_output(config.out, overwrite)
+    folder = check_output(config.out, overwrite, marker=None)
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     # Garbage is collected after every result: leave what the imports made out of it, 0.2 s a time.

@@ -177,6 +177,7 @@ def test_the_command_line(checkpoints, tmp_path):
         ({"out": "teacher/config.json"}, ValueError, "is a file; give a folder"),
         ({"out": "teacher/config.json/report"}, ValueError, "cannot be written"),
         ({"out": "teacher"}, ValueError, "is not empty; pass --overwrite"),
+        ({"out": "teacher", "overwrite": True}, ValueError, "is not replaced: it has no analysis.json"),
         ({"path": "nothing/at/all"}, ValueError, "does not exist"),
         ({"against": "other"}, ValueError, "tokenizers with different vocabularies"),
     ],
@@ -214,7 +215,7 @@ def test_a_model_without_attention_weights_is_refused(tmp_path):
 
 
 def _write_and_break(out):
-    with staging_folder(out, overwrite=True) as folder:
+    with staging_folder(out, overwrite=True, marker="old") as folder:
         (folder / "new").write_text("new")
         raise RuntimeError("midway")
 
@@ -227,7 +228,7 @@ def test_an_error_midway_leaves_what_was_there(tmp_path):
         _write_and_break(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "old").read_text() == "old"
-    with staging_folder(out, overwrite=True) as folder:
+    with staging_folder(out, overwrite=True, marker="old") as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in out.iterdir()] == ["new"]
 

@@ -142,6 +142,8 @@ def test_output_folder(tmp_path):
     (tmp_path / "out" / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty; pass --overwrite"):
         save_checkpoint(student, None, tmp_path / "out")
+    with pytest.raises(ValueError, match="is not replaced: it has no config.json"):
+        save_checkpoint(student, None, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
