@@ -18,11 +18,24 @@ app = typer.Typer(
 )
 
 _SOURCE = "A Hub name, a folder, or an embedded checkpoint: minilm, smollm2-135m, iglm, iglm-s."
-_DATA = "A .txt, .json, .jsonl, .csv or .parquet file, 'news', or a data set's Hub name."
+_DATA = "A .txt, .json, .jsonl, .csv, .tsv or .parquet file, 'news', or a data set's Hub name."
 
 Source = Annotated[str, typer.Argument(help=_SOURCE)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
 Column = Annotated[str | None, typer.Option(help="The text column of the data set.")]
+
+
+# Options of `convert` that a file of specs takes the place of.
+_OF_SPEC = (
+    "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "layers", "heads", "attention",
+    "p", "lam", "transform",
+)  # fmt: skip
+
+
+def _given(context: typer.Context, names) -> list[str]:
+    """Which of a command's options the command line has, as they are written there."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [f"--{n.replace('_', '-')}" for n, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 @app.command(
@@ -31,6 +44,7 @@ Column = Annotated[str | None, typer.Option(help="The text column of the data se
     "distattn convert smollm2-135m out/smol-l1 --metric l1 --transform linear --layers 0-9 --calibration my.txt"
 )
 def convert(
+    context: typer.Context,
     source: Source,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     spec_file: Annotated[
@@ -60,7 +74,9 @@ def convert(
     heads: Annotated[str | None, typer.Option(help="'0-3' or '0,2'. Default: all.")] = None,
     attention: Annotated[str | None, typer.Option(help="Only 'self' or only 'cross' attention. Default: both.")] = None,
     p: Annotated[float | None, typer.Option(help="Order of the lp metric, p >= 1.")] = None,
-    lam: Annotated[float | None, typer.Option(help="λ at the start. Default: fitted, or the metric's own.")] = None,
+    lam: Annotated[
+        float | None, typer.Option(help="λ at the start, which --init calibrated fits anew. Default: the metric's own.")
+    ] = None,
     transform: Annotated[str | None, typer.Option(help="none, scalar or linear. Default: see AttentionSpec.")] = None,
     steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, linear 200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
@@ -78,6 +94,8 @@ def convert(
     from .core.configuration_distattn import AttentionSpec, numeric_pattern
 
     check_output(out, overwrite)
+    if spec_file is not None and (doubled := _given(context, _OF_SPEC)):
+        raise ValueError(f"{doubled[0]} and --spec both say what the attention is; leave one of them out")
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
     if spec_file is not None:

@@ -98,6 +98,15 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "NEW", "--calibration", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["convert", "EMPTY", "NEW", "--init", "exact"], "holds no config.json"),
         (["convert", "TEACHER", "NEW", "--metric", "l2"], "--init calibrated needs --calibration: a text file"),
+        (
+            ["convert", "TEACHER", "NEW", "--layers", "0-", "--init", "plain"],
+            "layers must be numbers and ranges such as '0-2,5', got '0-'",
+        ),
+        (
+            ["convert", "TEACHER", "NEW", "--spec", "x.yaml", "--p", "3"],
+            "--p and --spec both say what the attention is",
+        ),
+        (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "doesn't contain any data files"),
         (["inspect", "TEACHER"], "is not a converted model"),
         (["revert", "TEACHER", "NEW"], "is not a converted model"),
     ],

@@ -306,7 +306,6 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
         if exact := [head for heads, group in state.parts() if group is None for head in heads]:
             report.exact_heads[name] = exact
         for number, (group, heads) in enumerate(zip(state.groups, state.head_lists, strict=True)):
-            lam = group.lam()
             measured = divergences.get(name, [{}] * len(state.groups))[number]
             report.groups.append(
                 GroupReport(
@@ -315,8 +314,7 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
                     kind=modules[name]["kind"],
                     metric=group.metric,
                     heads=list(range(state.num_heads)) if heads is None else heads,
-                    lam=_numbers(lam) if isinstance(lam, Tensor) else [lam] * group.num_heads,
-                    alpha=_numbers(group.log_alpha.exp()) if group.transform != "none" else None,
+                    **group.reported_values(),
                     divergence_before=_numbers(measured.get("before")),
                     divergence_after=_numbers(measured.get("after")),
                     **{name: _numbers(measured.get(name)) for name in ("window_error", "output_error", "rows_off")},
@@ -351,4 +349,5 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     if saved:
         for name in ("calibration_tokens", "seconds", "base_model"):
             setattr(report, name, getattr(saved, name))
+        report.trained_since = model.report_as_it_is()["trained_since"]
     return report

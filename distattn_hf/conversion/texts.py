@@ -16,6 +16,20 @@ from transformers import PreTrainedModel
 
 MAX_LENGTH = 512
 MAX_TOKENS = 8192
+TEXT_SUFFIXES = (".txt", ".md")
+# The builder of `datasets` for a file of each kind, and its options.
+BUILDERS = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    # Only an empty cell is a missing value: "null" and "NA" are words.
+    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
+    ".parquet": ("parquet", {}),
+}
+# One of these is in a folder made by `save_to_disk`.
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+# The longest name that a file can be asked for by.
+_PATH_LENGTH = 4096
 
 
 def news_articles() -> list[dict[str, str]]:
@@ -40,8 +54,8 @@ def news_articles() -> list[dict[str, str]]:
 def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
     """Texts from a file (one document per blank-line-separated block), "news", or a data set name.
 
-    A .txt file is split at blank lines; .json, .jsonl, .csv and .parquet go through `datasets`, as does a Hub name.
-    For "news", split "train" is the first 3,000 articles and "test" the rest.
+    A .txt file is split at blank lines; .json, .jsonl, .csv, .tsv and .parquet go through `datasets`, as do a folder
+    saved by `save_to_disk` and a Hub name. For "news", split "train" is the first 3,000 articles and "test" the rest.
 
     Raises `ValueError` when nothing is found, naming the source.
     """
@@ -49,7 +63,7 @@ def read_texts(source: str, *, column: str | None = None, split: str = "train") 
         articles = news_articles()
         return [a["text"] for a in (articles[:3000] if split == "train" else articles[3000:])]
     path = Path(source)
-    if path.suffix in ("", ".txt", ".md") and path.is_file():
+    if path.suffix in ("", *TEXT_SUFFIXES) and path.is_file():
         texts = [block.strip() for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
     else:
         texts = _texts_of(_load_dataset(source, split), column)
@@ -59,17 +73,27 @@ def read_texts(source: str, *, column: str | None = None, split: str = "train") 
 
 
 def _load_dataset(source: str, split: str):
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(source)
-    builders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix in builders:
-        if not path.is_file():
-            raise ValueError(f"data file {source!r} does not exist")
-        return load_dataset(builders[path.suffix], data_files=str(path), split="train")
-    if path.suffix in (".txt", ".md"):
+    if path.suffix in (*TEXT_SUFFIXES, *BUILDERS) and not path.is_file():
         raise ValueError(f"data file {source!r} does not exist")
-    return load_dataset(source, split=split)
+    if path.is_file() and path.suffix not in BUILDERS:
+        kinds = ", ".join((*TEXT_SUFFIXES, *BUILDERS))
+        raise ValueError(f"data file {source!r} is of unknown kind {path.suffix!r}; allowed are {kinds}")
+    if any((path / name).is_file() for name in SAVED_DATASET):
+        opened = load_from_disk(source)
+        if isinstance(opened, dict) and split not in opened:
+            raise ValueError(f"data {source!r} has no split {split!r}; it has {', '.join(opened)}")
+        return opened[split] if isinstance(opened, dict) else opened
+    try:
+        if path.suffix in BUILDERS:
+            builder, options = BUILDERS[path.suffix]
+            return load_dataset(builder, data_files=str(path), split="train", **options)
+        return load_dataset(source, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"data {source!r} cannot be read: {error.__cause__ or error}") from error
 
 
 def _texts_of(dataset, column: str | None) -> list[str]:
@@ -99,6 +123,11 @@ def calibration_batch(
             'init="calibrated" needs calibration: strings, a datasets.Dataset or tokenised batches; got None'
         )
     if isinstance(calibration, str):
+        if len(calibration) < _PATH_LENGTH and Path(calibration).is_file():
+            raise ValueError(
+                f"calibration is the name of the file {calibration!r}, which would be fitted on as text; give what is "
+                "in it: distattn_hf.conversion.texts.read_texts(path)"
+            )
         calibration = [calibration]
     if isinstance(getattr(calibration, "column_names", None), dict):
         raise ValueError(f"calibration is a DatasetDict; give one of its splits: {list(calibration.column_names)}")

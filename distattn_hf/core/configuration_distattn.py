@@ -174,16 +174,23 @@ def _is_number(value) -> bool:
 
 
 def _indices(field: str, value, pattern_allowed: bool):
+    if isinstance(value, str) and re.fullmatch(r"[\d\s,-]+", value):
+        # Numbers are meant, so this is no glob that happens to match nothing.
+        numbers = numeric_pattern(value)
+        if not numbers:
+            raise ValueError(f"{field} must be numbers and ranges such as '0-2,5', got {value!r}")
+        return value if pattern_allowed else tuple(sorted(numbers))
     if value is None or (pattern_allowed and isinstance(value, str) and value):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
-    kinds = "a list of indices >= 0" + (", a pattern such as '0-5' or 'encoder.*'" if pattern_allowed else "")
+    pattern = "a pattern such as '0-5' or 'encoder.*'" if pattern_allowed else "numbers such as '0-5'"
+    kinds = f"a list of indices >= 0 or {pattern}"
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise ValueError(f"{field} must be None, {kinds}, got {value!r}")
     value = tuple(value)
     if not value or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value):
-        raise ValueError(f"{field} must be None or {kinds} (not empty), got {list(value)!r}")
+        raise ValueError(f"{field} must be None, {kinds} (not empty), got {list(value)!r}")
     return tuple(sorted(set(value)))
 
 

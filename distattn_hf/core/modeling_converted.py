@@ -5,7 +5,9 @@ pretrained parameters keep their names. The classes are made on first use by the
 of transformers, so importing this file imports no model.
 """
 
+import copy
 import json
+import math
 import os
 import re
 
@@ -74,6 +76,13 @@ def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool =
     return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
 
 
+def _same(before: list[float] | None, now: list[float] | None) -> bool:
+    """Whether numbers are equal but for what half precision takes from a logarithm."""
+    if before is None or now is None:
+        return before is now
+    return len(before) == len(now) and all(math.isclose(*pair, rel_tol=0.02) for pair in zip(before, now, strict=True))
+
+
 class DistAttnModelMixin(Monitored):
     """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
 
@@ -128,7 +137,7 @@ class DistAttnModelMixin(Monitored):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.auto_map = auto_map_for(type(self))
-        if (report := self.conversion_report) is not None and kwargs.get("is_main_process", True):
+        if (report := self.report_as_it_is()) is not None and kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             path = os.path.join(save_directory, REPORT_NAME)
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -169,6 +178,23 @@ class DistAttnModelMixin(Monitored):
     @conversion_report.setter
     def conversion_report(self, report: dict | None):
         self._conversion_report = report
+
+    def report_as_it_is(self) -> dict | None:
+        """`conversion_report` with λ and α as they are now; "trained_since" says whether they have changed."""
+        if self.conversion_report is None:
+            return None
+        report = copy.deepcopy(self.conversion_report)
+        values = {
+            (name, tuple(range(state.num_heads) if heads is None else heads)): group.reported_values()
+            for name, state in self.attention_states.items()
+            for group, heads in zip(state.groups, state.head_lists, strict=True)
+        }
+        changed = bool(report.get("trained_since"))
+        for entry in report["groups"]:
+            for name, now in values.get((entry["module"], tuple(entry["heads"])), {}).items():
+                changed = changed or not _same(entry.get(name), now)
+                entry[name] = now
+        return {**report, "trained_since": changed}
 
     def attention_modules(self) -> dict[str, nn.Module]:
         """The converted attention modules by base-relative name."""

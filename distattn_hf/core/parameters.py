@@ -75,6 +75,20 @@ class HeadParameters(nn.Module):
             return self.constant_lambda
         return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
 
+    def reported_values(self) -> dict[str, list[float] | None]:
+        """{"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none.
+
+        Empty where the parameters are not here (on the meta device, or cut up over processes).
+        """
+        own = [parameter for name, parameter in self.named_parameters() if name in ("log_lambda", "log_alpha")]
+        if any(p.is_meta or p.numel() != self.num_heads or hasattr(p, "full_tensor") for p in own):
+            return {}
+        lam = self.lam()
+        found = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
+        if self.transform != "none" and not get_metric(self.metric).scale_free:
+            found["alpha"] = self.log_alpha.float().exp().tolist()
+        return {name: values and [round(value, 6) for value in values] for name, values in found.items()}
+
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query (B, H, N, d) and key (B, H, M, d) as the distance sees them, in at least float32."""
         if self.transform == "none":

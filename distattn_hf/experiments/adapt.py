@@ -85,7 +85,8 @@ def check_arguments(config: AdaptationConfig, state) -> None:
     file, values = out / _ARGUMENTS, json.loads(json.dumps(config.values, default=str))
     # The default may change, so what it is today is noted.
     values["stages"] = config.adaptation.stages
-    if file.is_file():
+    # Where nothing came of a run, its arguments (a typo in them, perhaps) bind no one.
+    if file.is_file() and any(path != file for path in out.iterdir()):
         before = json.loads(file.read_text(encoding="utf-8"))
         begun = any((out / stage).exists() for stage in (*STAGES, FINETUNED))
         may_change = _MAY_CHANGE if begun else _MAY_CHANGE | _OF_STAGES

@@ -99,7 +99,8 @@ def _plain(values: dict) -> dict:
 def _check_arguments(config: ScratchConfig, out: Path) -> None:
     """Raise `ValueError` where output_dir holds a run with other arguments."""
     file, values = out / _ARGUMENTS, _plain(config.values)
-    if not file.is_file():
+    # Where nothing came of a run, its arguments (a typo in them, perhaps) bind no one.
+    if not file.is_file() or all(path.name in (_ARGUMENTS, "tokenizer") for path in out.iterdir()):
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = {k for k in {*before, *values} - _MAY_CHANGE if before.get(k) != values.get(k)}

@@ -13,6 +13,7 @@ from ..conversion.specs import read_specs
 from ..core.configuration_distattn import AttentionSpec
 from .data import DataArguments
 from .objectives import STAGES, TASKS
+from .schedules import is_number
 from .stages import StageOptions, check_exact, refuse_unknown
 
 CONTROLS = ("plain", "window_only", "no_attention")
@@ -118,7 +119,7 @@ class AdaptationArguments(StageOptions):
             if not isinstance(options, dict):
                 raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
             refuse_unknown(options, known, f"stage_options.{stage}")
-            _check_integers(options, f"stage_options.{stage}.")
+            _check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
 
@@ -135,12 +136,14 @@ def _names(kind) -> set[str]:
     return {f.name for f in fields(kind) if f.init}
 
 
-def _check_integers(values: dict, where: str = "") -> None:
-    """Raise `ValueError` for 2.5 steps: transformers takes them, and trips over them when it first counts."""
-    for entry in (entry for entry in fields(TrainingArguments) if entry.type is int):
-        value = values.get(entry.name, 0)
-        if isinstance(value, bool) or not isinstance(value, int):
+def _check_numbers(values: dict, where: str = "") -> None:
+    """Raise `ValueError` for 2.5 steps or a rate of "abc": transformers takes them, and trips over them later."""
+    for entry in (entry for entry in fields(TrainingArguments) if entry.name in values):
+        value = values[entry.name]
+        if entry.type is int and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{where}{entry.name} must be an integer, got {value!r}")
+        if entry.type is float and not is_number(value):
+            raise ValueError(f"{where}{entry.name} must be a number, got {value!r}")
 
 
 @dataclass
@@ -186,6 +189,8 @@ def read_mapping(path: str | Path, name: str) -> dict:
 
 def parse_config(values: dict) -> AdaptationConfig:
     """The arguments in a mapping; raises as `read_config`."""
+    if "model" in values and "teacher" not in values:
+        raise ValueError("the config has a model and no teacher: it is for `distattn train`, not `distattn adapt`")
     kinds = (ModelArguments, AdaptationArguments, DataArguments, TrainingArguments)
     config = AdaptationConfig(*parse_kinds(values, kinds, ("teacher", "train_data", "output_dir")), values)
     _check(config)
@@ -198,7 +203,7 @@ def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]
     for name in required:
         if not values.get(name):
             raise ValueError(f"{name} must be given, got {values.get(name)!r}")
-    _check_integers(values)
+    _check_numbers(values)
     try:
         # Two kinds have a `seed`: one value serves both.
         return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)

@@ -93,6 +93,8 @@ def read_scratch_config(path: str | Path, overrides: list[str] | tuple[str, ...]
 
 def parse_scratch_config(values: dict) -> ScratchConfig:
     """The arguments in a mapping; raises as `read_scratch_config`."""
+    if "teacher" in values and "model" not in values:
+        raise ValueError("the config has a teacher and no model: it is for `distattn adapt`, not `distattn train`")
     kinds = (ScratchArguments, DataArguments, TrainingArguments)
     config = ScratchConfig(*parse_kinds(values, kinds, ("model", "tokenizer", "train_data", "output_dir")), values)
     if config.training.max_steps <= 0 and (config.training.num_train_epochs <= 0 or config.data.streaming):

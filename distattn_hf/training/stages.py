@@ -16,6 +16,7 @@ from .schedules import Annealing, AnnealingOptions, is_number
 
 TRAIN = ("attention", "attention+qk", "all", "lora")
 GROUPS = ("attention", "qk", "rest")
+_SHOWN_KEYS = 30
 # What transformers' attention modules call the layers that make query and key; fused ones make value, too.
 _QUERY_KEY = re.compile(
     r"(q|k|query|key|q_proj|k_proj|q_lin|k_lin|q_norm|k_norm|query_proj|key_proj|q_layernorm|k_layernorm|to_q|to_k|c_attn"
@@ -109,7 +110,8 @@ def refuse_unknown(given, known, where: str = "") -> None:
     for name in given:
         if name not in known:
             close = get_close_matches(str(name), known, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(sorted(known))}"
+            shown = sorted(known)[:_SHOWN_KEYS] + ["..."] * (len(known) > _SHOWN_KEYS)
+            hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(shown)}"
             raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
 
 

@@ -105,6 +105,8 @@ class AdaptationTrainer(Trainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start one process each with accelerate launch or torchrun"
             )
+        if not torch.accelerator.is_available():
+            args.dataloader_pin_memory = False  # there is nowhere to copy to, and torch warns of it at every start
         super().__init__(stage.model, args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
         if stage.name == "transfer" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(

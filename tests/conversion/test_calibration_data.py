@@ -15,7 +15,7 @@ from transformers import (
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.texts import calibration_batch
+from distattn_hf.conversion.texts import calibration_batch, read_texts
 from tests.conversion.models import bert, gpt2, llama, t5, token_batch
 
 QUICK = CalibrationOptions(steps=3, progress=False)
@@ -73,6 +73,31 @@ def test_the_cap_holds_for_one_big_batch_and_long_rows_are_cut():
 def test_a_dataset_dict_is_refused_by_name():
     with pytest.raises(ValueError, match="give one of its splits: \\['train'\\]"):
         calibration_batch(gpt2(), DatasetDict(train=Dataset.from_dict({"text": TEXTS})), TOKENIZER)
+
+
+def test_the_name_of_a_file_is_no_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXTS[0])
+    with pytest.raises(ValueError, match="calibration is the name of the file .*read_texts"):
+        calibration_batch(gpt2(), str(path), TOKENIZER)
+    assert read_texts(str(path)) == TEXTS[:1]
+
+
+def test_texts_of_files_and_saved_data_sets(tmp_path):
+    rows = Dataset.from_dict({"text": ["a cat", "null"], "number": [1, 2]})
+    rows.to_csv(tmp_path / "rows.tsv", sep="\t")
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict(test=rows).save_to_disk(tmp_path / "splits")
+    for name, split in (("rows.tsv", "train"), ("saved", "train"), ("splits", "test")):
+        assert read_texts(str(tmp_path / name), split=split) == ["a cat", "null"]
+    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
+        read_texts(str(tmp_path / "splits"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json' cannot be read"):
+        read_texts(str(tmp_path / "broken.json"))
+    (tmp_path / "rows.xml").write_text("<a/>")
+    with pytest.raises(ValueError, match="is of unknown kind '.xml'; allowed are .txt"):
+        read_texts(str(tmp_path / "rows.xml"))
 
 
 def test_a_vision_model_is_fitted_on_its_pixels():

@@ -22,7 +22,9 @@ from tests.conversion.models import bert, gpt2, llama, token_batch
         ({"layers": []}, "layers must be"),
         ({"layers": [-1]}, "layers must be"),
         ({"layers": 1.5}, "layers must be"),
-        ({"heads": "0-2"}, "heads must be"),
+        ({"heads": "first"}, "heads must be None, a list of indices >= 0 or numbers such as '0-5', got 'first'"),
+        ({"heads": "2-0"}, "heads must be numbers and ranges such as '0-2,5', got '2-0'"),
+        ({"layers": "0-"}, "layers must be numbers and ranges such as '0-2,5', got '0-'"),
         ({"transform": "affine"}, "transform must be one of none, scalar, linear"),
         ({"mechanism": "magic"}, "mechanism must be one of distance"),
         ({"attention": "both"}, "attention must be"),
@@ -38,6 +40,7 @@ def test_spec(fields, message):
 def test_spec_json_round_trip_and_unknown_field():
     spec = AttentionSpec("lp", p=3, layers="0-5", heads=[2, 0], lam=1.5, transform="linear")
     assert AttentionSpec.from_dict(spec.to_dict()) == spec
+    assert AttentionSpec(heads="0-2,5") == AttentionSpec(heads=[0, 1, 2, 5])
     with pytest.raises(ValueError, match="unknown AttentionSpec field 'metrik'; expected one of metric"):
         AttentionSpec.from_dict({"metrik": "l2"})
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from transformers import (
 )
 
 import distattn_hf
-from distattn_hf import AttentionSpec, convert
+from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.core.metrics import METRICS
+from distattn_hf.hub.card import build_card
 from tests.conversion.models import CLASSIFIER, FAMILIES, bert, gpt2, t5, token_batch
 from tests.without_package import HIDE_PACKAGE
 
@@ -115,6 +117,32 @@ def test_config_and_report_travel(tmp_path):
     again.save_pretrained(tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "distattn_report.json").read_text())
     assert stored == student.conversion_report
+
+
+def test_the_report_says_when_its_parameters_have_changed_since(tmp_path):
+    """Training by any trainer: the saved report has the λ and α of its checkpoint, and owns up to old divergences."""
+    specs = [AttentionSpec("cosine", layers=[0]), AttentionSpec("l2", layers=[1])]
+    student = convert(gpt2(), specs, calibration=[token_batch(gpt2())], options=CalibrationOptions(steps=3))
+    fitted = current_report(student)
+    assert (fitted.trained_since, "at the conversion" in fitted.summary()) == (False, False)
+    assert fitted.groups[0].alpha is None
+    assert fitted.mean_alpha == pytest.approx(fmean(fitted.groups[1].alpha))
+    student.to(torch.bfloat16).float().save_pretrained(tmp_path / "rounded")
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "rounded").conversion_report["trained_since"]
+    group = student.attention_states["h.1.attn"].groups[0]
+    torch.nn.init.zeros_(group.log_alpha)
+    assert "(λ or α have changed since)" in current_report(student).summary()
+    student.save_pretrained(tmp_path / "trained")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    stored = again.conversion_report
+    assert stored["trained_since"]
+    assert stored["groups"][1]["alpha"] == [1.0] * 4
+    assert stored["groups"][1]["divergence_after"] == fitted.groups[1].divergence_after
+    text = build_card(tmp_path / "trained", "user/x", license="mit").text
+    assert "λ or α have changed since" in text
+    assert "After it the model was trained further" in text
+    again.save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").conversion_report["trained_since"]
 
 
 def test_pretrained_parameters_keep_their_names_and_values():

@@ -63,6 +63,13 @@ def test_stages_one_after_another(tmp_path, monkeypatch):
         adapt(parse_config({**given, "learning_rate": 2e-3}))
 
 
+def test_a_run_that_came_to_nothing_binds_no_other(tmp_path):
+    given = values(tmp_path, gpt2(), stages=["transfer"], max_steps=1)
+    with pytest.raises(ValueError, match="unknown metric 'l22'"):
+        adapt(parse_config({**given, "spec": {**given["spec"], "metric": "l22"}}))
+    assert adapt(parse_config(given)).row("transfer") is not None
+
+
 def test_stages_may_be_added_at_the_end_alone(tmp_path):
     """What is finished was trained from the stages before it, so none may come between or before."""
     given = values(tmp_path, gpt2(), stages=["distillation"], max_steps=1)

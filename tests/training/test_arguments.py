@@ -5,6 +5,7 @@ import yaml
 
 from distattn_hf import AttentionSpec
 from distattn_hf.training.arguments import parse_config, read_config
+from distattn_hf.training.scratch import read_scratch_config
 from distattn_hf.training.stages import StageOptions
 
 LEAST = {"teacher": "minilm", "spec": {"metric": "l1"}, "train_data": "news", "output_dir": "out/x", "use_cpu": True}
@@ -67,6 +68,13 @@ def test_overrides_reach_nested_keys_and_mean_numbers(tmp_path):
     assert [spec.metric for spec in mixed.model.specs] == ["sqeuclidean", "cosine"]
 
 
+def test_a_config_of_the_other_command_is_told_so():
+    with pytest.raises(ValueError, match="a model and no teacher: it is for `distattn train`"):
+        read_config("configs/training/native_causal_lm.yaml")
+    with pytest.raises(ValueError, match="a teacher and no model: it is for `distattn adapt`"):
+        read_scratch_config("configs/training/gpt2_english.yaml")
+
+
 def test_no_as_a_strategy_is_no_false(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(LEAST) + "save_strategy: no\nstage_options: {transfer: {eval_strategy: no}}\n")
@@ -91,6 +99,7 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"learning_rate": "abc"}, "learning_rate must be a number, got 'abc'"),
         ({"max_steps": 2.5}, "max_steps must be an integer, got 2.5"),
         ({"stage_options": {"transfer": {"seed": "one"}}}, "stage_options.transfer.seed must be an integer, got 'one'"),
         ({"learning_rat": 1.0}, "unknown key 'learning_rat'; did you mean learning_rate"),

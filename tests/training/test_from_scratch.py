@@ -86,9 +86,21 @@ def test_a_finished_run_is_not_done_again_and_another_one_is_refused(tmp_path):
         train_from_scratch(other)
 
 
+def test_a_run_that_came_to_nothing_binds_no_other(tmp_path, monkeypatch):
+    from distattn_hf.training.trainer import AdaptationTrainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaptationTrainer, "train", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_from_scratch(parse_scratch_config(values(tmp_path, learning_rate=1.0)))
+    assert (tmp_path / "arguments.json").exists()
+    train_from_scratch(parse_scratch_config(values(tmp_path)))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"learning_rate": "abc"}, "learning_rate must be a number, got 'abc'"),
         ({"task": "embedding"}, "task must be one of causal-lm"),
         ({"model": None}, "model must be given"),
         ({"model": {**MODEL, "hiden_size": 3}}, "hiden_size"),
