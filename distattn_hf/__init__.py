@@ -39,6 +39,7 @@ register_native_family()
 _LAZY = {
     "convert": "conversion.convert",
     "revert": "conversion.convert",
+    "fold_alpha": "conversion.fold",
     "ConversionReport": "conversion.report",
     "CalibrationOptions": "conversion.calibrate",
     "load_checkpoint": "conversion.checkpoints",
@@ -78,6 +79,7 @@ __all__ = [
     "PositionalEncodingFactory",
     "create_distance_attention",
     "distance_attention",
+    "fold_alpha",
     "explain_backend",
     "nystrom_attention",
     "register_encoding",

@@ -78,6 +78,9 @@ def convert(
         float | None, typer.Option(help="λ at the start, which --init calibrated fits anew. Default: the metric's own.")
     ] = None,
     transform: Annotated[str | None, typer.Option(help="none, scalar or linear. Default: see AttentionSpec.")] = None,
+    fold_alpha: Annotated[
+        bool, typer.Option("--fold-alpha", help="Move α into the query projections: plain distances, α = 1.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, linear 200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
     overwrite: Overwrite = False,
@@ -85,6 +88,7 @@ def convert(
 ):
     """Convert a pretrained checkpoint to distance-based attention and save it."""
     from .conversion import convert as conversion
+    from .conversion import fold
     from .conversion.calibrate import CalibrationOptions
     from .conversion.checkpoints import load_checkpoint
     from .conversion.report import ConversionReport
@@ -112,6 +116,7 @@ def convert(
     model, tokenizer = load_checkpoint(source)
     options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
     student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
+    student = fold.fold_alpha(student) if fold_alpha else student
     save_checkpoint(student, tokenizer, out, overwrite=overwrite)
     print(ConversionReport.from_dict(student.conversion_report).table(per_head))
     print(f"saved to {out}")

@@ -123,11 +123,16 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     """The original model again: its class, its config, bit-identical pretrained weights, dot-product attention.
 
     Weights changed by fine-tuning after the conversion stay changed. Raises `ValueError` for a model that was not
-    converted.
+    converted, or whose queries `fold_alpha` has scaled.
     """
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model; revert takes what convert returned")
     _refuse_adapters(model)
+    if model.config.distattn.get("queries_scaled"):
+        raise ValueError(
+            f"{type(model).__name__} has its α in the query projections (fold_alpha): its query projections are not "
+            "the teacher's, whose attention they would not give; load the teacher itself"
+        )
     base = model.base_class
     data = model.config.to_dict()
     for key in ("distattn", "auto_map", "model_type", "architectures"):

@@ -216,13 +216,14 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
 
     Keys: version; specs (list of `AttentionSpec` dicts); modules (None: chosen when the model is built; otherwise
     {attention module's name relative to the base model: {"num_heads", "head_dim", "kind", "layer",
-    "groups": [{"spec": index, "heads": None or list}]}}); fallback (attention implementation of what is not converted).
+    "groups": [{"spec": index, "heads": None or list}]}}); fallback (attention implementation of what is not converted);
+    init; queries_scaled (True where `fold_alpha` has changed query projections, else absent).
     """
     if block is None:
         return None
     if not isinstance(block, dict):
         raise ValueError(f"distattn must be a dict, got {type(block).__name__}")
-    allowed = {"version", "specs", "modules", "fallback", "init"}
+    allowed = {"version", "specs", "modules", "fallback", "init", "queries_scaled"}
     if unknown := sorted(set(block) - allowed):
         raise ValueError(f"unknown key {unknown[0]!r} in the distattn block; expected {', '.join(sorted(allowed))}")
     version = block.get("version", BLOCK_VERSION)
@@ -240,6 +241,7 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
         "modules": block.get("modules"),
         "fallback": block.get("fallback") or "sdpa",
         "init": block.get("init") or "plain",
+        **({"queries_scaled": True} if block.get("queries_scaled") else {}),
     }
 
 

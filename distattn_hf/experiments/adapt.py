@@ -17,6 +17,7 @@ from ..analysis.scorecard import Scorecard, evaluation_pairs, score_controls, sc
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert, current_report
+from ..conversion.fold import fold_alpha
 from ..conversion.report import ConversionReport
 from ..conversion.saving import save_checkpoint
 from ..conversion.texts import read_texts
@@ -61,7 +62,8 @@ def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init
     chosen |= {"max_length": model.calibration_length, "max_error": model.max_error, "seed": config.training.seed}
     options = CalibrationOptions(progress=progress, **chosen)
     texts = None if init == "exact" else _calibration_texts(config, task_of(teacher), data)
-    return convert(teacher, model.specs, init=init, calibration=texts, tokenizer=tokenizer, options=options)
+    student = convert(teacher, model.specs, init=init, calibration=texts, tokenizer=tokenizer, options=options)
+    return fold_alpha(student) if model.fold_alpha else student
 
 
 def _calibration_texts(config: AdaptationConfig, task: str, data: TaskData) -> list:

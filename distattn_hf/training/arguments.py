@@ -30,6 +30,7 @@ class ModelArguments:
         student: folder or Hub name of a converted checkpoint; None: the teacher is converted as `spec` says.
         spec: fields of an `AttentionSpec`, a list of such mappings, or a YAML file with one.
         init: "calibrated", "exact" or "plain".
+        fold_alpha: move α into the query projections after the conversion (`distattn_hf.fold_alpha`).
         calibration_data: text for the fit, as `distattn convert --calibration`; None: the training data.
         calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`.
 
@@ -42,6 +43,7 @@ class ModelArguments:
     student: str | None = None
     spec: Any = None
     init: str = "calibrated"
+    fold_alpha: bool = False
     calibration_data: str | None = None
     calibration_steps: int | None = None
     calibration_tokens: int | None = None
@@ -60,6 +62,8 @@ class ModelArguments:
                 f"give either spec (the teacher is converted) or student (a converted checkpoint), got "
                 f"spec={self.spec!r}, student={self.student!r}"
             )
+        if self.fold_alpha and self.spec is None:
+            raise ValueError("fold_alpha=True needs spec: a given student is folded by distattn_hf.fold_alpha")
         self.specs = _specs(self.spec)
 
 
