@@ -101,7 +101,8 @@ class AttentionTransfer:
         if teacher is None and student.config.distattn.get("queries_scaled"):
             raise ValueError(
                 "attention transfer takes a student's own queries and keys for the teacher's, but this one has α in "
-                "its query projections (fold_alpha): its query projections are not the teacher's; set train: attention+qk"
+                "its query projections (fold_alpha): its query projections are not the teacher's; set train: "
+                "attention+qk"
             )
         training = [n for n, p in student.named_parameters() if p.requires_grad and ".distattn." not in f".{n}"]
         if teacher is None and training:
