@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertMod
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.analysis.scorecard import METRICS, Scorecard, no_attention, score_model, without_far_field
+from distattn_hf.conversion.convert import current_report
 from distattn_hf.experiments import adapt as module
 from distattn_hf.experiments.adapt import adapt, task_of
 from distattn_hf.training.arguments import parse_config
@@ -61,6 +62,23 @@ def test_stages_one_after_another(tmp_path, monkeypatch):
     assert again.to_dict() == card.to_dict()
     with pytest.raises(ValueError, match="holds a run with learning_rate=0.001, now 0.002 .1 arguments differ"):
         adapt(parse_config({**given, "learning_rate": 2e-3}))
+
+
+def test_folded_and_plain_distances_all_through(tmp_path):
+    """α = 1 from the start, at the score of the student whose α is not folded, and still 1 after training."""
+    given = values(tmp_path, llama(), stages=["transfer", "distillation"], max_steps=2, anneal={"alpha": 1.0})
+    given["stage_options"] = {"transfer": {"train": "attention+qk"}}
+    card = adapt(parse_config({**given, "fold_alpha": True}))
+    beside = adapt(parse_config({**given, "output_dir": str(tmp_path / "beside"), "stages": ["transfer"]}))
+    assert card.row("calibrated").score == pytest.approx(beside.row("calibrated").score, rel=1e-5)
+    for name in ("calibrated", "student"):
+        report = current_report(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name))
+        assert report.mean_alpha == 1.0
+    assert current_report(AutoModelForCausalLM.from_pretrained(tmp_path / "beside" / "calibrated")).mean_alpha != 1.0
+    with pytest.raises(ValueError, match="its query projections are not the teacher's"):
+        adapt(parse_config({**given, "fold_alpha": True, "output_dir": str(tmp_path / "x"), "stage_options": {}}))
+    with pytest.raises(ValueError, match="fold_alpha=True needs spec"):
+        parse_config({**given, "fold_alpha": True, "spec": None, "student": str(tmp_path / "run" / "student")})
 
 
 def test_a_run_that_came_to_nothing_binds_no_other(tmp_path):
