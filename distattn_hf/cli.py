@@ -114,6 +114,8 @@ def convert(
         )  # fmt: skip
     texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None
     model, tokenizer = load_checkpoint(source)
+    if fold_alpha:
+        fold.check_foldable(model, [spec] if isinstance(spec, AttentionSpec) else spec)
     options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
     student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
     student = fold.fold_alpha(student) if fold_alpha else student

@@ -43,6 +43,23 @@ def test_convert_writes_a_loadable_checkpoint_with_tokenizer(folder):
     assert (folder / "l2" / "tokenizer.json").exists()
 
 
+def test_alpha_is_folded_on_request(folder):
+    given = [
+        folder / "teacher",
+        folder / "folded",
+        "--calibration",
+        folder / "text.txt",
+        "--steps",
+        "2",
+        "--fold-alpha",
+    ]
+    run = distattn("convert", *given, "--metric", "cosine", check=False)
+    assert "fold_alpha: no spec has α" in run.stderr
+    assert not (folder / "folded").exists()
+    distattn("convert", *given, "--metric", "l2")
+    assert "mean α 1.000" in distattn("inspect", folder / "folded").stdout
+
+
 def test_convert_to_linear_time(folder):
     """Two of the heads, so that --heads and the options of Nyström attention are seen to arrive."""
     run = distattn(

@@ -5,13 +5,15 @@ times αⁿ do what α did. Keys stay as they are, so that heads may share them.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.discovery import locate
+from ..core.configuration_distattn import AttentionSpec
+from ..core.discovery import find_attention_modules, locate, select_modules
 from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin
 from ..core.parameters import HeadParameters, NystromParameters
@@ -30,7 +32,7 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: for a model that was not converted or has no α, and naming the module where α cannot be moved:
             Nyström attention, a fixed λ, a metric that does not scale, a query projection that is not a plain linear
-            layer or is followed by a norm.
+            layer, or is followed by a norm or clipped.
     """
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model; fold_alpha takes what convert returned")
@@ -44,8 +46,8 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
                 group.query_map.div_(group.log_alpha.exp()[:, None, None])
                 group.key_map.mul_(group.log_alpha.exp()[:, None, None])
             else:
-                factors = torch.ones(state.num_heads, dtype=torch.float64, device=group.log_alpha.device)
-                factors[heads] = (-2 * group.log_alpha.double()).exp()
+                factors = torch.ones(state.num_heads, dtype=group.log_alpha.dtype, device=group.log_alpha.device)
+                factors[heads] = (-2 * group.log_alpha).exp()
                 _scale_queries(student, name, factors)
                 group.log_lambda.add_(get_metric(group.metric).degree * group.log_alpha)
                 student.config.distattn["queries_scaled"] = True
@@ -60,42 +62,64 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
     return student
 
 
+def check_foldable(model: PreTrainedModel, specs: Sequence[AttentionSpec]) -> None:
+    """Raise the `ValueError` that `fold_alpha` would raise after a conversion of `model` by `specs`, before it."""
+    candidates = find_attention_modules(model)
+    for spec in specs:
+        if spec.mechanism == "nystrom":
+            raise ValueError("fold_alpha: mechanism='nystrom' has landmarks, which are fitted with α; leave it out")
+        metric = get_metric(spec.metric)
+        transform = metric.preferred_transform if spec.transform is None else spec.transform
+        if metric.scale_free or spec.lift or transform != "scalar":
+            continue
+        for name in select_modules(candidates, [spec]):
+            _check_scaling(name, spec.metric, spec.lam if spec.learnable_lambda is False else None)
+            _query_layer(model, name)
+    if all(get_metric(spec.metric).scale_free or spec.transform == "none" or spec.lift for spec in specs):
+        raise ValueError("fold_alpha: no spec has α; cosine and transform='none' have none")
+
+
 def _has_alpha(group: HeadParameters, name: str) -> bool:
     """Whether there is an α to move; raises `ValueError` where it cannot be moved."""
     if isinstance(group, NystromParameters):
-        raise ValueError(
-            f"{name!r} has Nyström attention, whose landmarks were fitted with α; fold_alpha leaves it out"
-        )
-    metric = get_metric(group.metric)
-    if group.transform == "none" or metric.scale_free:
+        raise ValueError(f"{name!r} has Nyström attention, whose landmarks were fitted with α: it cannot be moved")
+    if group.transform == "none" or get_metric(group.metric).scale_free:
         return False
-    if group.transform == "linear":
-        return True
-    if metric.degree is None:
-        raise ValueError(f"{name!r} has metric {group.metric!r}, of which no degree is known, so α cannot be moved")
-    if group.constant_lambda is not None:
-        raise ValueError(
-            f"{name!r} has a fixed λ={group.constant_lambda:g} for all heads, which cannot take α from each"
-        )
+    if group.transform != "linear":
+        _check_scaling(name, group.metric, group.constant_lambda)
     return True
 
 
-def _scale_queries(student, name: str, factors: torch.Tensor) -> None:
-    """Multiply each head's queries by its factor (H,), in the weights of the layer that makes them."""
-    module = locate(student, name)
+def _check_scaling(name: str, metric: str, constant_lambda: float | None) -> None:
+    if get_metric(metric).degree is None:
+        raise ValueError(f"{name!r} has metric {metric!r}, of which no degree is known, so α cannot be moved")
+    if constant_lambda is not None:
+        raise ValueError(f"{name!r} has a fixed λ={constant_lambda:g} for all heads, which cannot take each one's α")
+
+
+def _query_layer(model, name: str) -> tuple[nn.Module, int]:
+    """(the layer that makes the queries of a module, how many of its outputs they are)."""
+    module = locate(model, name)
     if norm := next((n for n in _NORMS if isinstance(getattr(module, n, None), nn.Module)), None):
         raise ValueError(f"{name!r} normalises its queries ({norm}), so α cannot be moved into their projection")
+    if getattr(model.config, "clip_qkv", None) is not None:
+        raise ValueError(f"{name!r} clips its queries (clip_qkv), so α cannot be moved into their projection")
     layer = next((getattr(module, n) for n in _QUERY if isinstance(getattr(module, n, None), nn.Module)), None)
     fused = getattr(module, "c_attn", None)
     if layer is None and type(fused) is Conv1D and fused.weight.shape[1] == 3 * fused.weight.shape[0]:
-        layer = fused
+        return fused, fused.weight.shape[0]
     if type(layer) not in (nn.Linear, Conv1D):
         kind = "none was found" if layer is None else f"it is {type(layer).__name__}"
         raise ValueError(f"{name!r}: α goes into a query projection that is a plain linear layer; {kind}")
-    width = layer.weight.shape[0] if layer is fused else layer.weight.shape[0 if type(layer) is nn.Linear else 1]
+    return layer, layer.weight.shape[0 if type(layer) is nn.Linear else 1]
+
+
+def _scale_queries(student, name: str, factors: Tensor) -> None:
+    """Multiply each head's queries by its factor (H,), in the weights of the layer that makes them."""
+    layer, width = _query_layer(student, name)
     rows = factors.repeat_interleave(width // len(factors)).to(layer.weight.device)
     # Conv1D keeps its weight as (inputs, outputs); of a fused layer the queries come first.
     weight = layer.weight[:, :width].T if type(layer) is Conv1D else layer.weight
-    weight.copy_(weight.double() * rows[:, None])
+    weight.copy_(weight * rows[:, None])
     if layer.bias is not None:
-        layer.bias[:width].copy_(layer.bias[:width].double() * rows)
+        layer.bias[:width].copy_(layer.bias[:width] * rows)

@@ -17,7 +17,7 @@ from ..analysis.scorecard import Scorecard, evaluation_pairs, score_controls, sc
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert, current_report
-from ..conversion.fold import fold_alpha
+from ..conversion.fold import check_foldable, fold_alpha
 from ..conversion.report import ConversionReport
 from ..conversion.saving import save_checkpoint
 from ..conversion.texts import read_texts
@@ -58,6 +58,8 @@ def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init
     if init == "plain":
         specs = [replace(spec, transform=None) for spec in model.specs]
         return convert(teacher, specs, init=init)
+    if model.fold_alpha:
+        check_foldable(teacher, model.specs)
     chosen = {"steps": model.calibration_steps, "max_tokens": model.calibration_tokens}
     chosen |= {"max_length": model.calibration_length, "max_error": model.max_error, "seed": config.training.seed}
     options = CalibrationOptions(progress=progress, **chosen)

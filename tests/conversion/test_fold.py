@@ -6,10 +6,20 @@ from transformers import AutoModel, Qwen3Config, Qwen3ForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, fold_alpha, revert
 from distattn_hf.conversion.convert import current_report
+from distattn_hf.conversion.fold import check_foldable
 from distattn_hf.training.stages import Stage, StageOptions
 from tests.conversion.models import FAMILIES, SPECIAL, gpt2, llama, token_batch
 
 QUICK = CalibrationOptions(steps=3, progress=False)
+
+
+def qwen3():
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, **SPECIAL,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
 
 
 def converted(teacher, *specs):
@@ -84,22 +94,36 @@ def test_refused():
         fold_alpha(converted(gpt2(), AttentionSpec(mechanism="nystrom", num_landmarks=4, window_size=4, num_sinks=1)))
     with pytest.raises(ValueError, match="'h.0.attn' has a fixed λ=2 for all heads"):
         fold_alpha(converted(gpt2(), AttentionSpec("l2", lam=2.0, learnable_lambda=False)))
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
-    qwen = Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, vocab_size=64, **SPECIAL)).eval()
     with pytest.raises(ValueError, match=r"normalises its queries \(q_norm\)"):
-        fold_alpha(converted(qwen, AttentionSpec("l2")))
+        fold_alpha(converted(qwen3(), AttentionSpec("l2")))
     student = converted(llama(), AttentionSpec("l2"))
     layer = student.model.layers[1].self_attn
     layer.q_proj = torch.nn.Sequential(layer.q_proj)
     with pytest.raises(ValueError, match="a plain linear layer; it is Sequential"):
         fold_alpha(student)
+
+
+@pytest.mark.parametrize(
+    ("build", "spec", "message"),
+    [
+        (gpt2, AttentionSpec("cosine"), "no spec has α"),
+        (gpt2, AttentionSpec("l2", transform="none"), "no spec has α"),
+        (gpt2, AttentionSpec(mechanism="nystrom"), "mechanism='nystrom' has landmarks"),
+        (gpt2, AttentionSpec("l2", lam=2.0, learnable_lambda=False), "has a fixed λ=2"),
+        (lambda: llama(clip_qkv=3.0), AttentionSpec("l2"), "clips its queries"),
+        (qwen3, AttentionSpec("l2"), "normalises its queries"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_before_the_fit(build, spec, message):
+    with pytest.raises(ValueError, match=message):
+        check_foldable(build(), [spec])
+
+
+def test_what_can_be_folded_passes():
+    specs = [AttentionSpec("cosine", layers=[0]), AttentionSpec("l2", layers=[1])]
+    for build in FAMILIES.values():
+        check_foldable(build(), specs)
+    check_foldable(qwen3(), [AttentionSpec("l1")])  # its maps take α
 
 
 def test_a_bare_model_loads_and_folds(tmp_path):
