@@ -44,20 +44,13 @@ def test_convert_writes_a_loadable_checkpoint_with_tokenizer(folder):
 
 
 def test_alpha_is_folded_on_request(folder):
-    given = [
-        folder / "teacher",
-        folder / "folded",
-        "--calibration",
-        folder / "text.txt",
-        "--steps",
-        "2",
-        "--fold-alpha",
-    ]
+    text, out = folder / "text.txt", folder / "folded"
+    given = [folder / "teacher", out, "--calibration", text, "--steps", "2", "--fold-alpha"]
     run = distattn("convert", *given, "--metric", "cosine", check=False)
     assert "fold_alpha: no spec has α" in run.stderr
-    assert not (folder / "folded").exists()
+    assert not out.exists()
     distattn("convert", *given, "--metric", "l2")
-    assert "mean α 1.000" in distattn("inspect", folder / "folded").stdout
+    assert "mean α 1.000" in distattn("inspect", out).stdout
 
 
 def test_convert_to_linear_time(folder):
