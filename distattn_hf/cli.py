@@ -95,7 +95,7 @@ def convert(
     from .conversion.saving import check_output, save_checkpoint
     from .conversion.specs import read_specs
     from .conversion.texts import read_texts
-    from .core.configuration_distattn import AttentionSpec, numeric_pattern
+    from .core.configuration_distattn import AttentionSpec
 
     check_output(out, overwrite)
     if spec_file is not None and (doubled := _given(context, _OF_SPEC)):
@@ -105,11 +105,9 @@ def convert(
     if spec_file is not None:
         spec = read_specs(spec_file)
     else:
-        if heads is not None and numeric_pattern(heads) is None:
-            raise ValueError(f"heads must be a pattern such as '0-3' or '0,2', got {heads!r}")
         spec = AttentionSpec(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
-            heads=tuple(numeric_pattern(heads)) if heads else None,
+            heads=heads,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
         )  # fmt: skip
     texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None

@@ -104,7 +104,7 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "L2", "--init", "plain"], "is not empty; pass --overwrite"),
         (["convert", "TEACHER", "NEW", "--metric", "l7", "--init", "plain"], "unknown metric 'l7'"),
         (["convert", "TEACHER", "NEW", "--layers", "8", "--init", "plain"], "there is no layer 8"),
-        (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "heads must be a pattern"),
+        (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "heads must be None, a list of indices"),
         (["convert", "TEACHER", "NEW", "--calibration", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["convert", "EMPTY", "NEW", "--init", "exact"], "holds no config.json"),
         (["convert", "TEACHER", "NEW", "--metric", "l2"], "--init calibrated needs --calibration: a text file"),

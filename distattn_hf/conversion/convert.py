@@ -354,5 +354,5 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     if saved:
         for name in ("calibration_tokens", "seconds", "base_model"):
             setattr(report, name, getattr(saved, name))
-        report.trained_since = model.report_as_it_is()["trained_since"]
+        report.changed_since = model.report_as_it_is()["changed_since"]
     return report

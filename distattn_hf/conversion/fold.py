@@ -56,9 +56,9 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
     if not folded:
         raise ValueError(f"{type(model).__name__} has no head with α: cosine and transform='none' have none")
     if report is not None:
-        before = report["trained_since"]
+        before = report["changed_since"]
         student.conversion_report = report
-        student.conversion_report = {**student.report_as_it_is(), "trained_since": before}
+        student.conversion_report = {**student.report_as_it_is(), "changed_since": before}
     return student
 
 

@@ -31,7 +31,7 @@ class ConversionReport:
     """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
 
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
-    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder. trained_since: λ or α
+    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder. changed_since: λ or α
     are no longer those of the fit, from which the divergences are.
     """
 
@@ -44,7 +44,7 @@ class ConversionReport:
     calibration_tokens: int = 0
     seconds: float = 0.0
     base_model: str | None = None
-    trained_since: bool = False
+    changed_since: bool = False
 
     @property
     def mean_alpha(self) -> float | None:
@@ -122,7 +122,7 @@ class ConversionReport:
             parts.append(f"mean α {self.mean_alpha:.3f}")
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
-            when = " at the conversion (λ or α have changed since)" if self.trained_since else ""
+            when = " at the conversion (λ or α have changed since)" if self.changed_since else ""
             parts.append(f"divergence {before}{self.mean_divergence_after:.4f} nats per query{when}")
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")

@@ -77,10 +77,12 @@ def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool =
 
 
 def _same(before: list[float] | None, now: list[float] | None) -> bool:
-    """Whether numbers are equal but for what half precision takes from a logarithm."""
+    """Whether numbers are equal but for the six digits that a report has."""
     if before is None or now is None:
         return before is now
-    return len(before) == len(now) and all(math.isclose(*pair, rel_tol=0.02) for pair in zip(before, now, strict=True))
+    return len(before) == len(now) and all(
+        math.isclose(*pair, rel_tol=1e-5, abs_tol=1e-6) for pair in zip(before, now, strict=True)
+    )
 
 
 class DistAttnModelMixin(Monitored):
@@ -180,7 +182,7 @@ class DistAttnModelMixin(Monitored):
         self._conversion_report = report
 
     def report_as_it_is(self) -> dict | None:
-        """`conversion_report` with λ and α as they are now; "trained_since" says whether they have changed."""
+        """`conversion_report` with λ and α as they are now; "changed_since" says whether they have changed."""
         if self.conversion_report is None:
             return None
         report = copy.deepcopy(self.conversion_report)
@@ -189,12 +191,12 @@ class DistAttnModelMixin(Monitored):
             for name, state in self.attention_states.items()
             for group, heads in zip(state.groups, state.head_lists, strict=True)
         }
-        changed = bool(report.get("trained_since"))
+        changed = bool(report.get("changed_since"))
         for entry in report["groups"]:
             for name, now in values.get((entry["module"], tuple(entry["heads"])), {}).items():
                 changed = changed or not _same(entry.get(name), now)
                 entry[name] = now
-        return {**report, "trained_since": changed}
+        return {**report, "changed_since": changed}
 
     def attention_modules(self) -> dict[str, nn.Module]:
         """The converted attention modules by base-relative name."""

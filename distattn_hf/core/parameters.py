@@ -80,8 +80,9 @@ class HeadParameters(nn.Module):
 
         Empty where the parameters are not here (on the meta device, or cut up over processes).
         """
-        own = [parameter for name, parameter in self.named_parameters() if name in ("log_lambda", "log_alpha")]
-        if any(p.is_meta or p.numel() != self.num_heads or hasattr(p, "full_tensor") for p in own):
+        own = {**self._parameters, **self._buffers}
+        own = [own[name] for name in ("log_lambda", "log_alpha") if own.get(name) is not None]
+        if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
         found = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}

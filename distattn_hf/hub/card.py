@@ -195,7 +195,7 @@ def contents(folder: ConvertedFolder, repo: str, base: BaseModel) -> dict:
         "has_tokenizer": folder.has_tokenizer,
         "report": report,
         "exact_heads": _exact_heads(report),
-        "trained_since": bool(report) and report.trained_since,
+        "changed_since": bool(report) and report.changed_since,
         "trained": bool(row) and row["name"] in ("transfer", "distillation", "task"),
         "loss_table": _loss_table(report) if report else None,
         "warnings": report.warnings if report else [],

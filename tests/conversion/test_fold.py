@@ -59,14 +59,14 @@ def test_the_same_outputs_with_alpha_one(family, metric, options, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, folded(**batch).logits)
     report = current_report(again)
-    assert (report.mean_alpha, report.trained_since) == (1.0, True)  # this test changed α by hand
+    assert (report.mean_alpha, report.changed_since) == (1.0, True)  # this test changed α by hand
 
 
 def test_the_report_and_what_the_queries_were_are_kept():
     student = converted(gpt2(), AttentionSpec("l2"))
     folded = fold_alpha(student)
     report = current_report(folded)
-    assert (report.mean_alpha, report.trained_since) == (1.0, False)
+    assert (report.mean_alpha, report.changed_since) == (1.0, False)
     assert report.groups[0].divergence_after == current_report(student).groups[0].divergence_after
     with pytest.raises(ValueError, match="its query projections are not the teacher's"):
         revert(folded)

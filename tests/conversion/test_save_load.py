@@ -124,25 +124,30 @@ def test_the_report_says_when_its_parameters_have_changed_since(tmp_path):
     specs = [AttentionSpec("cosine", layers=[0]), AttentionSpec("l2", layers=[1])]
     student = convert(gpt2(), specs, calibration=[token_batch(gpt2())], options=CalibrationOptions(steps=3))
     fitted = current_report(student)
-    assert (fitted.trained_since, "at the conversion" in fitted.summary()) == (False, False)
+    assert (fitted.changed_since, "at the conversion" in fitted.summary()) == (False, False)
     assert fitted.groups[0].alpha is None
     assert fitted.mean_alpha == pytest.approx(fmean(fitted.groups[1].alpha))
-    student.to(torch.bfloat16).float().save_pretrained(tmp_path / "rounded")
-    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "rounded").conversion_report["trained_since"]
+    student.save_pretrained(tmp_path / "fitted")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "half").conversion_report["changed_since"]
+    # A few hundred steps at 2e-5 move log λ by no more than this.
+    half.attention_states["h.0.attn"].groups[0].log_lambda.data += 1e-3
+    assert current_report(half).changed_since
     group = student.attention_states["h.1.attn"].groups[0]
     torch.nn.init.zeros_(group.log_alpha)
     assert "(λ or α have changed since)" in current_report(student).summary()
     student.save_pretrained(tmp_path / "trained")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     stored = again.conversion_report
-    assert stored["trained_since"]
+    assert stored["changed_since"]
     assert stored["groups"][1]["alpha"] == [1.0] * 4
     assert stored["groups"][1]["divergence_after"] == fitted.groups[1].divergence_after
     text = build_card(tmp_path / "trained", "user/x", license="mit").text
     assert "λ or α have changed since" in text
-    assert "After it the model was trained further" in text
+    assert "what was done to the model after the conversion is not recorded here" in text
     again.save_pretrained(tmp_path / "again")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").conversion_report["trained_since"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").conversion_report["changed_since"]
 
 
 def test_pretrained_parameters_keep_their_names_and_values():

@@ -99,7 +99,7 @@ def test_every_number_of_the_report_is_in_the_card(tmp_path):
     assert "1 attention modules converted, 1 left as they were" in text
     assert f"mean α {report.mean_alpha:.3g}" in text
     assert "changed since" not in text
-    assert "trained further" not in text
+    assert "is not recorded here" not in text
     assert f"{report.mean_divergence_before:.3g} nats per query unfitted" in text
     assert f"{report.mean_divergence_after:.3g} nats per query fitted" in text
     assert f"The fit used {report.calibration_tokens:,} tokens" in text
