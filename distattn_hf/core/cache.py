@@ -2,14 +2,14 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
+from .compatibility import given_cache
 from .discovery import argument_names
 from .hybrid import FarState
 from .parameters import NystromParameters
 
 _TENSORS = ("keys", "values", "keep", "all_keys", "all_values")
-_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class NystromLayer(CacheLayerMixin):
@@ -155,14 +155,14 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     if module.distattn.observer is not None or not module.distattn.is_nystrom:
         return
     arguments = {**dict(zip(argument_names(type(module)), args)), **kwargs}
-    cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+    cache = given_cache(arguments)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if cache is None:
         return
     index = getattr(module, "layer_idx", None)
-    if not isinstance(cache, Cache) or index is None:
-        raise ValueError(f"Nyström attention needs a transformers Cache and a layer_idx, got {type(cache).__name__}")
+    if index is None:
+        raise ValueError(f"Nyström attention with a cache needs layer_idx in {type(module).__name__}, which has none")
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]

@@ -8,6 +8,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from .cache import layer_behind
+from .compatibility import version_note
 from .hybrid import HybridInputs, advance, hybrid_attention
 from .masks import causal_keep
 from .parameters import NystromParameters
@@ -80,6 +81,11 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
     layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    if layer is None and call["is_causal"] and total > num_queries:
+        raise RuntimeError(
+            f"causal Nyström attention got {total} keys for {num_queries} queries, so the model has a cache that it was "
+            f"not given to replace, and every key would be kept. {version_note()}; pass use_cache=False"
+        )
     full_key, full_value, full_keep = key, value, key_padding(call["mask"], query, total)
     keep = full_keep
     if layer is not None:

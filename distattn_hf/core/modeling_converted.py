@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .cache import use_nystrom_cache
+from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
@@ -95,6 +96,7 @@ class DistAttnModelMixin(Monitored):
     converted_from: str | None = None
 
     def __init__(self, config, *args, **kwargs):
+        check_transformers()
         if getattr(config, "distattn", None) is None:
             raise ValueError(
                 f"{type(self).__name__} needs config.distattn, got None; set it to "

@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
@@ -84,29 +85,31 @@ class DistAttnModel(DistAttnPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D)."""
-        arguments = self._prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values."""
+        cache = one_cache(past_key_values, cache)
+        if stray := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+            raise ValueError(f"{stray[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
+        arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         hidden_states = self._run(**arguments, **kwargs)
-        return BaseModelOutputWithPast(hidden_states, past_key_values=arguments["past_key_values"])
+        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
-    def _prepare(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache) -> dict:
+    def _prepare(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> dict:
         """What all layers get, and the embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if not self.config.is_decoder:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("past_key_values needs is_decoder=True in the config: an encoder keeps no cache")
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = self._new_cache()
-        cache = past_key_values
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
-        past = 0 if cache is None else cache.get_seq_length()
+        if use_cache and cache is None:
+            cache = self._new_cache()
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        past = 0 if own is None else own.get_seq_length()
         num_queries, device = inputs_embeds.shape[1], inputs_embeds.device
         # Static caches count in a tensor that the layers will change.
         past = past.clone() if isinstance(past, Tensor) else past
@@ -114,18 +117,18 @@ class DistAttnModel(DistAttnPreTrainedModel):
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
-            mask = create_causal_mask(**mask_of, past_key_values=cache, position_ids=position_ids)
+            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: own})
         else:
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
             position_ids = positions_of(attention_mask, num_queries, past, device)
-        num_keys = num_queries if cache is None else cache.get_mask_sizes(num_queries, 0)[0]
+        num_keys = num_queries if own is None else own.get_mask_sizes(num_queries, 0)[0]
         return {
             "hidden_states": self.dropout(self.positions.embed(inputs_embeds, position_ids)),
             "position_bias": self._bias(num_queries, num_keys, past, device),
             "position_embeddings": self.positions.rotation(inputs_embeds, position_ids),
             "attention_mask": mask,
-            "past_key_values": past_key_values,
+            CACHE_NAME: cache,
             "use_cache": use_cache,
         }
 
@@ -173,6 +176,7 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, N, vocab_size), and the mean loss of labels (B, N), which are shifted here; -100 is left out."""
@@ -181,6 +185,7 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -190,7 +195,7 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss, logits, outputs.past_key_values, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss, logits, cache_of(outputs), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnSeq2SeqConfig
 from .modeling_distattn import DistAttnModel, check_padding_mask
 from .native_attention import DistAttnAttention
@@ -45,17 +46,19 @@ class DistAttnDecoder(DistAttnModel):
         use_cache: bool | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Hidden states (B, N, D), given those of the encoder (B, M, D) and which of them are padding (B, M)."""
+        cache = one_cache(past_key_values, cache)
         if encoder_hidden_states is None:
             raise ValueError("a decoder of an encoder-decoder model needs encoder_hidden_states")
-        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
                 "past_key_values of an encoder-decoder model must be an EncoderDecoderCache, which has room for the "
-                f"encoder's keys, too; got {type(past_key_values).__name__}"
+                f"encoder's keys, too; got {type(cache).__name__}"
             )
-        arguments = self._prepare(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         check_padding_mask("encoder_attention_mask", encoder_attention_mask, encoder_hidden_states)
         encoder_mask = create_bidirectional_mask(
             config=self.config,
@@ -66,7 +69,7 @@ class DistAttnDecoder(DistAttnModel):
         hidden_states = self._run(
             **arguments, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_mask, **kwargs
         )
-        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, past_key_values=arguments["past_key_values"])
+        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
     def _new_cache(self):
         return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
@@ -116,6 +119,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> Seq2SeqModelOutput:
         """The decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
@@ -130,6 +134,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
             attention_mask=decoder_attention_mask,
             inputs_embeds=decoder_inputs_embeds,
             past_key_values=past_key_values,
+            cache=cache,
             encoder_hidden_states=encoder_outputs[0],
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
@@ -137,7 +142,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -179,6 +184,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out.
@@ -195,6 +201,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import logging
 
 from .cache import use_nystrom_cache
+from .compatibility import one_cache
 from .configuration_native import SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
 from .encodings import POSITIONAL_ENCODINGS
 from .interface import IMPLEMENTATION, weights_requested
@@ -192,17 +193,19 @@ class DistAttnAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         position_bias: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """(output (B, N, D), weights (B, H, N, M) where they are asked for)."""
+        cache = one_cache(past_key_values, cache)
         query = self._heads(self.q_proj, hidden_states)
-        key_value = self._computed_before(key_value_states, past_key_values)
+        key_value = self._computed_before(key_value_states, cache)
         if key_value is None:
             source = hidden_states if key_value_states is None else key_value_states
             key, value = self._heads(self.k_proj, source), self._heads(self.v_proj, source)
             if position_embeddings is not None:
                 query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            key_value = self._remember(key, value, key_value_states, past_key_values)
+            key_value = self._remember(key, value, key_value_states, cache)
         output, weights = self._attend(query, *key_value, attention_mask, position_bias, kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 

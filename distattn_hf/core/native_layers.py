@@ -7,6 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
 from .mechanism_base import Mechanism
 from .monitor import Monitored
@@ -60,10 +61,13 @@ class DistAttnLayer(GradientCheckpointingLayer):
         encoder_attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values=None,
+        cache=None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> Tensor:
         """Hidden states (B, N, D) -> (B, N, D). What gradients flow through comes by position (see transformers)."""
+        # Under transformers' own name, by which gradient checkpointing and offloading know it.
+        kwargs[CACHE_NAME] = one_cache(past_key_values, cache)
         hidden_states = self._add(
             self.self_attn,
             self.self_attn_norm,
@@ -71,7 +75,6 @@ class DistAttnLayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             position_bias=position_bias,
-            past_key_values=past_key_values,
             **kwargs,
         )
         if encoder_hidden_states is not None:
@@ -81,7 +84,6 @@ class DistAttnLayer(GradientCheckpointingLayer):
                 hidden_states,
                 attention_mask=encoder_attention_mask,
                 key_value_states=encoder_hidden_states,
-                past_key_values=past_key_values,
                 **kwargs,
             )
         return self._add(self.mlp, self.mlp_norm, hidden_states)
@@ -100,7 +102,7 @@ class DistAttnPreTrainedModel(Monitored, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DistAttnLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -111,6 +113,7 @@ class DistAttnPreTrainedModel(Monitored, PreTrainedModel):
     _has_cross_attention = False
 
     def __init__(self, config, *args, **kwargs):
+        check_transformers()
         check_choices(config)
         if type(config) not in AutoModel._model_mapping and type(config).__name__ == self.config_class.__name__:
             # A checkpoint's own code: transformers imports its config file and its modelling file as two packages, and

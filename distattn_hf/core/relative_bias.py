@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .compatibility import given_cache
 from .discovery import argument_names
 from .hybrid import WindowBias
 
@@ -68,7 +69,7 @@ def give_relative_bias(module: nn.Module, args, kwargs):
         return args, kwargs
     bias = None
     if module.has_relative_attention_bias:
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         bias = RelativeBias(module, 0 if cache is None else int(cache.get_seq_length(module.layer_idx)))
     placeholder = torch.full((1, 1, 1, 1), float("nan"), device=module.q.weight.device)
     setattr(placeholder, _ATTRIBUTE, bias)

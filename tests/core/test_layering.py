@@ -18,6 +18,7 @@ CORE = [path for path in FILES if path.parts[0] == "core" and path.name != "__in
 CORE_ORDER = [
     (
         "configuration_distattn",
+        "compatibility",
         "registry",
         "cpp_tiles",
         "cpp_forward",
