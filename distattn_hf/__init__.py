@@ -1,6 +1,10 @@
 """Distance-based attention for Hugging Face transformers: convert a checkpoint, keep its quality, load it anywhere."""
 
+from transformers.utils import logging as _logging
+
 from .core.attention import distance_attention
+from .core.compatibility import is_newer_than_tested as _is_newer_than_tested
+from .core.compatibility import version_note as _version_note
 from .core.configuration_distattn import CLASS_PREFIX, AttentionSpec
 from .core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
 from .core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding, register_encoding
@@ -31,6 +35,9 @@ from .core.native_layers import DistAttnPreTrainedModel, register_native_family
 from .core.nystrom import nystrom_attention
 
 __version__ = "0.1.0"
+
+if _is_newer_than_tested():
+    _logging.get_logger(__name__).warning(f"{_version_note()}: what it changed may not be known here")
 
 register_all_families()
 register_native_family()

@@ -83,8 +83,8 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
     if layer is None and call["is_causal"] and total > num_queries:
         raise RuntimeError(
-            f"causal Nyström attention got {total} keys for {num_queries} queries, so the model has a cache that it was "
-            f"not given to replace, and every key would be kept. {version_note()}; pass use_cache=False"
+            f"causal Nyström attention got {total} keys for {num_queries} queries: the model has a cache that was "
+            f"not found, and that would keep every key. {version_note()}; pass use_cache=False"
         )
     full_key, full_value, full_keep = key, value, key_padding(call["mask"], query, total)
     keep = full_keep

@@ -132,6 +132,10 @@ class DistAttnPreTrainedModel(Monitored, PreTrainedModel):
         requested = resolve_native_implementation(requested_attention, self.config, self._has_cross_attention)
         return super().get_correct_attn_implementation(requested, is_init_check)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raise `ValueError`: transformers would log an error of its thread and hand back empty texts."""
+        raise ValueError(f"continuous batching (generate_batch) is not implemented for {type(self).__name__}")
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, HeadParameters | Mechanism):
