@@ -1,11 +1,13 @@
 """What this code relies on in transformers: checked once, and the one name that its versions do not agree on."""
 
 import inspect
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
+import torch
 import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,9 +72,14 @@ def _check(owner: str, needed: Iterable[str], found: Iterable[str]) -> None:
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """Return the one of two names of a model's cache that was given; raise `ValueError` where both were."""
+    """Return the one of two names of a model's cache that was given; raise `ValueError` where both were.
+
+    As in transformers, `past_key_values` is deprecated from 5.24 on.
+    """
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names of one argument; got both")
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 

@@ -180,11 +180,11 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, N, vocab_size), and the mean loss of labels (B, N), which are shifted here; -100 is left out."""
+        cache = one_cache(past_key_values, cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,

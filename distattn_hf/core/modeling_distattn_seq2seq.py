@@ -123,6 +123,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
         **kwargs,
     ) -> Seq2SeqModelOutput:
         """The decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
+        cache = one_cache(past_key_values, cache)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -133,7 +134,6 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
             cache=cache,
             encoder_hidden_states=encoder_outputs[0],
             encoder_attention_mask=attention_mask,
@@ -192,6 +192,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         Without decoder inputs the labels are shifted to the right and become those. num_items_in_batch: how many labels
         the loss is a mean over, where the batch is a part of one (transformers' Trainer says it).
         """
+        cache = one_cache(past_key_values, cache)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
@@ -200,7 +201,6 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
             cache=cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
