@@ -165,6 +165,8 @@ def test_quantised_and_sharded_tensors_are_kept_by_what_they_are_made_of():
         def __tensor_flatten__(self):
             return ["first", "second"], None
 
+        __tensor_unflatten__ = None
+
         @classmethod
         def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.detach.default:
