@@ -122,8 +122,8 @@ class AttentionCall:
         query, key = self.query[:, index].to(dtype), self.key[:, index].to(dtype)
         metric, lam, p = get_metric("dot"), 1.0, None
         if group is not None:
-            query, key = group.map(query, key)
-            metric, lam, p = get_metric(group.metric), group.lam(), group.p
+            query, key, lam = group(query, key, "mapped")
+            metric, p = get_metric(group.metric), group.p
         weight = self.scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
         bias = of_heads(self.position_bias, index)
         squared = key.square().sum(-1)[:, :, None] if metric.name in _EUCLIDEAN else None

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -101,8 +102,12 @@ def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
 
 
 def _wrapper(implementation: str, original, modules: dict, watcher: Callable):
-    def run(module, query, key, value, attention_mask, **kwargs):
+    def run(module, query, key, value, attention_mask, *args, **kwargs):
         function = original or sys.modules[type(module).__module__].eager_attention_forward
+        if args:
+            # Eager functions take scaling first, others dropout.
+            given = signature(function).bind(module, query, key, value, attention_mask, *args, **kwargs).arguments
+            kwargs = {**given.pop("kwargs", {}), **dict(list(given.items())[5:])}
         if module not in modules:
             return function(module, query, key, value, attention_mask, **kwargs)
         name, entry = modules[module]

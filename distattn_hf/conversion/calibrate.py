@@ -106,8 +106,7 @@ class Rows:
         return self._log_softmax(logits)
 
     def student_log_weights(self, group: HeadParameters) -> Tensor:
-        query, key = group.map(self.query, self.key)
-        lam = group.lam()
+        query, key, lam = group(self.query, self.key, "mapped")
         lam = lam[:, None, None] if isinstance(lam, Tensor) else lam
         return self._log_softmax(-lam * self.scaling * get_metric(group.metric).fast_distance(query, key, group.p))
 

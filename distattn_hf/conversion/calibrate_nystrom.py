@@ -136,7 +136,7 @@ class _Rows:
         bias = 0.0 if bias is None else bias[0].float()[:, rows].transpose(0, 1)
         logits = call["scaling"] * query @ key.transpose(-1, -2) + bias
         self.teacher = logits.masked_fill(~self.seen, float("-inf"))
-        query, key, far_query, far_key = group.features(query, key, call["scaling"])
+        query, key, far_query, far_key = group(query, key, "features", scaling=call["scaling"])
         top = far_query.amax(-1, keepdim=True).detach()
         far = ((far_query - top).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + top
         near = query @ key.transpose(-1, -2)

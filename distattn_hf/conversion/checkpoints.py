@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -59,6 +61,12 @@ EMBEDDED = {
 }
 
 _NAMES = ", ".join(EMBEDDED)
+
+_QUANTISED = (
+    "weight {name!r} is quantised ({kind}): load the model in floating point before {doing}. A quantised converted "
+    "model comes the other way round: convert, save_pretrained, then from_pretrained(folder, quantization_config=...) "
+    "with transformers' TorchAoConfig or BitsAndBytesConfig; λ, α and the maps stay in float32"
+)
 
 
 def load_checkpoint(
@@ -154,6 +162,31 @@ def _load_iglm(folder: Path, name: str):
     lines = (folder / "trained_models" / "vocab.txt").read_text().splitlines()
     tokenizer = BertTokenizerFast(vocab={token: i for i, token in enumerate(lines)}, do_lower_case=False)
     return model, tokenizer
+
+
+def check_weights(model: PreTrainedModel, doing: str) -> None:
+    """Raise `ValueError` where not every weight is here as plain floating-point numbers: what cannot be worked on.
+
+    doing: what is about to be done with them, in words: "converting it", ...
+    """
+    for name, module in model.named_modules():
+        # torch.ao's layers have a method of that name, GPTQ's and AWQ's packed weights another name.
+        if callable(getattr(module, "weight", None)) or hasattr(module, "qweight"):
+            raise ValueError(_QUANTISED.format(name=f"{name}.weight", kind=type(module).__name__, doing=doing))
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"weight {name!r} is cut up over processes (FSDP, tensor parallelism): shard the model after {doing}"
+            )
+        is_plain = parameter.is_floating_point() and parameter.element_size() > 1
+        if not is_plain or is_traceable_wrapper_subclass(parameter):
+            kind = f"{type(parameter.data).__name__} of {parameter.dtype}"
+            raise ValueError(_QUANTISED.format(name=name, kind=kind, doing=doing))
+        if parameter.is_meta:
+            raise ValueError(
+                f"weight {name!r} is on the meta device (offloaded, or never loaded): load the model fully, without "
+                f"offloading, before {doing}"
+            )
 
 
 def rebuild(model_class: type, config, state_dict: dict) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from ..core.landmarks import STRATEGIES
 from ..core.metrics import get_metric
 from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
 from .calibrate import CalibrationOptions, calibrate
-from .checkpoints import rebuild
+from .checkpoints import check_weights, rebuild
 from .report import ConversionReport, GroupReport
 from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch
 
@@ -128,6 +128,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model; revert takes what convert returned")
     _refuse_adapters(model)
+    check_weights(model, "reverting it")
     if model.config.distattn.get("queries_scaled"):
         raise ValueError(
             f"{type(model).__name__} has its α in the query projections (fold_alpha): its query projections are not "
@@ -146,7 +147,8 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _refuse_adapters(model) -> None:
-    if getattr(model, "_hf_peft_config_loaded", False):
+    inside = any(hasattr(module, "base_layer") for module in model.modules())
+    if inside or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"{type(model).__name__} holds PEFT adapters; merge them first (PeftModel.merge_and_unload) or delete them"
         )
@@ -154,10 +156,11 @@ def _refuse_adapters(model) -> None:
 
 def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> list[AttentionSpec]:
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{_inside(model)}")
     if isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is converted already; call distattn_hf.revert(model) first")
     _refuse_adapters(model)
+    check_weights(model, "converting it")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if not specs:
@@ -177,6 +180,14 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
             spec = replace(spec, layers=layers)
         checked.append(_prepare(spec, init))
     return checked
+
+
+def _inside(model) -> str:
+    """What to convert in place of a wrapper of a model, in words; empty for what wraps none that is known."""
+    if hasattr(model, "merge_and_unload"):
+        return "; convert model.merge_and_unload(), and train adapters on the converted model"
+    name = next((n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None)
+    return f"; convert model.{name}, and wrap the converted model" if name else ""
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
@@ -205,10 +216,6 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
 def _check_modules(model, modules: dict) -> None:
     """What would go wrong later, before anything is built."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(f"weight {name!r} has dtype {parameter.dtype}: dequantise the model before converting it")
-        if parameter.is_meta:
-            raise ValueError(f"weight {name!r} is on the meta device: load the model fully before converting it")
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"weight {name!r} of the checkpoint holds NaN or infinite values")
     for name in modules:
@@ -312,6 +319,11 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
             report.exact_heads[name] = exact
         for number, (group, heads) in enumerate(zip(state.groups, state.head_lists, strict=True)):
             measured = divergences.get(name, [{}] * len(state.groups))[number]
+            if not (values := group.reported_values()):
+                raise ValueError(
+                    f"{name!r}: its λ and α are offloaded or cut up over processes; load the model fully, or see "
+                    "model.conversion_report"
+                )
             report.groups.append(
                 GroupReport(
                     module=name,
@@ -319,7 +331,7 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
                     kind=modules[name]["kind"],
                     metric=group.metric,
                     heads=list(range(state.num_heads)) if heads is None else heads,
-                    **group.reported_values(),
+                    **values,
                     divergence_before=_numbers(measured.get("before")),
                     divergence_after=_numbers(measured.get("after")),
                     **{name: _numbers(measured.get(name)) for name in ("window_error", "output_error", "rows_off")},

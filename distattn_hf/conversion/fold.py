@@ -17,6 +17,7 @@ from ..core.discovery import find_attention_modules, locate, select_modules
 from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin
 from ..core.parameters import HeadParameters, NystromParameters
+from .checkpoints import check_weights
 
 _QUERY = ("q_proj", "query", "q", "q_lin", "query_proj", "to_q", "q_attn")
 _NORMS = ("q_norm", "q_layernorm", "query_norm", "query_ln", "q_ln")
@@ -36,6 +37,7 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model; fold_alpha takes what convert returned")
+    check_weights(model, "folding α")
     student = copy.deepcopy(model)
     report, folded = student.report_as_it_is(), False
     for name, state in student.attention_states.items():

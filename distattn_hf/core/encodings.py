@@ -181,11 +181,13 @@ class RelativeEncoding(PositionalEncoding):
             )
 
     def bias(self, num_queries, num_keys, past=0, device=None):
-        return self.lazy_bias(past).written_out(num_queries, num_keys)
+        return self.lazy_bias(past, device).written_out(num_queries, num_keys)
 
-    def lazy_bias(self, past: int) -> RelativeBias:
+    def lazy_bias(self, past: int, device=None) -> RelativeBias:
         """The same as a function of the distance, for attention that never writes (N, M) entries."""
-        return RelativeBias(self, past)
+        # An offloaded weight has no device to speak of.
+        device = self.relative_attention_bias.weight.device if device is None else device
+        return RelativeBias(self, past, self.relative_attention_bias, device)
 
 
 @register_encoding("alibi")

@@ -1,6 +1,7 @@
 """The attention function and the mask function that transformers calls for converted models."""
 
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +194,7 @@ def attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | No
         metric, lam, p = get_metric("dot"), 1.0, None
     else:
         with without_autocast(query.device.type):
-            query, key, lam = group.fold(query, key)
+            query, key, lam = group(query, key)
         metric, p, backend = get_metric(group.metric), group.p, backend or group.spec.backend
         if value.shape[1] != key.shape[1]:
             value = repeat_kv(value, key.shape[1] // value.shape[1])
@@ -215,24 +216,31 @@ def attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | No
     return output.to(dtype), None if weights is None else weights.to(dtype)
 
 
-def distattn_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """Attention function of converted models, by each spec's backend. Returns ((B, N, H, d_v), weights or None)."""
-    return _forward(module, query, key, value, attention_mask, reference=False, kwargs=kwargs)
+def distattn_attention_forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    is_causal=None,
+    position_bias=None,
+    *,
+    reference=False,
+    linear=False,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function of converted models, by each spec's backend. Returns ((B, N, H, d_v), weights or None).
 
-
-def distattn_eager_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """The same by the readable reference (`attn_implementation="eager"`)."""
-    return _forward(module, query, key, value, attention_mask, reference=True, kwargs=kwargs)
-
-
-def distattn_linear_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """Attention function of models with Nyström attention, which get padding masks only (see `padding_mask`)."""
-    return _forward(module, query, key, value, attention_mask, reference=False, kwargs=kwargs, linear=True)
-
-
-def distattn_linear_eager_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """The same by the readable reference, quadratic in time and memory."""
-    return _forward(module, query, key, value, attention_mask, reference=True, kwargs=kwargs, linear=True)
+    It takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
+    (`attn_implementation="eager"`). linear: of models with Nyström attention, which get padding masks only (see
+    `padding_mask`); with reference, quadratic in time and memory.
+    """
+    given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+    # Without those left out: what an unconverted module's attention takes for them is its own affair.
+    kwargs.update({name: value for name, value in given.items() if value is not None})
+    return _forward(module, query, key, value, attention_mask, reference=reference, kwargs=kwargs, linear=linear)
 
 
 def _full_mask(*args, **kwargs):
@@ -241,12 +249,12 @@ def _full_mask(*args, **kwargs):
 
 
 # Without a mask function of the same name transformers passes no mask at all and the model would see the future.
-for _name, _attention, _mask in (
-    (IMPLEMENTATION, distattn_attention_forward, sdpa_mask),
-    (FULL_MASK_IMPLEMENTATION, distattn_attention_forward, _full_mask),
-    (EAGER_IMPLEMENTATION, distattn_eager_attention_forward, _full_mask),
-    (LINEAR_IMPLEMENTATION, distattn_linear_attention_forward, padding_mask),
-    (LINEAR_EAGER_IMPLEMENTATION, distattn_linear_eager_attention_forward, padding_mask),
+for _name, _options, _mask in (
+    (IMPLEMENTATION, {}, sdpa_mask),
+    (FULL_MASK_IMPLEMENTATION, {}, _full_mask),
+    (EAGER_IMPLEMENTATION, {"reference": True}, _full_mask),
+    (LINEAR_IMPLEMENTATION, {"linear": True}, padding_mask),
+    (LINEAR_EAGER_IMPLEMENTATION, {"reference": True, "linear": True}, padding_mask),
 ):
-    AttentionInterface.register(_name, _attention)
+    AttentionInterface.register(_name, partial(distattn_attention_forward, **_options))
     AttentionMaskInterface.register(_name, _mask)

@@ -226,7 +226,7 @@ def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[
 
 def hybrid_inputs(group, query, key, value, keep, call: dict, state=None) -> HybridInputs:
     """One problem of a group of Nyström heads; key and value have a head for every query head."""
-    query, key, far_query, far_key = group.features(query, key, call["scaling"])
+    query, key, far_query, far_key = group(query, key, "features", scaling=call["scaling"])
     is_causal, window_size = call["is_causal"], 0 if call["is_cross"] else group.spec.window_size
     bias = window_bias(call["position_bias"], window_size, call["num_keys"], is_causal)
     sinks = 0 if call["is_cross"] else group.spec.num_sinks

@@ -34,6 +34,7 @@ from .interface import (
     LINEAR_EAGER_IMPLEMENTATION,
     LINEAR_IMPLEMENTATION,
 )
+from .loading import KeepsLoadedWeights
 from .monitor import Monitored
 from .parameters import DistanceAttentionState
 from .relative_bias import give_relative_bias, has_relative_bias
@@ -86,7 +87,7 @@ def _same(before: list[float] | None, now: list[float] | None) -> bool:
     )
 
 
-class DistAttnModelMixin(Monitored):
+class DistAttnModelMixin(KeepsLoadedWeights, Monitored):
     """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
 
     _keep_in_fp32_modules_strict = {"distattn"}
@@ -132,7 +133,10 @@ class DistAttnModelMixin(Monitored):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """What transformers' own class answers: for custom code it would leave out part of the initialisation."""
+        """What transformers' own class answers: for custom code it would leave out part of the initialisation.
+
+        What custom code needs instead, that its initialisation changes nothing loaded, `KeepsLoadedWeights` sees to.
+        """
         return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):

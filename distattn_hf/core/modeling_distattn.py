@@ -138,7 +138,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
     def _bias(self, num_queries: int, num_keys: int, past, device):
         if self.config.mechanism == "nystrom" and isinstance(self.positions, RelativeEncoding):
             # No tensor, so that no (N, M) entries are made: see `bias_behind`.
-            return SimpleNamespace(distattn_bias=self.positions.lazy_bias(past))
+            return SimpleNamespace(distattn_bias=self.positions.lazy_bias(past, device))
         return self.positions.bias(num_queries, num_keys, past, device)
 
     def _run(self, hidden_states, position_bias, encoder_hidden_states=None, **kwargs) -> Tensor:

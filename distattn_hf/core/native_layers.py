@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
+from .loading import KeepsLoadedWeights
 from .mechanism_base import Mechanism
 from .monitor import Monitored
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
@@ -95,7 +96,7 @@ class DistAttnLayer(GradientCheckpointingLayer):
         return total if self.pre_norm else norm(total)
 
 
-class DistAttnPreTrainedModel(Monitored, PreTrainedModel):
+class DistAttnPreTrainedModel(KeepsLoadedWeights, Monitored, PreTrainedModel):
     """What every class of the native family inherits."""
 
     config_class = DistAttnConfig
@@ -147,7 +148,7 @@ class DistAttnPreTrainedModel(Monitored, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: all initialisation goes through transformers' functions, which leave loaded weights alone."""
+        """False: for custom code transformers would leave out part of the initialisation (see `KeepsLoadedWeights`)."""
         return False
 
     def save_pretrained(self, save_directory, *args, **kwargs):

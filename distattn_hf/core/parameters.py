@@ -18,6 +18,9 @@ class HeadParameters(nn.Module):
     transform "linear": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
     Shapes: log_lambda (H,), log_alpha (H,), shift (H, d), query_map and key_map (H, d, d).
+
+    Attention calls the module, `group(query, key)`, and never its methods: what loads offloaded parameters or gathers
+    sharded ones does so around `forward`.
     """
 
     def __init__(self, spec: AttentionSpec, num_heads: int, head_dim: int | None):
@@ -65,6 +68,10 @@ class HeadParameters(nn.Module):
             for weight in (self.query_map, self.key_map):
                 initialization.copy_(weight, torch.eye(self.head_dim).expand(self.num_heads, -1, -1))
 
+    def forward(self, query: Tensor, key: Tensor, what: str = "fold", **arguments) -> tuple:
+        """The result of the method `what`: "fold", "mapped", or "features" of Nyström heads."""
+        return getattr(self, what)(query, key, **arguments)
+
     def fitted_tensors(self) -> dict[str, Tensor]:
         """Everything calibration sets, by name: the parameters, and λ also where it is a buffer."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -101,6 +108,10 @@ class HeadParameters(nn.Module):
             query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
         return query / alpha, key * alpha
 
+    def mapped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
+        """(query, key, λ): those of `map`, and `lam`."""
+        return *self.map(query, key), self.lam()
+
     def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
         """(query, key, λ) that give the logits of `map` and `lam`, with as little as possible done to the keys.
 
@@ -114,7 +125,7 @@ class HeadParameters(nn.Module):
         if groups > 1 and (degree is None or self.transform == "linear"):
             key = key.repeat_interleave(groups, dim=1)
         if degree is None:
-            return *self.map(query, key), self.lam()
+            return self.mapped(query, key)
         dtype = torch.promote_types(query.dtype, torch.float32)
         factor, shift, lam = self._folded(dtype, degree)
         query = query.to(dtype)

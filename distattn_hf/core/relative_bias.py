@@ -1,6 +1,8 @@
 """T5's relative position bias as a function of the distance, so that linear attention never writes it out as (N, M)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,20 @@ from .hybrid import WindowBias
 class RelativeBias:
     """The bias that a T5 attention module would add, not yet written out; `past` keys come before the first query.
 
-    heads: which of the module's heads; None: all.
+    look_up: buckets (...) -> the bias of all heads (..., H). device: where. heads: which of them; None: all.
     """
 
     module: nn.Module
     past: int
+    look_up: Callable[[Tensor], Tensor]
+    device: torch.device
     heads: Tensor | None = None
+
+    @classmethod
+    def from_module(cls, module: nn.Module, past: int, device: torch.device) -> "RelativeBias":
+        """That of a T5 attention module, whose weights are read here: while later layers run they may be elsewhere."""
+        table = module.relative_attention_bias(torch.arange(module.relative_attention_num_buckets, device=device))
+        return cls(module, past, partial(_rows, table), device)
 
     def of(self, heads: Tensor) -> "RelativeBias":
         """That of some heads."""
@@ -32,13 +42,12 @@ class RelativeBias:
 
     def at(self, relative: Tensor) -> Tensor:
         """The bias (H, ...) at relative positions (...), key's minus query's."""
-        values = self.module.relative_attention_bias(self._buckets(relative)).movedim(-1, 0)
+        values = self.look_up(self._buckets(relative)).movedim(-1, 0)
         return values if self.heads is None else values[self.heads]
 
     def written_out(self, num_queries: int, num_keys: int) -> Tensor:
         """(1, H, N, M)."""
-        device = self.module.relative_attention_bias.weight.device
-        query, key = (torch.arange(n, device=device) for n in (num_queries, num_keys))
+        query, key = (torch.arange(n, device=self.device) for n in (num_queries, num_keys))
         return self.at(key - query[:, None] - self.past)[None]
 
     def window(self, window_size: int, num_keys: int, is_causal: bool) -> WindowBias:
@@ -47,10 +56,13 @@ class RelativeBias:
         ends = self._buckets(torch.tensor([-furthest, -window_size, window_size, furthest])).tolist()
         if ends[0] != ends[1] or (not is_causal and ends[2] != ends[3]):
             raise ValueError(_TOO_SMALL.format(window_size))
-        device = self.module.relative_attention_bias.weight.device
-        table = self.at(torch.arange(-window_size, window_size + 1, device=device))
+        table = self.at(torch.arange(-window_size, window_size + 1, device=self.device))
         table = table if table.dtype == torch.float64 else table.float()
         return WindowBias(table[:, 1:-1], table[:, 0], table[:, -1])
+
+
+def _rows(table: Tensor, numbers: Tensor) -> Tensor:
+    return nn.functional.embedding(numbers, table)
 
 
 _TOO_SMALL = (
@@ -67,11 +79,12 @@ def give_relative_bias(module: nn.Module, args, kwargs):
     """
     if kwargs.get("position_bias") is not None or len(args) > 1:
         return args, kwargs
-    bias = None
+    bias, device = None, (args[0] if args else kwargs["hidden_states"]).device
     if module.has_relative_attention_bias:
         cache = given_cache(kwargs)
-        bias = RelativeBias(module, 0 if cache is None else int(cache.get_seq_length(module.layer_idx)))
-    placeholder = torch.full((1, 1, 1, 1), float("nan"), device=module.q.weight.device)
+        past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
+        bias = RelativeBias.from_module(module, past, device)
+    placeholder = torch.full((1, 1, 1, 1), float("nan"), device=device)
     setattr(placeholder, _ATTRIBUTE, bias)
     return args, {**kwargs, "position_bias": placeholder}
 

@@ -216,7 +216,8 @@ def _check_window(student, window_size: int) -> None:
             if not window_size:
                 raise ValueError("it cannot carry the model's relative position bias")
             # Rows may be as long as it takes to tell.
-            RelativeBias(module, 0).window(window_size, module.relative_attention_max_distance + 2, module.is_decoder)
+            bias = RelativeBias.from_module(module, 0, module.relative_attention_bias.weight.device)
+            bias.window(window_size, module.relative_attention_max_distance + 2, module.is_decoder)
         except ValueError as error:
             raise ValueError(f"anneal.window_size={window_size}: {error}") from None
 
@@ -270,7 +271,7 @@ def landmark_use(student, batches: list[dict]) -> dict[NystromParameters, Tensor
         for heads, group in state.parts():
             if not isinstance(group, NystromParameters):
                 continue
-            _, _, far_query, far_key = group.features(query[:, heads], key[:, heads], call["scaling"])
+            _, _, far_query, far_key = group(query[:, heads], key[:, heads], "features", scaling=call["scaling"])
             mask = call["mask"]
             if mask is not None:
                 far_key = far_key * mask[:, :, 0, :, None]

@@ -329,10 +329,12 @@ def _plain(name: str) -> str:
 
 @torch.no_grad()
 def attention_means(student) -> dict[str, float]:
-    """Mean λ and α over the heads of each metric: {"lambda/l2": ..., "alpha/l2": ...}."""
+    """Mean λ and α over the heads of each metric: {"lambda/l2": ..., "alpha/l2": ...}; empty where they are sharded."""
     found: dict[str, list] = {}
     for state in student.attention_states.values():
         for group in state.groups:
+            if not group.reported_values():
+                continue
             lam = group.lam()
             if isinstance(lam, torch.Tensor):
                 found.setdefault(f"lambda/{group.metric}", []).append(lam.float().flatten())

@@ -54,7 +54,7 @@ def test_the_table_is_the_bias_that_t5_writes_out(decoder):
     num_queries, num_keys, window = 5, 400, 128
     past = num_keys - num_queries
     expected = module.compute_bias(num_queries, num_keys, past_seen_tokens=past)
-    bias = RelativeBias(module, past)
+    bias = RelativeBias.from_module(module, past, torch.device("cpu"))
     assert torch.equal(bias.written_out(num_queries, num_keys), expected)
     heads = torch.tensor([3, 1])
     assert torch.equal(bias.of(heads).written_out(num_queries, num_keys), expected[:, heads])

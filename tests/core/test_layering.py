@@ -37,7 +37,7 @@ CORE_ORDER = [
     ("backends",),
     ("attention", "explain"),
     ("discovery",),
-    ("monitor",),
+    ("monitor", "loading"),
     ("mechanism_base", "layers"),
     ("layers_stack",),
     ("mechanism_linear", "mechanism_linformer", "mechanism_relative", "mechanism_windows"),
