@@ -80,7 +80,7 @@ def evaluate_model(
     options = replace(options, max_length=length_for(model, options.max_length))
     kind = model_kind(model)
     model.eval()
-    with tested_far_field(model):
+    with warn_without_far_keys(model):
         if kind == "embedding":
             pairs = pairs or first_sentence_pairs(texts)
             if len(pairs) < 2:
@@ -95,7 +95,7 @@ def evaluate_model(
 
 
 @contextmanager
-def tested_far_field(model):
+def warn_without_far_keys(model):
     """Warn at the end where no batch that a Nyström model has read was longer than what it sees exactly."""
     span = exact_span(model) if hasattr(model, "attention_modules") else None
     longest = 0

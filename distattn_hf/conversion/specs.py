@@ -30,9 +30,7 @@ def _parsed(entry) -> AttentionSpec:
 
 
 def _expected(given) -> str:
-    return (
-        f"spec must be an AttentionSpec, a metric's name, a dict of fields or a non-empty list of them, got {given!r}"
-    )
+    return f"spec must be an AttentionSpec, a metric's name, a dict of fields or a list of these, got {given!r}"
 
 
 def read_specs(path: str | Path) -> list[AttentionSpec]:

@@ -1,6 +1,6 @@
 """Texts, pairs and labels of a data set -> rows of token ids, and the collators that make batches of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,7 +191,7 @@ def _tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
     return {"input_ids": ids, "labels": [_labels_of(row, start) for row in ids]}
 
 
-def _labels_of(row: list[int], start: list[int]) -> list[int]:
+def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
     """The tokens, but for the first of a row and what it starts with: neither is predicted."""
     first = max(1, len(start))
     return [IGNORED] * len(row[:first]) + row[first:]
@@ -243,8 +243,9 @@ def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int)
 def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, start: list[int]):
     """A data set of class `kind` with the packed rows of `documents`."""
     ids = List(Value("int32"))
-    options = {"documents": documents, "length": job.max_length, "limit": limit, "start": start}
-    if len(start) >= job.max_length or next(_packed_rows(documents, job.max_length, 1, start), None) is None:
+    # A list among them would be taken for shards.
+    options = {"documents": documents, "length": job.max_length, "limit": limit, "start": tuple(start)}
+    if len(start) >= job.max_length or next(_packed_rows(**options), None) is None:
         raise ValueError(
             f"{argument} holds fewer than max_length={job.max_length} tokens, which fill no row; lower it, or set "
             "packing=False"
@@ -252,7 +253,7 @@ def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, s
     return kind.from_generator(_packed_rows, features=Features({"input_ids": ids, "labels": ids}), gen_kwargs=options)
 
 
-def _packed_rows(documents, length: int, limit: int | None, start: list[int]) -> Iterator[dict]:
+def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
     """Rows of exactly `length` tokens: `start`, then the documents end to end; what is left at the end is dropped."""
     kept: list[int] = []
     count, size = 0, length - len(start)
@@ -262,7 +263,7 @@ def _packed_rows(documents, length: int, limit: int | None, start: list[int]) ->
         while len(kept) - position >= size:
             if count == limit:
                 return
-            row = start + kept[position : position + size]
+            row = [*start, *kept[position : position + size]]
             yield {"input_ids": row, "labels": _labels_of(row, start)}
             position, count = position + size, count + 1
         del kept[:position]
