@@ -113,7 +113,7 @@ def test_revert_gives_the_teachers_weights(folder):
         ),
         (
             ["convert", "TEACHER", "NEW", "--init", "plain", "--steps", "9"],
-            "--steps is for the fit of --init calibrated",
+            "--steps is for the fit of --init",
         ),
         (["convert", "TEACHER", "NEW", "--metric", "l2"], "--init calibrated needs --calibration: a text file"),
         (

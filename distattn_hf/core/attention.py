@@ -105,7 +105,7 @@ def run_attention(
             output, weights = reference_attention(inputs.written_out())
             return output.to(inputs.value.dtype), weights
         chosen = choose_backend(backend, inputs)
-        if inputs.dropout_p > 0 and chosen.name == "chunked" and not torch.compiler.is_compiling():
+        if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
             _say_what_dropout_costs(inputs)
         return chosen.run(inputs).to(inputs.value.dtype)
 
