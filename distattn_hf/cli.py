@@ -102,6 +102,8 @@ def convert(
         raise ValueError(f"{doubled[0]} and --spec both say what the attention is; leave one of them out")
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
+    if init != "calibrated" and (unused := _given(context, ("calibration", "column", "steps", "seed"))):
+        raise ValueError(f"{unused[0]} is for the fit of --init calibrated; --init {init} fits nothing, leave it out")
     if spec_file is not None:
         spec = read_specs(spec_file)
     else:

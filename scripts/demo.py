@@ -41,9 +41,8 @@ def sentence_encoder(articles: list[dict]) -> list[list[str]]:
     teacher = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)["mrr"]
     rows = [["MiniLM (BERT)", "untouched", "-", f"{teacher:.4f}", "1.0000", "-"]]
     for metric, init in (("sqeuclidean", "exact"), ("l2", "plain"), ("l2", "calibrated"), ("cosine", "calibrated")):
-        student = convert(
-            model, AttentionSpec(metric), init=init, calibration=calibration, tokenizer=tokenizer, options=FIT
-        )
+        texts = calibration if init == "calibrated" else None
+        student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
         score = evaluate_model(student, tokenizer, [], pairs=pairs, options=options)["mrr"]
         agreement = embedding_agreement(student, model, tokenizer, [p[1] for p in pairs[:64]], options)
         rows.append(["MiniLM (BERT)", metric, init, f"{score:.4f}", f"{score / teacher:.4f}", f"cos {agreement:.4f}"])
@@ -64,9 +63,8 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
     teacher = perplexity(model)
     rows = [["SmolLM2-135M (Llama)", "untouched", "-", f"{teacher:.2f}", "1.0000", "-"]]
     for metric, init in (("sqeuclidean", "exact"), ("l2", "plain"), ("l2", "calibrated")):
-        student = convert(
-            model, AttentionSpec(metric), init=init, calibration=calibration, tokenizer=tokenizer, options=FIT
-        )
+        texts = calibration if init == "calibrated" else None
+        student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
         score = perplexity(student)
         alpha = ConversionReport.from_dict(student.conversion_report).mean_alpha
         note = "-" if alpha is None else f"mean α {alpha:.2f}"

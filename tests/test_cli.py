@@ -107,6 +107,14 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "heads must be None, a list of indices"),
         (["convert", "TEACHER", "NEW", "--calibration", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["convert", "EMPTY", "NEW", "--init", "exact"], "holds no config.json"),
+        (
+            ["convert", "TEACHER", "NEW", "--init", "exact", "--calibration", "nowhere.txt"],
+            "--calibration is for the fit of --init calibrated; --init exact fits nothing, leave it out",
+        ),
+        (
+            ["convert", "TEACHER", "NEW", "--init", "plain", "--steps", "9"],
+            "--steps is for the fit of --init",
+        ),
         (["convert", "TEACHER", "NEW", "--metric", "l2"], "--init calibrated needs --calibration: a text file"),
         (
             ["convert", "TEACHER", "NEW", "--layers", "0-", "--init", "plain"],

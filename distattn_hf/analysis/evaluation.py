@@ -1,6 +1,7 @@
 """How good a model is on text, by whatever its head allows, and how close it stays to its teacher."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,9 +10,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
-from ..conversion.texts import length_for
+from ..conversion.calibrate_nystrom import exact_span
+from ..conversion.texts import length_for, longest_row, pack
 from ..core.configuration_distattn import CLASS_PREFIX
+
+logger = logging.get_logger(__name__)
 
 _KINDS = {
     "causal-lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -64,7 +69,8 @@ def evaluate_model(
 ) -> dict[str, float]:
     """Scores of `model` on `texts`, a dict of numbers.
 
-    causal-lm: "perplexity" and "loss" (nats per token) over rows of max_length tokens, text packed end to end.
+    causal-lm: "perplexity" and "loss" (nats per token) over rows of max_length tokens, text packed end to end, each
+    row beginning as the tokenizer begins a text ([BOS], where it adds one; it is not counted).
     masked-lm: "loss" on 15% masked tokens, the same ones for every model under one seed.
     seq2seq: "loss" of each target given its source (`pairs`; each text as its own target without them).
     embedding: "retrieval_at_1" and "mrr": each query's own passage among all (`pairs`; without them the first sentence
@@ -74,17 +80,42 @@ def evaluate_model(
     options = replace(options, max_length=length_for(model, options.max_length))
     kind = model_kind(model)
     model.eval()
-    if kind == "embedding":
-        pairs = pairs or first_sentence_pairs(texts)
-        if len(pairs) < 2:
-            raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
-        queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
-        return retrieval_scores(queries, passages)
-    if kind == "seq2seq":
-        loss = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
-    loss = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
+    with warn_without_far_keys(model):
+        if kind == "embedding":
+            pairs = pairs or first_sentence_pairs(texts)
+            if len(pairs) < 2:
+                raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
+            queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
+            return retrieval_scores(queries, passages)
+        if kind == "seq2seq":
+            loss = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
+        else:
+            loss = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
     return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
+
+
+@contextmanager
+def warn_without_far_keys(model):
+    """Warn at the end where no batch that a Nyström model has read was longer than what it sees exactly."""
+    span = exact_span(model) if hasattr(model, "attention_modules") else None
+    longest = 0
+
+    def note(module, arguments, inputs):
+        nonlocal longest
+        longest = max(longest, longest_row(inputs))
+
+    handle = None if span is None else model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+    if span is not None and 0 < longest <= span:
+        logger.warning(
+            f"{type(model).__name__}: no text is longer than {longest} tokens, and up to {span} the model sees "
+            "every key exactly (window and sinks, or exact_below): this is no test of its Nyström attention; take "
+            "longer texts"
+        )
 
 
 @torch.no_grad()
@@ -158,29 +189,16 @@ def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
     return torch.cat(found).float()
 
 
-def packed_rows(tokenizer, texts, options: EvaluationOptions) -> Tensor:
-    """Token ids (rows, max_length): the texts end to end, separated by the end token, without padding."""
-    stream: list[int] = []
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) >= options.max_tokens:
-            break
-    length = min(options.max_length, len(stream))
-    if length < 2:
-        raise ValueError(f"the data holds {len(stream)} tokens; at least 2 are needed")
-    count = max(1, min(len(stream), options.max_tokens) // length)
-    return torch.tensor(stream[: count * length]).view(count, length)
-
-
 def _causal_loss(model, tokenizer, texts, options) -> float:
-    rows = packed_rows(tokenizer, texts, options)
+    rows, start = pack(tokenizer, texts, options.max_length, options.max_tokens)
+    # The first token has nothing before it, and how a text starts is no part of the text.
+    first = max(start, 1)
     total = 0.0
     for batch in _steps(rows.split(options.batch_size), "perplexity", options):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
-    return total / (rows.shape[0] * (rows.shape[1] - 1))
+        logits = model(input_ids=batch).logits[:, first - 1 : -1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, first:].flatten(), reduction="sum"))
+    return total / rows[:, first:].numel()
 
 
 def _masked_loss(model, tokenizer, texts, options) -> float:

@@ -18,7 +18,7 @@ from ..core.parameters import NystromParameters
 from ..training.data import TaskData
 from ..training.objectives import forward_inputs, label_loss
 from ..training.sources import find_data
-from .evaluation import EvaluationOptions, evaluate_model, first_sentence_pairs
+from .evaluation import EvaluationOptions, evaluate_model, first_sentence_pairs, warn_without_far_keys
 
 SCORECARD = "distattn_scorecard.json"
 ROWS = (
@@ -151,17 +151,18 @@ def score_model(
         raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
     total, correct, count = 0.0, 0, 0
     loader = DataLoader(data.evaluation, batch_size=batch_size, collate_fn=data.collator)
-    for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels, logits = batch["labels"], model(**forward_inputs(model, batch)).logits
-        if task == "causal-lm":
-            labels, logits = labels[:, 1:], logits[:, :-1]
-        if logits.shape[-1] == 1:
-            raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
-        keep = labels != -100
-        total += float(label_loss(logits[keep], labels[keep], 1))
-        correct += int((logits.argmax(-1) == labels)[keep].sum())
-        count += int(keep.sum())
+    with warn_without_far_keys(model):
+        for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels, logits = batch["labels"], model(**forward_inputs(model, batch)).logits
+            if task == "causal-lm":
+                labels, logits = labels[:, 1:], logits[:, :-1]
+            if logits.shape[-1] == 1:
+                raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
+            keep = labels != -100
+            total += float(label_loss(logits[keep], labels[keep], 1))
+            correct += int((logits.argmax(-1) == labels)[keep].sum())
+            count += int(keep.sum())
     if not count:
         raise ValueError("the evaluation data holds no labels")
     found = {"loss": total / count, "accuracy": correct / count}

@@ -8,6 +8,7 @@ from ..core.linear import key_padding
 from ..core.masks import causal_keep
 from ..core.parameters import NystromParameters
 from .rows import draw_rows, split_sequences
+from .texts import length_for, longest_row
 
 # Keys per head that landmarks are chosen from.
 _POINTS = 4096
@@ -203,3 +204,45 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
         entries[number]["heads"] = kept
         results[number] = {key: values[fine] for key, values in results[number].items()}
     return results
+
+
+def exact_span(model, *, exact_below: bool = True) -> int | None:
+    """Up to how many tokens every Nyström head sees all keys exactly, by sinks and window or by `exact_below`.
+
+    None for a model without a far field.
+    """
+    spans = [
+        max(_near_span(group.spec, module), group.spec.exact_below if exact_below else 0)
+        for module in model.attention_modules().values()
+        if (state := getattr(module, "distattn", None)) is not None
+        for group in state.groups
+        if isinstance(group, NystromParameters) and group.far_field
+    ]
+    return min(spans, default=None)
+
+
+def _near_span(spec, module) -> int:
+    if module.distattn.is_cross:
+        return spec.num_sinks
+    if getattr(module, "is_causal", False):
+        return spec.num_sinks + spec.window_size
+    return max(spec.num_sinks, spec.window_size)
+
+
+def far_field_warnings(student, batch: dict[str, Tensor]) -> list[str]:
+    """What a fit on `batch` says nothing about, and an exact part that leaves no position to the far field."""
+    warnings, longest = [], longest_row(batch)
+    span = exact_span(student, exact_below=False)
+    if span is not None and 0 < longest <= span:
+        warnings.append(
+            f"calibration: no text is longer than {longest} tokens, and sinks and window see {span} exactly: landmarks "
+            "had nothing to be fitted to, and the errors are no test of them; give longer texts or a smaller "
+            "window_size"
+        )
+    span = exact_span(student)
+    if span is not None and length_for(student, span + 1) <= span:
+        warnings.append(
+            f"mechanism='nystrom': all keys are seen exactly up to {span} tokens, and the model has "
+            f"{length_for(student, span)} positions: nothing is linear; lower exact_below or window_size"
+        )
+    return warnings

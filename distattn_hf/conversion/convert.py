@@ -18,9 +18,11 @@ from ..core.landmarks import STRATEGIES
 from ..core.metrics import get_metric
 from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
 from .calibrate import CalibrationOptions, calibrate
+from .calibrate_nystrom import far_field_warnings
 from .checkpoints import check_weights, rebuild
 from .report import ConversionReport, GroupReport
-from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch
+from .specs import parse_specs
+from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ _LITTLE_TEXT = 1024
 
 def convert(
     model: PreTrainedModel,
-    spec: AttentionSpec | Sequence[AttentionSpec],
+    spec: AttentionSpec | str | Sequence[AttentionSpec | str],
     *,
     init: str = "calibrated",
     calibration=None,
@@ -43,7 +45,8 @@ def convert(
 
     Args:
         model: any `PreTrainedModel` whose attention goes through transformers' attention interface.
-        spec: what replaces dot-product attention; several specs with different `layers`/`heads` make one plan.
+        spec: what replaces dot-product attention; several specs with different `layers`/`heads` make one plan. A name
+            ("l2", "nystrom") stands for the spec of that metric or mechanism.
         init: "calibrated" fits λ, α, shift (and maps) per head to the teacher's attention on `calibration`;
             "exact" (sqeuclidean only) lifts the keys to a sphere, which loses nothing;
             "plain" only sets λ to the metric's default (the control: expect a large loss).
@@ -67,8 +70,8 @@ def convert(
 
 def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreTrainedModel:
     start = time.perf_counter()
-    specs = [spec] if isinstance(spec, AttentionSpec) else list(spec)
-    if options.max_error is not None and not any(getattr(s, "mechanism", None) == "nystrom" for s in specs):
+    specs = parse_specs(spec)
+    if options.max_error is not None and not any(s.mechanism == "nystrom" for s in specs):
         raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
@@ -85,13 +88,18 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
             seed=options.seed,
         )
     warnings = _warnings(model, specs)
-    tokens = batch["input_ids"].numel() if batch and "input_ids" in batch else 0
+    if init != "calibrated" and calibration is not None:
+        warnings.append(f"init={init!r} fits nothing: calibration is not used")
+    tokens = real_tokens(batch) if batch else 0
     if 0 < tokens < _LITTLE_TEXT:
         warnings.append(f"calibration: {tokens} tokens are little to fit on; {MAX_TOKENS:,} are used where there are")
+
+    student = _build_student(model, specs, modules, init)
+    if batch is not None:
+        warnings += far_field_warnings(student, batch)
     for text in warnings:
         logger.warning(text)
 
-    student = _build_student(model, specs, modules, init)
     divergences = {}
     if batch is not None:
         # Without dropout, whatever mode the model came in.
@@ -163,12 +171,8 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
     check_weights(model, "converting it")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    if not specs:
-        raise ValueError("spec must be an AttentionSpec or a non-empty list of them, got an empty list")
     checked = []
     for spec in specs:
-        if not isinstance(spec, AttentionSpec):
-            raise ValueError(f"spec must be an AttentionSpec or a list of them, got {type(spec).__name__}")
         metric = get_metric(spec.metric)
         metric.validate(spec.p)
         if validate_backend(spec.backend) == "sdpa" and not metric.has_dot_form:

@@ -1,10 +1,36 @@
-"""Read attention specs from a file."""
+"""Attention specs from names, mappings and files."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
-
 from ..core.configuration_distattn import AttentionSpec
+from .yaml_file import read_yaml
+
+
+def parse_specs(spec) -> list[AttentionSpec]:
+    """The specs that `spec` says: an `AttentionSpec`, a metric's name, "nystrom", a dict of fields, or a list of these.
+
+    Raises `ValueError` for anything else, and naming the field for one that `AttentionSpec` does not have.
+    """
+    entries = [spec] if isinstance(spec, AttentionSpec | str | dict) else spec
+    specs = [_parsed(entry) for entry in entries] if isinstance(entries, Iterable) else []
+    if not specs:
+        raise ValueError(_expected(spec))
+    return specs
+
+
+def _parsed(entry) -> AttentionSpec:
+    if isinstance(entry, AttentionSpec):
+        return entry
+    if isinstance(entry, dict):
+        return AttentionSpec.from_dict(entry)
+    if not isinstance(entry, str):
+        raise ValueError(_expected(entry))
+    return AttentionSpec(mechanism="nystrom") if entry == "nystrom" else AttentionSpec(entry)
+
+
+def _expected(given) -> str:
+    return f"spec must be an AttentionSpec, a metric's name, a dict of fields or a list of these, got {given!r}"
 
 
 def read_specs(path: str | Path) -> list[AttentionSpec]:
@@ -13,14 +39,8 @@ def read_specs(path: str | Path) -> list[AttentionSpec]:
     Raises `ValueError` naming the file for a file that is absent, not YAML, or holds something else, and naming the
     field for one that `AttentionSpec` does not have.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"spec file {str(path)!r} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"spec file {str(path)!r} is not YAML or JSON: {str(error).splitlines()[0]}") from None
+    data = read_yaml(path, "spec file")
     entries = data if isinstance(data, list) else [data]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"spec file {str(path)!r} must hold a mapping of AttentionSpec fields or a list of them")
-    return [AttentionSpec.from_dict(entry) for entry in entries]
+        raise ValueError(f"spec file {str(Path(path))!r} must hold a mapping of AttentionSpec fields or a list of them")
+    return parse_specs(entries)

@@ -28,6 +28,8 @@ BUILDERS = {
 }
 # One of these is in a folder made by `save_to_disk`.
 SAVED_DATASET = ("state.json", "dataset_dict.json")
+# Columns as long as the source, which end where its padding begins.
+_OF_SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 # The longest name that a file can be asked for by.
 _PATH_LENGTH = 4096
 
@@ -111,8 +113,9 @@ def calibration_batch(
 ) -> dict[str, Tensor]:
     """One batch of at most `max_tokens` tokens for `model`, from strings, a `datasets.Dataset` or tokenised batches.
 
-    Decoders get text packed into rows of `max_length` tokens without padding; encoders get one text a row, padded;
-    encoder-decoders get each text as source and as target. The texts are drawn in an order fixed by `seed`.
+    Decoders get text packed into rows of `max_length` tokens without padding, each beginning as the tokenizer begins a
+    text; encoders get one text a row, padded; encoder-decoders get each text as source and as target. The texts are
+    drawn in an order fixed by `seed`.
 
     Raises:
         ValueError: no data, strings without a tokenizer, a data set without a text column, or a batch without
@@ -179,15 +182,59 @@ def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tens
         if model.config.is_encoder_decoder:
             batch["decoder_input_ids"] = shift_right(model, batch["input_ids"])
         return batch
+    return {"input_ids": pack(tokenizer, texts, max_length, max_tokens)[0]}
+
+
+def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
+    """The special tokens before a text that a causal model was trained with ([BOS] of Llama and Gemma), often none.
+
+    They are what the tokenizer puts before the first of `texts` that has a token; but not the [CLS] of BERT, with which
+    bidirectional models read. Raises `ValueError` for a tokenizer that reads a text differently beside special tokens.
+    """
+    for text in texts:
+        # A beginning is enough, and a book would take long.
+        text = text.strip()[:200]
+        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not bare:
+            continue
+        whole = tokenizer(text, verbose=False)["input_ids"]
+        for before in range(len(whole) - len(bare) + 1):
+            if whole[before : before + len(bare)] == bare:
+                cls = None if tokenizer.cls_token_id == tokenizer.bos_token_id else tokenizer.cls_token_id
+                return [token for token in whole[:before] if token != cls]
+        raise ValueError(
+            f"{type(tokenizer).__name__} turns {text[:40]!r} into other tokens with special tokens than without, so "
+            "its texts cannot be packed end to end; give tokenised batches"
+        )
+    return []
+
+
+def token_stream(tokenizer, texts, count: int) -> list[int]:
+    """At least `count` tokens of the texts end to end, the end token after each; fewer where there are no more."""
     stream: list[int] = []
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for text in texts:
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) >= max_tokens:
+        if len(stream) >= count:
             break
-    length = min(max_length, len(stream))
-    rows = [stream[i : i + length] for i in range(0, min(len(stream), max_tokens) - length + 1, length)]
-    return {"input_ids": torch.tensor(rows)}
+    return stream
+
+
+def pack(tokenizer, texts, max_length: int, max_tokens: int) -> tuple[Tensor, int]:
+    """Token ids (rows, max_length or all there are) of the texts end to end, and how many of a row are `start_tokens`.
+
+    Raises `ValueError` where there are fewer than two tokens.
+    """
+    start, stream = start_tokens(tokenizer, texts), token_stream(tokenizer, texts, max_tokens)
+    length = min(max_length - len(start), len(stream))
+    if length < 1 or len(start) + length < 2:
+        raise ValueError(
+            f"the data holds {len(stream)} tokens, and max_length={max_length} with {len(start)} before each row; a "
+            "row needs one, and two in all"
+        )
+    count = max(1, min(len(stream) // length, max_tokens // (len(start) + length)))
+    rows = torch.tensor(stream[: count * length]).view(count, length)
+    return torch.cat([torch.tensor(start, dtype=rows.dtype).expand(count, -1), rows], dim=1), len(start)
 
 
 def _is_decoder(model) -> bool:
@@ -222,6 +269,25 @@ def _rows(value) -> list[Tensor]:
     return [torch.as_tensor(row) for row in value]
 
 
+def _real_length(mask: Tensor) -> int:
+    """How long a row is without the padding at its end."""
+    return len(mask) if mask.dim() != 1 or not bool(mask.any()) else int(mask.nonzero().max()) + 1
+
+
+def real_tokens(batch: dict[str, Tensor]) -> int:
+    """The tokens of a batch that are no padding; 0 for one without tokens."""
+    if "input_ids" not in batch:
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.bool().sum())
+
+
+def longest_row(batch: dict[str, Tensor]) -> int:
+    """The length of the rows of a batch, of source or target, the longer one; 0 for one without tokens."""
+    tensors = [batch.get(name) for name in ("input_ids", "decoder_input_ids", "labels")]
+    return max((tensor.shape[1] for tensor in tensors if tensor is not None and tensor.dim() > 1), default=0)
+
+
 def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
     """Tokenised examples or batches -> one padded batch of what the model's forward takes, without labels."""
     main = model.main_input_name
@@ -238,10 +304,13 @@ def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
         for number in range(len(rows[main])):
             if used >= max_tokens:
                 break
+            length = min(_real_length(rows["attention_mask"][number]), max_length) if main == "input_ids" else None
             for name, values in rows.items():
                 value = values[number]
-                columns.setdefault(name, []).append(value[:max_length] if main == "input_ids" else value)
-            used += min(len(rows[main][number]), max_length)
+                if length is not None:
+                    value = value[: length if name in _OF_SOURCE else max_length]
+                columns.setdefault(name, []).append(value)
+            used += min(len(columns[main][-1]), max_length)
     if used == 0:
         raise ValueError("calibration is empty: its batches hold no tokens")
     if main != "input_ids":

@@ -2,16 +2,20 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from numbers import Real
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .backends import choose_backend, validate_backend
 from .inputs import HALF, AttentionInputs
 from .masks import add_bias, split_mask
 from .metrics import get_metric
 from .reference import reference_attention
+
+logger = logging.get_logger(__name__)
 
 
 def distance_attention(
@@ -100,7 +104,21 @@ def run_attention(
                 raise ValueError(f"return_weights needs backend 'reference' or 'auto', got {backend!r}")
             output, weights = reference_attention(inputs.written_out())
             return output.to(inputs.value.dtype), weights
-        return choose_backend(backend, inputs).run(inputs).to(inputs.value.dtype)
+        chosen = choose_backend(backend, inputs)
+        if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
+            _say_what_dropout_costs(inputs)
+        return chosen.run(inputs).to(inputs.value.dtype)
+
+
+def _say_what_dropout_costs(inputs: AttentionInputs) -> None:
+    """Name the remedy, once a metric, where only dropout keeps "auto" from a fused kernel."""
+    kernel = choose_backend("auto", replace(inputs, dropout_p=0.0)).name
+    if kernel != "chunked":
+        logger.warning_once(
+            f"{inputs.metric.name}: dropout on attention weights is not in the {kernel} kernels, so this trains by the "
+            "slower backend 'chunked'; to train faster set it to 0, in a model's config: attention_dropout (attn_pdrop "
+            "in GPT-2, attention_probs_dropout_prob in BERT, dropout_rate in T5)"
+        )
 
 
 def without_autocast(device: str):

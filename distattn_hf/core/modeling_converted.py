@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .cache import use_nystrom_cache
 from .compatibility import check_transformers
@@ -38,6 +38,8 @@ from .loading import KeepsLoadedWeights
 from .monitor import Monitored
 from .parameters import DistanceAttentionState
 from .relative_bias import give_relative_bias, has_relative_bias
+
+logger = logging.get_logger(__name__)
 
 REPORT_NAME = "distattn_report.json"
 
@@ -76,6 +78,16 @@ def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool =
             )
         return LINEAR_IMPLEMENTATION if chosen == IMPLEMENTATION else LINEAR_EAGER_IMPLEMENTATION
     return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
+
+
+def say_what_sdpa_means(requested, model) -> None:
+    """Tell, once, who asks a model of ours for "sdpa" that it gives no dot-product attention."""
+    if "sdpa" in (requested, requested.get("") if isinstance(requested, dict) else None):
+        logger.warning_once(
+            f"{type(model).__name__}: attn_implementation='sdpa' stands here for the attention that the config "
+            "says, by the backend of each AttentionSpec, as by default; it is not dot-product attention. To run a "
+            "metric by PyTorch's scaled_dot_product_attention, where it can, set AttentionSpec(backend='sdpa')"
+        )
 
 
 def _same(before: list[float] | None, now: list[float] | None) -> bool:
@@ -140,7 +152,9 @@ class DistAttnModelMixin(KeepsLoadedWeights, Monitored):
         return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """transformers' own, for None, "sdpa" and "eager" (see `resolve_implementation`)."""
         implementation = self._resolve(attn_implementation, self.config)
+        say_what_sdpa_means(attn_implementation, self)
         super().set_attn_implementation(implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):

@@ -11,6 +11,7 @@ from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
 from .loading import KeepsLoadedWeights
 from .mechanism_base import Mechanism
+from .modeling_converted import IMPLEMENTATIONS, say_what_sdpa_means
 from .monitor import Monitored
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
 from .parameters import HeadParameters
@@ -131,6 +132,8 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, Monitored, PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False):
         """transformers' check of an implementation, after ours: mechanisms of our own run by our own functions."""
         requested = resolve_native_implementation(requested_attention, self.config, self._has_cross_attention)
+        if not is_init_check and requested in IMPLEMENTATIONS:
+            say_what_sdpa_means(requested_attention, self)
         return super().get_correct_attn_implementation(requested, is_init_check)
 
     def init_continuous_batching(self, *args, **kwargs):

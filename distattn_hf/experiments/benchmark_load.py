@@ -3,8 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
+from ..conversion.yaml_file import read_yaml
 from .benchmark_config import BenchmarkConfig
 from .benchmark_native import NativeConfig
 from .benchmark_nystrom_config import NystromConfig
@@ -22,15 +21,10 @@ def read_config(path: str | Path | None) -> dict:
     """The options in a YAML file, none without a file; raises `ValueError` for one that is absent or no mapping."""
     if path is None:
         return {}
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config {str(path)!r} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {str(path)!r} is not YAML: {str(error).splitlines()[0]}") from None
+    values = read_yaml(path, "config")
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"config {str(path)!r} must hold a mapping of options, got {type(values).__name__}")
+        raise ValueError(f"config {str(Path(path))!r} must hold a mapping of options, got {type(values).__name__}")
     return values
 
 

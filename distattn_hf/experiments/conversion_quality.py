@@ -87,7 +87,8 @@ def main(names: list[str]) -> None:
         spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
         for init in ("plain", "calibrated"):
             start = time.perf_counter()
-            student = convert(model, spec, init=init, calibration=calibration, tokenizer=tokenizer)
+            texts = calibration if init == "calibrated" else None
+            student = convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer)
             seconds = time.perf_counter() - start
             found = score(student)
             ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}

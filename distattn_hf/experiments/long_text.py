@@ -19,20 +19,20 @@ from transformers.utils import logging
 
 from ..analysis.scorecard import without_far_field
 from ..conversion.checkpoints import load_checkpoint
-from ..conversion.texts import read_texts
+from ..conversion.texts import read_texts, start_tokens, token_stream
 from ..core.cache import NystromLayer
 
 CHUNK = 1024
 
 
 def document(tokenizer, tokens: int) -> torch.Tensor:
-    """(1, tokens) ids of articles that no calibration saw."""
-    ids: list[int] = []
-    for text in read_texts("news", split="test"):
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        if len(ids) >= tokens:
-            return torch.tensor([ids[:tokens]])
-    raise ValueError(f"tokens: the articles hold {len(ids)} tokens, asked for {tokens}")
+    """(1, tokens) ids of articles that no calibration saw, beginning as the tokenizer begins a text."""
+    texts = read_texts("news", split="test")
+    ids = start_tokens(tokenizer, texts)
+    ids += token_stream(tokenizer, texts, tokens)
+    if len(ids) < tokens:
+        raise ValueError(f"tokens: the articles hold {len(ids)} tokens, asked for {tokens}")
+    return torch.tensor([ids[:tokens]])
 
 
 def cache_bytes(cache) -> int:

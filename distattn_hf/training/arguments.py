@@ -1,15 +1,14 @@
 """One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
 
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..conversion.convert import INITS
-from ..conversion.specs import read_specs
+from ..conversion.specs import parse_specs, read_specs
+from ..conversion.yaml_file import parse_yaml, read_yaml
 from ..core.configuration_distattn import AttentionSpec
 from .data import DataArguments
 from .objectives import STAGES, TASKS
@@ -28,7 +27,7 @@ class ModelArguments:
         teacher: Hub name, folder or embedded checkpoint ("minilm", "smollm2-135m", "iglm").
         task: one of `TASKS`; None: what the teacher's head is for.
         student: folder or Hub name of a converted checkpoint; None: the teacher is converted as `spec` says.
-        spec: fields of an `AttentionSpec`, a list of such mappings, or a YAML file with one.
+        spec: fields of an `AttentionSpec`, a metric's name, a list of these, or a YAML file with such fields.
         init: "calibrated", "exact" or "plain".
         fold_alpha: move α into the query projections after the conversion (`distattn_hf.fold_alpha`).
         calibration_data: text for the fit, as `distattn convert --calibration`; None: the training data.
@@ -65,17 +64,19 @@ class ModelArguments:
         if self.fold_alpha and self.spec is None:
             raise ValueError("fold_alpha=True needs spec: a given student is folded by distattn_hf.fold_alpha")
         self.specs = _specs(self.spec)
+        if self.student is not None or self.init != "calibrated":
+            why = "student is given" if self.student is not None else f"init={self.init!r} fits nothing"
+            for name in ("calibration_data", "calibration_steps", "calibration_tokens", "calibration_length"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name}={value!r} is for the fit of init='calibrated', and {why}; leave it out")
 
 
 def _specs(spec) -> list[AttentionSpec] | None:
     if spec is None:
         return None
-    if isinstance(spec, str):
+    if isinstance(spec, str) and ("." in spec or "/" in spec or Path(spec).is_file()):
         return read_specs(spec)
-    entries = spec if isinstance(spec, list) else [spec]
-    if not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"spec must be AttentionSpec fields, a list of them, or a YAML file, got {spec!r}")
-    return [AttentionSpec.from_dict(entry) for entry in entries]
+    return parse_specs(spec)
 
 
 @dataclass
@@ -182,12 +183,9 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def read_mapping(path: str | Path, name: str) -> dict:
     """The mapping in a YAML file, which errors call `name`; raises `ValueError` where there is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{name} {str(path)!r} does not exist")
-    values = _yaml(path.read_text(encoding="utf-8"), f"{name} {str(path)!r}")
+    values = _as_meant(read_yaml(path, name))
     if not isinstance(values, dict):
-        raise ValueError(f"{name} {str(path)!r} must hold a mapping of arguments, got {type(values).__name__}")
+        raise ValueError(f"{name} {str(Path(path))!r} must hold a mapping of arguments, got {type(values).__name__}")
     return values
 
 
@@ -263,7 +261,7 @@ def override(values: dict, assignment: str) -> None:
         if not isinstance(place, dict | list):
             where = ".".join(parents[: number + 1])
             raise ValueError(f"override {assignment!r}: {where!r} is {place!r}, which has no fields")
-    value = _as_meant(_yaml(text, f"override {assignment!r}"), last)
+    value = _as_meant(parse_yaml(text, f"override {assignment!r}"), last)
     if isinstance(place, list):
         if not last.isdigit() or int(last) >= len(place):
             raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
@@ -272,21 +270,10 @@ def override(values: dict, assignment: str) -> None:
         place[last] = value
 
 
-def _yaml(text: str, where: str):
-    try:
-        return _as_meant(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
-
-
 def _as_meant(value, key: str = ""):
-    """What YAML 1.1 reads otherwise than everyone means it: 1e-3 is a number, and `save_strategy: no` is no False."""
+    """`save_strategy: no` means "no", where YAML 1.1 reads False."""
     if isinstance(value, dict):
         return {name: _as_meant(entry, str(name)) for name, entry in value.items()}
     if isinstance(value, list):
         return [_as_meant(entry) for entry in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    if value is False and key.endswith("_strategy"):
-        return "no"
-    return value
+    return "no" if value is False and key.endswith("_strategy") else value

@@ -147,9 +147,10 @@ def build_data(
     """Training and evaluation rows of `task` for a model of `model_config`, and their collator.
 
     causal-lm: packed rows of exactly max_length tokens, text + end token end to end; only the last, incomplete row of
-    each split is lost. Without packing (text + end token)[:max_length], padded by the collator, labels -100 there. The
-    labels are the tokens, which the model shifts; the first of a row, which nothing predicts, is -100: transformers'
-    Trainer divides the loss of some models (GPT-2) by all labels there are, and would report it too low.
+    each split is lost. Without packing (text + end token)[:max_length], padded by the collator, labels -100 there. A
+    row begins as the tokenizer begins a text: with [BOS], where it adds one. The labels are the tokens, which the model
+    shifts; the first of a row, which nothing predicts, is -100: transformers' Trainer divides the loss of some models
+    (GPT-2) by all labels there are, and would report it too low.
     masked-lm: one text a row; the collator masks training rows anew each time (torch's global generator), evaluation
     rows are masked once, by seed and row number, whatever the batch size.
     seq2seq: source -> "input_ids", target -> "labels", -100 at padding.

@@ -1,6 +1,6 @@
 """Texts, pairs and labels of a data set -> rows of token ids, and the collators that make batches of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from transformers import (
     default_data_collator,
 )
 from transformers.utils import logging
+
+from ..conversion.texts import start_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -138,10 +140,13 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
         elif job.task == "causal-lm":
             function = _tokenise_documents
             options["end"] = _end_token(job.tokenizer)
-            if arguments.packing:
-                options["max_length"] = None
     dataset = _without_empty(job, dataset, columns, argument)
     packing = job.task == "causal-lm" and arguments.packing
+    start: list[int] = []
+    if job.task == "causal-lm":
+        start = start_tokens(job.tokenizer, (row[columns[0]] for row in dataset))
+        # Packed, it is a row that begins with them; else a text.
+        options |= {"start": [], "max_length": None} if packing else {"start": start}
     if limit is not None and not packing:
         dataset = (
             dataset.take(limit)
@@ -157,7 +162,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     workers = _workers(job, dataset)
     rows = dataset.map(function, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers)
     if packing:
-        return _packed(job, kind, rows, argument, limit)
+        return _packed(job, kind, rows, argument, limit, start)
     if job.task == "masked-lm" and not training:
         collator = _MaskingCollator(job.tokenizer, mlm_probability=arguments.mlm_probability)
         # Row by row and with the row's number, so that neither batches nor processes change a mask.
@@ -177,15 +182,19 @@ def _end_token(tokenizer) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def _tokenise_documents(batch, *, tokenizer, column, end, max_length):
-    """Text + end token; with a max_length cut there, and with labels."""
+def _tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
+    """Start tokens + text + end token; with a max_length cut there, and with labels."""
     ids = tokenizer(list(batch[column]), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [(row + end)[:max_length] for row in ids]
-    return {"input_ids": ids} if max_length is None else {"input_ids": ids, "labels": [_labels_of(row) for row in ids]}
+    ids = [(start + row + end)[:max_length] for row in ids]
+    if max_length is None:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "labels": [_labels_of(row, start) for row in ids]}
 
 
-def _labels_of(row: list[int]) -> list[int]:
-    return [IGNORED, *row[1:]]
+def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
+    """The tokens, but for the first of a row and what it starts with: neither is predicted."""
+    first = max(1, len(start))
+    return [IGNORED] * len(row[:first]) + row[first:]
 
 
 def _tokenise_texts(batch, *, tokenizer, column, max_length):
@@ -231,11 +240,12 @@ def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int)
 # Packing
 
 
-def _packed(job: Job, kind: type, documents, argument: str, limit: int | None):
+def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, start: list[int]):
     """A data set of class `kind` with the packed rows of `documents`."""
     ids = List(Value("int32"))
-    options = {"documents": documents, "length": job.max_length, "limit": limit}
-    if next(_packed_rows(documents, job.max_length, 1), None) is None:
+    # A list among them would be taken for shards.
+    options = {"documents": documents, "length": job.max_length, "limit": limit, "start": tuple(start)}
+    if len(start) >= job.max_length or next(_packed_rows(**options), None) is None:
         raise ValueError(
             f"{argument} holds fewer than max_length={job.max_length} tokens, which fill no row; lower it, or set "
             "packing=False"
@@ -243,20 +253,20 @@ def _packed(job: Job, kind: type, documents, argument: str, limit: int | None):
     return kind.from_generator(_packed_rows, features=Features({"input_ids": ids, "labels": ids}), gen_kwargs=options)
 
 
-def _packed_rows(documents, length: int, limit: int | None) -> Iterator[dict]:
-    """Rows of exactly `length` tokens of the documents end to end; what is left at the end is dropped."""
+def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
+    """Rows of exactly `length` tokens: `start`, then the documents end to end; what is left at the end is dropped."""
     kept: list[int] = []
-    count = 0
+    count, size = 0, length - len(start)
     for document in documents:
         kept += document["input_ids"]
-        start = 0
-        while len(kept) - start >= length:
+        position = 0
+        while len(kept) - position >= size:
             if count == limit:
                 return
-            row = kept[start : start + length]
-            yield {"input_ids": row, "labels": _labels_of(row)}
-            start, count = start + length, count + 1
-        del kept[:start]
+            row = [*start, *kept[position : position + size]]
+            yield {"input_ids": row, "labels": _labels_of(row, start)}
+            position, count = position + size, count + 1
+        del kept[:position]
     logger.info(f"Packed {count} rows of {length} tokens; the last {len(kept)} tokens do not fill one and are dropped.")
 
 

@@ -59,8 +59,12 @@ def test_spec_json_round_trip_and_unknown_field():
         (AttentionSpec("l2", attention="cross"), {}, "selects no attention module"),
         (AttentionSpec("l2", heads=[4]), {}, "has heads 0 to 3, got 4"),
         ([AttentionSpec("l2"), AttentionSpec("l1", heads=[1])], {}, "two specs claim head 1"),
-        ([], {}, "got an empty list"),
-        ("l2", {}, "spec must be an AttentionSpec"),
+        ([], {}, "a list of these, got \\[\\]"),
+        (3, {}, "spec must be an AttentionSpec, a metric's name, a dict of fields or a list of these, got 3"),
+        (["l2", 3], {}, "spec must be an AttentionSpec, a metric's name, a dict of fields or a list of these, got 3"),
+        ("l7", {}, r"unknown metric 'l7'; expected one of sqeuclidean \(squared_l2"),
+        (["l2", "l1"], {}, "two specs claim head 0"),
+        ("nystrom", {}, "mechanism='nystrom' needs init='calibrated'"),
         (AttentionSpec("l2"), {"init": "best"}, "init must be one of exact, calibrated, plain, got 'best'"),
         (AttentionSpec("l2"), {"init": "exact"}, "init='exact' needs metric 'sqeuclidean'"),
         (AttentionSpec("l2"), {"init": "calibrated"}, "needs calibration"),
@@ -263,3 +267,10 @@ def test_little_calibration_text_is_said(caplog):
         student = convert(teacher, AttentionSpec("l2"), calibration=text, options=options)
         for place in (caplog.text, str(student.conversion_report["warnings"])):
             assert ("tokens are little to fit on" in place) == said
+
+
+@pytest.mark.parametrize("init", ["exact", "plain"])
+def test_calibration_that_init_does_not_use_is_said(init, caplog):
+    student = convert(gpt2(), "sqeuclidean", init=init, calibration=[token_batch(gpt2())])
+    for place in (caplog.text, str(student.conversion_report["warnings"])):
+        assert f"init={init!r} fits nothing: calibration is not used" in place.replace("\\", "")

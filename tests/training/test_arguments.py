@@ -88,6 +88,12 @@ def test_spec_from_a_file(tmp_path):
     assert found.model.specs[0].metric == "l2"
 
 
+def test_spec_by_name(tmp_path):
+    assert config(tmp_path, spec="l2").model.specs == [AttentionSpec("l2")]
+    found = config(tmp_path, spec=["l1", {"metric": "cosine", "layers": "0-2"}])
+    assert found.model.specs == [AttentionSpec("l1"), AttentionSpec("cosine", layers="0-2")]
+
+
 def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(LEAST) + "learning_rate: 1e-3\nlearning_rates: {attention: 2e-2}\n")
@@ -121,7 +127,16 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
         ({"anneal": {"window_size": 4}}, "anneal.window_size needs a spec with mechanism='nystrom'"),
         ({"spec": None}, "give either spec"),
         ({"student": "out/s"}, "give either spec"),
-        ({"spec": 3}, "spec must be AttentionSpec fields"),
+        ({"spec": 3}, "spec must be an AttentionSpec, a metric's name"),
+        (
+            {"init": "plain", "calibration_data": "t.txt"},
+            "calibration_data='t.txt' is for the fit of init='calibrated'",
+        ),
+        (
+            {"init": "exact", "calibration_tokens": 9},
+            "calibration_tokens=9 is for the fit of init='calibrated', and init='exact' fits",
+        ),
+        ({"spec": None, "student": "s", "calibration_steps": 3}, "calibration_steps=3 .* and student is given"),
         ({"init": "random"}, "init must be one of exact, calibrated, plain, got 'random'"),
         ({"task": "chess"}, "task must be one of causal-lm"),
         ({"task": "embedding", "teacher_finetuned": True}, "task 'embedding' has no loss of its own"),
