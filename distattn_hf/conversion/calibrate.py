@@ -109,7 +109,7 @@ class Rows:
         query, key = group.map(self.query, self.key)
         lam = group.lam()
         lam = lam[:, None, None] if isinstance(lam, Tensor) else lam
-        return self._log_softmax(-lam * self.scaling * get_metric(group.metric).fast_distance(query, key, group.p))
+        return self._log_softmax(-lam * self.scaling * get_metric(group.metric).checked_distance(query, key, group.p))
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         if self.bias is not None:
