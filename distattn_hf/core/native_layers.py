@@ -118,9 +118,17 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ", which would do nothing"
         raise ValueError(f"{type(model).__name__} takes no argument {unknown[0]!r}{hint}")
-    is_decoder = model.config.is_decoder
-    if "is_causal" in given and bool(given["is_causal"]) is not is_decoder:
-        raise ValueError(f"is_causal={given['is_causal']!r}: is_decoder={is_decoder} of the config decides that")
+    config, is_causal = model.config, given.get("is_causal")
+    # transformers makes the mask that the flag asks for where the model is a decoder; all its attention gets the flag.
+    if is_causal is not None and not (
+        config.is_decoder and not model._has_cross_attention
+        if is_causal
+        else not config.is_decoder or config.mechanism in ("dot", "distance")
+    ):
+        raise ValueError(
+            f"is_causal={is_causal!r} cannot be honoured here, with is_decoder={config.is_decoder} and mechanism="
+            f"{config.mechanism!r} in the config; make a model with the is_decoder you want"
+        )
     segments = given.get("token_type_ids")
     if isinstance(segments, Tensor) and not torch.compiler.is_compiling() and bool(segments.any()):
         raise ValueError(

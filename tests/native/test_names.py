@@ -125,11 +125,28 @@ CALLS = [
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_arguments_that_would_do_nothing_are_refused(mechanism, form):
     model = make_model(mechanism, "rotary", form)
-    for arguments, message in (*CALLS, ({"is_causal": form != "causal"}, "is_decoder=.* of the config decides that")):
+    for arguments, message in CALLS:
         with pytest.raises(ValueError, match=message):
             model(tokens(), **arguments)
+    if form == "bidirectional" or mechanism in ("nystrom", "local"):
+        with pytest.raises(ValueError, match="is_causal=.* cannot be honoured here, with is_decoder="):
+            model(tokens(), is_causal=form == "bidirectional")
     nothing = {"token_type_ids": torch.zeros(3, 12, dtype=torch.long), "head_mask": None, "is_causal": form == "causal"}
     assert_close(model(tokens(), **nothing).logits, model(tokens()).logits, "equal")
+
+
+@pytest.mark.parametrize("mechanism", ["dot", "l2"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_decoder_that_is_told_to_look_both_ways(mechanism, padding):
+    """transformers' own flag, which embedding models made of decoders use."""
+    causal, both = (make_model(mechanism, "rotary", form) for form in ("causal", "bidirectional"))
+    both.load_state_dict(causal.state_dict())
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, :padding] = 0
+    with torch.no_grad():
+        expected = both(tokens(), attention_mask=mask).logits
+        actual = causal(tokens(), attention_mask=mask, is_causal=False).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
 
 
 def test_arguments_of_an_encoder_decoder():
@@ -137,6 +154,9 @@ def test_arguments_of_an_encoder_decoder():
     for arguments, message in CALLS:
         with pytest.raises(ValueError, match=message):
             model(input_ids=tokens(), decoder_input_ids=tokens(), **arguments)
+    encoded = model.model.encoder(tokens())
+    with pytest.raises(ValueError, match="is_causal=True cannot be honoured here"):
+        model(encoder_outputs=encoded, decoder_input_ids=tokens(), is_causal=True)
 
 
 def test_an_attention_function_of_the_users_own_takes_its_arguments():

@@ -150,8 +150,8 @@ def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monke
     ("changes", "message"),
     [
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of random, sequential"),
-        ({"stage_options": {"transfer": {"train_sampling_strategy": "group_by_length"}}}, "stage_options.transfer.train_"),
-        ({"dataloader_drop_last": True}, "dataloader_drop_last=True: this loop does not do that; `distattn adapt` does"),
+        ({"stage_options": {"transfer": {"train_sampling_strategy": "group_by_length"}}}, "transfer.train_sampling_st"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True: this loop does not do that"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: this loop"),
         ({"stage_options": {"distillation": {"bf16": True}}}, "stage_options.distillation.bf16=True: all stages"),
     ],
