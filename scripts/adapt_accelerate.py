@@ -2,8 +2,8 @@
 
 accelerate launch scripts/adapt_accelerate.py configs/training/minilm_l1.yaml [key=value ...]
 
-Same YAML, same losses, same folders as `distattn adapt`; no scorecard and no evaluation. Run it again to go on where it
-stopped.
+Same YAML, same losses, same folders as `distattn adapt`; no scorecard and no evaluation, and what it does not do of
+TrainingArguments is refused. Run it again to go on where it stopped.
 """
 
 import json
@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 from contextlib import nullcontext
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from distattn_hf.conversion.checkpoints import load_checkpoint
 from distattn_hf.conversion.saving import save_checkpoint
@@ -28,10 +29,39 @@ from distattn_hf.training.data import build_data, row_length
 from distattn_hf.training.stages import Stage, attention_means, check_stages
 from distattn_hf.training.trainer import check_data, check_pair, check_tokenizers
 
+# What this loop does as TrainingArguments says, and what changes nothing that is trained or saved at the end.
+HONOURED = {
+    *("output_dir", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "bf16", "fp16", "use_cpu", "tf32", "activation_checkpointing", "gradient_checkpointing"),
+    *("train_sampling_strategy", "logging_steps", "save_steps"),
+    *("save_total_limit", "per_device_eval_batch_size", "report_to", "run_name", "disable_tqdm", "log_level"),
+}
+SAMPLING = ("random", "sequential")
+
+
+def refuse_ignored(config) -> None:
+    """Raise `ValueError` for what TrainingArguments has and this loop does not do."""
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    stages = config.adaptation.stage_options
+    for where, given in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
+        for name, value in given.items():
+            if name in defaults and name not in HONOURED and value != defaults[name]:
+                raise ValueError(f"{where}{name}={value!r}: this loop does not do that; `distattn adapt` does")
+            if name == "train_sampling_strategy" and value not in SAMPLING:
+                raise ValueError(
+                    f"{where}{name} must be one of {', '.join(SAMPLING)} in this loop, got {value!r}; `distattn adapt` "
+                    "takes it"
+                )
+            if where and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
+                raise ValueError(f"{where}{name}={value!r}: all stages of this loop share it; set {name} itself")
+
 
 def main() -> None:
     """Convert, then run the stages one after another."""
     config = read_config(sys.argv[1], sys.argv[2:])
+    refuse_ignored(config)
     out = Path(config.training.output_dir)
     # Before the Accelerator: each TrainingArguments sets up devices anew and forgets what an Accelerator has set up.
     stages = {name: config.training_for(name) for name in config.adaptation.stages}

@@ -132,7 +132,7 @@ class AttentionCall:
 
         def logits_of(start, stop):
             if not metric.has_dot_form:
-                return -weight * metric.fast_distance(query[:, :, start:stop], key, p)
+                return -weight * metric.checked_distance(query[:, :, start:stop], key, p)
             logits = factor * left[:, :, start:stop] @ right.mT
             return weight * (logits if key_bias is None else logits + key_bias[:, :, None])
 

@@ -108,7 +108,7 @@ class Rows:
     def student_log_weights(self, group: HeadParameters) -> Tensor:
         query, key, lam = group(self.query, self.key, "mapped")
         lam = lam[:, None, None] if isinstance(lam, Tensor) else lam
-        return self._log_softmax(-lam * self.scaling * get_metric(group.metric).fast_distance(query, key, group.p))
+        return self._log_softmax(-lam * self.scaling * get_metric(group.metric).checked_distance(query, key, group.p))
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         if self.bias is not None:

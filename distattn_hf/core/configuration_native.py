@@ -22,6 +22,32 @@ SPEC_MECHANISMS = ("distance", "nystrom")
 _DEFAULT_METRICS = {"distance": "l2", "nystrom": "sqeuclidean"}
 # Choices that have a field of their own, or that the native family has no use for.
 _NOT_OPTIONS = ("metric", "mechanism", "layers", "heads", "attention", "landmarks")
+# What transformers' own configs call the same things, and what the layers for PyTorch call a metric.
+_ALIASES = {
+    **dict.fromkeys(("d_model", "n_embd"), "hidden_size"),
+    **dict.fromkeys(("d_ff", "ffn_dim", "n_inner"), "intermediate_size"),
+    **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_hidden_layers"),
+    **dict.fromkeys(("num_heads", "n_head", "n_heads"), "num_attention_heads"),
+    **dict.fromkeys(("activation_function", "hidden_activation"), "hidden_act"),
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), "norm_eps"),
+    "n_positions": "max_position_embeddings",
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "init_std": "initializer_range",
+    "distance_type": "metric",
+}
+# What transformers takes in every config, beside fields, settable properties and private names.
+_OF_TRANSFORMERS = {
+    *("model_type", "auto_map", "quantization_config", "attn_implementation", "experts_implementation", "rope_theta"),
+    *("cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id", "tokenizer_class", "loss_type"),
+}
+_ELSEWHERE = {
+    "head_dim": "it is hidden_size / num_attention_heads",
+    "type_vocab_size": "these models embed no segments",
+    "use_mixed_precision": "train with bf16=True of TrainingArguments",
+    "enable_performance_monitoring": "call model.enable_performance_monitoring()",
+    "log_attention_weights": "call the model with output_attentions=True",
+}
 
 # Called with every config that is made. The modelling files add the checks that need torch: names of mechanisms,
 # metrics and encodings, and which of them go together.
@@ -38,7 +64,8 @@ class DistAttnConfig(PreTrainedConfig):
         hidden_act: an activation of transformers. gated_mlp: down(act(gate(x))·up(x)) in place of down(act(up(x))).
         attention_bias, mlp_bias: whether the linear layers have a bias.
         mechanism: "dot" (transformers' own attention), "distance", "nystrom", a mechanism registered in `MECHANISMS`,
-            or a metric's name, which means "distance" with that metric ("l2", "l1", "cosine", ...).
+            or a metric's name, which means "distance" with that metric ("l2", "l1", "cosine", ...). None: "distance"
+            where a metric is given, else "dot".
         metric: of "distance"; None: "l2". Of "nystrom": "sqeuclidean".
         mechanism_options: the mechanism's own. "distance": p, lam, learnable_lambda, transform, lift, backend;
             "nystrom": also num_landmarks, window_size, num_sinks, exact_below (see `AttentionSpec`); λ is a parameter
@@ -54,12 +81,17 @@ class DistAttnConfig(PreTrainedConfig):
         initializer_range: standard deviation of initial weights.
         is_decoder: causal attention. `DistAttnForCausalLM` needs True, `DistAttnForMaskedLM` False.
 
+    transformers' other names of these are understood, too (num_layers, n_head, d_model, ...: `attribute_map`).
+
     Raises:
-        ValueError: naming field, value and what is allowed; also for choices that do not go together.
+        ValueError: naming field, value and what is allowed; also for choices that do not go together, and for a name
+            that means nothing here. In a dict or file (`from_dict`, `from_pretrained`) such a name, which a newer
+            version may have written, is left out with a warning.
     """
 
     model_type = "distattn"
     keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = _ALIASES
     default_theta = 10000.0
     _auto_class = "AutoConfig"
 
@@ -73,7 +105,7 @@ class DistAttnConfig(PreTrainedConfig):
     gated_mlp: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    mechanism: str = "dot"
+    mechanism: str | None = None
     metric: str | None = None
     mechanism_options: dict | None = None
     positional_encoding: str = "rotary"
@@ -97,7 +129,7 @@ class DistAttnConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
-        self._check_names(kwargs)
+        kwargs = self._by_own_names(kwargs)
         self._check_sizes()
         self._check_choices()
         super().__post_init__(**kwargs)
@@ -126,14 +158,48 @@ class DistAttnConfig(PreTrainedConfig):
         _share_peft_targets(self.model_type)
         return super().to_dict()
 
-    def _check_names(self, unknown) -> None:
-        # transformers keeps whatever it does not know, so a slip of the pen would give another model.
-        known = [field.name for field in fields(self)]
-        for name in unknown:
-            if not name.endswith("_token_id") and (meant := get_close_matches(name, known, n=1, cutoff=0.8)):
-                logger.warning(
-                    f"{type(self).__name__} has no field {name!r}, which does nothing; did you mean {meant[0]!r}?"
-                )
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The config in a dict; names that this version does not know are left out with a warning."""
+        return super().from_dict(cls._known_part(config_dict), **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """The config in a JSON file, as `from_dict` reads it."""
+        return cls(**cls._known_part(cls._dict_from_json_file(json_file)))
+
+    @classmethod
+    def _known_part(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(name for name in config_dict if not cls._knows(name))
+        if unknown:
+            logger.warning(
+                f"{', '.join(map(repr, unknown))} of this {cls.__name__} mean nothing to this version of distattn_hf "
+                "and are left out; a newer version may have written them"
+            )
+        return {name: value for name, value in config_dict.items() if name not in unknown}
+
+    @classmethod
+    def _knows(cls, name: str) -> bool:
+        if name.startswith("_") or name in _OF_TRANSFORMERS or name in cls.attribute_map:
+            return True
+        own = getattr(cls, name, None)
+        return name in {f.name for f in fields(cls)} or (isinstance(own, property) and own.fset is not None)
+
+    def _by_own_names(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What is left of `given` once aliases are fields; raises `ValueError` for a name that means nothing."""
+        defaults = {f.name: f.default for f in fields(self)}
+        rest = {}
+        for name, value in given.items():
+            if not self._knows(name):
+                raise ValueError(_no_such_field(type(self), name))
+            if name not in self.attribute_map:
+                rest[name] = value
+                continue
+            field = self.attribute_map[name]
+            if getattr(self, field) not in (value, defaults[field]):
+                raise ValueError(f"{name} is another name of {field}: got {value!r} and {getattr(self, field)!r}")
+            setattr(self, field, value)
+        return rest
 
     def _check_sizes(self) -> None:
         for name in (
@@ -182,6 +248,8 @@ class DistAttnConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.scale_embedding is None:
             self.scale_embedding = self.positional_encoding == "sinusoidal"
+        if self.mechanism is None:
+            self.mechanism = "dot" if self.metric is None else "distance"
         for name in ("mechanism", "positional_encoding", "hidden_act"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a name (str), got {getattr(self, name)!r}")
@@ -206,6 +274,7 @@ class DistAttnSeq2SeqConfig(DistAttnConfig):
     """
 
     model_type = "distattn_seq2seq"
+    attribute_map = {**_ALIASES, "encoder_layers": "num_hidden_layers", "num_decoder_layers": "decoder_layers"}
 
     decoder_layers: int | None = None
     cross_mechanism: str | None = None
@@ -215,6 +284,7 @@ class DistAttnSeq2SeqConfig(DistAttnConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
+        kwargs = self._by_own_names(kwargs)
         check_integer("decoder_layers", self.decoder_layers, optional=True)
         if self.decoder_layers is None:
             self.decoder_layers = self.num_hidden_layers
@@ -253,6 +323,20 @@ def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec 
         raise ValueError(f"mechanism_options: {taken[0]!r} is no option of mechanism {mechanism!r}")
     defaults = {"lift": False, "transform": "none"}
     return AttentionSpec.from_dict({**defaults, **options, "mechanism": mechanism, "metric": metric})
+
+
+def _no_such_field(kind: type[DistAttnConfig], name: str) -> str:
+    """What to say of a field that `kind` does not have: the nearest ones it has, or where the thing is to be had."""
+    if name in _ELSEWHERE:
+        return f"{kind.__name__} has no field {name!r}: {_ELSEWHERE[name]}"
+    common = {f.name for f in fields(PreTrainedConfig)}
+    known = {f.name: f.name for f in fields(kind) if f.name not in common}
+    known |= {alias: f"{alias} ({field})" for alias, field in kind.attribute_map.items()}
+    options = [f.name for f in fields(AttentionSpec) if f.name not in (*_NOT_OPTIONS, *known)]
+    known |= {option: f"mechanism_options={{{option!r}: ...}}" for option in options}
+    close = [known[match] for match in get_close_matches(name, known, n=3)]
+    hint = f"did you mean {', '.join(close)}?" if close else f"its fields are {', '.join(known.values())}"
+    return f"{kind.__name__} has no field {name!r}; {hint}"
 
 
 def check_integer(name: str, value, optional: bool = False) -> None:

@@ -15,6 +15,8 @@ def register_encoding(name: str, aliases: tuple[str, ...] = ()):
     """Class decorator: make a `PositionalEncoding` usable by `name`; raises `ValueError` for a name that is taken."""
 
     def register(kind: type["PositionalEncoding"]) -> type["PositionalEncoding"]:
+        if not isinstance(kind, type) or not issubclass(kind, PositionalEncoding):
+            raise ValueError(f"positional encoding {name!r} must be a subclass of PositionalEncoding, got {kind!r}")
         POSITIONAL_ENCODINGS.register(name, kind, aliases=tuple(aliases))
         kind.name = name
         return kind

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import distance_attention, without_autocast
 from .backends import validate_backend
 from .masks import add_bias, causal_keep, masked_softmax, split_mask
+from .metric_checks import check_distances
 from .metrics import get_metric
 from .monitor import Monitored
 from .statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, row_statistics
@@ -259,8 +260,11 @@ class DistanceBasedAttention(ProjectedAttention):
         self.log_lambda.requires_grad_(learnable)
 
     def compute_distance_matrix(self, query: Tensor, key: Tensor) -> Tensor:
-        """Distances (B, H, N, M) of query (B, H, N, d) and key (B, H, M, d), in at least float32; smaller is nearer."""
-        return get_metric(self.config.metric).fast_distance(query, key, self.config.p)
+        """Distances (B, H, N, M) >= 0 of query (B, H, N, d) and key (B, H, M, d), in at least float32.
+
+        Smaller is nearer. Negative ones are refused unless the config's metric is "dot", which is no distance.
+        """
+        return get_metric(self.config.metric).checked_distance(query, key, self.config.p)
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
         config, num_queries, num_keys = self.config, query.shape[2], key.shape[2]
@@ -294,10 +298,9 @@ class DistanceBasedAttention(ProjectedAttention):
         with without_autocast(query.device.type):
             dtype = torch.promote_types(query.dtype, torch.float32)
             distance = self.compute_distance_matrix(query.to(dtype), key.to(dtype))
-            expected = (*query.shape[:3], key.shape[2])
-            if not isinstance(distance, Tensor) or distance.shape != expected:
-                got = tuple(distance.shape) if isinstance(distance, Tensor) else type(distance).__name__
-                raise ValueError(f"compute_distance_matrix must return (B, H, N, M)={expected}, got {got}")
+            signed = not get_metric(self.config.metric).is_distance
+            check_distances(f"{type(self).__name__}.compute_distance_matrix", distance, query, key, signed)
+            expected = distance.shape
             logits = -self.lam[:, None, None] * scaling * distance
             if bias is not None:
                 # A bias may mask, too: -inf and the dtype's minimum.

@@ -104,6 +104,7 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
         if few is not None and bool(few.all()):
             output, weights = exact(*full(), mine)
+            output = touched(group, output)
             if layer is not None:
                 far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, mine, layer.state))
         else:
@@ -117,6 +118,17 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
         if layer.full_key_heads != layer.exact_key_heads and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
+
+
+def touched(group, output: Tensor) -> Tensor:
+    """The output, in whose graph all of a group's parameters are: where nothing depends on them their gradient is 0.
+
+    DDP and others wait for a gradient of every parameter that trains.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    unused = [parameter.sum() for parameter in group.parameters() if parameter.requires_grad]
+    return output + 0 * sum(unused).to(output.dtype) if unused else output
 
 
 def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | None:

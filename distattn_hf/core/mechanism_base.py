@@ -18,6 +18,8 @@ def register_mechanism(name: str, aliases: tuple[str, ...] = ()):
     """Class decorator: make a `Mechanism` usable by `name`; raises `ValueError` for a name that is taken."""
 
     def register(kind: type["Mechanism"]) -> type["Mechanism"]:
+        if not isinstance(kind, type) or not issubclass(kind, Mechanism):
+            raise ValueError(f"mechanism {name!r} must be a subclass of Mechanism, got {kind!r}")
         MECHANISMS.register(name, kind, aliases=tuple(aliases))
         kind.name = name
         return kind
@@ -182,6 +184,15 @@ class Mechanism(nn.Module):
             call = Call(*tensors, keep, is_causal, is_cross, scaling, dropout_p, bias)
             output = self._attend(call).to(value.dtype)
             weights = self._weights(call).to(value.dtype) if return_weights else None
+        shapes = {"_attend": (output, (*query.shape[:3], value.shape[-1]))}
+        if weights is not None:
+            shapes["_weights"] = weights, (*query.shape[:3], key.shape[2])
+        for method, (tensor, expected) in shapes.items():
+            # A reshape into (B, N, H·d) would hide it.
+            if tensor.shape != expected:
+                raise ValueError(
+                    f"{type(self).__name__}.{method} must return shape {expected}, got {tuple(tensor.shape)}"
+                )
         return output, weights
 
     def reset_parameters(self) -> None:

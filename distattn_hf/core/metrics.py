@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
+from .metric_checks import check_distances, holds_parameters
 from .registry import Registry
 
 METRICS = Registry("metric")
@@ -45,6 +46,13 @@ class Metric:
     def fast_distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
         """The same distances without a (..., N, M, d) tensor."""
         return self.distance(query, key, p)
+
+    def checked_distance(self, query: Tensor, key: Tensor, p: float | None = None, fast: bool = True) -> Tensor:
+        """`fast_distance`, or `distance`; raises `ValueError` where a metric of the user's own gives no distances."""
+        distances = (self.fast_distance if fast else self.distance)(query, key, p)
+        if self is not BUILT_IN.get(self.name):
+            check_distances(f"metric {self.name!r}", distances, query, key, signed=not self.is_distance)
+        return distances
 
     def dot_form(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """(q', k', key_bias or None, factor) with -distance = factor·q'·k' + key_bias + (a constant of the row).
@@ -81,7 +89,7 @@ def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> flo
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(256, head_dim, generator=generator, dtype=torch.float32)
         key = torch.randn(1024, head_dim, generator=generator, dtype=torch.float32)
-        deviation = float(metric.fast_distance(query, key, p).float().std(dim=-1).mean())
+        deviation = float(metric.checked_distance(query, key, p).float().std(dim=-1).mean())
     if not math.isfinite(deviation) or deviation <= 0:
         raise ValueError(f"metric {metric.name!r} gives distances with row deviation {deviation} on N(0, I) vectors")
     return deviation
@@ -317,12 +325,7 @@ class FunctionMetric(Metric):
         self.rotation_invariant = rotation_invariant
 
     def distance(self, query, key, p=None):
-        distances = self.function(query, key)
-        expected = (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
-        if not isinstance(distances, Tensor) or tuple(distances.shape) != expected:
-            got = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
-            raise ValueError(f"metric {self.name!r} must return distances of shape {expected}, got {got}")
-        return distances
+        return self.function(query, key)
 
 
 _CLASSES = (SquaredEuclidean, Euclidean, Manhattan, Minkowski, Cosine, Chebyshev, LiftedSquaredEuclidean, DotProduct)
@@ -337,16 +340,26 @@ def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotatio
 
     Args:
         name: the metric's name, used in configs and saved checkpoints.
-        metric: a function (query (..., N, d), key (..., M, d)) -> distances (..., N, M), or a `Metric` instance.
+        metric: a function (query (..., N, d), key (..., M, d)) -> distances (..., N, M), all >= 0, or a `Metric`
+            instance (with `is_distance = False` its values may be negative). It has no parameters of its own.
         aliases: further names.
         rotation_invariant: whether rotating query and key alike leaves the distance unchanged (matters under RoPE).
         overwrite: replace an entry of the same name.
 
     A checkpoint that uses such a metric needs the same call before it is loaded.
+
+    Raises `ValueError` for a name that is taken, and for a metric that refers to parameters: no model would train or
+    save them.
     """
+    if not isinstance(metric, Metric) and not callable(metric):
+        raise ValueError(f"metric must be callable or a Metric, got {type(metric).__name__}")
+    if holds_parameters(metric):
+        raise ValueError(
+            f"metric {name!r} refers to parameters, which no model would train or save. λ, scale and maps of each head "
+            "train by themselves; parameters of a distance belong into a layer (DistanceBasedAttention with its own "
+            "compute_distance_matrix), and constants into tensors without a gradient"
+        )
     if not isinstance(metric, Metric):
-        if not callable(metric):
-            raise ValueError(f"metric must be callable or a Metric, got {type(metric).__name__}")
         metric = FunctionMetric(name, metric, aliases=aliases, rotation_invariant=rotation_invariant)
     METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)
     # Models look their metric up by `metric.name`: a subclass of a built-in one must not answer to its parent's name.

@@ -29,7 +29,7 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, make_norm, register_models
+from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, check_arguments, make_norm, register_models
 
 
 def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Tensor, device) -> Tensor:
@@ -50,6 +50,28 @@ def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor =
         raise ValueError(
             f"{name} must have shape (B, M)={expected}, one entry for each token, those in the cache included; got "
             f"{tuple(mask.shape)}"
+        )
+
+
+def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> None:
+    """Raise `ValueError` for positions that start anew among tokens that would see each other.
+
+    transformers takes each start for a document of its own where neither mask nor cache is given, and nowhere else.
+    """
+    apart = attention_mask is None and cache is None
+    if position_ids is None or position_ids.shape[-1] == 1 or apart or torch.compiler.is_compiling():
+        return
+    kept = torch.ones_like(position_ids, dtype=torch.bool)
+    if isinstance(attention_mask, Tensor):
+        if attention_mask.dim() == 4:  # says itself who sees whom
+            return
+        kept = attention_mask[:, -position_ids.shape[-1] :].bool()
+    before = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
+    now = position_ids[:, 1:]
+    if bool((kept[:, 1:] & ((before > now) | (now == 0) & (before >= 0))).any()):
+        raise ValueError(
+            "position_ids start anew within a row (packed documents), which keeps documents apart only without "
+            "attention_mask and cache: leave out attention_mask and past_key_values, and pass use_cache=False"
         )
 
 
@@ -88,7 +110,12 @@ class DistAttnModel(DistAttnPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values."""
+        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
+
+        position_ids that start anew within a row mark documents of their own (packing): a causal model keeps them apart
+        where neither attention_mask nor cache is given (use_cache=False), and refuses them otherwise; an encoder never
+        keeps them apart.
+        """
         cache = one_cache(past_key_values, cache)
         if stray := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
             raise ValueError(f"{stray[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
@@ -117,6 +144,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
+            check_documents(position_ids, attention_mask, own)
             mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: own})
         else:
             mask = create_bidirectional_mask(**mask_of)
@@ -142,6 +170,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         return self.positions.bias(num_queries, num_keys, past, device)
 
     def _run(self, hidden_states, position_bias, encoder_hidden_states=None, **kwargs) -> Tensor:
+        check_arguments(self, kwargs)
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_bias, encoder_hidden_states, **kwargs)
         return self.norm(hidden_states)

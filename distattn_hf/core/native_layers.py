@@ -1,11 +1,16 @@
 """What the models of the native family share: layers, initial weights, attention functions, saving."""
 
+import inspect
+from difflib import get_close_matches
+
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils import TransformersKwargs
 
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
@@ -95,6 +100,44 @@ class DistAttnLayer(GradientCheckpointingLayer):
         output = part(norm(hidden_states) if self.pre_norm else hidden_states, **arguments)
         total = hidden_states + self.dropout(output[0] if isinstance(output, tuple) else output)
         return total if self.pre_norm else norm(total)
+
+
+# What may come with a call, or do something only in a part of the model: layers, losses, generation, output classes.
+_CALL_NAMES = {
+    *inspect.signature(DistAttnLayer.forward).parameters,
+    *TransformersKwargs.__annotations__,
+    *("cache_position", "return_dict", "ignore_index", "shift_labels", "token_type_ids"),
+}
+# Attention functions that take no arguments of their own; one that somebody registered may.
+_WITHOUT_ARGUMENTS = (None, "eager", "sdpa", "flex_attention", *IMPLEMENTATIONS)
+
+
+def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
+    """Raise `ValueError` for an argument of a call that would do nothing, or not what it says."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    unknown = [name for name in given if name not in _CALL_NAMES]
+    if unknown and model.config._attn_implementation in _WITHOUT_ARGUMENTS:
+        known = {*_CALL_NAMES, *inspect.signature(model.forward).parameters, "labels"}
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ", which would do nothing"
+        raise ValueError(f"{type(model).__name__} takes no argument {unknown[0]!r}{hint}")
+    config, is_causal = model.config, given.get("is_causal")
+    # transformers makes the mask that the flag asks for where the model is a decoder; all its attention gets the flag.
+    if is_causal is not None and not (
+        config.is_decoder and not model._has_cross_attention
+        if is_causal
+        else not config.is_decoder or config.mechanism in ("dot", "distance")
+    ):
+        raise ValueError(
+            f"is_causal={is_causal!r} cannot be honoured here, with is_decoder={config.is_decoder} and mechanism="
+            f"{config.mechanism!r} in the config; make a model with the is_decoder you want"
+        )
+    segments = given.get("token_type_ids")
+    if isinstance(segments, Tensor) and not torch.compiler.is_compiling() and bool(segments.any()):
+        raise ValueError(
+            "token_type_ids mark a second segment, and these models embed no segments: leave them out, and mark the "
+            "border by a token of its own"
+        )
 
 
 class DistAttnPreTrainedModel(KeepsLoadedWeights, Monitored, PreTrainedModel):

@@ -11,7 +11,7 @@ from .masks import causal_keep, masked_softmax
 
 def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
     """-λ·scaling·distance(q, k) + bias, and which entries are kept: ((B, H, N, M), broadcastable bool or None)."""
-    distance = inputs.metric.distance(inputs.query, inputs.key, inputs.p)
+    distance = inputs.metric.checked_distance(inputs.query, inputs.key, inputs.p, fast=False)
     logits = -inputs.lambda_column() * inputs.scaling * distance
     if inputs.bias is not None:
         logits = logits + inputs.bias.to(logits.dtype)

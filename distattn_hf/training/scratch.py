@@ -1,6 +1,6 @@
 """One YAML file for a model of the native family that is trained from scratch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,7 @@ class ScratchArguments:
             if name in self.model:
                 source = "task" if name == "is_decoder" else "tokenizer"
                 raise ValueError(f"model.{name} comes from the {source}; leave it out")
-        known = {f.name for kind in type(self.model_config()).__mro__ for f in _fields(kind)}
-        refuse_unknown(self.model, known, "model")
+        self.model_config()
         if isinstance(self.tokenizer, dict):
             refuse_unknown(self.tokenizer, ["vocab_size"], "tokenizer")
             size = self.tokenizer.get("vocab_size")
@@ -58,11 +57,10 @@ class ScratchArguments:
         kind = DistAttnSeq2SeqConfig if self.task == "seq2seq" else DistAttnConfig
         if kind is DistAttnConfig:
             decided["is_decoder"] = self.task == "causal-lm"
-        return kind(**{**self.model, **decided})
-
-
-def _fields(kind: type):
-    return fields(kind) if "__dataclass_fields__" in vars(kind) else ()
+        try:
+            return kind(**{**self.model, **decided})
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
 
 
 @dataclass

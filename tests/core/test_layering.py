@@ -30,6 +30,7 @@ CORE_ORDER = [
     ("cpp_library", "triton_tile"),
     ("triton_forward", "triton_backward"),
     ("hybrid_cpu", "far_cpu"),
+    ("metric_checks",),
     ("metrics", "masks", "landmarks", "hybrid", "statistics"),
     ("inputs",),
     ("sdpa_cosine",),

@@ -197,8 +197,30 @@ def test_an_overridden_distance_of_the_wrong_shape_is_refused():
         def compute_distance_matrix(self, query, key):
             return torch.cdist(query, key)[0]
 
-    with pytest.raises(ValueError, match=r"compute_distance_matrix must return \(B, H, N, M\)=\(2, 3, 7, 7\), got"):
+    with pytest.raises(ValueError, match=r"compute_distance_matrix must return distances of shape \(2, 3, 7, 7\), got"):
         layer_of(kind=Wrong)(states(7))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+def test_an_overridden_distance_below_zero_is_refused(sign, options):
+    class Similar(DistanceBasedAttention):
+        def compute_distance_matrix(self, query, key):
+            return sign * query @ key.mT
+
+    with pytest.raises(ValueError, match="Similar.compute_distance_matrix must return distances, .*>= 0, got -"):
+        layer_of(kind=Similar, **options)(states(7))
+
+
+def test_an_overridden_control_that_says_so_may_be_negative():
+    class Control(DistanceBasedAttention):
+        def compute_distance_matrix(self, query, key):
+            return -query @ key.mT
+
+    x, options = states(7), {"metric": "dot", "lam": 1.0}
+    layer, plain = layer_of(kind=Control, **options), layer_of(**options)
+    plain.load_state_dict(layer.state_dict())
+    assert_close(layer(x), plain(x), "float64")
 
 
 def test_learnable_lambda():

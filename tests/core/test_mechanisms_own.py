@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from distattn_hf.core.encodings import register_encoding
 from distattn_hf.core.mechanism_performer import orthogonal_features
 from distattn_hf.core.mechanisms import MECHANISMS, Mechanism, register_mechanism
 from tests.tolerances import STANDARD_ERRORS, assert_close
@@ -314,3 +315,33 @@ def test_a_mechanism_of_ones_own():
             register_mechanism("first")(FirstKey)
     finally:
         del MECHANISMS._entries["first_key"], MECHANISMS._aliases["first"]
+
+
+def test_a_mechanism_of_ones_own_returns_what_it_must():
+    """(B, N, H, d) in place of (B, H, N, d) would become a scrambled (B, N, H·d) without a word."""
+
+    class Turned(Mechanism):
+        name, complexity, memory = "turned", "O(N·d)", "O(N·d)"
+
+        def _attend(self, call):
+            return call.value.transpose(1, 2)
+
+        def _weights(self, call):
+            return call.query @ call.key.mT
+
+    class Narrow(Turned):
+        def _attend(self, call):
+            return call.value
+
+        def _weights(self, call):
+            return (call.query @ call.key.mT).mean(1)
+
+    x = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match=r"Turned._attend must return shape \(1, 2, 5, 4\), got \(1, 5, 2, 4\)"):
+        Turned(2, 4)(x, x, x)
+    with pytest.raises(ValueError, match=r"Narrow._weights must return shape \(1, 2, 5, 5\), got \(1, 5, 5\)"):
+        Narrow(2, 4)(x, x, x, return_weights=True)
+    for register, kind in ((register_mechanism, "Mechanism"), (register_encoding, "PositionalEncoding")):
+        for wrong in (torch.nn.Linear, Narrow(2, 4).forward):
+            with pytest.raises(ValueError, match=f"'odd' must be a subclass of {kind}, got"):
+                register("odd")(wrong)

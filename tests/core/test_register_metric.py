@@ -1,11 +1,15 @@
 """`register_metric`: a user's own distance works everywhere by its name, and mistakes are told."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn import functional as F
 
-from distattn_hf import Metric, distance_attention, register_metric
+from distattn_hf import AttentionSpec, Metric, convert, distance_attention, register_metric
 from distattn_hf.core.metrics import METRICS, Euclidean, get_metric
 from distattn_hf.core.registry import Registry
+from tests.conversion.models import gpt2
 from tests.tolerances import assert_close
 
 from .cases import Case, evaluate, make_tensors
@@ -74,7 +78,7 @@ def test_own_function_gets_a_default_lambda_of_unit_deviation():
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_own_function_without_a_temperature(value):
     register_metric("flat", lambda query, key: value + 0 * query @ key.mT)
-    with pytest.raises(ValueError, match="metric 'flat' gives distances with row deviation"):
+    with pytest.raises(ValueError, match="metric 'flat' (gives distances with row deviation|.* got NaN for finite)"):
         get_metric("flat").default_lambda(8, 1.0)
 
 
@@ -93,6 +97,123 @@ def test_own_function_of_wrong_shape(function, got, backend):
     register_metric("odd", function)
     with pytest.raises(ValueError, match=rf"metric 'odd' must return distances of shape \(2, 2, 5, 7\), got {got}"):
         distance_attention(**make_tensors(5, 7), metric="odd", lam=1.0, backend=backend)
+
+
+class Similarity(Metric):
+    """Not through a function: a subclass that overrides the fast form."""
+
+    def distance(self, query, key, p=None):
+        return -torch.cdist(query, key)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda query, key: query @ key.mT, "distances, which are >= 0, got -"),
+        (lambda query, key: -torch.cdist(query, key, p=1), "distances, which are >= 0, got -"),
+        (lambda query, key: torch.cdist(query, key) * float("-inf"), "distances, which are >= 0, got -inf"),
+        (lambda query, key: (query @ key.mT).sqrt(), "distances, got NaN for finite vectors"),
+        (Similarity(), "distances, which are >= 0, got -"),
+    ],
+    ids=["dot", "negated", "infinite", "nan", "class"],
+)
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_what_is_no_distance_is_refused(metric, message, backend):
+    register_metric("odd", metric)
+    with pytest.raises(ValueError, match=f"metric 'odd' must return {message}"):
+        distance_attention(**make_tensors(5, 7), metric="odd", lam=1.0, backend=backend)
+    teacher = gpt2()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    with pytest.raises(ValueError, match=f"metric 'odd' must return {message}"):
+        convert(teacher, AttentionSpec("odd", transform="scalar"), init="plain")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_rounding_below_zero_and_what_says_that_it_is_no_distance():
+    """‖q‖² + ‖k‖² - 2q·k and 1 - cos come out below 0 where q = k; `is_distance = False` allows signs."""
+
+    def expanded(query, key):
+        return query.square().sum(-1)[..., None] + key.square().sum(-1)[..., None, :] - 2 * query @ key.mT
+
+    register_metric("expanded", expanded)
+    register_metric("angle", lambda q, k: 1 - F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT)
+    tensors = {name: tensor.detach().float() for name, tensor in make_tensors(40).items()}
+    tensors["key"] = tensors["query"].clone()
+    assert expanded(tensors["query"], tensors["key"]).min() < 0
+    for name in ("expanded", "angle"):
+        distance_attention(**tensors, metric=name, lam=1.0)
+
+    class Control(Similarity):
+        is_distance = False
+
+    register_metric("control", Control())
+    distance_attention(**make_tensors(5), metric="control", lam=1.0)
+
+
+SCALE = torch.nn.Parameter(torch.ones(3))
+
+
+class WithNet(Metric):
+    def __init__(self):
+        self.nets = [torch.nn.Linear(8, 8)]
+
+    def distance(self, query, key, p=None):
+        return torch.cdist(self.nets[0](query), self.nets[0](key))
+
+
+class ByGlobal(Metric):
+    def distance(self, query, key, p=None):
+        return SCALE.sum() * torch.cdist(query, key)
+
+
+class AsModule(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, query, key):
+        return self.scale * torch.cdist(query, key)
+
+    def other(self, query, key):
+        return self.forward(query, key)
+
+
+def scaled(query, key, scale=None):
+    return scale * torch.cdist(query, key)
+
+
+def by_closure():
+    weights = {"a": [torch.ones(8, requires_grad=True)]}
+    return lambda query, key: torch.cdist(query * weights["a"][0], key)
+
+
+def by_helper():
+    def helper(query):
+        return query * SCALE.sum()
+
+    return lambda query, key: torch.cdist(helper(query), helper(key))
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [AsModule(), AsModule().other, by_closure(), by_helper(), WithNet(), ByGlobal(), partial(scaled, scale=SCALE),
+     lambda query, key, scale=SCALE: scale.sum() * torch.cdist(query, key),
+     lambda query, key: SCALE.sum() * torch.cdist(query, key)],
+    ids=["module", "method", "closure", "helper", "class", "class with a global", "partial", "default", "global"],
+)  # fmt: skip
+def test_a_metric_with_parameters_is_refused(metric):
+    with pytest.raises(ValueError, match="metric 'learned' refers to parameters, which no model would train or save"):
+        register_metric("learned", metric)
+    assert "learned" not in METRICS
+
+
+def test_constants_and_modules_without_parameters_are_no_parameters():
+    weights, module = torch.linspace(1, 2, 8), torch.nn.PairwiseDistance()
+    register_metric("weighted", lambda query, key: torch.cdist(query * weights, key * weights))
+    register_metric("pairwise", lambda query, key: module(query[..., :, None, :], key[..., None, :, :]))
+    for name in ("weighted", "pairwise"):
+        tensors = {key: tensor[..., :8].float() for key, tensor in make_tensors(5).items()}
+        distance_attention(**tensors, metric=name, lam=1.0)
 
 
 def test_own_function_cannot_run_on_sdpa_and_takes_no_order():

@@ -30,23 +30,29 @@ def start(*command):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The losses of two processes, one list a case."""
+    """What two processes found: see `tests.training.worker`."""
     out = tmp_path_factory.mktemp("two") / "losses.json"
     start(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
           "--rdzv-endpoint", "localhost:0", "-m", "tests.training.worker", str(out))  # fmt: skip
     found = json.loads(out.read_text())
     assert found["processes"] == 2
-    return found["losses"]
+    return found
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case[:4])) for case in CASES])
 def test_two_processes_are_one_with_twice_the_batch(two, number):
     expected = losses(CASES[number], 1)
     *training, evaluation = expected
-    assert two[number][:-1] == pytest.approx(training, rel=RELATIVE)
-    assert two[number][-1] == pytest.approx(evaluation, rel=RELATIVE)
+    found = two["losses"][number]
+    assert found[:-1] == pytest.approx(training, rel=RELATIVE)
+    assert found[-1] == pytest.approx(evaluation, rel=RELATIVE)
     # The losses differ from step to step by much more than the tolerance.
     assert max(training) - min(training) > 20 * RELATIVE * training[0]
+
+
+def test_short_texts_give_every_landmark_a_gradient(two):
+    """With `exact_below` no landmark is used in a short text; DDP stops where a parameter gets no gradient at all."""
+    assert two["steps"] == dict.fromkeys(("llama", "bert", "DistAttnForCausalLM", "DistAttnForMaskedLM"), 2)
 
 
 def test_the_accelerate_loop_with_the_config_for_two_cpu_processes(tmp_path, monkeypatch):

@@ -146,6 +146,24 @@ def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monke
             torch.testing.assert_close(tensor, final[2][key], rtol=1e-5, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of random, sequential"),
+        ({"stage_options": {"transfer": {"train_sampling_strategy": "group_by_length"}}}, "transfer.train_sampling_st"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True: this loop does not do that"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: this loop"),
+        ({"stage_options": {"distillation": {"bf16": True}}}, "stage_options.distillation.bf16=True: all stages"),
+    ],
+)
+def test_the_accelerate_loop_refuses_what_it_does_not_do(changes, message, tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(values(tmp_path, gpt2(), **changes)))
+    with pytest.raises(ValueError, match=message):
+        loop(monkeypatch, path)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_accelerate_loop_streams_data_that_ends_early(tmp_path, monkeypatch):
     """Streamed rows come in the order of the data, again and again: the same weights as without, resumed or not."""
     config = values(tmp_path, gpt2(), stages=["distillation"], train_sampling_strategy="sequential", max_steps=12,

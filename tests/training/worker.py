@@ -1,4 +1,7 @@
-"""Trains each case for a few steps and writes the losses: in one process, or as one of several of torchrun."""
+"""Trains each case for a few steps and writes the losses: in one process, or as one of several of torchrun.
+
+Beside them, how many steps DDP takes of models whose Nyström heads attend exactly to all of a short text.
+"""
 
 import json
 import sys
@@ -6,12 +9,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
-from distattn_hf import AttentionSpec, convert
+from distattn_hf import AttentionSpec, DistAttnConfig, DistAttnForCausalLM, DistAttnForMaskedLM, convert
+from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.training.stages import Stage, StageOptions
 from distattn_hf.training.trainer import AdaptationTrainer
-from tests.conversion.models import FAMILIES
+from tests.conversion.models import FAMILIES, VOCAB
 from tests.training.rows import collate, rows
 
 # (family, task, stage, what trains, parts of a step)
@@ -24,6 +29,7 @@ CASES = [
     ("llama", "causal-lm", "task", "lora", 2),
 ]
 ROWS_A_STEP = 8
+NYSTROM = {"num_landmarks": 4, "window_size": 3, "num_sinks": 1, "exact_below": 64}
 
 
 def losses(case, processes: int) -> list[float]:
@@ -54,9 +60,37 @@ def losses(case, processes: int) -> list[float]:
         return [*found, trainer.evaluate()["eval_loss"]]
 
 
+def nystrom_models() -> dict[str, torch.nn.Module]:
+    """Converted and native models whose Nyström heads attend exactly to at most 64 tokens."""
+    spec, quick = AttentionSpec(mechanism="nystrom", **NYSTROM), CalibrationOptions(steps=1, progress=False)
+    text = [{"input_ids": torch.randint(3, VOCAB, (2, 40))}]
+    found = {family: convert(FAMILIES[family](), spec, calibration=text, options=quick) for family in ("llama", "bert")}
+    for kind in (DistAttnForCausalLM, DistAttnForMaskedLM):
+        config = DistAttnConfig(
+            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mechanism="nystrom",
+            mechanism_options=NYSTROM, is_decoder=kind is DistAttnForCausalLM,
+        )  # fmt: skip
+        found[kind.__name__] = kind(config)
+    return found
+
+
+def steps_of_ddp(model: torch.nn.Module) -> int | str:
+    """How many of two steps DDP takes that waits for a gradient of every parameter; else what it says."""
+    parallel = DistributedDataParallel(model.train())
+    for step in range(2):
+        ids = torch.randint(3, VOCAB, (2, 9))
+        try:
+            parallel(input_ids=ids, labels=ids).loss.backward()
+        except RuntimeError as error:
+            return f"step {step}: {str(error)[:60]}"
+    return step + 1
+
+
 if __name__ == "__main__":
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 2
     results = [losses(case, world) for case in CASES]
+    steps = {name: steps_of_ddp(model) for name, model in nystrom_models().items()}
     if torch.distributed.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps({"processes": torch.distributed.get_world_size(), "losses": results}))
+        found = {"processes": torch.distributed.get_world_size(), "losses": results, "steps": steps}
+        Path(sys.argv[1]).write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
