@@ -31,7 +31,8 @@ class ModelArguments:
         init: "calibrated", "exact" or "plain".
         fold_alpha: move α into the query projections after the conversion (`distattn_hf.fold_alpha`).
         calibration_data: text for the fit, as `distattn convert --calibration`; None: the training data.
-        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`.
+        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`. Like all of the
+            conversion's, they say nothing about a given student.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -64,11 +65,10 @@ class ModelArguments:
         if self.fold_alpha and self.spec is None:
             raise ValueError("fold_alpha=True needs spec: a given student is folded by distattn_hf.fold_alpha")
         self.specs = _specs(self.spec)
-        if self.student is not None or self.init != "calibrated":
-            why = "student is given" if self.student is not None else f"init={self.init!r} fits nothing"
+        if self.init != "calibrated":
             for name in ("calibration_data", "calibration_steps", "calibration_tokens", "calibration_length"):
                 if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"{name}={value!r} is for the fit of init='calibrated', and {why}; leave it out")
+                    raise ValueError(f"{name}={value!r} is for init='calibrated'; init={self.init!r} fits nothing")
 
 
 def _specs(spec) -> list[AttentionSpec] | None:

@@ -70,7 +70,7 @@ def values(folder: Path, model, **changes) -> dict:
         "eval_data": str(text_file(folder / "eval.jsonl", 12, seed=1)),
         "text_column": "text",
         "max_length": 16,
-        **({} if "student" in changes else {"calibration_steps": 2}),
+        "calibration_steps": 2,
         "stages": ["transfer", "distillation"],
         "learning_rate": 1e-3,
         "learning_rates": {"attention": 1e-2},
