@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .configuration_distattn import AttentionSpec
@@ -41,6 +42,8 @@ _OF_TRANSFORMERS = {
     *("model_type", "auto_map", "quantization_config", "attn_implementation", "experts_implementation", "rope_theta"),
     *("cls_token_id", "sep_token_id", "mask_token_id", "unk_token_id", "tokenizer_class", "loss_type"),
 }
+# What Llama's rotary embedding, which turns whole heads by one position, reads of rope_parameters.
+_ROPE = sorted({*RopeParameters.__annotations__, "type"} - {"partial_rotary_factor", "mrope_section"})
 _ELSEWHERE = {
     "head_dim": "it is hidden_size / num_attention_heads",
     "type_vocab_size": "these models embed no segments",
@@ -72,7 +75,7 @@ class DistAttnConfig(PreTrainedConfig):
             of each head from the metric's default on unless they say otherwise, and nothing is lifted.
         positional_encoding: a name registered in `POSITIONAL_ENCODINGS`: "sinusoidal", "learned", "rotary",
             "relative", "alibi", "none".
-        rope_parameters: of "rotary", as transformers has them; rope_theta=... alone will do.
+        rope_parameters: of "rotary", as transformers has them, over whole heads; rope_theta=... alone will do.
         relative_attention_num_buckets, relative_attention_max_distance: of "relative".
         scale_embedding: token embeddings times √hidden_size; None: for "sinusoidal", whose entries are of size 1.
         norm_position: "pre" (x + f(norm(x)), and a norm at the end) or "post" (norm(x + f(x))).
@@ -133,6 +136,10 @@ class DistAttnConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_choices()
         super().__post_init__(**kwargs)
+        # transformers' own validation says of these keys only that it does not use them.
+        for name in self.rope_parameters:
+            if name not in _ROPE:
+                raise ValueError(f"rope_parameters has no key {name!r}; expected some of {', '.join(_ROPE)}")
         for check in config_checks:
             check(self)
 

@@ -85,6 +85,8 @@ class NystromAttention(ProjectedAttention):
         **options,
     ):
         spec = spec_of("nystrom", "sqeuclidean", options)
+        if spec.exact_below:
+            raise ValueError(f"a Nyström layer has no exact_below, got {spec.exact_below}; models have it")
         config = DistanceAttentionConfig(hidden_size, num_heads, key_value_size=key_value_size, dropout=dropout)
         super().__init__(
             hidden_size, num_heads, is_causal=is_causal, bias=bias, key_value_size=key_value_size, layer_idx=layer_idx

@@ -166,6 +166,8 @@ def test_nystrom_layer(causal):
         assert same == equal
     with pytest.raises(ValueError, match="takes no past_key_values"):
         layer(x, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="a Nyström layer has no exact_below, got 8; models have it"):
+        AttentionFactory.create("nystrom", SIZE, HEADS, exact_below=8)
     with pytest.raises(ValueError, match="'nystrom' takes a padding mask"):
         layer(x, attention_mask=torch.ones(2, 9, 9).bool())
 

@@ -71,6 +71,12 @@ REFUSED = [
     ({"mechanism": "bigbird", "is_decoder": True}, "mechanism 'bigbird' has no causal form; it has: bidirectional"),
     ({"positional_encoding": "relative", "relative_attention_num_buckets": 7}, "must be an even number >= 4, got 7"),
     ({"positional_encoding": "relative", "relative_attention_max_distance": 16}, "must exceed half of .*=32, got 16"),
+    (
+        {"rope_parameters": {"theta": 1e6}},
+        "rope_parameters has no key 'theta'; expected .*rope_theta, rope_type",
+    ),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has no key 'partial_rotary_factor'"),
+    ({"rope_scaling": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters has no key 'full_attention'"),
     ({"norm_position": "sandwich"}, "norm_position must be one of pre, post, got 'sandwich'"),
     ({"norm_type": "batch"}, "norm_type must be one of layer_norm, rms_norm, got 'batch'"),
     ({"hidden_dropout": 1.0}, r"hidden_dropout must be a number, in \[0, 1\); got 1.0"),
