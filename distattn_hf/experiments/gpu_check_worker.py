@@ -39,7 +39,7 @@ class Worker:
         self._process, self._answers = None, None
 
     def ask(self, request: dict, timeout: float) -> dict:
-        """The answer; {"status": "late"} after `timeout` seconds and "failed" where the process died, with a "reason"."""
+        """The answer; {"status", "reason"} with "late" after `timeout` seconds and "failed" where the process died."""
         if self._process is None:
             self._start()
             timeout += _START_SECONDS
