@@ -93,7 +93,7 @@ def _with_columns(query, key, key_bias, lam, dtype, parts) -> tuple[Tensor, Tens
     if parts == 1:
         left, right = [torch.ones_like(query[..., :1]) * lam], [key_bias[..., None]]
     else:
-        # What all keys share changes no weight. But rounded gradients of a row's logits do not sum to 0, and what is left
+        # What all keys share changes no weight. But rounded gradients of a row of logits do not sum to 0, and the rest
         # times the shared part would drown the gradient of λ: 3% of it in bfloat16 for a head size of 256.
         key_bias = key_bias - key_bias.detach().mean(-1, keepdim=True)
         column = torch.ones_like(query[..., :1]) * lam * _NORM_UNIT
