@@ -196,7 +196,7 @@ def _compare(case: Case, attention: Attention, tensors: tuple[Tensor, ...], rows
     """Output rows, and in a pass with gradients those of query rows, key and value, against float64."""
     reference = replace(case, backend="reference")
     truth = _evaluate_rows(reference, _reference_rows(reference, rows), tensors, rows)
-    actual = _errors(_evaluate_full(case, attention, tensors, rows), truth)
+    actual = relative_errors(_evaluate_full(case, attention, tensors, rows), truth)
     if case.dtype in TOLERANCE:
         bounds = dict.fromkeys(truth, (None, TOLERANCE[case.dtype]))
     else:
@@ -206,7 +206,7 @@ def _compare(case: Case, attention: Attention, tensors: tuple[Tensor, ...], rows
         rounding = torch.finfo(DTYPES[case.dtype]).eps / 2
         bounds = {
             name: (HALF_ERROR_RATIO * mean, HALF_ERROR_RATIO * max(largest, rounding))
-            for name, (mean, largest) in _errors(yardstick, exact).items()
+            for name, (mean, largest) in relative_errors(yardstick, exact).items()
         }
     checks = []
     for name in truth:
@@ -216,7 +216,7 @@ def _compare(case: Case, attention: Attention, tensors: tuple[Tensor, ...], rows
     return checks
 
 
-def _errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+def relative_errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
     """{name: (root mean square, largest)} of the error, each relative to the same of the true tensor."""
     result = {}
     for name, expected in truth.items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -354,6 +355,66 @@ class TestCompiler:
                 pytest.skip(f"this installation of Triton cannot compile for NVIDIA: {error}")
             assert compiled.asm["cubin"], name
             assert compiled.metadata.shared <= 99 * 1024, name
+
+    @pytest.mark.parametrize(
+        ("capability", "metric", "dtype", "size", "queries"),
+        [
+            (90, "l2", torch.bfloat16, 256, 48),
+            (80, "l1", torch.float32, 256, 48),
+            # One query: its number becomes a constant, and strides of 1 too.
+            (90, "chebyshev", torch.float16, 64, 1),
+        ],
+    )
+    def test_what_is_launched_compiles(self, capability, metric, dtype, size, queries, tmp_path, monkeypatch):
+        """As a GPU would get it: with the tile, warps, alignment and constants of this call, which set the memory."""
+        pytest.importorskip("triton")
+        from triton.runtime import driver
+        from triton.runtime.jit import JITFunction
+
+        compiled, run = {}, JITFunction.run
+
+        def only_compile(kernel, *arguments, grid, warmup, **options):
+            compiled[kernel.fn.__name__] = run(kernel, *arguments, grid=grid, warmup=True, **options)
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(JITFunction, "run", only_compile)
+        monkeypatch.setattr(backend_triton, "_readable", lambda tensor: tensor)
+        driver.set_active(_NoGPU(capability))
+        tensors = make_tensors(queries, 48, size, batch=1, dtype=dtype)
+        try:
+            attention = attention_by(triton_attention, metric)
+            with mock.patch(f"{__name__}.unsupported", return_value=None):
+                evaluate(attention, {**tensors, "lam": lambdas(2)}, is_causal=queries > 1)
+        except (FileNotFoundError, OSError) as error:
+            pytest.skip(f"this installation of Triton cannot compile for NVIDIA: {error}")
+        finally:
+            # `reset_active` would look for a GPU.
+            driver.set_active(None)
+        assert set(compiled) == {"forward_kernel", "query_kernel", "key_kernel"}
+        for name, kernel in compiled.items():
+            assert kernel.metadata.shared <= SHARED_MEMORY[capability], name
+
+
+# Bytes that one program may take.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+
+class _NoGPU:
+    """What Triton asks a driver before it compiles."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def _kernels():
