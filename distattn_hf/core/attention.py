@@ -64,6 +64,11 @@ def distance_attention(
     p = metric.validate(p)
     backend = validate_backend(backend)
     _check_shapes(query, key, value)
+    named = {"key": key, "value": value, "lam": lam, "mask": mask, "position_bias": position_bias}
+    for name, tensor in named.items():
+        # A kernel would read an address of another device.
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
+            raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
     batch, heads, num_queries, head_dim = query.shape
     if scaling is None:
         scaling = head_dim**-0.5

@@ -139,3 +139,16 @@ def test_what_is_refused_is_refused_before_anything_runs():
     for backend in ("sdpa", "chunked", "reference"):
         refused("dropout_p", backend=backend, dropout_p=2.0)
         refused("lam", backend=backend, lam=-1.0)
+
+
+@pytest.mark.parametrize("name", ["key", "value", "lam", "mask", "position_bias"])
+def test_another_device(name):
+    tensors = {
+        **make_tensors(5),
+        "lam": torch.ones(2),
+        "mask": torch.ones(1, 1, 5, 5, dtype=torch.bool),
+        "position_bias": torch.zeros(1, 2, 5, 5),
+    }
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
+        distance_attention(metric="l1", **tensors)
