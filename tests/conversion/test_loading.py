@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import initialization
+from transformers import LlamaModel, initialization
 
 from distattn_hf import AttentionSpec, DistAttnForCausalLM, convert, revert
 from distattn_hf.core.loading import loaded_kept
@@ -74,7 +74,7 @@ def test_a_subclass_of_a_converted_class(tmp_path, family, tied, write):
 
 
 def test_a_subclass_of_a_converted_base_model(tmp_path):
-    student = convert(FAMILIES["llama"](), AttentionSpec("l2", transform="linear"), init="plain").model
+    student = convert(FAMILIES["llama"](LlamaModel), AttentionSpec("l2", transform="linear"), init="plain")
     student.save_pretrained(tmp_path)
     again, info = own_class(type(student)).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
