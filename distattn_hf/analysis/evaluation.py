@@ -1,5 +1,6 @@
 """How good a model is on text, by whatever its head allows, and how close it stays to its teacher."""
 
+import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from transformers.models.auto import modeling_auto
 
 from ..conversion.texts import length_for
 from ..core.configuration_distattn import CLASS_PREFIX
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {
     "causal-lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -73,6 +76,7 @@ def evaluate_model(
     options = options or EvaluationOptions()
     options = replace(options, max_length=length_for(model, options.max_length))
     kind = model_kind(model)
+    _warn_of_exact_rows(model, options.max_length)
     model.eval()
     if kind == "embedding":
         pairs = pairs or first_sentence_pairs(texts)
@@ -85,6 +89,18 @@ def evaluate_model(
         return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
     loss = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
     return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
+
+
+def _warn_of_exact_rows(model, max_length: int) -> None:
+    """Warn where no row is long enough for the Nyström attention that is to be scored."""
+    specs = getattr(model.config, "attention_specs", [])
+    limits = [spec.exact_below or 0 for spec in specs if spec.mechanism == "nystrom"]
+    if limits and min(limits) >= max_length:
+        logger.warning(
+            f"rows have at most {max_length} tokens, all of which attend exactly under exact_below={min(limits)}: the "
+            "scores say nothing about Nyström attention. Set exact_below to 0, or use longer rows (max_length; at the "
+            "command line --exact-below, --max-length)"
+        )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ EAGER_IMPLEMENTATION = "distattn_eager"
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
 FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
-# For models in which some attention is linear: masks say which keys are padding and no more.
+# For models in which some attention is linear: causal and bidirectional masks say which keys are padding and no more.
 LINEAR_IMPLEMENTATION = "distattn_linear"
 LINEAR_EAGER_IMPLEMENTATION = "distattn_linear_eager"
 

@@ -1,7 +1,7 @@
 """One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,15 @@ def _specs(spec) -> list[AttentionSpec] | None:
     if spec is None:
         return None
     if isinstance(spec, str):
-        return read_specs(spec)
-    entries = spec if isinstance(spec, list) else [spec]
-    if not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"spec must be AttentionSpec fields, a list of them, or a YAML file, got {spec!r}")
-    return [AttentionSpec.from_dict(entry) for entry in entries]
+        specs = read_specs(spec)
+    else:
+        entries = spec if isinstance(spec, list) else [spec]
+        if not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"spec must be AttentionSpec fields, a list of them, or a YAML file, got {spec!r}")
+        specs = [AttentionSpec.from_dict(entry) for entry in entries]
+    # What trains and is scored is what lies beyond exact_below, unless the file says otherwise.
+    unsaid = [s.mechanism == "nystrom" and s.exact_below is None for s in specs]
+    return [replace(s, exact_below=0) if missing else s for s, missing in zip(specs, unsaid, strict=True)]
 
 
 @dataclass
