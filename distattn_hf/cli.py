@@ -60,7 +60,8 @@ def convert(
     window_size: Annotated[int | None, typer.Option(help="nystrom: keys seen exactly. Default: 64.")] = None,
     num_sinks: Annotated[int | None, typer.Option(help="nystrom: first tokens seen exactly. Default: 4.")] = None,
     exact_below: Annotated[
-        int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 0.")
+        int | None,
+        typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 2048, or 0."),
     ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
@@ -134,6 +135,27 @@ def inspect(
 
     report = current_report(load_checkpoint(path)[0])
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.table(per_head))
+
+
+@app.command("set", epilog="Example:  distattn set out/smollm2-nystrom --exact-below 2048")
+def set_options(
+    path: Annotated[Path, typer.Argument(help="The folder of a converted checkpoint; its config.json is changed.")],
+    exact_below: Annotated[
+        int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. 0: none.")
+    ] = None,
+    window_size: Annotated[
+        int | None, typer.Option(help="nystrom: keys seen exactly; no fewer than the conversion had.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="distance: auto, cpp, sdpa, triton, chunked or reference.")
+    ] = None,
+):
+    """Set what needs no fit on a converted checkpoint."""
+    from .conversion.saving import change_options
+
+    given = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
+    change_options(path, **{name: value for name, value in given.items() if value is not None})
+    print(f"changed {path / 'config.json'}")
 
 
 @app.command(epilog="Example:  distattn evaluate out/minilm-l2 --against minilm --data news")

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .cache import layer_behind
 from .compatibility import version_note
 from .hybrid import HybridInputs, advance, hybrid_attention
-from .masks import causal_keep
+from .masks import causal_keep, surely
 from .parameters import NystromParameters
 from .reference import reference_hybrid
 from .relative_bias import as_tensor, of_heads, window_bias
@@ -48,7 +48,7 @@ def padding_mask(
             f"models with linear-time attention take caches that hold no more than what was seen, got {kv_length} "
             f"places for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or surely(attention_mask.all()):
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if mask.shape[1] < kv_length:
@@ -159,7 +159,8 @@ def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> 
     if not limit:
         # A model of short texts only would have no Nyström attention left.
         takes_longer = state.max_positions is None or state.max_positions > EXACT_IS_FASTER_BELOW
-        if takes_longer and num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW:
+        short = num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW
+        if short and takes_longer and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"Nyström attention runs on a text of fewer than {EXACT_IS_FASTER_BELOW:,} tokens, where exact "
                 f"attention is faster and loses nothing; exact_below={EXACT_IS_FASTER_BELOW} uses it there "

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from distattn_hf.conversion.saving import change_options
 from tests.tolerances import assert_close
 
 from .models import bert, gpt2, llama, t5, token_batch
@@ -268,11 +269,9 @@ def test_it_is_set_on_a_fitted_checkpoint_without_a_fit(tmp_path):
 @torch.no_grad()
 def test_window_and_backend_are_set_without_a_fit():
     teacher, batch = llama(), padded(llama())
-    student = convert(
-        teacher,
-        [AttentionSpec(mechanism="nystrom", window_size=5, num_landmarks=6, layers=[0]), AttentionSpec("l2", layers=[1])],
-        calibration=[token_batch(teacher, 40)], options=QUICK,
-    )  # fmt: skip
+    linear = AttentionSpec(mechanism="nystrom", window_size=5, num_landmarks=6, layers=[0])
+    specs = [linear, AttentionSpec("l2", layers=[1])]
+    student = convert(teacher, specs, calibration=[token_batch(teacher, 40)], options=QUICK)
     student.set_attention_options(window_size=7, backend="chunked", exact_below=3)
     linear, exact = (state.groups[0].spec for state in student.attention_states.values())
     assert (linear.window_size, linear.exact_below, linear.backend) == (7, 3, "auto")
@@ -330,3 +329,22 @@ def test_training_that_reaches_no_landmark_is_said(caplog):
         with caplog.at_level(logging.WARNING, logger="distattn_hf.core.linear"):
             student.train(training)(**batch)
         assert ("no landmark is trained" in caplog.text) == training
+
+
+def test_it_is_set_in_a_folder(tmp_path):
+    student = student_of(llama(), limit=0)
+    student.save_pretrained(tmp_path)
+    assert [spec.exact_below for spec in change_options(tmp_path, exact_below=LIMIT)] == [LIMIT]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    student.set_attention_options(exact_below=LIMIT)
+    batch = padded(student)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, student(**batch).logits)
+    config = (tmp_path / "config.json").read_text()
+    for options in ({}, {"window_size": 2}, {"backend": "cpp"}):
+        with pytest.raises(ValueError, match="nothing to set|window_size must|belongs to mechanism='distance'"):
+            change_options(tmp_path, **options)
+    assert (tmp_path / "config.json").read_text() == config
+    llama().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="is not the folder of a converted checkpoint"):
+        change_options(tmp_path / "plain", exact_below=1)
