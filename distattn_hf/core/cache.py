@@ -175,7 +175,7 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     # A conversion looks at whole sequences, and may have left every head of the module exact.
     if module.distattn.observer is not None or not module.distattn.is_nystrom:
         return
-    arguments = {**dict(zip(argument_names(type(module)), args)), **kwargs}
+    arguments = {**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs}
     cache = given_cache(arguments)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

@@ -108,7 +108,7 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
             continue
         few = _sees_few(state, group, full_keep, num_queries, call["is_causal"])
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
-        if few is not None and bool(few.all()):
+        if few is True:
             output, weights = exact(*full(), mine)
             if layer is not None:
                 far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, mine, layer.state))
@@ -120,7 +120,8 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
         # Padding after the last of so many tokens still sees no more than these.
-        if layer.full_key_heads != layer.exact_key_heads and bool((full_keep.sum(-1) > layer.exact_below).all()):
+        may_forget = total > layer.exact_below and layer.full_key_heads != layer.exact_key_heads
+        if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
 
@@ -151,8 +152,8 @@ def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: dict) 
     layer.put(key, value, near_keep, far_state)
 
 
-def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | None:
-    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does."""
+def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
+    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does, True where all do."""
     limit, num_keys = group.spec.exact_below or 0, keep.shape[1]
     if state.observer is not None:  # a conversion fits the far field at whatever length its text has
         return None
@@ -167,16 +168,19 @@ def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> 
                 "(model.set_attention_options or from_pretrained; at the command line --exact-below)"
             )
         return None
-    seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
-    few = seen <= limit
-    if not bool(few.any()):
-        return None
-    if state.training and torch.is_grad_enabled() and bool(few.all()):
+    if num_keys > limit:
+        seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
+        few = seen <= limit
+        if not bool(few.any()):
+            return None
+        if not bool(few.all()):
+            return few
+    if state.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(
             f"training on texts of at most exact_below={limit} tokens, which see exact attention alone: no landmark is "
             "trained. Where longer texts matter, train with model.set_attention_options(exact_below=0)"
         )
-    return few
+    return True
 
 
 def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: dict, exact):

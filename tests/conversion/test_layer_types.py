@@ -20,7 +20,7 @@ from transformers import (
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.core.cache import NystromLayer
-from tests.tolerances import CACHED_LOGITS, assert_close
+from tests.tolerances import CACHED_LOGITS
 
 from .models import SPECIAL, VOCAB, token_batch
 from .nystrom_cases import GENERATION, converted, in_chunks, nystrom, padded
@@ -103,11 +103,10 @@ def test_exact_metrics_on_any_type(name, layers):
     assert [m["layer"] for m in exact.config.distattn["modules"].values()] == kinds[layers]
     assert (exact(**batch).logits - teacher(**batch).logits)[real].abs().max() <= CACHED_LOGITS
     for metric in ("l1", "l2", "cosine"):
-        student = convert(teacher, AttentionSpec(metric, layers=layers), init="plain").double()
-        fast = student.float()(**batch).logits
+        student = convert(teacher, AttentionSpec(metric, layers=layers), init="plain")
+        fast = student(**batch).logits
         student.set_attn_implementation("eager")
-        assert_close(fast[real], student.double()(**batch).logits[real].float(), "float32")
-        # The window is in it: a far token of the sliding layers changes nothing near the end but through full layers.
+        assert (fast - student.double()(**batch).logits)[real].abs().max() <= CACHED_LOGITS, metric
     logits, _ = in_chunks(exact, batch, [23, 1, 1, 15])
     assert (logits - exact(**batch).logits)[real].abs().max() <= CACHED_LOGITS
 
