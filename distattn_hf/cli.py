@@ -71,7 +71,9 @@ def convert(
     ] = "calibrated",
     calibration: Annotated[str | None, typer.Option(help=f"Text for --init calibrated. {_DATA}")] = None,
     column: Column = None,
-    layers: Annotated[str | None, typer.Option(help="'0-5', '0,2,4' or a glob on module names. Default: all.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="'0-5', '0,2,4', a glob on names, or full_attention. Default: all.")
+    ] = None,
     heads: Annotated[str | None, typer.Option(help="'0-3' or '0,2'. Default: all.")] = None,
     attention: Annotated[str | None, typer.Option(help="Only 'self' or only 'cross' attention. Default: both.")] = None,
     p: Annotated[float | None, typer.Option(help="Order of the lp metric, p >= 1.")] = None,
