@@ -46,6 +46,8 @@ class NystromLayer(CacheLayerMixin):
         self.exact_key_heads = sorted({head // groups for head in self.exact_heads})
         self.full_key_heads = list(range(key_states.shape[1])) if self.exact_below else self.exact_key_heads
         self.all_keys, self.all_values = (t[:, self.full_key_heads, :0] for t in (key_states, value_states))
+        # Whether every row of the batch has more tokens than `exact_below`.
+        self.is_long = not self.exact_below
         self.is_initialized = True
 
     def start_from(self, keys: Tensor, values: Tensor) -> None:
@@ -97,7 +99,8 @@ class NystromLayer(CacheLayerMixin):
         self.keep, self.state = keep[:, start:].clone(), state
 
     def forget_early_keys(self) -> None:
-        """Keep all keys of the exact heads only, from here on."""
+        """Keep all keys of the exact heads only, from here on: no query will see few."""
+        self.is_long = True
         if self.full_key_heads != self.exact_key_heads:
             columns = [self.full_key_heads.index(head) for head in self.exact_key_heads]
             self.all_keys, self.all_values = self.all_keys[:, columns].clone(), self.all_values[:, columns].clone()

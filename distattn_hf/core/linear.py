@@ -1,6 +1,6 @@
 """Nyström attention inside a model: what transformers hands over -> `hybrid_attention`, with or without a cache."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
     layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, total):
+        return _uncompiled()(state, query, key, value, call, attend)
     if layer is None and call["is_causal"] and total > num_queries:
         raise RuntimeError(
             f"causal Nyström attention got {total} keys for {num_queries} queries, so the model has a cache that it "
@@ -106,7 +108,7 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
         if not isinstance(group, NystromParameters):
             results.append((heads, *exact(*full(), mine)))
             continue
-        few = _sees_few(state, group, full_keep, num_queries, call["is_causal"])
+        few = _sees_few(state, group, layer, full_keep, num_queries, call["is_causal"])
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
         if few is True:
             output, weights = exact(*full(), mine)
@@ -120,7 +122,7 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
         # Padding after the last of so many tokens still sees no more than these.
-        may_forget = total > layer.exact_below and layer.full_key_heads != layer.exact_key_heads
+        may_forget = total > layer.exact_below and not layer.is_long
         if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
@@ -152,7 +154,20 @@ def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: dict) 
     layer.put(key, value, near_keep, far_state)
 
 
-def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
+def _depends_on_padding(state, layer, num_keys: int) -> bool:
+    """Whether only the mask's values say which queries see few keys."""
+    limits = [group.spec.exact_below or 0 for _, group in state.parts() if isinstance(group, NystromParameters)]
+    return any(0 < limit < num_keys for limit in limits) and not (layer is not None and layer.is_long)
+
+
+@lru_cache
+def _uncompiled():
+    """`nystrom_forward` as torch.compile leaves it alone: one cut of the graph in place of ten."""
+    # Made when it is needed: it imports torch._dynamo, which takes a second.
+    return torch.compiler.disable(nystrom_forward)
+
+
+def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
     """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does, True where all do."""
     limit, num_keys = group.spec.exact_below or 0, keep.shape[1]
     if state.observer is not None:  # a conversion fits the far field at whatever length its text has
@@ -167,6 +182,8 @@ def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> 
                 f"attention is faster and loses nothing; exact_below={EXACT_IS_FASTER_BELOW} uses it there "
                 "(model.set_attention_options or from_pretrained; at the command line --exact-below)"
             )
+        return None
+    if layer is not None and layer.is_long:
         return None
     if num_keys > limit:
         seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
