@@ -73,7 +73,9 @@ def _additive(mask, module, query, key, kwargs) -> Tensor | None:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    # Eager attention has its softmax in float32, where float64's least number would be -inf, and a masked row NaN.
+    least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, least)
 
 
 def _is_causal(module, query, attention_mask, is_causal) -> bool:
