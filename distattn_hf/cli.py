@@ -60,7 +60,8 @@ def convert(
     window_size: Annotated[int | None, typer.Option(help="nystrom: keys seen exactly. Default: 64.")] = None,
     num_sinks: Annotated[int | None, typer.Option(help="nystrom: first tokens seen exactly. Default: 4.")] = None,
     exact_below: Annotated[
-        int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 0.")
+        int | None,
+        typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 2048, or 0."),
     ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
@@ -70,7 +71,9 @@ def convert(
     ] = "calibrated",
     calibration: Annotated[str | None, typer.Option(help=f"Text for --init calibrated. {_DATA}")] = None,
     column: Column = None,
-    layers: Annotated[str | None, typer.Option(help="'0-5', '0,2,4' or a glob on module names. Default: all.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="'0-5', '0,2,4', a glob on names, or full_attention. Default: all.")
+    ] = None,
     heads: Annotated[str | None, typer.Option(help="'0-3' or '0,2'. Default: all.")] = None,
     attention: Annotated[str | None, typer.Option(help="Only 'self' or only 'cross' attention. Default: both.")] = None,
     p: Annotated[float | None, typer.Option(help="Order of the lp metric, p >= 1.")] = None,
@@ -136,6 +139,27 @@ def inspect(
 
     report = current_report(load_checkpoint(path)[0])
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.table(per_head))
+
+
+@app.command("set", epilog="Example:  distattn set out/smollm2-nystrom --exact-below 2048")
+def set_options(
+    path: Annotated[Path, typer.Argument(help="The folder of a converted checkpoint; its config.json is changed.")],
+    exact_below: Annotated[
+        int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. 0: none.")
+    ] = None,
+    window_size: Annotated[
+        int | None, typer.Option(help="nystrom: keys seen exactly; no fewer than the conversion had.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="distance: auto, cpp, sdpa, triton, chunked or reference.")
+    ] = None,
+):
+    """Set what needs no fit on a converted checkpoint."""
+    from .conversion.saving import change_options
+
+    given = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
+    change_options(path, **{name: value for name, value in given.items() if value is not None})
+    print(f"changed {path / 'config.json'}")
 
 
 @app.command(epilog="Example:  distattn evaluate out/minilm-l2 --against minilm --data news")

@@ -67,6 +67,11 @@ def test_convert_to_linear_time(folder):
     assert state.head_lists == [[0, 1]]
     assert state.groups[0].landmarks.shape[1] == 8
     assert (state.groups[0].spec.window_size, state.groups[0].spec.num_sinks) == (5, 1)
+    distattn("set", folder / "linear", "--exact-below", "7", "--window-size", "6")
+    (spec,) = AutoModelForCausalLM.from_pretrained(folder / "linear").config.attention_specs
+    assert (spec.exact_below, spec.window_size) == (7, 6)
+    run = distattn("set", folder / "l2", "--exact-below", "7", check=False)
+    assert "exact_below=7 belongs to mechanism='nystrom', which this model does not have" in run.stderr
 
 
 def test_inspect_shows_the_fitted_values(folder):

@@ -212,7 +212,7 @@ def exact_span(model, *, exact_below: bool = True) -> int | None:
     None for a model without a far field.
     """
     spans = [
-        max(_near_span(group.spec, module), group.spec.exact_below if exact_below else 0)
+        max(_near_span(group.spec, module), (group.spec.exact_below or 0) if exact_below else 0)
         for module in model.attention_modules().values()
         if (state := getattr(module, "distattn", None)) is not None
         for group in state.groups

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.backends import validate_backend
 from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
-from ..core.discovery import find_attention_modules, locate, select_modules
+from ..core.discovery import find_attention_modules, locate, max_positions, select_modules
 from ..core.landmarks import STRATEGIES
+from ..core.linear import EXACT_IS_FASTER_BELOW
 from ..core.metrics import get_metric
 from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
+from ..core.options import check_backend
 from .calibrate import CalibrationOptions, calibrate
 from .calibrate_nystrom import far_field_warnings
 from .checkpoints import check_weights, rebuild
@@ -175,13 +176,12 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
     for spec in specs:
         metric = get_metric(spec.metric)
         metric.validate(spec.p)
-        if validate_backend(spec.backend) == "sdpa" and not metric.has_dot_form:
-            raise ValueError(
-                f"backend 'sdpa' cannot run metric {metric.name!r}: it has no dot-product form; use 'auto'"
-            )
+        check_backend(spec)
         spec = replace(spec, metric=metric.name)
         if layers is not None and spec.layers is None:
             spec = replace(spec, layers=layers)
+        if spec.mechanism == "nystrom" and spec.exact_below is None:
+            spec = replace(spec, exact_below=_exact_below(model.config))
         checked.append(_prepare(spec, init))
     return checked
 
@@ -192,6 +192,13 @@ def _inside(model) -> str:
         return "; convert model.merge_and_unload(), and train adapters on the converted model"
     name = next((n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None)
     return f"; convert model.{name}, and wrap the converted model" if name else ""
+
+
+def _exact_below(config) -> int:
+    """Up to where Nyström queries attend exactly unless a spec says it."""
+    longest = max_positions(config.get_text_config(decoder=config.is_encoder_decoder))
+    # Where no text is longer, nothing would be left of the conversion.
+    return EXACT_IS_FASTER_BELOW if longest is not None and longest > EXACT_IS_FASTER_BELOW else 0
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:

@@ -1,5 +1,6 @@
 """Write a folder so that under its final name it is either complete or not there."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
+
+from ..core.configuration_distattn import AttentionSpec
+from ..core.options import OPTIONS, with_options
 
 
 def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME) -> Path:
@@ -58,6 +62,27 @@ def staging_folder(out: str | Path, overwrite: bool = False, marker: str = CONFI
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def change_options(folder: str | Path, **options) -> list[AttentionSpec]:
+    """Set options that need no fit in the config of a converted checkpoint's folder; returns its specs as they are now.
+
+    Raises `ValueError`, before anything is written, for a folder of something else and as `with_options`.
+    """
+    path = Path(folder) / CONFIG_NAME
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (block := data.get("distattn")) is None:
+        raise ValueError(
+            f"{str(folder)!r} is not the folder of a converted checkpoint: no {CONFIG_NAME} with 'distattn'"
+        )
+    if not options:
+        raise ValueError(f"nothing to set; give one of {', '.join(OPTIONS)}")
+    specs = with_options([AttentionSpec.from_dict(spec) for spec in block["specs"]], options)
+    block["specs"] = [spec.to_dict() for spec in specs]
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+    return specs
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overwrite: bool = False) -> Path:

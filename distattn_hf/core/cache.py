@@ -20,10 +20,13 @@ class NystromLayer(CacheLayerMixin):
     the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks. Query heads in `exact_heads`
     are not Nyström's: all keys of their key heads are kept, in all_keys and all_values; those of every key head as long
     as a row of the batch has no more than `exact_below` tokens.
+
+    It cannot be cropped; `copy.deepcopy` of the cache that holds it keeps a state to go back to.
     """
 
     is_sliding = False
     is_compileable = False
+    is_croppable = False
 
     def __init__(self, window_size: int, exact_heads: tuple[int, ...] = (), num_heads: int = 1, exact_below: int = 0):
         super().__init__()
@@ -33,6 +36,7 @@ class NystromLayer(CacheLayerMixin):
         self.keep: Tensor | None = None
         self.state: FarState | None = None
         self._new: tuple[Tensor, Tensor] | None = None
+        self._earlier: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -42,7 +46,20 @@ class NystromLayer(CacheLayerMixin):
         self.exact_key_heads = sorted({head // groups for head in self.exact_heads})
         self.full_key_heads = list(range(key_states.shape[1])) if self.exact_below else self.exact_key_heads
         self.all_keys, self.all_values = (t[:, self.full_key_heads, :0] for t in (key_states, value_states))
+        # Whether every row of the batch has more tokens than `exact_below`.
+        self.is_long = not self.exact_below
         self.is_initialized = True
+
+    def start_from(self, keys: Tensor, values: Tensor) -> None:
+        """Begin behind the keys (B, H_kv, n, d) and values of a cache that keeps all, such as a prefix."""
+        self.lazy_initialization(keys, values)
+        self.all_keys, self.all_values = keys[:, self.full_key_heads], values[:, self.full_key_heads]
+        self.length, self._earlier = keys.shape[2], (keys, values)
+
+    def take_earlier(self) -> tuple[Tensor, Tensor] | None:
+        """The keys and values of `start_from` until `put` has them as window and state; None after that, or without."""
+        earlier, self._earlier = self._earlier, None
+        return earlier
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Remember new keys (B, H_kv, n, d) and values for `take`; returns placeholders of all keys' shape."""
@@ -82,7 +99,8 @@ class NystromLayer(CacheLayerMixin):
         self.keep, self.state = keep[:, start:].clone(), state
 
     def forget_early_keys(self) -> None:
-        """Keep all keys of the exact heads only, from here on."""
+        """Keep all keys of the exact heads only, from here on: no query will see few."""
+        self.is_long = True
         if self.full_key_heads != self.exact_key_heads:
             columns = [self.full_key_heads.index(head) for head in self.exact_key_heads]
             self.all_keys, self.all_values = self.all_keys[:, columns].clone(), self.all_values[:, columns].clone()
@@ -98,11 +116,16 @@ class NystromLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.keep = self.all_keys = self.all_values = self.state = self._new = None
+        self.keys = self.values = self.keep = self.all_keys = self.all_values = None
+        self.state = self._new = self._earlier = None
         self.length, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a Nyström cache cannot be cropped: tokens that left the window are sums by now")
+        if tokens_to_remove:
+            raise ValueError(
+                "a Nyström cache cannot be cropped: tokens that left the window are sums by now. Keep "
+                "copy.deepcopy(cache) from before them, and go on from that"
+            )
 
     def _rows(self, change) -> None:
         if self.is_initialized:
@@ -125,7 +148,7 @@ class NystromLayer(CacheLayerMixin):
         self._rows(lambda tensor: tensor[indices])
 
     def offload(self) -> None:
-        raise ValueError("a Nyström cache is not offloaded: its size is constant")
+        raise ValueError("a Nyström cache is not offloaded (its size is constant); leave offloading at False")
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
@@ -149,12 +172,13 @@ def layer_behind(key: Tensor) -> NystromLayer | None:
 def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     """Forward pre-hook of a causal Nyström module: give the model's cache a `NystromLayer` where this module writes.
 
-    Raises `ValueError` for a cache of another kind (static, quantised, sliding) or one filled by exact attention.
+    Keys that the cache holds already, all of them, become a window and a state at the attention call. Raises
+    `ValueError` for a cache of another kind (static, quantised, sliding, offloading).
     """
     # A conversion looks at whole sequences, and may have left every head of the module exact.
     if module.distattn.observer is not None or not module.distattn.is_nystrom:
         return
-    arguments = {**dict(zip(argument_names(type(module)), args)), **kwargs}
+    arguments = {**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs}
     cache = given_cache(arguments)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -168,15 +192,15 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     layer = cache.layers[index]
     if isinstance(layer, NystromLayer):
         return
-    if type(layer) is not DynamicLayer or cache.offloading:
+    if cache.offloading:
+        raise ValueError(
+            "Nyström attention keeps a cache of its own kind, of constant size, which is not offloaded; got a "
+            f"{type(cache).__name__} with offloading. Leave cache_implementation at its default, not 'offloaded'"
+        )
+    if type(layer) is not DynamicLayer:
         raise ValueError(
             f"Nyström attention keeps a cache of its own kind in a DynamicCache; got {type(cache).__name__} with "
-            f"{type(layer).__name__}. Leave cache_implementation at its default"
-        )
-    if layer.get_seq_length():
-        raise ValueError(
-            f"the cache of layer {index} holds {layer.get_seq_length()} tokens of exact attention; start Nyström "
-            "attention with an empty cache"
+            f"{type(layer).__name__} (a static, quantized or sliding cache). Leave cache_implementation at its default"
         )
     state = module.distattn
     ours, exact = None, []
@@ -185,4 +209,7 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
             ours = group
         else:
             exact.extend(heads)
-    cache.layers[index] = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads, ours.spec.exact_below)
+    new = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads, ours.spec.exact_below or 0)
+    if layer.get_seq_length():
+        new.start_from(layer.keys, layer.values)
+    cache.layers[index] = new

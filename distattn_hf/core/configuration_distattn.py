@@ -21,9 +21,12 @@ CLASS_PREFIX = "DistAttn"
 TRANSFORMS = ("none", "scalar", "linear")
 MECHANISMS = ("distance", "nystrom")
 ATTENTION_KINDS = ("self", "cross")
+# Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": 0}
+# exact_below: None stays, which `convert` decides.
+_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None}
 
 # Called with every config class that is made. `register_all_families` adds itself, so that the Auto classes know them.
 new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
@@ -49,8 +52,9 @@ class AttentionSpec:
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
             Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
             then approximates the teacher's own softmax, and False for "distance".
-        layers: which layers: None (all), a list of indices, or a pattern ("0-5", "0,2,4-7", or a glob on module names
-            such as "encoder.*").
+        layers: which layers: None (all), a list of indices, a pattern ("0-5", "0,2,4-7", or a glob on module names
+            such as "encoder.*"), or a type of the model's `config.layer_types`: "full_attention", "sliding_attention"
+            or "chunked_attention".
         heads: which query heads: None (all) or a list of indices; the others keep dot-product attention.
         attention: None (all), "self" or "cross".
         backend: "auto", "cpp", "sdpa", "triton", "chunked" or "reference".
@@ -60,8 +64,9 @@ class AttentionSpec:
             distance in both directions otherwise. None in cross-attention. Default 64.
         num_sinks: first tokens seen exactly by every later query. Default 4.
         exact_below: a query that may see at most so many keys (padding not counted) attends to all of them exactly; a
-            cache keeps that many keys before it takes its constant size. Exact attention is faster below about 2,048.
-            Default 0: none does.
+            cache keeps that many keys before it takes its constant size. 0: none does. None: `convert` decides, 2,048
+            where the model takes longer texts (below that exact attention is faster and loses nothing) and else 0;
+            without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -125,6 +130,8 @@ class AttentionSpec:
                 continue
             if value is None:
                 object.__setattr__(self, name, value := default)
+            if name == "exact_below" and value is None:
+                continue
             least = 1 if name == "num_landmarks" else 0
             if name == "landmarks":
                 if not isinstance(value, str) or not value:
@@ -160,10 +167,12 @@ class AttentionSpec:
             raise ValueError(f"unknown AttentionSpec field {unknown[0]!r}; expected one of {', '.join(known)}")
         return cls(**data)
 
-    def matches_layer(self, layer: int | None, name: str) -> bool:
-        """Whether this spec's `layers` selects the attention module `name` of layer number `layer`."""
+    def matches_layer(self, layer: int | None, name: str, layer_type: str = "full_attention") -> bool:
+        """Whether this spec's `layers` selects the attention module `name` of layer number `layer` and its type."""
         if self.layers is None:
             return True
+        if self.layers in LAYER_TYPES:
+            return layer_type == self.layers
         if isinstance(self.layers, tuple):
             return layer in self.layers
         return layer_pattern_matches(self.layers, layer, name)

@@ -52,10 +52,31 @@ def _shape(module: nn.Module) -> tuple[int | None, int | None]:
     return heads, size
 
 
-def find_attention_modules(model: nn.Module) -> dict[str, dict]:
-    """{name relative to the base model: {"layer", "kind", "num_heads", "head_dim"}} in the order of the model.
+def _layer_type(module: nn.Module, kind: str, layer: int | None) -> str:
+    """Which keys the model's masks leave to a module: a type as in transformers' `config.layer_types`."""
+    config = getattr(module, "config", None)
+    types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", layer)
+    if kind == "cross":
+        return "full_attention"
+    if types and isinstance(index, int) and index < len(types):
+        return types[index]
+    # Without types all layers are alike (Mistral).
+    for name, found in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+        if getattr(module, name, None) or getattr(config, name, None):
+            return found
+    return "full_attention"
 
-    "layer" is the first number in the name; "kind" is "self" or "cross". Unknown shapes are None.
+
+def max_positions(config) -> int | None:
+    """How many tokens a text of the model may have; None where its config does not say."""
+    return _first(("max_position_embeddings",), config)
+
+
+def find_attention_modules(model: nn.Module) -> dict[str, dict]:
+    """{name relative to the base model: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
+
+    "layer" is the first number in the name; "kind" is "self" or "cross"; "type" is that of transformers'
+    `config.layer_types`. Unknown shapes are None.
     """
     prefix = base_prefix(model)
     found = {}
@@ -65,9 +86,11 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
         cross = getattr(module, "is_cross_attention", False) is True or any(m in name.lower() for m in _CROSS_MARKS)
         heads, size = _shape(module)
+        kind, layer = "cross" if cross else "self", int(number[1]) if number else None
         found[name.removeprefix(prefix)] = {
-            "layer": int(number[1]) if number else None,
-            "kind": "cross" if cross else "self",
+            "layer": layer,
+            "kind": kind,
+            "type": _layer_type(module, kind, layer),
             "num_heads": heads,
             "head_dim": size,
         }
@@ -87,30 +110,35 @@ def locate(model: nn.Module, name: str) -> nn.Module | None:
 def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> dict[str, dict]:
     """The modules a list of specs applies to, each with its groups of heads: the `modules` part of the config block.
 
-    Raises `ValueError` when a spec selects nothing, names a layer or head that does not exist, or when two specs
-    claim the same head.
+    Raises `ValueError` when a spec selects nothing, names a layer or head that does not exist, when two specs claim the
+    same head, or when a Nyström spec claims heads that do not see all keys.
     """
     if not candidates:
         raise ValueError("the model has no attention module that follows transformers' attention interface")
     layers = {entry["layer"] for entry in candidates.values()}
+    known = [f"{name} ({entry['type']})" for name, entry in candidates.items()]
     chosen: dict[str, dict] = {}
     for number, spec in enumerate(specs):
         numbers = numeric_pattern(spec.layers) if isinstance(spec.layers, str) else spec.layers
         if missing := [i for i in sorted(numbers or ()) if i not in layers]:
-            known = sorted(i for i in layers if i is not None)
-            raise ValueError(f"layers: there is no layer {missing[0]}; this model has layers {known}")
+            numbers = sorted(i for i in layers if i is not None)
+            raise ValueError(f"layers: there is no layer {missing[0]}; this model has layers {numbers}")
         matched = [
             name
             for name, entry in candidates.items()
-            if spec.matches_layer(entry["layer"], name) and spec.attention in (None, entry["kind"])
+            if spec.matches_layer(entry["layer"], name, entry["type"]) and spec.attention in (None, entry["kind"])
         ]
         if not matched:
             raise ValueError(
                 f"the spec layers={spec.layers!r}, attention={spec.attention!r} selects no attention module; "
-                f"candidates are {', '.join(candidates)}"
+                f"candidates are {', '.join(known)}"
             )
         for name in matched:
+            if spec.mechanism == "nystrom":
+                _refuse_pattern(name, candidates)
             entry = chosen.setdefault(name, {**candidates[name], "groups": []})
+            # The model's config says it, and may change.
+            entry.pop("type", None)
             if entry["num_heads"] is None:
                 raise ValueError(f"cannot tell the number of heads of {name!r}; leave it out with layers=...")
             heads = None if spec.heads is None else list(spec.heads)
@@ -124,6 +152,23 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
                 )
             entry["groups"].append({"spec": number, "heads": heads})
     return {name: chosen[name] for name in candidates if name in chosen}
+
+
+def _refuse_pattern(name: str, candidates: dict[str, dict]) -> None:
+    """Raise `ValueError` where the model's own mask would hide keys from a Nyström module, which sums over all keys."""
+    kind = candidates[name]["type"]
+    if "sliding" not in kind and "chunked" not in kind:
+        return
+    full = sorted({entry["layer"] for entry in candidates.values() if entry["type"] == "full_attention"})
+    raise ValueError(
+        f"layers: {name!r} has {kind}, which mechanism='nystrom' cannot honour: its far field is a sum over all keys. "
+        + (
+            f"Use layers='full_attention' or layers={full}; exact metrics take every layer"
+            if full
+            else "This model has no layer of full_attention; exact metrics take every layer. Where its texts are no "
+            "longer than its window, set config.sliding_window = None before converting"
+        )
+    )
 
 
 def _claim(name: str, entry: dict, heads: list[int] | None) -> None:

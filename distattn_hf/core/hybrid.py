@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .hybrid_cpu import fused, runs
+from .masks import surely
 
 # Queries that share one running sum: fewer sums to keep, more work within a block.
 _BLOCK = 64
@@ -198,7 +199,7 @@ def _absorb(state: FarState, far_key: Tensor, value: Tensor) -> FarState:
 def take_sinks(inputs: HybridInputs) -> tuple[FarState, Tensor]:
     """(state with the sinks among the keys in it, which keys those are (B, M))."""
     state = inputs.state or empty_state(inputs)
-    if not inputs.num_sinks or not bool((state.sink_position == NOWHERE).any()):
+    if not inputs.num_sinks or (inputs.state is not None and surely((state.sink_position != NOWHERE).all())):
         return state, torch.zeros_like(inputs.keep)
     known = (state.sink_position != NOWHERE).sum(-1, keepdim=True)
     number = inputs.keep.cumsum(-1) - 1 + known

@@ -25,7 +25,7 @@ EAGER_IMPLEMENTATION = "distattn_eager"
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
 FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
-# For models in which some attention is linear: masks say which keys are padding and no more.
+# For models in which some attention is linear: causal and bidirectional masks say which keys are padding and no more.
 LINEAR_IMPLEMENTATION = "distattn_linear"
 LINEAR_EAGER_IMPLEMENTATION = "distattn_linear_eager"
 
@@ -74,7 +74,9 @@ def _additive(mask, module, query, key, kwargs) -> Tensor | None:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+    # Eager attention has its softmax in float32, where float64's least number would be -inf, and a masked row NaN.
+    least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
+    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, least)
 
 
 def _is_causal(module, query, attention_mask, is_causal) -> bool:

@@ -1,16 +1,16 @@
 """Nyström attention inside a model: what transformers hands over -> `hybrid_attention`, with or without a cache."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
 from .cache import layer_behind
 from .compatibility import version_note
 from .hybrid import HybridInputs, advance, hybrid_attention
-from .masks import causal_keep
+from .masks import causal_keep, surely
 from .parameters import NystromParameters
 from .reference import reference_hybrid
 from .relative_bias import as_tensor, of_heads, window_bias
@@ -32,21 +32,23 @@ def padding_mask(
 ) -> Tensor | None:
     """Mask function of models with linear-time attention: which keys are padding, (B, 1, 1, M) bool, or None for none.
 
-    Causality is left to the attention function, so that no (N, M) mask is made. Raises `ValueError` for a pattern that
-    is neither causal nor bidirectional, and for a cache with places that are not filled yet.
+    Causality is left to the attention function, so that no (N, M) mask is made. Any other pattern (sliding layers
+    beside full ones, packed sequences) is written out as transformers does, (B, 1, N, M), for layers of exact
+    attention; Nyström heads refuse it. Raises `ValueError` for a cache with places that are not filled yet.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
-        raise ValueError(
-            "linear-time attention takes causal and bidirectional masks with padding; this call asks for another "
-            "pattern (a sliding window, packed sequences, a mask function of the model's own, or, under torch.compile, "
-            "no attention_mask: pass one)"
-        )
+        # Never left to a flag: None would mean causal or bidirectional here.
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(
+            q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, **{**unused, **skips},
+        )  # fmt: skip
     if mask_function is causal_mask_function and int(q_offset) + q_length < kv_length:
         raise ValueError(
             f"models with linear-time attention take caches that hold no more than what was seen, got {kv_length} "
             f"places for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or surely(attention_mask.all()):
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if mask.shape[1] < kv_length:
@@ -56,8 +58,8 @@ def padding_mask(
 
 
 def written_out(mask: Tensor | None, num_queries: int, num_keys: int, is_causal: bool, device) -> Tensor | None:
-    """The (.., N, M) mask that exact attention needs, from a padding mask; None where there is nothing to mask."""
-    if not is_causal or num_queries == 1:
+    """The (.., N, M) mask that exact attention needs, from what `padding_mask` made; None: nothing is masked."""
+    if not is_causal or num_queries == 1 or (mask is not None and mask.shape[2] > 1):
         return mask
     triangle = causal_keep(num_queries, num_keys, device, offset=num_keys - num_queries)[None, None]
     return triangle if mask is None else triangle & mask
@@ -69,8 +71,9 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
         return torch.ones(len(query), length, dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
         raise ValueError(
-            f"linear-time attention needs a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: it "
-            "never forms the (N, M) entries that another mask speaks of"
+            f"Nyström attention needs a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: it never "
+            "forms the (N, M) entries that another pattern speaks of (a sliding window, packed sequences, a mask of "
+            "the model's own or of the caller's, or, under torch.compile, no attention_mask: pass one)"
         )
     return mask[:, 0, 0, -length:].expand(len(query), length)
 
@@ -81,6 +84,8 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
     layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, total):
+        return _uncompiled()(state, query, key, value, call, attend)
     if layer is None and call["is_causal"] and total > num_queries:
         raise RuntimeError(
             f"causal Nyström attention got {total} keys for {num_queries} queries: the model has a cache that was "
@@ -89,6 +94,9 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     full_key, full_value, full_keep = key, value, key_padding(call["mask"], query, total)
     keep = full_keep
     if layer is not None:
+        _check_options(layer, state)
+        if (earlier := layer.take_earlier()) is not None:
+            _absorb(state, layer, *earlier, keep, call)
         full_key, full_value = layer.all_keys, layer.all_values
         key, value, keep = layer.take(keep[:, -num_queries:])
     results = []
@@ -100,9 +108,9 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
         if not isinstance(group, NystromParameters):
             results.append((heads, *exact(*full(), mine)))
             continue
-        few = _sees_few(state, group, full_keep, num_queries, call["is_causal"])
+        few = _sees_few(state, group, layer, full_keep, num_queries, call["is_causal"])
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
-        if few is not None and bool(few.all()):
+        if few is True:
             output, weights = exact(*full(), mine)
             output = touched(group, output)
             if layer is not None:
@@ -115,7 +123,8 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
         # Padding after the last of so many tokens still sees no more than these.
-        if layer.full_key_heads != layer.exact_key_heads and bool((full_keep.sum(-1) > layer.exact_below).all()):
+        may_forget = total > layer.exact_below and not layer.is_long
+        if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
 
@@ -131,22 +140,76 @@ def touched(group, output: Tensor) -> Tensor:
     return output + 0 * sum(unused).to(output.dtype) if unused else output
 
 
-def _sees_few(state, group, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | None:
-    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does."""
-    limit, num_keys = group.spec.exact_below, keep.shape[1]
+def _check_options(layer, state) -> None:
+    """Raise `ValueError` where a cache was begun with other options than the module has now."""
+    for _, group in state.parts():
+        if isinstance(group, NystromParameters):
+            for name in ("window_size", "exact_below"):
+                if getattr(layer, name) != (now := getattr(group.spec, name) or 0):
+                    raise ValueError(
+                        f"this cache was begun with {name}={getattr(layer, name)}, and the model has {name}={now} now; "
+                        "start with an empty cache"
+                    )
+
+
+def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: dict) -> None:
+    """Make the keys (B, H_kv, n, d) of a cache that kept all the layer's window and state, as if they had run here."""
+    length = key.shape[2]
+    # The state holds no bias: that of a far key depends on nothing but its side.
+    call = {**call, "position_bias": None, "num_keys": length}
+    for heads, group in state.parts():
+        if isinstance(group, NystromParameters):
+            columns = [head // (state.num_heads // key.shape[1]) for head in heads]
+            no_query = key.new_zeros(len(key), len(heads), 0, key.shape[3])
+            inputs = hybrid_inputs(group, no_query, _take(key, columns), _take(value, columns), keep[:, :length], call)
+            far_state, near_keep = advance(inputs)
+    layer.put(key, value, near_keep, far_state)
+
+
+def _depends_on_padding(state, layer, num_keys: int) -> bool:
+    """Whether only the mask's values say which queries see few keys."""
+    limits = [group.spec.exact_below or 0 for _, group in state.parts() if isinstance(group, NystromParameters)]
+    return any(0 < limit < num_keys for limit in limits) and not (layer is not None and layer.is_long)
+
+
+@lru_cache
+def _uncompiled():
+    """`nystrom_forward` as torch.compile leaves it alone: one cut of the graph in place of ten."""
+    # Made when it is needed: it imports torch._dynamo, which takes a second.
+    return torch.compiler.disable(nystrom_forward)
+
+
+def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
+    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does, True where all do."""
+    limit, num_keys = group.spec.exact_below or 0, keep.shape[1]
     if state.observer is not None:  # a conversion fits the far field at whatever length its text has
         return None
     if not limit:
-        if num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW:
+        # A model of short texts only would have no Nyström attention left.
+        takes_longer = state.max_positions is None or state.max_positions > EXACT_IS_FASTER_BELOW
+        short = num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW
+        if short and takes_longer and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"Nyström attention runs on a text of fewer than {EXACT_IS_FASTER_BELOW:,} tokens, where exact "
-                "attention is faster; "
-                f"AttentionSpec(mechanism='nystrom', exact_below={EXACT_IS_FASTER_BELOW}) uses it there"
+                f"attention is faster and loses nothing; exact_below={EXACT_IS_FASTER_BELOW} uses it there "
+                "(model.set_attention_options or from_pretrained; at the command line --exact-below)"
             )
         return None
-    seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
-    few = seen <= limit
-    return few if bool(few.any()) else None
+    if layer is not None and layer.is_long:
+        return None
+    if num_keys > limit:
+        seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
+        few = seen <= limit
+        if not bool(few.any()):
+            return None
+        if not bool(few.all()):
+            return few
+    if state.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"training on texts of at most exact_below={limit} tokens, which see exact attention alone: no landmark is "
+            "trained. Where longer texts matter, train with model.set_attention_options(exact_below=0)"
+        )
+    return True
 
 
 def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: dict, exact):

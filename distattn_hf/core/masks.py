@@ -36,6 +36,14 @@ def split_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[T
     return keep, torch.where(keep, mask, torch.zeros_like(mask))
 
 
+def surely(condition: Tensor) -> bool:
+    """Whether a bool tensor of one entry is True; False under torch.compile, whose graph the question would cut.
+
+    For shortcuts: what follows must be right either way.
+    """
+    return not torch.compiler.is_compiling() and bool(condition)
+
+
 def causal_keep(num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
     """(N, M) bool, True where key j <= query i + offset: the top-left triangle, as in PyTorch's own `is_causal`."""
     rows = torch.arange(num_queries, device=device)[:, None] + offset

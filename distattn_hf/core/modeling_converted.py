@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.utils import cached_file, logging
 
 from .cache import use_nystrom_cache
@@ -26,7 +27,7 @@ from .configuration_distattn import (
     config_class_for,
     new_config_class_hooks,
 )
-from .discovery import base_prefix, find_attention_modules, locate, select_modules
+from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
 from .interface import (
     EAGER_IMPLEMENTATION,
     FULL_MASK_IMPLEMENTATION,
@@ -36,6 +37,7 @@ from .interface import (
 )
 from .loading import KeepsLoadedWeights
 from .monitor import Monitored
+from .options import OPTIONS, set_options, with_options
 from .parameters import DistanceAttentionState
 from .relative_bias import give_relative_bias, has_relative_bias
 
@@ -157,6 +159,15 @@ class DistAttnModelMixin(KeepsLoadedWeights, Monitored):
         say_what_sdpa_means(attn_implementation, self)
         super().set_attn_implementation(implementation, *args, **kwargs)
 
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+        if self._is_stateful and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) takes tokens "
+                f"back, which the cache of {type(self).__name__} cannot: with Nyström attention, tokens that left the "
+                "window are sums. Generate without it, or with the teacher"
+            )
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.auto_map = auto_map_for(type(self))
         if (report := self.report_as_it_is()) is not None and kwargs.get("is_main_process", True):
@@ -171,10 +182,29 @@ class DistAttnModelMixin(KeepsLoadedWeights, Monitored):
             self.name_or_path = self.config.name_or_path = str(save_directory)
         return found
 
+    def set_attention_options(self, **options) -> None:
+        """Set what no fit depends on, in the modules and in the config, so that `save_pretrained` keeps it.
+
+        exact_below and window_size (no smaller than it is) of Nyström specs, backend of the others (see
+        `AttentionSpec`). Caches that were begun before cannot go on. Raises `ValueError`, before anything is changed,
+        for any other name, a value that cannot be, and an option that no spec of the model has.
+        """
+        groups = [group for state in self.attention_states.values() for group in state.groups]
+        mine = [{n: v for n, v in options.items() if OPTIONS.get(n) == group.spec.mechanism} for group in groups]
+        changed = [with_options([group.spec], own)[0] for group, own in zip(groups, mine, strict=True)]
+        set_options(self.config, options)
+        for group, spec in zip(groups, changed, strict=True):
+            group.spec = spec
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as the base class does; options of `set_attention_options` are taken, too (`exact_below=2048`)."""
+        # A name that the base model's config has is its own.
+        chosen = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs and not hasattr(cls.config_class, name)}
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        if chosen:
+            model.set_attention_options(**chosen)
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -277,9 +307,12 @@ def attach_states(model: PreTrainedModel) -> None:
             )
         if not isinstance(getattr(module, "distattn", None), DistanceAttentionState):
             module.distattn = DistanceAttentionState(specs, entry)
+            module.distattn.max_positions = max_positions(getattr(module, "config", None) or model.config)
             module.register_forward_pre_hook(_check_implementation)
             if module.distattn.is_nystrom and entry["kind"] == "self" and getattr(module, "is_causal", False):
                 module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
+                # Its cache does not go back, which transformers asks before it assists a generation.
+                model._is_stateful = True
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
     if any(spec.mechanism == "nystrom" for spec in specs):
@@ -292,7 +325,9 @@ def _refuse_new_layers(model, specs, modules) -> None:
     """Raise `ValueError` for a layer like the converted ones that the specs select and config.distattn omits."""
     templates = {re.sub(r"\d+", "#", name) for name in modules}
     for name, entry in find_attention_modules(model).items():
-        selected = any(s.matches_layer(entry["layer"], name) and s.attention in (None, entry["kind"]) for s in specs)
+        selected = any(
+            s.matches_layer(entry["layer"], name, entry["type"]) and s.attention in (None, entry["kind"]) for s in specs
+        )
         if selected and name not in modules and re.sub(r"\d+", "#", name) in templates:
             raise ValueError(
                 f"config.distattn does not name the attention module {name!r}, which its specs select; was the number "

@@ -217,6 +217,8 @@ class DistanceAttentionState(nn.Module):
         # Set while a conversion calibrates: called in place of the attention, never saved.
         self.observer = None
         self.is_cross = entry["kind"] == "cross"
+        # How long the model's texts may be, where it is known.
+        self.max_positions: int | None = None
 
     @property
     def is_nystrom(self) -> bool:

@@ -1,6 +1,6 @@
 """One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,11 @@ class ModelArguments:
 def _specs(spec) -> list[AttentionSpec] | None:
     if spec is None:
         return None
-    if isinstance(spec, str) and ("." in spec or "/" in spec or Path(spec).is_file()):
-        return read_specs(spec)
-    return parse_specs(spec)
+    is_file = isinstance(spec, str) and ("." in spec or "/" in spec or Path(spec).is_file())
+    specs = read_specs(spec) if is_file else parse_specs(spec)
+    # What trains and is scored is what lies beyond exact_below, unless the file says otherwise.
+    unsaid = [s.mechanism == "nystrom" and s.exact_below is None for s in specs]
+    return [replace(s, exact_below=0) if missing else s for s, missing in zip(specs, unsaid, strict=True)]
 
 
 @dataclass

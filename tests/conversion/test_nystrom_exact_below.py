@@ -1,5 +1,6 @@
 """`exact_below`: queries that see few keys attend to all of them exactly, whatever is in batch or cache."""
 
+import copy
 import logging
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from distattn_hf.conversion.saving import change_options
 from tests.tolerances import assert_close
 
 from .models import bert, gpt2, llama, t5, token_batch
@@ -155,12 +157,19 @@ def test_saved_and_loaded(tmp_path):
     assert again.config.attention_specs[0].exact_below == LIMIT
 
 
-def test_short_texts_without_it_are_said_to_be_slow(caplog):
+def llama_of(positions):
+    teacher = llama()
+    teacher.config.max_position_embeddings = positions
+    return teacher
+
+
+def test_short_texts_without_it_are_said_to_be_slow_where_texts_can_be_longer(caplog):
     message = "where exact attention is faster"
     logger = logging.getLogger("distattn_hf.core.linear")
     batch = token_batch(gpt2(), 20)
-    for limit, count in ((0, 1), (30, 0)):
-        student = student_of(gpt2(), limit=limit)
+    # At 2,048 positions, exact_below=2048 would undo the conversion.
+    for positions, limit, count in ((4096, 0, 1), (4096, 30, 0), (2048, 0, 0)):
+        student = student_of(llama_of(positions), limit=limit)
         from transformers.utils.logging import warning_once
 
         warning_once.cache_clear()
@@ -216,3 +225,126 @@ def test_padding_right_after_the_last_exact_query():
             outputs.append(found.logits)
     real = batch["attention_mask"].bool()
     assert (torch.cat(outputs, 1) - whole)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("positions", "expected"), [(256, 0), (2048, 0), (2049, 2048), (8192, 2048)])
+def test_by_default_it_is_2048_for_models_of_longer_texts(positions, expected):
+    student = student_of(llama_of(positions), limit=None)
+    assert student.config.attention_specs[0].exact_below == expected
+    assert student.attention_states["layers.0.self_attn"].groups[0].spec.exact_below == expected
+    assert student_of(llama_of(positions), limit=3).config.attention_specs[0].exact_below == 3
+
+
+def test_a_checkpoint_without_it_has_none():
+    student = student_of(llama_of(8192))
+    block = copy.deepcopy(student.config.distattn)
+    del block["specs"][0]["exact_below"]
+    config = type(student.config).from_dict({**student.config.to_dict(), "distattn": block})
+    old = AutoModelForCausalLM.from_config(config).eval()
+    old.load_state_dict(student.state_dict())
+    student.set_attention_options(exact_below=0)
+    batch = padded(student)
+    with torch.no_grad():
+        assert torch.equal(old(**batch).logits, student(**batch).logits)
+
+
+@torch.no_grad()
+def test_it_is_set_on_a_fitted_checkpoint_without_a_fit(tmp_path):
+    teacher, batch = llama(), padded(llama())
+    with_limit, student = student_of(teacher), student_of(teacher, limit=0)
+    expected, before = with_limit(**batch).logits, student(**batch).logits
+    student.save_pretrained(tmp_path / "zero")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "zero", exact_below=LIMIT).eval()
+    assert torch.equal(loaded(**batch).logits, expected)
+    student.set_attention_options(exact_below=LIMIT)
+    assert torch.equal(student(**batch).logits, expected)
+    student.save_pretrained(tmp_path / "limit")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "limit").eval()
+    assert again.config.attention_specs == with_limit.config.attention_specs
+    assert torch.equal(again(**batch).logits, expected)
+    again.set_attention_options(exact_below=0)
+    assert torch.equal(again(**batch).logits, before)
+
+
+@torch.no_grad()
+def test_window_and_backend_are_set_without_a_fit():
+    teacher, batch = llama(), padded(llama())
+    linear = AttentionSpec(mechanism="nystrom", window_size=5, num_landmarks=6, layers=[0])
+    specs = [linear, AttentionSpec("l2", layers=[1])]
+    student = convert(teacher, specs, calibration=[token_batch(teacher, 40)], options=QUICK)
+    student.set_attention_options(window_size=7, backend="chunked", exact_below=3)
+    linear, exact = (state.groups[0].spec for state in student.attention_states.values())
+    assert (linear.window_size, linear.exact_below, linear.backend) == (7, 3, "auto")
+    assert (exact.backend, exact.window_size) == ("chunked", None)
+    assert student.config.attention_specs == [linear, exact]
+    assert bool(student(**batch).logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exact_below": -1}, "exact_below must be an integer >= 0, got -1"),
+        ({"exact_below": None}, "exact_below must have a value, got None"),
+        ({"num_sinks": 8}, "num_sinks cannot be set on a converted model; expected one of exact_below, window_size"),
+        ({"exact_below": 4, "window_size": 3}, "window_size must be an integer >= 5, .* got 3; `distattn adapt`"),
+        ({"exact_below": 4, "backend": "cpp"}, "backend='cpp' belongs to mechanism='distance', which this model"),
+    ],
+)
+def test_options_that_cannot_be_set_change_nothing(options, message):
+    student = student_of(llama())
+    before = copy.deepcopy(student.config.distattn)
+    with pytest.raises(ValueError, match=message):
+        student.set_attention_options(**options)
+    assert student.config.distattn == before
+    specs = [group.spec for state in student.attention_states.values() for group in state.groups]
+    assert specs == [student.config.attention_specs[0]] * 2
+    plain = convert(llama(), AttentionSpec("l1"), init="plain")
+    with pytest.raises(
+        ValueError, match="exact_below=5 belongs to mechanism='nystrom', which this model does not have"
+    ):
+        plain.set_attention_options(exact_below=5)
+    with pytest.raises(ValueError, match="backend 'sdpa' cannot run metric 'l1'"):
+        plain.set_attention_options(backend="sdpa")
+
+
+@torch.no_grad()
+def test_a_cache_does_not_go_on_under_other_options():
+    student, batch = student_of(llama()), token_batch(llama(), 20)
+    for options in ({"exact_below": LIMIT + 1}, {"window_size": 9}):
+        cache = student(**batch, use_cache=True).past_key_values
+        student.set_attention_options(**options)
+        (name,) = options
+        with pytest.raises(ValueError, match=f"begun with {name}=.*the model has {name}=.*start with an empty cache"):
+            student(batch["input_ids"][:, :1], past_key_values=cache)
+
+
+def test_training_that_reaches_no_landmark_is_said(caplog):
+    from transformers.utils.logging import warning_once
+
+    student = student_of(llama(), limit=64)
+    batch = token_batch(student, 40)
+    for training in (False, True):
+        warning_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="distattn_hf.core.linear"):
+            student.train(training)(**batch)
+        assert ("no landmark is trained" in caplog.text) == training
+
+
+def test_it_is_set_in_a_folder(tmp_path):
+    student = student_of(llama(), limit=0)
+    student.save_pretrained(tmp_path)
+    assert [spec.exact_below for spec in change_options(tmp_path, exact_below=LIMIT)] == [LIMIT]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    student.set_attention_options(exact_below=LIMIT)
+    batch = padded(student)
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, student(**batch).logits)
+    config = (tmp_path / "config.json").read_text()
+    for options in ({}, {"window_size": 2}, {"backend": "cpp"}):
+        with pytest.raises(ValueError, match="nothing to set|window_size must|belongs to mechanism='distance'"):
+            change_options(tmp_path, **options)
+    assert (tmp_path / "config.json").read_text() == config
+    llama().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="is not the folder of a converted checkpoint"):
+        change_options(tmp_path / "plain", exact_below=1)
