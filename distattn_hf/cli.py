@@ -1,28 +1,133 @@
 """The command line: `distattn VERB`, see `distattn --help`. Each verb only calls the package."""
 
 import json
+import logging
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .experiments.benchmark import benchmark
+from . import __version__
 
+# No module here may import torch: help and refused arguments must not wait for it. What needs it is imported where it
+# is used, after `start`.
 app = typer.Typer(
-    help="Distance-based attention for Hugging Face transformers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# The registered metrics and their aliases, and what else can be told without torch (tests/test_cli.py compares).
+METRICS = {
+    "sqeuclidean": ("squared_l2", "l2_squared"),
+    "l2": ("euclidean",),
+    "l1": ("manhattan", "cityblock"),
+    "lp": ("minkowski",),
+    "cosine": (),
+    "chebyshev": ("linf",),
+    "lifted_sqeuclidean": (),
+    "dot": (),
+}
+CHOICES = {
+    "mechanism": ("distance", "nystrom"),
+    "init": ("exact", "calibrated", "plain"),
+    "attention": ("self", "cross"),
+    "transform": ("none", "scalar", "linear"),
+}
+# Least values of the numbers; p and λ are checked apart.
+LEAST = {
+    "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
+    "max_tokens": 1, "max_length": 1, "max_texts": 1,
+}  # fmt: skip
 
 _SOURCE = "A Hub name, a folder, or an embedded checkpoint: minilm, smollm2-135m, iglm, iglm-s."
 _DATA = "A .txt, .json, .jsonl, .csv, .tsv or .parquet file, 'news', or a data set's Hub name."
+_LIST = "Separated by commas."
+# What a conversion's report calls its columns, for those who have not read the documentation.
+LEGEND = (
+    "KL: of the teacher's attention weights and the student's, in nats per query, mean over heads; before: as swapped, "
+    "after: as fitted."
+)
 
 Source = Annotated[str, typer.Argument(help=_SOURCE)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
 Column = Annotated[str | None, typer.Option(help="The text column of the data set.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"distattn_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _command_line(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+):
+    """Distance-based attention for Hugging Face transformers."""
+
+
+def start() -> None:
+    """Make ready for work, once the arguments are in order: torch and transformers take seconds to import."""
+    from transformers.utils import logging as transformers_logging
+
+    from .auto_classes import register_all
+
+    register_all()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def check_choices(**values) -> None:
+    """Raise `ValueError`, without torch, for a name that no option takes, and for a number out of its range."""
+    metric = values.pop("metric", None)
+    if metric is not None and metric.lower() not in {*METRICS, *(alias for names in METRICS.values() for alias in names)}:
+        shown = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in METRICS.items())
+        raise ValueError(
+            f"unknown metric {metric!r}; --metric is one of {shown}. A metric of your own must be registered, so it is "
+            "converted from Python"
+        )
+    order = values.get("p")
+    if metric is not None and order is not None and metric.lower() not in ("lp", *METRICS["lp"]):
+        raise ValueError(f"--p {order:g} was given with --metric {metric}; only lp takes an order")
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{flag(name)} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+        if name in LEAST and value < LEAST[name]:
+            raise ValueError(f"{flag(name)} must be an integer >= {LEAST[name]}, got {value}")
+        if name == "p" and not 1 <= value < float("inf"):
+            raise ValueError(f"--p must be a finite number >= 1, got {value:g}")
+        if name in ("lam", "max_error") and not 0 < value < float("inf"):
+            raise ValueError(f"{flag(name)} must be a positive finite number, got {value:g}")
+
+
+def flag(name: str) -> str:
+    """An option as it is written on the command line."""
+    return "--spec" if name == "spec_file" else f"--{name.replace('_', '-')}"
+
+
+def as_flags(text: str, options) -> str:
+    """A message of the package, which names Python arguments, in the words of the command line.
+
+    options: the names of the verb's options. `name=value`, a name at the beginning, and any name with an underscore
+    become the flag; None, which nobody can type, goes.
+    """
+    for name in sorted(options, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.\-'\"/]){name}=True\b", flag(name), text)
+        text = re.sub(rf"(?<![\w.\-'\"/]){name}=(?=\S)", f"{flag(name)} ", text)
+        text = re.sub(rf"^{name}(?=\W)(?!-)", flag(name), text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w.\-'\"/]){name}(?![\w./])", flag(name), text)
+    text = re.sub(r"must be None(?:,| or) ", "must be ", text)
+    return text.replace("call distattn_hf.revert(model) first", "run distattn revert first")
 
 
 # Options of `convert` that a file of specs takes the place of.
@@ -35,7 +140,7 @@ _OF_SPEC = (
 def _given(context: typer.Context, names) -> list[str]:
     """Which of a command's options the command line has, as they are written there."""
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [f"--{n.replace('_', '-')}" for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [flag(n) for n, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 @app.command(

@@ -19,6 +19,7 @@ from ..core.metrics import get_metric
 from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
 from .calibrate import CalibrationOptions, calibrate
 from .checkpoints import rebuild
+from .companions import Source, describe_source
 from .report import ConversionReport, GroupReport
 from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch
 
@@ -105,6 +106,8 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         )
     report.calibration_tokens = tokens
     report.base_model = _hub_name(model)
+    if Path(name := str(model.config.name_or_path or "-")).is_dir():
+        report.source = describe_source(Source(name))
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
     student.converted_from = model.config.name_or_path
@@ -154,7 +157,7 @@ def _refuse_adapters(model) -> None:
 
 def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> list[AttentionSpec]:
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{_within(model)}")
     if isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is converted already; call distattn_hf.revert(model) first")
     _refuse_adapters(model)
@@ -177,6 +180,17 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
             spec = replace(spec, layers=layers)
         checked.append(_prepare(spec, init))
     return checked
+
+
+def _within(model) -> str:
+    """Where a wrapper, such as a SentenceTransformer, holds the model that can be converted, as code that does it."""
+    if hasattr(model, "peft_config"):
+        return "; merge its adapters first (merge_and_unload)"
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if isinstance(module, PreTrainedModel):
+            place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            return f", which holds one: convert that alone, {place} = convert({place}, ...)"
+    return ""
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
@@ -352,7 +366,7 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)
     report = _report(model.base_class, model, modules, divergences, block["init"], saved.warnings if saved else [])
     if saved:
-        for name in ("calibration_tokens", "seconds", "base_model"):
+        for name in ("calibration_tokens", "seconds", "base_model", "source"):
             setattr(report, name, getattr(saved, name))
         report.changed_since = model.report_as_it_is()["changed_since"]
     return report

@@ -31,8 +31,9 @@ class ConversionReport:
     """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
 
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
-    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder. changed_since: λ or α
-    are no longer those of the fit, from which the divergences are.
+    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known of
+    that folder (`describe_source`: its name, its licence). changed_since: λ or α are no longer those of the fit, from
+    which the KL values are.
     """
 
     base_architecture: str
@@ -45,6 +46,7 @@ class ConversionReport:
     seconds: float = 0.0
     base_model: str | None = None
     changed_since: bool = False
+    source: dict | None = None
 
     @property
     def mean_alpha(self) -> float | None:

@@ -6,8 +6,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from .companions import Source, copy_companions
+
+# transformers.utils.CONFIG_NAME; not imported, so that `check_output` needs no torch.
+CONFIG_NAME = "config.json"
 
 
 def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME) -> Path:
@@ -60,10 +62,16 @@ def staging_folder(out: str | Path, overwrite: bool = False, marker: str = CONFI
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does."""
+def save_checkpoint(
+    model, tokenizer, out: str | Path, *, overwrite: bool = False, source: Source | None = None
+) -> list[str]:
+    """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does.
+
+    source: where the model was loaded from: what else is there goes along (see `copy_companions`). Returns the names of
+    what was left behind.
+    """
     with staging_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return Path(out)
+        return copy_companions(source, folder) if source is not None else []
