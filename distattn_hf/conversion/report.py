@@ -31,9 +31,9 @@ class ConversionReport:
     """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
 
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
-    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known of
-    that folder (`describe_source`: its name, its licence). changed_since: λ or α are no longer those of the fit, from
-    which the KL values are.
+    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known
+    of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ or α are no longer those of
+    the fit, from which the KL values are.
     """
 
     base_architecture: str
