@@ -48,11 +48,6 @@ LEAST = {
 _SOURCE = "A Hub name, a folder, or an embedded checkpoint: minilm, smollm2-135m, iglm, iglm-s."
 _DATA = "A .txt, .json, .jsonl, .csv, .tsv or .parquet file, 'news', or a data set's Hub name."
 _LIST = "Separated by commas."
-# What a conversion's report calls its columns, for those who have not read the documentation.
-LEGEND = (
-    "KL: of the teacher's attention weights and the student's, in nats per query, mean over heads; before: as swapped, "
-    "after: as fitted."
-)
 
 Source = Annotated[str, typer.Argument(help=_SOURCE)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]

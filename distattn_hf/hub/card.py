@@ -277,18 +277,18 @@ def _loss_table(report: ConversionReport) -> str | None:
     columns = {
         "λ": "lam",
         "α": "alpha",
-        "divergence unfitted": "divergence_before",
-        "divergence fitted": "divergence_after",
+        "KL unfitted": "divergence_before",
+        "KL fitted": "divergence_after",
         "output off, sinks and window alone": "window_error",
         "output off": "output_error",
     }
     columns = {k: v for k, v in columns.items() if any(getattr(group, v) is not None for group in report.groups)}
     rows = []
     for group in report.groups:
-        cells = [f"`{group.module}`", group.metric, str(len(group.heads))]
+        cells = [f"`{group.module}`", group.attention, str(len(group.heads))]
         values = [getattr(group, field) for field in columns.values()]
         rows.append(cells + ["-" if v is None else f"{fmean(v):.4g}" for v in values])
-    return _table(["module", "metric", "heads", *columns], rows) if rows else None
+    return _table(["module", "attention", "heads", *columns], rows) if rows else None
 
 
 def _score_table(scorecard: dict) -> str:

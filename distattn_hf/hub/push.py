@@ -97,8 +97,8 @@ def choose_card(folder, repo, overwrite_card, license, base_model, results, toke
     if written is not None and not overwrite_card and not is_unedited(written):
         if results is not None:
             raise ValueError(
-                f"results={str(results)!r} go into a new card, but somebody wrote {CARD_NAME} of the folder; write them "
-                "there, or replace it by overwrite_card"
+                f"results={str(results)!r} go into a new card, but somebody wrote {CARD_NAME} of the folder; write "
+                "them there, or replace it by overwrite_card"
             )
         return written, [f"{CARD_NAME} of the folder is uploaded as it is; overwrite_card replaces it"]
     given = {"license": license, "base_model": base_model, "results": results}
