@@ -1,108 +1,74 @@
 """Distance-based attention for Hugging Face transformers: convert a checkpoint, keep its quality, load it anywhere."""
 
-from transformers.utils import logging as _logging
-
-from .core.attention import distance_attention
-from .core.compatibility import is_newer_than_tested as _is_newer_than_tested
-from .core.compatibility import version_note as _version_note
-from .core.configuration_distattn import CLASS_PREFIX, AttentionSpec
-from .core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
-from .core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding, register_encoding
-from .core.explain import BackendChoice, explain_backend
-from .core.layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
-from .core.layers_factory import AttentionFactory, PositionalEncodingFactory, create_distance_attention
-from .core.layers_stack import (
-    DistanceDecoder,
-    DistanceDecoderLayer,
-    DistanceEncoder,
-    DistanceEncoderLayer,
-    MultiHeadDistanceAttention,
-)
-from .core.mechanisms import MECHANISMS, Mechanism, register_mechanism
-from .core.metrics import Metric, register_metric
-from .core.modeling_converted import register_all_families
-from .core.modeling_distattn import (
-    DistAttnForCausalLM,
-    DistAttnForMaskedLM,
-    DistAttnForMultipleChoice,
-    DistAttnForQuestionAnswering,
-    DistAttnForSequenceClassification,
-    DistAttnForTokenClassification,
-    DistAttnModel,
-)
-from .core.modeling_distattn_seq2seq import DistAttnForConditionalGeneration, DistAttnSeq2SeqModel
-from .core.native_layers import DistAttnPreTrainedModel, register_native_family
-from .core.nystrom import nystrom_attention
+import sys
+from importlib import import_module
+from pathlib import PurePath
 
 __version__ = "0.1.0"
 
-if _is_newer_than_tested():
-    _logging.get_logger(__name__).warning(f"{_version_note()}: what it changed may not be known here")
-
-register_all_families()
-register_native_family()
-
-# What needs more than core is loaded on first use, so that loading a checkpoint stays quick.
-_LAZY = {
-    "convert": "conversion.convert",
-    "revert": "conversion.convert",
-    "fold_alpha": "conversion.fold",
-    "ConversionReport": "conversion.report",
-    "CalibrationOptions": "conversion.calibrate",
-    "load_checkpoint": "conversion.checkpoints",
-    "optimize_lambda_parameters": "analysis.lambda_search",
-    "grid_search": "analysis.lambda_search",
+# What is imported on first use: importing the package takes little more than transformers' Auto classes do.
+_MODULES = {
+    "analysis.lambda_search": ("grid_search", "optimize_lambda_parameters"),
+    "conversion.calibrate": ("CalibrationOptions",),
+    "conversion.checkpoints": ("load_checkpoint",),
+    "conversion.convert": ("convert", "revert"),
+    "conversion.fold": ("fold_alpha",),
+    "conversion.report": ("ConversionReport",),
+    "core.attention": ("distance_attention",),
+    "core.configuration_distattn": ("AttentionSpec",),
+    "core.configuration_native": ("DistAttnConfig", "DistAttnSeq2SeqConfig"),
+    "core.encodings": ("POSITIONAL_ENCODINGS", "PositionalEncoding", "register_encoding"),
+    "core.explain": ("BackendChoice", "explain_backend"),
+    "core.layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
+    "core.layers_factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
+    "core.layers_stack": (
+        "DistanceDecoder",
+        "DistanceDecoderLayer",
+        "DistanceEncoder",
+        "DistanceEncoderLayer",
+        "MultiHeadDistanceAttention",
+    ),
+    "core.mechanisms": ("MECHANISMS", "Mechanism", "register_mechanism"),
+    "core.metrics": ("Metric", "register_metric"),
+    "core.modeling_distattn": (
+        "DistAttnForCausalLM",
+        "DistAttnForMaskedLM",
+        "DistAttnForMultipleChoice",
+        "DistAttnForQuestionAnswering",
+        "DistAttnForSequenceClassification",
+        "DistAttnForTokenClassification",
+        "DistAttnModel",
+    ),
+    "core.modeling_distattn_seq2seq": ("DistAttnForConditionalGeneration", "DistAttnSeq2SeqModel"),
+    "core.native_layers": ("DistAttnPreTrainedModel",),
+    "core.nystrom": ("nystrom_attention",),
 }
+_LAZY = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "MECHANISMS",
-    "AttentionFactory",
-    "AttentionSpec",
-    "BackendChoice",
-    "DistAttnConfig",
-    "DistAttnForCausalLM",
-    "DistAttnForConditionalGeneration",
-    "DistAttnForMaskedLM",
-    "DistAttnForMultipleChoice",
-    "DistAttnForQuestionAnswering",
-    "DistAttnForSequenceClassification",
-    "DistAttnForTokenClassification",
-    "DistAttnModel",
-    "DistAttnPreTrainedModel",
-    "DistAttnSeq2SeqConfig",
-    "DistAttnSeq2SeqModel",
-    "DistanceAttentionConfig",
-    "DistanceBasedAttention",
-    "DistanceDecoder",
-    "DistanceDecoderLayer",
-    "DistanceEncoder",
-    "DistanceEncoderLayer",
-    "DistanceType",
-    "Mechanism",
-    "Metric",
-    "MultiHeadDistanceAttention",
-    "POSITIONAL_ENCODINGS",
-    "PositionalEncoding",
-    "PositionalEncodingFactory",
-    "create_distance_attention",
-    "distance_attention",
-    "explain_backend",
-    "fold_alpha",
-    "nystrom_attention",
-    "register_encoding",
-    "register_mechanism",
-    "register_metric",
-    "__version__",
-    *_LAZY,
-]
+__all__ = ["__version__", *_LAZY]
+
+
+def _is_command_line() -> bool:
+    """Whether this process was started as `distattn` or as `python -m distattn_hf.cli`."""
+    arguments = sys.orig_argv[1:]
+    if "-m" in arguments:
+        return arguments[arguments.index("-m") + 1 :][:1] == ["distattn_hf.cli"]
+    script = sys.argv[0] if sys.argv else ""
+    return script in arguments and PurePath(script).stem == "distattn"
+
+
+# The command line answers --help and bad arguments without torch: its `start` registers when there is work to do.
+if not _is_command_line():
+    from .auto_classes import register_all
+
+    register_all()
 
 
 def __getattr__(name: str):
-    from importlib import import_module
-
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    if name.startswith(CLASS_PREFIX):
+    # A converted class, "DistAttn" and the name of a class of transformers.
+    if name.startswith("DistAttn"):
         module = "configuration_distattn" if name.endswith("Config") else "modeling_converted"
         return getattr(import_module(f".core.{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from distattn_hf.experiments.benchmark import benchmark
+from distattn_hf.cli import benchmark
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "experiments").glob("benchmark*.yaml"))
 

@@ -86,7 +86,7 @@ class Analysis:
         if self.comparison is not None:
             heads = self.comparison.heads
             lines.append(
-                f"from the teacher: {fmean(h.divergence for h in heads):.4f} nats per query, correlation "
+                f"from the teacher: KL {fmean(h.divergence for h in heads):.4f} nats per query, correlation "
                 f"{fmean(h.correlation for h in heads):.3f}"
             )
         for kind, found in self.importance.items():

@@ -67,7 +67,7 @@ def model_kind(model: PreTrainedModel) -> str:
 def evaluate_model(
     model, tokenizer, texts, *, pairs=None, options: EvaluationOptions | None = None
 ) -> dict[str, float]:
-    """Scores of `model` on `texts`, a dict of numbers.
+    """Scores of `model` on `texts`, a dict of numbers, with how many "texts" and "tokens" they are of.
 
     causal-lm: "perplexity" and "loss" (nats per token) over rows of max_length tokens, text packed end to end, each
     row beginning as the tokenizer begins a text ([BOS], where it adds one; it is not counted).
@@ -86,12 +86,24 @@ def evaluate_model(
             if len(pairs) < 2:
                 raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
             queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
-            return retrieval_scores(queries, passages)
+            return {**retrieval_scores(queries, passages), "texts": len(pairs)}
         if kind == "seq2seq":
-            loss = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
+            loss, used = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
         else:
-            loss = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 80))}
+            loss, used = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 80)), **used}
+
+
+def describe_scores(kind: str, scores: dict[str, float]) -> str:
+    """What scores of `evaluate_model` are of, in a sentence: how many texts and tokens, and what is done with them."""
+    texts, tokens = scores["texts"], scores.get("tokens", 0)
+    return {
+        "causal-lm": f"perplexity of {tokens:,} tokens, each given those before it in its row, from {texts:,} texts",
+        "masked-lm": f"loss of {tokens:,} masked tokens, 15% of those in {texts:,} texts",
+        "seq2seq": f"loss of {tokens:,} target tokens in {texts:,} texts, each its own target",
+        "embedding": f"retrieval: the first sentence of each of {texts:,} texts finds the rest of that text among the "
+        f"rests of all {texts:,}, by cosine of mean-pooled embeddings",
+    }[kind]
 
 
 @contextmanager
@@ -189,7 +201,7 @@ def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
     return torch.cat(found).float()
 
 
-def _causal_loss(model, tokenizer, texts, options) -> float:
+def _causal_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
     rows, start = pack(tokenizer, texts, options.max_length, options.max_tokens)
     # The first token has nothing before it, and how a text starts is no part of the text.
     first = max(start, 1)
@@ -198,10 +210,21 @@ def _causal_loss(model, tokenizer, texts, options) -> float:
         batch = batch.to(model.device)
         logits = model(input_ids=batch).logits[:, first - 1 : -1].float()
         total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, first:].flatten(), reduction="sum"))
-    return total / rows[:, first:].numel()
+    count = rows[:, first:].numel()
+    return total / count, {"texts": _texts_within(tokenizer, texts, rows[:, start:].numel()), "tokens": count}
 
 
-def _masked_loss(model, tokenizer, texts, options) -> float:
+def _texts_within(tokenizer, texts, tokens: int) -> int:
+    """How many of the texts, packed end to end, so many tokens begin."""
+    end = int(tokenizer.eos_token_id is not None)
+    for number, text in enumerate(texts, 1):
+        tokens -= len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + end
+        if tokens <= 0:
+            return number
+    return len(texts)
+
+
+def _masked_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
     generator = torch.Generator().manual_seed(options.seed)
     total, count = 0.0, 0
     for start in _steps(range(0, len(texts), options.batch_size), "masked tokens", options):
@@ -221,10 +244,10 @@ def _masked_loss(model, tokenizer, texts, options) -> float:
             break
     if count == 0:
         raise ValueError("the data holds no token that could be masked")
-    return total / count
+    return total / count, {"texts": min(len(texts), start + options.batch_size), "tokens": count}
 
 
-def _sequence_loss(model, tokenizer, pairs, options) -> float:
+def _sequence_loss(model, tokenizer, pairs, options) -> tuple[float, dict]:
     total, count = 0.0, 0
     for start in _steps(range(0, len(pairs), options.batch_size), "targets", options):
         chunk = pairs[start : start + options.batch_size]
@@ -242,7 +265,7 @@ def _sequence_loss(model, tokenizer, pairs, options) -> float:
             break
     if count == 0:
         raise ValueError("the data holds no target tokens")
-    return total / count
+    return total / count, {"texts": min(len(pairs), start + options.batch_size), "tokens": count}
 
 
 def _steps(iterable, description: str, options: EvaluationOptions):

@@ -1,12 +1,13 @@
 """One HTML page that explains an analysis: self-contained, for dark and light, phone and desktop."""
 
 import html
+from statistics import fmean
 
 from .figure_style import inline_svg
 from .section_heads import importance_section, patterns_section, statistics_section, table_section
 from .section_models import comparison_section, conversion_section, scorecard_section
 from .section_text import maps_section, tokens_section
-from .sections import Example, Section
+from .sections import Example, Section, number, plural
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --panel: #f5f6f8; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de;
@@ -36,6 +37,9 @@ th:first-child, td:first-child { text-align: left; }
 @media (max-width: 700px) { .narrow { display: block; } }
 """
 _TALL = 16
+# Least mean cosine of the attention outputs with the teacher's -> what the verdict calls it.
+_CLOSENESS = ((0.99, "almost equal to"), (0.95, "close to"), (0.8, "clearly different from"))
+_FAR = "far from"
 
 
 def build_sections(analysis, example: Example | None = None) -> list[Section]:
@@ -65,22 +69,51 @@ def render(analysis, sections: list[Section]) -> str:
     contents = "".join(f'<li><a href="#part{i}">{html.escape(s.title)}</a></li>' for i, s in numbered)
     versions = ", ".join(f"{key} {value}" for key, value in analysis.versions.items())
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in analysis.notes)
-    body = "".join(_section(number, section) for number, section in numbered)
+    body = "".join(_section(i, section) for i, section in numbered)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Without it a browser asks the folder for an icon.
         '<link rel="icon" href="data:,">\n'
         f"<title>Attention of {name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>Attention of {name}</h1>\n<p>{html.escape(analysis.architecture)}{against}.</p>\n{notes}"
+        f"<h1>Attention of {name}</h1>\n<p>{html.escape(analysis.architecture)}{against}.</p>\n"
+        f"<p><strong>{html.escape(verdict(analysis))}</strong></p>\n{notes}"
         '<p class="note narrow">Wide figures and tables scroll sideways.</p>'
         f'<nav aria-label="Contents"><ul>{contents}</ul></nav>\n{body}'
         f'<p class="note">Made by distattn analyse; {html.escape(versions)}.</p>\n</main>\n</body>\n</html>\n'
     )
 
 
-def _section(number: int, section: Section) -> str:
-    parts = [f'<section id="part{number}">\n<h2>{html.escape(section.title)}</h2>\n']
+def verdict(analysis) -> str:
+    """What the analysis comes to, in one sentence with its numbers."""
+    card, parts = analysis.scorecard, []
+    own = next((r for r in card["rows"] if r["name"] == card.get("checkpoint")), None) if card else None
+    if own and own["ratio"] is not None:
+        better = "more is better" if card["greater_is_better"] else "less is better"
+        parts.append(
+            f"{card['metric']} on {card['data'].get('eval')} is {own['ratio']:.3f} times the {card['ratio_to']}'s "
+            f"({better})"
+        )
+    if analysis.comparison:
+        heads, cosine = analysis.comparison.heads, fmean(analysis.comparison.output_cosine.values())
+        word = next((word for least, word in _CLOSENESS if cosine >= least), _FAR)
+        parts.append(
+            f"the attention outputs are {word} the teacher's (cosine {number(cosine)} in the mean, 1 is equal; KL of "
+            f"the weights {number(fmean(h.divergence for h in heads))} nats per query, 0 is equal)"
+        )
+    if not parts:
+        heads = analysis.statistics.heads
+        collapsed = sum(h.collapsed for h in heads)
+        count, pattern = max((n, name) for name, n in analysis.statistics.pattern_counts().items())
+        parts.append(
+            f"of {plural(len(heads), 'head')} {collapsed} {'has' if collapsed == 1 else 'have'} collapsed, and the "
+            f"most frequent pattern is {pattern} ({count}); there is no teacher beside it to say what that is worth"
+        )
+    return f"Verdict: {'; '.join(parts)}."
+
+
+def _section(position: int, section: Section) -> str:
+    parts = [f'<section id="part{position}">\n<h2>{html.escape(section.title)}</h2>\n']
     parts += [f"<p>{html.escape(text)}</p>\n" for text in section.words]
     if section.table:
         parts.append(_table(section))

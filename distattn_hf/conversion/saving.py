@@ -7,11 +7,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from .companions import Source, copy_companions
 
-from ..core.configuration_distattn import AttentionSpec
-from ..core.options import OPTIONS, with_options
+# transformers.utils.CONFIG_NAME; not imported, so that `check_output` needs no torch.
+CONFIG_NAME = "config.json"
 
 
 def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME) -> Path:
@@ -64,11 +63,14 @@ def staging_folder(out: str | Path, overwrite: bool = False, marker: str = CONFI
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def change_options(folder: str | Path, **options) -> list[AttentionSpec]:
+def change_options(folder: str | Path, **options) -> list:
     """Set options that need no fit in the config of a converted checkpoint's folder; returns its specs as they are now.
 
     Raises `ValueError`, before anything is written, for a folder of something else and as `with_options`.
     """
+    from ..core.configuration_distattn import AttentionSpec
+    from ..core.options import OPTIONS, with_options
+
     path = Path(folder) / CONFIG_NAME
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if (block := data.get("distattn")) is None:
@@ -85,10 +87,16 @@ def change_options(folder: str | Path, **options) -> list[AttentionSpec]:
     return specs
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does."""
+def save_checkpoint(
+    model, tokenizer, out: str | Path, *, overwrite: bool = False, source: Source | None = None
+) -> list[str]:
+    """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does.
+
+    source: where the model was loaded from: what else is there goes along (see `copy_companions`). Returns the names of
+    what was left behind.
+    """
     with staging_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return Path(out)
+        return copy_companions(source, folder) if source is not None else []

@@ -8,35 +8,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import transformers
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-# The oldest and the newest transformers that the tests ran with.
-OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
+from .versions import version_note
 
 # "past_key_values" up to 5.23, "cache" from 5.24 on: of models, their modules and their outputs.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-
-
-def version_note() -> str:
-    """Say which transformers this code was tested with, and which one is here."""
-    return (
-        f"distattn_hf was tested with transformers {OLDEST_TESTED} to {NEWEST_TESTED}, and this is "
-        f"{transformers.__version__}"
-    )
-
-
-def is_newer_than_tested() -> bool:
-    """Return whether the installed transformers is of a later minor version than the newest tested one."""
-
-    def minor(version: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in version.split(".")[:2])
-
-    return minor(transformers.__version__) > minor(NEWEST_TESTED)
 
 
 @lru_cache

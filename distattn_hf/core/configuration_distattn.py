@@ -28,7 +28,7 @@ SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 # exact_below: None stays, which `convert` decides.
 _NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None}
 
-# Called with every config class that is made. `register_all_families` adds itself, so that the Auto classes know them.
+# Called with every config class that is made. The package adds its registration with the Auto classes.
 new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
 
 
@@ -315,6 +315,25 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         for hook in new_config_class_hooks:
             hook(globals()[name])
     return globals()[name]
+
+
+def auto_classes() -> dict[str, type]:
+    """The Auto classes of models by name."""
+    from transformers.models.auto import modeling_auto
+
+    return {
+        name: value
+        for name, value in vars(modeling_auto).items()
+        if name.startswith("AutoModel")
+        and isinstance(value, type)
+        and getattr(value, "_model_mapping", None) is not None
+    }
+
+
+def listed_classes(auto_class: type, model_type: str) -> tuple[str, ...]:
+    """Names of the model classes an Auto class lists for a model type of transformers."""
+    names = auto_class._model_mapping._model_mapping.get(model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def __getattr__(name: str):

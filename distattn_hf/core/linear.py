@@ -8,12 +8,12 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from .cache import layer_behind
-from .compatibility import version_note
 from .hybrid import HybridInputs, advance, hybrid_attention
 from .masks import causal_keep, surely
 from .parameters import NystromParameters
 from .reference import reference_hybrid
 from .relative_bias import as_tensor, of_heads, window_bias
+from .versions import version_note
 
 logger = logging.get_logger(__name__)
 

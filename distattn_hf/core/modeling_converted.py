@@ -14,7 +14,7 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.utils import cached_file, logging
 
@@ -24,8 +24,9 @@ from .configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
     AttentionSpec,
+    auto_classes,
     config_class_for,
-    new_config_class_hooks,
+    listed_classes,
 )
 from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
 from .interface import (
@@ -360,28 +361,10 @@ def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
     """Names of the Auto classes that list `base` for its config."""
     names = []
-    for auto_name, auto_class in _auto_classes().items():
-        if base.__name__ in _listed(auto_class, base.config_class.model_type):
+    for auto_name, auto_class in auto_classes().items():
+        if base.__name__ in listed_classes(auto_class, base.config_class.model_type):
             names.append(auto_name)
     return names
-
-
-def _auto_classes() -> dict[str, type]:
-    from transformers.models.auto import modeling_auto
-
-    return {
-        name: value
-        for name, value in vars(modeling_auto).items()
-        if name.startswith("AutoModel")
-        and isinstance(value, type)
-        and getattr(value, "_model_mapping", None) is not None
-    }
-
-
-def _listed(auto_class: type, model_type: str) -> tuple[str, ...]:
-    """Names of the model classes an Auto class lists for a model type of transformers."""
-    names = auto_class._model_mapping._model_mapping.get(model_type, ())
-    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def auto_map_for(model_class: type[PreTrainedModel]) -> dict[str, str]:
@@ -389,8 +372,8 @@ def auto_map_for(model_class: type[PreTrainedModel]) -> dict[str, str]:
     base = model_class.base_class
     config_name = model_class.config_class.__name__
     entries = {"AutoConfig": f"configuration_distattn.{config_name}"}
-    for auto_name, auto_class in _auto_classes().items():
-        names = _listed(auto_class, base.config_class.model_type)
+    for auto_name, auto_class in auto_classes().items():
+        names = listed_classes(auto_class, base.config_class.model_type)
         if names:
             chosen = base.__name__ if base.__name__ in names else names[0]
             entries[auto_name] = f"modeling_converted.{CLASS_PREFIX}{chosen}"
@@ -404,63 +387,14 @@ def register_family(base_model_type: str) -> type:
     base_config = CONFIG_MAPPING[base_model_type]
     config_class = config_class_for(base_config)
     AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
-    for auto_class in _auto_classes().values():
-        names = _listed(auto_class, base_model_type)
+    for auto_class in auto_classes().values():
+        names = listed_classes(auto_class, base_model_type)
         classes = tuple(model_class_for(getattr(transformers, n)) for n in names if hasattr(transformers, n))
         classes = tuple(c for c in classes if c.config_class is config_class)
         if classes:
             mapping = auto_class._model_mapping
             mapping.register(config_class, classes[0] if len(classes) == 1 else classes, exist_ok=True)
     return config_class
-
-
-class _PendingFamily:
-    """Stands for a family's config class in AutoConfig until it is asked for; then the real classes are registered."""
-
-    base_model_type = ""
-
-    def __new__(cls, *args, **kwargs):
-        return register_family(cls.base_model_type)(*args, **kwargs)
-
-    @classmethod
-    def from_dict(cls, *args, **kwargs):
-        return register_family(cls.base_model_type).from_dict(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        return register_family(cls.base_model_type).from_pretrained(*args, **kwargs)
-
-
-def register_all_families() -> None:
-    """Let AutoConfig know a "distattn_<model type>" for every model type of transformers, without importing any."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
-
-    for model_type in CONFIG_MAPPING_NAMES:
-        pending = type("_Pending", (_PendingFamily,), {"base_model_type": model_type, "__module__": __name__})
-        AutoConfig.register(MODEL_TYPE_PREFIX + model_type, pending, exist_ok=True)
-    _list_class_names()
-    new_config_class_hooks.append(_register_family_of)
-
-
-def _list_class_names() -> None:
-    """Name our classes where transformers lists its own by task.
-
-    Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
-    """
-    for auto_class in _auto_classes().values():
-        names = auto_class._model_mapping._model_mapping
-        for model_type in [name for name in names if not name.startswith(MODEL_TYPE_PREFIX)]:
-            ours = tuple(CLASS_PREFIX + name for name in _listed(auto_class, model_type))
-            names[MODEL_TYPE_PREFIX + model_type] = ours[0] if len(ours) == 1 else ours
-
-
-def _register_family_of(config_class: type[PreTrainedConfig]) -> None:
-    """Register the family of a config class made outside AutoConfig, so that `AutoModel.from_config` finds it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    base = config_class.base_config_class
-    if CONFIG_MAPPING_NAMES.get(base.model_type) == base.__name__:
-        register_family(base.model_type)
 
 
 def __getattr__(name: str):

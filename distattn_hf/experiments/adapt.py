@@ -5,17 +5,19 @@ import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..analysis.evaluation import model_kind
 from ..analysis.scorecard import Scorecard, evaluation_pairs, score_controls, score_model
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.checkpoints import load_checkpoint
+from ..conversion.companions import Source
 from ..conversion.convert import convert, current_report
 from ..conversion.fold import check_foldable, fold_alpha
 from ..conversion.report import ConversionReport
@@ -23,7 +25,7 @@ from ..conversion.saving import save_checkpoint
 from ..conversion.texts import read_texts
 from ..core.configuration_distattn import CLASS_PREFIX
 from ..training.arguments import FINETUNED, AdaptationConfig
-from ..training.checkpoints import check_space
+from ..training.checkpoints import check_space, last_checkpoint, remove_checkpoints
 from ..training.data import TaskData, build_data, row_length
 from ..training.objectives import STAGES
 from ..training.stages import Stage, StageOptions, check_stages
@@ -113,19 +115,23 @@ def check_arguments(config: AdaptationConfig, state) -> None:
         file.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def adapt(config: AdaptationConfig) -> Scorecard:
+def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     """Run the stages of `config` one after another and return the scorecard.
 
     output_dir/calibrated, output_dir/<stage>/final and output_dir/student hold checkpoints that are complete or not
-    there; output_dir/<stage>/checkpoint-N are what a run that was cut off goes on from. What is finished is not done
-    again.
+    there; output_dir/<stage>/checkpoint-N are what a run that was cut off goes on from, and go when the stage is
+    finished. What is finished is not done again.
+
+    Args:
+        config: what `read_config` read.
+        say: called with a line of text when a stage begins, from where, and how long it may take.
 
     Raises:
         ValueError: before anything is trained: bad input, or an output_dir with a run of other arguments; while
             training: a loss that is not finite.
         OSError: where a checkpoint finds no space; what was saved before stays.
     """
-    run = _Run(config)
+    run = _Run(config, say)
     check_arguments(config, run.state)
     run.convert()
     run.check_stages()
@@ -138,12 +144,14 @@ def adapt(config: AdaptationConfig) -> Scorecard:
 class _Run:
     """One adaptation: what every step of it needs."""
 
-    def __init__(self, config: AdaptationConfig):
+    def __init__(self, config: AdaptationConfig, say):
         self.config, self.out = config, Path(config.training.output_dir)
         self.state = PartialState(cpu=config.training.use_cpu)
+        self.say = say if self.state.is_main_process else lambda text: None
         self.progress = self.state.is_main_process and not config.training.disable_tqdm
         model = config.model
         self.teacher, self.tokenizer = load_checkpoint(model.teacher)
+        self.source = Source(model.student or model.teacher)
         if self.tokenizer is None:
             raise ValueError(f"teacher {model.teacher!r} has no tokenizer files, so it cannot read text")
         check_tokenizers(self.teacher, self.tokenizer)
@@ -195,9 +203,13 @@ class _Run:
                 if tokenizer is not None:
                     check_tokenizers(student, tokenizer, self.tokenizer)
             else:
+                fit = (
+                    "the fit shows its progress" if model.init == "calibrated" and self.progress else "no training yet"
+                )
+                self.say(f"conversion begins: {model.teacher} -> {path}; {fit}")
                 student = self._converted()
             check_space(path, student, with_optimizer=False)
-            save_checkpoint(student, self.tokenizer, path)
+            save_checkpoint(student, self.tokenizer, path, source=self.source)
         self.state.wait_for_everyone()
 
     def check_stages(self) -> None:
@@ -209,6 +221,8 @@ class _Run:
 
     def baselines(self) -> None:
         """The rows that need no training: teacher, calibrated, controls; and the teacher fine-tuned."""
+        if self.card.row("teacher") is None or self.card.row("calibrated") is None:
+            self.say("scoring the teacher and the student as it was converted, on the evaluation data")
         if self.card.row("teacher") is None:
             self.record("teacher", self.teacher)
         controls = [name for name in self.config.adaptation.controls if self.card.row(name) is None]
@@ -243,7 +257,9 @@ class _Run:
         return self.config.adaptation.options_for(stage)
 
     def _steps(self, stage: str) -> int:
-        arguments = self.config.training_for(stage)
+        return self._steps_of(self.config.training_for(stage))
+
+    def _steps_of(self, arguments) -> int:
         if arguments.max_steps > 0:
             return arguments.max_steps
         rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
@@ -252,7 +268,9 @@ class _Run:
     def stage(self, name: str, start: Path) -> None:
         """Train one stage from the checkpoint `start`, unless it is finished."""
         path = self.final(name)
-        if not (path / "config.json").exists():
+        if (path / "config.json").exists():
+            self.say(f"stage {name} is finished: {path}")
+        else:
             student, tokenizer = load_checkpoint(start)
             check_pair(self.teacher, student)
             if tokenizer is not None:
@@ -280,6 +298,7 @@ class _Run:
             size, device = arguments.per_device_train_batch_size, trainer.args.device
             stage.annealing.prepare(first_batches(self.data, size, device))
         trained = stage.trained_parameters()
+        self._announce(path.parent.name, trainer, arguments, before or self.config.model.teacher)
         trainer.train(resume_from_checkpoint=True)
         earlier = self._spent(before) if before is not None else {}
         spent = {
@@ -292,10 +311,22 @@ class _Run:
             if stage.converted:
                 _update_report(model)
             check_space(path, model, with_optimizer=False)
-            save_checkpoint(_Noted(model.to("cpu"), spent), self.tokenizer, path, overwrite=True)
+            save_checkpoint(_Noted(model.to("cpu"), spent), self.tokenizer, path, overwrite=True, source=self.source)
+            # Training goes on from them no more; optimizer states are most of what they hold.
+            remove_checkpoints(arguments.output_dir)
         trainer.accelerator.wait_for_everyone()
         del trainer
         gc.collect()
+
+    def _announce(self, name: str, trainer, arguments, before) -> None:
+        """Say that a stage begins, from which checkpoint, and after a few steps how long it may take."""
+        steps, found = self._steps_of(arguments), last_checkpoint(arguments.output_dir)
+        done = 0 if found is None else int(found.name.rpartition("-")[2])
+        if found is None:
+            self.say(f"stage {name} begins: {steps:,} steps from {before}")
+        else:
+            self.say(f"stage {name} goes on from {found}: {steps - done:,} of {steps:,} steps are left")
+        trainer.add_callback(_Estimate(name, steps, self.say))
 
     def _spent(self, path: Path | None) -> dict:
         file = Path(path or "") / _SPENT
@@ -315,6 +346,35 @@ class _Run:
             os.replace(staging, target)
         self.state.wait_for_everyone()
         return self.card
+
+
+class _Estimate(TrainerCallback):
+    """Says once how long a training may take, by the time of its first steps."""
+
+    def __init__(self, name: str, steps: int, say, after: int = 3):
+        self.name, self.steps, self.say, self.after = name, steps, say, after
+        self.began = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the first step start the clock, as it has what is done once; some steps later say what it tells."""
+        if self.began is None:
+            self.began = (state.global_step, time.perf_counter())
+        elif state.global_step == self.began[0] + self.after:
+            each, left = (time.perf_counter() - self.began[1]) / self.after, self.steps - state.global_step
+            if left > 0:
+                self.say(
+                    f"stage {self.name}: {each:.2g} s a step, about {_duration(each * left)} for the {left:,} left"
+                )
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 class _Noted:

@@ -4,17 +4,17 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from ..conversion.checkpoints import EMBEDDED
+from ..conversion.companions import Source, card_metadata, describe_source
+from ..conversion.embedded import EMBEDDED
 
 # The names that the embedded checkpoints have on the Hub.
 _HUB_NAMES = {
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 @dataclass
@@ -52,14 +52,32 @@ def find_base_model(named: str | None, taught: str | None, api: HfApi) -> BaseMo
 
 
 def _from_folder(path: Path) -> BaseModel:
-    readme = path / "README.md"
     # The name of a folder on this machine says nothing to others.
-    if not readme.is_file():
-        return BaseModel(source=f"the base model's folder {str(path)!r} holds no README.md")
-    metadata = _card_metadata(ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict())
-    if str(metadata.get("license_link", "")).startswith("LICENSE"):
+    noted = describe_source(Source(path))
+    if "license" not in noted:
+        return BaseModel(source=f"neither README.md nor LICENSE of the base model's folder {str(path)!r} says it")
+    return BaseModel(metadata=_noted_metadata(noted, ()), source=f"{noted['from']} of the folder {str(path)!r}")
+
+
+def add_noted(base: BaseModel, noted: dict | None, files: list[str]) -> None:
+    """Fill in the licence that the conversion noted of its source, where the base model's is not known otherwise.
+
+    files: of the converted folder, for a link to one of them.
+    """
+    if noted and "license" in noted and "license" not in base.metadata:
+        base.metadata = {**_noted_metadata(noted, files), **base.metadata}
+        base.source = f"{noted['from']} of {noted['name']!r}, noted at the conversion"
+
+
+def _noted_metadata(noted: dict, files) -> dict:
+    metadata = card_metadata(noted)
+    link = str(metadata.get("license_link", "://"))
+    if "://" not in link and link not in files:
         del metadata["license_link"]
-    return BaseModel(metadata=metadata, source=f"the front matter of {str(readme)!r}")
+    if metadata.get("license") == "other" and "license_name" not in metadata:
+        # The Hub asks for a name beside "other".
+        metadata["license_name"] = "see-licence-of-the-base-model"
+    return metadata
 
 
 def _from_hub(name: str, believed: bool, api: HfApi) -> BaseModel:
@@ -74,15 +92,11 @@ def _from_hub(name: str, believed: bool, api: HfApi) -> BaseModel:
             ) from None
         unknown.source = f"{name!r} could not be looked up at {api.endpoint}: {type(error).__name__}"
         return unknown
-    metadata = _card_metadata(info.card_data.to_dict() if info.card_data else {})
+    metadata = card_metadata(info.card_data.to_dict() if info.card_data else {})
     link = metadata.get("license_link")
     if link and "://" not in link:
         metadata["license_link"] = f"{api.endpoint}/{info.id}/blob/main/{link}"
     return BaseModel(info.id, info.id, metadata, f"the card of {info.id!r} on the Hub")
-
-
-def _card_metadata(data: dict) -> dict:
-    return {name: data[name] for name in (*_LICENSE_FIELDS, "language") if data.get(name)}
 
 
 def license_metadata(license: str) -> dict:

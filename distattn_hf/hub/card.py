@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from ..conversion.report import ConversionReport
-from .base import BaseModel, find_base_model, license_metadata
-from .folder import ConvertedFolder, read_folder
+from .base import BaseModel, add_noted, find_base_model, license_metadata
+from .folder import ConvertedFolder, read_folder, read_results
 
 _TEMPLATE = "model_cards/template.md"
 _INSTALLED_TEMPLATE = "share/distattn_hf/template.md"
@@ -42,15 +42,17 @@ def build_card(
     *,
     license: str | None = None,
     base_model: str | None = None,
+    results: str | Path | None = None,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> ModelCard:
     """The model card of a converted checkpoint folder, for the repository `repo` ("owner/name").
 
     Args:
-        license: the licence's identifier on the Hub; None takes the base model's.
+        license: the licence's identifier on the Hub; None takes the base model's, or what the conversion noted of it.
         base_model: a Hub name, a folder (its README.md is read), or an embedded checkpoint; None takes the scorecard's
             teacher, or what the report names, where that is known to be one of these.
+        results: a JSON file of the owner's own results (see `read_results`).
         token, endpoint: for looking the base model up, as in `push`.
 
     Raises:
@@ -60,18 +62,27 @@ def build_card(
     folder = read_folder(path)
     scorecard = folder.scorecard or {}
     taught = scorecard.get("teacher") or (folder.report and folder.report.base_model)
+    owners = read_results(results) if results is not None else []
     base = find_base_model(base_model, taught, HfApi(endpoint=endpoint, token=token))
+    if folder.report:
+        add_noted(base, folder.report.source, folder.files)
     if license is not None:
         base.metadata = {k: v for k, v in base.metadata.items() if k == "language"} | license_metadata(license)
     elif "license" not in base.metadata:
         raise ValueError(
-            f"license: the base model's is not known ({base.source}); pass license= (--license), such as "
-            "'apache-2.0', or name the base model by base_model= (--base-model)"
+            f"license must be given, such as 'apache-2.0': the base model's is not known ({base.source}); or name the "
+            "base model with base_model"
         )
     data = _metadata(folder, repo, base)
     # Not ModelCard.from_template, which renders a name that the template misspells as nothing.
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(read_template())
-    return sign(ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base))))
+    return sign(
+        ModelCard(
+            template.render(
+                card_data=data.to_yaml(), **contents(folder, repo, base), owners_table=_owners_table(owners)
+            )
+        )
+    )
 
 
 def read_template() -> str:
@@ -120,10 +131,10 @@ def _metadata(folder: ConvertedFolder, repo: str, base: BaseModel) -> ModelCardD
     scorecard = folder.scorecard or {}
     train = (scorecard.get("data") or {}).get("train")
     fields = {
-        "library_name": "transformers",
+        "library_name": "sentence-transformers" if folder.is_sentence_transformer else "transformers",
         "base_model": base.hub_name,
         "pipeline_tag": folder.pipeline_tag,
-        "tags": ["distattn", *_attention_tags(folder.config)],
+        "tags": [*_library_tags(folder), "distattn", *_attention_tags(folder.config)],
         "datasets": [train] if train and _is_hub_name(train) else None,
         "metrics": [scorecard["metric"]] if results else None,
         "model_name": repo.partition("/")[2] if results else None,
@@ -131,6 +142,10 @@ def _metadata(folder: ConvertedFolder, repo: str, base: BaseModel) -> ModelCardD
         **base.metadata,
     }
     return ModelCardData(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _library_tags(folder: ConvertedFolder) -> list[str]:
+    return ["sentence-transformers", "feature-extraction"] if folder.is_sentence_transformer else []
 
 
 def _attention_tags(config: dict) -> list[str]:
@@ -192,7 +207,9 @@ def contents(folder: ConvertedFolder, repo: str, base: BaseModel) -> dict:
         "attention": _attention_text(folder.config),
         "init": block.get("init"),
         "auto_class": folder.auto_class,
-        "has_tokenizer": folder.has_tokenizer,
+        "preparation": folder.preparation,
+        "is_sentence_transformer": folder.is_sentence_transformer,
+        "package": _package_link(),
         "report": report,
         "exact_heads": _exact_heads(report),
         "changed_since": bool(report) and report.changed_since,
@@ -226,6 +243,31 @@ def _attention_text(config: dict) -> str:
     return " and ".join(dict.fromkeys(parts))
 
 
+def _package_link() -> str:
+    """The package's name, with the address that its own metadata gives, if they give one."""
+    try:
+        stated = metadata.metadata("distattn_hf")
+    except metadata.PackageNotFoundError:
+        return "`distattn_hf`"
+    urls = [url.partition(",")[2].strip() for url in stated.get_all("Project-URL") or ()]
+    address = next((url for url in [stated.get("Home-page"), *urls] if url and "://" in url), None)
+    return f"[`distattn_hf`]({address})" if address else "`distattn_hf`"
+
+
+def _owners_table(results: list[dict]) -> str | None:
+    """The owner's results as they were given; columns that no entry has are left out."""
+    columns = [name for name in ("base", "note") if any(entry.get(name) is not None for entry in results)]
+    rows = []
+    for entry in results:
+        cells = [entry["dataset"], entry["metric"], f"{entry['value']:.6g}"]
+        for name in columns:
+            value = entry.get(name)
+            cells.append("-" if value is None else value if name == "note" else f"{value:.6g}")
+        rows.append([" ".join(cell.replace("|", "\\|").split()) for cell in cells])
+    head = ["dataset", "metric", "this model", *("base model" if name == "base" else name for name in columns)]
+    return _table(head, rows) if rows else None
+
+
 def _exact_heads(report: ConversionReport | None) -> int:
     return sum(len(heads) for heads in report.exact_heads.values()) if report else 0
 
@@ -235,18 +277,18 @@ def _loss_table(report: ConversionReport) -> str | None:
     columns = {
         "λ": "lam",
         "α": "alpha",
-        "divergence unfitted": "divergence_before",
-        "divergence fitted": "divergence_after",
+        "KL unfitted": "divergence_before",
+        "KL fitted": "divergence_after",
         "output off, sinks and window alone": "window_error",
         "output off": "output_error",
     }
     columns = {k: v for k, v in columns.items() if any(getattr(group, v) is not None for group in report.groups)}
     rows = []
     for group in report.groups:
-        cells = [f"`{group.module}`", group.metric, str(len(group.heads))]
+        cells = [f"`{group.module}`", group.attention, str(len(group.heads))]
         values = [getattr(group, field) for field in columns.values()]
         rows.append(cells + ["-" if v is None else f"{fmean(v):.4g}" for v in values])
-    return _table(["module", "metric", "heads", *columns], rows) if rows else None
+    return _table(["module", "attention", "heads", *columns], rows) if rows else None
 
 
 def _score_table(scorecard: dict) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..conversion.companions import MODULES
 from ..conversion.report import ConversionReport
 from ..core.modeling_converted import REPORT_NAME
 
@@ -32,6 +33,12 @@ LEFT_OUT_FOLDERS = ("__pycache__", "checkpoint-*", "runs", "logs")
 _PICKLED_WEIGHTS = ("*model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "tf_model.h5", "*.msgpack")
 
 
+# Field of an owner's result -> (its kind, whether it must be there).
+_RESULT = {
+    "dataset": (str, True), "metric": (str, True), "value": (float, True), "base": (float, False), "note": (str, False),
+}  # fmt: skip
+
+
 @dataclass
 class ConvertedFolder:
     """The parts of a converted checkpoint that the card and the checks need; `read_folder` makes one."""
@@ -48,12 +55,26 @@ class ConvertedFolder:
     @property
     def pipeline_tag(self) -> str | None:
         """The Hub's name of the task, None where it has none."""
+        if self.is_sentence_transformer:
+            return "sentence-similarity"
         return PIPELINE_TAGS.get(self.auto_class)
 
     @property
-    def has_tokenizer(self) -> bool:
-        """Whether AutoTokenizer finds something here."""
-        return "tokenizer_config.json" in self.files
+    def is_sentence_transformer(self) -> bool:
+        """Whether sentence-transformers finds its modules here."""
+        return MODULES in self.files
+
+    @property
+    def preparation(self) -> tuple[str, str] | None:
+        """(the Auto class that prepares the model's inputs, what it is called); None where there is none here."""
+        if "processor_config.json" in self.files:
+            return "AutoProcessor", "processor"
+        if "tokenizer_config.json" in self.files:
+            return "AutoTokenizer", "tokenizer"
+        if "preprocessor_config.json" in self.files:
+            audio = "feature_extractor_type" in _read_json(self.path / "preprocessor_config.json")
+            return ("AutoFeatureExtractor", "feature_extractor") if audio else ("AutoImageProcessor", "image_processor")
+        return None
 
 
 def read_folder(path: str | Path) -> ConvertedFolder:
@@ -86,6 +107,7 @@ def read_folder(path: str | Path) -> ConvertedFolder:
         )
     files, left_out = _list_files(path)
     _check_weights(path, files, left_out)
+    _check_modules(path, files, left_out)
     return ConvertedFolder(
         path, config, architecture, auto_class, _read_report(path), _read_scorecard(path), files, left_out
     )
@@ -122,14 +144,56 @@ def _check_weights(path: Path, files: list[str], left_out: list[str]) -> None:
         raise ValueError(f"folder {str(path)!r} holds no model.safetensors (nor an index of its shards)")
 
 
-def _read_json(file: Path) -> dict:
+def _check_modules(path: Path, files: list[str], left_out: list[str]) -> None:
+    """Raise `ValueError` where a module of a sentence-transformers model would not be uploaded whole."""
+    if MODULES not in files:
+        return
+    for module in filter(None, (entry.get("path") for entry in _read_json(path / MODULES, list))):
+        # Normalize has no file of its own, and so no folder where nothing keeps empty ones.
+        for name in left_out:
+            if name.startswith(f"{module}/"):
+                raise ValueError(
+                    f"folder {str(path)!r}: {name!r} of a module that {MODULES} names is not uploaded (no pickles); "
+                    "save it as safetensors: sentence-transformers does with SentenceTransformer(...).save_pretrained"
+                )
+
+
+def _read_json(file: Path, kind: type = dict):
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is not readable JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{str(file)!r} must hold a JSON object, got {type(data).__name__}")
+    if not isinstance(data, kind):
+        expected = "object" if kind is dict else "list"
+        raise ValueError(f"{str(file)!r} must hold a JSON {expected}, got {type(data).__name__}")
     return data
+
+
+def read_results(file: str | Path) -> list[dict]:
+    """What a model's owner measured, for the card: a JSON list of objects with "dataset" and "metric" (text), "value"
+    (a number), and, if wanted, "base" (the base model's value, a number) and "note" (text).
+
+    Raises `ValueError` naming the file, the entry and the field.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"results file {str(file)!r} does not exist")
+    results = _read_json(file, list)
+    if not results:
+        raise ValueError(f"{str(file)!r} must name at least one result, got an empty list")
+    for number, entry in enumerate(results):
+        where = f"{str(file)!r}: entry {number}"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where} must be an object, got {entry!r}")
+        if unknown := sorted(set(entry) - set(_RESULT)):
+            raise ValueError(f"{where} has an unknown field {unknown[0]!r}; allowed are {', '.join(_RESULT)}")
+        for name, (kind, required) in _RESULT.items():
+            value = entry.get(name)
+            if value is None and not required:
+                continue
+            if not (_is_number(value) if kind is float else isinstance(value, str) and value.strip()):
+                raise ValueError(f"{where}: {name} must be {'a number' if kind is float else 'text'}, got {value!r}")
+    return results
 
 
 def _read_report(path: Path) -> ConversionReport | None:

@@ -35,6 +35,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     overwrite_card: bool = False,
+    results: str | Path | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
 ) -> PushResult:
@@ -52,6 +53,7 @@ def push(
         token: None takes HF_TOKEN or the stored login; it is neither printed nor written.
         revision: a branch, created if it does not exist; None for the main one.
         commit_message: None for "Upload <class> with distattn_hf".
+        results: a JSON file of your own results (see `read_results`), which the card shows as yours.
         overwrite_card: replace a README.md that somebody wrote or edited.
         dry_run: do all checks and make the card, create and upload nothing.
         endpoint: None takes HF_ENDPOINT or the Hub.
@@ -64,7 +66,7 @@ def push(
     if repo.count("/") != 1:
         raise ValueError(f"repo must be 'owner/name', got {repo!r}")
     folder = read_folder(path)
-    card, notes = choose_card(folder, repo, overwrite_card, license, base_model, token, endpoint)
+    card, notes = choose_card(folder, repo, overwrite_card, license, base_model, results, token, endpoint)
     if folder.left_out:
         notes.append(f"left out of the upload: {', '.join(folder.left_out)}")
     files = {name: folder.path / name for name in folder.files if name != CARD_NAME}
@@ -89,13 +91,18 @@ def _local_card(folder: ConvertedFolder) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def choose_card(folder, repo, overwrite_card, license, base_model, token, endpoint) -> tuple[str, list[str]]:
+def choose_card(folder, repo, overwrite_card, license, base_model, results, token, endpoint) -> tuple[str, list[str]]:
     """The folder's README.md where somebody wrote or edited it, a new card otherwise; and notes for the user."""
     written = _local_card(folder)
     if written is not None and not overwrite_card and not is_unedited(written):
+        if results is not None:
+            raise ValueError(
+                f"results={str(results)!r} go into a new card, but somebody wrote {CARD_NAME} of the folder; write "
+                "them there, or replace it by overwrite_card"
+            )
         return written, [f"{CARD_NAME} of the folder is uploaded as it is; overwrite_card replaces it"]
-    card = build_card(folder.path, repo, license=license, base_model=base_model, token=token, endpoint=endpoint)
-    return str(card), []
+    given = {"license": license, "base_model": base_model, "results": results}
+    return str(build_card(folder.path, repo, **given, token=token, endpoint=endpoint)), []
 
 
 class Upload:

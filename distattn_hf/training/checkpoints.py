@@ -27,6 +27,12 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove every checkpoint-N of a finished training: only going on needs them, most of each is optimizer state."""
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path)
+
+
 def _is_complete(path: Path) -> bool:
     try:
         TrainerState.load_from_json(str(path / TRAINER_STATE))

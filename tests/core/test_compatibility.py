@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
-from distattn_hf.core import compatibility
+from distattn_hf.core import compatibility, versions
 from distattn_hf.core.cache import NystromLayer, use_nystrom_cache
 from distattn_hf.core.compatibility import CACHE_NAME, cache_of, check_transformers, given_cache, one_cache
 from tests.conversion.models import VOCAB
@@ -107,9 +107,7 @@ def test_the_cache_name_is_the_installed_one():
     assert CACHE_NAME in inspect.signature(transformers.LlamaModel.forward).parameters
 
 
-@pytest.mark.parametrize(
-    ("version", "warned"), [("5.25.0", True), ("5.23.0", False), (compatibility.NEWEST_TESTED, False)]
-)
+@pytest.mark.parametrize(("version", "warned"), [("5.25.0", True), ("5.23.0", False), (versions.NEWEST_TESTED, False)])
 def test_a_newer_transformers_is_warned_of_at_import(version, warned):
     code = f"import transformers; transformers.__version__ = {version!r}; import distattn_hf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -121,7 +119,7 @@ def test_what_is_declared_is_what_is_tested():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     declared = next(line for line in setup["options"]["install_requires"].split("\n") if "transformers" in line)
-    oldest, newest = compatibility.OLDEST_TESTED, compatibility.NEWEST_TESTED
+    oldest, newest = versions.OLDEST_TESTED, versions.NEWEST_TESTED
     major, minor, _ = newest.split(".")
     assert declared == f"transformers>={oldest.removesuffix('.0')},<{major}.{int(minor) + 1}"
     pinned = (ROOT / "scripts/constraints.txt").read_text().split()

@@ -18,7 +18,7 @@ CORE = [path for path in FILES if path.parts[0] == "core" and path.name != "__in
 CORE_ORDER = [
     (
         "configuration_distattn",
-        "compatibility",
+        "versions",
         "registry",
         "cpp_tiles",
         "cpp_forward",
@@ -27,6 +27,7 @@ CORE_ORDER = [
         "cpp_hybrid",
         "cpp_far",
     ),
+    ("compatibility",),
     ("cpp_library", "triton_tile"),
     ("triton_forward", "triton_backward"),
     ("hybrid_cpu", "far_cpu"),
@@ -59,14 +60,15 @@ CORE_ORDER = [
 
 # Folder or file of the package -> what it may import of the package, itself included.
 ALLOWED = {
-    "__init__": {"core"},
+    "__init__": {"auto_classes"},
+    "auto_classes": {"core"},
     "core": {"core"},
     "conversion": {"core", "conversion"},
     "training": {"core", "conversion", "training"},
     "analysis": {"core", "conversion", "training", "analysis"},
     "experiments": {"core", "conversion", "training", "analysis", "experiments"},
     "hub": {"core", "conversion", "hub"},
-    "cli": {"core", "conversion", "training", "analysis", "experiments", "hub", "cli"},
+    "cli": {"core", "conversion", "training", "analysis", "experiments", "hub", "cli", "auto_classes", "__init__"},
 }
 
 # transformers.dynamic_module_utils.get_relative_imports: how it finds the files to copy with a modelling file.
