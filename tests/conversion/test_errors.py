@@ -54,7 +54,7 @@ def test_spec_json_round_trip_and_unknown_field():
         (AttentionSpec("l2", backend="cuda"), {}, "unknown backend 'cuda'; expected one of"),
         (AttentionSpec("l2", layers=[7]), {}, r"there is no layer 7; this model has layers \[0, 1\]"),
         (AttentionSpec("l2"), {"layers": "0-9"}, r"there is no layer 2; this model has layers \[0, 1\]"),
-        (AttentionSpec("l2", layers="h.7.*"), {}, "selects no attention module; candidates are h.0.attn, h.1.attn"),
+        (AttentionSpec("l2", layers="h.7.*"), {}, "selects no attention module; candidates are h.0.attn .*, h.1.attn"),
         (AttentionSpec("l2", layers="decoder.*"), {}, "selects no attention module; candidates"),
         (AttentionSpec("l2", attention="cross"), {}, "selects no attention module"),
         (AttentionSpec("l2", heads=[4]), {}, "has heads 0 to 3, got 4"),
@@ -219,10 +219,9 @@ def test_dot_product_attention_does_not_come_back_silently(where):
 
 
 def test_model_with_adapters():
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    model = gpt2()
-    model.add_adapter(LoraConfig(r=2, target_modules=["c_attn"]))
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["c_attn"]), gpt2())
     with pytest.raises(ValueError, match="merge them first"):
         convert(model, AttentionSpec("l2"), init="plain")
 
