@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
 from ..core.discovery import find_attention_modules, locate, max_positions, select_modules
 from ..core.landmarks import STRATEGIES
-from ..core.linear import EXACT_IS_FASTER_BELOW
+from ..core.linear import SHORT_TEXT
 from ..core.metrics import get_metric
 from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
 from ..core.options import check_backend
@@ -207,7 +207,7 @@ def _exact_below(config) -> int:
     """Up to where Nyström queries attend exactly unless a spec says it."""
     longest = max_positions(config.get_text_config(decoder=config.is_encoder_decoder))
     # Where no text is longer, nothing would be left of the conversion.
-    return EXACT_IS_FASTER_BELOW if longest is not None and longest > EXACT_IS_FASTER_BELOW else 0
+    return SHORT_TEXT if longest is not None and longest > SHORT_TEXT else 0
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:

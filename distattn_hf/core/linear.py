@@ -17,8 +17,8 @@ from .versions import version_note
 
 logger = logging.get_logger(__name__)
 
-# Keys below which exact attention took less time on the machines this was measured on.
-EXACT_IS_FASTER_BELOW = 2048
+# Tokens up to which exact attention is worth its cache: it loses nothing, at about the same time per token.
+SHORT_TEXT = 2048
 
 
 def padding_mask(
@@ -186,12 +186,12 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
         return None
     if not limit:
         # A model of short texts only would have no Nyström attention left.
-        takes_longer = state.max_positions is None or state.max_positions > EXACT_IS_FASTER_BELOW
-        short = num_queries > 1 and num_keys < EXACT_IS_FASTER_BELOW
+        takes_longer = state.max_positions is None or state.max_positions > SHORT_TEXT
+        short = num_queries > 1 and num_keys < SHORT_TEXT
         if short and takes_longer and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"Nyström attention runs on a text of fewer than {EXACT_IS_FASTER_BELOW:,} tokens, where exact "
-                f"attention is faster and loses nothing; exact_below={EXACT_IS_FASTER_BELOW} uses it there "
+                f"Nyström attention runs on a text of fewer than {SHORT_TEXT:,} tokens, where exact "
+                f"attention loses nothing in about the same time; exact_below={SHORT_TEXT} uses it there "
                 "(model.set_attention_options or from_pretrained; at the command line --exact-below)"
             )
         return None

@@ -163,8 +163,8 @@ def llama_of(positions):
     return teacher
 
 
-def test_short_texts_without_it_are_said_to_be_slow_where_texts_can_be_longer(caplog):
-    message = "where exact attention is faster"
+def test_short_texts_without_it_are_said_to_lose_where_texts_can_be_longer(caplog):
+    message = "where exact attention loses nothing"
     logger = logging.getLogger("distattn_hf.core.linear")
     batch = token_batch(gpt2(), 20)
     # At 2,048 positions, exact_below=2048 would undo the conversion.
