@@ -17,7 +17,7 @@ from .versions import version_note
 
 logger = logging.get_logger(__name__)
 
-# Tokens up to which exact attention is worth its cache: it loses nothing, at about the same time per token.
+# Tokens up to which exact attention is worth its cache and its time: it loses nothing there.
 SHORT_TEXT = 2048
 
 
@@ -191,7 +191,7 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
         if short and takes_longer and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"Nyström attention runs on a text of fewer than {SHORT_TEXT:,} tokens, where exact "
-                f"attention loses nothing in about the same time; exact_below={SHORT_TEXT} uses it there "
+                f"attention loses nothing and takes little longer; exact_below={SHORT_TEXT} uses it there "
                 "(model.set_attention_options or from_pretrained; at the command line --exact-below)"
             )
         return None
