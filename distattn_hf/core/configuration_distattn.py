@@ -65,7 +65,7 @@ class AttentionSpec:
         num_sinks: first tokens seen exactly by every later query. Default 4.
         exact_below: a query that may see at most so many keys (padding not counted) attends to all of them exactly; a
             cache keeps that many keys before it takes its constant size. 0: none does. None: `convert` decides, 2,048
-            where the model takes longer texts (up to there exact attention loses nothing, at some cost in time and memory), else 0;
+            where the model takes longer texts (exact attention loses nothing there, for some time and memory), else 0;
             without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
 
     Raises:
