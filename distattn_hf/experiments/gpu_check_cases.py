@@ -111,6 +111,8 @@ def correctness_cases(interpreted: bool) -> list[Case]:
             lift=True)  # fmt: skip
         add("nystrom", "sqeuclidean", dtype, *wide, common, mask="padding", lift=True)
         add("nystrom", "sqeuclidean", dtype, square, square, common, chosen=True, lift=True)
+    for kind in MODELS:
+        add("model", kind, "float32", square, square, 16, causal=True, backward=False, heads=4, key_heads=2, batch=2)
     for metric, p in (*KERNELS[:3], *DOT_FORMS):
         for dtype in ("bfloat16", "float32"):
             path = "triton" if (metric, p) in KERNELS else "sdpa"
@@ -120,8 +122,6 @@ def correctness_cases(interpreted: bool) -> list[Case]:
             for mask in ("bias", "empty rows"):
                 add("triton", metric, "float32", square, square, common, p=p, causal=True, mask=mask)
             add("chunked", metric, "bfloat16", square, square, common, causal=True)
-    for kind in MODELS:
-        add("model", kind, "float32", square, square, 16, causal=True, backward=False, heads=4, key_heads=2, batch=2)
     return list(dict.fromkeys(cases))
 
 

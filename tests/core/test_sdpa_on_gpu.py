@@ -1,4 +1,4 @@
-"""How `sdpa` hands a problem to PyTorch on a GPU (key norms as columns, half precision), run on the CPU."""
+"""The form in which `sdpa` hands problems to PyTorch on a GPU (norms as columns, half precision), run on the CPU."""
 
 import pytest
 import torch
