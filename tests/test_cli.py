@@ -47,7 +47,7 @@ def test_alpha_is_folded_on_request(folder):
     text, out = folder / "text.txt", folder / "folded"
     given = [folder / "teacher", out, "--calibration", text, "--steps", "2", "--fold-alpha"]
     run = distattn("convert", *given, "--metric", "cosine", check=False)
-    assert "fold_alpha: no spec has α" in run.stderr
+    assert "--fold-alpha: no spec has α" in run.stderr
     assert not out.exists()
     distattn("convert", *given, "--metric", "l2")
     assert "mean α 1.000" in distattn("inspect", out).stdout
@@ -60,7 +60,8 @@ def test_convert_to_linear_time(folder):
         "--window-size", "5", "--num-sinks", "1", "--calibration", folder / "text.txt", "--steps", "2",
         "--heads", "0,1",
     )  # fmt: skip
-    assert "window off" in run.stdout
+    assert "window off: the same of sinks and window alone" in run.stdout
+    assert "attention " in run.stdout.splitlines()[0]
     assert "sinks and window alone" in run.stdout
     model = AutoModelForCausalLM.from_pretrained(folder / "linear")
     state = model.attention_states["h.1.attn"]
@@ -94,6 +95,12 @@ def test_evaluate_prints_teacher_and_student(folder):
     assert teacher["ratio"] == 1.0
 
 
+def test_evaluate_says_what_it_scored(folder):
+    out = distattn("evaluate", folder / "teacher", "--data", folder / "text.txt", "--max-tokens", "100").stdout
+    assert "perplexity of 99 tokens" in out
+    assert "from 2 texts" in out
+
+
 def test_revert_gives_the_teachers_weights(folder):
     distattn("revert", folder / "l2", folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again")
@@ -109,7 +116,7 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "L2", "--init", "plain"], "is not empty; pass --overwrite"),
         (["convert", "TEACHER", "NEW", "--metric", "l7", "--init", "plain"], "unknown metric 'l7'"),
         (["convert", "TEACHER", "NEW", "--layers", "8", "--init", "plain"], "there is no layer 8"),
-        (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "heads must be None, a list of indices"),
+        (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "--heads must be a list of indices"),
         (["convert", "TEACHER", "NEW", "--calibration", "nowhere.txt"], "'nowhere.txt' does not exist"),
         (["convert", "EMPTY", "NEW", "--init", "exact"], "holds no config.json"),
         (
@@ -123,13 +130,17 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "NEW", "--metric", "l2"], "--init calibrated needs --calibration: a text file"),
         (
             ["convert", "TEACHER", "NEW", "--layers", "0-", "--init", "plain"],
-            "layers must be numbers and ranges such as '0-2,5', got '0-'",
+            "--layers must be numbers and ranges such as '0-2,5', got '0-'",
         ),
         (
             ["convert", "TEACHER", "NEW", "--spec", "x.yaml", "--p", "3"],
             "--p and --spec both say what the attention is",
         ),
         (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "doesn't contain any data files"),
+        (
+            ["convert", "TEACHER", "NEW", "--calibration", "TEXT", "--max-error", "0.4"],
+            "--max-error 0.4 is for --mechanism",
+        ),
         (["inspect", "TEACHER"], "is not a converted model"),
         (["revert", "TEACHER", "NEW"], "is not a converted model"),
     ],
@@ -137,6 +148,7 @@ def test_revert_gives_the_teachers_weights(folder):
 def test_bad_input_is_one_line_and_leaves_nothing(folder, arguments, message):
     (folder / "empty").mkdir(exist_ok=True)
     names = {"TEACHER": folder / "teacher", "L2": folder / "l2", "NEW": folder / "new", "EMPTY": folder / "empty"}
+    names["TEXT"] = folder / "text.txt"
     run = distattn(*[names.get(a, a) for a in arguments], check=False)
     assert run.returncode == 1
     errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]

@@ -110,10 +110,14 @@ def test_killed_and_started_again(tmp_path, whole, where, stage, step, left):
         assert (mine.score, mine.tokens, mine.trained_parameters) == (row.score, row.tokens, row.trained_parameters)
 
 
-def test_killed_between_training_and_saving_the_student(tmp_path, whole):
+def test_killed_between_training_and_saving_the_student(tmp_path, whole, monkeypatch):
     """All steps are done, but the stage's result is not there: it is made from the last checkpoint."""
     config, expected = whole
-    shutil.copytree(expected, tmp_path / "run")
+    shutil.copytree(expected / "calibrated", tmp_path / "run" / "calibrated")
+    with monkeypatch.context() as patched:
+        # They go with the stage's result, which is about to be missing.
+        patched.setattr("distattn_hf.experiments.adapt.remove_checkpoints", lambda folder: None)
+        adapt(parse_config({**config, "output_dir": str(tmp_path / "run")}))
     for path in ("distillation/final", "student"):
         shutil.rmtree(tmp_path / "run" / path)
     adapt(parse_config({**config, "output_dir": str(tmp_path / "run")}))
