@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from distattn_hf.conversion.checkpoints import load_checkpoint
+from distattn_hf.conversion.companions import Source
 from distattn_hf.conversion.saving import save_checkpoint
 from distattn_hf.experiments.adapt import check_arguments, converted, first_batches, task_of
 from distattn_hf.training.arguments import read_config
@@ -85,7 +86,7 @@ def main() -> None:
     if accelerator.is_main_process and not folder.exists():
         given = config.model.student
         student = load_checkpoint(given)[0] if given else converted(config, teacher, tokenizer, data)
-        save_checkpoint(student, tokenizer, folder)
+        save_checkpoint(student, tokenizer, folder, source=Source(given or config.model.teacher))
     accelerator.wait_for_everyone()
     options = {name: config.adaptation.options_for(name) for name in stages}
     length = row_length(config.data, tokenizer, teacher.config)
@@ -172,7 +173,8 @@ def run_stage(accelerator, config, name, arguments, student, teacher, tokenizer,
     if accelerator.is_main_process:
         final.parent.mkdir(parents=True, exist_ok=True)
         (final.parent / "losses.json").write_text(json.dumps(losses))
-        save_checkpoint(stage.finish().to("cpu"), tokenizer, final)
+        beside = Source(config.model.student or config.model.teacher)
+        save_checkpoint(stage.finish().to("cpu"), tokenizer, final, source=beside)
     accelerator.wait_for_everyone()
     accelerator.free_memory(model, optimizer)
 

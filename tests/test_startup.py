@@ -49,7 +49,7 @@ def test_help_needs_no_torch(distattn, arguments):
         (["evaluate", "./none", "--data", "news"], "folder './none' does not exist"),
         (["evaluate", "minilm", "--data", "news", "--max-texts", "0"], "--max-texts must be an integer >= 1, got 0"),
         (["analyse", "minilm", "--out", "OUT"], "give either --text or --data"),
-        (["push", "./none", "me/x"], "'./none' is not a folder"),
+        (["push", "./none", "me/x"], "'none' is not a folder"),
         (["adapt", "none.yaml"], "config 'none.yaml' does not exist"),
         (["train", "none.yaml"], "config 'none.yaml' does not exist"),
     ],
@@ -62,7 +62,7 @@ def test_bad_arguments_are_refused_without_torch(distattn, tmp_path, arguments, 
 
 
 def test_names_known_without_torch_are_those_of_the_package():
-    assert cli.METRICS == {name: metric.aliases for name, metric in BUILT_IN.items()}
+    assert {name: metric.aliases for name, metric in BUILT_IN.items()} == cli.METRICS
     assert cli.CHOICES == {
         "mechanism": configuration.MECHANISMS,
         "init": INITS,
@@ -102,8 +102,8 @@ import sys
 from transformers import AutoModel, AutoModelForCausalLM, AutoConfig
 before = set(sys.modules)
 import distattn_hf
-heavy = [n for n in ("torch._dynamo", "transformers.modeling_utils", "scipy.optimize") if n in set(sys.modules) - before]
-print("HEAVY", heavy)
+heavy = {"torch._dynamo", "transformers.modeling_utils", "scipy.optimize"}
+print("HEAVY", sorted(heavy & (set(sys.modules) - before)))
 from distattn_hf.core.configuration_native import DistAttnConfig
 sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 20}
 print(type(AutoModelForCausalLM.from_config(DistAttnConfig(is_decoder=True, mechanism="l1", **sizes))).__name__)

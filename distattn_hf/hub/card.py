@@ -76,13 +76,7 @@ def build_card(
     data = _metadata(folder, repo, base)
     # Not ModelCard.from_template, which renders a name that the template misspells as nothing.
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(read_template())
-    return sign(
-        ModelCard(
-            template.render(
-                card_data=data.to_yaml(), **contents(folder, repo, base), owners_table=_owners_table(owners)
-            )
-        )
-    )
+    return sign(ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base, owners))))
 
 
 def read_template() -> str:
@@ -195,7 +189,7 @@ def _results(folder: ConvertedFolder) -> list[EvalResult]:
 # ------------------------------------------------------------------------------------------------- text
 
 
-def contents(folder: ConvertedFolder, repo: str, base: BaseModel) -> dict:
+def contents(folder: ConvertedFolder, repo: str, base: BaseModel, results: list[dict] = ()) -> dict:
     """What the template shows; every value is None or empty where nothing was measured."""
     block, report, scorecard = folder.config["distattn"], folder.report, folder.scorecard
     row, data = own_row(scorecard), (scorecard or {}).get("data") or {}
@@ -210,6 +204,7 @@ def contents(folder: ConvertedFolder, repo: str, base: BaseModel) -> dict:
         "preparation": folder.preparation,
         "is_sentence_transformer": folder.is_sentence_transformer,
         "package": _package_link(),
+        "owners_table": _owners_table(results),
         "report": report,
         "exact_heads": _exact_heads(report),
         "changed_since": bool(report) and report.changed_since,

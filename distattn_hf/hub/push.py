@@ -66,7 +66,7 @@ def push(
     if repo.count("/") != 1:
         raise ValueError(f"repo must be 'owner/name', got {repo!r}")
     folder = read_folder(path)
-    card, notes = choose_card(folder, repo, overwrite_card, license, base_model, results, token, endpoint)
+    card, notes = choose_card(folder, repo, overwrite_card, license, base_model, token, endpoint, results)
     if folder.left_out:
         notes.append(f"left out of the upload: {', '.join(folder.left_out)}")
     files = {name: folder.path / name for name in folder.files if name != CARD_NAME}
@@ -91,7 +91,9 @@ def _local_card(folder: ConvertedFolder) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def choose_card(folder, repo, overwrite_card, license, base_model, results, token, endpoint) -> tuple[str, list[str]]:
+def choose_card(
+    folder, repo, overwrite_card, license, base_model, token, endpoint, results=None
+) -> tuple[str, list[str]]:
     """The folder's README.md where somebody wrote or edited it, a new card otherwise; and notes for the user."""
     written = _local_card(folder)
     if written is not None and not overwrite_card and not is_unedited(written):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, BertTokenizerFast
+from transformers import AutoModel, BertModel, BertTokenizerFast
 
 from distattn_hf import AttentionSpec, convert, load_checkpoint, revert
 from distattn_hf.conversion.companions import Source
@@ -14,7 +14,14 @@ from distattn_hf.hub import build_card
 from distattn_hf.hub.folder import read_folder
 from tests.conversion.models import bert
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the cat sat on mat dog ran far away home".split()]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *["the", "cat", "sat", "on", "mat", "dog", "ran", "far", "away", "home"],
+]
 TEXTS = ["the cat sat on the mat", "dog ran", "the dog ran far far away home the cat"]
 LEFT = ["README.md", "modeling_old.py", "onnx/model.onnx", "optimizer.pt", "pytorch_model.bin"]
 
@@ -22,7 +29,7 @@ LEFT = ["README.md", "modeling_old.py", "onnx/model.onnx", "optimizer.pt", "pyto
 def sentence_transformer(folder, pooling: str):
     """A sentence-transformers folder by hand: encoder, pooling, Normalize, and what else such folders hold."""
     torch.manual_seed(0)
-    bert(AutoModel).save_pretrained(folder)
+    bert(BertModel).save_pretrained(folder)
     BertTokenizerFast(vocab={w: i for i, w in enumerate(WORDS)}).save_pretrained(folder)
     kinds = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [
@@ -112,7 +119,7 @@ def test_the_error_for_a_wrapper_names_the_model_in_it():
     class Module(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = bert(AutoModel)
+            self.model = bert(BertModel)
 
     with pytest.raises(ValueError, match=r"got Sequential, which holds one: .* model\[0\].model = convert\("):
         convert(nn.Sequential(Module()), AttentionSpec("l2"), init="plain")

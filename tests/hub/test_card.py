@@ -240,3 +240,50 @@ def test_an_installed_wheel_has_the_template(tmp_path):
     where, _, text = run.stdout.partition("\n")
     assert Path(where).is_relative_to(prefix)
     assert text.strip() == (ROOT / "model_cards" / "template.md").read_text(encoding="utf-8").strip()
+
+
+def test_results_of_the_owner_are_shown_as_theirs(folder, tmp_path):
+    given = [
+        {"dataset": "sts | b", "metric": "spearman", "value": 0.8123, "base": 0.83},
+        {"dataset": "mine", "metric": "mrr", "value": 1, "note": "100 questions"},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(given))
+    text = build_card(folder, "user/x", license="mit", results=tmp_path / "results.json").text
+    assert "Results that the owner of this model gives, not measured or checked by the package:" in text
+    assert "| dataset | metric | this model | base model | note |" in text
+    assert "| sts \\| b | spearman | 0.8123 | 0.83 | - |" in text
+    assert "| mine | mrr | 1 | - | 100 questions |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "at least one result"),
+        ({"metric": "mrr"}, "must hold a JSON list, got dict"),
+        ([{"dataset": "a", "metric": "b", "value": "0.5"}], "entry 0: value must be a number, got '0.5'"),
+        ([{"dataset": "a", "value": 1}], "entry 0: metric must be text, got None"),
+        (
+            [{"dataset": "a", "metric": "b", "value": 1, "score": 2}],
+            "unknown field 'score'; allowed are dataset, metric",
+        ),
+    ],
+)
+def test_results_that_cannot_be_shown_are_refused(folder, tmp_path, given, message):
+    (tmp_path / "results.json").write_text(json.dumps(given))
+    with pytest.raises(ValueError, match=message):
+        build_card(folder, "user/x", license="mit", results=tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("processor_config.json", "{}", "AutoProcessor"),
+        ("preprocessor_config.json", "{}", "AutoImageProcessor"),
+        ("preprocessor_config.json", '{"feature_extractor_type": "X"}', "AutoFeatureExtractor"),
+    ],
+)
+def test_both_snippets_load_what_prepares_the_inputs(folder, file, content, expected):
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    (folder / file).write_text(content)
+    text = build_card(folder, "user/x", license="mit").text
+    assert text.count(f'{expected}.from_pretrained("user/x")') == 2

@@ -18,6 +18,7 @@ from distattn_hf.hub import check_reload
 from distattn_hf.hub.card import is_unedited
 from distattn_hf.hub.folder import read_folder
 from tests.conversion.models import bert, gpt2, t5, token_batch
+from tests.conversion.test_companions import sentence_transformer
 from tests.hub.endpoint import Hub, Repository
 from tests.without_package import HIDE_PACKAGE
 
@@ -419,6 +420,18 @@ def test_base_model_and_licence_from_the_hub(world):
     ):
         assert part in first
     assert "base_model='somebody/nothing' is neither a folder" in second
+
+
+def test_a_source_on_the_hub_brings_its_other_files(world, tmp_path):
+    source = sentence_transformer(tmp_path / "teacher", "cls_token")
+    files = {f.relative_to(source).as_posix(): f.read_bytes() for f in source.rglob("*") if f.is_file()}
+    world.hub.repositories["somebody/st"] = Repository(revisions={"main": files})
+    run = world.distattn("convert", "somebody/st", tmp_path / "out", "--init", "exact", home=tmp_path / "home")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_bytes() == files["1_Pooling/config.json"]
+    assert "left behind in somebody/st: README.md, modeling_old.py, onnx/model.onnx" in run.stdout
+    assert not world.hub.asked("onnx/model.onnx|optimizer.pt")
+    report = json.loads((tmp_path / "out" / "distattn_report.json").read_text())
+    assert report["source"] == {"name": "somebody/st", "license": "apache-2.0", "from": "LICENSE"}
 
 
 def test_the_token_is_nowhere(world):

@@ -22,6 +22,32 @@ from tests.conversion.models import CLASSIFIER, bert, gpt2, llama, t5
 from tests.training.rows import checkpoint, text_file, values
 
 
+def test_it_says_what_it_does_and_keeps_what_resuming_needs(tmp_path, monkeypatch):
+    given = values(tmp_path, gpt2(), stages=["transfer", "distillation"], max_steps=8, save_steps=2)
+    said, out = [], tmp_path / "run"
+    original = module.AdaptationTrainer.training_step
+
+    def interrupted(trainer, *arguments, **options):
+        if trainer.stage.name == "distillation" and trainer.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.AdaptationTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(parse_config(given), say=said.append)
+    assert any(line.startswith("conversion begins") for line in said)
+    assert f"stage transfer begins: 8 steps from {out / 'calibrated'}" in said
+    assert any(re.search(r"stage transfer: .* s a step, about .* for the 4 left", line) for line in said)
+    assert not list((out / "transfer").glob("checkpoint-*"))
+    assert (out / "distillation" / "checkpoint-4").is_dir()
+    said.clear()
+    adapt(parse_config(given), say=said.append)
+    assert f"stage transfer is finished: {out / 'transfer' / 'final'}" in said
+    assert any(re.fullmatch(r"stage distillation goes on from .*checkpoint-4: 4 of 8 steps are left", x) for x in said)
+    assert not list(out.rglob("checkpoint-*")) + list(out.rglob("optimizer.pt"))
+
+
 def test_stages_one_after_another(tmp_path, monkeypatch):
     given = values(
         tmp_path, llama(), stages=["transfer", "distillation", "task"], controls=["plain", "no_attention"],
