@@ -55,7 +55,7 @@ def test_quantised_teachers(teacher):
 @pytest.mark.parametrize("spec", [AttentionSpec("l2", transform="linear"), AttentionSpec(
     mechanism="nystrom", num_landmarks=4, window_size=8)], ids=["maps", "nystrom"])  # fmt: skip
 def test_the_way_that_works(tmp_path, family, spec):
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
     from transformers import TorchAoConfig
 
     teacher = FAMILIES[family]()
