@@ -86,7 +86,7 @@ def test_the_way_that_works(tmp_path, family, spec):
             lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])).base_model.model,
             "merge them first",
         ),
-        (nn.Sequential, "must be a transformers PreTrainedModel, got Sequential$"),
+        (nn.Sequential, "got Sequential, which holds one: convert that alone, model.0. = convert"),
     ],
     ids=["compile", "DataParallel", "PEFT", "inside PEFT", "Sequential"],
 )
