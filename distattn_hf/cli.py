@@ -96,7 +96,10 @@ def check_choices(**values) -> None:
         *METRICS,
         *(alias for names in METRICS.values() for alias in names),
     }:
-        shown = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in METRICS.items())
+        if metric.lower() in CHOICES["mechanism"]:
+            raise ValueError(f"{metric!r} is a mechanism and not a metric; give --mechanism {metric.lower()}")
+        usual = {name: aliases for name, aliases in METRICS.items() if name not in ("lifted_sqeuclidean", "dot")}
+        shown = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in usual.items())
         raise ValueError(
             f"unknown metric {metric!r}; --metric is one of {shown}. A metric of your own must be registered, so it is "
             "converted from Python"
@@ -104,6 +107,12 @@ def check_choices(**values) -> None:
     order = values.get("p")
     if metric is not None and order is not None and metric.lower() not in ("lp", *METRICS["lp"]):
         raise ValueError(f"--p {order:g} was given with --metric {metric}; only lp takes an order")
+    if metric is not None and order is None and metric.lower() in ("lp", *METRICS["lp"]):
+        raise ValueError(f"--metric {metric} needs its order: give --p, a number >= 1")
+    squared = metric is None or metric.lower() in ("sqeuclidean", *METRICS["sqeuclidean"])
+    for name, value in (("mechanism", "nystrom"), ("init", "exact")):
+        if values.get(name) == value and not squared:
+            raise ValueError(f"{flag(name)} {value} needs --metric sqeuclidean, got {metric}")
     for name, value in values.items():
         if value is None:
             continue

@@ -115,6 +115,9 @@ def test_revert_gives_the_teachers_weights(folder):
     [
         (["convert", "TEACHER", "L2", "--init", "plain"], "is not empty; pass --overwrite"),
         (["convert", "TEACHER", "NEW", "--metric", "l7", "--init", "plain"], "unknown metric 'l7'"),
+        (["convert", "TEACHER", "NEW", "--metric", "nystrom"], "give --mechanism nystrom"),
+        (["convert", "TEACHER", "NEW", "--metric", "lp"], "--metric lp needs its order: give --p"),
+        (["convert", "TEACHER", "NEW", "--metric", "l2", "--init", "exact"], "--init exact needs --metric sqeuclidean"),
         (["convert", "TEACHER", "NEW", "--layers", "8", "--init", "plain"], "there is no layer 8"),
         (["convert", "TEACHER", "NEW", "--heads", "x", "--init", "plain"], "--heads must be a list of indices"),
         (["convert", "TEACHER", "NEW", "--calibration", "nowhere.txt"], "'nowhere.txt' does not exist"),

@@ -99,7 +99,7 @@ def copy_companions(source: Source, target: Path) -> list[str]:
 
 def _goes_along(name: str, own: tuple[str, ...]) -> bool:
     parts = Path(name).parts
-    if len(parts) > 1 and parts[0] in own:
+    if any(Path(folder) in Path(name).parents for folder in own):
         return True
     if any(fnmatchcase(part, pattern) for part in parts[:-1] for pattern in _FOLDERS):
         return False

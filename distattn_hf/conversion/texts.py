@@ -30,8 +30,6 @@ BUILDERS = {
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 # Columns as long as the source, which end where its padding begins.
 _OF_SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-# The longest name that a file can be asked for by.
-_PATH_LENGTH = 4096
 
 
 def news_articles() -> list[dict[str, str]]:
@@ -51,6 +49,13 @@ def news_articles() -> list[dict[str, str]]:
         for r in rows
         if r["title"].strip() and r["text"].strip()
     ]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a name can be
+        return False
 
 
 def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
@@ -126,7 +131,7 @@ def calibration_batch(
             'init="calibrated" needs calibration: strings, a datasets.Dataset or tokenised batches; got None'
         )
     if isinstance(calibration, str):
-        if len(calibration) < _PATH_LENGTH and Path(calibration).is_file():
+        if _is_file(calibration):
             raise ValueError(
                 f"calibration is the name of the file {calibration!r}, which would be fitted on as text; give what is "
                 "in it: distattn_hf.conversion.texts.read_texts(path)"

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.generation import GenerationMode
 
 from .compatibility import given_cache
 from .discovery import argument_names
@@ -156,6 +157,19 @@ class NystromLayer(CacheLayerMixin):
         if self.state is not None:
             held += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in held)
+
+
+class RefusesAssistance:
+    """Mixin before `PreTrainedModel`: says before it begins that a generation would have to take tokens back."""
+
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+        if self._is_stateful and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) takes tokens "
+                f"back, which the cache of {type(self).__name__} cannot: with Nyström attention, tokens that left the "
+                "window are sums. Generate without it, or with a model of exact attention"
+            )
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
 
 def layer_behind(key: Tensor) -> NystromLayer | None:

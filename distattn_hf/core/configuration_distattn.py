@@ -163,6 +163,8 @@ class AttentionSpec:
     def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
         """The spec described by `data`; raises `ValueError` for a key that is not a field."""
         known = [f.name for f in fields(cls)]
+        if not isinstance(data, dict):
+            raise ValueError(f"an AttentionSpec in a config must be a dict like {{'metric': 'l2'}}, got {data!r}")
         if unknown := sorted(set(data) - set(known)):
             raise ValueError(f"unknown AttentionSpec field {unknown[0]!r}; expected one of {', '.join(known)}")
         return cls(**data)

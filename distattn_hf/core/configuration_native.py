@@ -183,7 +183,14 @@ class DistAttnConfig(PreTrainedConfig):
                 f"{', '.join(map(repr, unknown))} of this {cls.__name__} mean nothing to this version of distattn_hf "
                 "and are left out; a newer version may have written them"
             )
-        return {name: value for name, value in config_dict.items() if name not in unknown}
+        # Older versions kept whatever they did not know, other names of fields included, and built by the fields.
+        both = sorted(name for name, field in cls.attribute_map.items() if {name, field} <= set(config_dict))
+        if ignored := [name for name in both if config_dict[name] != config_dict[cls.attribute_map[name]]]:
+            logger.warning(
+                f"{', '.join(map(repr, ignored))} of this {cls.__name__} are other names of fields that it has, too, "
+                "with other values: the fields count"
+            )
+        return {name: value for name, value in config_dict.items() if name not in unknown and name not in both}
 
     @classmethod
     def _knows(cls, name: str) -> bool:

@@ -188,7 +188,7 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
         # A model of short texts only would have no Nyström attention left.
         takes_longer = state.max_positions is None or state.max_positions > SHORT_TEXT
         short = num_queries > 1 and num_keys < SHORT_TEXT
-        if short and takes_longer and not torch.compiler.is_compiling():
+        if short and takes_longer and state.has_teacher and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"Nyström attention runs on a text of fewer than {SHORT_TEXT:,} tokens, where exact "
                 f"attention loses nothing and takes little longer; exact_below={SHORT_TEXT} uses it there "
@@ -207,7 +207,8 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
     if state.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(
             f"training on texts of at most exact_below={limit} tokens, which see exact attention alone: no landmark is "
-            "trained. Where longer texts matter, train with model.set_attention_options(exact_below=0)"
+            "trained. Where longer texts matter, train with exact_below=0 (model.set_attention_options; of a native "
+            "model mechanism_options)"
         )
     return True
 

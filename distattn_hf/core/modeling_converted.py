@@ -15,10 +15,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMode
 from transformers.utils import cached_file, logging
 
-from .cache import use_nystrom_cache
+from .cache import RefusesAssistance, use_nystrom_cache
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
@@ -102,7 +101,7 @@ def _same(before: list[float] | None, now: list[float] | None) -> bool:
     )
 
 
-class DistAttnModelMixin(KeepsLoadedWeights, Monitored):
+class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
     """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
 
     _keep_in_fp32_modules_strict = {"distattn"}
@@ -159,15 +158,6 @@ class DistAttnModelMixin(KeepsLoadedWeights, Monitored):
         implementation = self._resolve(attn_implementation, self.config)
         say_what_sdpa_means(attn_implementation, self)
         super().set_attn_implementation(implementation, *args, **kwargs)
-
-    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
-        if self._is_stateful and generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "assisted generation (assistant_model, prompt_lookup_num_tokens, assistant_early_exit) takes tokens "
-                f"back, which the cache of {type(self).__name__} cannot: with Nyström attention, tokens that left the "
-                "window are sums. Generate without it, or with the teacher"
-            )
-        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.auto_map = auto_map_for(type(self))

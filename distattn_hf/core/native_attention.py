@@ -179,6 +179,7 @@ class DistAttnAttention(nn.Module):
             entry = {"num_heads": self.num_heads, "head_dim": self.head_dim, "kind": "cross" if is_cross else "self"}
             entry["groups"] = [{"spec": 0, "heads": None}]
             self.distattn = DistanceAttentionState([spec_of(mechanism, metric, options)], entry)
+            self.distattn.has_teacher = False
             if mechanism == "nystrom" and self.is_causal:
                 self.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
         elif mechanism != "dot":

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import TransformersKwargs
 
+from .cache import RefusesAssistance
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
 from .loading import KeepsLoadedWeights
@@ -140,7 +141,7 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
         )
 
 
-class DistAttnPreTrainedModel(KeepsLoadedWeights, Monitored, PreTrainedModel):
+class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, PreTrainedModel):
     """What every class of the native family inherits."""
 
     config_class = DistAttnConfig
@@ -170,6 +171,11 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, Monitored, PreTrainedModel):
         # λ and landmarks stay in float32 when the model is loaded in half precision.
         if any(isinstance(module, HeadParameters) for module in self.modules()):
             self._keep_in_fp32_modules_strict = {"distattn"}
+        # Its cache does not go back, which transformers asks before it assists a generation.
+        self._is_stateful = any(
+            module.is_causal and getattr(module, "distattn", None) is not None and module.distattn.is_nystrom
+            for module in self.attention_modules().values()
+        )
         super().post_init()
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False):

@@ -219,6 +219,8 @@ class DistanceAttentionState(nn.Module):
         self.is_cross = entry["kind"] == "cross"
         # How long the model's texts may be, where it is known.
         self.max_positions: int | None = None
+        # False: nothing was converted, so exact attention is another model and not what the teacher had.
+        self.has_teacher = True
 
     @property
     def is_nystrom(self) -> bool:

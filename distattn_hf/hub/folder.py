@@ -1,7 +1,6 @@
 """A converted checkpoint as a folder: what it says about itself, and which of its files belong on the Hub."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -228,4 +227,5 @@ def _read_scorecard(path: Path) -> dict | None:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    # No `math.isnan`: a JSON integer may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value

@@ -8,7 +8,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_checkpoint, revert
 from distattn_hf.conversion.saving import save_checkpoint
+from distattn_hf.conversion.texts import calibration_batch
 from tests.conversion.models import bert, gpt2, llama, token_batch
+from tests.fixtures.load import gpt2_english
 
 
 @pytest.mark.parametrize(
@@ -273,3 +275,10 @@ def test_calibration_that_init_does_not_use_is_said(init, caplog):
     student = convert(gpt2(), "sqeuclidean", init=init, calibration=[token_batch(gpt2())])
     for place in (caplog.text, str(student.conversion_report["warnings"])):
         assert f"init={init!r} fits nothing: calibration is not used" in place.replace("\\", "")
+
+
+def test_calibration_text_longer_than_a_file_name_is_text():
+    """Between the longest name of a file and the longest path the system refuses to look."""
+    model, tokenizer, _ = gpt2_english()
+    batch = calibration_batch(model, tokenizer, "hello there " * 100)
+    assert batch["input_ids"].numel() > 1

@@ -134,3 +134,15 @@ def test_continuous_batching_is_refused(mechanism):
         model.generate_batch(inputs=[[5, 6, 7]], generation_config=GREEDY, progress_bar=False)
     with pytest.raises(ValueError, match="continuous batching"):
         student_of("llama").generate_batch(inputs=[[5, 6, 7]], generation_config=GREEDY, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: make_model("nystrom", "rotary", "causal").eval(), lambda: student_of("llama")]
+)
+def test_assisted_generation_with_nystrom_is_refused_before_it_begins(make):
+    with pytest.raises(ValueError, match="takes tokens back"):
+        make().generate(tokens(1, 8), prompt_lookup_num_tokens=3, max_new_tokens=4, do_sample=False)
+    plain = make_model("l2", "rotary", "causal").eval()
+    prompt, options = tokens(1, 8), {"max_new_tokens": 8, "do_sample": False}
+    found = plain.generate(prompt, prompt_lookup_num_tokens=3, **options)
+    assert found.equal(plain.generate(prompt, **options))

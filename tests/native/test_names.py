@@ -229,3 +229,17 @@ def test_loaded_models_know_the_names(tmp_path):
     assert_close(loaded(tokens()).logits, model(tokens()).logits, "equal")
     with pytest.raises(TypeError, match="mechansim"):
         AutoModel.from_pretrained(tmp_path, mechansim="l2")
+
+
+def test_a_field_in_a_file_counts_more_than_its_other_name(tmp_path):
+    """Older versions kept other names without a meaning beside the fields by which they built the model."""
+    model = make_model("dot", "rotary", "causal")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    old = {**json.loads(file.read_text()), "num_layers": 1, "hidden_dropout_prob": 0.5, "num_heads": 4}
+    file.write_text(json.dumps(old))
+    with CaptureLogger(logging.get_logger("distattn_hf.core.configuration_native")) as said:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (again.config.num_hidden_layers, again.config.num_attention_heads, again.config.hidden_dropout) == (2, 2, 0)
+    torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits, rtol=1e-5, atol=1e-5)
+    assert "'hidden_dropout_prob', 'num_heads', 'num_layers'" in said.out
