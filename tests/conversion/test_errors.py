@@ -280,5 +280,5 @@ def test_calibration_that_init_does_not_use_is_said(init, caplog):
 def test_calibration_text_longer_than_a_file_name_is_text():
     """Between the longest name of a file and the longest path the system refuses to look."""
     model, tokenizer, _ = gpt2_english()
-    batch = calibration_batch(model, tokenizer, "hello there " * 100)
+    batch = calibration_batch(model, "hello there " * 100, tokenizer)
     assert batch["input_ids"].numel() > 1
