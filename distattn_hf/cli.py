@@ -267,7 +267,9 @@ def convert(
         student.conversion_report = {**student.conversion_report, "source": describe_source(beside)}
     left = save_checkpoint(student, tokenizer, out, overwrite=overwrite, source=beside)
     report = ConversionReport.from_dict(student.conversion_report)
-    print(as_flags(report.table(per_head), option_names(context.command)))
+    for line in report.table(per_head).splitlines():
+        # The rest is what the checkpoint's report says, in its own words.
+        print(as_flags(line, option_names(context.command)) if line.startswith("warning: ") else line)
     print_left(source, left)
     print(f"saved to {out}")
 

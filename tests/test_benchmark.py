@@ -12,6 +12,7 @@ import typer
 import yaml
 from torch.nn import functional as F
 
+from distattn_hf import cli
 from distattn_hf.core.backends import BACKENDS, Backend
 from distattn_hf.experiments import benchmark as module
 from distattn_hf.experiments import benchmark_check as check
@@ -123,14 +124,14 @@ def test_shipped_configs_are_valid(path):
 
 def test_every_option_is_on_the_command_line():
     names = {field.name for field in fields(BenchmarkConfig)}
-    assert set(inspect.signature(module.benchmark).parameters) == names | {"config", "overwrite", "mechanism"}
+    assert set(inspect.signature(cli.benchmark).parameters) == names | {"config", "overwrite", "mechanism"}
 
 
 def test_the_help_says_which_mechanism_has_an_option():
     """And names, for the others, those that only their YAML files have."""
     names = {mechanism: set(option_names(mechanism)) for mechanism in ("distance", "nystrom", "native")}
     app = typer.Typer()
-    app.command()(module.benchmark)
+    app.command()(cli.benchmark)
     command = typer.main.get_command(app)
     text = {option.name: option.help for option in command.params}
     for name in names["distance"]:

@@ -122,3 +122,10 @@ def test_the_package_imports_no_model_until_one_is_asked_for():
     assert run.stdout.splitlines() == [
         "HEAVY []", "DistAttnForCausalLM", "REFUSED True", "DistAttnBertModel True", "[]"
     ], run.stderr[-2000:]  # fmt: skip
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    with pytest.raises(cli.typer.Exit) as stopped, cli.resumable("out/run"):
+        raise KeyboardInterrupt
+    assert stopped.value.exit_code == 130
+    assert "The same command again goes on from the last checkpoint in out/run" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from ..analysis.scorecard import METRICS, score_model
 from ..conversion.saving import save_checkpoint
-from ..training.checkpoints import check_space, remove_checkpoints
+from ..training.checkpoints import check_space
 from ..training.data import build_data
 from ..training.learned_tokenizer import byte_level_bpe
 from ..training.rows import training_texts
@@ -88,7 +88,6 @@ def train_from_scratch(config: ScratchConfig) -> dict:
         check_space(out / "final", model, with_optimizer=False)
         save_checkpoint(model.to("cpu"), tokenizer, out / "final", overwrite=True)
         write_json(out / SCORES, result)
-        remove_checkpoints(out)
     trainer.accelerator.wait_for_everyone()
     return result or json.loads((out / SCORES).read_text(encoding="utf-8"))
 
