@@ -72,7 +72,7 @@ def test_convert_to_linear_time(folder):
     (spec,) = AutoModelForCausalLM.from_pretrained(folder / "linear").config.attention_specs
     assert (spec.exact_below, spec.window_size) == (7, 6)
     run = distattn("set", folder / "l2", "--exact-below", "7", check=False)
-    assert "exact_below=7 belongs to mechanism='nystrom', which this model does not have" in run.stderr
+    assert "--exact-below 7 belongs to mechanism='nystrom', which this model does not have" in run.stderr
 
 
 def test_inspect_shows_the_fitted_values(folder):
