@@ -8,6 +8,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from distattn_hf import MECHANISMS, POSITIONAL_ENCODINGS  # noqa: E402
+from distattn_hf.core.metrics import METRICS  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch):
+    """What a test registers is gone after it."""
+    for registry in (METRICS, MECHANISMS, POSITIONAL_ENCODINGS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():

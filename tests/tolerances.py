@@ -21,9 +21,6 @@ TOLERANCES = {
     "float32_l2_coinciding": Tolerance(
         5e-3, 5e-3, "√(‖q‖²+‖k‖²-2q·k) at q = k is the root of a rounding error: √6e-8·‖q‖ instead of 0"
     ),
-    "masked_gradient": Tolerance(
-        0.0, 1e-6, "what a masked key of the largest norm gives R (lifted) cancels, but only up to float32 rounding"
-    ),
     "weights_sum": Tolerance(0.0, 1e-6, "float32 sum of up to 40 weights"),
     "quadrature": Tolerance(
         0.03, 0.0, "temperatures are limits of high dimension (E‖q‖ is 1.6% below √d at d=16); the test samples, too"

@@ -188,8 +188,9 @@ class LiftedSquaredEuclidean(Metric):
 
     def distance(self, query, key, p=None):
         norms = key.square().sum(-1, keepdim=True)
-        height = (norms.amax(-2, keepdim=True) - norms).clamp_min(0)
-        # The height enters squared, so its own square root (infinite slope at 0) is never taken.
+        # R² is a constant of the row, so its gradient cancels in the softmax, but for rounding that would reach masked
+        # keys: it is not taken. The height enters squared, so its own square root (infinite slope at 0) is not either.
+        height = (norms.detach().amax(-2, keepdim=True) - norms).clamp_min(0)
         flat = _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
         return flat + height.transpose(-1, -2)
 

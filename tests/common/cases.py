@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, set_seed
 from transformers.models.auto import modeling_auto
 
-from distattn_hf import CLASS_PREFIX
+from distattn_hf.core.configuration_distattn import CLASS_PREFIX
 from distattn_hf.core.discovery import base_prefix, find_attention_modules
 
 from .generation import GenerationTests

@@ -2,13 +2,14 @@
 
 import distattn_hf
 from distattn_hf import AttentionSpec
+from distattn_hf.core.configuration_distattn import CLASS_PREFIX
 
 from .upstream import ids_tensor, random_attention_mask
 
 
 def converted(*names: str) -> tuple[type, ...]:
     """The converted classes of transformers' classes with these names."""
-    return tuple(getattr(distattn_hf, distattn_hf.CLASS_PREFIX + name) for name in names)
+    return tuple(getattr(distattn_hf, CLASS_PREFIX + name) for name in names)
 
 
 class TextModelTester:

@@ -125,7 +125,7 @@ def test_what_takes_tokens_back_is_refused_before_it_starts():
 
     handle = model.register_forward_pre_hook(count)
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": gpt2()}):
-        with pytest.raises(ValueError, match="assisted generation .*Generate without it, or with the teacher"):
+        with pytest.raises(ValueError, match="assisted generation .*without it, or with a model of exact attention"):
             model.generate(**prompt, max_new_tokens=5, do_sample=False, **options)
     handle.remove()
     assert calls == 0

@@ -99,8 +99,7 @@ def test_offloaded_layers_generate_the_same(tmp_path, family, name, place):
 
 
 def test_a_registered_metric(tmp_path):
-    if "offloaded" not in METRICS:
-        register_metric("offloaded", lambda q, k: (q[..., None, :] - k[..., None, :, :]).abs().pow(1.5).sum(-1))
+    register_metric("offloaded", lambda q, k: (q[..., None, :] - k[..., None, :, :]).abs().pow(1.5).sum(-1))
     student = student_of("gpt2", metric="offloaded", transform="scalar")
     again = offloaded(tmp_path, student, LAYERS["gpt2"], "disk")
     batch = token_batch(student)

@@ -306,15 +306,12 @@ def test_a_mechanism_of_ones_own():
         def _visible(self, call):
             return torch.arange(call.key.shape[2]) == 0
 
-    try:
-        module = MECHANISMS.get("first")(2, 4)
-        x = torch.randn(1, 2, 5, 4)
-        output, weights = module(x, x, x, is_causal=True, return_weights=True)
-        assert_close(weights @ x, output, "equal")
-        with pytest.raises(ValueError, match="mechanism 'first' is already registered"):
-            register_mechanism("first")(FirstKey)
-    finally:
-        del MECHANISMS._entries["first_key"], MECHANISMS._aliases["first"]
+    module = MECHANISMS.get("first")(2, 4)
+    x = torch.randn(1, 2, 5, 4)
+    output, weights = module(x, x, x, is_causal=True, return_weights=True)
+    assert_close(weights @ x, output, "equal")
+    with pytest.raises(ValueError, match="mechanism 'first' is already registered"):
+        register_mechanism("first")(FirstKey)
 
 
 def test_a_mechanism_of_ones_own_returns_what_it_must():

@@ -15,13 +15,6 @@ from tests.tolerances import assert_close
 from .cases import Case, evaluate, make_tensors
 
 
-@pytest.fixture(autouse=True)
-def scratch_registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(METRICS, "_entries", dict(METRICS._entries))
-    monkeypatch.setattr(METRICS, "_aliases", dict(METRICS._aliases))
-
-
 def weighted_l1(query, key):
     """Σ c·|q_c-k_c|, which no built-in metric is."""
     weights = torch.arange(1, query.shape[-1] + 1, dtype=query.dtype)
