@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 
 # What is imported on first use: importing the package takes little more than transformers' Auto classes do.
 _MODULES = {
-    "analysis.lambda_search": ("grid_search", "optimize_lambda_parameters"),
+    "training.lambda_search": ("grid_search", "optimize_lambda_parameters"),
     "conversion.calibrate": ("CalibrationOptions",),
-    "conversion.checkpoints": ("load_checkpoint",),
+    "storage.models": ("load_checkpoint",),
     "conversion.convert": ("convert", "revert"),
     "conversion.fold": ("fold_alpha",),
     "conversion.report": ("ConversionReport",),
@@ -18,10 +18,10 @@ _MODULES = {
     "core.configuration_distattn": ("AttentionSpec",),
     "core.configuration_native": ("DistAttnConfig", "DistAttnSeq2SeqConfig"),
     "core.encodings": ("POSITIONAL_ENCODINGS", "PositionalEncoding", "register_encoding"),
-    "core.explain": ("BackendChoice", "explain_backend"),
-    "core.layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
-    "core.layers_factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
-    "core.layers_stack": (
+    "core.backends": ("BackendChoice", "explain_backend"),
+    "layers.attention_layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
+    "layers.factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
+    "layers.blocks": (
         "DistanceDecoder",
         "DistanceDecoderLayer",
         "DistanceEncoder",
@@ -41,7 +41,7 @@ _MODULES = {
     ),
     "core.modeling_distattn_seq2seq": ("DistAttnForConditionalGeneration", "DistAttnSeq2SeqModel"),
     "core.native_layers": ("DistAttnPreTrainedModel",),
-    "core.nystrom": ("nystrom_attention",),
+    "functional.nystrom": ("nystrom_attention",),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -8,11 +8,12 @@ from .core.configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
     auto_classes,
+    is_newer_than_tested,
     listed_classes,
     new_config_class_hooks,
+    version_note,
 )
 from .core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig, config_checks
-from .core.versions import is_newer_than_tested, version_note
 
 logger = logging.get_logger(__name__)
 

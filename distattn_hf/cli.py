@@ -82,7 +82,7 @@ def start() -> None:
 
 def begin(*sources: str | None) -> None:
     """`start`, after a check that these sources of models can be some."""
-    from .conversion.embedded import check_source
+    from .storage.embedded import check_source
 
     for source in filter(None, sources):
         check_source(source)
@@ -232,20 +232,20 @@ def convert(
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
     if init != "calibrated" and (unused := _given(context, ("calibration", "column", "steps", "seed"))):
         raise ValueError(f"{unused[0]} is for the fit of --init calibrated; --init {init} fits nothing, leave it out")
-    from .conversion.saving import check_output
+    from .storage.folders import check_output
 
     check_output(out, overwrite)
     begin(source)
     from .conversion import convert as conversion
     from .conversion import fold
     from .conversion.calibrate import CalibrationOptions
-    from .conversion.checkpoints import load_checkpoint
-    from .conversion.companions import Source, describe_source
     from .conversion.report import ConversionReport
-    from .conversion.saving import save_checkpoint
     from .conversion.specs import read_specs
-    from .conversion.texts import read_texts
     from .core.configuration_distattn import AttentionSpec
+    from .data.batches import read_texts
+    from .storage.companions import Source, describe_source
+    from .storage.folders import save_checkpoint
+    from .storage.models import load_checkpoint
 
     if spec_file is not None:
         spec = read_specs(spec_file)
@@ -292,8 +292,8 @@ def inspect(
     With λ and α of every module, or of every head.
     """
     begin(path)
-    from .conversion.checkpoints import load_checkpoint
     from .conversion.convert import current_report
+    from .storage.models import load_checkpoint
 
     report = current_report(load_checkpoint(path)[0])
     print(json.dumps(report.to_dict(), indent=1) if as_json else report.table(per_head))
@@ -313,7 +313,7 @@ def set_options(
     ] = None,
 ):
     """Set what needs no fit on a converted checkpoint."""
-    from .conversion.saving import change_options
+    from .storage.folders import change_options
 
     given = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
     change_options(path, **{name: value for name, value in given.items() if value is not None})
@@ -339,9 +339,9 @@ def evaluate(
     """
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts)
     begin(path, against)
-    from .analysis.evaluation import EvaluationOptions, compare_models, describe_scores, model_kind
-    from .conversion.checkpoints import load_checkpoint
-    from .conversion.texts import read_texts
+    from .data.batches import read_texts
+    from .evaluation.score import EvaluationOptions, compare_models, describe_scores, model_kind
+    from .storage.models import load_checkpoint
 
     texts = read_texts(data, column=column, split="test")[:max_texts]
     models = {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
@@ -390,7 +390,7 @@ def analyse(
     begin(path, against)
     from .analysis.analyse import AnalyseOptions, parse_heads
     from .analysis.analyse import analyse as run
-    from .conversion.texts import read_texts
+    from .data.batches import read_texts
 
     options = AnalyseOptions(
         max_length=max_length, max_tokens=max_tokens, importance=importance, heads=parse_heads(heads),
@@ -412,14 +412,14 @@ def revert(
 
     Its class and its weights, bit for bit unless they were trained since, and what lies beside them.
     """
-    from .conversion.saving import check_output
+    from .storage.folders import check_output
 
     check_output(out, overwrite)
     begin(path)
-    from .conversion.checkpoints import load_checkpoint
-    from .conversion.companions import Source
     from .conversion.convert import revert as revert_model
-    from .conversion.saving import save_checkpoint
+    from .storage.companions import Source
+    from .storage.folders import save_checkpoint
+    from .storage.models import load_checkpoint
 
     model, tokenizer = load_checkpoint(path)
     original = revert_model(model)
@@ -490,7 +490,7 @@ def adapt(
     """
     check_config(config)
     start()
-    from .experiments.adapt import adapt as run
+    from .training.adapt import adapt as run
     from .training.arguments import read_config
 
     arguments = read_config(config, overrides or ())
@@ -517,8 +517,8 @@ def train(
     """
     check_config(config)
     start()
-    from .experiments.from_scratch import summary, train_from_scratch
-    from .training.scratch import read_scratch_config
+    from .training.arguments_scratch import read_scratch_config
+    from .training.from_scratch import summary, train_from_scratch
 
     arguments = read_scratch_config(config, overrides or ())
     with resumable(arguments.training.output_dir):
@@ -614,7 +614,7 @@ def benchmark(
     if config is not None:
         check_config(config)
     start()
-    from .experiments.benchmark import benchmark as run
+    from .benchmark.run_exact import benchmark as run
 
     if code := run(config, options, overwrite=overwrite):
         raise typer.Exit(code)

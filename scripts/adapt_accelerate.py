@@ -21,12 +21,12 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from distattn_hf.conversion.checkpoints import load_checkpoint
-from distattn_hf.conversion.companions import Source
-from distattn_hf.conversion.saving import save_checkpoint
-from distattn_hf.experiments.adapt import check_arguments, converted, first_batches, task_of
+from distattn_hf.data.datasets import build_data, row_length
+from distattn_hf.storage.companions import Source
+from distattn_hf.storage.folders import save_checkpoint
+from distattn_hf.storage.models import load_checkpoint
+from distattn_hf.training.adapt import check_arguments, converted, first_batches, task_of
 from distattn_hf.training.arguments import read_config
-from distattn_hf.training.data import build_data, row_length
 from distattn_hf.training.stages import Stage, attention_means, check_stages
 from distattn_hf.training.trainer import check_data, check_pair, check_tokenizers
 

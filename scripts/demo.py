@@ -19,10 +19,10 @@ from transformers import (
 from transformers.utils import logging
 
 from distattn_hf import AttentionSpec, convert, load_checkpoint
-from distattn_hf.analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.conversion.report import ConversionReport
-from distattn_hf.conversion.texts import news_articles
+from distattn_hf.data.batches import news_articles
+from distattn_hf.evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
 
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from distattn_hf.benchmark import run_native as module
+from distattn_hf.benchmark.command import load_config
+from distattn_hf.benchmark.run_exact import exit_code
+from distattn_hf.benchmark.run_native import NativeCase, NativeConfig
 from distattn_hf.core.mechanism_base import MECHANISMS
-from distattn_hf.experiments import benchmark_native as module
-from distattn_hf.experiments.benchmark import exit_code
-from distattn_hf.experiments.benchmark_load import load_config
-from distattn_hf.experiments.benchmark_native import NativeCase, NativeConfig
 from tests.benchmark_cases import CONFIGS, recorded
 
 TINY = {

@@ -11,13 +11,13 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from distattn_hf.core.landmarks import STRATEGIES
-from distattn_hf.experiments import benchmark as command
-from distattn_hf.experiments import benchmark_nystrom as module
-from distattn_hf.experiments import benchmark_nystrom_inputs as inputs
-from distattn_hf.experiments import benchmark_nystrom_peers as peers
-from distattn_hf.experiments.benchmark_load import load_config, read_config
-from distattn_hf.experiments.benchmark_nystrom_config import NystromConfig
+from distattn_hf.benchmark import nystrom_inputs as inputs
+from distattn_hf.benchmark import nystrom_peers as peers
+from distattn_hf.benchmark import run_exact as command
+from distattn_hf.benchmark import run_nystrom as module
+from distattn_hf.benchmark.command import load_config, read_config
+from distattn_hf.benchmark.nystrom_options import NystromConfig
+from distattn_hf.functional.landmarks import STRATEGIES
 from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
 from tests.tolerances import assert_close
 

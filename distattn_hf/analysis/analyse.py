@@ -9,21 +9,21 @@ from statistics import fmean
 import torch
 import transformers
 
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import current_report
-from ..conversion.saving import staging_folder
 from ..core.modeling_converted import DistAttnModelMixin
+from ..evaluation.scorecard import Scorecard
+from ..storage.folders import staging_folder
+from ..storage.models import load_checkpoint
 from ..training.trainer import check_tokenizers
 from .comparison import Comparison, compare
 from .export import attention_maps
 from .figure_style import require_matplotlib, save_figure
 from .importance import HeadImportance, ablation_importance, gradient_attribution, gradient_importance
-from .inputs import AnalysisOptions, TextLoss, check_texts, make_batches, token_texts
 from .intervention import resolve_heads
-from .report import build_sections, render
+from .report.page import build_sections, render
+from .report.parts import Example
 from .rollout import attention_rollout
-from .scorecard import Scorecard
-from .sections import Example
+from .samples import AnalysisOptions, TextLoss, check_texts, make_batches, token_texts
 from .statistics import AttentionStatistics, measure
 from .watch import attention_modules
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .inputs import AnalysisOptions, check_texts, make_batches
+from .samples import AnalysisOptions, check_texts, make_batches
 from .watch import run_watched
 
 

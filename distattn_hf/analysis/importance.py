@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .inputs import TextLoss, check_texts, make_batches
 from .intervention import replaced_heads
+from .samples import TextLoss, check_texts, make_batches
 from .watch import attention_modules, forward, no_weights, watched
 
 
@@ -106,8 +106,8 @@ def gradient_attribution(model, tokenizer, text: str, *, target: int | None = No
     tokens (masked models), or, without a head, ½‖mean hidden state‖². Returns {"tokens" (ids), "values" (N,): signed,
     "score"}. Raises `ValueError` for an empty text or a model without input embeddings.
     """
-    from .evaluation import model_kind
-    from .inputs import AnalysisOptions
+    from ..evaluation.score import model_kind
+    from .samples import AnalysisOptions
 
     text = check_texts(text)[0]
     kind = model_kind(model)

@@ -86,7 +86,7 @@ def _uniform(call, head: int) -> Tensor:
 @torch.no_grad()
 def mean_outputs(model, batches: list[dict]) -> dict[str, Tensor]:
     """Each module's mean attention output over the queries that are no padding: {module: (H, d_v)}."""
-    from .inputs import padding_of
+    from .samples import padding_of
 
     sums: dict[str, list] = {}
     for batch in batches:

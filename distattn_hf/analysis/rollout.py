@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .inputs import padding_of
+from .samples import padding_of
 from .watch import no_weights, run_watched
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW_NUMBERS, row_statistics
-from .inputs import SeparatorFinder, key_ids, padding_of
+from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW_NUMBERS, row_statistics
 from .patterns import PATTERNS, Places, dominant_pattern, pattern_masses, pattern_strength
+from .samples import SeparatorFinder, key_ids, padding_of
 from .watch import run_watched
 
 

@@ -12,20 +12,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.attention import without_autocast
 from ..core.discovery import argument_names, base_prefix, find_attention_modules, locate
+from ..core.inputs import add_bias, split_mask
 from ..core.interface import (
+    IMPLEMENTATIONS,
     LINEAR_EAGER_IMPLEMENTATION,
     LINEAR_IMPLEMENTATION,
     attend,
     attend_groups,
     refuse_unsupported,
 )
-from ..core.linear import nystrom_forward, written_out
-from ..core.masks import add_bias, split_mask
-from ..core.modeling_converted import IMPLEMENTATIONS
 from ..core.native_attention import DistAttnAttention
+from ..core.nystrom_heads import nystrom_forward, written_out
 from ..core.parameters import DistanceAttentionState
 from ..core.relative_bias import as_tensor, bias_behind
-from .maps import AttentionCall, StoredCall
+from .weights import AttentionCall, StoredCall
 
 _LINEAR = (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
 # Other implementations (flash, flex) take masks of their own; while a model is watched it runs sdpa instead.

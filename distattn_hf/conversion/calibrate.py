@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.inputs import causal_keep
 from ..core.interface import attend
-from ..core.linear import nystrom_forward
-from ..core.masks import causal_keep
 from ..core.metrics import get_metric
+from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import HeadParameters, NystromParameters
 from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
+from .fit import draw_rows, split_sequences
 from .observe import observed, teacher_attention
-from .rows import draw_rows, split_sequences
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))

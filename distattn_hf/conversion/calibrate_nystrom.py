@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from ..core.landmarks import select_landmarks
-from ..core.linear import key_padding
-from ..core.masks import causal_keep
+from ..core.inputs import causal_keep
+from ..core.nystrom_heads import key_padding
 from ..core.parameters import NystromParameters
-from .rows import draw_rows, split_sequences
-from .texts import length_for, longest_row
+from ..data.batches import length_for, longest_row
+from ..functional.landmarks import select_landmarks
+from .fit import draw_rows, split_sequences
 
 # Keys per head that landmarks are chosen from.
 _POINTS = 4096

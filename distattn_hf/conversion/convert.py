@@ -13,18 +13,19 @@ from transformers import PreTrainedModel
 
 from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
 from ..core.discovery import find_attention_modules, locate, max_positions, select_modules
-from ..core.landmarks import STRATEGIES
-from ..core.linear import SHORT_TEXT
+from ..core.interface import IMPLEMENTATIONS
 from ..core.metrics import get_metric
-from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
-from ..core.options import check_backend
+from ..core.modeling_converted import DistAttnModelMixin, model_class_for
+from ..core.nystrom_heads import SHORT_TEXT
+from ..core.parameters import check_backend
+from ..data.batches import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
+from ..functional.landmarks import STRATEGIES
+from ..storage.companions import Source, describe_source
+from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate
 from .calibrate_nystrom import far_field_warnings
-from .checkpoints import check_weights, rebuild
-from .companions import Source, describe_source
 from .report import ConversionReport, GroupReport
 from .specs import parse_specs
-from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
 
 logger = logging.getLogger(__name__)
 

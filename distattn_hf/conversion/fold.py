@@ -17,7 +17,7 @@ from ..core.discovery import find_attention_modules, locate, select_modules
 from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin
 from ..core.parameters import HeadParameters, NystromParameters
-from .checkpoints import check_weights
+from ..storage.models import check_weights
 
 _QUERY = ("q_proj", "query", "q", "q_lin", "query_proj", "to_q", "q_attn")
 _NORMS = ("q_norm", "q_layernorm", "query_norm", "query_ln", "q_ln")

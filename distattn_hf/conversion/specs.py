@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..core.configuration_distattn import AttentionSpec
-from .yaml_file import read_yaml
+from ..data.config import read_yaml
 
 
 def parse_specs(spec) -> list[AttentionSpec]:

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .backends import choose_backend, validate_backend
-from .inputs import HALF, AttentionInputs
-from .masks import add_bias, split_mask
+from .inputs import HALF, AttentionInputs, add_bias, split_mask
 from .metrics import get_metric
 from .reference import reference_attention
 

@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .inputs import AttentionInputs
-from .masks import causal_keep, masked_softmax
+from .inputs import AttentionInputs, causal_keep, masked_softmax
 
 # Entries of one block of weights, over batch and heads: 8 MiB in float32, which two cores' caches still like.
 _BLOCK_ENTRIES = 2**21

@@ -5,7 +5,8 @@ import re
 import torch
 from torch import Tensor
 
-from .cpp_library import (
+from .inputs import AttentionInputs
+from .kernel_cpp_library import (
     attention_backward,
     attention_decode,
     attention_forward,
@@ -14,7 +15,6 @@ from .cpp_library import (
     transformed,
     unavailable,
 )
-from .inputs import AttentionInputs
 from .metrics import BUILT_IN
 
 # Up to this many queries (times the query heads that share a key head) read the keys where they lie.

@@ -1,13 +1,15 @@
 """Metrics that are a dot product plus a key bias, run by PyTorch's fused scaled_dot_product_attention."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
-from .inputs import HALF, AttentionInputs
-from .masks import causal_keep
+from .inputs import HALF, AttentionInputs, causal_keep
 from .metrics import BUILT_IN
-from .sdpa_cosine import can_run_in_parts, cosine_in_parts
 
 # Fused kernels fall to a slow path for head sizes that are not a multiple of this.
 _HEAD_SIZE_MULTIPLE = 8
@@ -134,3 +136,130 @@ def _add_to_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
     if mask is None:
         return bias
     return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
+# --------------------------------------------------------------------------------- cosine, a few heads at a time
+# So that no whole normalised copies of query and key exist (on the CPU).
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# What `torch.nn.functional.normalize` divides by at least.
+_LEAST_NORM = 1e-12
+# Query rows of one part, for each thread: so many keep the threads busy. Where the keys are few, more rows make up for
+# the cost of starting a part (logits are rows times keys).
+_PART_ROWS, _PART_LOGITS = 1024, 2**19
+# With fewer logits in all, what a part costs beside its work would be felt.
+_LEAST_LOGITS = 2**15
+
+
+def can_run_in_parts(inputs: AttentionInputs, mask: Tensor | None, is_causal: bool) -> bool:
+    """Whether this is not too small and PyTorch, too, would give it, with this mask, to the CPU flash kernel."""
+    tensors = (inputs.query, inputs.key, inputs.value)
+    if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return False
+    # A compiler's graph would hold every part; torch.func looks into operators, not into the function below.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    logits = math.prod(inputs.query.shape[:3]) * inputs.key.shape[2]
+    if len({t.dtype for t in tensors}) > 1 or inputs.query.shape[3] == 0 or logits < max(1, _LEAST_LOGITS):
+        return False
+    choice = torch._fused_sdp_choice(*tensors, mask, inputs.dropout_p, is_causal, enable_gqa=inputs.groups > 1)
+    return choice == SDPBackend.FLASH_ATTENTION.value
+
+
+def cosine_in_parts(inputs: AttentionInputs, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """softmax(scaling·λ·cos(q, k) + mask)·v of what `can_run_in_parts`; a mask of bool says what is kept."""
+    query, lam = inputs.query, inputs.lam
+    lam = lam.to(query.dtype) if isinstance(lam, Tensor) else query.new_full(query.shape[1:2], lam)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+    arguments = (query, inputs.key, inputs.value, lam[:, None, None], mask, inputs.scaling, is_causal)
+    return _CosineAttention.apply(*arguments) if inputs.needs_grad() else _forward(*arguments)[0]
+
+
+def _part_rows(key: Tensor) -> int:
+    return torch.get_num_threads() * max(_PART_ROWS, _PART_LOGITS // key.shape[2])
+
+
+def _parts(query: Tensor, key: Tensor, least_heads: int = 1) -> Iterator[tuple[tuple, tuple]]:
+    """((items, query heads), (items, their key heads)) as slices; a part has `least_heads` query heads if there are."""
+    groups = query.shape[1] // key.shape[1]
+    wanted = max(least_heads, math.ceil(_part_rows(key) / query.shape[2]))
+    heads = min(key.shape[1], math.ceil(wanted / groups))
+    items = max(1, wanted // (heads * groups))
+    for b in range(0, query.shape[0], items):
+        for h in range(0, key.shape[1], heads):
+            batch = slice(b, b + items)
+            yield (batch, slice(h * groups, (h + heads) * groups)), (batch, slice(h, h + heads))
+
+
+def _mask_of(mask: Tensor | None, part: tuple) -> Tensor | None:
+    if mask is None:
+        return None
+    return mask[tuple(p if size > 1 else slice(None) for p, size in zip(part, mask.shape))]
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(_LEAST_NORM)
+
+
+def _forward(query, key, value, lam, mask, scaling, is_causal) -> tuple[Tensor, Tensor]:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    logsumexp, unit_key = query.new_empty(query.shape[:3]), None
+    for mine, theirs in _parts(query, key):
+        q, k = query[mine], key[theirs]
+        if unit_key is None or unit_key.shape != k.shape:
+            unit_key = torch.empty_like(k, memory_format=torch.contiguous_format)
+        # Until a part's output is there, its place holds the normalised queries.
+        q = torch.mul(q, lam[mine[1]] / _norm(q), out=output[mine])
+        k = torch.div(k, _norm(k), out=unit_key)
+        options = {"attn_mask": _mask_of(mask, mine), "scale": scaling}
+        output[mine], logsumexp[mine] = _FLASH(q, k, value[theirs], 0.0, is_causal, **options)
+    return output, logsumexp
+
+
+class _CosineAttention(torch.autograd.Function):
+    """Keeps for the backward pass what plain attention keeps; a part's normalised vectors are made once more there."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, lam, mask, scaling, is_causal):
+        output, logsumexp = _forward(query, key, value, lam, mask, scaling, is_causal)
+        ctx.save_for_backward(query, key, value, lam, mask, output, logsumexp)
+        ctx.scaling, ctx.is_causal = scaling, is_causal
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        query, key, value, lam, mask, output, logsumexp = ctx.saved_tensors
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+        lam_grad = torch.zeros_like(lam)
+        # The backward kernel divides its work among threads by heads alone.
+        for mine, theirs in _parts(query, key, torch.get_num_threads()):
+            q, k, weight = query[mine], key[theirs], lam[mine[1]]
+            q_norm, k_norm = _norm(q), _norm(k)
+            q_grad, k_grad, grads[2][theirs] = _FLASH_BACKWARD(
+                gradient[mine],
+                q * (weight / q_norm),
+                k / k_norm,
+                value[theirs],
+                output[mine],
+                logsumexp[mine],
+                0.0,
+                ctx.is_causal,
+                attn_mask=_mask_of(mask, mine),
+                scale=ctx.scaling,
+            )
+            along = _through_norm(q_grad, q, q_norm, weight, grads[0][mine])
+            _through_norm(k_grad, k, k_norm, 1.0, grads[1][theirs])
+            lam_grad[mine[1]] += along.sum((0, 2), keepdim=True)[0]
+        return *grads, lam_grad, None, None, None
+
+
+def _through_norm(gradient: Tensor, x: Tensor, norm: Tensor, weight: Tensor | float, out: Tensor) -> Tensor:
+    """Into `out`, from g = ∂/∂(w·x/‖x‖): ∂/∂x = w/‖x‖·(g - x·(g·x)/‖x‖²). Returns (g·x)/‖x‖, of shape (..., 1)."""
+    along = torch.mul(gradient, x, out=out).sum(-1, keepdim=True) / norm
+    # Where the norm is too small to divide by it is a constant, as in `normalize`.
+    slope = torch.where(norm > _LEAST_NORM, along / norm, 0.0)
+    torch.mul(gradient.addcmul_(x, slope, value=-1), weight / norm, out=out)
+    return along

@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, slope, bias, keep, metric, p, is_causal):
-        from .triton_forward import forward_kernel
+        from .kernel_triton_forward import forward_kernel
 
         out = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32)
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        from .triton_backward import key_kernel, query_kernel
+        from .kernel_triton_backward import key_kernel, query_kernel
 
         query, key, value, slope, bias, keep, out, lse = ctx.saved_tensors
         (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape

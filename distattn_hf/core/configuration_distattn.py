@@ -15,6 +15,9 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
+# The releases of transformers that this code was tested with.
+OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
+
 BLOCK_VERSION = 1
 MODEL_TYPE_PREFIX = "distattn_"
 CLASS_PREFIX = "DistAttn"
@@ -30,6 +33,23 @@ _NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 
 
 # Called with every config class that is made. The package adds its registration with the Auto classes.
 new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
+
+
+def version_note() -> str:
+    """Say which transformers this code was tested with, and which one is here."""
+    return (
+        f"distattn_hf was tested with transformers {OLDEST_TESTED} to {NEWEST_TESTED}, and this is "
+        f"{transformers.__version__}"
+    )
+
+
+def is_newer_than_tested() -> bool:
+    """Return whether the installed transformers is of a later minor version than the newest tested one."""
+
+    def minor(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    return minor(transformers.__version__) > minor(NEWEST_TESTED)
 
 
 @dataclass(frozen=True)

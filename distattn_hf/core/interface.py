@@ -9,16 +9,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
-from .inputs import AttentionInputs
-from .linear import join_heads, nystrom_forward, padding_mask, written_out
-from .masks import add_bias, split_mask
+from .inputs import AttentionInputs, add_bias, split_mask
 from .metrics import get_metric
+from .nystrom_heads import join_heads, nystrom_forward, padding_mask, written_out
 from .parameters import DistanceAttentionState
 from .relative_bias import as_tensor, bias_behind, of_heads
+
+logger = logging.get_logger(__name__)
 
 IMPLEMENTATION = "distattn"
 EAGER_IMPLEMENTATION = "distattn_eager"
@@ -28,6 +30,53 @@ FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
 # For models in which some attention is linear: causal and bidirectional masks say which keys are padding and no more.
 LINEAR_IMPLEMENTATION = "distattn_linear"
 LINEAR_EAGER_IMPLEMENTATION = "distattn_linear_eager"
+
+_ALLOWED_IMPLEMENTATIONS = {
+    None: IMPLEMENTATION,
+    "sdpa": IMPLEMENTATION,
+    IMPLEMENTATION: IMPLEMENTATION,
+    FULL_MASK_IMPLEMENTATION: IMPLEMENTATION,
+    "eager": EAGER_IMPLEMENTATION,
+    EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
+    LINEAR_IMPLEMENTATION: IMPLEMENTATION,
+    LINEAR_EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
+}
+IMPLEMENTATIONS = (*dict.fromkeys(_ALLOWED_IMPLEMENTATIONS.values()), FULL_MASK_IMPLEMENTATION)
+IMPLEMENTATIONS += (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
+
+
+def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool = False) -> str:
+    """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
+
+    None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
+    would silently put dot-product attention back.
+    """
+    if isinstance(requested, dict):
+        requested = requested.get("", None)
+    if requested not in _ALLOWED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={requested!r} is not available for distance attention; use None or 'sdpa' (the "
+            "backend of each AttentionSpec) or 'eager' (the reference)"
+        )
+    chosen = _ALLOWED_IMPLEMENTATIONS[requested]
+    if linear:
+        if not supports_sdpa:
+            raise ValueError(
+                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
+            )
+        return LINEAR_IMPLEMENTATION if chosen == IMPLEMENTATION else LINEAR_EAGER_IMPLEMENTATION
+    return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
+
+
+def say_what_sdpa_means(requested, model) -> None:
+    """Tell, once, who asks a model of ours for "sdpa" that it gives no dot-product attention."""
+    if "sdpa" in (requested, requested.get("") if isinstance(requested, dict) else None):
+        logger.warning_once(
+            f"{type(model).__name__}: attn_implementation='sdpa' stands here for the attention that the config "
+            "says, by the backend of each AttentionSpec, as by default; it is not dot-product attention. To run a "
+            "metric by PyTorch's scaled_dot_product_attention, where it can, set AttentionSpec(backend='sdpa')"
+        )
+
 
 # Arguments of transformers' attention calls that change the result and that no distance backend computes.
 _REFUSED = {

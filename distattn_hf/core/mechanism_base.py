@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import without_autocast
-from .masks import causal_keep, masked_softmax
+from .inputs import causal_keep, masked_softmax
 from .registry import Registry
 
 MECHANISMS = Registry("mechanism")

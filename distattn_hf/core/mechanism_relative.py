@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from .masks import masked_softmax
+from .inputs import masked_softmax
 from .mechanism_base import Call, Mechanism, Option, register_mechanism
 
 

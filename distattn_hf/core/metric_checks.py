@@ -7,7 +7,7 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch import Tensor, nn
 
-from .cpp_library import readable
+from .kernel_cpp_library import readable
 
 # A distance worked out as ‖q‖² + ‖k‖² - 2q·k or 1 - cos may come out this much below 0: of the largest, or anyway.
 _ROUNDING, _LEAST = 1e-3, 1e-4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
+from .kernel_cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
 from .metric_checks import check_distances, holds_parameters
 from .registry import Registry
 

@@ -15,9 +15,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
-from .cache import RefusesAssistance, use_nystrom_cache
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
@@ -28,68 +27,13 @@ from .configuration_distattn import (
     listed_classes,
 )
 from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
-from .interface import (
-    EAGER_IMPLEMENTATION,
-    FULL_MASK_IMPLEMENTATION,
-    IMPLEMENTATION,
-    LINEAR_EAGER_IMPLEMENTATION,
-    LINEAR_IMPLEMENTATION,
-)
-from .loading import KeepsLoadedWeights
-from .monitor import Monitored
-from .options import OPTIONS, set_options, with_options
-from .parameters import DistanceAttentionState
+from .families import KeepsLoadedWeights, Monitored
+from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
+from .nystrom_cache import RefusesAssistance, use_nystrom_cache
+from .parameters import OPTIONS, DistanceAttentionState, set_options, with_options
 from .relative_bias import give_relative_bias, has_relative_bias
 
-logger = logging.get_logger(__name__)
-
 REPORT_NAME = "distattn_report.json"
-
-_ALLOWED_IMPLEMENTATIONS = {
-    None: IMPLEMENTATION,
-    "sdpa": IMPLEMENTATION,
-    IMPLEMENTATION: IMPLEMENTATION,
-    FULL_MASK_IMPLEMENTATION: IMPLEMENTATION,
-    "eager": EAGER_IMPLEMENTATION,
-    EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
-    LINEAR_IMPLEMENTATION: IMPLEMENTATION,
-    LINEAR_EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
-}
-IMPLEMENTATIONS = (*dict.fromkeys(_ALLOWED_IMPLEMENTATIONS.values()), FULL_MASK_IMPLEMENTATION)
-IMPLEMENTATIONS += (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
-
-
-def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool = False) -> str:
-    """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
-
-    None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
-    would silently put dot-product attention back.
-    """
-    if isinstance(requested, dict):
-        requested = requested.get("", None)
-    if requested not in _ALLOWED_IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation={requested!r} is not available for distance attention; use None or 'sdpa' (the "
-            "backend of each AttentionSpec) or 'eager' (the reference)"
-        )
-    chosen = _ALLOWED_IMPLEMENTATIONS[requested]
-    if linear:
-        if not supports_sdpa:
-            raise ValueError(
-                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
-            )
-        return LINEAR_IMPLEMENTATION if chosen == IMPLEMENTATION else LINEAR_EAGER_IMPLEMENTATION
-    return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
-
-
-def say_what_sdpa_means(requested, model) -> None:
-    """Tell, once, who asks a model of ours for "sdpa" that it gives no dot-product attention."""
-    if "sdpa" in (requested, requested.get("") if isinstance(requested, dict) else None):
-        logger.warning_once(
-            f"{type(model).__name__}: attn_implementation='sdpa' stands here for the attention that the config "
-            "says, by the backend of each AttentionSpec, as by default; it is not dot-product attention. To run a "
-            "metric by PyTorch's scaled_dot_product_attention, where it can, set AttentionSpec(backend='sdpa')"
-        )
 
 
 def _same(before: list[float] | None, now: list[float] | None) -> bool:

@@ -9,14 +9,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import logging
 
-from .cache import use_nystrom_cache
 from .compatibility import one_cache
 from .configuration_native import SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
 from .encodings import POSITIONAL_ENCODINGS
-from .interface import IMPLEMENTATION, weights_requested
+from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
 from .mechanisms import MECHANISMS
 from .metrics import METRICS, get_metric
-from .modeling_converted import IMPLEMENTATIONS, resolve_implementation
+from .nystrom_cache import use_nystrom_cache
 from .parameters import DistanceAttentionState
 
 logger = logging.get_logger(__name__)

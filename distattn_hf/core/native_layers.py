@@ -12,14 +12,13 @@ from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import TransformersKwargs
 
-from .cache import RefusesAssistance
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
-from .loading import KeepsLoadedWeights
+from .families import KeepsLoadedWeights, Monitored
+from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
-from .modeling_converted import IMPLEMENTATIONS, say_what_sdpa_means
-from .monitor import Monitored
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
+from .nystrom_cache import RefusesAssistance
 from .parameters import HeadParameters
 
 

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .hybrid import HEADROOM, HybridInputs, take_sinks
-from .inputs import AttentionInputs
-from .masks import causal_keep, masked_softmax
+from .inputs import AttentionInputs, causal_keep, masked_softmax
+from .nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
 
 
 def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .compatibility import given_cache
 from .discovery import argument_names
-from .hybrid import WindowBias
+from .nystrom_hybrid import WindowBias
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import time
 import torch
 from transformers.utils import logging
 
-from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
-from ..conversion.texts import news_articles
 from ..core.configuration_distattn import AttentionSpec
+from ..data.batches import news_articles
+from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
+from ..storage.models import load_checkpoint
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev")
 # Tokens IgLM's own generation forbids, and the end of a sequence.

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..analysis.scorecard import without_far_field
-from ..conversion.checkpoints import load_checkpoint
-from ..conversion.texts import read_texts, start_tokens, token_stream
-from ..core.cache import NystromLayer
+from ..core.nystrom_cache import NystromLayer
+from ..data.batches import read_texts, start_tokens, token_stream
+from ..evaluation.scorecard import without_far_field
+from ..storage.models import load_checkpoint
 
 CHUNK = 1024
 

@@ -12,9 +12,9 @@ import torch
 from transformers.utils import logging
 
 from ..conversion.calibrate import CalibrationOptions
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
 from ..core.configuration_distattn import AttentionSpec
+from ..storage.models import load_checkpoint
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1")
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 1024, 512, 32, 9

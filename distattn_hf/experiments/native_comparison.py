@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.figure_style import COLOURS, new_figure, save_figure, styled
-from ..analysis.scorecard import METRICS
+from ..benchmark.results import write_atomically, write_json
+from ..evaluation.scorecard import METRICS
 from ..training.arguments import override, read_mapping
-from ..training.scratch import ScratchConfig, parse_scratch_config, read_scratch_config
+from ..training.arguments_scratch import ScratchConfig, parse_scratch_config, read_scratch_config
+from ..training.from_scratch import train_from_scratch
 from ..training.stages import refuse_unknown
-from .benchmark_report import write_atomically, write_json
-from .from_scratch import train_from_scratch
 
 RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison"
 

@@ -11,16 +11,16 @@ import time
 import torch
 from transformers.utils import logging
 
-from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
-from ..analysis.scorecard import without_far_field
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.calibrate_nystrom import leave_exact
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
-from ..conversion.texts import news_articles
 from ..core.configuration_distattn import AttentionSpec
 from ..core.parameters import NystromParameters
+from ..data.batches import news_articles
+from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
+from ..evaluation.scorecard import without_far_field
+from ..storage.models import load_checkpoint
 from .conversion_quality import iglm as iglm_task
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from ..conversion.companions import Source, card_metadata, describe_source
-from ..conversion.embedded import EMBEDDED
+from ..storage.companions import Source, card_metadata, describe_source
+from ..storage.embedded import EMBEDDED
 
 # The names that the embedded checkpoints have on the Hub.
 _HUB_NAMES = {

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..conversion.companions import MODULES
 from ..conversion.report import ConversionReport
 from ..core.modeling_converted import REPORT_NAME
+from ..storage.companions import MODULES
 
 SCORECARD_NAME = "distattn_scorecard.json"
 CARD_NAME = "README.md"

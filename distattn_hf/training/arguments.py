@@ -8,11 +8,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..conversion.convert import INITS
 from ..conversion.specs import parse_specs, read_specs
-from ..conversion.yaml_file import parse_yaml, read_yaml
 from ..core.configuration_distattn import AttentionSpec
-from .data import DataArguments
+from ..data.config import parse_yaml, read_yaml
+from ..data.datasets import DataArguments
+from .annealing import is_number
 from .objectives import STAGES, TASKS
-from .schedules import is_number
 from .stages import StageOptions, check_exact, refuse_unknown
 
 CONTROLS = ("plain", "window_only", "no_attention")

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..conversion.observe import observed, teacher_attention
-from ..conversion.texts import shift_right
 from ..core.attention import without_autocast
 from ..core.interface import attend, attend_groups
-from ..core.linear import nystrom_forward
-from .data import TASKS
+from ..core.nystrom_heads import nystrom_forward
+from ..data.batches import shift_right
+from ..data.datasets import TASKS
 
 STAGES = ("transfer", "distillation", "task")
 # Rows of logits whose divergence is computed at once; the backward pass computes them again.

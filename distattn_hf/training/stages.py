@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..core.discovery import base_prefix
+from .annealing import Annealing, AnnealingOptions, is_number
 from .objectives import STAGES, TASKS, AttentionTransfer, Distillation, label_loss
-from .schedules import Annealing, AnnealingOptions, is_number
 
 TRAIN = ("attention", "attention+qk", "all", "lora")
 GROUPS = ("attention", "qk", "rest")

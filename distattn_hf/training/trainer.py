@@ -12,8 +12,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..core.configuration_distattn import MODEL_TYPE_PREFIX
-from .checkpoints import check_space, last_checkpoint
-from .schedules import AnnealingCallback
+from ..storage.runs import check_space, last_checkpoint
+from .annealing import AnnealingCallback
 from .stages import Stage, attention_means
 
 _BESIDE_ADAPTER = "distattn_parameters.safetensors"

@@ -15,7 +15,7 @@ from transformers import (
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.texts import calibration_batch, read_texts
+from distattn_hf.data.batches import calibration_batch, read_texts
 from tests.conversion.models import bert, gpt2, llama, t5, token_batch
 
 QUICK = CalibrationOptions(steps=3, progress=False)

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_checkpoint, revert
-from distattn_hf.conversion.saving import save_checkpoint
-from distattn_hf.conversion.texts import calibration_batch
+from distattn_hf.data.batches import calibration_batch
+from distattn_hf.storage.folders import save_checkpoint
 from tests.conversion.models import bert, gpt2, llama, token_batch
 from tests.fixtures.load import gpt2_english
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaModel, initialization
 
 from distattn_hf import AttentionSpec, DistAttnForCausalLM, convert, revert
-from distattn_hf.core.loading import loaded_kept
+from distattn_hf.core.families import loaded_kept
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.native.choices import make_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, revert
-from distattn_hf.core.cache import NystromLayer
+from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.conversion.models import FAMILIES, llama, token_batch
 from tests.conversion.nystrom_cases import (
     AUTO,

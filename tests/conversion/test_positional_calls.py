@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.analysis.watch import watched
-from distattn_hf.core.modeling_converted import IMPLEMENTATIONS
+from distattn_hf.core.interface import IMPLEMENTATIONS
 from distattn_hf.core.native_attention import eager_attention_forward
 from tests.conversion.models import bert, gpt2, llama, token_batch
 from tests.native.choices import make_model

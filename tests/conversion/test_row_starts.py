@@ -7,11 +7,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.analysis.evaluation import EvaluationOptions, evaluate_model
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.texts import calibration_batch, start_tokens
+from distattn_hf.data.batches import calibration_batch, start_tokens
+from distattn_hf.data.datasets import DataArguments, build_data
+from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
 from distattn_hf.experiments import long_text
-from distattn_hf.training.data import DataArguments, build_data
 from tests.conversion.models import bert, gpt2, t5
 
 TEXTS = ["abcdefg", "hij", "a", "jihgfedcba", "bbbb"] * 3

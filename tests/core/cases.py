@@ -10,8 +10,8 @@ from torch import Tensor
 from distattn_hf import distance_attention
 from distattn_hf.core import backend_chunked
 from distattn_hf.core.backends import BACKENDS
-from distattn_hf.core.cpp_library import unavailable
 from distattn_hf.core.inputs import AttentionInputs
+from distattn_hf.core.kernel_cpp_library import unavailable
 from distattn_hf.core.metrics import METRICS, get_metric
 
 # A metric that needs an order p is tested with these: one below 2, one above.

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
 from distattn_hf.core import compatibility, versions
-from distattn_hf.core.cache import NystromLayer, use_nystrom_cache
 from distattn_hf.core.compatibility import CACHE_NAME, cache_of, check_transformers, given_cache, one_cache
+from distattn_hf.core.nystrom_cache import NystromLayer, use_nystrom_cache
 from tests.conversion.models import VOCAB
 from tests.conversion.nystrom_cases import student_of
 from tests.native.choices import CAUSAL, make_model, tokens
@@ -79,7 +79,7 @@ def test_a_cache_is_found_by_its_kind():
 def test_a_cache_that_is_not_found_is_an_error_and_not_a_full_cache(family, monkeypatch):
     """As when transformers hides the cache from the hook: the keys of earlier tokens arrive all the same."""
     student = student_of(family)
-    monkeypatch.setattr("distattn_hf.core.cache.given_cache", lambda arguments: None)
+    monkeypatch.setattr("distattn_hf.core.nystrom_cache.given_cache", lambda arguments: None)
     ids = torch.randint(3, VOCAB, (1, 12))
     with pytest.raises(RuntimeError, match="a cache that was not found.*tested with transformers"):
         student.generate(ids, max_new_tokens=3, do_sample=False)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distattn_hf import distance_attention
-from distattn_hf.core import backend_sdpa, sdpa_cosine
+from distattn_hf.core import backend_sdpa
 from tests.tolerances import assert_close
 
 from .cases import Case, evaluate, make_tensors, upstream_gradient
@@ -26,7 +26,7 @@ SHAPES = {
 def parts(monkeypatch):
     """What each call of PyTorch's kernels got, in order: ("forward" or "backward", sequences, query heads)."""
     calls = []
-    monkeypatch.setattr(sdpa_cosine, "_LEAST_LOGITS", 0)
+    monkeypatch.setattr(backend_sdpa, "_LEAST_LOGITS", 0)
 
     def recording(name, kernel):
         def run(*tensors, **options):
@@ -36,16 +36,16 @@ def parts(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(sdpa_cosine, "_FLASH", recording("forward", sdpa_cosine._FLASH))
-    monkeypatch.setattr(sdpa_cosine, "_FLASH_BACKWARD", recording("backward", sdpa_cosine._FLASH_BACKWARD))
+    monkeypatch.setattr(backend_sdpa, "_FLASH", recording("forward", backend_sdpa._FLASH))
+    monkeypatch.setattr(backend_sdpa, "_FLASH_BACKWARD", recording("backward", backend_sdpa._FLASH_BACKWARD))
     return calls
 
 
 @pytest.fixture(params=[1, 40, 80], ids="{} rows".format)
 def small_parts(request, monkeypatch, parts):
     """Parts of at least so many query rows: one head each, some heads (the last part has fewer), some sequences."""
-    monkeypatch.setattr(sdpa_cosine, "_PART_ROWS", request.param)
-    monkeypatch.setattr(sdpa_cosine, "_PART_LOGITS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_ROWS", request.param)
+    monkeypatch.setattr(backend_sdpa, "_PART_LOGITS", 1)
     yield parts
     assert {name for name, *_ in parts} >= {"forward"}, "another path ran"
 
@@ -145,22 +145,22 @@ def test_parts_follow_the_rows(parts):
 
 
 def test_grouped_heads_stay_together(parts, monkeypatch):
-    monkeypatch.setattr(sdpa_cosine, "_PART_ROWS", 1)
-    monkeypatch.setattr(sdpa_cosine, "_PART_LOGITS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_ROWS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_LOGITS", 1)
     COSINE(**make_tensors(10, 8, 8, batch=2, heads=6, key_heads=2))
     assert parts == [("forward", 1, 3)] * 4
 
 
 def test_a_backward_part_has_a_head_for_each_thread(parts, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(sdpa_cosine, "_PART_ROWS", 1)
-    monkeypatch.setattr(sdpa_cosine, "_PART_LOGITS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_ROWS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_LOGITS", 1)
     evaluate(COSINE, make_tensors(10, 8, 8, batch=2, heads=6))
     assert parts == [("forward", 1, 1)] * 12 + [("backward", 1, 3)] * 4
 
 
 def test_few_logits_take_the_other_path(parts, monkeypatch):
-    monkeypatch.setattr(sdpa_cosine, "_LEAST_LOGITS", 2 * 2 * 20 * 20)
+    monkeypatch.setattr(backend_sdpa, "_LEAST_LOGITS", 2 * 2 * 20 * 20)
     COSINE(**make_tensors(20))
     assert len(parts) == 1
     COSINE(**make_tensors(20, 19))

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distattn_hf import distance_attention, explain_backend
-from distattn_hf.core import cpp_library
+from distattn_hf.core import kernel_cpp_library as cpp_library
 from distattn_hf.core.backend_cpp import _backward, _decode, _forward
 from distattn_hf.core.metrics import METRICS, get_metric
 from tests.tolerances import HALF_ERROR_RATIO, assert_close

@@ -165,7 +165,7 @@ def test_core_package_file_holds_no_code():
         ("core/a.py", "from .b import c", {"core"}),
         ("core/a.py", "from ..conversion.plan import c", {"conversion"}),
         ("core/a.py", "from .. import conversion", {"conversion"}),
-        ("core/a.py", "def f():\n    import distattn_hf.training.data", {"training"}),
+        ("core/a.py", "def f():\n    import distattn_hf.data.datasets", {"training"}),
         ("core/a.py", "from distattn_hf.analysis import plots", {"analysis"}),
         ("core/a.py", "import distattn_hf", {"__init__"}),
         ("core/a.py", "import torch.nn\nfrom transformers import core", set()),

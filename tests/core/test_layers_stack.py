@@ -8,22 +8,22 @@ from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
 from distattn_hf.core.encodings import POSITIONAL_ENCODINGS
-from distattn_hf.core.layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
-from distattn_hf.core.layers_factory import (
-    AttentionFactory,
-    MechanismAttention,
-    PositionalEncodingFactory,
-    create_distance_attention,
-)
-from distattn_hf.core.layers_stack import (
+from distattn_hf.core.mechanisms import MECHANISMS
+from distattn_hf.core.metrics import METRICS
+from distattn_hf.layers.attention_layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
+from distattn_hf.layers.blocks import (
     DistanceDecoder,
     DistanceDecoderLayer,
     DistanceEncoder,
     DistanceEncoderLayer,
     MultiHeadDistanceAttention,
 )
-from distattn_hf.core.mechanisms import MECHANISMS
-from distattn_hf.core.metrics import METRICS
+from distattn_hf.layers.factory import (
+    AttentionFactory,
+    MechanismAttention,
+    PositionalEncodingFactory,
+    create_distance_attention,
+)
 from tests.tolerances import assert_close
 
 from .test_layers import HEADS, SIZE, Stretched, layer_of, naive, states

@@ -18,8 +18,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from distattn_hf.core import backend_triton
 from distattn_hf.core.backend_triton import triton_attention, unsupported
-from distattn_hf.core.inputs import AttentionInputs
-from distattn_hf.core.masks import split_mask
+from distattn_hf.core.inputs import AttentionInputs, split_mask
 from distattn_hf.core.metrics import FunctionMetric, Manhattan, get_metric
 from distattn_hf.core.reference import reference_attention
 from tests.tolerances import HALF_ERROR_RATIO, LINEAR_GROWTH, assert_close
@@ -418,8 +417,8 @@ class _NoGPU:
 
 
 def _kernels():
-    from distattn_hf.core.triton_backward import key_kernel, query_kernel
-    from distattn_hf.core.triton_forward import forward_kernel
+    from distattn_hf.core.kernel_triton_backward import key_kernel, query_kernel
+    from distattn_hf.core.kernel_triton_forward import forward_kernel
 
     return [("forward", forward_kernel, "queries"), ("query", query_kernel, "queries"), ("key", key_kernel, "keys")]
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 import distattn_hf
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.analysis.scorecard import Scorecard
+from distattn_hf.evaluation.scorecard import Scorecard
 from distattn_hf.hub import build_card
 from distattn_hf.hub.base import BaseModel
 from distattn_hf.hub.card import contents, is_unedited, own_row, read_template

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.analysis.scorecard import METRICS, Scorecard, no_attention, score_model, without_far_field
 from distattn_hf.conversion.convert import current_report
-from distattn_hf.experiments import adapt as module
-from distattn_hf.experiments.adapt import adapt, task_of
+from distattn_hf.data.datasets import build_data
+from distattn_hf.evaluation.scorecard import METRICS, Scorecard, no_attention, score_model, without_far_field
+from distattn_hf.training import adapt as module
+from distattn_hf.training.adapt import adapt, task_of
 from distattn_hf.training.arguments import parse_config
-from distattn_hf.training.data import build_data
 from tests.conversion.models import CLASSIFIER, bert, gpt2, llama, t5
 from tests.training.rows import checkpoint, text_file, values
 

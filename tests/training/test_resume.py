@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distattn_hf.analysis.scorecard import Scorecard
-from distattn_hf.experiments.adapt import adapt
+from distattn_hf.evaluation.scorecard import Scorecard
+from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import parse_config
 from tests.conversion.models import gpt2
 from tests.training.rows import values
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys
 import distattn_hf.training.trainer as module
-from distattn_hf.experiments.adapt import adapt
+from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import read_config
 
 where, stage, step = sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -116,7 +116,7 @@ def test_killed_between_training_and_saving_the_student(tmp_path, whole, monkeyp
     shutil.copytree(expected / "calibrated", tmp_path / "run" / "calibrated")
     with monkeypatch.context() as patched:
         # They go with the stage's result, which is about to be missing.
-        patched.setattr("distattn_hf.experiments.adapt.remove_checkpoints", lambda folder: None)
+        patched.setattr("distattn_hf.training.adapt.remove_checkpoints", lambda folder: None)
         adapt(parse_config({**config, "output_dir": str(tmp_path / "run")}))
     for path in ("distillation/final", "student"):
         shutil.rmtree(tmp_path / "run" / path)

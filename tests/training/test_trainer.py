@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertModel, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.training import checkpoints
+from distattn_hf.storage import runs as checkpoints
 from distattn_hf.training.stages import Stage, StageOptions
 from distattn_hf.training.trainer import (
     AdaptationTrainer,

@@ -1,0 +1,236 @@
+"""Attention weights of one module in blocks of queries, so that a map of all heads never exists at once."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..core.inputs import causal_keep, masked_softmax
+from ..core.metrics import get_metric
+from ..core.nystrom_heads import hybrid_inputs, join_heads, key_padding
+from ..core.nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
+from ..core.parameters import NystromParameters
+from ..core.relative_bias import of_heads
+
+# Weights (float32: 16 MB) of a block of queries and all heads.
+_BLOCK_ENTRIES = 2**22
+# Metrics whose logits hold a term in ‖k‖² that a dot product does not have.
+_EUCLIDEAN = ("sqeuclidean", "l2", "lifted_sqeuclidean")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Queries start, start + 1, ... of one module: weights (B, H, n, M) in at least float32, their rows of sum 1 or 0.
+
+    keep: which keys each may see, bool, broadcastable to the weights. logits (B, H, n, M), of rows up to a constant,
+    before masking, and key_norms (B, H, n, M), the term of them that the keys' norms alone make: NaN in heads where
+    there is none; both None where no head has such a term.
+    """
+
+    start: int
+    weights: Tensor
+    keep: Tensor
+    logits: Tensor | None = None
+    key_norms: Tensor | None = None
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention module: what its weights follow from, in memory linear in the length.
+
+    query (B, H, N, d), key and value (B, H, M, d) with a head for every query head; mask (True = keep) and
+    position_bias broadcastable to (B, H, N, M), or None; parts: (heads, `HeadParameters` or None for dot product).
+    softcap: logits become softcap·tanh(logits / softcap). output (B, H, N, d_v) is set once the attention has run.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    mask: Tensor | None
+    position_bias: Tensor | None
+    is_causal: bool
+    parts: list[tuple[list[int], object]]
+    softcap: float | None = None
+    output: Tensor | None = None
+
+    def __post_init__(self):
+        self._heads: list[tuple[list[int], Callable]] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, M)."""
+        return *self.query.shape[:3], self.key.shape[2]
+
+    def keep_rows(self, start: int, stop: int) -> Tensor:
+        """Which keys some queries may see: bool, broadcastable to (B, H, n, M)."""
+        keep = torch.ones(1, 1, 1, self.shape[3], dtype=torch.bool, device=self.query.device)
+        if self.mask is not None:
+            keep = self.mask[..., start:stop, :] if self.mask.shape[-2] > 1 else self.mask
+        if self.is_causal:
+            keep = keep & causal_keep(stop - start, self.shape[3], keep.device, offset=start)
+        return keep
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The weights of queries start to stop."""
+        if self._heads is None:
+            self._heads = [(heads, self._part(heads, group)) for heads, group in self.parts]
+        keep = self.keep_rows(start, stop)
+        found = [(heads, *weights(start, stop, keep)) for heads, weights in self._heads]
+        weights = join_heads([(heads, w, w) for heads, w, *_ in found])[0]
+        if all(norms is None for *_, norms in found):
+            return Rows(start, weights, keep)
+        nothing = float("nan")
+        pairs = [
+            (heads, *(torch.full_like(w, nothing) if t is None else t.expand_as(w) for t in (logits, norms)))
+            for heads, w, logits, norms in found
+        ]
+        return Rows(start, weights, keep, *join_heads(pairs))
+
+    def blocks(self) -> Iterator[Rows]:
+        """All queries, so many at a time that a block of all heads has no more entries than the map of one head."""
+        batch, heads, num_queries, num_keys = self.shape
+        limit = min(_BLOCK_ENTRIES // max(1, batch * heads * num_keys), num_queries // heads)
+        for start in range(0, num_queries, max(1, limit)):
+            yield self.rows(start, min(start + max(1, limit), num_queries))
+
+    def full(self) -> Tensor:
+        """All weights (B, H, N, M): for short texts, to look at."""
+        return torch.cat([rows.weights for rows in self.blocks()], dim=2)
+
+    def _part(self, heads: list[int], group) -> Callable:
+        index = torch.tensor(heads, device=self.query.device)
+        exact = self._exact(index, group)
+        if not isinstance(group, NystromParameters):
+            return exact
+        return self._nystrom(index, group, exact)
+
+    def nystrom_parts(self) -> Iterator[tuple[Tensor, HybridInputs, Callable]]:
+        """(heads, their problem, rows of the kernel it approximates: (start, stop, keep) -> weights first)."""
+        for heads, group in self.parts:
+            if isinstance(group, NystromParameters):
+                index = torch.tensor(heads, device=self.query.device)
+                yield index, self._hybrid(index, group), self._exact(index, group)
+
+    def _exact(self, index: Tensor, group) -> Callable:
+        """(start, stop, keep) -> (weights, logits, key norm term or None) of heads with exact attention."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        query, key = self.query[:, index].to(dtype), self.key[:, index].to(dtype)
+        metric, lam, p = get_metric("dot"), 1.0, None
+        if group is not None:
+            query, key, lam = group(query, key, "mapped")
+            metric, p = get_metric(group.metric), group.p
+        weight = self.scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
+        bias = of_heads(self.position_bias, index)
+        squared = key.square().sum(-1)[:, :, None] if metric.name in _EUCLIDEAN else None
+        if metric.has_dot_form:
+            left, right, key_bias, factor = metric.dot_form(query, key)
+
+        def logits_of(start, stop):
+            if not metric.has_dot_form:
+                return -weight * metric.checked_distance(query[:, :, start:stop], key, p)
+            logits = factor * left[:, :, start:stop] @ right.mT
+            return weight * (logits if key_bias is None else logits + key_bias[:, :, None])
+
+        def rows(start, stop, keep):
+            keep = of_heads(keep, index)
+            plain = logits = logits_of(start, stop)
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            if bias is not None:
+                logits = logits + (bias[..., start:stop, :] if bias.shape[-2] > 1 else bias).to(logits.dtype)
+            norms = None
+            if squared is not None:
+                norms = _key_norms(metric.name, weight, squared, plain, keep)
+            return masked_softmax(logits, keep.expand_as(logits)), plain if norms is not None else None, norms
+
+        return rows
+
+    def _hybrid(self, index: Tensor, group) -> HybridInputs:
+        call = {
+            "scaling": self.scaling, "is_causal": self.is_causal, "is_cross": self.kind == "cross", "dropout_p": 0.0,
+            "position_bias": of_heads(self.position_bias, index), "num_keys": self.shape[3],
+        }  # fmt: skip
+        tensors = self.query[:, index], self.key[:, index], self.value[:, index]
+        return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call)
+
+    def _nystrom(self, index: Tensor, group, exact: Callable) -> Callable:
+        """The same of heads with Nyström attention, whose rows of few keys are exact."""
+        inputs = self._hybrid(index, group)
+
+        def rows(start, stop, keep):
+            weights = hybrid_rows(inputs, start, stop)
+            if limit := group.spec.exact_below:
+                few = (keep.sum(-1, keepdim=True) <= limit).expand(len(weights), -1, stop - start, 1)
+                if bool(few.any()):
+                    weights = torch.where(few, exact(start, stop, keep)[0], weights)
+            return weights, None, None
+
+        return rows
+
+
+def _key_norms(metric: str, weight, squared: Tensor, logits: Tensor, keep: Tensor) -> Tensor:
+    """What ‖k‖² adds to the logits: -w·‖k‖², w = λ·scaling; in l2, to first order around the row's mean distance r̄.
+
+    -w·√(‖q‖² + ‖k‖² - 2q·k) changes by -w·δ / (2r̄) with a change δ of ‖k‖². Lifted keys all have one norm.
+    """
+    if metric == "lifted_sqeuclidean":
+        return torch.zeros_like(logits)
+    if metric == "sqeuclidean":
+        return -weight * squared
+    distance = (logits / -weight).masked_fill(~keep, 0.0).sum(-1, keepdim=True)
+    mean = distance / keep.sum(-1, keepdim=True).clamp_min(1)
+    return -weight * squared / (2 * mean.clamp_min(torch.finfo(mean.dtype).eps))
+
+
+def exact_keys(inputs: HybridInputs, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(key minus query position (n, M), which keys some queries see (B, 1, n, M), which of these exactly)."""
+    x, device = inputs, inputs.query.device
+    key_numbers = torch.arange(x.key.shape[2], device=device)
+    relative = key_numbers - torch.arange(start, stop, device=device)[:, None]
+    seen = (relative <= 0) if x.is_causal else torch.ones_like(relative, dtype=torch.bool)
+    seen = seen & x.keep[:, None, None, :]
+    position = take_sinks(replace(x, state=None))[0].sink_position
+    exact = (relative.abs() < x.window_size) | (key_numbers == position[..., None]).any(1)[:, None, None, :]
+    return relative, seen, exact & seen
+
+
+def hybrid_rows(inputs: HybridInputs, start: int, stop: int) -> Tensor:
+    """The weights (B, H, n, M) of some queries of linear attention, as `reference_hybrid` writes them out for all."""
+    x = inputs
+    relative, seen, exact = exact_keys(x, start, stop)
+    logits, far = x.query[:, :, start:stop] @ x.key.mT, x.far_query[:, :, start:stop]
+    far_bias = torch.zeros_like(logits[:1])
+    if x.bias is not None:
+        far_bias = x.bias.at(relative)[None]
+        logits = logits + far_bias
+    shift = torch.maximum(
+        logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True),
+        far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
+    )
+    far = (far - shift).exp() @ x.far_key.mT * far_bias.exp()
+    weights = torch.where(exact, (logits - shift).exp(), far) * seen
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total != 0, total, 1.0)
+
+
+class StoredCall(AttentionCall):
+    """A call of which only the finished weights (B, H, N, M) are known: of a model that hands over no more."""
+
+    def __init__(self, name: str, layer: int | None, kind: str, weights: Tensor, mask: Tensor | None):
+        nothing = weights.new_zeros(*weights.shape[:3], 0)
+        keys = weights.new_zeros(*weights.shape[:2], weights.shape[3], 0)
+        super().__init__(name, layer, kind, nothing, keys, keys, 1.0, mask, None, False, [])
+        self.stored = weights
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The weights of queries start to stop."""
+        weights = self.stored[:, :, start:stop]
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        keep = self.keep_rows(start, stop)
+        # Whether the model is causal is not known: a weight of exactly 0 stands for a key that was not to be seen.
+        return Rows(start, weights, keep & (weights > 0))

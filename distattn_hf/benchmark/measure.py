@@ -1,0 +1,278 @@
+"""Time and peak memory of one call, for `distattn benchmark`.
+
+`python -m distattn_hf.benchmark.measure` (`benchmark_nystrom` for that mechanism) is the process that CPU
+memory is measured in: it reads one case a line from standard input and answers each from a fresh fork.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from ..analysis.monitor import resident_bytes
+from .exact_check import make_tensors, naive_attention, one_call, our_attention, pytorch_attention
+from .exact_options import Case
+
+# A sample is so long at least, by repeating the call within it: clocks and scheduling have milliseconds of noise.
+SAMPLE_SECONDS = 5e-3
+_MOST_CALLS = 10_000
+# PyTorch's own memory below this is near the resolution (pages, allocator arenas): no ratio is given.
+LEAST_MEGABYTES = 1.0
+
+COMPETITORS = {"ours": our_attention, "sdpa": pytorch_attention, "naive": naive_attention}
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """{"median", "p10", "p90"}, percentiles interpolated between neighbours."""
+    ordered = sorted(values)
+
+    def percentile(share):
+        position = share * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    return {"median": statistics.median(ordered), "p10": percentile(0.1), "p90": percentile(0.9)}
+
+
+def _sample(call: Callable, calls: int, device: str) -> float:
+    """Seconds a call, over `calls` of them: by the clock on CPU, by events on the stream on CUDA."""
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
+
+
+def _warm_up(call: Callable, device: str, warmup: int, deadline: float) -> int:
+    """Call it `warmup` times, at least once, unless the deadline passes; returns how many calls make one sample."""
+    seconds = _sample(call, 1, device)
+    for _ in range(warmup - 1):
+        if time.perf_counter() > deadline:
+            break
+        seconds = _sample(call, 1, device)
+    calls = 1
+    # One call alone reads slow where it is short: ask again with the number it suggests.
+    for _ in range(2):
+        wanted = max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+        if wanted <= calls:
+            break
+        calls, seconds = wanted, _sample(call, wanted, device)
+    return calls
+
+
+def time_pair(
+    first: Callable, second: Callable, device: str, *, repeats: int, warmup: int, min_seconds: float,
+    max_seconds: float, seed: int = 0,
+) -> dict:  # fmt: skip
+    """Time two calls back to back, in random order, and divide: {"first", "second", "ratio", "pairs"}.
+
+    `first` and `second` are seconds a call, `ratio` is second / first within a pair; each has its median, 10th and 90th
+    percentile over the pairs. What slows the machine down for a while slows both halves of a pair.
+    """
+    chance = random.Random(seed)
+    both = (first, second)
+    begin = time.perf_counter()
+    calls = [_warm_up(call, device, warmup, begin + max_seconds) for call in both]
+    samples = []
+    collecting = gc.isenabled()
+    gc.disable()
+    start = time.perf_counter()
+    try:
+        while True:
+            order = [0, 1]
+            chance.shuffle(order)
+            taken = {i: _sample(both[i], calls[i], device) for i in order}
+            samples.append((taken[0], taken[1]))
+            now = time.perf_counter()
+            if now - begin >= max_seconds or (len(samples) >= repeats and now - start >= min_seconds):
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {
+        "first": spread([a for a, _ in samples]),
+        "second": spread([b for _, b in samples]),
+        "ratio": spread([b / a for a, b in samples]),
+        "pairs": len(samples),
+    }
+
+
+def _cpu_peak(call: Callable) -> int:
+    """Bytes by which the resident memory of this process rises at most during one call.
+
+    The kernel's own high-water mark, reset before the call, after freed memory has been given back to the kernel (the
+    call would take it up again unseen). Where the mark cannot be reset, `getrusage` gives the peak since the process
+    began, which was the small warm-up's.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_bytes("VmRSS")
+        kept = call()
+        peak = resident_bytes("VmHWM")
+    except (OSError, KeyError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        kept = call()
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    del kept
+    return max(0, peak - before)
+
+
+def _cuda_peak(call: Callable) -> int:
+    """Bytes that the CUDA allocator has handed out at most during one call, above what was there before."""
+    call()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del kept
+    return peak - before
+
+
+def measure_memory(case: Case, competitor: str, ran: str | None = None) -> float:
+    """Megabytes (10⁶ bytes) that one call takes at its peak beyond its inputs; its result and gradients count.
+
+    Before, everything runs once on short tensors, with the backend `ran`: code that is compiled or loaded at first use
+    is not counted. On CPU this must be a process that has done nothing else (see `MemoryProbe`).
+    """
+    attention = COMPETITORS[competitor]
+    tensors = make_tensors(case)
+    length = min(64, case.length)
+    short = replace(case, length=length, **({"backend": ran} if competitor == "ours" and ran else {}))
+    one_call(short, attention(short), make_tensors(short))()
+    return peak_megabytes(one_call(case, attention(case), tensors), case.device)
+
+
+def peak_megabytes(call: Callable, device: str) -> float:
+    """Megabytes (10⁶ bytes) that one call takes at its peak beyond what is there before; what it returns counts."""
+    gc.collect()
+    return (_cuda_peak if device == "cuda" else _cpu_peak)(call) / 1e6
+
+
+class MemoryProbe:
+    """Measures CPU memory in another process, in a fresh fork for every call, so that nothing is left over from before.
+
+    A metric or backend registered by hand is not known there: `measure` then returns the reason instead of a number.
+
+    Args:
+        threads: CPU threads of PyTorch there; None: its own choice.
+        measured_by: a function of (case, competitor, ran) that returns megabytes. Its module, as the main program,
+            calls `serve` with it.
+    """
+
+    def __init__(self, threads: int | None = None, measured_by: Callable = measure_memory):
+        self._threads, self._measured_by, self._process, self._known = threads, measured_by, None, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self._process is not None:
+            with contextlib.suppress(BrokenPipeError):  # It had ended before.
+                self._process.stdin.close()
+            self._process.wait()
+
+    def measure(self, case, competitor: str, ran: str | None = None) -> float | str:
+        """Megabytes, as `measured_by` says, or why there is no number; PyTorch's are measured once a shape."""
+        of_shape = competitor == "sdpa" and isinstance(case, Case)
+        key = replace(case, metric="", p=None, backend="") if of_shape else (case, competitor, ran)
+        if key not in self._known:
+            self._known[key] = self._measure(case, competitor, ran)
+        return self._known[key]
+
+    def _measure(self, case, competitor, ran):
+        if case.device == "cuda":
+            try:
+                return self._measured_by(case, competitor, ran)
+            except (RuntimeError, ValueError) as error:
+                return one_line(error)
+        if not hasattr(os, "fork"):
+            return "this system has no fork"
+        if self._process is None:
+            command = [sys.executable, "-m", self._measured_by.__module__]
+            # The same package, also where it is imported from a folder and not installed.
+            path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+            environment = {**os.environ, "PYTHONPATH": path}
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        request = {"case": asdict(case), "competitor": competitor, "ran": ran, "threads": self._threads}
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        return json.loads(answer) if answer else "the measuring process ended"
+
+
+def serve(case_type: type, measured_by: Callable) -> None:
+    """Answer each line of standard input from a fork of this process, which itself never computes anything."""
+    gc.freeze()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What a compiler or a library prints must not look like an answer.
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                answers.write(json.dumps(_answer(json.loads(line), case_type, measured_by)) + "\n")
+                answers.flush()
+                status = 0
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            answers.write(json.dumps(f"the measuring process ended with status {status}") + "\n")
+            answers.flush()
+
+
+def _answer(request: dict, case_type: type, measured_by: Callable) -> float | str:
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    try:
+        return measured_by(case_type(**request["case"]), request["competitor"], request["ran"])
+    except Exception as error:
+        return one_line(error)
+
+
+if __name__ == "__main__":
+    serve(Case, measure_memory)

@@ -1,0 +1,114 @@
+"""What converted and native model classes share: loaded weights that initialisation leaves alone, and monitoring."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
+
+
+def _storages(tensor: Tensor) -> Iterator[int]:
+    """What identifies the memory of a tensor, or of those that a sharded or quantised one is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()._cdata
+
+
+class _WritesToCopies(TorchDispatchMode):
+    """What would write into one of these tensors, or a view of it, writes into a copy."""
+
+    def __init__(self, tensors: list[Tensor]):
+        super().__init__()
+        self.storages = {storage for tensor in tensors for storage in _storages(tensor)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            args, kwargs = tree_map_only(Tensor, self._to_write, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _to_write(self, tensor: Tensor) -> Tensor:
+        return tensor if self.storages.isdisjoint(_storages(tensor)) else tensor.clone()
+
+
+@contextmanager
+def loaded_kept(model: nn.Module):
+    """Within it nothing changes the parameters and buffers that were loaded, not even by `weight.data.normal_()`.
+
+    transformers' own `initialization` functions leave them alone, too, but a subclass need not use those.
+    """
+    held = [
+        (table, name, tensor, tensor.detach())
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if getattr(tensor, "_is_hf_initialized", False)
+    ]
+    with _WritesToCopies([tensor for *_, tensor, _ in held]):
+        yield
+    for table, name, tensor, data in held:
+        # A new tensor may have been put in its place, or within it.
+        table[name] = tensor
+        if list(_storages(tensor)) != list(_storages(data)):
+            tensor.data = data
+
+
+class KeepsLoadedWeights:
+    """Mixin before `PreTrainedModel`: a subclass's own `_init_weights` sets what the checkpoint lacks, and no more."""
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        with loaded_kept(self):
+            super().initialize_weights()
+
+    def mark_tied_weights_as_initialized(self, loading_info):
+        super().mark_tied_weights_as_initialized(loading_info)
+        # Where a class uses one module twice, one name of its weights is missing from the checkpoint, and is loaded.
+        loading_info.missing_keys = {
+            key
+            for key in loading_info.missing_keys
+            if key in self.all_tied_weights_keys
+            or not getattr(self.get_parameter_or_buffer(key), "_is_hf_initialized", False)
+        }
+
+
+class Monitored:
+    """Methods of models and layers that can be monitored; `attention_modules` says what there is to watch."""
+
+    _monitor = None
+
+    def attention_modules(self) -> dict[str, nn.Module]:
+        """{name: attention module}: all layers in it that give weights on request."""
+        layers = {n: m for n, m in self.named_modules() if getattr(m, "gives_weights_on_request", False)}
+        return {name or type(module).__name__: module for name, module in layers.items()}
+
+    def enable_performance_monitoring(self, statistics: bool = False) -> None:
+        """Count time and memory of every attention module from now on (see
+        `distattn_hf.analysis.monitor.PerformanceMonitor`), anew if it was on."""
+        try:
+            # Stays at home: a checkpoint's own code has no use for it without the package.
+            from distattn_hf.analysis.monitor import PerformanceMonitor
+        except ImportError as error:
+            raise ImportError("performance monitoring needs the package: pip install distattn_hf") from error
+        self.disable_performance_monitoring()
+        # Not an attribute that torch would register or copy as a submodule.
+        object.__setattr__(self, "_monitor", PerformanceMonitor(self.attention_modules(), statistics))
+
+    def disable_performance_monitoring(self) -> None:
+        """Stop counting; what was counted is gone."""
+        if self._monitor is not None:
+            self._monitor.stop()
+        object.__setattr__(self, "_monitor", None)
+
+    def get_performance_stats(self) -> dict[str, dict]:
+        """What was counted, by attention module (see `PerformanceMonitor.stats`).
+
+        Raises `RuntimeError` where monitoring is off.
+        """
+        if self._monitor is None:
+            raise RuntimeError("performance monitoring is off; call enable_performance_monitoring() first")
+        return self._monitor.stats()

@@ -1,0 +1,312 @@
+"""Nyström attention inside a model: what transformers hands over -> `hybrid_attention`, with or without a cache."""
+
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils import logging
+
+from .configuration_distattn import version_note
+from .inputs import causal_keep, surely
+from .nystrom_cache import layer_behind
+from .nystrom_hybrid import HybridInputs, advance, hybrid_attention
+from .parameters import NystromParameters
+from .reference import reference_hybrid
+from .relative_bias import as_tensor, of_heads, window_bias
+
+logger = logging.get_logger(__name__)
+
+# Tokens up to which exact attention is worth its cache and its time: it loses nothing there.
+SHORT_TEXT = 2048
+
+
+def padding_mask(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **unused,
+) -> Tensor | None:
+    """Mask function of models with linear-time attention: which keys are padding, (B, 1, 1, M) bool, or None for none.
+
+    Causality is left to the attention function, so that no (N, M) mask is made. Any other pattern (sliding layers
+    beside full ones, packed sequences) is written out as transformers does, (B, 1, N, M), for layers of exact
+    attention; Nyström heads refuse it. Raises `ValueError` for a cache with places that are not filled yet.
+    """
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        # Never left to a flag: None would mean causal or bidirectional here.
+        skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(
+            q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, **{**unused, **skips},
+        )  # fmt: skip
+    if mask_function is causal_mask_function and int(q_offset) + q_length < kv_length:
+        raise ValueError(
+            f"models with linear-time attention take caches that hold no more than what was seen, got {kv_length} "
+            f"places for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
+        )
+    if attention_mask is None or surely(attention_mask.all()):
+        return None
+    mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if mask.shape[1] < kv_length:
+        # transformers' own rule: what the mask does not reach is not there yet.
+        mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]), value=False)
+    return mask[:, None, None, :]
+
+
+def written_out(mask: Tensor | None, num_queries: int, num_keys: int, is_causal: bool, device) -> Tensor | None:
+    """The (.., N, M) mask that exact attention needs, from what `padding_mask` made; None: nothing is masked."""
+    if not is_causal or num_queries == 1 or (mask is not None and mask.shape[2] > 1):
+        return mask
+    triangle = causal_keep(num_queries, num_keys, device, offset=num_keys - num_queries)[None, None]
+    return triangle if mask is None else triangle & mask
+
+
+def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
+    """keep (B, M) of the last M keys, from a padding mask (B or 1, 1, 1, at least M)."""
+    if mask is None:
+        return torch.ones(len(query), length, dtype=torch.bool, device=query.device)
+    if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
+        raise ValueError(
+            f"Nyström attention needs a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: it never "
+            "forms the (N, M) entries that another pattern speaks of (a sliding window, packed sequences, a mask of "
+            "the model's own or of the caller's, or, under torch.compile, no attention_mask: pass one)"
+        )
+    return mask[:, 0, 0, -length:].expand(len(query), length)
+
+
+def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tensor, Tensor | None]:
+    """Attention of a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
+
+    `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
+    """
+    layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, total):
+        return _uncompiled()(state, query, key, value, call, attend)
+    if layer is None and call["is_causal"] and total > num_queries:
+        raise RuntimeError(
+            f"causal Nyström attention got {total} keys for {num_queries} queries: the model has a cache that was "
+            f"not found, and that would keep every key. {version_note()}; pass use_cache=False"
+        )
+    full_key, full_value, full_keep = key, value, key_padding(call["mask"], query, total)
+    keep = full_keep
+    if layer is not None:
+        _check_options(layer, state)
+        if (earlier := layer.take_earlier()) is not None:
+            _absorb(state, layer, *earlier, keep, call)
+        full_key, full_value = layer.all_keys, layer.all_values
+        key, value, keep = layer.take(keep[:, -num_queries:])
+    results = []
+    for heads, group in state.parts():
+        columns = [head // (state.num_heads // key.shape[1]) for head in heads]
+        mine = dict(call, position_bias=_bias_of(call["position_bias"], heads, query.device), num_keys=total)
+        full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
+        exact = partial(_exact, attend, group)
+        if not isinstance(group, NystromParameters):
+            results.append((heads, *exact(*full(), mine)))
+            continue
+        few = _sees_few(state, group, layer, full_keep, num_queries, call["is_causal"])
+        tensors = _take(query, heads), _take(key, columns), _take(value, columns)
+        if few is True:
+            output, weights = exact(*full(), mine)
+            output = touched(group, output)
+            if layer is not None:
+                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, mine, layer.state))
+        else:
+            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, mine, layer)
+            if few is not None:
+                output, weights = _put_rows(few, _few_rows(few, *full(), full_keep, mine, exact), output, weights)
+        results.append((heads, output, weights))
+    if layer is not None:
+        layer.put(key, value, near_keep, far_state)
+        # Padding after the last of so many tokens still sees no more than these.
+        may_forget = total > layer.exact_below and not layer.is_long
+        if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
+            layer.forget_early_keys()
+    return join_heads(results)
+
+
+def touched(group, output: Tensor) -> Tensor:
+    """The output, in whose graph all of a group's parameters are: where nothing depends on them their gradient is 0.
+
+    DDP and others wait for a gradient of every parameter that trains.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    unused = [parameter.sum() for parameter in group.parameters() if parameter.requires_grad]
+    return output + 0 * sum(unused).to(output.dtype) if unused else output
+
+
+def _check_options(layer, state) -> None:
+    """Raise `ValueError` where a cache was begun with other options than the module has now."""
+    for _, group in state.parts():
+        if isinstance(group, NystromParameters):
+            for name in ("window_size", "exact_below"):
+                if getattr(layer, name) != (now := getattr(group.spec, name) or 0):
+                    raise ValueError(
+                        f"this cache was begun with {name}={getattr(layer, name)}, and the model has {name}={now} now; "
+                        "start with an empty cache"
+                    )
+
+
+def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: dict) -> None:
+    """Make the keys (B, H_kv, n, d) of a cache that kept all the layer's window and state, as if they had run here."""
+    length = key.shape[2]
+    # The state holds no bias: that of a far key depends on nothing but its side.
+    call = {**call, "position_bias": None, "num_keys": length}
+    for heads, group in state.parts():
+        if isinstance(group, NystromParameters):
+            columns = [head // (state.num_heads // key.shape[1]) for head in heads]
+            no_query = key.new_zeros(len(key), len(heads), 0, key.shape[3])
+            inputs = hybrid_inputs(group, no_query, _take(key, columns), _take(value, columns), keep[:, :length], call)
+            far_state, near_keep = advance(inputs)
+    layer.put(key, value, near_keep, far_state)
+
+
+def _depends_on_padding(state, layer, num_keys: int) -> bool:
+    """Whether only the mask's values say which queries see few keys."""
+    limits = [group.spec.exact_below or 0 for _, group in state.parts() if isinstance(group, NystromParameters)]
+    return any(0 < limit < num_keys for limit in limits) and not (layer is not None and layer.is_long)
+
+
+@lru_cache
+def _uncompiled():
+    """`nystrom_forward` as torch.compile leaves it alone: one cut of the graph in place of ten."""
+    # Made when it is needed: it imports torch._dynamo, which takes a second.
+    return torch.compiler.disable(nystrom_forward)
+
+
+def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
+    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does, True where all do."""
+    limit, num_keys = group.spec.exact_below or 0, keep.shape[1]
+    if state.observer is not None:  # a conversion fits the far field at whatever length its text has
+        return None
+    if not limit:
+        # A model of short texts only would have no Nyström attention left.
+        takes_longer = state.max_positions is None or state.max_positions > SHORT_TEXT
+        short = num_queries > 1 and num_keys < SHORT_TEXT
+        if short and takes_longer and state.has_teacher and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"Nyström attention runs on a text of fewer than {SHORT_TEXT:,} tokens, where exact "
+                f"attention loses nothing and takes little longer; exact_below={SHORT_TEXT} uses it there "
+                "(model.set_attention_options or from_pretrained; at the command line --exact-below)"
+            )
+        return None
+    if layer is not None and layer.is_long:
+        return None
+    if num_keys > limit:
+        seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
+        few = seen <= limit
+        if not bool(few.any()):
+            return None
+        if not bool(few.all()):
+            return few
+    if state.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"training on texts of at most exact_below={limit} tokens, which see exact attention alone: no landmark is "
+            "trained. Where longer texts matter, train with exact_below=0 (model.set_attention_options; of a native "
+            "model mechanism_options)"
+        )
+    return True
+
+
+def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: dict, exact):
+    """(items (b,), output, weights) of exact attention of the batch items and first queries that `few` has."""
+    items = few.any(1).nonzero()[:, 0]
+    query, key, value, keep = (t[items] for t in (query, key, value, keep))
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if not call["return_weights"]:
+        count = int(few.any(0).nonzero().max()) + 1
+        # A text that is all padding keeps no key.
+        last = max(keep.any(0).nonzero().flatten().tolist(), default=0)
+        seen = num_keys - num_queries + count if call["is_causal"] else last + 1
+        query, key, value, keep = query[:, :, :count], key[:, :, :seen], value[:, :, :seen], keep[:, :seen]
+    return items, *exact(query, key, value, {**call, "mask": None if bool(keep.all()) else keep[:, None, None]})
+
+
+def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Output and weights with the rows of `_few_rows` where `few` says so."""
+    items, *found = exact
+
+    def put(whole, part):
+        if part is None:
+            return whole
+        chosen = few[items, : part.shape[2]][:, None, :, None]
+        rows = whole[items]
+        part = torch.where(chosen, part.to(whole.dtype), rows[:, :, : part.shape[2]])
+        return whole.index_copy(0, items, torch.cat([part, rows[:, :, part.shape[2] :]], dim=2))
+
+    return put(output, found[0]), put(weights, found[1])
+
+
+def _far_heads(group, query, key, value, keep, call, layer):
+    """(output, weights or None, the state afterwards, keep without the sinks) of the Nyström heads of a module."""
+    inputs = hybrid_inputs(group, query, key, value, keep, call, layer.state if layer is not None else None)
+    started = layer is not None and layer.length > query.shape[2]
+    if call["return_weights"] and started:
+        raise ValueError("output_attentions is not available once keys are in a Nyström cache: they are sums by now")
+    written_out_too = call["return_weights"] or (call["backend"] == "reference" and not started)
+    output, weights = reference_hybrid(inputs) if written_out_too else (None, None)
+    far_state = near_keep = None
+    if output is None or layer is not None:
+        fast, far_state, near_keep = hybrid_attention(inputs)
+        output = fast if output is None else output
+    weights = weights.to(value.dtype) if call["return_weights"] else None
+    return output.to(value.dtype), weights, far_state, near_keep
+
+
+def _take(tensor: Tensor, heads: list[int]) -> Tensor:
+    """Some heads of (B, H, ...): the tensor itself where these are all of them in order, else a copy."""
+    if heads == list(range(tensor.shape[1])):
+        return tensor
+    return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
+
+
+def _bias_of(bias, heads: list[int], device):
+    """Some heads of a position bias, if there is one."""
+    return None if bias is None else of_heads(bias, torch.tensor(heads, device=device))
+
+
+def _in_full(query, key, value, heads: list[int], columns: list[int], layer) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of some heads, for exact attention: with a cache layer, among the keys that it keeps."""
+    if layer is not None:
+        columns = [layer.full_key_heads.index(column) for column in columns]
+    return _take(query, heads), _take(key, columns), _take(value, columns)
+
+
+def _exact(attend, group, query, key, value, call: dict) -> tuple[Tensor, Tensor | None]:
+    """Exact attention of the last N of M keys' queries: causality by flag where that is enough, else in the mask."""
+    num_queries, num_keys, is_causal = query.shape[2], key.shape[2], call["is_causal"]
+    mask = call["mask"]
+    if mask is not None or num_queries != num_keys:
+        mask, is_causal = written_out(mask, num_queries, num_keys, is_causal, query.device), False
+    bias = as_tensor(call["position_bias"], num_queries, num_keys)
+    rest = {name: call[name] for name in ("scaling", "dropout_p", "return_weights")}
+    exact = {**rest, "mask": mask, "position_bias": bias, "is_causal": is_causal}
+    return attend(group, query, key, value, exact, call["backend"])
+
+
+def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Outputs and weights of groups of heads, (heads, output, weights) each, in the order of the heads."""
+    if len(results) == 1:
+        return results[0][1:]
+    order = [head for heads, *_ in results for head in heads]
+    inverse = torch.argsort(torch.tensor(order, device=results[0][1].device))
+    outputs, weights = ([result[i] for result in results] for i in (1, 2))
+    joined = None if weights[0] is None else torch.cat(weights, dim=1)[:, inverse]
+    return torch.cat(outputs, dim=1)[:, inverse], joined
+
+
+def hybrid_inputs(group, query, key, value, keep, call: dict, state=None) -> HybridInputs:
+    """One problem of a group of Nyström heads; key and value have a head for every query head."""
+    query, key, far_query, far_key = group(query, key, "features", scaling=call["scaling"])
+    is_causal, window_size = call["is_causal"], 0 if call["is_cross"] else group.spec.window_size
+    bias = window_bias(call["position_bias"], window_size, call["num_keys"], is_causal)
+    sinks = 0 if call["is_cross"] else group.spec.num_sinks
+    value = value.to(query.dtype)
+    return HybridInputs(
+        query, key, value, keep, far_query, far_key, sinks, window_size, is_causal, bias, state, call["dropout_p"]
+    )

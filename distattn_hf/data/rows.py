@@ -1,0 +1,376 @@
+"""Texts, pairs and labels of a data set -> rows of token ids, and the collators that make batches of them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+)
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+from transformers.utils import logging
+
+from .batches import start_tokens
+
+logger = logging.get_logger(__name__)
+
+
+# What a column is called when the arguments do not say.
+SOURCE_COLUMNS = ("source", "input", "document", "article", "text")
+TARGET_COLUMNS = ("target", "output", "summary", "title")
+LABEL_COLUMNS = ("label", "labels")
+WORD_COLUMNS = ("tokens", "words")
+WORD_LABEL_COLUMNS = ("labels", "ner_tags", "pos_tags", "tags")
+
+IGNORED = -100
+
+
+@dataclass
+class Job:
+    """What every step of one build_data call needs; label_names is found in the training data."""
+
+    # DataArguments
+    arguments: Any
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    model_config: PretrainedConfig
+    max_length: int
+    label_names: list[str] | None = None
+
+
+# Columns
+
+
+def _first(dataset, argument: str, arguments, why: str = "") -> dict:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"{argument} {str(getattr(arguments, argument) or arguments.train_data)!r} holds no rows{why}")
+    return row
+
+
+def _column(first: dict, argument: str, given: str | None, names: tuple[str, ...]) -> str:
+    """The column `given`, or the first of `names` that is there."""
+    for name in (given,) if given is not None else names:
+        if name in first:
+            return name
+    wanted = repr(given) if given is not None else f"one of {', '.join(names)}"
+    raise ValueError(f"{argument} must name a column of the data, {list(first)}; looked for {wanted}")
+
+
+def _text_column(dataset, first: dict, given: str | None) -> str:
+    if given is None and "text" not in first:
+        types = dataset.features or {}
+        strings = [n for n in first if getattr(types.get(n), "dtype", None) in ("string", "large_string")]
+        strings = strings or [name for name, value in first.items() if isinstance(value, str)]
+        given = strings[0] if len(strings) == 1 else None
+    return _column(first, "text_column", given, ("text",))
+
+
+def _without_empty(job: Job, dataset, columns: list[str], argument: str):
+    """The rows whose columns all hold text (or a list of words)."""
+    kept = dataset.filter(
+        _holds_text, fn_kwargs={"columns": columns}, batched=True, input_columns=columns, **_workers(job, dataset)
+    )
+    _first(kept, argument, job.arguments, f" with anything in {', '.join(columns)}")
+    if isinstance(kept, Dataset) and len(kept) < len(dataset):
+        logger.warning(f"{argument}: {len(dataset) - len(kept)} rows without anything in {columns} are left out.")
+    return kept
+
+
+def _holds_text(*values: list, columns: list[str]) -> list[bool]:
+    for name, column in zip(columns, values, strict=True):
+        wrong = next((v for v in column if v is not None and not isinstance(v, str | list)), None)
+        if wrong is not None:
+            raise ValueError(f"column {name!r} must hold text, got {wrong!r} of type {type(wrong).__name__}")
+    return [all(v.strip() if isinstance(v, str) else v for v in row) for row in zip(*values, strict=True)]
+
+
+def _workers(job: Job, dataset) -> dict[str, Any]:
+    return {"num_proc": job.arguments.num_proc} if isinstance(dataset, Dataset) else {}
+
+
+# Rows
+
+
+def rows_for(job: Job, dataset, argument: str, limit: int | None):
+    """The data set of token ids for one split."""
+    arguments = job.arguments
+    first = _first(dataset, argument, arguments)
+    training = argument == "train_data"
+    options: dict[str, Any] = {"tokenizer": job.tokenizer, "max_length": job.max_length}
+    if job.task == "seq2seq":
+        columns = [
+            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
+            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
+        ]
+        if columns[0] == columns[1]:
+            raise ValueError(f"target_column must differ from source_column, got {columns[1]!r} for both")
+        function, options["columns"] = _tokenise_pairs, columns
+    elif job.task == "token-classification":
+        columns = [_column(first, "text_column", arguments.text_column, WORD_COLUMNS)]
+        label_column = _column(first, "label_column", arguments.label_column, WORD_LABEL_COLUMNS)
+        if not getattr(job.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"tokenizer must be a fast one for task {job.task!r} (it aligns words), "
+                f"got {type(job.tokenizer).__name__}"
+            )
+        function = _tokenise_words
+        options |= {"column": columns[0], **_label_options(job, dataset, label_column, training)}
+    else:
+        columns = [_text_column(dataset, first, arguments.text_column)]
+        function, options["column"] = _tokenise_texts, columns[0]
+        if job.task == "sequence-classification":
+            label_column = _column(first, "label_column", arguments.label_column, LABEL_COLUMNS)
+            function = _tokenise_labelled
+            options |= _label_options(job, dataset, label_column, training)
+        elif job.task == "causal-lm":
+            function = _tokenise_documents
+            options["end"] = _end_token(job.tokenizer)
+    dataset = _without_empty(job, dataset, columns, argument)
+    packing = job.task == "causal-lm" and arguments.packing
+    start: list[int] = []
+    if job.task == "causal-lm":
+        start = start_tokens(job.tokenizer, (row[columns[0]] for row in dataset))
+        # Packed, it is a row that begins with them; else a text.
+        options |= {"start": [], "max_length": None} if packing else {"start": start}
+    if limit is not None and not packing:
+        dataset = (
+            dataset.take(limit)
+            if isinstance(dataset, IterableDataset)
+            else dataset.select(range(min(limit, len(dataset))))
+        )
+    # Without features a stream's columns are known from its first row only.
+    names = list(dataset.features or first)
+    kind = type(dataset)
+    if packing and limit is not None and arguments.num_proc is None and kind is Dataset:
+        # So that no more is tokenised than the rows need.
+        dataset = dataset.to_iterable_dataset()
+    workers = _workers(job, dataset)
+    rows = dataset.map(function, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers)
+    if packing:
+        return _packed(job, kind, rows, argument, limit, start)
+    if job.task == "masked-lm" and not training:
+        collator = _MaskingCollator(job.tokenizer, mlm_probability=arguments.mlm_probability)
+        # Row by row and with the row's number, so that neither batches nor processes change a mask.
+        return rows.map(
+            _mask_row,
+            with_indices=True,
+            fn_kwargs={"collator": collator, "seed": arguments.seed},
+            **_workers(job, rows),
+        )
+    return rows
+
+
+def _end_token(tokenizer) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        logger.warning("The tokenizer has no end token, so nothing separates one text from the next.")
+        return []
+    return [tokenizer.eos_token_id]
+
+
+def _tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
+    """Start tokens + text + end token; with a max_length cut there, and with labels."""
+    ids = tokenizer(list(batch[column]), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [(start + row + end)[:max_length] for row in ids]
+    if max_length is None:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "labels": [_labels_of(row, start) for row in ids]}
+
+
+def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
+    """The tokens, but for the first of a row and what it starts with: neither is predicted."""
+    first = max(1, len(start))
+    return [IGNORED] * len(row[:first]) + row[first:]
+
+
+def _tokenise_texts(batch, *, tokenizer, column, max_length):
+    return dict(tokenizer(list(batch[column]), truncation=True, max_length=max_length))
+
+
+def _tokenise_pairs(batch, *, tokenizer, columns, max_length):
+    sources, targets = (list(batch[name]) for name in columns)
+    return dict(tokenizer(sources, text_target=targets, truncation=True, max_length=max_length))
+
+
+def _tokenise_labelled(batch, *, tokenizer, column, max_length, label_column, ids, num_labels):
+    rows = _tokenise_texts(batch, tokenizer=tokenizer, column=column, max_length=max_length)
+    rows["labels"] = [_label(value, label_column, ids, num_labels) for value in batch[label_column]]
+    return rows
+
+
+def _tokenise_words(batch, *, tokenizer, column, max_length, label_column, ids, num_labels):
+    rows = tokenizer(list(batch[column]), is_split_into_words=True, truncation=True, max_length=max_length)
+    labels = []
+    for number, (words, values) in enumerate(zip(batch[column], batch[label_column], strict=True)):
+        if not isinstance(values, list):
+            raise ValueError(f"label_column {label_column!r} must hold a list of labels, got {values!r}")
+        if len(words) != len(values):
+            raise ValueError(
+                f"{label_column!r} must have one label for each word of {column!r}, got {len(values)} for {len(words)} "
+                f"words: {list(words)[:8]}"
+            )
+        found = [v if v == IGNORED else _label(v, label_column, ids, num_labels) for v in values]
+        word_ids = rows.word_ids(number)
+        starts = (word is not None and word != before for before, word in zip([None, *word_ids], word_ids))
+        labels.append([found[word] if start else IGNORED for start, word in zip(starts, word_ids, strict=True)])
+    return {**rows, "labels": labels}
+
+
+def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int) -> dict:
+    collator.generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+    inputs, labels = collator.torch_mask_tokens(torch.tensor([row["input_ids"]]))
+    collator.generator = None
+    return {"input_ids": inputs[0].tolist(), "labels": labels[0].tolist()}
+
+
+# Packing
+
+
+def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, start: list[int]):
+    """A data set of class `kind` with the packed rows of `documents`."""
+    ids = List(Value("int32"))
+    # A list among them would be taken for shards.
+    options = {"documents": documents, "length": job.max_length, "limit": limit, "start": tuple(start)}
+    if len(start) >= job.max_length or next(_packed_rows(**options), None) is None:
+        raise ValueError(
+            f"{argument} holds fewer than max_length={job.max_length} tokens, which fill no row; lower it, or set "
+            "packing=False"
+        )
+    return kind.from_generator(_packed_rows, features=Features({"input_ids": ids, "labels": ids}), gen_kwargs=options)
+
+
+def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
+    """Rows of exactly `length` tokens: `start`, then the documents end to end; what is left at the end is dropped."""
+    kept: list[int] = []
+    count, size = 0, length - len(start)
+    for document in documents:
+        kept += document["input_ids"]
+        position = 0
+        while len(kept) - position >= size:
+            if count == limit:
+                return
+            row = [*start, *kept[position : position + size]]
+            yield {"input_ids": row, "labels": _labels_of(row, start)}
+            position, count = position + size, count + 1
+        del kept[:position]
+    logger.info(f"Packed {count} rows of {length} tokens; the last {len(kept)} tokens do not fill one and are dropped.")
+
+
+# Labels
+
+
+def _label_options(job: Job, dataset, column: str, training: bool) -> dict[str, Any]:
+    """How this data set's values become ids: {"label_column", "ids": value -> id, or None for ids, "num_labels"}."""
+    num_labels = job.model_config.num_labels
+    feature = (dataset.features or {}).get(column)
+    feature = getattr(feature, "feature", feature)
+    own_names = list(feature.names) if isinstance(feature, ClassLabel) else None
+    of_model = _model_labels(job.model_config)
+    if training:
+        # A model that knows these classes, in whatever order, keeps its ids.
+        job.label_names = of_model if own_names is None or set(own_names) <= set(of_model or ()) else own_names
+        if own_names is None and of_model is None and getattr(feature, "dtype", None) in ("string", "large_string"):
+            if isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"label_column {column!r} holds names, and streaming=True cannot collect them first; give the "
+                    "model's config label2id and id2label, or set streaming=False"
+                )
+            job.label_names = _names_in(dataset, column)
+    names = job.label_names
+    options = {"label_column": column, "ids": None, "num_labels": num_labels}
+    if names is not None and len(names) > num_labels:
+        raise ValueError(
+            f"label_column {column!r} has {len(names)} classes ({', '.join(names[:8])}), but the model's num_labels is "
+            f"{num_labels}; load the model with num_labels={len(names)}"
+        )
+    if own_names is not None and names is not None:
+        known = {name: i for i, name in enumerate(names)}
+        if unknown := [name for name in own_names if name not in known]:
+            raise ValueError(f"label_column {column!r} has classes that the training data lacks: {unknown}")
+        options["ids"] = {i: known[name] for i, name in enumerate(own_names)}
+    elif getattr(feature, "dtype", None) in ("string", "large_string"):
+        options["ids"] = {name: i for i, name in enumerate(names or [])}
+    return options
+
+
+def _model_labels(config) -> list[str] | None:
+    """The class names of the model's config, None where they are the LABEL_0, LABEL_1, ... of a fresh head."""
+    names = [config.id2label[i] for i in sorted(config.id2label)] if getattr(config, "id2label", None) else []
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else [str(name) for name in names]
+
+
+def _names_in(dataset: Dataset, column: str) -> list[str]:
+    found = set()
+    for value in dataset.unique(column) if not isinstance(dataset[0][column], list) else dataset[column]:
+        found.update(value if isinstance(value, list) else [value])
+    return sorted(name for name in found if name is not None)
+
+
+def _label(value, column: str, ids: dict | None, num_labels: int):
+    if ids is not None:
+        if value not in ids:
+            raise ValueError(f"label_column {column!r} must hold one of {', '.join(map(str, ids))}, got {value!r}")
+        return ids[value]
+    if num_labels == 1 and isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, int) or not 0 <= value < num_labels:
+        raise ValueError(
+            f"label_column {column!r} must hold integers from 0 to {num_labels - 1} (the model's num_labels is "
+            f"{num_labels}), got {value!r}"
+        )
+    return int(value)
+
+
+# Collators
+
+
+class _MaskingCollator(DataCollatorForLanguageModeling):
+    """transformers' masking; rows that have labels were masked before and are only padded."""
+
+    def torch_call(self, examples):
+        if "labels" in examples[0]:
+            pad = DataCollatorForTokenClassification(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
+            return dict(pad(examples))
+        return super().torch_call(examples)
+
+
+def collator_for(job: Job):
+    tokenizer, multiple = job.tokenizer, job.arguments.pad_to_multiple_of
+    if job.task == "causal-lm" and job.arguments.packing:
+        return default_data_collator
+    if job.task == "masked-lm":
+        return _MaskingCollator(tokenizer, mlm_probability=job.arguments.mlm_probability, pad_to_multiple_of=multiple)
+    if job.task in ("causal-lm", "seq2seq"):
+        # It pads given labels with -100 and leaves them alone otherwise: the end token stays one to learn, where
+        # DataCollatorForLanguageModeling would drop it for being the padding token as well.
+        return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
+    if job.task == "token-classification":
+        return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
+    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+
+
+def training_texts(dataset, arguments, task: str) -> Iterator[str]:
+    """The texts that a training reads, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
+    first = _first(dataset, "train_data", arguments)
+    if task == "seq2seq":
+        columns = [
+            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
+            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
+        ]
+    else:
+        columns = [_text_column(dataset, first, arguments.text_column)]
+    return (row[name] for row in dataset for name in columns if isinstance(row[name], str) and row[name].strip())

@@ -1,0 +1,233 @@
+"""The scorecard of an adaptation: teacher, student at each stage and controls, on the same held-out data."""
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..conversion.observe import observed
+from ..core.parameters import NystromParameters
+from ..data.datasets import TaskData
+from ..data.sources import find_data
+from ..training.objectives import forward_inputs, label_loss
+from .score import EvaluationOptions, evaluate_model, first_sentence_pairs, warn_without_far_keys
+
+SCORECARD = "distattn_scorecard.json"
+ROWS = (
+    "teacher", "teacher_finetuned", "plain", "calibrated", "transfer", "distillation", "task", "window_only",
+    "no_attention",
+)  # fmt: skip
+# Task -> (the number that counts, whether more of it is better).
+METRICS = {
+    "causal-lm": ("perplexity", False),
+    "masked-lm": ("perplexity", False),
+    "seq2seq": ("perplexity", False),
+    "sequence-classification": ("accuracy", True),
+    "token-classification": ("accuracy", True),
+    "embedding": ("mrr", True),
+}
+
+
+@dataclass
+class ScorecardRow:
+    """One model's score. ratio: score over that of the row `Scorecard.ratio_to`; trained_parameters, tokens and seconds
+    are what the training that led here took, all stages together; None where nothing was trained."""
+
+    name: str
+    score: float
+    ratio: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    trained_parameters: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class Scorecard:
+    """Scores of one adaptation, a row a model; saved as `distattn_scorecard.json` in the student's folder.
+
+    ratio_to: "teacher_finetuned" where there is one, else "teacher". checkpoint: the row of the student in the folder.
+    """
+
+    task: str
+    metric: str
+    greater_is_better: bool
+    data: dict
+    teacher: str
+    rows: list[ScorecardRow] = field(default_factory=list)
+    ratio_to: str = "teacher"
+    checkpoint: str | None = None
+    version: int = 1
+
+    @classmethod
+    def for_task(cls, task: str, data: dict, teacher: str) -> "Scorecard":
+        """An empty scorecard of `task`."""
+        metric, greater = METRICS[task]
+        return cls(task, metric, greater, data, teacher)
+
+    def row(self, name: str) -> ScorecardRow | None:
+        """The row called `name`, or None."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def put(self, name: str, metrics: dict[str, float], **spent) -> ScorecardRow:
+        """Add or replace a row, and set all ratios anew. Raises `ValueError` for a name that is not in `ROWS`."""
+        if name not in ROWS:
+            raise ValueError(f"a scorecard row must be one of {', '.join(ROWS)}, got {name!r}")
+        row = ScorecardRow(name, metrics[self.metric], metrics=metrics, **spent)
+        self.rows = sorted([r for r in self.rows if r.name != name] + [row], key=lambda r: ROWS.index(r.name))
+        self.ratio_to = "teacher_finetuned" if self.row("teacher_finetuned") else "teacher"
+        base = self.row(self.ratio_to)
+        for other in self.rows:
+            other.ratio = None if base is None or not base.score else other.score / base.score
+        return row
+
+    def to_dict(self) -> dict:
+        """JSON-ready; `from_dict` turns it back."""
+        return {"version": self.version, **{k: v for k, v in asdict(self).items() if k != "version"}}
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Scorecard":
+        """The scorecard that `to_dict` described; raises `ValueError` for another version."""
+        if data.get("version") != 1:
+            raise ValueError(f"scorecard version must be 1, got {data.get('version')!r}")
+        return cls(**{**data, "rows": [ScorecardRow(**row) for row in data["rows"]]})
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the file into `folder`, complete or not at all."""
+        path = Path(folder) / SCORECARD
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Scorecard | None":
+        """The scorecard in `folder`, or None."""
+        path = Path(folder) / SCORECARD
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def table(self) -> str:
+        """For a terminal."""
+        arrow = "higher is better" if self.greater_is_better else "lower is better"
+        lines = [f"{self.teacher}, {self.task}: {self.metric} on {self.data.get('eval')} ({arrow})"]
+        header = ("", self.metric, f"to {self.ratio_to}", "trained", "tokens", "seconds")
+        cells = [header]
+        for row in self.rows:
+            spent = (row.trained_parameters, row.tokens, row.seconds)
+            cells.append(
+                (row.name, f"{row.score:.4f}", "-" if row.ratio is None else f"{row.ratio:.4f}")
+                + tuple("-" if value is None else f"{value:,.0f}" for value in spent)
+            )
+        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        for row in cells:
+            lines.append(
+                row[0].ljust(widths[0]) + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True))
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def score_model(
+    model, task: str, data: TaskData, tokenizer, *, pairs=None, batch_size: int = 8, progress: bool = True
+) -> dict[str, float]:
+    """Scores of `model` on held-out rows: loss and perplexity (language models), accuracy (classification), or
+    retrieval of each pair's passage by its query (encoders), all means over what has a label.
+
+    Raises `ValueError` where there is no evaluation data, or none with labels.
+    """
+    model.eval()
+    if task == "embedding":
+        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=EvaluationOptions(progress=progress))
+        return {name: value for name, value in scores.items() if name != "texts"}
+    if data.evaluation is None:
+        raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
+    total, correct, count = 0.0, 0, 0
+    loader = DataLoader(data.evaluation, batch_size=batch_size, collate_fn=data.collator)
+    with warn_without_far_keys(model):
+        for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels, logits = batch["labels"], model(**forward_inputs(model, batch)).logits
+            if task == "causal-lm":
+                labels, logits = labels[:, 1:], logits[:, :-1]
+            if logits.shape[-1] == 1:
+                raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
+            keep = labels != -100
+            total += float(label_loss(logits[keep], labels[keep], 1))
+            correct += int((logits.argmax(-1) == labels)[keep].sum())
+            count += int(keep.sum())
+    if not count:
+        raise ValueError("the evaluation data holds no labels")
+    found = {"loss": total / count, "accuracy": correct / count}
+    if METRICS[task][0] == "perplexity":
+        found["perplexity"] = math.exp(min(found["loss"], 80.0))
+    return found
+
+
+def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[tuple[str, str]]:
+    """The last `count` (query, passage) pairs of the evaluation data: two columns of it, or, without `columns`, the
+    first sentence of each text and the rest of it.
+
+    Raises `ValueError` for a column that is not there, or fewer than two pairs.
+    """
+    rows = find_data(arguments)[1]
+    if rows is None:
+        raise ValueError("eval_data must be given: the data has no split to evaluate on")
+    rows = list(rows)
+    for column in columns or [arguments.text_column or "text"]:
+        if rows and column not in rows[0]:
+            raise ValueError(
+                f"pair_columns must name columns of the evaluation data, got {column!r}; it has {[*rows[0]]}"
+            )
+    if columns:
+        pairs = [tuple(row[column] for column in columns) for row in rows]
+        pairs = [pair for pair in pairs if all(pair)]
+    else:
+        pairs = first_sentence_pairs([row[arguments.text_column or "text"] for row in rows])
+    if len(pairs) < 2:
+        raise ValueError(f"retrieval needs at least 2 pairs, got {len(pairs)}")
+    return pairs[-count:]
+
+
+def without_far_field(student):
+    """A copy of a Nyström student that sees sinks and window alone; raises `ValueError` where no head is linear."""
+    student = copy.deepcopy(student)
+    groups = [g for s in student.attention_states.values() for g in s.groups if isinstance(g, NystromParameters)]
+    if not groups:
+        raise ValueError("control 'window_only' needs a model with mechanism='nystrom'")
+    for group in groups:
+        group.far_field, group.spec = False, replace(group.spec, exact_below=0)
+    return student
+
+
+@contextmanager
+def no_attention(student):
+    """While it is open, every converted module's attention gives zeros: what the rest of the model does alone."""
+
+    def zeros(state, query, key, value, call):
+        return value.new_zeros(*query.shape[:3], value.shape[-1])
+
+    with observed(student, zeros):
+        yield student
+
+
+def score_controls(names, student, plain: Callable, score: Callable) -> dict[str, dict[str, float]]:
+    """{control: scores}; `plain` makes the student that was swapped without a fit, `score` scores a model."""
+    found = {}
+    for name in names:
+        if name == "plain":
+            found[name] = score(plain())
+        elif name == "window_only":
+            found[name] = score(without_far_field(student))
+        else:
+            with no_attention(student):
+                found[name] = score(student)
+    return found

@@ -1,0 +1,103 @@
+"""One YAML file for a model of the native family that is trained from scratch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
+from ..data.datasets import DataArguments
+from ..data.tokenizer import LEAST_VOCABULARY
+from .arguments import override, parse_kinds, read_mapping
+from .stages import refuse_unknown
+
+SCRATCH_TASKS = ("causal-lm", "masked-lm", "seq2seq")
+# What the tokenizer and the task decide.
+_DECIDED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_decoder")
+
+
+@dataclass
+class ScratchArguments:
+    """What is trained.
+
+    Args:
+        model: fields of a `DistAttnConfig`, or a YAML file with them. The vocabulary comes from the tokenizer.
+        task: "causal-lm", "masked-lm" or "seq2seq".
+        tokenizer: a folder or Hub name, or {"vocab_size": n}: byte-level BPE learned from the training text.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    model: Any = None
+    task: str = "causal-lm"
+    tokenizer: Any = None
+
+    def __post_init__(self):
+        if self.task not in SCRATCH_TASKS:
+            raise ValueError(f"task must be one of {', '.join(SCRATCH_TASKS)}, got {self.task!r}")
+        if not isinstance(self.model, dict):
+            raise ValueError(f"model must be fields of a DistAttnConfig or a YAML file with them, got {self.model!r}")
+        for name in _DECIDED:
+            if name in self.model:
+                source = "task" if name == "is_decoder" else "tokenizer"
+                raise ValueError(f"model.{name} comes from the {source}; leave it out")
+        self.model_config()
+        if isinstance(self.tokenizer, dict):
+            refuse_unknown(self.tokenizer, ["vocab_size"], "tokenizer")
+            size = self.tokenizer.get("vocab_size")
+            if isinstance(size, bool) or not isinstance(size, int) or size < LEAST_VOCABULARY:
+                raise ValueError(f"tokenizer.vocab_size must be an integer >= {LEAST_VOCABULARY}, got {size!r}")
+        elif not self.tokenizer or not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer must be a folder, a Hub name or {{vocab_size: n}}, got {self.tokenizer!r}")
+
+    def model_config(self, **decided) -> DistAttnConfig:
+        """The model's config; raises `ValueError` for what it refuses."""
+        kind = DistAttnSeq2SeqConfig if self.task == "seq2seq" else DistAttnConfig
+        if kind is DistAttnConfig:
+            decided["is_decoder"] = self.task == "causal-lm"
+        try:
+            return kind(**{**self.model, **decided})
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+
+
+@dataclass
+class ScratchConfig:
+    """All arguments of a training from scratch; `values` is what the file and the command line said."""
+
+    scratch: ScratchArguments
+    data: DataArguments
+    training: TrainingArguments
+    values: dict
+
+
+def read_scratch_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ScratchConfig:
+    """The arguments in a YAML file, with `key=value` overrides (model.mechanism=l1).
+
+    Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
+    value that a field does not take.
+    """
+    values = read_mapping(path, "config")
+    for text in (None, *overrides):
+        if text is not None:
+            override(values, text)
+        # A file is read as soon as it is named, so that the next override can change a field of it.
+        if isinstance(values.get("model"), str):
+            values["model"] = read_mapping(values["model"], "model")
+    return parse_scratch_config(values)
+
+
+def parse_scratch_config(values: dict) -> ScratchConfig:
+    """The arguments in a mapping; raises as `read_scratch_config`."""
+    if "teacher" in values and "model" not in values:
+        raise ValueError("the config has a teacher and no model: it is for `distattn adapt`, not `distattn train`")
+    kinds = (ScratchArguments, DataArguments, TrainingArguments)
+    config = ScratchConfig(*parse_kinds(values, kinds, ("model", "tokenizer", "train_data", "output_dir")), values)
+    if config.training.max_steps <= 0 and (config.training.num_train_epochs <= 0 or config.data.streaming):
+        raise ValueError(
+            "max_steps must be > 0 with streaming=True, whose data has no known length, and without num_train_epochs; "
+            f"got {config.training.max_steps}"
+        )
+    return config
