@@ -21,14 +21,14 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from distattn_hf.data.datasets import build_data, row_length
+from distattn_hf.data.datasets import build_data, check_data, check_tokenizers, row_length
 from distattn_hf.storage.companions import Source
 from distattn_hf.storage.folders import save_checkpoint
 from distattn_hf.storage.models import load_checkpoint
 from distattn_hf.training.adapt import check_arguments, converted, first_batches, task_of
 from distattn_hf.training.arguments import read_config
 from distattn_hf.training.stages import Stage, attention_means, check_stages
-from distattn_hf.training.trainer import check_data, check_pair, check_tokenizers
+from distattn_hf.training.trainer import check_pair
 
 # What this loop does as TrainingArguments says, and what changes nothing that is trained or saved at the end.
 HONOURED = {

@@ -18,8 +18,9 @@ from distattn_hf.benchmark import measure
 from distattn_hf.benchmark import run_exact as module
 from distattn_hf.benchmark.command import load_config, option_names, read_config
 from distattn_hf.benchmark.exact_options import PASSES, BenchmarkConfig, parse_metric
-from distattn_hf.benchmark.results import provenance, write_json
+from distattn_hf.benchmark.results import provenance
 from distattn_hf.core.backends import BACKENDS, Backend
+from distattn_hf.storage.folders import write_json
 from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
 from tests.tolerances import HALF_ERROR_RATIO, assert_close
 

@@ -11,10 +11,10 @@ import transformers
 
 from ..conversion.convert import current_report
 from ..core.modeling_converted import DistAttnModelMixin
+from ..data.datasets import check_tokenizers
 from ..evaluation.scorecard import Scorecard
 from ..storage.folders import staging_folder
 from ..storage.models import load_checkpoint
-from ..training.trainer import check_tokenizers
 from .comparison import Comparison, compare
 from .export import attention_maps
 from .figure_style import require_matplotlib, save_figure

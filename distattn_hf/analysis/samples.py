@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.discovery import argument_names
-from ..data.batches import length_for, shift_right
+from ..data.batches import label_loss, length_for, query_mask, shift_right
 from ..evaluation.score import EvaluationOptions, embed, first_sentence_pairs, model_kind
-from ..training.objectives import label_loss, query_mask
 from .watch import forward
 
 # The inverse temperature of the loss of embeddings, as sentence-transformers sets it.

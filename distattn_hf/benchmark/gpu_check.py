@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
+from ..storage.folders import write_json
 from .gpu_check_cases import RULE, correctness_cases
 from .gpu_check_speed import DEFINITIONS, timings
 from .gpu_check_worker import InThisProcess, Worker, ask_in_time, run_all
-from .results import machine, write_json
+from .results import machine
 
 # Part -> the share of the time at which it must be over. What a part leaves is the next one's.
 SHARES = {

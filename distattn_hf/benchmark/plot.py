@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from .results import write_atomically
+from ..storage.folders import write_atomically
 
 # Okabe and Ito's palette, which stays apart with any colour vision; black is PyTorch's attention.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")

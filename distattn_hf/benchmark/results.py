@@ -1,11 +1,9 @@
 """What `distattn benchmark` prints and writes: table lines, provenance, and JSON that is complete or not there."""
 
-import json
 import math
 import os
 import platform
 import subprocess
-import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -98,24 +96,6 @@ def machine(source: dict) -> str:
         f"distattn_hf {source['distattn_hf']} ({commit}), torch {source['torch']}, {source['device']}, "
         f"{source['cores']} cores, {source['threads']} threads"
     )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it, so that under its name it is complete or what it was before."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, report: dict) -> None:
-    """Write the report; NaN and infinity, which JSON does not have, raise `ValueError`."""
-    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 
 def provenance(device: str) -> dict:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..storage.folders import check_output
+from ..storage.folders import check_output, write_json
 from .measure import MemoryProbe
 from .plot import require_matplotlib
-from .results import provenance, write_json
+from .results import provenance
 
 
 def run_and_write(

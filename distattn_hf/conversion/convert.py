@@ -19,13 +19,13 @@ from ..core.modeling_converted import DistAttnModelMixin, model_class_for
 from ..core.nystrom_heads import SHORT_TEXT
 from ..core.parameters import check_backend
 from ..data.batches import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
+from ..data.config import parse_specs
 from ..functional.landmarks import STRATEGIES
 from ..storage.companions import Source, describe_source
 from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate
 from .calibrate_nystrom import far_field_warnings
 from .report import ConversionReport, GroupReport
-from .specs import parse_specs
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Calibration data in whatever form the user has it -> one padded batch the model can run."""
+"""Texts in whatever form the user has them -> padded batches that a model can run, and what a loss counts of them."""
 
 import csv
 import inspect
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -327,3 +328,28 @@ def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
     if labels is not None and model.config.is_encoder_decoder:
         batch.setdefault("decoder_input_ids", shift_right(model, labels))
     return batch
+
+
+def forward_inputs(model, inputs: dict) -> dict:
+    """The inputs without labels: decoder inputs are made from them where the model would do so itself."""
+    inputs = dict(inputs)
+    labels = inputs.pop("labels", None)
+    if labels is not None and model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = shift_right(model, labels)
+    return inputs
+
+
+def query_mask(name: str, is_cross: bool, inputs: dict, encoder_decoder: bool) -> Tensor | None:
+    """Which queries (B, N) of the attention module `name` are no padding; None where the batch does not say."""
+    if not encoder_decoder or not (is_cross or "decoder" in name):
+        return inputs.get("attention_mask")
+    if inputs.get("decoder_attention_mask") is not None:
+        return inputs["decoder_attention_mask"]
+    labels = inputs.get("labels")
+    return None if labels is None else labels != -100
+
+
+def label_loss(logits: Tensor, labels: Tensor, count) -> Tensor:
+    """Cross-entropy in nats of logits (..., classes) and labels (...), -100 left out: the sum over labels / count."""
+    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels.flatten().to(logits.device), reduction="sum", ignore_index=-100) / count

@@ -236,3 +236,28 @@ def _clamped_length(arguments, tokenizer, config) -> int:
 
 def _text_config(config):
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def check_tokenizers(model, tokenizer, other=None) -> None:
+    """Raise `ValueError` for a tokenizer with more tokens than `model`, or with another vocabulary than `other`."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (count := len(tokenizer)) > rows:
+        raise ValueError(f"tokenizer has {count} tokens but {type(model).__name__} embeds {rows}: not its tokenizer")
+    if other is None:
+        return
+    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if mine != theirs:
+        different = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
+        raise ValueError(
+            f"teacher and student have tokenizers with different vocabularies ({len(mine)} and {len(theirs)} tokens): "
+            f"{different!r} is {mine.get(different)} and {theirs.get(different)}"
+        )
+
+
+def check_data(name: str, dataset) -> None:
+    """Raise `ValueError` for a data set without a single example, also a streamed one."""
+    if dataset is None:
+        raise ValueError(f"{name} must be a data set, got None")
+    empty = len(dataset) == 0 if hasattr(dataset, "__len__") else next(iter(dataset), None) is None
+    if empty:
+        raise ValueError(f"{name} is empty: it holds no example (is every text shorter than what is asked for?)")

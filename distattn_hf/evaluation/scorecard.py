@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from ..conversion.observe import observed
 from ..core.parameters import NystromParameters
+from ..data.batches import forward_inputs, label_loss
 from ..data.datasets import TaskData
 from ..data.sources import find_data
-from ..training.objectives import forward_inputs, label_loss
 from .score import EvaluationOptions, evaluate_model, first_sentence_pairs, warn_without_far_keys
 
 SCORECARD = "distattn_scorecard.json"

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.figure_style import COLOURS, new_figure, save_figure, styled
-from ..benchmark.results import write_atomically, write_json
+from ..data.config import override, read_mapping, refuse_unknown
 from ..evaluation.scorecard import METRICS
-from ..training.arguments import override, read_mapping
+from ..storage.folders import write_atomically, write_json
 from ..training.arguments_scratch import ScratchConfig, parse_scratch_config, read_scratch_config
 from ..training.from_scratch import train_from_scratch
-from ..training.stages import refuse_unknown
 
 RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison"
 

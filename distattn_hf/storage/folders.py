@@ -100,3 +100,21 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return copy_companions(source, folder) if source is not None else []
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it, so that under its name it is complete or what it was before."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, report: dict) -> None:
+    """Write the report; NaN and infinity, which JSON does not have, raise `ValueError`."""
+    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())

@@ -19,7 +19,7 @@ from ..conversion.fold import check_foldable, fold_alpha
 from ..conversion.report import ConversionReport
 from ..core.configuration_distattn import CLASS_PREFIX
 from ..data.batches import read_texts
-from ..data.datasets import TaskData, build_data, row_length
+from ..data.datasets import TaskData, build_data, check_data, check_tokenizers, row_length
 from ..evaluation.score import model_kind
 from ..evaluation.scorecard import Scorecard, evaluation_pairs, score_controls, score_model
 from ..storage.companions import Source
@@ -29,7 +29,7 @@ from ..storage.runs import check_space, last_checkpoint, remove_checkpoints
 from .arguments import FINETUNED, AdaptationConfig
 from .objectives import STAGES
 from .stages import Stage, StageOptions, check_stages
-from .trainer import AdaptationTrainer, check_data, check_pair, check_tokenizers
+from .trainer import AdaptationTrainer, check_pair
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from ..conversion.observe import observed, teacher_attention
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.relative_bias import RelativeBias, has_relative_bias
-from .objectives import query_mask
+from ..data.batches import query_mask
 
 # What is left of a landmark before it is taken out, as a share of its weight at the start.
 _REST = 1e-12

@@ -7,13 +7,12 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..conversion.convert import INITS
-from ..conversion.specs import parse_specs, read_specs
 from ..core.configuration_distattn import AttentionSpec
-from ..data.config import parse_yaml, read_yaml
+from ..data.config import override, parse_specs, read_mapping, read_specs, refuse_unknown
 from ..data.datasets import DataArguments
 from .annealing import is_number
 from .objectives import STAGES, TASKS
-from .stages import StageOptions, check_exact, refuse_unknown
+from .stages import StageOptions, check_exact
 
 CONTROLS = ("plain", "window_only", "no_attention")
 FINETUNED = "teacher_finetuned"
@@ -183,14 +182,6 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(values)
 
 
-def read_mapping(path: str | Path, name: str) -> dict:
-    """The mapping in a YAML file, which errors call `name`; raises `ValueError` where there is none."""
-    values = _as_meant(read_yaml(path, name))
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} {str(Path(path))!r} must hold a mapping of arguments, got {type(values).__name__}")
-    return values
-
-
 def parse_config(values: dict) -> AdaptationConfig:
     """The arguments in a mapping; raises as `read_config`."""
     if "model" in values and "teacher" not in values:
@@ -248,34 +239,3 @@ def _check(config: AdaptationConfig) -> None:
         raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom'")
     if model.task == "embedding" and (adaptation.teacher_finetuned or "task" in adaptation.stages):
         raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
-
-
-def override(values: dict, assignment: str) -> None:
-    """Set what `assignment` ("spec.metric=l1", dots for nested keys) says; raises `ValueError` where there is no such
-    place."""
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override must be key=value, got {assignment!r}")
-    *parents, last = key.split(".")
-    place = values
-    for number, name in enumerate(parents):
-        place = place.setdefault(name, {}) if isinstance(place, dict) else place[int(name)]
-        if not isinstance(place, dict | list):
-            where = ".".join(parents[: number + 1])
-            raise ValueError(f"override {assignment!r}: {where!r} is {place!r}, which has no fields")
-    value = _as_meant(parse_yaml(text, f"override {assignment!r}"), last)
-    if isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
-            raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
-        place[int(last)] = value
-    else:
-        place[last] = value
-
-
-def _as_meant(value, key: str = ""):
-    """`save_strategy: no` means "no", where YAML 1.1 reads False."""
-    if isinstance(value, dict):
-        return {name: _as_meant(entry, str(name)) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_as_meant(entry) for entry in value]
-    return "no" if value is False and key.endswith("_strategy") else value

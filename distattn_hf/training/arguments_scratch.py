@@ -7,10 +7,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
+from ..data.config import override, read_mapping, refuse_unknown
 from ..data.datasets import DataArguments
 from ..data.tokenizer import LEAST_VOCABULARY
-from .arguments import override, parse_kinds, read_mapping
-from .stages import refuse_unknown
+from .arguments import parse_kinds
 
 SCRATCH_TASKS = ("causal-lm", "masked-lm", "seq2seq")
 # What the tokenizer and the task decide.

@@ -7,17 +7,16 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
-from ..benchmark.results import write_json
-from ..data.datasets import build_data
+from ..data.datasets import build_data, check_data
 from ..data.rows import training_texts
 from ..data.sources import find_data
 from ..data.tokenizer import byte_level_bpe
 from ..evaluation.scorecard import METRICS, score_model
-from ..storage.folders import save_checkpoint
+from ..storage.folders import save_checkpoint, write_json
 from ..storage.runs import check_space
 from .arguments_scratch import ScratchConfig
 from .stages import Stage, StageOptions
-from .trainer import AdaptationTrainer, check_data
+from .trainer import AdaptationTrainer
 
 SCORES = "scores.json"
 _ARGUMENTS = "arguments.json"

@@ -16,31 +16,12 @@ from ..conversion.observe import observed, teacher_attention
 from ..core.attention import without_autocast
 from ..core.interface import attend, attend_groups
 from ..core.nystrom_heads import nystrom_forward
-from ..data.batches import shift_right
+from ..data.batches import forward_inputs, label_loss, query_mask
 from ..data.datasets import TASKS
 
 STAGES = ("transfer", "distillation", "task")
 # Rows of logits whose divergence is computed at once; the backward pass computes them again.
 _ROWS = 1024
-
-
-def forward_inputs(model, inputs: dict) -> dict:
-    """The inputs without labels: decoder inputs are made from them where the model would do so itself."""
-    inputs = dict(inputs)
-    labels = inputs.pop("labels", None)
-    if labels is not None and model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = shift_right(model, labels)
-    return inputs
-
-
-def query_mask(name: str, is_cross: bool, inputs: dict, encoder_decoder: bool) -> Tensor | None:
-    """Which queries (B, N) of the attention module `name` are no padding; None where the batch does not say."""
-    if not encoder_decoder or not (is_cross or "decoder" in name):
-        return inputs.get("attention_mask")
-    if inputs.get("decoder_attention_mask") is not None:
-        return inputs["decoder_attention_mask"]
-    labels = inputs.get("labels")
-    return None if labels is None else labels != -100
 
 
 def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
@@ -201,12 +182,6 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, teacher = ((logits.to(dtype) / temperature).log_softmax(-1) for logits in (student, teacher))
     return F.kl_div(student, teacher, log_target=True, reduction="sum")
-
-
-def label_loss(logits: Tensor, labels: Tensor, count) -> Tensor:
-    """Cross-entropy in nats of logits (..., classes) and labels (...), -100 left out: the sum over labels / count."""
-    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels.flatten().to(logits.device), reduction="sum", ignore_index=-100) / count
 
 
 class Distillation:

@@ -5,18 +5,18 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 
 import torch
 from torch import nn
 
 from ..core.discovery import base_prefix
+from ..data.batches import label_loss
+from ..data.config import refuse_unknown
 from .annealing import Annealing, AnnealingOptions, is_number
-from .objectives import STAGES, TASKS, AttentionTransfer, Distillation, label_loss
+from .objectives import STAGES, TASKS, AttentionTransfer, Distillation
 
 TRAIN = ("attention", "attention+qk", "all", "lora")
 GROUPS = ("attention", "qk", "rest")
-_SHOWN_KEYS = 30
 # What transformers' attention modules call the layers that make query and key; fused ones make value, too.
 _QUERY_KEY = re.compile(
     r"(q|k|query|key|q_proj|k_proj|q_lin|k_lin|q_norm|k_norm|query_proj|key_proj|q_layernorm|k_layernorm|to_q|to_k|c_attn"
@@ -102,17 +102,6 @@ class StageOptions:
                 "'attention+qk'; set stage_options.transfer.train"
             )
         return self.train
-
-
-def refuse_unknown(given, known, where: str = "") -> None:
-    """Raise `ValueError` for the first key of `given` that is not in `known`, with the closest names."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            close = get_close_matches(str(name), known, n=3)
-            shown = sorted(known)[:_SHOWN_KEYS] + ["..."] * (len(known) > _SHOWN_KEYS)
-            hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(shown)}"
-            raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
 
 
 def group_of(name: str, student) -> str:

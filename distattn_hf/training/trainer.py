@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..core.configuration_distattn import MODEL_TYPE_PREFIX
+from ..data.datasets import check_data
 from ..storage.runs import check_space, last_checkpoint
 from .annealing import AnnealingCallback
 from .stages import Stage, attention_means
@@ -50,31 +51,6 @@ def check_pair(teacher, student) -> None:
             )
     if mine:
         raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
-
-
-def check_tokenizers(model, tokenizer, other=None) -> None:
-    """Raise `ValueError` for a tokenizer with more tokens than `model`, or with another vocabulary than `other`."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (count := len(tokenizer)) > rows:
-        raise ValueError(f"tokenizer has {count} tokens but {type(model).__name__} embeds {rows}: not its tokenizer")
-    if other is None:
-        return
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        different = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
-        raise ValueError(
-            f"teacher and student have tokenizers with different vocabularies ({len(mine)} and {len(theirs)} tokens): "
-            f"{different!r} is {mine.get(different)} and {theirs.get(different)}"
-        )
-
-
-def check_data(name: str, dataset) -> None:
-    """Raise `ValueError` for a data set without a single example, also a streamed one."""
-    if dataset is None:
-        raise ValueError(f"{name} must be a data set, got None")
-    empty = len(dataset) == 0 if hasattr(dataset, "__len__") else next(iter(dataset), None) is None
-    if empty:
-        raise ValueError(f"{name} is empty: it holds no example (is every text shorter than what is asked for?)")
 
 
 class AdaptationTrainer(Trainer):

@@ -7,7 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from distattn_hf.conversion.specs import read_specs
+from distattn_hf.data.config import read_specs
 from distattn_hf.training.arguments import read_config
 from distattn_hf.training.arguments_scratch import read_scratch_config
 
