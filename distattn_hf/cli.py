@@ -335,21 +335,24 @@ def evaluate(
 
     By what the model's head allows: perplexity (causal), loss on 15% masked tokens (masked-LM), loss of each text as
     its own target (sequence-to-sequence), or retrieval (encoders): the first sentence of each text is to find the rest
-    of it among those of all texts, by the cosine of embeddings.
+    of it among those of all texts, by the cosine of embeddings, pooled as a sentence-transformers folder says.
     """
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts)
     begin(path, against)
     from .analysis.evaluation import EvaluationOptions, compare_models, describe_scores, model_kind
     from .conversion.checkpoints import load_checkpoint
+    from .conversion.pooling import read_pooling
     from .conversion.texts import read_texts
 
     texts = read_texts(data, column=column, split="test")[:max_texts]
     models = {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
     options = EvaluationOptions(max_length=max_length, max_tokens=max_tokens, progress=sys.stderr.isatty())
-    result = compare_models(models, texts, options)
+    kind = model_kind(models[path][0])
+    poolings = {name: read_pooling(name) for name in models} if kind == "embedding" else {}
+    result = compare_models(models, texts, options, poolings)
     print(json.dumps(result, indent=1) if as_json else _score_table(result))
     if not as_json:
-        print(describe_scores(model_kind(models[path][0]), result[path]))
+        print(describe_scores(kind, result[path], poolings.get(path, "")))
 
 
 def _score_table(result: dict[str, dict[str, float]]) -> str:

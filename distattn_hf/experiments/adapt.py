@@ -20,6 +20,7 @@ from ..conversion.checkpoints import load_checkpoint
 from ..conversion.companions import Source
 from ..conversion.convert import convert, current_report
 from ..conversion.fold import check_foldable, fold_alpha
+from ..conversion.pooling import read_pooling
 from ..conversion.report import ConversionReport
 from ..conversion.saving import save_checkpoint
 from ..conversion.texts import read_texts
@@ -162,8 +163,9 @@ class _Run:
             raise ValueError(f"{model.teacher!r} has no loss of its own: leave out stage 'task' and teacher_finetuned")
         self.data: TaskData = build_data(config.data, self.task, self.tokenizer, self.teacher.config)
         check_data("train_data", self.data.train)
-        self.pairs = None
+        self.pairs, self.pooling = None, "mean"
         if self.task == "embedding":
+            self.pooling = read_pooling(model.teacher)
             self.pairs = evaluation_pairs(config.data, config.adaptation.pair_columns, config.adaptation.max_pairs)
         elif self.data.evaluation is None:
             raise ValueError("eval_data must be given: the data has no split to evaluate on")
@@ -179,8 +181,9 @@ class _Run:
         model.to(self.config.training.device)
         size = self.config.training.per_device_eval_batch_size
         return score_model(
-            model, self.task, self.data, self.tokenizer, pairs=self.pairs, batch_size=size, progress=self.progress
-        )
+            model, self.task, self.data, self.tokenizer, pairs=self.pairs, pooling=self.pooling, batch_size=size,
+            progress=self.progress,
+        )  # fmt: skip
 
     def record(self, name: str, model, **spent) -> None:
         """Score a model into the scorecard, on the main process; the others wait."""
