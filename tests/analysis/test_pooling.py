@@ -108,7 +108,7 @@ def test_the_importance_of_heads_is_measured_on_the_same_embeddings(tmp_path):
 @pytest.mark.parametrize(("mode", "said"), [("cls_token", "cls"), ("mean_tokens", "mean")])
 def test_the_command_line_evaluates_by_the_folders_own_pooling(tmp_path, capsys, mode, said):
     folder = sentence_transformer(tmp_path / "teacher", mode)
-    (tmp_path / "text.txt").write_text("\n".join(PAIRS))
+    (tmp_path / "text.txt").write_text("\n\n".join(PAIRS))
     evaluate(str(folder), str(tmp_path / "text.txt"))
     assert f"by cosine of {said}-pooled embeddings" in capsys.readouterr().out
     set_files(folder, modules=modules("Transformer", "Pooling", "Dense"))
