@@ -97,7 +97,7 @@ def check_choices(**values) -> None:
         *(alias for names in METRICS.values() for alias in names),
     }:
         if metric.lower() in CHOICES["mechanism"]:
-            raise ValueError(f"{metric!r} is a mechanism and not a metric; give --mechanism {metric.lower()}")
+            raise ValueError(f"--metric {metric!r} is a mechanism and not a metric; give --mechanism {metric.lower()}")
         usual = {name: aliases for name, aliases in METRICS.items() if name not in ("lifted_sqeuclidean", "dot")}
         shown = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in usual.items())
         raise ValueError(
@@ -120,6 +120,8 @@ def check_choices(**values) -> None:
             raise ValueError(f"{flag(name)} must be one of {', '.join(CHOICES[name])}, got {value!r}")
         if name in LEAST and value < LEAST[name]:
             raise ValueError(f"{flag(name)} must be an integer >= {LEAST[name]}, got {value}")
+        if name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"--seed must be an integer >= 0 of at most 63 bits, got {value}")
         if name == "p" and not 1 <= value < float("inf"):
             raise ValueError(f"--p must be a finite number >= 1, got {value:g}")
         if name in ("lam", "max_error") and not 0 < value < float("inf"):
@@ -145,6 +147,27 @@ def as_flags(text: str, options) -> str:
             text = re.sub(rf"(?<![\w.\-'\"/]){name}(?![\w./])", flag(name), text)
     text = re.sub(r"must be None(?:,| or) ", "must be ", text)
     return text.replace("call distattn_hf.revert(model) first", "run distattn revert first")
+
+
+class Worded(ValueError):
+    """An error whose message is in the words of the command line already."""
+
+
+@contextmanager
+def reading(option: str, *also: str):
+    """While it is open, an error is one of what this option names, whose own words are not those of options.
+
+    also: other options that say how to read it.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Worded(f"{flag(option)}: {as_flags(str(error), also)}") from error
+
+
+def describe(error: Exception, options) -> str:
+    """What an error says, in the words of the command line."""
+    return str(error) if isinstance(error, Worded) else as_flags(str(error), options)
 
 
 def option_names(command) -> list[str]:
@@ -226,7 +249,7 @@ def convert(
     check_choices(
         metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-        max_error=max_error, steps=steps,
+        max_error=max_error, steps=steps, seed=seed,
     )  # fmt: skip
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
@@ -248,14 +271,18 @@ def convert(
     from .storage.models import load_checkpoint
 
     if spec_file is not None:
-        spec = read_specs(spec_file)
+        with reading("spec_file"):
+            spec = read_specs(spec_file)
     else:
         spec = AttentionSpec(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
         )  # fmt: skip
-    texts = read_texts(calibration, column=column) if calibration and init == "calibrated" else None
+    texts = None
+    if init == "calibrated":
+        with reading("calibration", "column"):
+            texts = read_texts(calibration, column=column)
     model, tokenizer = load_checkpoint(source)
     beside = Source(source)
     if fold_alpha:
@@ -315,8 +342,11 @@ def set_options(
     """Set what needs no fit on a converted checkpoint."""
     from .storage.folders import change_options
 
-    given = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
-    change_options(path, **{name: value for name, value in given.items() if value is not None})
+    options = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        raise ValueError(f"nothing to set; give one of {', '.join(map(flag, options))}")
+    change_options(path, **given)
     print(f"changed {path / 'config.json'}")
 
 
@@ -335,21 +365,25 @@ def evaluate(
 
     By what the model's head allows: perplexity (causal), loss on 15% masked tokens (masked-LM), loss of each text as
     its own target (sequence-to-sequence), or retrieval (encoders): the first sentence of each text is to find the rest
-    of it among those of all texts, by the cosine of embeddings.
+    of it among those of all texts, by the cosine of embeddings, pooled as a sentence-transformers folder says.
     """
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts)
     begin(path, against)
     from .data.batches import read_texts
     from .evaluation.score import EvaluationOptions, compare_models, describe_scores, model_kind
     from .storage.models import load_checkpoint
+    from .storage.pooling import read_pooling
 
-    texts = read_texts(data, column=column, split="test")[:max_texts]
+    with reading("data", "column"):
+        texts = read_texts(data, column=column, split="test")[:max_texts]
     models = {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
     options = EvaluationOptions(max_length=max_length, max_tokens=max_tokens, progress=sys.stderr.isatty())
-    result = compare_models(models, texts, options)
+    kind = model_kind(models[path][0])
+    poolings = {name: read_pooling(name) for name in models} if kind == "embedding" else {}
+    result = compare_models(models, texts, options, poolings)
     print(json.dumps(result, indent=1) if as_json else _score_table(result))
     if not as_json:
-        print(describe_scores(model_kind(models[path][0]), result[path]))
+        print(describe_scores(kind, result[path], poolings.get(path, "")))
 
 
 def _score_table(result: dict[str, dict[str, float]]) -> str:
@@ -396,7 +430,10 @@ def analyse(
         max_length=max_length, max_tokens=max_tokens, importance=importance, heads=parse_heads(heads),
         progress=sys.stderr.isatty(),
     )  # fmt: skip
-    texts = text if data is None else read_texts(data, column=column, split="test")[:max_texts]
+    texts = text
+    if data is not None:
+        with reading("data", "column"):
+            texts = read_texts(data, column=column, split="test")[:max_texts]
     found = run(path, texts, out, against=against, options=options, overwrite=overwrite)
     print(found.summary())
     print(f"saved to {out}; open {out / 'report.html'}")
@@ -657,6 +694,9 @@ def main() -> None:
     verbs = typer.main.get_command(app).commands
     verb = next((verbs[word] for word in sys.argv[1:2] if word in verbs), None)
     options = option_names(verb) if verb is not None else []
+    if any(word.partition("=")[0] == "--spec" for word in sys.argv):
+        # What the attention is stands in a file then, in the words of the file.
+        options = [name for name in options if name not in _OF_SPEC]
     handler = logging.StreamHandler()
     handler.setFormatter(_InFlags(options))
     logging.getLogger("distattn_hf").addHandler(handler)
@@ -664,7 +704,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f"error: {as_flags(str(error), options)}", file=sys.stderr)
+        print(f"error: {describe(error, options)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -12,9 +12,11 @@ import transformers
 from ..conversion.convert import current_report
 from ..core.modeling_converted import DistAttnModelMixin
 from ..data.datasets import check_tokenizers
+from ..evaluation.score import model_kind
 from ..evaluation.scorecard import Scorecard
 from ..storage.folders import staging_folder
 from ..storage.models import load_checkpoint
+from ..storage.pooling import read_pooling
 from .comparison import Comparison, compare
 from .export import attention_maps
 from .figure_style import require_matplotlib, save_figure
@@ -154,6 +156,8 @@ def analyse(
             teacher, teacher_tokenizer = load_checkpoint(against)
             if teacher_tokenizer is not None and tokenizer is not None:
                 check_tokenizers(model, tokenizer, teacher_tokenizer)
+        if options.importance and _is_encoder(model):
+            options = replace(options, pooling=read_pooling(path))
         analysis, example = analyse_models(
             model, tokenizer, texts, teacher=teacher, options=options, names=(str(path), against)
         )
@@ -161,6 +165,14 @@ def analyse(
         analysis.scorecard = None if card is None else card.to_dict()
         write_analysis(analysis, example, folder)
     return analysis
+
+
+def _is_encoder(model) -> bool:
+    try:
+        return model_kind(model) == "embedding"
+    except ValueError:
+        # It has no loss, which the measurement notes.
+        return False
 
 
 def analyse_models(
@@ -217,7 +229,9 @@ def _token_lists(model, tokenizer, batch: dict) -> dict[str, list[str]]:
 
 
 def _measure_importance(found: Analysis, model, tokenizer, texts, options: AnalyseOptions) -> None:
-    settings = AnalysisOptions(options.max_length, options.importance_tokens, options.batch_size, options.seed)
+    settings = AnalysisOptions(
+        options.max_length, options.importance_tokens, options.batch_size, options.seed, pooling=options.pooling
+    )
     try:
         loss = TextLoss(model, tokenizer, texts, settings)
     except ValueError as error:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..core.discovery import argument_names
 from ..data.batches import label_loss, length_for, query_mask, shift_right
-from ..evaluation.score import EvaluationOptions, embed, first_sentence_pairs, model_kind
+from ..evaluation.score import EvaluationOptions, check_pooling, embed, first_sentence_pairs, model_kind
 from .watch import forward
 
 # The inverse temperature of the loss of embeddings, as sentence-transformers sets it.
@@ -17,15 +17,18 @@ _SCALE = 20.0
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """max_length in tokens a text, max_tokens in all, texts a batch, and the seed of masked positions."""
+    """max_length in tokens a text, max_tokens in all, texts a batch, the seed of masked positions, and how an encoder's
+    embeddings are pooled (see `EvaluationOptions`)."""
 
     max_length: int = 512
     max_tokens: int = 8192
     batch_size: int = 4
     seed: int = 0
     progress: bool = False
+    pooling: str = "mean"
 
     def __post_init__(self):
+        check_pooling(self.pooling)
         for name in ("max_length", "max_tokens", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -186,7 +189,7 @@ class TextLoss:
             yield label_loss(logits.flatten(0, 1), labels, count), count / total
 
     def _contrast(self, model) -> Tensor:
-        options = EvaluationOptions(self.options.max_length, progress=False)
+        options = EvaluationOptions(self.options.max_length, progress=False, pooling=self.options.pooling)
         queries, passages = (embed(model, self.tokenizer, [pair[i] for pair in self.pairs], options) for i in (0, 1))
         target = torch.arange(len(queries), device=queries.device)
         return F.cross_entropy(_SCALE * queries @ passages.T, target)

@@ -8,12 +8,17 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import transformers
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # The releases of transformers that this code was tested with.
 OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
@@ -24,6 +29,8 @@ CLASS_PREFIX = "DistAttn"
 TRANSFORMS = ("none", "scalar", "linear")
 MECHANISMS = ("distance", "nystrom")
 ATTENTION_KINDS = ("self", "cross")
+# Each option that no fit depends on, and the mechanism that has it.
+OPTIONS = {"exact_below": "nystrom", "window_size": "nystrom", "backend": "distance"}
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
@@ -276,8 +283,109 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-class DistAttnConfigMixin:
-    """Adds the `distattn` block to a config of transformers; everything else is the base config's own."""
+def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[AttentionSpec]:
+    """Return the specs with the options that their mechanism has.
+
+    Raises `ValueError` for an option that a fit depends on, that none of the specs has, or whose value cannot be; and
+    for a window_size below what the far field was fitted beside.
+    """
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
+        having = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
+        if not having:
+            raise ValueError(f"{name}={value!r} belongs to mechanism={OPTIONS[name]!r}, which this model does not have")
+        if value is None:
+            raise ValueError(f"{name} must have a value, got None")
+        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in having)):
+            raise ValueError(
+                f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
+                "`distattn adapt` trains a model to a smaller one"
+            )
+    return [replace(spec, **{n: v for n, v in options.items() if OPTIONS[n] == spec.mechanism}) for spec in specs]
+
+
+class NamesWhatIsUnused:
+    """Mixin before `PreTrainedConfig`: an argument of `from_pretrained` that nothing would use does not go unsaid.
+
+    It is refused by the class itself, and said in a warning where an Auto class loads the config: that may be on behalf
+    of a tokenizer, whose arguments are among them.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as transformers does; raises `ValueError` for an argument that is no field."""
+        if kwargs.get("return_unused_kwargs") or kwargs.get("_from_auto"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs["return_unused_kwargs"] = True
+        config, unused = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if names := _unused_names(unused):
+            raise ValueError(cls.describe_unknown(names[0]))
+        return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The config in a dict, with what is given beside it set."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        if return_unused:
+            return config, unused
+        for name in _unused_names(unused):
+            logger.warning(f"{name}={unused[name]!r} is not used: {cls.describe_unknown(name)}")
+        return config
+
+    @classmethod
+    def describe_unknown(cls, name: str) -> str:
+        """What to say of a field that there is not: the nearest ones that there are."""
+        known = {*(f.name for f in fields(cls)), *cls.attribute_map, *cls.settable()}
+        close = get_close_matches(name, sorted(known), n=3)
+        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(close)}?" if close else "")
+
+    @classmethod
+    def settable(cls) -> tuple[str, ...]:
+        """Names that `from_pretrained` takes and that are no fields."""
+        return ()
+
+
+def _unused_names(unused: dict[str, Any]) -> list[str]:
+    return sorted(name for name in unused if not name.startswith("_"))
+
+
+class DistAttnConfigMixin(NamesWhatIsUnused):
+    """Adds the `distattn` block to a config of transformers; everything else is the base config's own.
+
+    An option that needs no fit (`OPTIONS`) is taken by `from_pretrained`, as that of the models takes it.
+    """
+
+    @classmethod
+    def settable(cls) -> tuple[str, ...]:
+        """The options of the attention, but for a name that the base model's config has: that is its own."""
+        return tuple(name for name in OPTIONS if not hasattr(cls, name))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The config in a dict, with what is given beside it set: fields, and options of the attention."""
+        chosen = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
+        found = super().from_dict(config_dict, **kwargs)
+        if chosen:
+            # A backend's name is checked where backends are known: when a model is built.
+            config = found[0] if isinstance(found, tuple) else found
+            specs = change_specs(config.attention_specs, chosen)
+            config.distattn = {**(config.distattn or {}), "specs": [spec.to_dict() for spec in specs]}
+        return found
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as transformers does. The class that a folder names is ours, also where the base model of a head class,
+        which is of transformers' own class, was saved alone: that class would read it as dot-product attention."""
+        names = list(self.architectures or ())
+        plain = [name for name in names if isinstance(getattr(transformers, name, None), type)]
+        if plain:
+            self.architectures = [CLASS_PREFIX + name if name in plain else name for name in names]
+            self.auto_map = auto_map_of(type(self), plain[0])
+        super().save_pretrained(save_directory, *args, **kwargs)
+        modeling = sys.modules.get(f"{__package__}.modeling_converted")
+        if plain and modeling is not None:
+            custom_object_save(modeling.DistAttnModelMixin, save_directory)
 
     def __post_init__(self, **kwargs):
         block = parse_block(self.distattn)
@@ -356,6 +464,19 @@ def listed_classes(auto_class: type, model_type: str) -> tuple[str, ...]:
     """Names of the model classes an Auto class lists for a model type of transformers."""
     names = auto_class._model_mapping._model_mapping.get(model_type, ())
     return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def auto_map_of(config_class: type[PreTrainedConfig], base_name: str) -> dict[str, str]:
+    """config.auto_map: where trust_remote_code finds the config and every head class of the family.
+
+    base_name: the class of transformers that the saved model extends; what its Auto classes name is that one.
+    """
+    entries = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{config_class.__name__}"}
+    for auto_name, auto_class in auto_classes().items():
+        if names := listed_classes(auto_class, config_class.base_config_class.model_type):
+            chosen = base_name if base_name in names else names[0]
+            entries[auto_name] = f"modeling_converted.{CLASS_PREFIX}{chosen}"
+    return entries
 
 
 def __getattr__(name: str):

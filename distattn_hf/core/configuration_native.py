@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-from .configuration_distattn import AttentionSpec
+from .configuration_distattn import AttentionSpec, NamesWhatIsUnused
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ _ELSEWHERE = {
 config_checks: list[Callable[["DistAttnConfig"], None]] = []
 
 
-class DistAttnConfig(PreTrainedConfig):
+class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
     """A Transformer encoder (`is_decoder=False`) or causal decoder (`is_decoder=True`) to train from scratch.
 
     Args:
@@ -131,6 +131,11 @@ class DistAttnConfig(PreTrainedConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
+    def __new__(cls, *args, **kwargs):
+        # Later a field that was given at its default value looks as if it had not been.
+        cls._check_names_agree(kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self, **kwargs):
         kwargs = self._by_own_names(kwargs)
         self._check_sizes()
@@ -168,6 +173,7 @@ class DistAttnConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """The config in a dict; names that this version does not know are left out with a warning."""
+        cls._check_names_agree(kwargs)
         return super().from_dict(cls._known_part(config_dict), **kwargs)
 
     @classmethod
@@ -199,21 +205,39 @@ class DistAttnConfig(PreTrainedConfig):
         own = getattr(cls, name, None)
         return name in {f.name for f in fields(cls)} or (isinstance(own, property) and own.fset is not None)
 
+    @classmethod
+    def describe_unknown(cls, name: str) -> str:
+        """What to say of a field that there is not: the nearest ones that there are, or where to have the thing."""
+        if name in _ELSEWHERE:
+            return f"{cls.__name__} has no field {name!r}: {_ELSEWHERE[name]}"
+        common = {f.name for f in fields(PreTrainedConfig)}
+        known = {f.name: f.name for f in fields(cls) if f.name not in common}
+        known |= {alias: f"{alias} ({field})" for alias, field in cls.attribute_map.items()}
+        options = [f.name for f in fields(AttentionSpec) if f.name not in (*_NOT_OPTIONS, *known)]
+        known |= {option: f"mechanism_options={{{option!r}: ...}}" for option in options}
+        close = [known[match] for match in get_close_matches(name, known, n=3)]
+        hint = f"did you mean {', '.join(close)}?" if close else f"its fields are {', '.join(known.values())}"
+        return f"{cls.__name__} has no field {name!r}; {hint}"
+
     def _by_own_names(self, given: dict[str, Any]) -> dict[str, Any]:
         """What is left of `given` once aliases are fields; raises `ValueError` for a name that means nothing."""
-        defaults = {f.name: f.default for f in fields(self)}
         rest = {}
         for name, value in given.items():
             if not self._knows(name):
-                raise ValueError(_no_such_field(type(self), name))
+                raise ValueError(self.describe_unknown(name))
             if name not in self.attribute_map:
                 rest[name] = value
                 continue
-            field = self.attribute_map[name]
-            if getattr(self, field) not in (value, defaults[field]):
-                raise ValueError(f"{name} is another name of {field}: got {value!r} and {getattr(self, field)!r}")
-            setattr(self, field, value)
+            setattr(self, self.attribute_map[name], value)
         return rest
+
+    @classmethod
+    def _check_names_agree(cls, given: dict[str, Any]) -> None:
+        """Raise `ValueError` where two names of one field are given with different values."""
+        first = {name: name for name in given}
+        for name, field in cls.attribute_map.items():
+            if name in given and given[name] != given[other := first.setdefault(field, name)]:
+                raise ValueError(f"{name} is another name of {other}: got {given[name]!r} and {given[other]!r}")
 
     def _check_sizes(self) -> None:
         for name in (
@@ -337,20 +361,6 @@ def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec 
         raise ValueError(f"mechanism_options: {taken[0]!r} is no option of mechanism {mechanism!r}")
     defaults = {"lift": False, "transform": "none"}
     return AttentionSpec.from_dict({**defaults, **options, "mechanism": mechanism, "metric": metric})
-
-
-def _no_such_field(kind: type[DistAttnConfig], name: str) -> str:
-    """What to say of a field that `kind` does not have: the nearest ones it has, or where the thing is to be had."""
-    if name in _ELSEWHERE:
-        return f"{kind.__name__} has no field {name!r}: {_ELSEWHERE[name]}"
-    common = {f.name for f in fields(PreTrainedConfig)}
-    known = {f.name: f.name for f in fields(kind) if f.name not in common}
-    known |= {alias: f"{alias} ({field})" for alias, field in kind.attribute_map.items()}
-    options = [f.name for f in fields(AttentionSpec) if f.name not in (*_NOT_OPTIONS, *known)]
-    known |= {option: f"mechanism_options={{{option!r}: ...}}" for option in options}
-    close = [known[match] for match in get_close_matches(name, known, n=3)]
-    hint = f"did you mean {', '.join(close)}?" if close else f"its fields are {', '.join(known.values())}"
-    return f"{kind.__name__} has no field {name!r}; {hint}"
 
 
 def check_integer(name: str, value, optional: bool = False) -> None:

@@ -21,8 +21,10 @@ from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
+    OPTIONS,
     AttentionSpec,
     auto_classes,
+    auto_map_of,
     config_class_for,
     listed_classes,
 )
@@ -30,7 +32,7 @@ from .discovery import base_prefix, find_attention_modules, locate, max_position
 from .families import KeepsLoadedWeights, Monitored
 from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
 from .nystrom_cache import RefusesAssistance, use_nystrom_cache
-from .parameters import OPTIONS, DistanceAttentionState, set_options, with_options
+from .parameters import DistanceAttentionState, check_backend, set_options, with_options
 from .relative_bias import give_relative_bias, has_relative_bias
 
 REPORT_NAME = "distattn_report.json"
@@ -104,7 +106,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         super().set_attn_implementation(implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        self.config.auto_map = auto_map_for(type(self))
+        self.config.auto_map = auto_map_of(type(self).config_class, type(self).base_class.__name__)
         if (report := self.report_as_it_is()) is not None and kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             path = os.path.join(save_directory, REPORT_NAME)
@@ -220,11 +222,14 @@ def _check_implementation(module: nn.Module, arguments) -> None:
 def attach_states(model: PreTrainedModel) -> None:
     """Give each attention module named in config.distattn its submodule; choose the modules first where none is named.
 
-    Raises `ValueError` when a named module is missing from a part of the model that this head class has.
+    Raises `ValueError` when a named module is missing from a part of the model that this head class has, and for a
+    backend that does not exist or cannot run its metric.
     """
     block = model.config.distattn
     specs = [AttentionSpec.from_dict(spec) for spec in block["specs"]]
     modules = block["modules"]
+    for spec in specs:
+        check_backend(spec)
     if modules is None:
         # Chosen anew each time, so that the same config with another number of layers converts all of them.
         modules = select_modules(find_attention_modules(model), specs)
@@ -299,19 +304,6 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
         if base.__name__ in listed_classes(auto_class, base.config_class.model_type):
             names.append(auto_name)
     return names
-
-
-def auto_map_for(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the family."""
-    base = model_class.base_class
-    config_name = model_class.config_class.__name__
-    entries = {"AutoConfig": f"configuration_distattn.{config_name}"}
-    for auto_name, auto_class in auto_classes().items():
-        names = listed_classes(auto_class, base.config_class.model_type)
-        if names:
-            chosen = base.__name__ if base.__name__ in names else names[0]
-            entries[auto_name] = f"modeling_converted.{CLASS_PREFIX}{chosen}"
-    return entries
 
 
 def register_family(base_model_type: str) -> type:

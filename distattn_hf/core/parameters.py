@@ -1,7 +1,6 @@
 """What a conversion adds to an attention module: λ and the per-head maps of query and key."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from .backends import validate_backend
-from .configuration_distattn import AttentionSpec
+from .configuration_distattn import AttentionSpec, change_specs
 from .metrics import get_metric
 
 
@@ -241,9 +240,6 @@ class DistanceAttentionState(nn.Module):
 
 # ------------------------------------------------------ options that no fit depends on: set on a converted model
 
-# Each option, and the mechanism that has it.
-OPTIONS = {"exact_below": "nystrom", "window_size": "nystrom", "backend": "distance"}
-
 
 def check_backend(spec: AttentionSpec) -> None:
     """Raise `ValueError` for a backend that does not exist or cannot run the spec's metric."""
@@ -253,29 +249,10 @@ def check_backend(spec: AttentionSpec) -> None:
 
 
 def with_options(specs: list[AttentionSpec], options: dict[str, Any]) -> list[AttentionSpec]:
-    """Return the specs with the options that their mechanism has.
-
-    Raises `ValueError` for an option that a fit depends on, that none of the specs has, or whose value cannot be; and
-    for a window_size below what the far field was fitted beside.
-    """
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
-        having = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
-        if not having:
-            raise ValueError(f"{name}={value!r} belongs to mechanism={OPTIONS[name]!r}, which this model does not have")
-        if value is None:
-            raise ValueError(f"{name} must have a value, got None")
-        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in having)):
-            raise ValueError(
-                f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
-                "`distattn adapt` trains a model to a smaller one"
-            )
-    changed = []
-    for spec in specs:
-        spec = replace(spec, **{name: v for name, v in options.items() if OPTIONS[name] == spec.mechanism})
+    """`change_specs`, after which a backend that cannot be raises `ValueError`, too."""
+    changed = change_specs(specs, options)
+    for spec in changed:
         check_backend(spec)
-        changed.append(spec)
     return changed
 
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..conversion.calibrate_nystrom import exact_span
 from ..core.configuration_distattn import CLASS_PREFIX
 from ..data.batches import length_for, longest_row, pack
+from ..storage.pooling import POOLINGS
 
 logger = logging.get_logger(__name__)
 
@@ -31,19 +32,28 @@ _KINDS = {
 
 @dataclass
 class EvaluationOptions:
-    """max_length in tokens a row, max_tokens in all, rows per batch, and the seed of masked positions."""
+    """max_length in tokens a row, max_tokens in all, rows per batch, the seed of masked positions, and how embeddings
+    are pooled: "mean", "cls", "max" or "lasttoken" (see `read_pooling`)."""
 
     max_length: int = 512
     max_tokens: int = 8192
     batch_size: int = 4
     seed: int = 0
     progress: bool = True
+    pooling: str = "mean"
 
     def __post_init__(self):
+        check_pooling(self.pooling)
         for name in ("max_length", "max_tokens", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def check_pooling(pooling: str) -> None:
+    """Raise `ValueError` for no pooling of `POOLINGS`."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
 
 
 def model_kind(model: PreTrainedModel) -> str:
@@ -74,7 +84,7 @@ def evaluate_model(
     masked-lm: "loss" on 15% masked tokens, the same ones for every model under one seed.
     seq2seq: "loss" of each target given its source (`pairs`; each text as its own target without them).
     embedding: "retrieval_at_1" and "mrr": each query's own passage among all (`pairs`; without them the first sentence
-    of each text is the query and the rest the passage), by cosine of mean-pooled embeddings.
+    of each text is the query and the rest the passage), by cosine of embeddings pooled as the options say.
     """
     options = options or EvaluationOptions()
     options = replace(options, max_length=length_for(model, options.max_length))
@@ -94,7 +104,7 @@ def evaluate_model(
     return {"loss": loss, "perplexity": math.exp(min(loss, 80)), **used}
 
 
-def describe_scores(kind: str, scores: dict[str, float]) -> str:
+def describe_scores(kind: str, scores: dict[str, float], pooling: str = "mean") -> str:
     """What scores of `evaluate_model` are of, in a sentence: how many texts and tokens, and what is done with them."""
     texts, tokens = scores["texts"], scores.get("tokens", 0)
     return {
@@ -102,7 +112,7 @@ def describe_scores(kind: str, scores: dict[str, float]) -> str:
         "masked-lm": f"loss of {tokens:,} masked tokens, 15% of those in {texts:,} texts",
         "seq2seq": f"loss of {tokens:,} target tokens in {texts:,} texts, each its own target",
         "embedding": f"retrieval: the first sentence of each of {texts:,} texts finds the rest of that text among the "
-        f"rests of all {texts:,}, by cosine of mean-pooled embeddings",
+        f"rests of all {texts:,}, by cosine of {pooling}-pooled embeddings",
     }[kind]
 
 
@@ -132,17 +142,24 @@ def warn_without_far_keys(model):
 
 @torch.no_grad()
 def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOptions | None = None) -> float:
-    """Mean cosine between the two models' mean-pooled embeddings of the same texts."""
+    """Mean cosine between the two models' embeddings of the same texts, pooled as the options say."""
     options = options or EvaluationOptions()
     mine, theirs = (embed(m, tokenizer, texts, options) for m in (model, teacher))
     return float((mine * theirs).sum(-1).mean())
 
 
-def compare_models(models: dict[str, tuple], texts, options: EvaluationOptions | None = None) -> dict[str, dict]:
+@torch.no_grad()
+def compare_models(
+    models: dict[str, tuple],
+    texts,
+    options: EvaluationOptions | None = None,
+    poolings: dict[str, str] | None = None,
+) -> dict[str, dict]:
     """Scores of several models on the same texts; `models` is {name: (model, tokenizer)}, the teacher last.
 
-    Each is read with its own tokenizer; two models also get "ratio" (perplexity over the teacher's) or, for encoders,
-    "embedding_cosine" with the teacher. Raises `ValueError` when they have different kinds of heads.
+    Each is read with its own tokenizer and, where `poolings` names one, pooled in its own way; two models also get
+    "ratio" (perplexity over the teacher's) or, for encoders, "embedding_cosine" with the teacher. Raises `ValueError`
+    when they have different kinds of heads.
     """
     kinds = {name: model_kind(model) for name, (model, _) in models.items()}
     if len(set(kinds.values())) > 1:
@@ -150,11 +167,18 @@ def compare_models(models: dict[str, tuple], texts, options: EvaluationOptions |
     for name, (_, tokenizer) in models.items():
         if tokenizer is None:
             raise ValueError(f"{name!r} has no tokenizer files, so it cannot read text")
-    result = {name: evaluate_model(model, tok, texts, options=options) for name, (model, tok) in models.items()}
+    options, poolings = options or EvaluationOptions(), poolings or {}
+    own = {name: replace(options, pooling=poolings.get(name, options.pooling)) for name in models}
+    if len({chosen.pooling for chosen in own.values()}) > 1:
+        said = ", ".join(f"{name} by {chosen.pooling}" for name, chosen in own.items())
+        logger.warning(f"the models pool their embeddings in different ways: {said}")
+    result = {name: evaluate_model(model, tok, texts, options=own[name]) for name, (model, tok) in models.items()}
     if len(models) == 2:
         (name, (model, tokenizer)), (teacher_name, (teacher, _)) = models.items()
         if kinds[name] == "embedding":
-            result[name]["embedding_cosine"] = embedding_agreement(model, teacher, tokenizer, texts, options)
+            mine = embed(model, tokenizer, texts, own[name])
+            theirs = embed(teacher, tokenizer, texts, own[teacher_name])
+            result[name]["embedding_cosine"] = float((mine * theirs).sum(-1).mean())
             result[teacher_name]["embedding_cosine"] = 1.0
         else:
             result[name]["ratio"] = result[name]["perplexity"] / result[teacher_name]["perplexity"]
@@ -185,7 +209,7 @@ def first_sentence_pairs(texts) -> list[tuple[str, str]]:
 
 
 def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
-    """Unit mean-pooled embeddings (len(texts), hidden size)."""
+    """Unit embeddings (len(texts), hidden size), pooled as the options say."""
     found = []
     for start in _steps(range(0, len(texts), 8 * options.batch_size), "embed", options):
         batch = tokenizer(
@@ -196,9 +220,20 @@ def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
             return_tensors="pt",
         ).to(model.device)
         hidden = model(**batch).last_hidden_state
-        mask = batch["attention_mask"][..., None].to(hidden.dtype)
-        found.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+        found.append(F.normalize(_pool(hidden, batch["attention_mask"].bool(), options.pooling), dim=-1))
     return torch.cat(found).float()
+
+
+def _pool(hidden: Tensor, keep: Tensor, pooling: str) -> Tensor:
+    """(B, width) of the states (B, N, width) that are no padding, wherever the padding is."""
+    if pooling == "mean":
+        mask = keep[..., None].to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+    if pooling == "max":
+        return hidden.masked_fill(~keep[..., None], -torch.inf).amax(1)
+    count = keep.int().cumsum(-1)
+    place = (count == 1 if pooling == "cls" else count == count[:, -1:]).int().argmax(-1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), place]
 
 
 def _causal_loss(model, tokenizer, texts, options) -> tuple[float, dict]:

@@ -137,16 +137,26 @@ class Scorecard:
 
 @torch.no_grad()
 def score_model(
-    model, task: str, data: TaskData, tokenizer, *, pairs=None, batch_size: int = 8, progress: bool = True
+    model,
+    task: str,
+    data: TaskData,
+    tokenizer,
+    *,
+    pairs=None,
+    pooling: str = "mean",
+    batch_size: int = 8,
+    progress: bool = True,
 ) -> dict[str, float]:
     """Scores of `model` on held-out rows: loss and perplexity (language models), accuracy (classification), or
-    retrieval of each pair's passage by its query (encoders), all means over what has a label.
+    retrieval of each pair's passage by its query (encoders, `pooling` as `EvaluationOptions` has it), all means over
+    what has a label.
 
     Raises `ValueError` where there is no evaluation data, or none with labels.
     """
     model.eval()
     if task == "embedding":
-        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=EvaluationOptions(progress=progress))
+        options = EvaluationOptions(progress=progress, pooling=pooling)
+        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)
         return {name: value for name, value in scores.items() if name != "texts"}
     if data.evaluation is None:
         raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")

@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..conversion.report import ConversionReport
 from ..core.modeling_converted import REPORT_NAME
-from ..storage.companions import MODULES
+from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
 
 SCORECARD_NAME = "distattn_scorecard.json"
-CARD_NAME = "README.md"
 
 # Auto classes from the most to the least telling, with the Hub's name of the task. Sequence-to-sequence has none any
 # more: the Hub and transformers 5 dropped text2text-generation.
@@ -25,12 +23,6 @@ PIPELINE_TAGS = {
     "AutoModelForImageClassification": "image-classification",
     "AutoModel": None,
 }
-
-# What training leaves beside a checkpoint. Pickles can run code when they are opened, and nothing reads them here.
-LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.lock", "*.tmp", "*.pyc")
-LEFT_OUT_FOLDERS = ("__pycache__", "checkpoint-*", "runs", "logs")
-_PICKLED_WEIGHTS = ("*model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "tf_model.h5", "*.msgpack")
-
 
 # Field of an owner's result -> (its kind, whether it must be there).
 _RESULT = {
@@ -104,11 +96,14 @@ def read_folder(path: str | Path) -> ConvertedFolder:
             f"folder {str(path)!r}: config.json names no Auto class for architectures={config.get('architectures')!r} "
             "in auto_map; save the model again with its save_pretrained"
         )
-    files, left_out = _list_files(path)
-    _check_weights(path, files, left_out)
-    _check_modules(path, files, left_out)
+    found, links = list_files(path)
+    files = [name for name in found if goes_to_the_hub(name)]
+    reasons = {name: "" for name in found if name not in files} | {name: f" ({why})" for name, why in links.items()}
+    _check_weights(path, files, reasons)
+    _check_modules(path, files, reasons)
+    left_out = [f"{name}{why}" for name, why in sorted(reasons.items())]
     return ConvertedFolder(
-        path, config, architecture, auto_class, _read_report(path), _read_scorecard(path), files, left_out
+        path, config, architecture, auto_class, _read_report(path, files), _read_scorecard(path, files), files, left_out
     )
 
 
@@ -118,43 +113,37 @@ def _auto_class(config: dict, architecture: str | None) -> str | None:
     return next((name for name in (*PIPELINE_TAGS, *sorted(names)) if name in names), None)
 
 
-def _list_files(path: Path) -> tuple[list[str], list[str]]:
-    """Relative names of the files to upload, and of those left out."""
-    files, left_out = [], []
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path)
-        if not file.is_file():
-            continue
-        hidden = any(part.startswith(".") for part in name.parts)
-        folder = any(fnmatchcase(part, pattern) for part in name.parts[:-1] for pattern in LEFT_OUT_FOLDERS)
-        unwanted = hidden or folder or any(fnmatchcase(name.name, pattern) for pattern in LEFT_OUT)
-        (left_out if unwanted else files).append(name.as_posix())
-    return files, left_out
-
-
-def _check_weights(path: Path, files: list[str], left_out: list[str]) -> None:
+def _check_weights(path: Path, files: list[str], left_out: dict[str, str]) -> None:
     for name in (*files, *left_out):
-        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in _PICKLED_WEIGHTS):
+        if "/" not in name and matches(name, PICKLED_WEIGHTS):
             raise ValueError(
                 f"folder {str(path)!r} holds {name!r}: weights go to the Hub as safetensors only; "
                 "save the model again with its save_pretrained and delete that file"
             )
-    if not {"model.safetensors", "model.safetensors.index.json"} & set(files):
-        raise ValueError(f"folder {str(path)!r} holds no model.safetensors (nor an index of its shards)")
+    weights = {"model.safetensors", "model.safetensors.index.json"}
+    if not weights & set(files):
+        why = "".join(f" but {name!r}{left_out[name]}" for name in sorted(weights & set(left_out)))
+        raise ValueError(f"folder {str(path)!r} holds no model.safetensors (nor an index of its shards){why}")
 
 
-def _check_modules(path: Path, files: list[str], left_out: list[str]) -> None:
+def _check_modules(path: Path, files: list[str], left_out: dict[str, str]) -> None:
     """Raise `ValueError` where a module of a sentence-transformers model would not be uploaded whole."""
     if MODULES not in files:
         return
     for module in filter(None, (entry.get("path") for entry in _read_json(path / MODULES, list))):
         # Normalize has no file of its own, and so no folder where nothing keeps empty ones.
-        for name in left_out:
-            if name.startswith(f"{module}/"):
-                raise ValueError(
-                    f"folder {str(path)!r}: {name!r} of a module that {MODULES} names is not uploaded (no pickles); "
-                    "save it as safetensors: sentence-transformers does with SentenceTransformer(...).save_pretrained"
-                )
+        for name, why in left_out.items():
+            if not f"{name}/".startswith(f"{module}/"):
+                continue
+            remedy = (
+                "put what it links to in its place"
+                if why
+                else "save it as safetensors: sentence-transformers does with SentenceTransformer(...).save_pretrained"
+            )
+            raise ValueError(
+                f"folder {str(path)!r}: {name!r} of a module that {MODULES} names is not uploaded"
+                f"{why or ' (no pickles)'}; {remedy}"
+            )
 
 
 def _read_json(file: Path, kind: type = dict):
@@ -195,8 +184,8 @@ def read_results(file: str | Path) -> list[dict]:
     return results
 
 
-def _read_report(path: Path) -> ConversionReport | None:
-    if not (path / REPORT_NAME).is_file():
+def _read_report(path: Path, files: list[str]) -> ConversionReport | None:
+    if REPORT_NAME not in files:
         return None
     try:
         return ConversionReport.from_dict(_read_json(path / REPORT_NAME))
@@ -204,10 +193,10 @@ def _read_report(path: Path) -> ConversionReport | None:
         raise ValueError(f"{str(path / REPORT_NAME)!r} is no conversion report of this version: {error}") from error
 
 
-def _read_scorecard(path: Path) -> dict | None:
+def _read_scorecard(path: Path, files: list[str]) -> dict | None:
     """The scores that training wrote; raises `ValueError` for a field of the wrong kind, so that none is guessed."""
     file = path / SCORECARD_NAME
-    if not file.is_file():
+    if SCORECARD_NAME not in files:
         return None
     card = _read_json(file)
     if card.get("version") != 1:

@@ -9,8 +9,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..storage.files import CARD_NAME
 from .card import build_card, is_unedited
-from .folder import CARD_NAME, ConvertedFolder, read_folder
+from .folder import ConvertedFolder, read_folder
 from .reload import check_reload
 
 
@@ -41,9 +42,9 @@ def push(
 ) -> PushResult:
     """Upload a converted checkpoint folder to the Hub in one commit, with a model card, after a reload check.
 
-    The folder itself is never written to. Hidden files, pickles and training's own leavings stay behind. A README.md in
-    the folder is uploaded as it is, and one in the repository is kept, unless `overwrite_card`, or unless `build_card`
-    or transformers wrote it and nobody edited it since.
+    The folder itself is never written to. Hidden files, pickles, training's own leavings and links out of the folder
+    (see `list_files`) stay behind. A README.md in the folder is uploaded as it is, and one in the repository is kept,
+    unless `overwrite_card`, or unless `build_card` or transformers wrote it and nobody edited it since.
 
     Args:
         path: the folder that `save_pretrained` wrote; the check runs the Python files in it.
@@ -87,8 +88,7 @@ def push(
 
 
 def _local_card(folder: ConvertedFolder) -> str | None:
-    file = folder.path / CARD_NAME
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    return (folder.path / CARD_NAME).read_text(encoding="utf-8") if CARD_NAME in folder.files else None
 
 
 def choose_card(

@@ -11,22 +11,10 @@ from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapsh
 from huggingface_hub.errors import HTTPError
 
 from .embedded import EMBEDDED
+from .files import CARD_NAME, MODULES, goes_along, is_hidden, list_files
 
-MODULES = "modules.json"
-CARD_NAME = "README.md"
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
-# What depends on the attention, belongs to a training, or describes the source and nothing else.
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ot", "*.index.json")
-_EXPORTS = ("*.onnx", "*.onnx_data", "*.xml", "*.tflite", "*.mlmodel", "*.mlpackage")
-_OTHERS = (
-    "config.json", "adapter_config.json", "*.py", "*.pyc", "*.pkl", "*.pickle", "trainer_state.json", "distattn_*",
-    "*.lock", "*.tmp", "*.log", CARD_NAME,
-)  # fmt: skip
-_FOLDERS = (
-    "onnx", "openvino", "coreml", "tflite", "tf", "flax", "checkpoint-*", "runs", "logs", "eval", "original",
-    "__pycache__", "*.mlpackage",
-)  # fmt: skip
 # The first lines of a LICENSE file -> the licence's identifier.
 _LICENSES = (
     (r"Apache License\s+Version 2\.0", "apache-2.0"),
@@ -37,17 +25,16 @@ _LICENSES = (
 class Source:
     """The files of a checkpoint's source: a folder, an embedded checkpoint or a Hub name.
 
-    names: of its files; note: what cannot be known of them. Where the Hub cannot be asked, names are what the cache
-    holds.
+    names: of its files; links: {name: why} of the links that are not followed (see `list_files`); note: what cannot be
+    known of them. Where the Hub cannot be asked, names are what the cache holds.
     """
 
     def __init__(self, source: str | Path):
-        self.name, self.note, self._revision = str(source), None, None
+        self.name, self.note, self._revision, self.links = str(source), None, None, {}
         self.is_local = Path(source).is_dir()
         self.folder = self._find_folder()
         if self.folder is not None:
-            files = self.folder.rglob("*")
-            self.names = sorted(file.relative_to(self.folder).as_posix() for file in files if file.is_file())
+            self.names, self.links = list_files(self.folder)
         elif self._revision is None:
             self.names = []
 
@@ -85,25 +72,18 @@ def copy_companions(source: Source, target: Path) -> list[str]:
     """
     own = _module_folders(source.path(MODULES)) if MODULES in source.names else ()
     left = [source.note] if source.note else []
+    links = {name: why for name, why in source.links.items() if not (is_hidden(name) or (target / name).exists())}
+    left += [f"{name} ({why})" for name, why in links.items()]
     for name in source.names:
         place = target / name
-        if place.exists() or any(part.startswith(".") for part in Path(name).parts):
+        if place.exists() or is_hidden(name):
             continue
-        if _goes_along(name, own):
+        if any(Path(folder) in Path(name).parents for folder in own) or goes_along(name):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.path(name), place)
         else:
             left.append(name)
     return left
-
-
-def _goes_along(name: str, own: tuple[str, ...]) -> bool:
-    parts = Path(name).parts
-    if any(Path(folder) in Path(name).parents for folder in own):
-        return True
-    if any(fnmatchcase(part, pattern) for part in parts[:-1] for pattern in _FOLDERS):
-        return False
-    return not any(fnmatchcase(parts[-1], pattern) for pattern in (*_WEIGHTS, *_EXPORTS, *_OTHERS))
 
 
 def _module_folders(modules: Path) -> tuple[str, ...]:

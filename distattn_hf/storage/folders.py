@@ -68,8 +68,8 @@ def change_options(folder: str | Path, **options) -> list:
 
     Raises `ValueError`, before anything is written, for a folder of something else and as `with_options`.
     """
-    from ..core.configuration_distattn import AttentionSpec
-    from ..core.parameters import OPTIONS, with_options
+    from ..core.configuration_distattn import OPTIONS, AttentionSpec
+    from ..core.parameters import with_options
 
     path = Path(folder) / CONFIG_NAME
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..core.configuration_distattn import CLASS_PREFIX
 from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source
 
 _QUANTISED = (
@@ -65,6 +66,9 @@ def _class_of(config) -> type:
 
     # First the native family: any name with our prefix would be made by `modeling_converted`.
     for name in config.architectures or ():
+        if getattr(config, "distattn", None) and isinstance(getattr(transformers, name, None), type):
+            # The base model of a head class, saved alone by a version that let transformers name its own class.
+            name = CLASS_PREFIX + name
         for module in (transformers, modeling_distattn, modeling_distattn_seq2seq, modeling_converted):
             if (found := getattr(module, name, None)) is not None:
                 return found

@@ -25,6 +25,7 @@ from ..evaluation.scorecard import Scorecard, evaluation_pairs, score_controls, 
 from ..storage.companions import Source
 from ..storage.folders import save_checkpoint
 from ..storage.models import load_checkpoint
+from ..storage.pooling import read_pooling
 from ..storage.runs import check_space, last_checkpoint, remove_checkpoints
 from .arguments import FINETUNED, AdaptationConfig
 from .objectives import STAGES
@@ -162,8 +163,9 @@ class _Run:
             raise ValueError(f"{model.teacher!r} has no loss of its own: leave out stage 'task' and teacher_finetuned")
         self.data: TaskData = build_data(config.data, self.task, self.tokenizer, self.teacher.config)
         check_data("train_data", self.data.train)
-        self.pairs = None
+        self.pairs, self.pooling = None, "mean"
         if self.task == "embedding":
+            self.pooling = read_pooling(model.teacher)
             self.pairs = evaluation_pairs(config.data, config.adaptation.pair_columns, config.adaptation.max_pairs)
         elif self.data.evaluation is None:
             raise ValueError("eval_data must be given: the data has no split to evaluate on")
@@ -179,8 +181,9 @@ class _Run:
         model.to(self.config.training.device)
         size = self.config.training.per_device_eval_batch_size
         return score_model(
-            model, self.task, self.data, self.tokenizer, pairs=self.pairs, batch_size=size, progress=self.progress
-        )
+            model, self.task, self.data, self.tokenizer, pairs=self.pairs, pooling=self.pooling, batch_size=size,
+            progress=self.progress,
+        )  # fmt: skip
 
     def record(self, name: str, model, **spent) -> None:
         """Score a model into the scorecard, on the main process; the others wait."""

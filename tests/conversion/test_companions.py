@@ -1,6 +1,7 @@
 """What lies beside a checkpoint's weights goes along with a conversion."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModel, BertModel, BertTokenizerFast
 from distattn_hf import AttentionSpec, convert, load_checkpoint, revert
 from distattn_hf.hub import build_card
 from distattn_hf.hub.folder import read_folder
+from distattn_hf.hub.push import choose_card
 from distattn_hf.storage.companions import Source
 from distattn_hf.storage.folders import save_checkpoint
 from tests.conversion.models import bert
@@ -74,6 +76,83 @@ def test_files_that_do_not_depend_on_the_attention_are_copied(source, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "distattn_bert"
     assert not [name for name in (*LEFT, ".gitattributes") if (tmp_path / "out" / name).exists()]
+
+
+LINKS = {
+    "link_inside.txt": "LICENSE",
+    "shared": "notes",
+    "hub/in_cache.txt": "../../models--a--b/blobs/0123",
+    "private.txt": "../elsewhere/private.txt",
+    "private_folder": "../elsewhere",
+    "hub_folder": "../models--a--b/blobs",
+    "around": ".",
+    "broken.txt": "nowhere",
+    "itself.txt": "itself.txt",
+}
+LEFT_LINKS = [
+    "around (a link to a folder that it is in)",
+    "broken.txt (a link to nothing)",
+    "hub_folder (a link out of the folder)",
+    "itself.txt (a link to nothing)",
+    "private.txt (a link out of the folder)",
+    "private_folder (a link out of the folder)",
+]
+
+
+def add_links(folder):
+    """Links of every kind, and what they lead to beside the folder."""
+    for name in ("elsewhere/private.txt", "models--a--b/blobs/0123"):
+        (folder.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.parent / name).write_text("the content")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("a")
+    for name, target in LINKS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(target)
+
+
+def test_links_are_followed_within_the_folder_and_to_the_hub_cache(source, tmp_path):
+    add_links(source)
+    left = convert_folder(source, tmp_path / "out")
+    assert sorted(left) == sorted(LEFT_LINKS + LEFT)
+    assert not (tmp_path / "out" / "private_folder").exists()
+    for name, target in (("link_inside.txt", "LICENSE"), ("shared/a.txt", "notes/a.txt")):
+        assert not (tmp_path / "out" / name).is_symlink()
+        assert (tmp_path / "out" / name).read_bytes() == (source / target).read_bytes()
+    assert (tmp_path / "out" / "hub" / "in_cache.txt").read_text() == "the content"
+
+
+def test_links_out_of_the_folder_are_not_pushed(source, tmp_path):
+    (source / "2_Normalize" / "weights.bin").unlink()
+    convert_folder(source, tmp_path / "out")
+    add_links(tmp_path / "out")
+    (tmp_path / "out" / "README.md").symlink_to("../elsewhere/private.txt")
+    found = read_folder(tmp_path / "out")
+    assert {"link_inside.txt", "hub/in_cache.txt"} <= set(found.files)
+    assert found.left_out == sorted(["README.md (a link out of the folder)", *LEFT_LINKS])
+    card, _ = choose_card(found, "me/x", False, "mit", None, None, None)
+    assert "the content" not in card
+    for name, where in (("2_Normalize", "../elsewhere"), ("model.safetensors", "../elsewhere/private.txt")):
+        place = tmp_path / "out" / name
+        place.unlink(missing_ok=True)
+        place.symlink_to(where)
+        with pytest.raises(ValueError, match=rf"'{name}'.* \(a link out of the folder\)"):
+            read_folder(tmp_path / "out")
+        place.unlink()
+
+
+def test_a_snapshot_of_the_hub_cache_is_a_source_like_any_other(source, tmp_path):
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot = cache / "snapshots" / "0123"
+    for number, file in enumerate(f for f in sorted(source.rglob("*")) if f.is_file()):
+        blob = cache / "blobs" / str(number)
+        blob.write_bytes(file.read_bytes())
+        place = snapshot / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    assert convert_folder(snapshot, tmp_path / "out") == LEFT
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
 
 
 def test_revert_brings_them_back(source, tmp_path):

@@ -45,6 +45,25 @@ def test_two_names_of_one_field_must_agree():
     assert DistAttnConfig(num_heads=4, num_attention_heads=4).num_attention_heads == 4
 
 
+@pytest.mark.parametrize("alias", DistAttnConfig.attribute_map)
+def test_a_field_given_at_its_default_is_given(alias, tmp_path):
+    field = DistAttnConfig.attribute_map[alias]
+    default = getattr(DistAttnConfig, field)
+    value = {"hidden_act": "silu", "metric": "cosine"}.get(field, 0.25 if "dropout" in field else 16)
+    with pytest.raises(ValueError, match=f"{alias} is another name of {field}: got {value!r} and {default!r}"):
+        DistAttnConfig(**{field: default, alias: value})
+    DistAttnConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{alias} is another name of {field}"):
+        DistAttnConfig.from_pretrained(tmp_path, **{field: default, alias: value})
+
+
+def test_two_other_names_of_one_field_must_agree():
+    with pytest.raises(ValueError, match="n_embd is another name of d_model: got 512 and 64"):
+        DistAttnConfig(d_model=64, n_embd=512)
+    with pytest.raises(ValueError, match="num_decoder_layers is another name of decoder_layers: got 2 and None"):
+        DistAttnSeq2SeqConfig(decoder_layers=None, num_decoder_layers=2)
+
+
 UNKNOWN = [
     ("mechansim", "did you mean mechanism"),
     ("hiden_size", "did you mean hidden_size"),
