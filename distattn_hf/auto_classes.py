@@ -80,6 +80,3 @@ def _list_class_names() -> None:
 def _register_native(config: DistAttnConfig) -> None:
     """Import the native family's models with its first config: Auto classes and the checks of a config need them."""
     from .core import modeling_distattn, modeling_distattn_seq2seq  # noqa: F401 (they register)
-    from .core.native_layers import register_native_family
-
-    register_native_family()

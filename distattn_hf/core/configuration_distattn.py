@@ -276,15 +276,10 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-class DistAttnConfigMixin:
-    """Adds the `distattn` block to a config of transformers; everything else is the base config's own."""
+class OwnAttentionMixin:
+    """What the configs of both families share. `peft_type`: the model type whose PEFT target modules are theirs."""
 
-    def __post_init__(self, **kwargs):
-        block = parse_block(self.distattn)
-        super().__post_init__(**kwargs)
-        self.distattn = block
-
-    # The attention function returns true weights, so `output_attentions` asks for no other implementation.
+    # Attention returns true weights whatever the implementation: `output_attentions` asks for no other one.
     @property
     def output_attentions(self):
         return self._output_attentions
@@ -294,29 +289,32 @@ class DistAttnConfigMixin:
         self._output_attentions = value
 
     def validate(self):
-        """The base class's checks, but for the one that refuses weights to all but the eager implementation."""
-        for validator in self.base_config_class.__class_validators__:
+        """transformers' checks, but for the one that refuses weights to all but the eager implementation."""
+        for validator in self.__class_validators__:
             if validator.__name__ != "validate_output_attentions":
                 validator(self)
 
-    def to_dict(self):
-        """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""
-        share_peft_targets(self.model_type)
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dict. PEFT reads the model type from it, so this is where an imported PEFT learns of ours."""
+        constants = sys.modules.get("peft.utils.constants")
+        for name, table in list(vars(constants).items()) if constants is not None else ():
+            if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and self.peft_type in table:
+                table.setdefault(self.model_type, table[self.peft_type])
         return super().to_dict()
+
+
+class DistAttnConfigMixin(OwnAttentionMixin):
+    """Adds the `distattn` block to a config of transformers; everything else is the base config's own."""
+
+    def __post_init__(self, **kwargs):
+        block = parse_block(self.distattn)
+        super().__post_init__(**kwargs)
+        self.distattn = block
 
     @property
     def attention_specs(self) -> list[AttentionSpec]:
         """The specs of the `distattn` block, as objects."""
         return [AttentionSpec.from_dict(s) for s in (self.distattn or {}).get("specs", [])]
-
-
-def share_peft_targets(model_type: str) -> None:
-    """Let an imported PEFT choose for "distattn_<base>" the target modules it chooses for the base model type."""
-    constants = sys.modules.get("peft.utils.constants")
-    base_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
-    for name, table in list(vars(constants).items()) if constants is not None else ():
-        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and base_type in table:
-            table.setdefault(model_type, table[base_type])
 
 
 def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -331,6 +329,7 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             "distattn": None,
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
             "base_config_class": base,
+            "peft_type": base.model_type,
             "_auto_class": "AutoConfig",
         }
         globals()[name] = type(name, (DistAttnConfigMixin, base), namespace)

@@ -14,20 +14,20 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
-    MODEL_TYPE_PREFIX,
     AttentionSpec,
     auto_classes,
     config_class_for,
     listed_classes,
 )
 from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
-from .families import KeepsLoadedWeights, Monitored
+from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
 from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
 from .nystrom_cache import RefusesAssistance, use_nystrom_cache
 from .parameters import OPTIONS, DistanceAttentionState, set_options, with_options
@@ -104,7 +104,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         super().set_attn_implementation(implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        self.config.auto_map = auto_map_for(type(self))
+        self.config.auto_map = auto_map_for(self, heads_of(self.base_class.config_class.model_type))
         if (report := self.report_as_it_is()) is not None and kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             path = os.path.join(save_directory, REPORT_NAME)
@@ -301,33 +301,22 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
     return names
 
 
-def auto_map_for(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the family."""
-    base = model_class.base_class
-    config_name = model_class.config_class.__name__
-    entries = {"AutoConfig": f"configuration_distattn.{config_name}"}
+def heads_of(base_model_type: str) -> Heads:
+    """The converted classes of all that the Auto classes list for a model type of transformers."""
+    config_class = config_class_for(CONFIG_MAPPING[base_model_type])
+    heads = {}
     for auto_name, auto_class in auto_classes().items():
-        names = listed_classes(auto_class, base.config_class.model_type)
-        if names:
-            chosen = base.__name__ if base.__name__ in names else names[0]
-            entries[auto_name] = f"modeling_converted.{CLASS_PREFIX}{chosen}"
-    return entries
-
-
-def register_family(base_model_type: str) -> type:
-    """Register one family's config and head classes with the Auto classes; returns the config class."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
-
-    base_config = CONFIG_MAPPING[base_model_type]
-    config_class = config_class_for(base_config)
-    AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
-    for auto_class in auto_classes().values():
         names = listed_classes(auto_class, base_model_type)
-        classes = tuple(model_class_for(getattr(transformers, n)) for n in names if hasattr(transformers, n))
-        classes = tuple(c for c in classes if c.config_class is config_class)
-        if classes:
-            mapping = auto_class._model_mapping
-            mapping.register(config_class, classes[0] if len(classes) == 1 else classes, exist_ok=True)
+        classes = tuple(model_class_for(getattr(transformers, name)) for name in names if hasattr(transformers, name))
+        heads[auto_name] = tuple(kind for kind in classes if kind.config_class is config_class)
+    return {auto_name: classes for auto_name, classes in heads.items() if classes}
+
+
+def register_family(base_model_type: str) -> type[PreTrainedConfig]:
+    """Register one family's config and head classes with the Auto classes; returns the config class."""
+    config_class = config_class_for(CONFIG_MAPPING[base_model_type])
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    register_models(config_class, heads_of(base_model_type))
     return config_class
 
 

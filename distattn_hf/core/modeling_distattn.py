@@ -29,7 +29,7 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, check_arguments, make_norm, register_models
+from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, check_arguments, make_norm, register_heads
 
 
 def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Tensor, device) -> Tensor:
@@ -327,15 +327,13 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
-register_models(
+register_heads(
     DistAttnConfig,
-    {
-        "AutoModel": DistAttnModel,
-        "AutoModelForCausalLM": DistAttnForCausalLM,
-        "AutoModelForMaskedLM": DistAttnForMaskedLM,
-        "AutoModelForSequenceClassification": DistAttnForSequenceClassification,
-        "AutoModelForTokenClassification": DistAttnForTokenClassification,
-        "AutoModelForQuestionAnswering": DistAttnForQuestionAnswering,
-        "AutoModelForMultipleChoice": DistAttnForMultipleChoice,
-    },
+    AutoModel=DistAttnModel,
+    AutoModelForCausalLM=DistAttnForCausalLM,
+    AutoModelForMaskedLM=DistAttnForMaskedLM,
+    AutoModelForSequenceClassification=DistAttnForSequenceClassification,
+    AutoModelForTokenClassification=DistAttnForTokenClassification,
+    AutoModelForQuestionAnswering=DistAttnForQuestionAnswering,
+    AutoModelForMultipleChoice=DistAttnForMultipleChoice,
 )

@@ -21,7 +21,7 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnSeq2SeqConfig
 from .modeling_distattn import DistAttnModel, check_padding_mask
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnPreTrainedModel, register_models
+from .native_layers import DistAttnPreTrainedModel, register_heads
 
 
 class DistAttnDecoder(DistAttnModel):
@@ -216,7 +216,6 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         return Seq2SeqLMOutput(loss=loss, logits=logits, **rest)
 
 
-register_models(
-    DistAttnSeq2SeqConfig,
-    {"AutoModel": DistAttnSeq2SeqModel, "AutoModelForSeq2SeqLM": DistAttnForConditionalGeneration},
+register_heads(
+    DistAttnSeq2SeqConfig, AutoModel=DistAttnSeq2SeqModel, AutoModelForSeq2SeqLM=DistAttnForConditionalGeneration
 )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from distattn_hf.core.native_layers import auto_map_for
+from distattn_hf.core.families import auto_map_for
+from distattn_hf.core.native_layers import NATIVE_HEADS
 from tests.conversion.test_save_load import LOADER
 from tests.tolerances import assert_close
 from tests.without_package import HIDE_PACKAGE
@@ -98,7 +99,7 @@ def test_every_class_is_in_the_auto_map(tmp_path):
         model, _ = trained("dot", "none", form)
         model.save_pretrained(tmp_path / form)
         auto_map = json.loads((tmp_path / form / "config.json").read_text())["auto_map"]
-        assert auto_map == auto_map_for(model.config)
+        assert auto_map == auto_map_for(model, NATIVE_HEADS[model.config.model_type])
         for reference in auto_map.values():
             module, _, name = reference.partition(".")
             assert f"class {name}(" in (tmp_path / form / f"{module}.py").read_text()
