@@ -101,12 +101,17 @@ class DistAttnLayer(GradientCheckpointingLayer):
         return total if self.pre_norm else norm(total)
 
 
-# What may come with a call, or do something only in a part of the model: layers, losses, generation, output classes.
-_CALL_NAMES = {
-    *inspect.signature(DistAttnLayer.forward).parameters,
-    *TransformersKwargs.__annotations__,
-    *("cache_position", "return_dict", "ignore_index", "shift_labels", "token_type_ids"),
-}
+class CallArguments(TransformersKwargs, total=False):
+    """What may come with a call beside what a forward names: of losses, output classes, generation and tokenizers."""
+
+    ignore_index: int
+    shift_labels: Tensor
+    return_dict: bool
+    cache_position: Tensor
+    token_type_ids: Tensor
+
+
+_CALL_NAMES = {*inspect.signature(DistAttnLayer.forward).parameters, *CallArguments.__annotations__}
 # Attention functions that take no arguments of their own; one that somebody registered may.
 _WITHOUT_ARGUMENTS = (None, "eager", "sdpa", "flex_attention", *IMPLEMENTATIONS)
 

@@ -94,6 +94,16 @@ def test_a_head_that_transformers_makes_loads_without_the_package(tmp_path, monk
     assert run.stdout.splitlines()[-1:] == ["RESULT DistAttnForSequenceClassification"], run.stderr[-2000:]
 
 
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom"])
+def test_a_config_that_asks_for_weights_is_saved_and_loaded(tmp_path, mechanism):
+    """transformers refuses to save such a config unless the implementation is "eager"."""
+    model = make_model(mechanism, "rotary", "causal")
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(loaded(tokens()).attentions) == model.config.num_hidden_layers
+
+
 def test_every_class_is_in_the_auto_map(tmp_path):
     for form in FORMS:
         model, _ = trained("dot", "none", form)
