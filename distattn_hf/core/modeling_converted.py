@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
+    MODEL_TYPE_PREFIX,
     AttentionSpec,
     auto_classes,
     config_class_for,
@@ -104,7 +105,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         super().set_attn_implementation(implementation, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        self.config.auto_map = auto_map_for(self, heads_of(self.base_class.config_class.model_type))
+        self.config.auto_map = auto_map_for(self, heads_of(self.base_class.config_class))
         if (report := self.report_as_it_is()) is not None and kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             path = os.path.join(save_directory, REPORT_NAME)
@@ -301,12 +302,12 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
     return names
 
 
-def heads_of(base_model_type: str) -> Heads:
-    """The converted classes of all that the Auto classes list for a model type of transformers."""
-    config_class = config_class_for(CONFIG_MAPPING[base_model_type])
+def heads_of(base_config: type[PreTrainedConfig]) -> Heads:
+    """The converted classes of all that the Auto classes list for a config class of transformers."""
+    config_class = config_class_for(base_config)
     heads = {}
     for auto_name, auto_class in auto_classes().items():
-        names = listed_classes(auto_class, base_model_type)
+        names = listed_classes(auto_class, base_config.model_type)
         classes = tuple(model_class_for(getattr(transformers, name)) for name in names if hasattr(transformers, name))
         heads[auto_name] = tuple(kind for kind in classes if kind.config_class is config_class)
     return {auto_name: classes for auto_name, classes in heads.items() if classes}
@@ -314,9 +315,10 @@ def heads_of(base_model_type: str) -> Heads:
 
 def register_family(base_model_type: str) -> type[PreTrainedConfig]:
     """Register one family's config and head classes with the Auto classes; returns the config class."""
-    config_class = config_class_for(CONFIG_MAPPING[base_model_type])
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    register_models(config_class, heads_of(base_model_type))
+    base_config = CONFIG_MAPPING[base_model_type]
+    config_class = config_class_for(base_config)
+    AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
+    register_models(config_class, heads_of(base_config))
     return config_class
 
 
