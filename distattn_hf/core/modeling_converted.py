@@ -304,13 +304,12 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
 
 def heads_of(base_config: type[PreTrainedConfig]) -> Heads:
     """The converted classes of all that the Auto classes list for a config class of transformers."""
-    config_class = config_class_for(base_config)
     heads = {}
     for auto_name, auto_class in auto_classes().items():
-        names = listed_classes(auto_class, base_config.model_type)
-        classes = tuple(model_class_for(getattr(transformers, name)) for name in names if hasattr(transformers, name))
-        heads[auto_name] = tuple(kind for kind in classes if kind.config_class is config_class)
-    return {auto_name: classes for auto_name, classes in heads.items() if classes}
+        listed = listed_classes(auto_class, base_config.model_type)
+        if names := [name for name in listed if hasattr(transformers, name)]:
+            heads[auto_name] = tuple(model_class_for(getattr(transformers, name)) for name in names)
+    return heads
 
 
 def register_family(base_model_type: str) -> type[PreTrainedConfig]:
@@ -318,7 +317,12 @@ def register_family(base_model_type: str) -> type[PreTrainedConfig]:
     base_config = CONFIG_MAPPING[base_model_type]
     config_class = config_class_for(base_config)
     AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
-    register_models(config_class, heads_of(base_config))
+    heads = {}
+    for auto_name, classes in heads_of(base_config).items():
+        # Some types list classes of another config, such as that of their text part.
+        if own := tuple(kind for kind in classes if kind.config_class is config_class):
+            heads[auto_name] = own
+    register_models(config_class, heads)
     return config_class
 
 
