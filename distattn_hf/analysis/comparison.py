@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.reference import exact_keys
 from .samples import padding_of
 from .watch import capture
-from .weights import AttentionCall, exact_keys
+from .weights import AttentionCall
 
 # Rows whose normaliser is wrong by more than this factor are weak: as `GroupReport.rows_off` counts them.
 _WEAK = 1.25

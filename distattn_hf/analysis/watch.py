@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 
 import torch
@@ -12,22 +13,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.attention import without_autocast
 from ..core.discovery import argument_names, base_prefix, find_attention_modules, locate
-from ..core.inputs import add_bias, split_mask
 from ..core.interface import (
     IMPLEMENTATIONS,
-    LINEAR_EAGER_IMPLEMENTATION,
-    LINEAR_IMPLEMENTATION,
+    NYSTROM_EAGER_IMPLEMENTATION,
+    NYSTROM_IMPLEMENTATION,
     attend,
     attend_groups,
+    exact_call,
+    read_call,
     refuse_unsupported,
 )
 from ..core.native_attention import DistAttnAttention
-from ..core.nystrom_heads import nystrom_forward, written_out
+from ..core.nystrom_heads import nystrom_forward, write_out
 from ..core.parameters import DistanceAttentionState
-from ..core.relative_bias import as_tensor, bias_behind
 from .weights import AttentionCall, StoredCall
 
-_LINEAR = (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
+_NYSTROM = (NYSTROM_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION)
 # Other implementations (flash, flex) take masks of their own; while a model is watched it runs sdpa instead.
 _KNOWN = ("sdpa", "eager", *IMPLEMENTATIONS)
 
@@ -132,18 +133,18 @@ def _observer(name: str, entry: dict, watcher: Callable):
 
     def observe(state, query, key, value, call):
         observer, state.observer = state.observer, None
-        options = {**call, "return_weights": False}
+        call = replace(call, return_weights=False)
         try:
             if state.is_nystrom:
                 with without_autocast(query.device.type):
-                    output = nystrom_forward(state, query, key, value, options, attend)[0]
+                    output = nystrom_forward(state, query, key, value, call, attend)[0]
             else:
-                output = attend_groups(state, query, key, value, options)[0]
+                output = attend_groups(state, query, key, value, call)[0]
         finally:
             state.observer = observer
         seen = AttentionCall(
-            name, entry["layer"], entry["kind"], query, key, value, call["scaling"], call["mask"],
-            call["position_bias"], call["is_causal"], state.parts(), output=output,
+            name, entry["layer"], entry["kind"], query, key, value, call.scaling, call.mask,
+            call.position_bias, call.is_causal, state.parts(), output=output,
         )  # fmt: skip
         changed = watcher(seen)
         return output if changed is None else changed
@@ -155,26 +156,17 @@ def _untouched(implementation, module, name, entry, query, key, value, mask, kwa
     """The call of a module with dot-product attention."""
     softcap = kwargs.get("softcap")
     refuse_unsupported(module, {n: v for n, v in kwargs.items() if n != "softcap"})
+    nystrom = implementation in _NYSTROM
+    call = read_call(module, query, mask, kwargs, nystrom=nystrom)
+    if nystrom:
+        call = write_out(call, query.shape[2], key.shape[2], query.device)
+    if implementation == "eager":  # its mask is always written out
+        call = replace(call, is_causal=False)
+    call = exact_call(call, query, key)
     groups = query.shape[1] // key.shape[1]
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    position_bias = kwargs.get("position_bias")
-    if implementation in _LINEAR:
-        position_bias = as_tensor(bias_behind(position_bias), query.shape[2], key.shape[2])
-        mask = written_out(mask, query.shape[2], key.shape[2], is_causal, query.device)
-    # transformers' own rule: the flag counts only without a mask and for more than one query.
-    is_causal = is_causal and mask is None and query.shape[2] > 1 and implementation != "eager"
-    shape = (*query.shape[:3], key.shape[2])
-    keep, bias = split_mask(mask, shape)
-    if position_bias is not None:
-        open_entries, position_bias = split_mask(position_bias, shape)
-        if open_entries is not None:
-            keep = open_entries if keep is None else keep & open_entries
-    scaling = kwargs.get("scaling")
     return AttentionCall(
-        name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups),
-        query.shape[-1] ** -0.5 if scaling is None else float(scaling), keep, add_bias(position_bias, bias), is_causal,
-        [(list(range(query.shape[1])), None)], softcap,
+        name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups), call.scaling,
+        call.mask, call.position_bias, call.is_causal, [(list(range(query.shape[1])), None)], softcap,
     )  # fmt: skip
 
 

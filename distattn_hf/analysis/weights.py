@@ -1,16 +1,17 @@
 """Attention weights of one module in blocks of queries, so that a map of all heads never exists at once."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.inputs import causal_keep, masked_softmax
+from ..core.inputs import ModuleCall, add_triangle, masked_softmax
 from ..core.metrics import get_metric
 from ..core.nystrom_heads import hybrid_inputs, join_heads, key_padding
-from ..core.nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
+from ..core.nystrom_hybrid import HybridInputs
 from ..core.parameters import NystromParameters
+from ..core.reference import hybrid_rows
 from ..core.relative_bias import of_heads
 
 # Weights (float32: 16 MB) of a block of queries and all heads.
@@ -72,7 +73,7 @@ class AttentionCall:
         if self.mask is not None:
             keep = self.mask[..., start:stop, :] if self.mask.shape[-2] > 1 else self.mask
         if self.is_causal:
-            keep = keep & causal_keep(stop - start, self.shape[3], keep.device, offset=start)
+            keep = add_triangle(keep, stop - start, self.shape[3], keep.device, offset=start)
         return keep
 
     def rows(self, start: int, stop: int) -> Rows:
@@ -151,12 +152,10 @@ class AttentionCall:
         return rows
 
     def _hybrid(self, index: Tensor, group) -> HybridInputs:
-        call = {
-            "scaling": self.scaling, "is_causal": self.is_causal, "is_cross": self.kind == "cross", "dropout_p": 0.0,
-            "position_bias": of_heads(self.position_bias, index), "num_keys": self.shape[3],
-        }  # fmt: skip
+        bias = of_heads(self.position_bias, index)
+        call = ModuleCall(self.scaling, None, bias, self.is_causal, is_cross=self.kind == "cross")
         tensors = self.query[:, index], self.key[:, index], self.value[:, index]
-        return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call)
+        return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call, self.shape[3])
 
     def _nystrom(self, index: Tensor, group, exact: Callable) -> Callable:
         """The same of heads with Nyström attention, whose rows of few keys are exact."""
@@ -185,37 +184,6 @@ def _key_norms(metric: str, weight, squared: Tensor, logits: Tensor, keep: Tenso
     distance = (logits / -weight).masked_fill(~keep, 0.0).sum(-1, keepdim=True)
     mean = distance / keep.sum(-1, keepdim=True).clamp_min(1)
     return -weight * squared / (2 * mean.clamp_min(torch.finfo(mean.dtype).eps))
-
-
-def exact_keys(inputs: HybridInputs, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(key minus query position (n, M), which keys some queries see (B, 1, n, M), which of these exactly)."""
-    x, device = inputs, inputs.query.device
-    key_numbers = torch.arange(x.key.shape[2], device=device)
-    relative = key_numbers - torch.arange(start, stop, device=device)[:, None]
-    seen = (relative <= 0) if x.is_causal else torch.ones_like(relative, dtype=torch.bool)
-    seen = seen & x.keep[:, None, None, :]
-    position = take_sinks(replace(x, state=None))[0].sink_position
-    exact = (relative.abs() < x.window_size) | (key_numbers == position[..., None]).any(1)[:, None, None, :]
-    return relative, seen, exact & seen
-
-
-def hybrid_rows(inputs: HybridInputs, start: int, stop: int) -> Tensor:
-    """The weights (B, H, n, M) of some queries of linear attention, as `reference_hybrid` writes them out for all."""
-    x = inputs
-    relative, seen, exact = exact_keys(x, start, stop)
-    logits, far = x.query[:, :, start:stop] @ x.key.mT, x.far_query[:, :, start:stop]
-    far_bias = torch.zeros_like(logits[:1])
-    if x.bias is not None:
-        far_bias = x.bias.at(relative)[None]
-        logits = logits + far_bias
-    shift = torch.maximum(
-        logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True),
-        far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
-    )
-    far = (far - shift).exp() @ x.far_key.mT * far_bias.exp()
-    weights = torch.where(exact, (logits - shift).exp(), far) * seen
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total != 0, total, 1.0)
 
 
 class StoredCall(AttentionCall):

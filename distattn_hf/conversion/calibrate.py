@@ -7,13 +7,13 @@ so only one layer's activations are kept, and it works for every architecture.
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.inputs import causal_keep
+from ..core.inputs import ModuleCall, add_triangle
 from ..core.interface import attend
 from ..core.metrics import get_metric
 from ..core.nystrom_heads import nystrom_forward
@@ -125,21 +125,21 @@ class Rows:
 class LayerData:
     """The attention problem of one layer over the whole calibration batch; draws rows from it."""
 
-    def __init__(self, query: Tensor, key: Tensor, call: dict, heads: list[int] | None):
+    def __init__(self, query: Tensor, key: Tensor, call: ModuleCall, heads: list[int] | None):
         select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
         self.query, self.key = query[:, select].float(), key[:, select].float()
         batch, _, num_queries, _ = self.query.shape
         num_keys = self.key.shape[-2]
-        keep = call["mask"]
+        keep = call.mask
         keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if keep is None else keep
         keep = keep if keep.shape[1] == 1 else keep[:, select]
-        if call["is_causal"]:
-            keep = keep & causal_keep(num_queries, num_keys, query.device)
+        if call.is_causal:
+            keep = add_triangle(keep, num_queries, num_keys, query.device)
         self.keep = keep.expand(batch, keep.shape[1], num_queries, num_keys)
-        bias = call["position_bias"]
+        bias = call.position_bias
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
         self.bias = None if bias is None else bias.float().expand(batch, bias.shape[1], num_queries, num_keys)
-        self.scaling = call["scaling"]
+        self.scaling = call.scaling
         # Rows worth fitting: something to choose from, and, in self-attention, no padding query.
         valid = self.keep.any(1).sum(-1) > 1
         if num_queries == num_keys:
@@ -331,7 +331,7 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
                 raise _AllFittedError
             if state.is_nystrom:
                 # What it loses, the layers above are fitted on.
-                return nystrom_forward(state, query, key, value, {**call, "backend": None}, attend)[0]
+                return nystrom_forward(state, query, key, value, replace(call, backend=None), attend)[0]
         return teacher_attention(query, key, value, call)
 
     try:
@@ -346,10 +346,10 @@ def _check_sequences(data, name: str) -> None:
         raise ValueError(f"calibration: no sequence reaches {name!r} with two or more visible keys")
 
 
-def _repeated(call: dict, times: int) -> dict:
+def _repeated(call: ModuleCall, times: int) -> ModuleCall:
     """The call's masks for `times` uses of a module, stacked along the batch."""
 
     def repeat(tensor):
         return tensor if tensor is None or tensor.shape[0] == 1 else tensor.repeat(times, 1, 1, 1)
 
-    return {**call, "mask": repeat(call["mask"]), "position_bias": repeat(call["position_bias"])}
+    return replace(call, mask=repeat(call.mask), position_bias=repeat(call.position_bias))

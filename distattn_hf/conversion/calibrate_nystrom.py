@@ -1,9 +1,11 @@
-"""Fit the far field of linear attention to the teacher's: landmarks, and the weights of keys at them."""
+"""Fit the far field of Nyström attention to the teacher's: landmarks, and the weights of keys at them."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..core.inputs import causal_keep
+from ..core.inputs import ModuleCall, causal_keep
 from ..core.nystrom_heads import key_padding
 from ..core.parameters import NystromParameters
 from ..data.batches import length_for, longest_row
@@ -24,17 +26,17 @@ _SHARPNESS = 0.125
 class NystromData:
     """Query, key and value (B, H, N or M, d) of a layer over the calibration batch, and which rows are worth a fit."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: dict, heads: list[int] | None):
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, heads: list[int] | None):
         select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
         self.query, self.key, self.value = (t[:, select].float() for t in (query, key, value))
-        bias = call["position_bias"]
+        bias = call.position_bias
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
-        self.call = {**call, "return_weights": False, "position_bias": bias}
+        self.call = replace(call, return_weights=False, position_bias=bias)
         batch, _, num_queries, _ = query.shape
         num_keys = key.shape[2]
-        self.keep = key_padding(call["mask"], query, num_keys)
+        self.keep = key_padding(call.mask, query, num_keys)
         seen = self.keep[:, None]
-        if call["is_causal"]:
+        if call.is_causal:
             seen = seen & causal_keep(num_queries, num_keys, key.device)
         # Rows with something to choose from; in self-attention, no padding query.
         self.valid = (seen.sum(-1) > 1).expand(batch, num_queries)
@@ -56,7 +58,7 @@ def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> 
     points = points[torch.randperm(len(points), generator=generator)[:_POINTS]].transpose(0, 1)
     lam = group.lam()
     lam = float(lam.mean()) if isinstance(lam, Tensor) else lam
-    weight = lam * data.call["scaling"]
+    weight = lam * data.call.scaling
     landmarks = select_landmarks(points, spec.num_landmarks, spec.landmarks, scaling=2 * weight, seed=seed)
     # Points lie this far from their landmark, per coordinate; the softmax over landmarks decides on that scale.
     variance = torch.cdist(points, landmarks).amin(-1).square().mean(-1) / points.shape[-1]
@@ -127,17 +129,17 @@ class _Rows:
         relative = torch.arange(num_keys, device=rows.device) - rows[..., None]  # (b, n, M)
         keep = data.keep[items]
         seen = keep[:, None].expand_as(relative)
-        if call["is_causal"]:
+        if call.is_causal:
             seen = seen & (relative <= 0)
-        window = 0 if call["is_cross"] else spec.window_size
-        sinks = 0 if call["is_cross"] else spec.num_sinks
+        window = 0 if call.is_cross else spec.window_size
+        sinks = 0 if call.is_cross else spec.num_sinks
         exact = (relative.abs() < window) | (keep & (keep.cumsum(-1) <= sinks))[:, None]
         self.seen, self.exact = seen[:, None], (exact & seen)[:, None]
-        bias = call["position_bias"]
+        bias = call.position_bias
         bias = 0.0 if bias is None else bias[0].float()[:, rows].transpose(0, 1)
-        logits = call["scaling"] * query @ key.transpose(-1, -2) + bias
+        logits = call.scaling * query @ key.transpose(-1, -2) + bias
         self.teacher = logits.masked_fill(~self.seen, float("-inf"))
-        query, key, far_query, far_key = group(query, key, "features", scaling=call["scaling"])
+        query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
         top = far_query.amax(-1, keepdim=True).detach()
         far = ((far_query - top).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + top
         near = query @ key.transpose(-1, -2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .backends import choose_backend, validate_backend
-from .inputs import HALF, AttentionInputs, add_bias, split_mask
+from .inputs import HALF, AttentionInputs, merge_masks
 from .metrics import get_metric
 from .reference import reference_attention
 
@@ -77,7 +77,6 @@ def distance_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
     shape = (batch, heads, num_queries, key.shape[-2])
-    keep, bias = split_mask(mask, shape)
     if position_bias is not None:
         if not position_bias.is_floating_point():
             raise ValueError(f"position_bias must be a floating-point tensor, got {position_bias.dtype}")
@@ -89,10 +88,7 @@ def distance_attention(
             raise ValueError(
                 f"position_bias of shape {tuple(position_bias.shape)} does not broadcast to (B, H, N, M)={shape}"
             ) from None
-        # A bias may mask, too: -inf and the dtype's minimum mean "masked" here as they do in a mask.
-        open_entries, position_bias = split_mask(position_bias, shape)
-        keep = open_entries if keep is None else keep & open_entries
-        bias = add_bias(position_bias, bias)
+    keep, bias = merge_masks(mask, position_bias, shape)
     inputs = AttentionInputs(query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p)
     return run_attention(inputs, backend, return_weights)
 

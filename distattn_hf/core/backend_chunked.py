@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .inputs import AttentionInputs, causal_keep, masked_softmax
+from .inputs import AttentionInputs, add_triangle, masked_softmax
 
 # Entries of one block of weights, over batch and heads: 8 MiB in float32, which two cores' caches still like.
 _BLOCK_ENTRIES = 2**21
@@ -38,8 +38,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
         if bias is not None:
             logits = logits + bias.to(logits.dtype)
         if inputs.is_causal:
-            triangle = causal_keep(query.shape[-2], key.shape[-2], query.device, offset=start)
-            keep = triangle if keep is None else keep & triangle
+            keep = add_triangle(keep, query.shape[-2], key.shape[-2], query.device, offset=start)
         weights = masked_softmax(logits, None if keep is None else keep.expand_as(logits))
         if inputs.dropout_p > 0:
             weights = F.dropout(weights, inputs.dropout_p)

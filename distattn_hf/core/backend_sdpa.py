@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from .inputs import HALF, AttentionInputs, causal_keep
+from .inputs import HALF, AttentionInputs, add_triangle
 from .metrics import BUILT_IN
 
 # Fused kernels fall to a slow path for head sizes that are not a multiple of this.
@@ -124,8 +124,7 @@ def _merge_mask(inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Tensor | N
     if keep is None and bias is None:
         return None, inputs.is_causal
     if inputs.is_causal:
-        triangle = causal_keep(inputs.query.shape[-2], inputs.key.shape[-2], inputs.query.device)
-        keep = triangle if keep is None else keep & triangle
+        keep = add_triangle(keep, inputs.query.shape[-2], inputs.key.shape[-2], inputs.query.device)
     if bias is None:
         return keep, False
     bias = bias.to(dtype)

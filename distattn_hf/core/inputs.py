@@ -1,6 +1,7 @@
-"""One attention problem, checked and in canonical form: what every backend receives."""
+"""One attention problem, as a module hands it over and in the canonical form of the backends, and its masks."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,27 @@ from torch import Tensor
 from .metrics import Metric
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """What a module asks of its attention beside query, key and value.
+
+    mask: True = keep. Of exact attention broadcastable to (B, H, N, M); of Nyström attention (B or 1, 1, 1, M), which
+    keys are no padding. position_bias: added to the logits, broadcastable to (B, H, N, M), or a
+    `relative_bias.RelativeBias` that is not yet written out. is_causal: query i sees keys j <= i, counted from the
+    start of both in exact attention and from the end in Nyström attention. scaling: the factor beside λ. backend: in
+    place of each spec's own. return_weights: the weights (B, H, N, M) are wanted, too.
+    """
+
+    scaling: float
+    mask: Tensor | None = None
+    position_bias: Any = None
+    is_causal: bool = False
+    is_cross: bool = False
+    dropout_p: float = 0.0
+    backend: str | None = None
+    return_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +138,27 @@ def causal_keep(num_queries: int, num_keys: int, device, offset: int = 0) -> Ten
     """(N, M) bool, True where key j <= query i + offset: the top-left triangle, as in PyTorch's own `is_causal`."""
     rows = torch.arange(num_queries, device=device)[:, None] + offset
     return rows >= torch.arange(num_keys, device=device)[None, :]
+
+
+def add_triangle(keep: Tensor | None, num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
+    """`keep` with the causal triangle in it, broadcastable to (B, H, N, M)."""
+    triangle = causal_keep(num_queries, num_keys, device, offset)[None, None]
+    return triangle if keep is None else keep & triangle
+
+
+def merge_masks(
+    mask: Tensor | None, position_bias: Tensor | None, shape: tuple[int, int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(keep, bias) of a mask (see `split_mask`) and a position bias, either broadcastable to (B, H, N, M) or None.
+
+    A bias may mask, too (T5 adds its mask to it): -inf and the dtype's minimum mean there what they do in a mask.
+    """
+    keep, bias = split_mask(mask, shape)
+    if position_bias is not None:
+        open_entries, position_bias = split_mask(position_bias, shape)
+        keep = open_entries if keep is None else keep & open_entries
+        bias = add_bias(position_bias, bias)
+    return keep, bias
 
 
 def add_bias(left: Tensor | None, right: Tensor | None) -> Tensor | None:

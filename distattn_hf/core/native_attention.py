@@ -143,7 +143,7 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
     """
     used = {attention_choice(config, is_cross)[0] for is_cross in ((False, True) if crosses else (False,))}
     if used != {"dot"}:
-        return resolve_implementation(requested, linear=bool(used - {"dot", "distance"}))
+        return resolve_implementation(requested, nystrom=bool(used - {"dot", "distance"}))
     if requested in IMPLEMENTATIONS:
         return "eager" if "eager" in requested else "sdpa"
     takes_bias = requested in (None, "eager", "sdpa", "flex_attention")

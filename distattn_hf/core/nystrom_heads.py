@@ -1,5 +1,6 @@
 """Nyström attention inside a model: what transformers hands over -> `hybrid_attention`, with or without a cache."""
 
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -8,7 +9,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from .configuration_distattn import version_note
-from .inputs import causal_keep, surely
+from .inputs import ModuleCall, add_triangle, surely
 from .nystrom_cache import layer_behind
 from .nystrom_hybrid import HybridInputs, advance, hybrid_attention
 from .parameters import NystromParameters
@@ -57,12 +58,12 @@ def padding_mask(
     return mask[:, None, None, :]
 
 
-def written_out(mask: Tensor | None, num_queries: int, num_keys: int, is_causal: bool, device) -> Tensor | None:
-    """The (.., N, M) mask that exact attention needs, from what `padding_mask` made; None: nothing is masked."""
-    if not is_causal or num_queries == 1 or (mask is not None and mask.shape[2] > 1):
-        return mask
-    triangle = causal_keep(num_queries, num_keys, device, offset=num_keys - num_queries)[None, None]
-    return triangle if mask is None else triangle & mask
+def write_out(call: ModuleCall, num_queries: int, num_keys: int, device) -> ModuleCall:
+    """The call as exact attention needs it, from what `padding_mask` made: causality in its mask, its bias a tensor."""
+    mask, bias = call.mask, as_tensor(call.position_bias, num_queries, num_keys)
+    if call.is_causal and num_queries > 1 and (mask is None or mask.shape[2] == 1):
+        mask = add_triangle(mask, num_queries, num_keys, device, offset=num_keys - num_queries)
+    return replace(call, mask=mask, position_bias=bias)
 
 
 def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
@@ -78,7 +79,7 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
     return mask[:, 0, 0, -length:].expand(len(query), length)
 
 
-def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tensor, Tensor | None]:
+def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple[Tensor, Tensor | None]:
     """Attention of a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
 
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
@@ -86,12 +87,12 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
     if torch.compiler.is_compiling() and _depends_on_padding(state, layer, total):
         return _uncompiled()(state, query, key, value, call, attend)
-    if layer is None and call["is_causal"] and total > num_queries:
+    if layer is None and call.is_causal and total > num_queries:
         raise RuntimeError(
             f"causal Nyström attention got {total} keys for {num_queries} queries: the model has a cache that was "
             f"not found, and that would keep every key. {version_note()}; pass use_cache=False"
         )
-    full_key, full_value, full_keep = key, value, key_padding(call["mask"], query, total)
+    full_key, full_value, full_keep = key, value, key_padding(call.mask, query, total)
     keep = full_keep
     if layer is not None:
         _check_options(layer, state)
@@ -102,23 +103,23 @@ def nystrom_forward(state, query, key, value, call: dict, attend) -> tuple[Tenso
     results = []
     for heads, group in state.parts():
         columns = [head // (state.num_heads // key.shape[1]) for head in heads]
-        mine = dict(call, position_bias=_bias_of(call["position_bias"], heads, query.device), num_keys=total)
+        own = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(_exact, attend, group)
         if not isinstance(group, NystromParameters):
-            results.append((heads, *exact(*full(), mine)))
+            results.append((heads, *exact(*full(), own)))
             continue
-        few = _sees_few(state, group, layer, full_keep, num_queries, call["is_causal"])
+        few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
         if few is True:
-            output, weights = exact(*full(), mine)
+            output, weights = exact(*full(), own)
             output = touched(group, output)
             if layer is not None:
-                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, mine, layer.state))
+                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, own, total, layer.state))
         else:
-            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, mine, layer)
+            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, own, total, layer)
             if few is not None:
-                output, weights = _put_rows(few, _few_rows(few, *full(), full_keep, mine, exact), output, weights)
+                output, weights = _put_rows(few, _few_rows(few, *full(), full_keep, own, exact), output, weights)
         results.append((heads, output, weights))
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
@@ -152,16 +153,18 @@ def _check_options(layer, state) -> None:
                     )
 
 
-def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: dict) -> None:
+def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: ModuleCall) -> None:
     """Make the keys (B, H_kv, n, d) of a cache that kept all the layer's window and state, as if they had run here."""
     length = key.shape[2]
     # The state holds no bias: that of a far key depends on nothing but its side.
-    call = {**call, "position_bias": None, "num_keys": length}
+    call = replace(call, position_bias=None)
     for heads, group in state.parts():
         if isinstance(group, NystromParameters):
             columns = [head // (state.num_heads // key.shape[1]) for head in heads]
             no_query = key.new_zeros(len(key), len(heads), 0, key.shape[3])
-            inputs = hybrid_inputs(group, no_query, _take(key, columns), _take(value, columns), keep[:, :length], call)
+            inputs = hybrid_inputs(
+                group, no_query, _take(key, columns), _take(value, columns), keep[:, :length], call, length
+            )
             far_state, near_keep = advance(inputs)
     layer.put(key, value, near_keep, far_state)
 
@@ -213,18 +216,18 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
     return True
 
 
-def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: dict, exact):
+def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: ModuleCall, exact):
     """(items (b,), output, weights) of exact attention of the batch items and first queries that `few` has."""
     items = few.any(1).nonzero()[:, 0]
     query, key, value, keep = (t[items] for t in (query, key, value, keep))
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if not call["return_weights"]:
+    if not call.return_weights:
         count = int(few.any(0).nonzero().max()) + 1
         # A text that is all padding keeps no key.
         last = max(keep.any(0).nonzero().flatten().tolist(), default=0)
-        seen = num_keys - num_queries + count if call["is_causal"] else last + 1
+        seen = num_keys - num_queries + count if call.is_causal else last + 1
         query, key, value, keep = query[:, :, :count], key[:, :, :seen], value[:, :, :seen], keep[:, :seen]
-    return items, *exact(query, key, value, {**call, "mask": None if bool(keep.all()) else keep[:, None, None]})
+    return items, *exact(query, key, value, replace(call, mask=None if bool(keep.all()) else keep[:, None, None]))
 
 
 def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -242,19 +245,19 @@ def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None)
     return put(output, found[0]), put(weights, found[1])
 
 
-def _far_heads(group, query, key, value, keep, call, layer):
+def _far_heads(group, query, key, value, keep, call: ModuleCall, num_keys: int, layer):
     """(output, weights or None, the state afterwards, keep without the sinks) of the Nyström heads of a module."""
-    inputs = hybrid_inputs(group, query, key, value, keep, call, layer.state if layer is not None else None)
+    inputs = hybrid_inputs(group, query, key, value, keep, call, num_keys, layer.state if layer is not None else None)
     started = layer is not None and layer.length > query.shape[2]
-    if call["return_weights"] and started:
+    if call.return_weights and started:
         raise ValueError("output_attentions is not available once keys are in a Nyström cache: they are sums by now")
-    written_out_too = call["return_weights"] or (call["backend"] == "reference" and not started)
+    written_out_too = call.return_weights or (call.backend == "reference" and not started)
     output, weights = reference_hybrid(inputs) if written_out_too else (None, None)
     far_state = near_keep = None
     if output is None or layer is not None:
         fast, far_state, near_keep = hybrid_attention(inputs)
         output = fast if output is None else output
-    weights = weights.to(value.dtype) if call["return_weights"] else None
+    weights = weights.to(value.dtype) if call.return_weights else None
     return output.to(value.dtype), weights, far_state, near_keep
 
 
@@ -277,16 +280,12 @@ def _in_full(query, key, value, heads: list[int], columns: list[int], layer) -> 
     return _take(query, heads), _take(key, columns), _take(value, columns)
 
 
-def _exact(attend, group, query, key, value, call: dict) -> tuple[Tensor, Tensor | None]:
+def _exact(attend, group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
     """Exact attention of the last N of M keys' queries: causality by flag where that is enough, else in the mask."""
-    num_queries, num_keys, is_causal = query.shape[2], key.shape[2], call["is_causal"]
-    mask = call["mask"]
-    if mask is not None or num_queries != num_keys:
-        mask, is_causal = written_out(mask, num_queries, num_keys, is_causal, query.device), False
-    bias = as_tensor(call["position_bias"], num_queries, num_keys)
-    rest = {name: call[name] for name in ("scaling", "dropout_p", "return_weights")}
-    exact = {**rest, "mask": mask, "position_bias": bias, "is_causal": is_causal}
-    return attend(group, query, key, value, exact, call["backend"])
+    by_flag = call.mask is None and query.shape[2] == key.shape[2]
+    call = call if by_flag else write_out(call, query.shape[2], key.shape[2], query.device)
+    bias = as_tensor(call.position_bias, query.shape[2], key.shape[2])
+    return attend(group, query, key, value, replace(call, position_bias=bias, is_causal=by_flag and call.is_causal))
 
 
 def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -300,13 +299,13 @@ def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[
     return torch.cat(outputs, dim=1)[:, inverse], joined
 
 
-def hybrid_inputs(group, query, key, value, keep, call: dict, state=None) -> HybridInputs:
-    """One problem of a group of Nyström heads; key and value have a head for every query head."""
-    query, key, far_query, far_key = group(query, key, "features", scaling=call["scaling"])
-    is_causal, window_size = call["is_causal"], 0 if call["is_cross"] else group.spec.window_size
-    bias = window_bias(call["position_bias"], window_size, call["num_keys"], is_causal)
-    sinks = 0 if call["is_cross"] else group.spec.num_sinks
-    value = value.to(query.dtype)
+def hybrid_inputs(group, query, key, value, keep, call: ModuleCall, num_keys: int, state=None) -> HybridInputs:
+    """One problem of a group of Nyström heads, of `num_keys` keys with those in a cache; key and value have a head for
+    every query head."""
+    query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
+    window_size, num_sinks = (0, 0) if call.is_cross else (group.spec.window_size, group.spec.num_sinks)
+    bias = window_bias(call.position_bias, window_size, num_keys, call.is_causal)
     return HybridInputs(
-        query, key, value, keep, far_query, far_key, sinks, window_size, is_causal, bias, state, call["dropout_p"]
-    )
+        query, key, value.to(query.dtype), keep, far_query, far_key, num_sinks, window_size, call.is_causal, bias,
+        state, call.dropout_p,
+    )  # fmt: skip

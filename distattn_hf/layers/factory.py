@@ -7,6 +7,7 @@ import torch
 from ..core.attention import without_autocast
 from ..core.configuration_native import DistAttnConfig, spec_of
 from ..core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding
+from ..core.inputs import ModuleCall
 from ..core.mechanisms import MECHANISMS
 from ..core.metrics import METRICS
 from ..core.native_attention import padding_alone
@@ -91,16 +92,10 @@ class NystromAttention(ProjectedAttention):
         keep = padding_alone("nystrom", mask, query, key.shape[2])
         if keep is None:
             keep = torch.ones(len(query), key.shape[2], dtype=torch.bool, device=query.device)
-        call = {
-            "scaling": self.head_dim**-0.5,
-            "is_causal": self.is_causal,
-            "is_cross": is_cross,
-            "position_bias": position_bias,
-            "num_keys": key.shape[2],
-            "dropout_p": self.dropout if self.training else 0.0,
-        }
+        dropout_p = self.dropout if self.training else 0.0
+        call = ModuleCall(self.head_dim**-0.5, None, position_bias, self.is_causal, is_cross, dropout_p)
         with without_autocast(query.device.type):
-            inputs = hybrid_inputs(self.distattn, query, key, value, keep, call)
+            inputs = hybrid_inputs(self.distattn, query, key, value, keep, call, key.shape[2])
             output = hybrid_attention(inputs)[0].to(value.dtype)
             weights = reference_hybrid(inputs)[1].to(value.dtype) if output_attentions else None
         return output, weights

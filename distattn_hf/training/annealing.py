@@ -271,8 +271,8 @@ def landmark_use(student, batches: list[dict]) -> dict[NystromParameters, Tensor
         for heads, group in state.parts():
             if not isinstance(group, NystromParameters):
                 continue
-            _, _, far_query, far_key = group(query[:, heads], key[:, heads], "features", scaling=call["scaling"])
-            mask = call["mask"]
+            _, _, far_query, far_key = group(query[:, heads], key[:, heads], "features", scaling=call.scaling)
+            mask = call.mask
             if mask is not None:
                 far_key = far_key * mask[:, :, 0, :, None]
             weight = (far_query + far_key.sum(-2, keepdim=True).clamp_min(1e-30).log()).softmax(-1)

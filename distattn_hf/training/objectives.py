@@ -6,6 +6,7 @@ teacher's own inputs. Nothing is handed from layer to layer with a gradient, so 
 
 import inspect
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..conversion.observe import observed, teacher_attention
 from ..core.attention import without_autocast
+from ..core.inputs import ModuleCall
 from ..core.interface import attend, attend_groups
 from ..core.nystrom_heads import nystrom_forward
 from ..data.batches import forward_inputs, label_loss, query_mask
@@ -39,9 +41,9 @@ def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
     return ratio.sum(0) / (valid.sum(-1) > 0).sum().clamp_min(1)
 
 
-def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: dict) -> Tensor:
+def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:
     """A converted module's own attention of one observed call without dropout: (B, H, N, d_v)."""
-    call = {**call, "dropout_p": 0.0, "backend": None, "return_weights": False}
+    call = replace(call, dropout_p=0.0, backend=None, return_weights=False)
     if state.is_nystrom:
         observer = state.observer
         # While it is observed a module takes no exact shortcut. Nor may it in the backward pass, where `recomputed`
@@ -52,7 +54,6 @@ def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: di
                 return nystrom_forward(state, query, key, value, call, attend)[0]
         finally:
             state.observer = observer
-    call.pop("is_cross", None)
     return attend_groups(state, query, key, value, call)[0]
 
 
