@@ -15,7 +15,7 @@ _MODULES = {
     "conversion.fold": ("fold_alpha",),
     "conversion.report": ("ConversionReport",),
     "core.attention": ("distance_attention",),
-    "core.configuration_distattn": ("AttentionSpec",),
+    "core.attention_spec": ("AttentionSpec",),
     "core.configuration_native": ("DistAttnConfig", "DistAttnSeq2SeqConfig"),
     "core.encodings": ("POSITIONAL_ENCODINGS", "PositionalEncoding", "register_encoding"),
     "core.backends": ("BackendChoice", "explain_backend"),

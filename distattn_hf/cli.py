@@ -263,7 +263,7 @@ def convert(
     from .conversion import fold
     from .conversion.calibrate import CalibrationOptions
     from .conversion.report import ConversionReport
-    from .core.configuration_distattn import AttentionSpec
+    from .core.attention_spec import AttentionSpec
     from .data.batches import read_texts
     from .data.config import read_specs
     from .storage.companions import Source, describe_source

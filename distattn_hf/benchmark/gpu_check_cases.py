@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention import distance_attention
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..core.metrics import get_metric
 from ..functional.landmarks import select_landmarks
 from ..functional.nystrom import nystrom_attention

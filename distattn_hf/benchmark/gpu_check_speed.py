@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core import nystrom_hybrid as hybrid
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..functional import nystrom
 from ..storage.models import load_checkpoint
 from . import nystrom_inputs

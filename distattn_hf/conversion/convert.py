@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
+from ..core.attention_spec import BLOCK_VERSION, AttentionSpec
+from ..core.configuration_distattn import config_class_for
 from ..core.discovery import find_attention_modules, locate, max_positions, select_modules
 from ..core.interface import IMPLEMENTATIONS
 from ..core.metrics import get_metric

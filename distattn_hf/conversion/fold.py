@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..core.discovery import find_attention_modules, locate, select_modules
 from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin

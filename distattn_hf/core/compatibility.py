@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .configuration_distattn import version_note
+from .attention_spec import version_note
 
 # "past_key_values" up to 5.23, "cache" from 5.24 on: of models, their modules and their outputs.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"

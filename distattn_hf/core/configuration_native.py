@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,7 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-from .configuration_distattn import AttentionSpec, NamesWhatIsUnused
+from .attention_spec import AttentionSpec
+from .configuration_distattn import OwnAttentionMixin
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ _ELSEWHERE = {
 config_checks: list[Callable[["DistAttnConfig"], None]] = []
 
 
-class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
+class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
     """A Transformer encoder (`is_decoder=False`) or causal decoder (`is_decoder=True`) to train from scratch.
 
     Args:
@@ -97,6 +97,8 @@ class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
     attribute_map = _ALIASES
     default_theta = 10000.0
     _auto_class = "AutoConfig"
+    # Its layers have Llama's names.
+    peft_type = "llama"
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -152,23 +154,6 @@ class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
     def head_dim(self) -> int:
         """Size of one head."""
         return self.hidden_size // self.num_attention_heads
-
-    # The attention modules return true weights whatever the implementation, or say why they cannot.
-    @property
-    def output_attentions(self):
-        return self._output_attentions
-
-    @output_attentions.setter
-    def output_attentions(self, value):
-        self._output_attentions = value
-
-    def validate_output_attentions(self):
-        """Nothing to check: see `output_attentions`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""
-        _share_peft_targets(self.model_type)
-        return super().to_dict()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -375,11 +360,3 @@ def check_number(name: str, value, allowed: str, holds: Callable[[float], bool])
     """Raise `ValueError` for what is no number, or one for which `holds` is false."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
         raise ValueError(f"{name} must be a number, {allowed}; got {value!r}")
-
-
-def _share_peft_targets(model_type: str) -> None:
-    """Let an imported PEFT choose for ours the target modules it chooses for Llama, whose names our layers have."""
-    constants = sys.modules.get("peft.utils.constants")
-    for name, table in list(vars(constants).items()) if constants is not None else ():
-        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and "llama" in table:
-            table.setdefault(model_type, table["llama"])

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import nn
 
-from .configuration_distattn import AttentionSpec, numeric_pattern
+from .attention_spec import AttentionSpec, numeric_pattern
 
 _HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "num_attn_heads")
 _HEAD_SIZE_NAMES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "dim_head")

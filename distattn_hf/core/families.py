@@ -1,4 +1,4 @@
-"""What converted and native model classes share: loaded weights that initialisation leaves alone, and monitoring."""
+"""What both families of model classes share: registration, loaded weights that stay, and monitoring."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+# A family's head classes by the name of the Auto class that finds them.
+Heads = dict[str, tuple[type[PreTrainedModel], ...]]
+
+
+def register_models(config_class: type[PreTrainedConfig], heads: Heads) -> None:
+    """Let the Auto classes find these by config class, and let transformers' lists of tasks name them.
+
+    Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
+    """
+    for auto_name, classes in heads.items():
+        mapping = getattr(modeling_auto, auto_name)._model_mapping
+        mapping.register(config_class, classes[0] if len(classes) == 1 else classes, exist_ok=True)
+        names = tuple(kind.__name__ for kind in classes)
+        mapping._model_mapping.setdefault(config_class.model_type, names[0] if len(names) == 1 else names)
+
+
+def auto_map_for(model: PreTrainedModel, heads: Heads) -> dict[str, str]:
+    """config.auto_map: where trust_remote_code finds the config and every head class of the model's family.
+
+    Of several classes that an Auto class lists it names the model's own, else the first.
+    """
+    kinds = {"AutoConfig": type(model.config)}
+    for name, classes in heads.items():
+        kinds[name] = next((kind for kind in type(model).__mro__ if kind in classes), classes[0])
+    return {name: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for name, kind in kinds.items()}
 
 
 def _storages(tensor: Tensor) -> Iterator[int]:

@@ -14,22 +14,22 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from .attention_spec import OPTIONS, AttentionSpec
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
-    OPTIONS,
-    AttentionSpec,
     auto_classes,
     auto_map_of,
     config_class_for,
     listed_classes,
 )
 from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
-from .families import KeepsLoadedWeights, Monitored
+from .families import Heads, KeepsLoadedWeights, Monitored, register_models
 from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
 from .nystrom_cache import RefusesAssistance, use_nystrom_cache
 from .parameters import DistanceAttentionState, check_backend, set_options, with_options
@@ -306,20 +306,27 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
     return names
 
 
-def register_family(base_model_type: str) -> type:
-    """Register one family's config and head classes with the Auto classes; returns the config class."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+def heads_of(base_config: type[PreTrainedConfig]) -> Heads:
+    """The converted classes of all that the Auto classes list for a config class of transformers."""
+    heads = {}
+    for auto_name, auto_class in auto_classes().items():
+        listed = listed_classes(auto_class, base_config.model_type)
+        if names := [name for name in listed if hasattr(transformers, name)]:
+            heads[auto_name] = tuple(model_class_for(getattr(transformers, name)) for name in names)
+    return heads
 
+
+def register_family(base_model_type: str) -> type[PreTrainedConfig]:
+    """Register one family's config and head classes with the Auto classes; returns the config class."""
     base_config = CONFIG_MAPPING[base_model_type]
     config_class = config_class_for(base_config)
     AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
-    for auto_class in auto_classes().values():
-        names = listed_classes(auto_class, base_model_type)
-        classes = tuple(model_class_for(getattr(transformers, n)) for n in names if hasattr(transformers, n))
-        classes = tuple(c for c in classes if c.config_class is config_class)
-        if classes:
-            mapping = auto_class._model_mapping
-            mapping.register(config_class, classes[0] if len(classes) == 1 else classes, exist_ok=True)
+    heads = {}
+    for auto_name, classes in heads_of(base_config).items():
+        # Some types list classes of another config, such as that of their text part.
+        if own := tuple(kind for kind in classes if kind.config_class is config_class):
+            heads[auto_name] = own
+    register_models(config_class, heads)
     return config_class
 
 

@@ -1,6 +1,7 @@
 """The native family: encoders and causal decoders to train from scratch, with any mechanism and positional encoding."""
 
 from types import SimpleNamespace
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,14 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, check_arguments, make_norm, register_models
+from .native_layers import (
+    CallArguments,
+    DistAttnLayer,
+    DistAttnPreTrainedModel,
+    check_arguments,
+    make_norm,
+    register_heads,
+)
 
 
 def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Tensor, device) -> Tensor:
@@ -82,6 +90,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         "hidden_states": DistAttnLayer,
         "attentions": OutputRecorder(DistAttnAttention, index=1, layer_name="self_attn"),
     }
+    _output_class = BaseModelOutputWithPast
 
     def __init__(self, config: DistAttnConfig):
         super().__init__(config)
@@ -108,7 +117,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
 
@@ -121,7 +130,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
             raise ValueError(f"{stray[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
         arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         hidden_states = self._run(**arguments, **kwargs)
-        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
+        return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
     def _prepare(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> dict:
         """What all layers get, and the embeddings."""
@@ -206,19 +215,12 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> CausalLMOutputWithPast:
         """Logits (B, N, vocab_size), and the mean loss of labels (B, N), which are shifted here; -100 is left out."""
         cache = one_cache(past_key_values, cache)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        arguments = {"inputs_embeds": inputs_embeds, "use_cache": use_cache, "cache": cache, **kwargs}
+        outputs = self.model(input_ids, attention_mask, position_ids, **arguments)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -248,16 +250,10 @@ class DistAttnForMaskedLM(DistAttnPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> MaskedLMOutput:
         """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
@@ -302,7 +298,7 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> MultipleChoiceModelOutput:
         """Logits (B, C) of input_ids (B, C, N), and the mean loss of labels (B,).
 
@@ -327,15 +323,13 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
-register_models(
+register_heads(
     DistAttnConfig,
-    {
-        "AutoModel": DistAttnModel,
-        "AutoModelForCausalLM": DistAttnForCausalLM,
-        "AutoModelForMaskedLM": DistAttnForMaskedLM,
-        "AutoModelForSequenceClassification": DistAttnForSequenceClassification,
-        "AutoModelForTokenClassification": DistAttnForTokenClassification,
-        "AutoModelForQuestionAnswering": DistAttnForQuestionAnswering,
-        "AutoModelForMultipleChoice": DistAttnForMultipleChoice,
-    },
+    AutoModel=DistAttnModel,
+    AutoModelForCausalLM=DistAttnForCausalLM,
+    AutoModelForMaskedLM=DistAttnForMaskedLM,
+    AutoModelForSequenceClassification=DistAttnForSequenceClassification,
+    AutoModelForTokenClassification=DistAttnForTokenClassification,
+    AutoModelForQuestionAnswering=DistAttnForQuestionAnswering,
+    AutoModelForMultipleChoice=DistAttnForMultipleChoice,
 )

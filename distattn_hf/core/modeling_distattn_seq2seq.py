@@ -1,5 +1,7 @@
 """The native encoder-decoder: cross-attention and self-attention by any mechanism that has the form."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -14,14 +16,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
 from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnSeq2SeqConfig
 from .modeling_distattn import DistAttnModel, check_padding_mask
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnPreTrainedModel, register_models
+from .native_layers import CallArguments, DistAttnPreTrainedModel, register_heads
 
 
 class DistAttnDecoder(DistAttnModel):
@@ -34,42 +35,26 @@ class DistAttnDecoder(DistAttnModel):
         "cross_attentions": OutputRecorder(DistAttnAttention, index=1, layer_name="cross_attn"),
     }
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Hidden states (B, N, D), given those of the encoder (B, M, D) and which of them are padding (B, M)."""
-        cache = one_cache(past_key_values, cache)
+    _output_class = BaseModelOutputWithPastAndCrossAttentions
+
+    def _run(self, hidden_states, position_bias, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
+        """Give the layers the encoder's hidden states (B, M, D) and which of them are padding (B, M), too."""
         if encoder_hidden_states is None:
             raise ValueError("a decoder of an encoder-decoder model needs encoder_hidden_states")
+        cache = kwargs[CACHE_NAME]
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
                 "past_key_values of an encoder-decoder model must be an EncoderDecoderCache, which has room for the "
                 f"encoder's keys, too; got {type(cache).__name__}"
             )
-        arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         check_padding_mask("encoder_attention_mask", encoder_attention_mask, encoder_hidden_states)
-        encoder_mask = create_bidirectional_mask(
+        kwargs["encoder_attention_mask"] = create_bidirectional_mask(
             config=self.config,
-            inputs_embeds=arguments["hidden_states"],
+            inputs_embeds=hidden_states,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
-        hidden_states = self._run(
-            **arguments, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_mask, **kwargs
-        )
-        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
+        return super()._run(hidden_states, position_bias, encoder_hidden_states, **kwargs)
 
     def _new_cache(self):
         return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
@@ -120,7 +105,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> Seq2SeqModelOutput:
         """The decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
         cache = one_cache(past_key_values, cache)
@@ -185,7 +170,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> Seq2SeqLMOutput:
         """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out.
 
@@ -216,7 +201,6 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         return Seq2SeqLMOutput(loss=loss, logits=logits, **rest)
 
 
-register_models(
-    DistAttnSeq2SeqConfig,
-    {"AutoModel": DistAttnSeq2SeqModel, "AutoModelForSeq2SeqLM": DistAttnForConditionalGeneration},
+register_heads(
+    DistAttnSeq2SeqConfig, AutoModel=DistAttnSeq2SeqModel, AutoModelForSeq2SeqLM=DistAttnForConditionalGeneration
 )

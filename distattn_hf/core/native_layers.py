@@ -5,16 +5,15 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import TransformersKwargs
 
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
-from .families import KeepsLoadedWeights, Monitored
+from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
 from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
@@ -102,12 +101,17 @@ class DistAttnLayer(GradientCheckpointingLayer):
         return total if self.pre_norm else norm(total)
 
 
-# What may come with a call, or do something only in a part of the model: layers, losses, generation, output classes.
-_CALL_NAMES = {
-    *inspect.signature(DistAttnLayer.forward).parameters,
-    *TransformersKwargs.__annotations__,
-    *("cache_position", "return_dict", "ignore_index", "shift_labels", "token_type_ids"),
-}
+class CallArguments(TransformersKwargs, total=False):
+    """What may come with a call beside what a forward names: of losses, output classes, generation and tokenizers."""
+
+    ignore_index: int
+    shift_labels: Tensor
+    return_dict: bool
+    cache_position: Tensor
+    token_type_ids: Tensor
+
+
+_CALL_NAMES = {*inspect.signature(DistAttnLayer.forward).parameters, *CallArguments.__annotations__}
 # Attention functions that take no arguments of their own; one that somebody registered may.
 _WITHOUT_ARGUMENTS = (None, "eager", "sdpa", "flex_attention", *IMPLEMENTATIONS)
 
@@ -140,6 +144,10 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
         )
 
 
+# {model type: its head classes}, filled by the modelling files.
+NATIVE_HEADS: dict[str, Heads] = {}
+
+
 class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, PreTrainedModel):
     """What every class of the native family inherits."""
 
@@ -163,7 +171,7 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         if type(config) not in AutoModel._model_mapping and type(config).__name__ == self.config_class.__name__:
             # A checkpoint's own code: transformers imports its config file and its modelling file as two packages, and
             # its heads ask AutoModel for the base model of a config.
-            register_models(type(config), _REGISTERED[config.model_type])
+            register_models(type(config), NATIVE_HEADS[config.model_type])
         super().__init__(config, *args, **kwargs)
 
     def post_init(self):
@@ -203,34 +211,13 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         return False
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        self.config.auto_map = auto_map_for(self.config)
+        self.config.auto_map = auto_map_for(self, NATIVE_HEADS[self.config.model_type])
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-# {model type: {Auto class's name: model class}}
-_REGISTERED: dict[str, dict[str, type[PreTrainedModel]]] = {}
-
-
-def register_models(config_class: type[DistAttnConfig], classes: dict[str, type[PreTrainedModel]]) -> None:
-    """Let the Auto classes (by name) find these model classes for a config class."""
-    for auto_name, model_class in classes.items():
-        model_class._auto_class = auto_name
-        getattr(modeling_auto, auto_name).register(config_class, model_class, exist_ok=True)
-    _REGISTERED[config_class.model_type] = classes
-
-
-def register_native_family() -> None:
-    """Let AutoConfig know the family's model types, and name its classes where transformers lists its own by task.
-
-    Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
-    """
-    for model_type, classes in _REGISTERED.items():
-        AutoConfig.register(model_type, next(iter(classes.values())).config_class, exist_ok=True)
-        for auto_name, model_class in classes.items():
-            getattr(modeling_auto, auto_name)._model_mapping._model_mapping[model_type] = model_class.__name__
-
-
-def auto_map_for(config: DistAttnConfig) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the family."""
-    classes = {"AutoConfig": type(config), **_REGISTERED[config.model_type]}
-    return {name: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for name, kind in classes.items()}
+def register_heads(config_class: type[DistAttnConfig], **kinds: type[PreTrainedModel]) -> None:
+    """Register head classes of the native family by the name of their Auto class."""
+    for auto_name, kind in kinds.items():
+        kind._auto_class = auto_name
+    NATIVE_HEADS[config_class.model_type] = {auto_name: (kind,) for auto_name, kind in kinds.items()}
+    register_models(config_class, NATIVE_HEADS[config_class.model_type])

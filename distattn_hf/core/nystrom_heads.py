@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
-from .configuration_distattn import version_note
+from .attention_spec import version_note
 from .inputs import ModuleCall, add_triangle, surely
 from .nystrom_cache import layer_behind
 from .nystrom_hybrid import HybridInputs, advance, hybrid_attention

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
-from .configuration_distattn import AttentionSpec, change_specs
 from .metrics import get_metric
 
 

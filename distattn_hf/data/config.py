@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 
 _SHOWN_KEYS = 30
 

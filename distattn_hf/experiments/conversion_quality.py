@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..data.batches import news_articles
 from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
 from ..storage.models import load_checkpoint

@@ -19,7 +19,7 @@ from ..benchmark.measure import spread
 from ..benchmark.results import provenance
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert, revert
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..evaluation.score import model_kind
 from ..storage.folders import write_json
 from ..storage.models import load_checkpoint

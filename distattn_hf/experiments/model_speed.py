@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..storage.models import load_checkpoint
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1")

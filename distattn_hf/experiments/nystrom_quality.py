@@ -15,7 +15,7 @@ from ..conversion.calibrate import CalibrationOptions
 from ..conversion.calibrate_nystrom import leave_exact
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..core.parameters import NystromParameters
 from ..data.batches import news_articles
 from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..core.attention import distance_attention, without_autocast
 from ..core.backends import validate_backend
+from ..core.configuration_native import check_integer
 from ..core.families import Monitored
 from ..core.inputs import add_bias, causal_keep, masked_softmax, split_mask
 from ..core.metric_checks import check_distances
 from ..core.metrics import get_metric
+from ..core.native_attention import AttentionHeads
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, row_statistics
 
 
@@ -89,10 +90,7 @@ class DistanceAttentionConfig:
 
     def __post_init__(self):
         for name in ("hidden_size", "num_heads", "key_value_size", "intermediate_size"):
-            value = getattr(self, name)
-            optional = name in ("key_value_size", "intermediate_size")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an integer >= 1{' or None' * optional}, got {value!r}")
+            check_integer(name, getattr(self, name), optional=name in ("key_value_size", "intermediate_size"))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
         metric = get_metric(self.metric)
@@ -117,8 +115,8 @@ class DistanceAttentionConfig:
         return self.hidden_size // self.num_heads
 
 
-class ProjectedAttention(Monitored, nn.Module):
-    """Projections to H heads, a KV cache, and back; a subclass says in `_attend` what happens between.
+class ProjectedAttention(Monitored, AttentionHeads):
+    """The native models' heads as a layer for PyTorch; a subclass says in `_attend` what happens between projections.
 
     layer_idx: this layer's place in a cache that several layers share.
     """
@@ -128,14 +126,9 @@ class ProjectedAttention(Monitored, nn.Module):
     def __init__(
         self, hidden_size: int, num_heads: int, *, is_causal=False, bias=True, key_value_size=None, layer_idx: int = 0
     ):
-        super().__init__()
-        self.hidden_size, self.num_heads, self.head_dim = hidden_size, num_heads, hidden_size // num_heads
-        self.is_causal, self.layer_idx = is_causal, layer_idx
-        self.key_value_size = key_value_size or hidden_size
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.k_proj = nn.Linear(self.key_value_size, hidden_size, bias=bias)
-        self.v_proj = nn.Linear(self.key_value_size, hidden_size, bias=bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        super().__init__(hidden_size, num_heads, layer_idx, bias, key_value_size)
+        self.hidden_size, self.key_value_size = hidden_size, key_value_size or hidden_size
+        self.is_causal = is_causal
 
     def forward(
         self,
@@ -164,31 +157,16 @@ class ProjectedAttention(Monitored, nn.Module):
             ValueError: for tensors, masks and caches that do not fit.
         """
         self._check(hidden_states, key_value_states)
-        query, pair = self._heads(self.q_proj, hidden_states), None
-        cross_cache = None
-        if key_value_states is not None and isinstance(past_key_values, EncoderDecoderCache):
-            cross_cache = past_key_values
-            if cross_cache.is_updated.get(self.layer_idx):
-                layer = cross_cache.cross_attention_cache.layers[self.layer_idx]
-                pair = layer.keys, layer.values
-        if pair is None:
-            source = hidden_states if key_value_states is None else key_value_states
-            pair = self._heads(self.k_proj, source), self._heads(self.v_proj, source)
-            if position_embeddings is not None:
-                query, key = apply_rotary_pos_emb(query, pair[0], *position_embeddings)
-                pair = key, pair[1]
-            if cross_cache is not None:
-                pair = cross_cache.cross_attention_cache.update(*pair, self.layer_idx)
-                cross_cache.is_updated[self.layer_idx] = True
-            elif key_value_states is None and past_key_values is not None:
-                pair = self._extend(past_key_values, *pair)
-        if attention_mask is not None and attention_mask.shape[-1] != (num_keys := pair[0].shape[2]):
+        is_cross = key_value_states is not None
+        # Only an `EncoderDecoderCache` has room for another sequence's keys; any other is of self-attention.
+        cache = None if is_cross and not isinstance(past_key_values, EncoderDecoderCache) else past_key_values
+        query, key, value = self._project(hidden_states, key_value_states, position_embeddings, cache)
+        if attention_mask is not None and attention_mask.shape[-1] != (num_keys := key.shape[2]):
             raise ValueError(
                 f"attention_mask must speak of {num_keys} keys (M, those in the cache included), got shape "
                 f"{tuple(attention_mask.shape)}"
             )
-        is_cross = key_value_states is not None
-        output, weights = self._attend(query, *pair, attention_mask, position_bias, is_cross, output_attentions)
+        output, weights = self._attend(query, key, value, attention_mask, position_bias, is_cross, output_attentions)
         output = self.o_proj(output.transpose(1, 2).flatten(2))
         return (output, weights) if output_attentions else output
 
@@ -196,14 +174,10 @@ class ProjectedAttention(Monitored, nn.Module):
         """(output (B, H, N, d), weights (B, H, N, M) or None) of query (B, H, N, d), key and value (B, H, M, d)."""
         raise NotImplementedError
 
-    def _heads(self, projection: nn.Linear, states: Tensor) -> Tensor:
-        return projection(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
     def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens so far."""
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        """Keys and values of all tokens so far; raises `ValueError` for a cache of another length than they have."""
         total = cache.get_seq_length(self.layer_idx) + key.shape[2]
-        key, value = cache.update(key, value, self.layer_idx)
+        key, value = super()._extend(cache, key, value)
         if key.shape[2] != total:
             raise ValueError(
                 f"past_key_values must keep every key and no empty places (DynamicCache does), got "

@@ -3,14 +3,14 @@
 from dataclasses import fields
 
 import torch
-from torch import Tensor
 
 from ..core.attention import without_autocast
 from ..core.configuration_native import DistAttnConfig, spec_of
 from ..core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding
-from ..core.inputs import ModuleCall, split_mask
+from ..core.inputs import ModuleCall
 from ..core.mechanisms import MECHANISMS
 from ..core.metrics import METRICS
+from ..core.native_attention import padding_alone
 from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import hybrid_attention
 from ..core.parameters import NystromParameters
@@ -51,17 +51,8 @@ class MechanismAttention(ProjectedAttention):
         self.mechanism = kind(num_heads, config.head_dim, max_length=max_length, **options)
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
-        return self.mechanism(
-            query,
-            key,
-            value,
-            keep=_keys_kept(self.mechanism.name, mask, query, key.shape[2]),
-            is_causal=self.is_causal,
-            is_cross=is_cross,
-            dropout_p=self.dropout if self.training else 0.0,
-            position_bias=position_bias,
-            return_weights=output_attentions,
-        )
+        call = {"is_cross": is_cross, "position_bias": position_bias, "return_weights": output_attentions}
+        return self._by_mechanism(query, key, value, mask, dropout_p=self.dropout if self.training else 0.0, **call)
 
 
 class NystromAttention(ProjectedAttention):
@@ -98,7 +89,7 @@ class NystromAttention(ProjectedAttention):
         raise ValueError("a Nyström layer takes no past_key_values; the native models generate with it")
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
-        keep = _keys_kept("nystrom", mask, query, key.shape[2])
+        keep = padding_alone("nystrom", mask, query, key.shape[2])
         if keep is None:
             keep = torch.ones(len(query), key.shape[2], dtype=torch.bool, device=query.device)
         dropout_p = self.dropout if self.training else 0.0
@@ -108,19 +99,6 @@ class NystromAttention(ProjectedAttention):
             output = hybrid_attention(inputs)[0].to(value.dtype)
             weights = reference_hybrid(inputs)[1].to(value.dtype) if output_attentions else None
         return output, weights
-
-
-def _keys_kept(name: str, mask: Tensor | None, query: Tensor, num_keys: int) -> Tensor | None:
-    """(B, M) bool from a mask that speaks of keys alone."""
-    if mask is None:
-        return None
-    keep, bias = split_mask(mask, (*query.shape[:3], num_keys))
-    if bias is not None or keep.shape[1:3] != (1, 1):
-        raise ValueError(
-            f"mechanism {name!r} takes a padding mask (B, M) of bool or integers, got {mask.dtype} of shape "
-            f"{tuple(mask.shape)}"
-        )
-    return keep[:, 0, 0].expand(len(query), num_keys)
 
 
 def create_distance_attention(

@@ -68,7 +68,7 @@ def change_options(folder: str | Path, **options) -> list:
 
     Raises `ValueError`, before anything is written, for a folder of something else and as `with_options`.
     """
-    from ..core.configuration_distattn import OPTIONS, AttentionSpec
+    from ..core.attention_spec import OPTIONS, AttentionSpec
     from ..core.parameters import with_options
 
     path = Path(folder) / CONFIG_NAME

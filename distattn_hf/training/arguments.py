@@ -7,7 +7,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..conversion.convert import INITS
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..data.config import override, parse_specs, read_mapping, read_specs, refuse_unknown
 from ..data.datasets import DataArguments
 from .annealing import is_number

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..evaluation.score import EvaluationOptions, evaluate_model
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from distattn_hf.core.native_layers import auto_map_for
+from distattn_hf.core.families import auto_map_for
+from distattn_hf.core.native_layers import NATIVE_HEADS
 from tests.conversion.test_save_load import LOADER
 from tests.tolerances import assert_close
 from tests.without_package import HIDE_PACKAGE
@@ -93,12 +94,22 @@ def test_a_head_that_transformers_makes_loads_without_the_package(tmp_path, monk
     assert run.stdout.splitlines()[-1:] == ["RESULT DistAttnForSequenceClassification"], run.stderr[-2000:]
 
 
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom"])
+def test_a_config_that_asks_for_weights_is_saved_and_loaded(tmp_path, mechanism):
+    """transformers refuses to save such a config unless the implementation is "eager"."""
+    model = make_model(mechanism, "rotary", "causal")
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(loaded(tokens()).attentions) == model.config.num_hidden_layers
+
+
 def test_every_class_is_in_the_auto_map(tmp_path):
     for form in FORMS:
         model, _ = trained("dot", "none", form)
         model.save_pretrained(tmp_path / form)
         auto_map = json.loads((tmp_path / form / "config.json").read_text())["auto_map"]
-        assert auto_map == auto_map_for(model.config)
+        assert auto_map == auto_map_for(model, NATIVE_HEADS[model.config.model_type])
         for reference in auto_map.values():
             module, _, name = reference.partition(".")
             assert f"class {name}(" in (tmp_path / form / f"{module}.py").read_text()
