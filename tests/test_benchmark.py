@@ -12,13 +12,13 @@ import typer
 import yaml
 from torch.nn import functional as F
 
-from distattn_hf import cli
 from distattn_hf.benchmark import exact_check as check
 from distattn_hf.benchmark import measure
 from distattn_hf.benchmark import run_exact as module
 from distattn_hf.benchmark.command import load_config, option_names, read_config
 from distattn_hf.benchmark.exact_options import PASSES, BenchmarkConfig, parse_metric
 from distattn_hf.benchmark.results import provenance
+from distattn_hf.commands import command_benchmark
 from distattn_hf.core.backends import BACKENDS, Backend
 from distattn_hf.storage.folders import write_json
 from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
@@ -125,15 +125,17 @@ def test_shipped_configs_are_valid(path):
 
 def test_every_option_is_on_the_command_line():
     names = {field.name for field in fields(BenchmarkConfig)}
-    assert set(inspect.signature(cli.benchmark).parameters) == names | {"config", "overwrite", "mechanism"}
+    assert set(inspect.signature(command_benchmark.benchmark).parameters) == names | {
+        "config",
+        "overwrite",
+        "mechanism",
+    }
 
 
 def test_the_help_says_which_mechanism_has_an_option():
     """And names, for the others, those that only their YAML files have."""
     names = {mechanism: set(option_names(mechanism)) for mechanism in ("distance", "nystrom", "native")}
-    app = typer.Typer()
-    app.command()(cli.benchmark)
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(command_benchmark.command)
     text = {option.name: option.help for option in command.params}
     for name in names["distance"]:
         assert text[name].startswith("all: " if name in names["nystrom"] else "distance: "), name
