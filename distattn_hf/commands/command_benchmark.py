@@ -74,7 +74,7 @@ def benchmark(
     if config is not None:
         check_config(config)
     start()
-    from ..benchmark.run_exact import benchmark as run
+    from ..benchmark.command import benchmark as run
 
     if code := run(config, options, overwrite=overwrite):
         raise typer.Exit(code)
