@@ -217,13 +217,8 @@ class MemoryProbe:
             # The same package, also where it is imported from a folder and not installed.
             path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = {**os.environ, "PYTHONPATH": path}
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
         request = {"case": asdict(case), "competitor": competitor, "ran": ran, "threads": self._threads}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")

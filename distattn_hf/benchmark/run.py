@@ -183,8 +183,8 @@ class Benchmark(ABC):
         found = self.probe.measure(case, name) if case.device == "cpu" else "measured on CPU only"
         return {"memory": found} if isinstance(found, float) else {"memory": None, "memory_error": found}
 
-    @classmethod
-    def memory_key(cls, case, name: str, ran: str | None):
+    @staticmethod
+    def memory_key(case, name: str, ran: str | None):
         """What memory depends on: equal keys are measured once."""
         return case, name, ran
 

@@ -155,10 +155,11 @@ class ExactBenchmark(Benchmark):
     @classmethod
     def short(cls, case: Case, name: str, ran: str | None) -> Case:
         """At most 64 keys, on the backend that the long case chose."""
-        return replace(case, length=min(64, case.length), backend=ran if name == "ours" and ran else case.backend)
+        backend = ran if name == "ours" and ran else case.backend
+        return replace(case, length=min(64, case.length), backend=backend)
 
-    @classmethod
-    def memory_key(cls, case: Case, name: str, ran: str | None):
+    @staticmethod
+    def memory_key(case: Case, name: str, ran: str | None):
         """PyTorch's attention is the same for all metrics and backends."""
         return replace(case, metric="", p=None, backend="") if name == "sdpa" else (case, name, ran)
 

@@ -2,7 +2,7 @@
 
 from .flags import flag
 
-# The registered metrics and their aliases, and what else can be told without torch (tests/test_cli.py compares).
+# The registered metrics and their aliases, and what else can be told without torch (tests/test_startup.py compares).
 METRICS = {
     "sqeuclidean": ("squared_l2", "l2_squared"),
     "l2": ("euclidean",),
