@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 # A kernel that is slightly wrong, one that fails, and the check in the same process.
 BROKEN = """
 import sys
+from distattn_hf.benchmark import gpu_check
 from distattn_hf.core import backend_triton
-from distattn_hf.experiments import gpu_check
 
 right = backend_triton._Attention.forward
 

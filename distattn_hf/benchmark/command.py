@@ -1,20 +1,25 @@
-"""The options of a run of `distattn benchmark`, from a YAML file and the command line, for the mechanism they name."""
+"""`distattn benchmark`: the options, from a YAML file and the command line, and the benchmark they name."""
 
 from dataclasses import fields
 from pathlib import Path
 
 from ..data.config import read_yaml
-from .exact_options import BenchmarkConfig
 from .fields import choice
-from .nystrom_options import NystromConfig
-from .run_native import NativeConfig
+from .run import Benchmark, exit_code
+from .run_exact import ExactBenchmark
+from .run_native import NativeBenchmark
+from .run_nystrom import NystromBenchmark
 
-CONFIGS = {"distance": BenchmarkConfig, "nystrom": NystromConfig, "native": NativeConfig}
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    "distance": ExactBenchmark,
+    "nystrom": NystromBenchmark,
+    "native": NativeBenchmark,
+}
 
 
 def option_names(mechanism: str) -> list[str]:
     """The options of a mechanism, without "mechanism" itself."""
-    return [field.name for field in fields(CONFIGS[mechanism]) if field.name != "mechanism"]
+    return [field.name for field in fields(BENCHMARKS[mechanism].Config) if field.name != "mechanism"]
 
 
 def read_config(path: str | Path | None) -> dict:
@@ -35,10 +40,10 @@ def load_config(path: str | Path | None, overrides: dict | None = None):
     a value out of range.
     """
     values = {**read_config(path), **{name: value for name, value in (overrides or {}).items() if value is not None}}
-    mechanism = choice(values.pop("mechanism", "distance"), "mechanism", tuple(CONFIGS))
+    mechanism = choice(values.pop("mechanism", "distance"), "mechanism", tuple(BENCHMARKS))
     allowed = option_names(mechanism)
     unknown = [name for name in values if name not in allowed]
-    for other in CONFIGS:
+    for other in BENCHMARKS:
         if theirs := [name for name in unknown if name in option_names(other)]:
             raise ValueError(
                 f"the benchmark of mechanism {mechanism} has no option {', '.join(theirs)}, which only mechanism "
@@ -48,4 +53,15 @@ def load_config(path: str | Path | None, overrides: dict | None = None):
         raise ValueError(
             f"unknown benchmark option {', '.join(map(str, unknown))}; expected one of {', '.join(allowed)}"
         )
-    return CONFIGS[mechanism](**values)
+    return BENCHMARKS[mechanism].Config(**values)
+
+
+def run_benchmark(config, *, overwrite: bool = False, echo=print) -> dict:
+    """Run the benchmark that these options belong to; returns what was written: see `Benchmark.run`."""
+    kind = next(kind for kind in BENCHMARKS.values() if isinstance(config, kind.Config))
+    return kind(config).run(overwrite=overwrite, echo=echo)
+
+
+def benchmark(path: Path | None, options: dict, *, overwrite: bool = False) -> int:
+    """Run what a YAML file and `options` (those that are not None) say; returns the exit code."""
+    return exit_code(run_benchmark(load_config(path, options), overwrite=overwrite))

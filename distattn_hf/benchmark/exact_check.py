@@ -13,6 +13,8 @@ from ..core.backends import choose_backend
 from ..core.inputs import AttentionInputs
 from ..core.metrics import get_metric
 from .exact_options import DTYPES, Case
+from .measure import timed_call
+from .run import summary
 
 # Largest error of a tensor, in units of its largest entry, against the float64 reference on the same inputs.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
@@ -102,14 +104,7 @@ def naive_attention(case: Case) -> Attention | None:
 def one_call(case: Case, attention: Attention, tensors: tuple[Tensor, ...]) -> Callable[[], object]:
     """What is timed: one forward pass without gradient, or a forward and a backward pass to query, key and value."""
     *leaves, upstream = tensors
-    if case.pass_name == "forward_backward":
-        return lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)
-
-    def forward():
-        with torch.no_grad():
-            return attention(*leaves)
-
-    return forward
+    return timed_call(attention, tuple(leaves), upstream if case.pass_name == "forward_backward" else None)
 
 
 def backend_of(case: Case, tensors: tuple[Tensor, ...]) -> str:
@@ -137,24 +132,6 @@ class Checker:
         if key not in self._small:
             self._small[key] = [c for length in CHECKED_LENGTHS for c in _check_small(case, ran, length)]
         return summary(self._small[key] + check_rows(case, our_attention(case), tensors))
-
-
-def summary(checks: list[dict]) -> dict:
-    """The verdict over some checks; NaN and infinity fail, and so does an empty list."""
-    if not checks:
-        return {"passed": False, "worst": "nothing was checked", "error": None, "bound": None, "checks": 0}
-
-    def badness(check):
-        return check["error"] / check["bound"] if math.isfinite(check["error"]) and check["bound"] > 0 else math.inf
-
-    worst = max(checks, key=badness)
-    return {
-        "passed": badness(worst) <= 1,
-        "worst": worst["what"],
-        "error": worst["error"] if math.isfinite(worst["error"]) else str(worst["error"]),
-        "bound": worst["bound"],
-        "checks": len(checks),
-    }
 
 
 def _check_small(case: Case, ran: str, length: int) -> list[dict]:

@@ -129,31 +129,12 @@ class BenchmarkConfig:
         """Every case, those of one shape together; one query sees all keys, so decode has no causal variant."""
         result = []
         for dtype, head_size, pass_name in itertools.product(self.dtypes, self.head_sizes, self.passes):
-            decode = pass_name == "decode"
-            for causal, length, metric, backend in itertools.product(
-                (False,) if decode else CAUSAL[self.causal],
-                self.decode_lengths if decode else self.lengths,
-                self.metrics,
-                self.backends,
-            ):
-                name, p = parse_metric(metric)
-                result.append(
-                    Case(
-                        name,
-                        p,
-                        backend,
-                        pass_name,
-                        length,
-                        head_size,
-                        dtype,
-                        causal,
-                        self.batch,
-                        self.heads,
-                        self.key_heads,
-                        self.device,
-                        self.seed,
-                    )  # fmt: skip
-                )
+            forms, lengths = CAUSAL[self.causal], self.lengths
+            if pass_name == "decode":
+                forms, lengths = (False,), self.decode_lengths
+            for causal, length, metric, backend in itertools.product(forms, lengths, self.metrics, self.backends):
+                problem = (*parse_metric(metric), backend, pass_name, length, head_size, dtype, causal)
+                result.append(Case(*problem, self.batch, self.heads, self.key_heads, self.device, self.seed))
         return result
 
 

@@ -16,9 +16,10 @@ from ..core.attention_spec import AttentionSpec
 from ..core.metrics import get_metric
 from ..functional.landmarks import select_landmarks
 from ..functional.nystrom import nystrom_attention
-from .exact_check import HALF_ERROR_RATIO, TOLERANCE, relative_errors, summary
+from .exact_check import HALF_ERROR_RATIO, TOLERANCE, relative_errors
 from .exact_options import DTYPES
 from .nystrom_inputs import GAMMA
+from .run import summary
 
 HALF_NAMES = ("bfloat16", "float16")
 _DRAWS = 4

@@ -18,10 +18,11 @@ from ..core.attention_spec import AttentionSpec
 from ..functional import nystrom
 from ..storage.models import load_checkpoint
 from . import nystrom_inputs
-from .exact_check import backend_of, check_rows, make_tensors, one_call, our_attention, summary
+from .exact_check import backend_of, check_rows, make_tensors, one_call, our_attention
 from .exact_options import Case
 from .measure import peak_megabytes, time_pair
 from .nystrom_options import NystromCase
+from .run import summary
 from .run_nystrom import our_attention as our_nystrom
 
 DTYPE = "bfloat16"

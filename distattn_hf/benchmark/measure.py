@@ -1,7 +1,7 @@
 """Time and peak memory of one call, for `distattn benchmark`.
 
-`python -m distattn_hf.benchmark.measure` (`benchmark_nystrom` for that mechanism) is the process that CPU
-memory is measured in: it reads one case a line from standard input and answers each from a fresh fork.
+CPU memory is measured in a process of its own, the module of the benchmark as the main program: it reads one case a
+line from standard input and answers each from a fresh fork.
 """
 
 import contextlib
@@ -16,22 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from ..analysis.monitor import resident_bytes
-from .exact_check import make_tensors, naive_attention, one_call, our_attention, pytorch_attention
-from .exact_options import Case
 
 # A sample is so long at least, by repeating the call within it: clocks and scheduling have milliseconds of noise.
 SAMPLE_SECONDS = 5e-3
 _MOST_CALLS = 10_000
-# PyTorch's own memory below this is near the resolution (pages, allocator arenas): no ratio is given.
-LEAST_MEGABYTES = 1.0
-
-COMPETITORS = {"ours": our_attention, "sdpa": pytorch_attention, "naive": naive_attention}
 
 
 def one_line(error: BaseException) -> str:
@@ -84,6 +78,18 @@ def _warm_up(call: Callable, device: str, warmup: int, deadline: float) -> int:
             break
         calls, seconds = wanted, _sample(call, wanted, device)
     return calls
+
+
+def timed_call(attention: Callable, leaves: tuple[torch.Tensor, ...], upstream: torch.Tensor | None) -> Callable:
+    """What is timed: one forward pass without gradient, or with `upstream` a forward and a backward pass to leaves."""
+    if upstream is not None:
+        return lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)
+
+    def forward():
+        with torch.no_grad():
+            return attention(*leaves)
+
+    return forward
 
 
 def time_pair(
@@ -163,20 +169,6 @@ def _cuda_peak(call: Callable) -> int:
     return peak - before
 
 
-def measure_memory(case: Case, competitor: str, ran: str | None = None) -> float:
-    """Megabytes (10⁶ bytes) that one call takes at its peak beyond its inputs; its result and gradients count.
-
-    Before, everything runs once on short tensors, with the backend `ran`: code that is compiled or loaded at first use
-    is not counted. On CPU this must be a process that has done nothing else (see `MemoryProbe`).
-    """
-    attention = COMPETITORS[competitor]
-    tensors = make_tensors(case)
-    length = min(64, case.length)
-    short = replace(case, length=length, **({"backend": ran} if competitor == "ours" and ran else {}))
-    one_call(short, attention(short), make_tensors(short))()
-    return peak_megabytes(one_call(case, attention(case), tensors), case.device)
-
-
 def peak_megabytes(call: Callable, device: str) -> float:
     """Megabytes (10⁶ bytes) that one call takes at its peak beyond what is there before; what it returns counts."""
     gc.collect()
@@ -189,13 +181,12 @@ class MemoryProbe:
     A metric or backend registered by hand is not known there: `measure` then returns the reason instead of a number.
 
     Args:
+        benchmark: a subclass of `Benchmark`, which says what a call is. Its module, as the main program, calls `serve`.
         threads: CPU threads of PyTorch there; None: its own choice.
-        measured_by: a function of (case, competitor, ran) that returns megabytes. Its module, as the main program,
-            calls `serve` with it.
     """
 
-    def __init__(self, threads: int | None = None, measured_by: Callable = measure_memory):
-        self._threads, self._measured_by, self._process, self._known = threads, measured_by, None, {}
+    def __init__(self, benchmark: type, threads: int | None = None):
+        self._benchmark, self._threads, self._process, self._known = benchmark, threads, None, {}
 
     def __enter__(self):
         return self
@@ -207,9 +198,8 @@ class MemoryProbe:
             self._process.wait()
 
     def measure(self, case, competitor: str, ran: str | None = None) -> float | str:
-        """Megabytes, as `measured_by` says, or why there is no number; PyTorch's are measured once a shape."""
-        of_shape = competitor == "sdpa" and isinstance(case, Case)
-        key = replace(case, metric="", p=None, backend="") if of_shape else (case, competitor, ran)
+        """Megabytes, as `Benchmark.measure_memory` says, or why there is no number."""
+        key = self._benchmark.memory_key(case, competitor, ran)
         if key not in self._known:
             self._known[key] = self._measure(case, competitor, ran)
         return self._known[key]
@@ -217,23 +207,18 @@ class MemoryProbe:
     def _measure(self, case, competitor, ran):
         if case.device == "cuda":
             try:
-                return self._measured_by(case, competitor, ran)
+                return self._benchmark.measure_memory(case, competitor, ran)
             except (RuntimeError, ValueError) as error:
                 return one_line(error)
         if not hasattr(os, "fork"):
             return "this system has no fork"
         if self._process is None:
-            command = [sys.executable, "-m", self._measured_by.__module__]
+            command = [sys.executable, "-m", self._benchmark.__module__]
             # The same package, also where it is imported from a folder and not installed.
             path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = {**os.environ, "PYTHONPATH": path}
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._process = subprocess.Popen(command, **pipes, text=True, env=environment)
         request = {"case": asdict(case), "competitor": competitor, "ran": ran, "threads": self._threads}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -244,7 +229,7 @@ class MemoryProbe:
         return json.loads(answer) if answer else "the measuring process ended"
 
 
-def serve(case_type: type, measured_by: Callable) -> None:
+def serve(benchmark: type) -> None:
     """Answer each line of standard input from a fork of this process, which itself never computes anything."""
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
@@ -254,7 +239,7 @@ def serve(case_type: type, measured_by: Callable) -> None:
         if child == 0:
             status = 1
             try:
-                answers.write(json.dumps(_answer(json.loads(line), case_type, measured_by)) + "\n")
+                answers.write(json.dumps(_answer(json.loads(line), benchmark)) + "\n")
                 answers.flush()
                 status = 0
             finally:
@@ -265,14 +250,10 @@ def serve(case_type: type, measured_by: Callable) -> None:
             answers.flush()
 
 
-def _answer(request: dict, case_type: type, measured_by: Callable) -> float | str:
+def _answer(request: dict, benchmark: type) -> float | str:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     try:
-        return measured_by(case_type(**request["case"]), request["competitor"], request["ran"])
+        return benchmark.measure_memory(benchmark.Case(**request["case"]), request["competitor"], request["ran"])
     except Exception as error:
         return one_line(error)
-
-
-if __name__ == "__main__":
-    serve(Case, measure_memory)

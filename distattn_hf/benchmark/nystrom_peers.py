@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .nystrom_options import NystromCase
+from .run import Unavailable
 
 Competitor = tuple[Callable, Callable]
-
-
-class Unavailable(Exception):
-    """A peer cannot run a case; the message is its cell in the table."""
 
 
 def _module(name: str, packages: str):

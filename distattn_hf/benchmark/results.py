@@ -1,4 +1,4 @@
-"""What `distattn benchmark` prints and writes: table lines, provenance, and JSON that is complete or not there."""
+"""What every result of `distattn benchmark` stands beside: the machine and versions, and the lengths before it."""
 
 import math
 import os
@@ -10,82 +10,14 @@ from pathlib import Path
 
 import torch
 
-from .exact_check import HALF_ERROR_RATIO, TOLERANCE
-from .measure import LEAST_MEGABYTES, SAMPLE_SECONDS
-
-# What the numbers of benchmark.json mean; written into it.
-DEFINITIONS = {
-    "ours": "seconds a call of distance_attention, with the median, 10th and 90th percentile over the pairs",
-    "sdpa": "the same for scaled_dot_product_attention on the same tensors, run back to back in random order",
-    "ratio": "ours / sdpa within a pair: below 1 is faster than PyTorch's attention",
-    "naive": "cdist + softmax + matmul, in pairs of its own with ours; ratio is naive / ours: how much faster ours is",
-    "sample": f"one half of a pair: the call repeated until {1e3 * SAMPLE_SECONDS:g} ms",
-    "forward": "no gradient",
-    "forward_backward": "forward and gradients of query, key and value",
-    "decode": "one query against `length` keys, no gradient, no concatenation of a cache",
-    "memory": "10^6 bytes at the peak of one call, above what was there before: the output and the gradients are "
-    "counted, the inputs are not. CPU: rise of the resident memory (VmHWM, reset before the call) of a fresh process "
-    "that has made the inputs and one call on short tensors. CUDA: torch.cuda.max_memory_allocated, after one call. "
-    f"ratio is ours / sdpa, absent where sdpa takes less than {LEAST_MEGABYTES:g} MB",
-    "gate": "before timing: error against the float64 reference, relative to the largest entry, at most "
-    f"{TOLERANCE['float32']:g} (float32) or {TOLERANCE['float64']:g} (float64); float16 and bfloat16: root mean square "
-    f"and largest error at most {HALF_ERROR_RATIO:g} times those of scaled_dot_product_attention in the same dtype "
-    "(the largest: or of half a unit in the last place). At two small lengths all outputs and gradients, at the timed "
-    "shape a random subset of the query rows",
-}
-
-# (title, width, text of a finished result); titles and texts are right-aligned but for the first two.
-_COLUMNS = (
-    ("metric", 12, lambda r: r["label"]),
-    ("pass", 16, lambda r: r["pass"]),
-    ("N", 6, lambda r: r["length"]),
-    ("d", 4, lambda r: r["head_size"]),
-    ("dtype", 9, lambda r: r["dtype"]),
-    ("causal", 6, lambda r: "yes" if r["causal"] else "no"),
-    ("backend", 14, lambda r: r["backend"] if r["ran"] in (None, r["backend"]) else f"{r['backend']}:{r['ran']}"),
-)
-_NUMBERS = (
-    ("ms", 10, lambda r: f"{1e3 * r['ours']['median']:.3f}"),
-    ("SDPA ms", 10, lambda r: f"{1e3 * r['sdpa']['median']:.3f}"),
-    ("ratio [p10-p90]", 22, lambda r: "{median:.2f} [{p10:.2f}-{p90:.2f}]".format(**r["ratio"])),
-    ("naive/ours", 10, lambda r: _naive_cell(r["naive"])),
-    ("MB", 9, lambda r: _megabytes(r["memory"]["ours"])),
-    ("SDPA MB", 9, lambda r: _megabytes(r["memory"]["sdpa"])),
-    ("MB ratio", 8, lambda r: "-" if (ratio := r["memory"]["ratio"]) is None else f"{ratio:.2f}"),
-)
-
-
-def _naive_cell(naive: dict) -> str:
-    return f"{naive['ratio']['median']:.2f}x" if "ratio" in naive else naive["absent"]
-
-
-def _megabytes(value: float | str | None) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else "-" if value is None else "failed"
-
 
 def aligned(cells) -> str:
     """(text, width) side by side: the first two to the left, the rest to the right."""
     return " ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(cells))
 
 
-def table_header() -> str:
-    """The titles of the table's columns."""
-    return aligned([(title, width) for title, width, _ in (*_COLUMNS, *_NUMBERS)])
-
-
-def table_line(result: dict) -> str:
-    """One result in a line: times only where the check passed; otherwise WRONG, skipped or FAILED with the reason."""
-    start = aligned([(str(text(result)), width) for _, width, text in _COLUMNS])
-    if result["status"] == "ok":
-        return " ".join([start, *(f"{text(result):>{width}}" for _, width, text in _NUMBERS)])
-    if result["status"] == "wrong":
-        gate = result["gate"]
-        return f"{start} WRONG (error {_short(gate['error'])} > {_short(gate['bound'])}; {gate['worst']})"
-    word = {"skipped": "skipped", "failed": "FAILED"}[result["status"]]
-    return f"{start} {word}: {result['reason']}"
-
-
-def _short(value: float | str | None) -> str:
+def short(value: float | str | None) -> str:
+    """An error in two digits."""
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 

@@ -1,13 +1,10 @@
 """`distattn benchmark`: speed and memory of every metric beside PyTorch's attention, and never for a wrong result."""
 
-import gc
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
-import torch
-
-from .command import load_config
 from .exact_check import (
+    HALF_ERROR_RATIO,
+    TOLERANCE,
     Checker,
     backend_of,
     check_rows,
@@ -16,123 +13,156 @@ from .exact_check import (
     one_call,
     our_attention,
     pytorch_attention,
-    summary,
 )
 from .exact_options import BenchmarkConfig, Case
-from .measure import LEAST_MEGABYTES, MemoryProbe, measure_memory, one_line, time_pair
-from .nystrom_options import NystromConfig
-from .plot import plot_results
-from .results import DEFINITIONS, machine, table_header, table_line
-from .run import run_and_write
-from .run_native import NativeConfig, run_native_benchmark
-from .run_nystrom import run_nystrom_benchmark
+from .measure import SAMPLE_SECONDS, serve
+from .run import Benchmark, Unavailable, summary
 
+# PyTorch's own memory below this is near the resolution (pages, allocator arenas): no ratio is given.
+LEAST_MEGABYTES = 1.0
 # A naive call takes many times ours: a few pairs give its ratio well enough.
 _NAIVE_PAIRS = 5
+_COMPETITORS = {"ours": our_attention, "sdpa": pytorch_attention, "naive": naive_attention}
 
 
-def run_benchmark(config: BenchmarkConfig, *, overwrite: bool = False, echo=print) -> dict:
-    """Measure every case, print a line for each and write benchmark.json after each; returns what was written.
-
-    Raises `ValueError` before anything runs for an output folder that is not empty (unless `overwrite`) and for a plot
-    without matplotlib. A run that is interrupted leaves the cases so far in benchmark.json, with "complete": false.
-    """
-    return run_and_write(
-        config, _results, measured_by=measure_memory, definitions=DEFINITIONS, headline=_headline,
-        header=table_header(), line=table_line, plot=plot_results, overwrite=overwrite, echo=echo,
-    )  # fmt: skip
+def _naive_cell(naive: dict) -> str:
+    return f"{naive['ratio']['median']:.2f}x" if "ratio" in naive else naive["absent"]
 
 
-def _results(config: BenchmarkConfig, probe: MemoryProbe | None) -> Iterator[dict]:
-    checker = Checker()
-    for case in config.cases():
-        yield run_case(case, config, checker, probe)
+def _megabytes(value: float | str | None) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else "-" if value is None else "failed"
 
 
-def run_case(case: Case, config: BenchmarkConfig, checker: Checker, probe: MemoryProbe | None) -> dict:
-    """Check one case, then time it and measure its memory; "status" is ok, wrong, skipped or failed."""
-    result = {
-        "label": case.label, "metric": case.metric, "p": case.p, "pass": case.pass_name, "length": case.length,
-        "head_size": case.head_size, "dtype": case.dtype, "causal": case.causal, "batch": case.batch,
-        "heads": case.heads, "kv_heads": case.kv_heads, "backend": case.backend, "ran": None,
-    }  # fmt: skip
-    try:
+DEFINITIONS = {
+    "ours": "seconds a call of distance_attention, with the median, 10th and 90th percentile over the pairs",
+    "sdpa": "the same for scaled_dot_product_attention on the same tensors, run back to back in random order",
+    "ratio": "ours / sdpa within a pair: below 1 is faster than PyTorch's attention",
+    "naive": "cdist + softmax + matmul, in pairs of its own with ours; ratio is naive / ours: how much faster ours is",
+    "sample": f"one half of a pair: the call repeated until {1e3 * SAMPLE_SECONDS:g} ms",
+    "forward": "no gradient",
+    "forward_backward": "forward and gradients of query, key and value",
+    "decode": "one query against `length` keys, no gradient, no concatenation of a cache",
+    "memory": "10^6 bytes at the peak of one call, above what was there before: the output and the gradients are "
+    "counted, the inputs are not. CPU: rise of the resident memory (VmHWM, reset before the call) of a fresh process "
+    "that has made the inputs and one call on short tensors. CUDA: torch.cuda.max_memory_allocated, after one call. "
+    f"ratio is ours / sdpa, absent where sdpa takes less than {LEAST_MEGABYTES:g} MB",
+    "gate": "before timing: error against the float64 reference, relative to the largest entry, at most "
+    f"{TOLERANCE['float32']:g} (float32) or {TOLERANCE['float64']:g} (float64); float16 and bfloat16: root mean square "
+    f"and largest error at most {HALF_ERROR_RATIO:g} times those of scaled_dot_product_attention in the same dtype "
+    "(the largest: or of half a unit in the last place). At two small lengths all outputs and gradients, at the timed "
+    "shape a random subset of the query rows",
+}
+
+
+class ExactBenchmark(Benchmark):
+    """Exact distance attention beside PyTorch's, and beside `cdist` + softmax."""
+
+    Config, Case = BenchmarkConfig, Case
+    unavailable = "skipped"
+    definitions = DEFINITIONS
+    columns = (
+        ("metric", 12, lambda r: r["label"]),
+        ("pass", 16, lambda r: r["pass"]),
+        ("N", 6, lambda r: r["length"]),
+        ("d", 4, lambda r: r["head_size"]),
+        ("dtype", 9, lambda r: r["dtype"]),
+        ("causal", 6, lambda r: "yes" if r["causal"] else "no"),
+        ("backend", 14, lambda r: r["backend"] if r["ran"] in (None, r["backend"]) else f"{r['backend']}:{r['ran']}"),
+    )
+    numbers = (
+        ("ms", 10, lambda r: f"{1e3 * r['ours']['median']:.3f}"),
+        ("SDPA ms", 10, lambda r: f"{1e3 * r['sdpa']['median']:.3f}"),
+        ("ratio [p10-p90]", 22, lambda r: "{median:.2f} [{p10:.2f}-{p90:.2f}]".format(**r["ratio"])),
+        ("naive/ours", 10, lambda r: _naive_cell(r["naive"])),
+        ("MB", 9, lambda r: _megabytes(r["memory"]["ours"])),
+        ("SDPA MB", 9, lambda r: _megabytes(r["memory"]["sdpa"])),
+        ("MB ratio", 8, lambda r: "-" if (ratio := r["memory"]["ratio"]) is None else f"{ratio:.2f}"),
+    )
+
+    def __init__(self, config: BenchmarkConfig):
+        super().__init__(config)
+        self._checker = Checker()
+
+    def headline(self) -> str:
+        """What was run, above the table."""
+        config = self.config
+        lines = [
+            f"batch {config.batch}, heads {config.heads}, key heads {config.key_heads}; ratio is ours / "
+            "scaled_dot_product_attention, medians of pairs; MB at the peak, beyond the inputs; N of decode: its keys",
+        ]
+        if config.naive and any(length > config.naive_max_length for length in config.lengths):
+            lines.append(f"naive (cdist + softmax + matmul) is not run above length {config.naive_max_length}")
+        return "\n".join(lines)
+
+    def start(self, case: Case, name: str) -> dict:
+        """What the case is; the backend that ran it is not known yet."""
+        return {
+            "label": case.label, "metric": case.metric, "p": case.p, "pass": case.pass_name, "length": case.length,
+            "head_size": case.head_size, "dtype": case.dtype, "causal": case.causal, "batch": case.batch,
+            "heads": case.heads, "kv_heads": case.kv_heads, "backend": case.backend, "ran": None,
+        }  # fmt: skip
+
+    def check(self, case: Case, name: str, row: dict) -> None:
+        """Compare with the float64 reference: see `Checker`."""
         tensors = make_tensors(case)
         try:
-            result["ran"] = backend_of(case, tensors)
+            row["ran"] = backend_of(case, tensors)
         except ValueError as error:
-            return {**result, "status": "skipped", "reason": str(error)}
-        result["gate"] = checker.check(case, result["ran"], tensors)
-        if not result["gate"]["passed"]:
-            return {**result, "status": "wrong"}
-        times = _measure_time(case, config, tensors)
-        memory = _measure_memory(case, config, probe, result["ran"])
-    except Exception as error:  # One case out of memory must not end a run of hours; the exit code tells.
-        return {**result, "status": "failed", "reason": one_line(error)}
-    finally:
-        tensors = None
-        gc.collect()
-        if case.device == "cuda":
-            torch.cuda.empty_cache()
-    return {**result, **times, "memory": memory, "status": "ok"}
+            raise Unavailable(str(error)) from None
+        row["gate"] = self._checker.check(case, row["ran"], tensors)
+
+    def measure(self, case: Case, name: str, row: dict) -> dict:
+        """Times in pairs with PyTorch's attention, ours in pairs with the naive form, and the memory of all three."""
+        tensors = make_tensors(case)
+        ours = one_call(case, our_attention(case), tensors)
+        pair = self.time(one_call(case, pytorch_attention(case), tensors), ours)
+        times = {"ours": pair["second"], "sdpa": pair["first"], "ratio": pair["ratio"], "pairs": pair["pairs"]}
+        return {**times, "naive": self._naive(case, tensors, ours), "memory": self._memory(case, row["ran"])}
+
+    def _naive(self, case: Case, tensors, ours) -> dict:
+        if (reason := self._no_naive(case)) is not None:
+            return {"absent": reason}
+        attention = naive_attention(case)
+        gate = summary(check_rows(case, attention, tensors, gradients=False))
+        if not gate["passed"]:
+            return {"absent": "WRONG", "gate": gate}
+        naive = one_call(case, attention, tensors)
+        pair = self.time(ours, naive, repeats=min(self.config.repeats, _NAIVE_PAIRS), min_seconds=0.0)
+        return {"seconds": pair["second"], "ratio": pair["ratio"], "pairs": pair["pairs"], "gate": gate}
+
+    def _no_naive(self, case: Case) -> str | None:
+        """Why there is no naive time, in the few letters of a table cell; None: there is one."""
+        if not self.config.naive:
+            return "off"
+        if case.pass_name != "decode" and case.length > self.config.naive_max_length:
+            return f">{self.config.naive_max_length}"
+        return "none" if naive_attention(case) is None else None
+
+    def _memory(self, case: Case, ran: str) -> dict:
+        """{"ours", "sdpa", "naive": megabytes, a reason (text) or None, "ratio": ours / sdpa or None}."""
+        if self.probe is None:
+            return {"ours": None, "sdpa": None, "naive": None, "ratio": None}
+        ours, sdpa = self.probe.measure(case, "ours", ran), self.probe.measure(case, "sdpa")
+        naive = self.probe.measure(case, "naive") if self._no_naive(case) is None else None
+        known = isinstance(ours, float) and isinstance(sdpa, float) and sdpa >= LEAST_MEGABYTES
+        return {"ours": ours, "sdpa": sdpa, "naive": naive, "ratio": ours / sdpa if known else None}
+
+    @classmethod
+    def call(cls, case: Case, name: str):
+        """One pass of ours, sdpa or naive."""
+        return one_call(case, _COMPETITORS[name](case), make_tensors(case))
+
+    @classmethod
+    def short(cls, case: Case, name: str, ran: str | None) -> Case:
+        """At most 64 keys, on the backend that the long case chose."""
+        backend = ran if name == "ours" and ran else case.backend
+        return replace(case, length=min(64, case.length), backend=backend)
+
+    @staticmethod
+    def memory_key(case: Case, name: str, ran: str | None):
+        """PyTorch's attention is the same for all metrics and backends."""
+        return replace(case, metric="", p=None, backend="") if name == "sdpa" else (case, name, ran)
 
 
-def _measure_time(case: Case, config: BenchmarkConfig, tensors) -> dict:
-    ours = one_call(case, our_attention(case), tensors)
-    limits = {"warmup": config.warmup, "max_seconds": config.max_seconds, "seed": config.seed}
-    peer = one_call(case, pytorch_attention(case), tensors)
-    pair = time_pair(peer, ours, case.device, repeats=config.repeats, min_seconds=config.min_seconds, **limits)
-    times = {"ours": pair["second"], "sdpa": pair["first"], "ratio": pair["ratio"], "pairs": pair["pairs"]}
-    if (reason := _no_naive(case, config)) is not None:
-        return {**times, "naive": {"absent": reason}}
-    attention = naive_attention(case)
-    gate = summary(check_rows(case, attention, tensors, gradients=False))
-    if not gate["passed"]:
-        return {**times, "naive": {"absent": "WRONG", "gate": gate}}
-    naive = one_call(case, attention, tensors)
-    repeats = min(config.repeats, _NAIVE_PAIRS)
-    pair = time_pair(ours, naive, case.device, repeats=repeats, min_seconds=0.0, **limits)
-    return {**times, "naive": {"seconds": pair["second"], "ratio": pair["ratio"], "pairs": pair["pairs"], "gate": gate}}
-
-
-def _no_naive(case: Case, config: BenchmarkConfig) -> str | None:
-    """Why there is no naive time, in the few letters of a table cell; None: there is one."""
-    if not config.naive:
-        return "off"
-    if case.pass_name != "decode" and case.length > config.naive_max_length:
-        return f">{config.naive_max_length}"
-    return "none" if naive_attention(case) is None else None
-
-
-def _measure_memory(case: Case, config: BenchmarkConfig, probe: MemoryProbe | None, ran: str) -> dict:
-    """{"ours", "sdpa", "naive": megabytes, a reason (text) or None, "ratio": ours / sdpa or None}."""
-    if probe is None:
-        return {"ours": None, "sdpa": None, "naive": None, "ratio": None}
-    ours, sdpa = probe.measure(case, "ours", ran), probe.measure(case, "sdpa")
-    naive = probe.measure(case, "naive") if _no_naive(case, config) is None else None
-    known = isinstance(ours, float) and isinstance(sdpa, float) and sdpa >= LEAST_MEGABYTES
-    return {"ours": ours, "sdpa": sdpa, "naive": naive, "ratio": ours / sdpa if known else None}
-
-
-def _headline(config: BenchmarkConfig, source: dict) -> str:
-    lines = [
-        machine(source),
-        f"batch {config.batch}, heads {config.heads}, key heads {config.key_heads}; ratio is ours / "
-        "scaled_dot_product_attention, medians of pairs; MB at the peak, beyond the inputs; N of decode: its keys",
-    ]
-    if config.naive and any(length > config.naive_max_length for length in config.lengths):
-        lines.append(f"naive (cdist + softmax + matmul) is not run above length {config.naive_max_length}")
-    return "\n".join(lines)
-
-
-def exit_code(report: dict) -> int:
-    """0: every case that could run was right and measured; 1: one was wrong or failed, or none could run."""
-    states = {result["status"] for result in report["results"]}
-    return 0 if "ok" in states and not states & {"wrong", "failed"} else 1
-
-
-def benchmark(config: Path | None, options: dict, *, overwrite: bool = False) -> int:
-    """Run what a YAML file and `options` (those that are not None) say; returns the exit code."""
-    chosen = load_config(config, options)
-    run = {NystromConfig: run_nystrom_benchmark, NativeConfig: run_native_benchmark}.get(type(chosen), run_benchmark)
-    return exit_code(run(chosen, overwrite=overwrite))
+if __name__ == "__main__":
+    serve(ExactBenchmark)

@@ -1,6 +1,5 @@
 """`distattn benchmark --mechanism nystrom`: time of linear attention, and beside each its error."""
 
-import gc
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -9,13 +8,22 @@ import torch
 
 from ..functional.nystrom import nystrom_attention
 from . import nystrom_inputs as inputs
-from .measure import MemoryProbe, one_line, peak_megabytes, serve, time_pair
+from .measure import serve, timed_call
 from .nystrom_inputs import KINDS, make_inputs, relative_error
 from .nystrom_options import NystromCase, NystromConfig
-from .nystrom_peers import COMPETITORS, Competitor, Unavailable
-from .nystrom_results import DEFINITIONS, footnotes, headline, plot, table_header, table_line
-from .results import with_growth
-from .run import run_and_write
+from .nystrom_peers import COMPETITORS, Competitor
+from .run import (
+    GROWTH,
+    MEANING,
+    MEGABYTES,
+    MILLISECONDS,
+    Benchmark,
+    Unavailable,
+    cell,
+    named_columns,
+    plot_row,
+    summary,
+)
 
 # N of the small check (more than a part of rows of either pass), and query rows checked at the timed length.
 CHECKED_LENGTH, _CHECKED_ROWS = 200, 16
@@ -54,7 +62,7 @@ def gate(case: NystromCase, strategy: str) -> dict:
     def compare(what, actual, expected, bound):
         actual, expected = actual.detach().double(), expected.detach()
         error = float((actual - expected).abs().amax() / expected.abs().amax().clamp_min(1e-30))
-        checks.append((what, error, bound))
+        checks.append({"what": what, "error": error, "bound": bound})
 
     for kind in KINDS:
         landmarks = inputs.fixed_landmarks(case, kind, strategy).to(case.device) if case.causal else None
@@ -78,122 +86,153 @@ def gate(case: NystromCase, strategy: str) -> dict:
                     pairs = (torch.autograd.grad(o, x, upstream) for o, x in ((found, leaves), (expected, double)))
                     for name, a, b in zip(("query", "key", "value"), *pairs):
                         compare(f"{where}: {name} gradient", a, b, TOLERANCE[dtype])
-    worst = max(checks, key=lambda check: check[1] / check[2] if math.isfinite(check[1]) else math.inf)
-    passed = math.isfinite(worst[1]) and worst[1] <= worst[2]
-    error = worst[1] if math.isfinite(worst[1]) else str(worst[1])
-    return {"passed": passed, "worst": worst[0], "error": error, "bound": worst[2]}
+    found = summary(checks)
+    return {key: found[key] for key in ("passed", "worst", "error", "bound")}
 
 
-def call_of(case: NystromCase, made: Competitor, tensors) -> Callable:
-    """What is timed: a forward pass without gradient, or a forward and a backward pass to the leaves."""
+def call_of(case: NystromCase, made: Competitor, tensors) -> Callable[[], object]:
+    """One pass of a competitor over tensors, brought into its own layout before the clock."""
     prepare, attention = made
     with_gradient = case.pass_name == "forward_backward"
     leaves = tuple(t.detach().requires_grad_(with_gradient) for t in prepare(*tensors))
-    if with_gradient:
-        upstream = torch.ones_like(tensors[0])
-        return lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)
-
-    def forward():
-        with torch.no_grad():
-            return attention(*leaves)
-
-    return forward
+    return timed_call(attention, leaves, torch.ones_like(tensors[0]) if with_gradient else None)
 
 
-def errors_of(case: NystromCase, name: str, exact: dict) -> dict[str, float | None]:
-    """Error against exact attention on each kind of input; None above error_max_length."""
-    result = dict.fromkeys(KINDS)
-    for kind, (tensors, rows, expected) in exact.items():
-        prepare, attention = competitor(case, name, kind)
-        with torch.no_grad():
-            found = relative_error(attention(*prepare(*tensors))[:, :, rows], expected)
-        result[kind] = found if math.isfinite(found) else None
-    return result
+DEFINITIONS = {
+    "ours:STRATEGY": "nystrom_attention with lift and γ = 0.01. Bidirectional: landmarks chosen by STRATEGY within the "
+    "call and its time, no window. Causal: landmarks fixed, chosen before from the keys of 4,096 other tokens of the "
+    "same distribution; window and sinks exact",
+    "sdpa": "scaled_dot_product_attention, exact",
+    "seconds": "a call, with the median, 10th and 90th percentile over the pairs; on normal inputs",
+    "times_ours": "seconds / those of ours with the first strategy in the same pair, run back to back in random order: "
+    "above 1 is slower than ours",
+    "growth": MEANING["growth"],
+    "errors": "‖output - exact‖ / ‖exact‖ against softmax attention on up to 1,024 evenly spaced query rows, for each "
+    "kind of input",
+    "mean of all values": "no attention at all: the error that an approximation has to beat",
+    "memory": MEANING["memory"] + ". Null where it was not asked for, and where there is no number: memory_error then "
+    "has the reason",
+    "gate": "before timing: ours against the formula written out in float64, at a short length and on rows of the "
+    "timed one",
+    "peers": "their own modules with as many landmarks or random features, projections replaced by the given tensors, "
+    "no convolution, tensors in the layout the module makes itself",
+    "inputs": inputs.RECIPE,
+}
 
 
-def _exact(case: NystromCase, config: NystromConfig) -> dict:
-    result = {}
-    if case.length <= config.error_max_length:
-        for kind in KINDS:
-            tensors, rows = make_inputs(case, kind), inputs.error_rows(case)
-            result[kind] = tensors, rows, inputs.exact_rows(case, *tensors, rows)
-    return result
+class NystromBenchmark(Benchmark):
+    """Nyström attention beside PyTorch's exact attention and other packages', with the error of each."""
 
+    Config, Case = NystromConfig, NystromCase
+    about = {"mechanism": "nystrom"}
+    definitions = DEFINITIONS
+    columns = named_columns("competitor", 20)
+    numbers = (
+        MILLISECONDS,
+        ("x ours", 8, cell(".2f", lambda r: r["times_ours"]["median"])),
+        GROWTH,
+        ("error normal", 12, cell(".3f", lambda r: r["errors"]["normal"])),
+        ("error clustered", 15, cell(".3f", lambda r: r["errors"]["clustered"])),
+        MEGABYTES,
+    )
 
-def run_case(case: NystromCase, config: NystromConfig, probe: MemoryProbe | None) -> Iterator[dict]:
-    """Yield a row for each competitor: ours with every strategy, then sdpa, then the peers.
+    def headline(self) -> str:
+        """What was run, above the table."""
+        config = self.config
+        return (
+            f"batch {config.batch}, heads {config.heads}, head size {config.head_size}, float32, "
+            f"{config.num_landmarks} landmarks or features; causal: window {config.window_size}, {config.num_sinks} "
+            f"sinks, fixed landmarks\nx ours: time / that of ours:{config.strategies[0]} within pairs; x2 N: factor of "
+            "the time when N doubles; error: relative, against exact softmax attention; MB at the peak, beyond the "
+            "inputs"
+        )
 
-    Every time stands in pairs with that of ours with the first strategy, run back to back in random order.
-    """
-    names = [f"ours:{strategy}" for strategy in config.strategies]
-    exact, tensors = _exact(case, config), make_inputs(case, "normal")
-    limits = {n: getattr(config, n) for n in ("repeats", "warmup", "min_seconds", "max_seconds", "seed")}
-    first = None
-    means = {k: relative_error(t[2].mean(2, keepdim=True).expand_as(e), e) for k, (t, _, e) in exact.items()}
-    if means and not case.causal:
-        yield {
-            "label": "mean of all values",
-            **asdict(case),
-            "pass": case.pass_name,
-            "status": "yardstick",
-            "errors": means,
-        }
-    for name in [*names, "sdpa", *config.peers]:
-        row = {"label": name, **asdict(case), "pass": case.pass_name, "status": "ok"}
-        try:
-            if name == "sdpa" and case.length > config.sdpa_max_length:
-                raise Unavailable(f"N > sdpa_max_length ({config.sdpa_max_length})")
-            if name.startswith("ours:"):
-                row["gate"] = gate(case, name.removeprefix("ours:"))
-                if not row["gate"]["passed"]:
-                    yield {**row, "status": "wrong"}
-                    continue
-            made = competitor(case, name)
-            row["errors"] = dict.fromkeys(KINDS, 0.0) if name == "sdpa" else errors_of(case, name, exact)
-            call = call_of(case, made, tensors)
-            if first is None:
-                base = ours(case, config.strategies[0], "normal")
-                first = call_of(case, base, tensors)
-            pair = time_pair(first, call, case.device, **limits)
-            yield {**row, "seconds": pair["second"], "times_ours": pair["ratio"], **_memory(case, name, probe)}
-        except Unavailable as reason:
-            yield {**row, "status": "absent", "reason": str(reason)}
-        except Exception as error:  # One competitor out of memory must not end the run; the exit code tells.
-            yield {**row, "status": "failed", "reason": one_line(error)}
-        gc.collect()
+    def competitors(self, case: NystromCase) -> list[str]:
+        """Ours with every strategy, then sdpa, then the peers."""
+        return [*(f"ours:{strategy}" for strategy in self.config.strategies), "sdpa", *self.config.peers]
 
+    def rows(self, case: NystromCase) -> Iterator[dict]:
+        """Yield the error of no attention at all, then a row for each competitor, all on the same tensors."""
+        self._tensors, self._exact, self._first = make_inputs(case, "normal"), {}, None
+        if case.length <= self.config.error_max_length:
+            for kind in KINDS:
+                tensors, rows = make_inputs(case, kind), inputs.error_rows(case)
+                self._exact[kind] = tensors, rows, inputs.exact_rows(case, *tensors, rows)
+        if self._exact and not case.causal:
+            means = {
+                kind: relative_error(tensors[2].mean(2, keepdim=True).expand_as(exact), exact)
+                for kind, (tensors, _, exact) in self._exact.items()
+            }
+            yield {**self.start(case, "mean of all values"), "status": "yardstick", "errors": means}
+        yield from super().rows(case)
 
-def _memory(case: NystromCase, name: str, probe: MemoryProbe | None) -> dict:
-    """{"memory": megabytes or None} and, where a number was asked for and is not there, "memory_error": the reason."""
-    if probe is None:
-        return {"memory": None}
-    found = probe.measure(case, name) if case.device == "cpu" else "measured on CPU only"
-    return {"memory": found} if isinstance(found, float) else {"memory": None, "memory_error": found}
+    def start(self, case: NystromCase, name: str) -> dict:
+        """Who, and what the case is."""
+        return {"label": name, **asdict(case), "pass": case.pass_name}
 
+    def check(self, case: NystromCase, name: str, row: dict) -> None:
+        """Compare ours with the formula; and everyone with exact attention, which is an error and no verdict."""
+        if name == "sdpa" and case.length > self.config.sdpa_max_length:
+            raise Unavailable(f"N > sdpa_max_length ({self.config.sdpa_max_length})")
+        if name.startswith("ours:"):
+            row["gate"] = gate(case, name.removeprefix("ours:"))
+            if not row["gate"]["passed"]:
+                return
+        row["errors"] = dict.fromkeys(KINDS, 0.0) if name == "sdpa" else self._errors(case, name)
 
-def measure_memory(case: NystromCase, name: str, ran: str | None = None) -> float:
-    """Megabytes that one call of a competitor takes at its peak beyond its inputs, after one call on short inputs."""
-    short = replace(case, length=4 * case.num_landmarks)
-    call_of(short, competitor(short, name), make_inputs(short, "normal"))()
-    return peak_megabytes(call_of(case, competitor(case, name), make_inputs(case, "normal")), case.device)
+    def _errors(self, case: NystromCase, name: str) -> dict[str, float | None]:
+        """Error against exact attention on each kind of input; None above error_max_length."""
+        # Raises `Unavailable` also where no error is taken.
+        competitor(case, name)
+        result = dict.fromkeys(KINDS)
+        for kind, (tensors, rows, expected) in self._exact.items():
+            prepare, attention = competitor(case, name, kind)
+            with torch.no_grad():
+                found = relative_error(attention(*prepare(*tensors))[:, :, rows], expected)
+            result[kind] = found if math.isfinite(found) else None
+        return result
 
+    def measure(self, case: NystromCase, name: str, row: dict) -> dict:
+        """Time in pairs with ours of the first strategy, and memory."""
+        call = call_of(case, competitor(case, name), self._tensors)
+        if self._first is None:
+            self._first = call_of(case, ours(case, self.config.strategies[0], "normal"), self._tensors)
+        pair = self.time(self._first, call)
+        return {"seconds": pair["second"], "times_ours": pair["ratio"], **self.memory_of(case, name)}
 
-def run_nystrom_benchmark(config: NystromConfig, *, overwrite: bool = False, echo=print) -> dict:
-    """Measure every case, print a line for each competitor, write benchmark.json; returns what was written."""
-    return run_and_write(
-        config, _rows, measured_by=measure_memory, about={"mechanism": "nystrom"},
-        definitions={**DEFINITIONS, "inputs": inputs.RECIPE}, headline=headline, header=table_header(), line=table_line,
-        footnotes=footnotes, plot=plot, overwrite=overwrite, echo=echo,
-    )  # fmt: skip
+    @classmethod
+    def call(cls, case: NystromCase, name: str) -> Callable[[], object]:
+        """One pass of a competitor on normal inputs."""
+        return call_of(case, competitor(case, name), make_inputs(case, "normal"))
 
+    @classmethod
+    def short(cls, case: NystromCase, name: str, ran: str | None) -> NystromCase:
+        """Four tokens a landmark."""
+        return replace(case, length=4 * case.num_landmarks)
 
-def _rows(config: NystromConfig, probe: MemoryProbe | None) -> Iterator[dict]:
-    rows = []
-    for case in config.cases():
-        for row in run_case(case, config, probe):
-            rows.append(with_growth(row, rows))
-            yield rows[-1]
+    def footnotes(self, results: list[dict]) -> list[str]:
+        """Why rows have no memory, each reason once."""
+        rows_of = {}
+        for row in results:
+            if "memory_error" in row:
+                rows_of.setdefault(row["memory_error"], []).append(row)
+        notes = []
+        for reason, rows in rows_of.items():
+            labels = ", ".join(dict.fromkeys(row["label"] for row in rows))
+            lengths = ", ".join(map(str, dict.fromkeys(row["length"] for row in rows)))
+            notes.append(f"no MB of {labels} at N = {lengths}: {reason}")
+        return notes
+
+    def plotted(self, rows: list[dict]) -> list[dict]:
+        """All but PyTorch's attention, which stands beside each."""
+        exact = {(row["causal"], row["pass"], row["length"]): row for row in rows if row["label"] == "sdpa"}
+        found = []
+        for row in rows:
+            peer = exact.get((row["causal"], row["pass"], row["length"]), {"seconds": None, "memory": None})
+            if row["label"] != "sdpa":
+                found.append(plot_row(row, "nystrom", peer["seconds"], peer["memory"]))
+        return found
 
 
 if __name__ == "__main__":
-    serve(NystromCase, measure_memory)
+    serve(NystromBenchmark)

@@ -1,9 +1,10 @@
-"""The model card: model_cards/template.md filled from the checkpoint's report and scorecard, and nothing else."""
+"""The model card: card_template.md filled from the checkpoint's report and scorecard, and nothing else."""
 
 import hashlib
 import math
 import re
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
@@ -14,9 +15,6 @@ from huggingface_hub.utils import validate_repo_id
 from ..conversion.report import ConversionReport
 from .base import BaseModel, add_noted, find_base_model, license_metadata
 from .folder import ConvertedFolder, read_folder, read_results
-
-_TEMPLATE = "model_cards/template.md"
-_INSTALLED_TEMPLATE = "share/distattn_hf/template.md"
 
 # Rows of the scorecard that can be the checkpoint in the folder, the last step first.
 _STEPS = ("task", "distillation", "transfer", "calibrated", "plain")
@@ -80,17 +78,8 @@ def build_card(
 
 
 def read_template() -> str:
-    """The text of model_cards/template.md, from the repository or from where the wheel put it.
-
-    Raises `ValueError` when it is in neither place.
-    """
-    beside = Path(__file__).resolve().parents[2] / _TEMPLATE
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
-    for file in metadata.files("distattn_hf") or ():
-        if file.as_posix().endswith(_INSTALLED_TEMPLATE):
-            return Path(file.locate()).read_text(encoding="utf-8")
-    raise ValueError(f"the card's template is missing: neither {_TEMPLATE} nor {_INSTALLED_TEMPLATE} is installed")
+    """The text of card_template.md, which is part of the package."""
+    return files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
 
 
 def sign(card: ModelCard) -> ModelCard:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from distattn_hf import load_checkpoint
 from distattn_hf.analysis.analyse import AnalyseOptions
 from distattn_hf.analysis.samples import TextLoss
-from distattn_hf.cli import evaluate
+from distattn_hf.commands.command_evaluate import evaluate
 from distattn_hf.evaluation.score import EvaluationOptions, compare_models, describe_scores, embed
 from distattn_hf.storage.pooling import POOLINGS, read_pooling
 from tests.conversion.test_companions import TEXTS, sentence_transformer

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from distattn_hf.analysis.report.page.heads import rank_correlation
 from typer.testing import CliRunner
 
 from distattn_hf import AttentionSpec, convert
@@ -21,6 +20,7 @@ from distattn_hf.analysis.analyse import (
     write_analysis,
 )
 from distattn_hf.analysis.figure_style import inline_svg, save_figure
+from distattn_hf.analysis.report.heads import rank_correlation
 from distattn_hf.analysis.report.page import build_sections, render
 from distattn_hf.analysis.report.page import figures as draw
 from distattn_hf.analysis.statistics import measure

@@ -24,6 +24,7 @@ FLOORS = [
     ("experiments",),
     ("auto_classes",),
     ("__init__",),
+    ("commands",),
     ("cli",),
 ]
 # What `auto_map` names in saved checkpoints: these names stay.

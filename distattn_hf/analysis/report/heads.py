@@ -138,20 +138,8 @@ def rank_correlation(left: HeadImportance, right: HeadImportance) -> float:
 
 def table_section(statistics: AttentionStatistics) -> Section:
     """Every head in a row."""
-    table = [
-        [
-            "module",
-            "head",
-            "pattern",
-            "strength",
-            "entropy",
-            "sparsity",
-            "largest",
-            "distance",
-            "diversity",
-            "collapsed",
-        ]
-    ]
+    header = "module head pattern strength entropy sparsity largest distance diversity collapsed"
+    table = [header.split()]
     for h in statistics.heads:
         cells = (h.strength, h.entropy, h.sparsity, h.maximum, h.distance, h.diversity)
         collapsed = "yes" if h.collapsed else f"{h.collapsed_rows:.1%} of rows"
