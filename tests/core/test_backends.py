@@ -193,6 +193,17 @@ def test_some_keys_equal_the_query(case, head_dim):
         assert_close(actual[name], value, "float32_l2_coinciding" if rounded_root else kind, name)
 
 
+# By the kernels in float32, and in float64, of which there are none, by PyTorch's operations.
+@every_float64_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties(case, dtype):
+    """Whole numbers: equal coordinates have slope 0, and those that reach the maximum share its gradient."""
+    tensors = {name: tensor.round() for name, tensor in make_tensors(20, 9, 7).items()}
+    if case.metric == "cosine":
+        tensors["query"][..., 0] = tensors["key"][..., 0] = 1.0  # never the zero vector
+    check_against_reference(case, tensors, dtype)
+
+
 @every_case
 @pytest.mark.parametrize("point", ["random", "zero"])
 def test_all_keys_and_queries_equal(case, point):
