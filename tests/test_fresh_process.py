@@ -1,6 +1,6 @@
 """Saved models load bit-equal in a fresh process, with the package and without it: one row a family and mechanism.
 
-A process takes seconds to start, so one loads all rows; each folder brings its own code.
+A process takes seconds to start, so with the package one loads all rows; without it each folder brings its own code.
 """
 
 import json
@@ -90,12 +90,21 @@ def saved(tmp_path_factory):
     return folders, classes
 
 
-@pytest.mark.parametrize("mode", ["package", "remote"])
+# The code of one checkpoint takes the place of another's in transformers' table of attention functions, and Nyström heads
+# are not known to it.
+SIDE_BY_SIDE = pytest.mark.xfail(strict=True, reason="checkpoints of remote code, side by side, share one table")
+
+
+@pytest.mark.parametrize(
+    ("mode", "rows"),
+    [("package", [*ROWS]), *(("remote", [row]) for row in ROWS), pytest.param("remote", [*ROWS], marks=SIDE_BY_SIDE)],
+    ids=lambda value: value if isinstance(value, str) else " + ".join(value),
+)
 @pytest.mark.xdist_group("fresh process")
-def test_every_family_loads_bit_equal(saved, mode, tmp_path, monkeypatch):
+def test_every_family_loads_bit_equal(saved, mode, rows, tmp_path, monkeypatch):
     folders, classes = saved
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", LOADER, mode, json.dumps(folders)]
+    command = [sys.executable, "-c", LOADER, mode, json.dumps({row: folders[row] for row in rows})]
     run = subprocess.run(command, capture_output=True, text=True)
     results = [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results == [[row, True, True, classes[row]] for row in ROWS], run.stderr[-2000:]
+    assert results == [[row, True, True, classes[row]] for row in rows], run.stderr[-2000:]

@@ -254,7 +254,6 @@ def test_one_graph(metric, p, queries):
 PROBE = """
 import sys, warnings, torch
 import distattn_hf
-from distattn_hf.core import cpp_library
 q = torch.randn(1, 2, 20, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -330,7 +329,7 @@ def test_without_a_home_the_library_is_for_one_process(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(cpp_library.Path, "home", no_home)
     monkeypatch.setattr(cpp_library.tempfile, "tempdir", str(tmp_path))
-    assert cpp_library._build().parent.parent == tmp_path
+    assert cpp_library._build(cpp_library.EXACT).parent.parent == tmp_path
 
 
 @pytest.mark.parametrize("variable", ["c++ -O2", "no-such-compiler", ""])
