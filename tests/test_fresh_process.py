@@ -90,7 +90,7 @@ def saved(tmp_path_factory):
     return folders, classes
 
 
-# The code of one checkpoint takes the place of another's in transformers' table of attention functions, and Nyström heads
+# The code of one checkpoint takes the place of another's in the table of attention functions, and Nyström heads
 # are not known to it.
 SIDE_BY_SIDE = pytest.mark.xfail(strict=True, reason="checkpoints of remote code, side by side, share one table")
 
