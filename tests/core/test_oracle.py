@@ -59,6 +59,10 @@ FORMS = {
         torch.tensor([[-INF, 0.5, 0.0, -1.5, 2.0], [0.0, -2.0, 0.0, 1.0, -3e38]])[:, None, None],
         torch.arange(180, dtype=torch.float64).view(1, 2, 18, 5).cos(),
     ),
+    "int (B,M) + bias that masks": (
+        PADDING,
+        torch.where(torch.arange(180) % 4 == 1, -INF, torch.arange(180, dtype=torch.float64).cos()).view(1, 2, 18, 5),
+    ),
     "int (B,M) + bias": (PADDING, torch.arange(180, dtype=torch.float64).view(1, 2, 18, 5).cos()),
 }
 
