@@ -82,6 +82,15 @@ def test_calibration_rows_of_a_decoder(sort):
     assert batch["input_ids"].tolist() == rows_of(["abcdefghij"] * 9, 12, STARTS[sort])[:4]
 
 
+def test_calibration_rows_follow_the_seed_alone():
+    first, again, other = (
+        calibration_batch(gpt2(), TEXTS, letters("none (GPT-2)"), max_length=12, seed=seed)["input_ids"].tolist()
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
 @EVERY_SORT
 @pytest.mark.parametrize("build", [bert, t5])
 def test_calibration_rows_of_other_models_are_whole_texts(sort, build):

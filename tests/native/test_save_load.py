@@ -1,4 +1,4 @@
-"""A saved native model loads bit-equal: in this process, and in a fresh one with the package and without it."""
+"""A saved native model loads bit-equal; tests/test_fresh_process.py loads some in a process of its own."""
 
 import json
 import subprocess
@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from distattn_hf.core.families import auto_map_for
 from distattn_hf.core.native_layers import NATIVE_HEADS
-from tests.conversion.test_save_load import LOADER
 from tests.tolerances import assert_close
 from tests.without_package import HIDE_PACKAGE
 
@@ -48,27 +47,6 @@ def test_auto_classes_load_it_bit_equal(tmp_path, mechanism, form):
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     with torch.no_grad():
         assert_close(loaded(**batch).logits, model(**batch).logits, "equal")
-
-
-# A process takes seconds to start: no more than one of each kind.
-@pytest.mark.parametrize(
-    ("mechanism", "encoding", "form", "mode"),
-    [
-        ("l2", "relative", "causal", "package"),
-        ("performer", "sinusoidal", "bidirectional", "remote"),
-        ("nystrom", "rotary", "cross", "remote"),
-    ],
-)
-def test_fresh_process(tmp_path, monkeypatch, mechanism, encoding, form, mode):
-    model, batch = trained(mechanism, encoding, form)
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.save((batch, model(**batch).logits), tmp_path / "expected.pt")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", LOADER, str(tmp_path), AUTO[form].__name__, mode]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    result = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
-    assert result == [f"RESULT True True {type(model).__name__}"], run.stderr[-2000:]
 
 
 GENERIC_HEAD = (

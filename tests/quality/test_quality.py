@@ -9,7 +9,6 @@ from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.experiments import conversion_quality
 from tests.tolerances import EXACT_LOGITS
 
-pytestmark = pytest.mark.slow
 QUIET = CalibrationOptions(progress=False)
 
 
