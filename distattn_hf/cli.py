@@ -241,8 +241,8 @@ def convert(
     from .conversion.calibrate import CalibrationOptions
     from .conversion.report import ConversionReport
     from .core.configuration_distattn import AttentionSpec
-    from .data.batches import read_texts
     from .data.config import read_specs
+    from .data.sources import read_texts
     from .storage.companions import Source, describe_source
     from .storage.folders import save_checkpoint
     from .storage.models import load_checkpoint
@@ -339,8 +339,9 @@ def evaluate(
     """
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts)
     begin(path, against)
-    from .data.batches import read_texts
-    from .evaluation.score import EvaluationOptions, compare_models, describe_scores, model_kind
+    from .data.sources import read_texts
+    from .data.tasks import text_task_of
+    from .evaluation.score import EvaluationOptions, compare_models, describe_scores
     from .storage.models import load_checkpoint
 
     texts = read_texts(data, column=column, split="test")[:max_texts]
@@ -349,7 +350,7 @@ def evaluate(
     result = compare_models(models, texts, options)
     print(json.dumps(result, indent=1) if as_json else _score_table(result))
     if not as_json:
-        print(describe_scores(model_kind(models[path][0]), result[path]))
+        print(describe_scores(text_task_of(models[path][0]), result[path]))
 
 
 def _score_table(result: dict[str, dict[str, float]]) -> str:
@@ -390,7 +391,7 @@ def analyse(
     begin(path, against)
     from .analysis.analyse import AnalyseOptions, parse_heads
     from .analysis.analyse import analyse as run
-    from .data.batches import read_texts
+    from .data.sources import read_texts
 
     options = AnalyseOptions(
         max_length=max_length, max_tokens=max_tokens, importance=importance, heads=parse_heads(heads),

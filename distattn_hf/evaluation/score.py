@@ -8,25 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ..conversion.calibrate_nystrom import exact_span
-from ..core.configuration_distattn import CLASS_PREFIX
-from ..data.batches import length_for, longest_row, pack
+from ..data.batches import label_loss, length_for, longest_row, pack
+from ..data.config import is_integer
+from ..data.tasks import TASKS, text_task_of
 
 logger = logging.get_logger(__name__)
-
-_KINDS = {
-    "causal-lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
-    "seq2seq": (
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    ),
-    "masked-lm": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
-    "embedding": (modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_MAPPING),
-}
 
 
 @dataclass
@@ -41,26 +30,8 @@ class EvaluationOptions:
 
     def __post_init__(self):
         for name in ("max_length", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value := getattr(self, name), 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-
-
-def model_kind(model: PreTrainedModel) -> str:
-    """One of "causal-lm", "seq2seq", "masked-lm" or "embedding", from the model's class: transformers' own, a converted
-    one, or one registered with the Auto classes.
-
-    Raises `ValueError` naming the class for any other head.
-    """
-    name = type(model).__name__.removeprefix(CLASS_PREFIX)
-    for kind, (names, mapping) in _KINDS.items():
-        listed = {n for value in names.values() for n in ((value,) if isinstance(value, str) else value)}
-        if name in listed or mapping._extra_content.get(type(model.config)) is type(model):
-            return kind
-    raise ValueError(
-        f"{type(model).__name__} has a head that cannot be evaluated on plain text; expected a causal, masked or "
-        "sequence-to-sequence language model, or an encoder"
-    )
 
 
 @torch.no_grad()
@@ -78,20 +49,21 @@ def evaluate_model(
     """
     options = options or EvaluationOptions()
     options = replace(options, max_length=length_for(model, options.max_length))
-    kind = model_kind(model)
+    task = text_task_of(model)
     model.eval()
     with warn_without_far_keys(model):
-        if kind == "embedding":
+        if task == "embedding":
             pairs = pairs or first_sentence_pairs(texts)
             if len(pairs) < 2:
                 raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
             queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
             return {**retrieval_scores(queries, passages), "texts": len(pairs)}
-        if kind == "seq2seq":
-            loss, used = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
+        if task == "seq2seq":
+            sums, used = _read_pairs(model, tokenizer, pairs or [(t, t) for t in texts], options)
         else:
-            loss, used = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 80)), **used}
+            sums, used = (_read_packed if task == "causal-lm" else _read_masked)(model, tokenizer, texts, options)
+    scores = sums.scores()
+    return {"loss": scores["loss"], "perplexity": scores["perplexity"], "texts": used, "tokens": sums.count}
 
 
 def describe_scores(kind: str, scores: dict[str, float]) -> str:
@@ -138,13 +110,38 @@ def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOpt
     return float((mine * theirs).sum(-1).mean())
 
 
+class TokenScores:
+    """Sum over the labels of a task, -100 left out, the cross-entropy in nats and how many were the likeliest."""
+
+    def __init__(self, task: str):
+        self.task, self.total, self.correct, self.count = TASKS[task], 0.0, 0, 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the logits (..., classes) and labels (...) of one batch, aligned as the task says."""
+        logits, labels = self.task.align(logits, labels)
+        keep = labels != -100
+        logits, labels = logits[keep], labels[keep].to(logits.device)
+        self.total += float(label_loss(logits, labels, 1))
+        self.correct += int((logits.argmax(-1) == labels).sum())
+        self.count += len(labels)
+
+    def scores(self) -> dict[str, float]:
+        """Return "loss", "accuracy" and, for language models, "perplexity"; raise `ValueError` where nothing counts."""
+        if not self.count:
+            raise ValueError(f"the data holds no label that counts for task {self.task.name!r}")
+        found = {"loss": self.total / self.count, "accuracy": self.correct / self.count}
+        if self.task.is_language_model:
+            found["perplexity"] = math.exp(min(found["loss"], 80.0))
+        return found
+
+
 def compare_models(models: dict[str, tuple], texts, options: EvaluationOptions | None = None) -> dict[str, dict]:
     """Scores of several models on the same texts; `models` is {name: (model, tokenizer)}, the teacher last.
 
     Each is read with its own tokenizer; two models also get "ratio" (perplexity over the teacher's) or, for encoders,
     "embedding_cosine" with the teacher. Raises `ValueError` when they have different kinds of heads.
     """
-    kinds = {name: model_kind(model) for name, (model, _) in models.items()}
+    kinds = {name: text_task_of(model) for name, (model, _) in models.items()}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"the models have different heads: {kinds}")
     for name, (_, tokenizer) in models.items():
@@ -201,17 +198,15 @@ def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
     return torch.cat(found).float()
 
 
-def _causal_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
+def _read_packed(model, tokenizer, texts, options) -> tuple[TokenScores, int]:
     rows, start = pack(tokenizer, texts, options.max_length, options.max_tokens)
-    # The first token has nothing before it, and how a text starts is no part of the text.
-    first = max(start, 1)
-    total = 0.0
+    sums = TokenScores("causal-lm")
     for batch in _steps(rows.split(options.batch_size), "perplexity", options):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch).logits[:, first - 1 : -1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, first:].flatten(), reduction="sum"))
-    count = rows[:, first:].numel()
-    return total / count, {"texts": _texts_within(tokenizer, texts, rows[:, start:].numel()), "tokens": count}
+        # How a text starts is no part of the text.
+        labels = batch.masked_fill(torch.arange(batch.shape[1], device=batch.device) < start, -100)
+        sums.add(model(input_ids=batch).logits, labels)
+    return sums, _texts_within(tokenizer, texts, rows[:, start:].numel())
 
 
 def _texts_within(tokenizer, texts, tokens: int) -> int:
@@ -224,9 +219,9 @@ def _texts_within(tokenizer, texts, tokens: int) -> int:
     return len(texts)
 
 
-def _masked_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
+def _read_masked(model, tokenizer, texts, options) -> tuple[TokenScores, int]:
     generator = torch.Generator().manual_seed(options.seed)
-    total, count = 0.0, 0
+    sums = TokenScores("masked-lm")
     for start in _steps(range(0, len(texts), options.batch_size), "masked tokens", options):
         chunk = texts[start : start + options.batch_size]
         batch = tokenizer(
@@ -235,20 +230,18 @@ def _masked_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
         )  # fmt: skip
         special = batch.pop("special_tokens_mask").bool()
         masked = (torch.rand(special.shape, generator=generator) < 0.15) & ~special
-        labels = batch["input_ids"][masked].to(model.device)
+        labels = batch["input_ids"].masked_fill(~masked, -100)
         batch["input_ids"] = batch["input_ids"].masked_fill(masked, tokenizer.mask_token_id)
-        logits = model(**batch.to(model.device)).logits[masked.to(model.device)].float()
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
-        count += len(labels)
+        sums.add(model(**batch.to(model.device)).logits, labels.to(model.device))
         if start * options.max_length > options.max_tokens:
             break
-    if count == 0:
+    if not sums.count:
         raise ValueError("the data holds no token that could be masked")
-    return total / count, {"texts": min(len(texts), start + options.batch_size), "tokens": count}
+    return sums, min(len(texts), start + options.batch_size)
 
 
-def _sequence_loss(model, tokenizer, pairs, options) -> tuple[float, dict]:
-    total, count = 0.0, 0
+def _read_pairs(model, tokenizer, pairs, options) -> tuple[TokenScores, int]:
+    sums = TokenScores("seq2seq")
     for start in _steps(range(0, len(pairs), options.batch_size), "targets", options):
         chunk = pairs[start : start + options.batch_size]
         source, target = (
@@ -258,14 +251,12 @@ def _sequence_loss(model, tokenizer, pairs, options) -> tuple[float, dict]:
             for i in (0, 1)
         )
         labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100).to(model.device)
-        logits = model(**source.to(model.device), labels=labels).logits.float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"))
-        count += int((labels != -100).sum())
-        if count > options.max_tokens:
+        sums.add(model(**source.to(model.device), labels=labels).logits, labels)
+        if sums.count > options.max_tokens:
             break
-    if count == 0:
+    if not sums.count:
         raise ValueError("the data holds no target tokens")
-    return total / count, {"texts": min(len(pairs), start + options.batch_size), "tokens": count}
+    return sums, min(len(pairs), start + options.batch_size)
 
 
 def _steps(iterable, description: str, options: EvaluationOptions):

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
 from ..core.configuration_distattn import AttentionSpec
-from ..data.batches import news_articles
+from ..data.sources import news_articles
 from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
 from ..storage.models import load_checkpoint
 

@@ -18,7 +18,8 @@ import torch
 from transformers.utils import logging
 
 from ..core.nystrom_cache import NystromLayer
-from ..data.batches import read_texts, start_tokens, token_stream
+from ..data.batches import start_tokens, token_stream
+from ..data.sources import read_texts
 from ..evaluation.scorecard import without_far_field
 from ..storage.models import load_checkpoint
 

@@ -81,14 +81,12 @@ def change_options(folder: str | Path, **options) -> list:
         raise ValueError(f"nothing to set; give one of {', '.join(OPTIONS)}")
     specs = with_options([AttentionSpec.from_dict(spec) for spec in block["specs"]], options)
     block["specs"] = [spec.to_dict() for spec in specs]
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_atomically(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
     return specs
 
 
 def save_checkpoint(
-    model, tokenizer, out: str | Path, *, overwrite: bool = False, source: Source | None = None
+    model, tokenizer, out: str | Path, *, overwrite: bool = False, source: Source | str | None = None
 ) -> list[str]:
     """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does.
 
@@ -99,7 +97,9 @@ def save_checkpoint(
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        return copy_companions(source, folder) if source is not None else []
+        if source is None:
+            return []
+        return copy_companions(source if isinstance(source, Source) else Source(source), folder)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

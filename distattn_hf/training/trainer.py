@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..core.configuration_distattn import MODEL_TYPE_PREFIX
@@ -51,6 +51,14 @@ def check_pair(teacher, student) -> None:
             )
     if mine:
         raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
+
+
+def num_steps(arguments: TrainingArguments, dataset) -> int:
+    """Return how many steps a training takes."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    return max(1, int(arguments.num_train_epochs * len(dataset) / rows))
 
 
 class AdaptationTrainer(Trainer):
@@ -148,6 +156,17 @@ class AdaptationTrainer(Trainer):
             kwargs["params"] = self.stage.parameter_groups(model, args.learning_rate, args.weight_decay, decayed)
         return optimizer, kwargs
 
+    def announce(self, say, start) -> None:
+        """Say that the stage begins from checkpoint `start` or goes on, and soon how long it may take."""
+        name, steps = Path(self.args.output_dir).name, num_steps(self.args, self.train_dataset)
+        found = last_checkpoint(self.args.output_dir)
+        if found is None:
+            say(f"stage {name} begins: {steps:,} steps from {start}")
+        else:
+            left = steps - int(found.name.rpartition("-")[2])
+            say(f"stage {name} goes on from {found}: {left:,} of {steps:,} steps are left")
+        self.add_callback(_Estimate(name, steps, say))
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As in `Trainer`; True resumes from the last complete checkpoint, and starts anew where there is none."""
         if resume_from_checkpoint is True:
@@ -191,3 +210,28 @@ class AdaptationTrainer(Trainer):
         path = os.path.join(resume_from_checkpoint, _BESIDE_ADAPTER)
         if os.path.isfile(path):
             self.stage.student.load_state_dict(load_file(path), strict=False)
+
+
+class _Estimate(TrainerCallback):
+    """Say once how long a training may take, by the time of its first steps."""
+
+    def __init__(self, name: str, steps: int, say, after: int = 3):
+        self.name, self.steps, self.say, self.after = name, steps, say, after
+        self.began = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the first step start the clock, as it has what is done once; some steps later say what it tells."""
+        if self.began is None:
+            self.began = (state.global_step, time.perf_counter())
+        elif state.global_step == self.began[0] + self.after:
+            each, left = (time.perf_counter() - self.began[1]) / self.after, self.steps - state.global_step
+            if left > 0:
+                self.say(
+                    f"stage {self.name}: {each:.2g} s a step, about {_duration(each * left)} for the {left:,} left"
+                )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

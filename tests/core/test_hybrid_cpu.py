@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from distattn_hf.core.hybrid_cpu import runs
 
 from distattn_hf import nystrom_attention
 from distattn_hf.core import nystrom_hybrid as hybrid
-from distattn_hf.core.hybrid_cpu import runs
 from distattn_hf.core.kernel_cpp_library import unavailable
 from distattn_hf.core.nystrom_hybrid import HybridInputs, hybrid_attention
 from tests.core.test_hybrid import ROWS, in_chunks, naive, padding, problem
