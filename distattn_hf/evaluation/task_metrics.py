@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.batches import label_loss
+from ..data.tasks import TASKS
 from .score import retrieval_ranks
 
 
@@ -120,11 +122,8 @@ class Perplexity(_PackagedMetric):
                 f"{int(labels.max())}"
             )
         if self.config_name == "default":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = [
-            float(F.cross_entropy(row.float(), label, ignore_index=-100, reduction="sum"))
-            for row, label in zip(logits, labels, strict=True)
-        ]
+            logits, labels = TASKS["causal-lm"].align(logits, labels)
+        losses = [float(label_loss(row, label, 1)) for row, label in zip(logits, labels, strict=True)]
         super().add_batch(predictions=losses, references=(labels != -100).sum(-1).tolist(), **kwargs)
 
     def add(self, *, prediction=None, reference=None, **kwargs):

@@ -140,10 +140,11 @@ def last_checkpoint(folder: str | Path, state: str = TRAINER_STATE) -> Path | No
     return max(found)[1] if found else None
 
 
-def remove_checkpoints(folder: str | Path) -> None:
-    """Remove every checkpoint-N of a finished training: only going on needs them, most of each is optimizer state."""
+def remove_checkpoints(folder: str | Path, keep: Path | None = None) -> None:
+    """Remove every checkpoint-N of a training but `keep`: only going on needs them, most of each is optimizer state."""
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path)
+        if path != keep:
+            shutil.rmtree(path)
 
 
 def _is_complete(file: Path) -> bool:
