@@ -21,7 +21,7 @@ from transformers.utils import logging
 from distattn_hf import AttentionSpec, convert, load_checkpoint
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.conversion.report import ConversionReport
-from distattn_hf.data.batches import pack
+from distattn_hf.data.packing import pack
 from distattn_hf.data.sources import news_articles
 from distattn_hf.evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
 

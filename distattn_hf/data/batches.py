@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from .packing import pack
+
 MAX_LENGTH = 512
 MAX_TOKENS = 8192
 # Columns as long as the source, which end where its padding begins.
@@ -113,58 +115,6 @@ def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tens
             batch["decoder_input_ids"] = shift_right(model, batch["input_ids"])
         return batch
     return {"input_ids": pack(tokenizer, texts, max_length, max_tokens)[0]}
-
-
-def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
-    """The special tokens before a text that a causal model was trained with ([BOS] of Llama and Gemma), often none.
-
-    They are what the tokenizer puts before the first of `texts` that has a token; but not the [CLS] of BERT, with which
-    bidirectional models read. Raises `ValueError` for a tokenizer that reads a text differently beside special tokens.
-    """
-    for text in texts:
-        # A beginning is enough, and a book would take long.
-        text = text.strip()[:200]
-        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not bare:
-            continue
-        whole = tokenizer(text, verbose=False)["input_ids"]
-        for before in range(len(whole) - len(bare) + 1):
-            if whole[before : before + len(bare)] == bare:
-                cls = None if tokenizer.cls_token_id == tokenizer.bos_token_id else tokenizer.cls_token_id
-                return [token for token in whole[:before] if token != cls]
-        raise ValueError(
-            f"{type(tokenizer).__name__} turns {text[:40]!r} into other tokens with special tokens than without, so "
-            "its texts cannot be packed end to end; give tokenised batches"
-        )
-    return []
-
-
-def token_stream(tokenizer, texts, count: int) -> list[int]:
-    """At least `count` tokens of the texts end to end, the end token after each; fewer where there are no more."""
-    stream: list[int] = []
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) >= count:
-            break
-    return stream
-
-
-def pack(tokenizer, texts, max_length: int, max_tokens: int) -> tuple[Tensor, int]:
-    """Token ids (rows, max_length or all there are) of the texts end to end, and how many of a row are `start_tokens`.
-
-    Raises `ValueError` where there are fewer than two tokens.
-    """
-    start, stream = start_tokens(tokenizer, texts), token_stream(tokenizer, texts, max_tokens)
-    length = min(max_length - len(start), len(stream))
-    if length < 1 or len(start) + length < 2:
-        raise ValueError(
-            f"the data holds {len(stream)} tokens, and max_length={max_length} with {len(start)} before each row; a "
-            "row needs one, and two in all"
-        )
-    count = max(1, min(len(stream) // length, max_tokens // (len(start) + length)))
-    rows = torch.tensor(stream[: count * length]).view(count, length)
-    return torch.cat([torch.tensor(start, dtype=rows.dtype).expand(count, -1), rows], dim=1), len(start)
 
 
 def _is_decoder(model) -> bool:

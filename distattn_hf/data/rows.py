@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .batches import start_tokens
+from .packing import cut_rows, start_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -107,39 +108,12 @@ def _workers(job: Job, dataset) -> dict[str, Any]:
 
 
 def rows_for(job: Job, dataset, argument: str, limit: int | None):
-    """The data set of token ids for one split."""
+    """Return the data set of token ids for one split."""
     arguments = job.arguments
     first = _first(dataset, argument, arguments)
     training = argument == "train_data"
-    options: dict[str, Any] = {"tokenizer": job.tokenizer, "max_length": job.max_length}
-    if job.task == "seq2seq":
-        columns = [
-            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
-            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
-        ]
-        if columns[0] == columns[1]:
-            raise ValueError(f"target_column must differ from source_column, got {columns[1]!r} for both")
-        function, options["columns"] = _tokenise_pairs, columns
-    elif job.task == "token-classification":
-        columns = [_column(first, "text_column", arguments.text_column, WORD_COLUMNS)]
-        label_column = _column(first, "label_column", arguments.label_column, WORD_LABEL_COLUMNS)
-        if not getattr(job.tokenizer, "is_fast", False):
-            raise ValueError(
-                f"tokenizer must be a fast one for task {job.task!r} (it aligns words), "
-                f"got {type(job.tokenizer).__name__}"
-            )
-        function = _tokenise_words
-        options |= {"column": columns[0], **_label_options(job, dataset, label_column, training)}
-    else:
-        columns = [_text_column(dataset, first, arguments.text_column)]
-        function, options["column"] = _tokenise_texts, columns[0]
-        if job.task == "sequence-classification":
-            label_column = _column(first, "label_column", arguments.label_column, LABEL_COLUMNS)
-            function = _tokenise_labelled
-            options |= _label_options(job, dataset, label_column, training)
-        elif job.task == "causal-lm":
-            function = _tokenise_documents
-            options["end"] = _end_token(job.tokenizer)
+    function, columns, options = _READERS[job.task](job, dataset, first, training)
+    options |= {"tokenizer": job.tokenizer, "max_length": job.max_length}
     dataset = _without_empty(job, dataset, columns, argument)
     packing = job.task == "causal-lm" and arguments.packing
     start: list[int] = []
@@ -173,6 +147,60 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
             **_workers(job, rows),
         )
     return rows
+
+
+# What reads each task's columns: a function of a batch, the columns that must not be empty, and its options.
+
+
+def _read_texts(job: Job, dataset, first: dict, training: bool):
+    column = _text_column(dataset, first, job.arguments.text_column)
+    return _tokenise_texts, [column], {"column": column}
+
+
+def _read_documents(job: Job, dataset, first: dict, training: bool):
+    _, columns, options = _read_texts(job, dataset, first, training)
+    return _tokenise_documents, columns, {**options, "end": _end_token(job.tokenizer)}
+
+
+def _read_labelled(job: Job, dataset, first: dict, training: bool):
+    _, columns, options = _read_texts(job, dataset, first, training)
+    label_column = _column(first, "label_column", job.arguments.label_column, LABEL_COLUMNS)
+    return _tokenise_labelled, columns, {**options, **_label_options(job, dataset, label_column, training)}
+
+
+def _read_words(job: Job, dataset, first: dict, training: bool):
+    column = _column(first, "text_column", job.arguments.text_column, WORD_COLUMNS)
+    label_column = _column(first, "label_column", job.arguments.label_column, WORD_LABEL_COLUMNS)
+    if not getattr(job.tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer must be a fast one for task {job.task!r} (it aligns words), got {type(job.tokenizer).__name__}"
+        )
+    return _tokenise_words, [column], {"column": column, **_label_options(job, dataset, label_column, training)}
+
+
+def _read_pairs(job: Job, dataset, first: dict, training: bool):
+    columns = pair_columns(first, job.arguments)
+    if columns[0] == columns[1]:
+        raise ValueError(f"target_column must differ from source_column, got {columns[1]!r} for both")
+    return _tokenise_pairs, columns, {"columns": columns}
+
+
+_READERS = {
+    "causal-lm": _read_documents,
+    "seq2seq": _read_pairs,
+    "masked-lm": _read_texts,
+    "sequence-classification": _read_labelled,
+    "token-classification": _read_words,
+    "embedding": _read_texts,
+}
+
+
+def pair_columns(first: dict, arguments) -> list[str]:
+    """Return the columns of sequence-to-sequence data: what is read, and what is written."""
+    return [
+        _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
+        _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
+    ]
 
 
 def _end_token(tokenizer) -> list[int]:
@@ -254,20 +282,8 @@ def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, s
 
 
 def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
-    """Rows of exactly `length` tokens: `start`, then the documents end to end; what is left at the end is dropped."""
-    kept: list[int] = []
-    count, size = 0, length - len(start)
-    for document in documents:
-        kept += document["input_ids"]
-        position = 0
-        while len(kept) - position >= size:
-            if count == limit:
-                return
-            row = [*start, *kept[position : position + size]]
-            yield {"input_ids": row, "labels": _labels_of(row, start)}
-            position, count = position + size, count + 1
-        del kept[:position]
-    logger.info(f"Packed {count} rows of {length} tokens; the last {len(kept)} tokens do not fill one and are dropped.")
+    for row in islice(cut_rows((d["input_ids"] for d in documents), length, start), limit):
+        yield {"input_ids": row, "labels": _labels_of(row, start)}
 
 
 # Labels
@@ -366,11 +382,6 @@ def collator_for(job: Job):
 def training_texts(dataset, arguments, task: str) -> Iterator[str]:
     """The texts that a training reads, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
     first = _first(dataset, "train_data", arguments)
-    if task == "seq2seq":
-        columns = [
-            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
-            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
-        ]
-    else:
-        columns = [_text_column(dataset, first, arguments.text_column)]
+    pairs = task == "seq2seq"
+    columns = pair_columns(first, arguments) if pairs else [_text_column(dataset, first, arguments.text_column)]
     return (row[name] for row in dataset for name in columns if isinstance(row[name], str) and row[name].strip())

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..conversion.calibrate_nystrom import exact_span
-from ..data.batches import label_loss, length_for, longest_row, pack
+from ..data.batches import label_loss, length_for, longest_row
 from ..data.config import is_integer
+from ..data.packing import pack
 from ..data.tasks import TASKS, text_task_of
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..analysis.figure_style import new_figure, save_figure, styled
 from ..core.nystrom_cache import NystromLayer
-from ..data.batches import start_tokens, token_stream
+from ..data.packing import start_tokens, token_stream
 from ..data.sources import read_texts
 from ..evaluation.score import TokenScores
 from ..evaluation.scorecard import without_far_field
