@@ -24,10 +24,10 @@ from distattn_hf.data.tasks import TASKS
 from distattn_hf.storage.folders import write_json
 from distattn_hf.storage.models import load_checkpoint
 from distattn_hf.storage.runs import LOOP_STATE, finished, last_checkpoint, remove_checkpoints
-from distattn_hf.training.adapt import first_student, load_inputs, open_run
+from distattn_hf.training.adapt import load_inputs, open_run
 from distattn_hf.training.arguments import read_config
+from distattn_hf.training.first_student import first_student
 from distattn_hf.training.stages import Stage, attention_means, check_stages
-from distattn_hf.training.trainer import check_pair
 
 # What this loop does as TrainingArguments says, and what changes nothing that is trained or saved at the end.
 HONOURED = {
@@ -82,9 +82,10 @@ def main() -> None:
     )
     with accelerator.main_process_first():
         teacher, tokenizer, task, data = load_inputs(config)
-    run = open_run(config, accelerator)
+    run = open_run(config, accelerator, LOOP_STATE)
+    run.note()
 
-    start = run.path / "calibrated"
+    start = run.part("calibrated")
     if accelerator.is_main_process and not finished(start):
         run.save(first_student(config, teacher, tokenizer, data), tokenizer, start)
     accelerator.wait_for_everyone()
@@ -93,9 +94,8 @@ def main() -> None:
     check_stages(load_checkpoint(start)[0], teacher, task, options, length)
 
     for name, arguments in stages.items():
-        if not finished(run.final(name)):
+        if not finished(run.part(name)):
             student = load_checkpoint(start)[0]
-            check_pair(teacher, student)
             set_seed(arguments.seed)
             recompute = arguments.activation_checkpointing
             stage = Stage(name, student, teacher, task, options[name], recompute=recompute)
@@ -103,11 +103,11 @@ def main() -> None:
                 stage.model.activation_checkpointing_enable()
             losses = train(accelerator, stage, arguments, data)
             if accelerator.is_main_process:
-                run.save(stage.finish(), tokenizer, run.final(name))
+                run.save(stage.finish(), tokenizer, run.part(name))
                 write_json(run.path / name / "losses.json", losses)
                 remove_checkpoints(run.path / name)
             accelerator.wait_for_everyone()
-        start = run.final(name)
+        start = run.part(name)
     accelerator.print(f"saved to {start}")
     accelerator.end_training()
 

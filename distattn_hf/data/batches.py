@@ -26,20 +26,6 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def texts_of(dataset, column: str | None) -> list[str]:
-    """The texts of a data set's `column` that are not blank; None: "text", or the only column of strings.
-
-    Raises `ValueError` where no column is named so.
-    """
-    names = dataset.column_names
-    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
-    if column is None:
-        column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
-    if column is None or column not in names:
-        raise ValueError(f"column must name a text column, got {column!r}; the data set has columns {names}")
-    return [text for text in dataset[column] if text and text.strip()]
-
-
 def calibration_batch(
     model: PreTrainedModel, calibration, tokenizer=None, *, max_length=MAX_LENGTH, max_tokens=MAX_TOKENS, seed=0
 ) -> dict[str, Tensor]:
@@ -67,6 +53,8 @@ def calibration_batch(
     if isinstance(getattr(calibration, "column_names", None), dict):
         raise ValueError(f"calibration is a DatasetDict; give one of its splits: {list(calibration.column_names)}")
     if hasattr(calibration, "column_names") and "input_ids" not in (calibration.column_names or ()):
+        from .sources import texts_of
+
         calibration = texts_of(calibration, None)
     if hasattr(calibration, "keys"):
         calibration = [calibration]

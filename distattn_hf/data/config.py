@@ -64,11 +64,13 @@ def refuse_unknown(given, known, where: str = "") -> None:
             raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
 
 
-def read_mapping(path: str | Path, name: str) -> dict:
-    """The mapping in a YAML file, which errors call `name`; raises `ValueError` where there is none."""
+def read_mapping(path: str | Path, name: str, overrides: Iterable[str] = ()) -> dict:
+    """The mapping in a YAML file, which errors call `name`, with overrides; raises `ValueError` where there is none."""
     values = _as_meant(read_yaml(path, name))
     if not isinstance(values, dict):
         raise ValueError(f"{name} {str(Path(path))!r} must hold a mapping of arguments, got {type(values).__name__}")
+    for text in overrides:
+        override(values, text)
     return values
 
 

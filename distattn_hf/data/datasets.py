@@ -175,12 +175,13 @@ def build_data(
             f"pad_to_multiple_of must divide max_length={job.max_length} with packing=True, whose rows are not padded; "
             f"got {arguments.pad_to_multiple_of}"
         )
+    collator = collator_for(job)
     train, evaluation = find_data(arguments)
     train_rows = rows_for(job, train, "train_data", arguments.max_train_samples)
     evaluation_rows = None
     if evaluation is not None:
         evaluation_rows = rows_for(job, evaluation, "eval_data", arguments.max_eval_samples)
-    return TaskData(train_rows, evaluation_rows, collator_for(job), job.label_names)
+    return TaskData(train_rows, evaluation_rows, collator, job.label_names)
 
 
 # Checks of model and tokenizer

@@ -9,6 +9,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+IGNORED = -100
+
 
 def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
     """The special tokens before a text that a causal model was trained with ([BOS] of Llama and Gemma), often none.
@@ -73,3 +75,46 @@ def cut_rows(documents: Iterable[list[int]], length: int, start: Sequence[int]) 
             position, count = position + size, count + 1
         del kept[:position]
     logger.info(f"Packed {count} rows of {length} tokens; the last {len(kept)} tokens do not fill one and are dropped.")
+
+
+def end_token(tokenizer) -> list[int]:
+    """Return what separates one text from the next: the end token, or nothing where there is none."""
+    if tokenizer.eos_token_id is None:
+        logger.warning("The tokenizer has no end token, so nothing separates one text from the next.")
+        return []
+    return [tokenizer.eos_token_id]
+
+
+def tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
+    """Start tokens + text + end token; with a max_length cut there, and with labels."""
+    ids = tokenizer(list(batch[column]), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [(start + row + end)[:max_length] for row in ids]
+    if max_length is None:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "labels": [_labels_of(row, start) for row in ids]}
+
+
+def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
+    """The tokens, but for the first of a row and what it starts with: neither is predicted."""
+    first = max(1, len(start))
+    return [IGNORED] * len(row[:first]) + row[first:]
+
+
+def packed(kind: type, documents, max_length: int, argument: str, limit: int | None, start: list[int]):
+    """A data set of class `kind` with the packed rows of `documents`."""
+    from datasets import Features, List, Value
+
+    ids = List(Value("int32"))
+    # A list among them would be taken for shards.
+    options = {"documents": documents, "length": max_length, "limit": limit, "start": tuple(start)}
+    if len(start) >= max_length or next(_packed_rows(**options), None) is None:
+        raise ValueError(
+            f"{argument} holds fewer than max_length={max_length} tokens, which fill no row; lower it, or set "
+            "packing=False"
+        )
+    return kind.from_generator(_packed_rows, features=Features({"input_ids": ids, "labels": ids}), gen_kwargs=options)
+
+
+def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
+    for row in islice(cut_rows((d["input_ids"] for d in documents), length, start), limit):
+        yield {"input_ids": row, "labels": _labels_of(row, start)}

@@ -1,18 +1,14 @@
 """Texts, pairs and labels of a data set -> rows of token ids, and the collators that make batches of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from datasets import (
     ClassLabel,
     Dataset,
-    Features,
     IterableDataset,
-    List,
-    Value,
 )
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -25,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .packing import cut_rows, start_tokens
+from .packing import IGNORED, end_token, packed, start_tokens, tokenise_documents
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +32,6 @@ TARGET_COLUMNS = ("target", "output", "summary", "title")
 LABEL_COLUMNS = ("label", "labels")
 WORD_COLUMNS = ("tokens", "words")
 WORD_LABEL_COLUMNS = ("labels", "ner_tags", "pos_tags", "tags")
-
-IGNORED = -100
 
 
 @dataclass
@@ -136,7 +130,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     workers = _workers(job, dataset)
     rows = dataset.map(function, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers)
     if packing:
-        return _packed(job, kind, rows, argument, limit, start)
+        return packed(kind, rows, job.max_length, argument, limit, start)
     if job.task == "masked-lm" and not training:
         collator = _MaskingCollator(job.tokenizer, mlm_probability=arguments.mlm_probability)
         # Row by row and with the row's number, so that neither batches nor processes change a mask.
@@ -159,7 +153,7 @@ def _read_texts(job: Job, dataset, first: dict, training: bool):
 
 def _read_documents(job: Job, dataset, first: dict, training: bool):
     _, columns, options = _read_texts(job, dataset, first, training)
-    return _tokenise_documents, columns, {**options, "end": _end_token(job.tokenizer)}
+    return tokenise_documents, columns, {**options, "end": end_token(job.tokenizer)}
 
 
 def _read_labelled(job: Job, dataset, first: dict, training: bool):
@@ -203,28 +197,6 @@ def pair_columns(first: dict, arguments) -> list[str]:
     ]
 
 
-def _end_token(tokenizer) -> list[int]:
-    if tokenizer.eos_token_id is None:
-        logger.warning("The tokenizer has no end token, so nothing separates one text from the next.")
-        return []
-    return [tokenizer.eos_token_id]
-
-
-def _tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
-    """Start tokens + text + end token; with a max_length cut there, and with labels."""
-    ids = tokenizer(list(batch[column]), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [(start + row + end)[:max_length] for row in ids]
-    if max_length is None:
-        return {"input_ids": ids}
-    return {"input_ids": ids, "labels": [_labels_of(row, start) for row in ids]}
-
-
-def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
-    """The tokens, but for the first of a row and what it starts with: neither is predicted."""
-    first = max(1, len(start))
-    return [IGNORED] * len(row[:first]) + row[first:]
-
-
 def _tokenise_texts(batch, *, tokenizer, column, max_length):
     return dict(tokenizer(list(batch[column]), truncation=True, max_length=max_length))
 
@@ -263,27 +235,6 @@ def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int)
     inputs, labels = collator.torch_mask_tokens(torch.tensor([row["input_ids"]]))
     collator.generator = None
     return {"input_ids": inputs[0].tolist(), "labels": labels[0].tolist()}
-
-
-# Packing
-
-
-def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, start: list[int]):
-    """A data set of class `kind` with the packed rows of `documents`."""
-    ids = List(Value("int32"))
-    # A list among them would be taken for shards.
-    options = {"documents": documents, "length": job.max_length, "limit": limit, "start": tuple(start)}
-    if len(start) >= job.max_length or next(_packed_rows(**options), None) is None:
-        raise ValueError(
-            f"{argument} holds fewer than max_length={job.max_length} tokens, which fill no row; lower it, or set "
-            "packing=False"
-        )
-    return kind.from_generator(_packed_rows, features=Features({"input_ids": ids, "labels": ids}), gen_kwargs=options)
-
-
-def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
-    for row in islice(cut_rows((d["input_ids"] for d in documents), length, start), limit):
-        yield {"input_ids": row, "labels": _labels_of(row, start)}
 
 
 # Labels

@@ -19,8 +19,6 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import constants as hub
 from transformers.utils import logging
 
-from .batches import texts_of
-
 logger = logging.get_logger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -79,6 +77,20 @@ def read_texts(source: str, *, column: str | None = None, split: str = "train") 
     if not texts:
         raise ValueError(f"data {source!r} holds no text")
     return texts
+
+
+def texts_of(dataset, column: str | None) -> list[str]:
+    """The texts of a data set's `column` that are not blank; None: "text", or the only column of strings.
+
+    Raises `ValueError` where no column is named so.
+    """
+    names = dataset.column_names
+    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
+    if column is None:
+        column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
+    if column is None or column not in names:
+        raise ValueError(f"column must name a text column, got {column!r}; the data set has columns {names}")
+    return [text for text in dataset[column] if text and text.strip()]
 
 
 def text_blocks(path: Path) -> list[str]:

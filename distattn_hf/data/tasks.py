@@ -31,10 +31,6 @@ class Task:
         """Whether a model can learn the task from text, without labels: what `distattn train` is for."""
         return self.metric == "perplexity"
 
-    def align(self, logits, labels):
-        """The logits (B, N, V) and labels (B, N) that belong together."""
-        return (logits[:, :-1], labels[:, 1:]) if self.shifted else (logits, labels)
-
     def covers(self, model) -> bool:
         """Whether `model` has this head: transformers' own, converted, or registered with the Auto class."""
         import transformers

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..conversion.calibrate_nystrom import exact_span
-from ..data.batches import label_loss, length_for, longest_row
+from ..data.batches import forward_inputs, label_loss, length_for, longest_row
 from ..data.config import is_integer
 from ..data.packing import pack
 from ..data.tasks import TASKS, text_task_of
@@ -111,6 +112,33 @@ def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOpt
     return float((mine * theirs).sum(-1).mean())
 
 
+@torch.no_grad()
+def score_model(
+    model, task: str, data, tokenizer, *, pairs=None, batch_size: int = 8, progress: bool = True
+) -> dict[str, float]:
+    """Return the scores of `model` on the held-out rows of `data`, a `TaskData`: loss and perplexity (language models),
+    accuracy (classification), or retrieval of each pair's passage by its query (encoders), means over what has a label.
+
+    Raises `ValueError` where there is no evaluation data, or none with labels.
+    """
+    model.eval()
+    if task == "embedding":
+        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=EvaluationOptions(progress=progress))
+        return {name: value for name, value in scores.items() if name != "texts"}
+    if data.evaluation is None:
+        raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
+    loader = DataLoader(data.evaluation, batch_size=batch_size, collate_fn=data.collator)
+    sums = TokenScores(task)
+    with warn_without_far_keys(model):
+        for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            logits = model(**forward_inputs(model, batch)).logits
+            if logits.shape[-1] == 1:
+                raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
+            sums.add(logits, batch["labels"])
+    return sums.scores()
+
+
 class TokenScores:
     """Sum over the labels of a task, -100 left out, the cross-entropy in nats and how many were the likeliest."""
 
@@ -119,7 +147,8 @@ class TokenScores:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add the logits (..., classes) and labels (...) of one batch, aligned as the task says."""
-        logits, labels = self.task.align(logits, labels)
+        if self.task.shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
         keep = labels != -100
         logits, labels = logits[keep], labels[keep].to(logits.device)
         self.total += float(label_loss(logits, labels, 1))
@@ -131,7 +160,7 @@ class TokenScores:
         if not self.count:
             raise ValueError(f"the data holds no label that counts for task {self.task.name!r}")
         found = {"loss": self.total / self.count, "accuracy": self.correct / self.count}
-        if self.task.is_language_model:
+        if self.task.metric == "perplexity":
             found["perplexity"] = math.exp(min(found["loss"], 80.0))
         return found
 

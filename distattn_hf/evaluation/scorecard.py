@@ -8,18 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-
 from ..conversion.observe import observed
 from ..core.parameters import NystromParameters
-from ..data.batches import forward_inputs
 from ..data.datasets import TaskData
 from ..data.sources import find_data
 from ..data.tasks import TASKS
 from ..storage.folders import write_json
-from .score import EvaluationOptions, TokenScores, evaluate_model, first_sentence_pairs, warn_without_far_keys
+from .score import first_sentence_pairs, score_model
 
 logger = logging.getLogger(__name__)
 
@@ -124,33 +119,6 @@ class Scorecard:
                 row[0].ljust(widths[0]) + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True))
             )
         return "\n".join(lines)
-
-
-@torch.no_grad()
-def score_model(
-    model, task: str, data: TaskData, tokenizer, *, pairs=None, batch_size: int = 8, progress: bool = True
-) -> dict[str, float]:
-    """Scores of `model` on held-out rows: loss and perplexity (language models), accuracy (classification), or
-    retrieval of each pair's passage by its query (encoders), all means over what has a label.
-
-    Raises `ValueError` where there is no evaluation data, or none with labels.
-    """
-    model.eval()
-    if task == "embedding":
-        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=EvaluationOptions(progress=progress))
-        return {name: value for name, value in scores.items() if name != "texts"}
-    if data.evaluation is None:
-        raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
-    loader = DataLoader(data.evaluation, batch_size=batch_size, collate_fn=data.collator)
-    sums = TokenScores(task)
-    with warn_without_far_keys(model):
-        for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            logits = model(**forward_inputs(model, batch)).logits
-            if logits.shape[-1] == 1:
-                raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
-            sums.add(logits, batch["labels"])
-    return sums.scores()
 
 
 class Examiner:

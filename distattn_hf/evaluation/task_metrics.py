@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.batches import label_loss
-from ..data.tasks import TASKS
 from .score import retrieval_ranks
 
 
@@ -122,7 +121,7 @@ class Perplexity(_PackagedMetric):
                 f"{int(labels.max())}"
             )
         if self.config_name == "default":
-            logits, labels = TASKS["causal-lm"].align(logits, labels)
+            logits, labels = logits[:, :-1], labels[:, 1:]
         losses = [float(label_loss(row, label, 1)) for row, label in zip(logits, labels, strict=True)]
         super().add_batch(predictions=losses, references=(labels != -100).sum(-1).tolist(), **kwargs)
 

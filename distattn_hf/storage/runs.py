@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .folders import CONFIG_NAME, save_checkpoint, staging_folder, write_atomically, write_json
+from .folders import CONFIG_NAME, save_checkpoint, staging_folder, write_json
 
 ARGUMENTS = "arguments.json"
 # What the training that led to a checkpoint took.
@@ -46,12 +46,16 @@ class RunFolder:
         self.path, self.state, self.source = Path(path), state, source
         self.values = json.loads(json.dumps(values, default=str))
 
-    def check(self, *, may_change=(), until_begun=(), stages: tuple[str, ...] = ()) -> None:
-        """Raise `ValueError` where the folder holds a run of other arguments.
+    def check(self, *, may_change=(), until_begun=(), stages: tuple[str, ...] = (), driver: str = TRAINER_STATE):
+        """Raise `ValueError` where the folder holds a run of other arguments, or an unfinished one of another driver.
 
         may_change: names of more arguments that may differ; until_begun: of those that may until one of `stages` has
         begun. From then on the run's own list of stages may only grow at its end: each starts from the one before it.
+        driver: as in `last_checkpoint`.
         """
+        for stage in stages:
+            if not finished(self.part(stage)):
+                last_checkpoint(self.path / stage, driver)
         file = self.path / ARGUMENTS
         if not file.is_file() or all(path.name in _NOTHING for path in self.path.iterdir()):
             return
@@ -77,16 +81,28 @@ class RunFolder:
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / ARGUMENTS, json.dumps(self.values, indent=1).encode())
+            write_json(self.path / ARGUMENTS, self.values, allow_nan=True)
 
-    def final(self, stage: str) -> Path:
-        """Return where the result of a stage is, once it is finished."""
-        return self.path / stage / "final"
+    def part(self, name: str) -> Path:
+        """Return where the result of a stage, or the student before all stages, is once it is finished."""
+        return self.path / name if name == "calibrated" else self.path / name / "final"
 
-    def save(self, model, tokenizer, path: Path, **spent) -> None:
-        """Write a finished part with what its training took; call it on the main process."""
+    def save(self, model, tokenizer, path: Path, *, spent: dict | None = None, before: Path | None = None) -> None:
+        """Write a finished part, with what its training and that of the part before took; remove what it went on from.
+
+        For the main process.
+        """
+        notes = {}
+        if spent is not None:
+            earlier = spent_on(before)
+            notes[SPENT] = {name: round(value + earlier.get(name, 0), 1) for name, value in spent.items()}
+            most = max(spent["trained_parameters"], earlier.get("trained_parameters", 0))
+            notes[SPENT]["trained_parameters"] = most
         check_space(path, model, with_optimizer=False)
-        save_checkpoint(_Noted(model.to("cpu"), spent), tokenizer, path, overwrite=True, source=self.source)
+        save_checkpoint(model.to("cpu"), tokenizer, path, overwrite=True, source=self.source, notes=notes)
+        if spent is not None:
+            # Training goes on from them no more; optimizer states are most of what they hold.
+            remove_checkpoints(path.parent)
 
     def publish(self, part: Path, name: str, add) -> None:
         """Copy a finished part to folder `name`, with what `add(folder)` writes into it."""
@@ -95,19 +111,6 @@ class RunFolder:
                 shutil.copytree(part, folder, dirs_exist_ok=True)
                 add(folder)
         self.state.wait_for_everyone()
-
-
-class _Noted:
-    """A model whose `save_pretrained` also writes what its training took, so that both are there or neither is."""
-
-    def __init__(self, model, spent: dict):
-        self.model, self.spent = model, spent
-
-    def save_pretrained(self, folder) -> None:
-        """Write both."""
-        self.model.save_pretrained(folder)
-        if self.spent:
-            write_json(Path(folder) / SPENT, self.spent)
 
 
 def finished(path: Path) -> bool:
@@ -121,10 +124,10 @@ def spent_on(path: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def last_checkpoint(folder: str | Path, state: str = TRAINER_STATE) -> Path | None:
+def last_checkpoint(folder: str | Path, driver: str = TRAINER_STATE) -> Path | None:
     """Return the newest complete checkpoint-N in `folder`; None where there is none.
 
-    state: the file that is written last, so that a checkpoint that was cut off has none, or one that is no JSON. Raises
+    driver: the file written last, so that a checkpoint that was cut off has none, or one that is no JSON. Raises
     `ValueError` where another driver than that file's left the training unfinished, which only it can go on with.
     """
     if old := next(Path(folder).glob("state-*"), None):
@@ -132,10 +135,10 @@ def last_checkpoint(folder: str | Path, state: str = TRAINER_STATE) -> Path | No
     found = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        for other in _SAVED_BY.keys() - {state}:
-            if number and (path / other).is_file() and not (path / state).is_file():
+        for other in _SAVED_BY.keys() - {driver}:
+            if number and (path / other).is_file() and not (path / driver).is_file():
                 raise ValueError(f"{str(path)!r} was saved by {_SAVED_BY[other]}: go on with that, or remove it")
-        if number and _is_complete(path / state):
+        if number and _is_complete(path / driver):
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
 

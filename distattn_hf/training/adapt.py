@@ -1,27 +1,20 @@
 """`adapt`: convert a teacher and train the student in stages, each of them resumable, with a scorecard."""
 
-import gc
 import logging
-from dataclasses import fields, replace
-from itertools import islice
-from pathlib import Path
+from dataclasses import fields
 
 from accelerate import PartialState
-from transformers import set_seed
 
-from ..conversion.calibrate import CalibrationOptions
-from ..conversion.convert import convert
-from ..conversion.fold import check_foldable, fold_alpha
-from ..data.datasets import TaskData, build_data, check_data, check_tokenizers, row_length
-from ..data.sources import read_texts
-from ..data.tasks import TASKS, task_of
+from ..data.datasets import build_data, check_tokenizers, row_length
+from ..data.tasks import task_of
 from ..evaluation.scorecard import Examiner, Scorecard, evaluation_pairs
 from ..storage.models import load_checkpoint
-from ..storage.runs import RunFolder, finished, remove_checkpoints, spent_on
+from ..storage.runs import TRAINER_STATE, RunFolder, finished, spent_on
 from .arguments import FINETUNED, AdaptationConfig, StageOptions
+from .first_student import converted, first_student
 from .objectives import STAGES
 from .stages import Stage, check_stages
-from .trainer import AdaptationTrainer, check_pair, num_steps
+from .trainer import num_steps, train_stage
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +22,6 @@ logger = logging.getLogger(__name__)
 _MAY_CHANGE = {"controls", "teacher_finetuned"}
 # Until a stage begins, so may its options: what is wrong in them may only be found once there is a student.
 _OF_STAGES = {"stage_options", *(field.name for field in fields(StageOptions))}
-# Training rows that the fit may take its tokens from, where it does not read text itself.
-_CALIBRATION_ROWS = 2048
 
 
 def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
@@ -53,6 +44,7 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     state = PartialState(cpu=training.use_cpu)
     say = say if state.is_main_process else lambda text: None
 
+    # What there is: models, data, and what an earlier run has finished.
     teacher, tokenizer, task, data = load_inputs(config)
     pairs = None
     if task == "embedding":
@@ -60,12 +52,13 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     elif data.evaluation is None:
         raise ValueError("eval_data must be given: the data has no split to evaluate on")
     run = open_run(config, state)
-    names = {"train": config.data.train_data, "eval": config.data.eval_data or config.data.train_data}
-    card = Scorecard.load(run.path) or Scorecard.for_task(task, names, model.teacher)
-    examiner = Examiner(card, run.path, data, tokenizer, pairs, training, state)
+    parts = {name: run.part(name) for name in ("calibrated", FINETUNED, *stages)}
+    done = {name for name, path in parts.items() if finished(path)}
+    run.note()
 
-    calibrated = run.path / "calibrated"
-    if state.is_main_process and not finished(calibrated):
+    # The student before training.
+    calibrated = parts["calibrated"]
+    if state.is_main_process and "calibrated" not in done:
         if model.student is None:
             fits = model.init == "calibrated" and not training.disable_tqdm
             what = "the fit shows its progress" if fits else "no training yet"
@@ -76,6 +69,10 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     length = row_length(config.data, tokenizer, teacher.config)
     check_stages(load_checkpoint(calibrated)[0], teacher, task, options, length)
 
+    # The rows of the scorecard that need no training.
+    names = {"train": config.data.train_data, "eval": config.data.eval_data or config.data.train_data}
+    card = Scorecard.load(run.path) or Scorecard.for_task(task, names, model.teacher)
+    examiner = Examiner(card, run.path, data, tokenizer, pairs, training, state)
     controls = examiner.missing(config.adaptation.controls)
     if "plain" in controls and model.specs is None:
         raise ValueError("control 'plain' needs spec: a given student says nothing about a swap")
@@ -89,60 +86,31 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
             examiner.record("calibrated", student)
         examiner.record_controls(controls, student, lambda: converted(config, teacher, tokenizer, data, "plain"))
 
-    start = calibrated
-    for name in (*([FINETUNED] if config.adaptation.teacher_finetuned else []), *stages):
-        final, before = run.final(name), model.teacher if name == FINETUNED else start
-        if finished(final):
-            say(f"stage {name} is finished: {final}")
+    if config.adaptation.teacher_finetuned:
+        if FINETUNED not in done:
+            arguments = config.training_for(FINETUNED)
+            if "max_steps" not in config.adaptation.stage_options.get(FINETUNED, {}):
+                arguments.max_steps = sum(num_steps(config.training_for(stage), data.train) for stage in stages)
+            copy = load_checkpoint(model.teacher)[0]
+            stage = Stage("task", copy, None, task, config.adaptation.options_for(FINETUNED))
+            train_stage(stage, arguments, data, tokenizer, run, model.teacher, say)
+        if examiner.missing([FINETUNED]):
+            examiner.record(FINETUNED, load_checkpoint(parts[FINETUNED])[0], **spent_on(parts[FINETUNED]))
+
+    # The stages, each from where the one before it ended.
+    for before, name in zip(("calibrated", *stages), stages, strict=False):
+        if name in done:
+            say(f"stage {name} is finished: {parts[name]}")
         else:
-            student, arguments = load_checkpoint(before)[0], config.training_for(name)
-            if name == FINETUNED:
-                stage = Stage("task", student, None, task, config.adaptation.options_for(name))
-                if "max_steps" not in config.adaptation.stage_options.get(name, {}):
-                    arguments.max_steps = sum(num_steps(config.training_for(s), data.train) for s in stages)
-            else:
-                check_pair(teacher, student)
-                stage = Stage(name, student, teacher, task, options[name])
-            train_stage(stage, arguments, data, tokenizer, before, run, say)
+            student, arguments = load_checkpoint(parts[before])[0], config.training_for(name)
+            stage = Stage(name, student, teacher, task, options[name])
+            train_stage(stage, arguments, data, tokenizer, run, parts[before], say)
         if examiner.missing([name]):
-            examiner.record(name, load_checkpoint(final)[0], **spent_on(final))
-        start = start if name == FINETUNED else final
+            examiner.record(name, load_checkpoint(parts[name])[0], **spent_on(parts[name]))
 
     card.checkpoint = stages[-1]
-    run.publish(start, "student", card.save)
+    run.publish(parts[stages[-1]], "student", card.save)
     return card
-
-
-def train_stage(stage: Stage, arguments, data: TaskData, tokenizer, before, run: RunFolder, say) -> None:
-    """Train one stage from the checkpoint `before`, or on from its own last one, and save what comes of it."""
-    set_seed(arguments.seed)
-    trainer = AdaptationTrainer(
-        stage,
-        arguments,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=data.collator,
-        processing_class=tokenizer,
-    )
-    stage.prepare(data, arguments.per_device_train_batch_size, trainer.args.device)
-    trained, earlier = stage.trained_parameters(), spent_on(Path(before))
-    trainer.announce(say, before)
-    trainer.train(resume_from_checkpoint=True)
-    if trainer.is_world_process_zero():
-        final = run.final(Path(arguments.output_dir).name)
-        run.save(
-            stage.finish(),
-            tokenizer,
-            final,
-            trained_parameters=max(trained, earlier.get("trained_parameters", 0)),
-            tokens=int(trainer.state.num_input_tokens_seen) + earlier.get("tokens", 0),
-            seconds=round(trainer.seconds + earlier.get("seconds", 0), 1),
-        )
-        # Training goes on from them no more; optimizer states are most of what they hold.
-        remove_checkpoints(final.parent)
-    trainer.accelerator.wait_for_everyone()
-    del trainer
-    gc.collect()
 
 
 def load_inputs(config: AdaptationConfig) -> tuple:
@@ -151,19 +119,17 @@ def load_inputs(config: AdaptationConfig) -> tuple:
     teacher, tokenizer = load_checkpoint(model.teacher)
     if tokenizer is None:
         raise ValueError(f"teacher {model.teacher!r} has no tokenizer files, so it cannot read text")
-    check_tokenizers(teacher, tokenizer)
     task = task_of(teacher)
     if model.task not in (None, task):
         raise ValueError(f"task {model.task!r} needs another head than {type(teacher).__name__} ({task})")
     if task == "embedding" and (config.adaptation.teacher_finetuned or "task" in config.adaptation.stages):
         raise ValueError(f"{model.teacher!r} has no loss of its own: leave out stage 'task' and teacher_finetuned")
-    data = build_data(config.data, task, tokenizer, teacher.config)
-    check_data("train_data", data.train)
-    return teacher, tokenizer, task, data
+    check_tokenizers(teacher, tokenizer)
+    return teacher, tokenizer, task, build_data(config.data, task, tokenizer, teacher.config)
 
 
-def open_run(config: AdaptationConfig, state) -> RunFolder:
-    """Note the arguments in output_dir, after all processes have seen that no other run is there.
+def open_run(config: AdaptationConfig, state, driver: str = TRAINER_STATE) -> RunFolder:
+    """Return the folder of the run, checked but not written to yet; driver: the file that its checkpoints end with.
 
     Raises `ValueError` where output_dir holds a run with other arguments, or with stages that those of `config` do not
     begin with.
@@ -171,48 +137,5 @@ def open_run(config: AdaptationConfig, state) -> RunFolder:
     # The default stages may change, so what they are today is noted.
     values = {**config.values, "stages": config.adaptation.stages}
     run = RunFolder(config.training.output_dir, values, state, config.model.student or config.model.teacher)
-    run.check(may_change=_MAY_CHANGE, until_begun=_OF_STAGES, stages=(*STAGES, FINETUNED))
-    run.note()
+    run.check(may_change=_MAY_CHANGE, until_begun=_OF_STAGES, stages=(*STAGES, FINETUNED), driver=driver)
     return run
-
-
-def first_student(config: AdaptationConfig, teacher, tokenizer, data: TaskData):
-    """Return the student that the first stage starts from: the one that was given, or the teacher converted."""
-    if config.model.student is None:
-        return converted(config, teacher, tokenizer, data)
-    student, own_tokenizer = load_checkpoint(config.model.student)
-    check_pair(teacher, student)
-    if own_tokenizer is not None:
-        check_tokenizers(student, own_tokenizer, tokenizer)
-    return student
-
-
-def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init: str | None = None):
-    """Convert the teacher as `config` says; `init` "plain": the same swap without a fit."""
-    model, teacher, texts = config.model, teacher.to("cpu"), None
-    init = init or model.init
-    if init == "plain":
-        return convert(teacher, [replace(spec, transform=None) for spec in model.specs], init=init)
-    if model.fold_alpha:
-        check_foldable(teacher, model.specs)
-    options = CalibrationOptions(
-        steps=model.calibration_steps,
-        max_tokens=model.calibration_tokens,
-        max_length=model.calibration_length,
-        max_error=model.max_error,
-        seed=config.training.seed,
-        progress=not config.training.disable_tqdm,
-    )
-    if init == "calibrated":
-        # Text where the fit may cut it as it likes, else the first rows.
-        task, arguments = task_of(teacher), config.data
-        cuts = task == "embedding" or (TASKS[task].is_language_model and task != "seq2seq")
-        source = model.calibration_data or (str(arguments.train_data) if cuts and not arguments.streaming else None)
-        if source is not None:
-            texts = read_texts(source, column=arguments.text_column, split=arguments.train_split)
-        else:
-            kept = {"input_ids", "attention_mask", "token_type_ids"} | ({"labels"} if task == "seq2seq" else set())
-            rows = islice(data.train, _CALIBRATION_ROWS)
-            texts = [{name: value for name, value in row.items() if name in kept} for row in rows]
-    student = convert(teacher, model.specs, init=init, calibration=texts, tokenizer=tokenizer, options=options)
-    return fold_alpha(student) if model.fold_alpha else student

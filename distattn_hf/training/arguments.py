@@ -14,7 +14,6 @@ from ..data.config import (
     field_names,
     is_integer,
     is_number,
-    override,
     parse_kinds,
     parse_specs,
     read_mapping,
@@ -140,6 +139,7 @@ class StageOptions:
                 )
         refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
         self.annealing = AnnealingOptions(**self.anneal)
+        self.anneals = self.annealing.active
         for name, allowed, fine in (
             ("temperature", "a finite number > 0", lambda v: v > 0),
             ("hidden_weight", "a finite number >= 0", lambda v: v >= 0),
@@ -258,14 +258,12 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
     value that a field does not take.
     """
-    values = read_mapping(path, "config")
-    for text in overrides:
-        override(values, text)
-    return parse_config(values)
+    return parse_config(path, overrides)
 
 
-def parse_config(values: dict) -> AdaptationConfig:
-    """The arguments in a mapping; raises as `read_config`."""
+def parse_config(source: dict | str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
+    """The arguments in a mapping, or in a file; raises as `read_config`."""
+    values = source if isinstance(source, dict) else read_mapping(source, "config", overrides)
     if "model" in values and "teacher" not in values:
         raise ValueError("the config has a model and no teacher: it is for `distattn train`, not `distattn adapt`")
     kinds = (ModelArguments, AdaptationArguments, DataArguments, TrainingArguments)

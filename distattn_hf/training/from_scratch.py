@@ -8,12 +8,12 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoTokenizer, set_seed
 
-from ..data.datasets import build_data, check_data
+from ..data.datasets import build_data
 from ..data.rows import training_texts
 from ..data.sources import find_data
 from ..data.tasks import TASKS
 from ..data.tokenizer import byte_level_bpe
-from ..evaluation.scorecard import score_model
+from ..evaluation.score import score_model
 from ..storage.folders import write_json
 from ..storage.runs import RunFolder
 from .arguments_scratch import ScratchConfig
@@ -45,7 +45,6 @@ def train_from_scratch(config: ScratchConfig) -> dict:
         tokenizer = _tokenizer(config, out, state)
     model = _new_model(config, tokenizer)
     data = build_data(config.data, config.scratch.task, tokenizer, model.config)
-    check_data("train_data", data.train)
     trainer = AdaptationTrainer(
         Stage("task", model, None, config.scratch.task, StageOptions()),
         config.training,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..conversion.convert import current_report
+from ..core.configuration_distattn import MODEL_TYPE_PREFIX
 from ..core.discovery import base_prefix
 from ..data.batches import label_loss
 from ..data.datasets import TaskData
@@ -58,6 +59,34 @@ def set_trainable(student, train: str, task: str) -> None:
             parameter.requires_grad_(False)
 
 
+def check_pair(teacher, student) -> None:
+    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
+
+    Names the first parameter or the config field that differs.
+    """
+    base = getattr(student, "base_class", None)
+    if base is None:
+        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
+    theirs = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if base.config_class.model_type != theirs:
+        raise ValueError(
+            f"teacher and student are of different families: {type(teacher).__name__} (model_type {theirs!r}) and "
+            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
+        )
+    if not isinstance(teacher, base):
+        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
+    mine = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
+    for name, parameter in teacher.named_parameters():
+        if mine.pop(name, None) != tuple(parameter.shape):
+            shape = dict(student.named_parameters()).get(name)
+            raise ValueError(
+                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
+                f"{None if shape is None else tuple(shape.shape)} in the student"
+            )
+    if mine:
+        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
+
+
 def frozen_copy(student, teacher):
     """A converted model like `student` with the weights of `teacher`, frozen: the one that goes first in transfer.
 
@@ -95,9 +124,10 @@ class Stage:
         self.converted = hasattr(student, "attention_states")
         self.trains = options.trains(name) if self.converted else "all"
         set_trainable(student, self.trains, task) if self.converted else student.requires_grad_(True)
-        anneals = options.annealing.active and self.converted
+        anneals = options.anneals and self.converted
         self.annealing = Annealing(student, options.annealing) if anneals else None
         self.model = self._with_adapters() if self.trains == "lora" else student
+        self.parameter_groups(self.model, 0.0, 0.0, ())  # raises where none is left to train
         self.objective = None
         if teacher is not None and name != "task":
             teacher.requires_grad_(False).eval()
@@ -215,6 +245,7 @@ def check_stages(student, teacher, task: str, options: dict[str, StageOptions], 
     `student` is the converted model that the first stage would get. It is used up: it goes to the meta device.
     max_length: tokens in a row of data, at most.
     """
+    check_pair(teacher, student)
     student = student.to("meta")
     groups = [group for state in student.attention_states.values() for group in state.groups]
     for name, chosen in options.items():
@@ -223,8 +254,7 @@ def check_stages(student, teacher, task: str, options: dict[str, StageOptions], 
             # That nothing is copied to the meta device.
             warnings.simplefilter("ignore")
             # Adapters are put into the model in place.
-            stage = Stage(name, copy.deepcopy(student), teacher, task, chosen)
-        stage.parameter_groups(stage.model, 0.0, 0.0, ())
+            Stage(name, copy.deepcopy(student), teacher, task, chosen)
         target = chosen.annealing
         for group in groups:
             if group.spec.mechanism == "nystrom":

@@ -1,6 +1,7 @@
 """`AdaptationTrainer`: transformers' `Trainer` over one `Stage`, and the checks before anything trains."""
 
 import errno
+import gc
 import os
 import shutil
 import time
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..core.configuration_distattn import MODEL_TYPE_PREFIX
-from ..data.datasets import check_data
-from ..storage.runs import check_space, last_checkpoint
+from ..data.datasets import TaskData, check_data
+from ..storage.runs import RunFolder, check_space, last_checkpoint
 from .annealing import AnnealingCallback
 from .stages import Stage, attention_means
 
@@ -23,34 +23,6 @@ _SECONDS = "seconds.txt"
 
 class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite; no step was made with it."""
-
-
-def check_pair(teacher, student) -> None:
-    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
-
-    Names the first parameter or the config field that differs.
-    """
-    base = getattr(student, "base_class", None)
-    if base is None:
-        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
-    theirs = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
-    if base.config_class.model_type != theirs:
-        raise ValueError(
-            f"teacher and student are of different families: {type(teacher).__name__} (model_type {theirs!r}) and "
-            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
-        )
-    if not isinstance(teacher, base):
-        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
-    mine = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
-    for name, parameter in teacher.named_parameters():
-        if mine.pop(name, None) != tuple(parameter.shape):
-            shape = dict(student.named_parameters()).get(name)
-            raise ValueError(
-                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
-                f"{None if shape is None else tuple(shape.shape)} in the student"
-            )
-    if mine:
-        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
 
 
 def num_steps(arguments: TrainingArguments, dataset) -> int:
@@ -235,3 +207,28 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def train_stage(stage: Stage, arguments, data: TaskData, tokenizer, run: RunFolder, before, say) -> None:
+    """Train one stage from the checkpoint `before`, or on from its own last one, and save what comes of it."""
+    set_seed(arguments.seed)
+    trainer = AdaptationTrainer(
+        stage,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+    )
+    stage.prepare(data, arguments.per_device_train_batch_size, trainer.args.device)
+    trained = stage.trained_parameters()
+    trainer.announce(say, before)
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.is_world_process_zero():
+        spent = {"tokens": int(trainer.state.num_input_tokens_seen), "seconds": round(trainer.seconds, 1)}
+        spent["trained_parameters"] = trained
+        final = Path(arguments.output_dir) / "final"
+        run.save(stage.finish(), tokenizer, final, spent=spent, before=Path(before))
+    trainer.accelerator.wait_for_everyone()
+    del trainer
+    gc.collect()

@@ -116,7 +116,7 @@ def test_killed_between_training_and_saving_the_student(tmp_path, whole, monkeyp
     shutil.copytree(expected / "calibrated", tmp_path / "run" / "calibrated")
     with monkeypatch.context() as patched:
         # They go with the stage's result, which is about to be missing.
-        patched.setattr("distattn_hf.training.adapt.remove_checkpoints", lambda folder: None)
+        patched.setattr("distattn_hf.storage.runs.remove_checkpoints", lambda folder: None)
         adapt(parse_config({**config, "output_dir": str(tmp_path / "run")}))
     for path in ("distillation/final", "student"):
         shutil.rmtree(tmp_path / "run" / path)
