@@ -9,7 +9,6 @@ TrainingArguments is refused. Run it again to go on where it stopped.
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler
+from transformers import TrainerState, get_scheduler
 
 from distattn_hf.data.datasets import row_length
 from distattn_hf.data.tasks import TASKS
@@ -25,7 +24,7 @@ from distattn_hf.storage.folders import write_json
 from distattn_hf.storage.models import load_checkpoint
 from distattn_hf.storage.runs import LOOP_STATE, finished, last_checkpoint, remove_checkpoints
 from distattn_hf.training.adapt import load_inputs, open_run
-from distattn_hf.training.arguments import read_config
+from distattn_hf.training.arguments import read_config, refuse_others
 from distattn_hf.training.first_student import first_student
 from distattn_hf.training.stages import Stage, attention_means, check_stages
 
@@ -49,27 +48,10 @@ HONOURED = {
 ORDERS = {"random": True, "sequential": False}
 
 
-def refuse_ignored(config) -> None:
-    """Raise `ValueError` for what TrainingArguments has and this loop does not do."""
-    defaults = {field.name: field.default for field in fields(TrainingArguments)}
-    if config.data.streaming:
-        raise ValueError("streaming=True: this loop does not do that; `distattn adapt` does")
-    stages = config.adaptation.stage_options
-    for where, given in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
-        for name, value in given.items():
-            if name == "train_sampling_strategy":
-                if value not in ORDERS:
-                    raise ValueError(f"{where}{name} must be one of {', '.join(ORDERS)} in this loop, got {value!r}")
-            elif name in defaults and name not in HONOURED and value != defaults[name]:
-                raise ValueError(f"{where}{name}={value!r}: this loop does not do that; `distattn adapt` does")
-            if where and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
-                raise ValueError(f"{where}{name}={value!r}: all stages of this loop share it; set {name} itself")
-
-
 def main() -> None:
     """Convert, then run the stages one after another."""
     config = read_config(sys.argv[1], sys.argv[2:])
-    refuse_ignored(config)
+    refuse_others(config, HONOURED, ORDERS)
     # Before the Accelerator: each TrainingArguments sets up devices anew and forgets what an Accelerator has set up.
     stages = {name: config.training_for(name) for name in config.adaptation.stages}
     accelerator = Accelerator(
@@ -119,12 +101,7 @@ def train(accelerator, stage: Stage, arguments, data) -> list[float]:
     stage.prepare(data, size, accelerator.device)
     shuffle = ORDERS[arguments.train_sampling_strategy]
     loader = DataLoader(data.train, batch_size=size, shuffle=shuffle, collate_fn=data.collator)
-    # What trains, at which rate. Weight decay leaves λ, α and maps alone.
-    decayed = set(Trainer.get_decay_parameter_names(None, stage.model))
-    groups = stage.parameter_groups(stage.model, arguments.learning_rate, arguments.weight_decay, decayed)
-    optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(arguments, stage.model)
-    optimizer = optimizer_class(groups, **optimizer_options)
-    model, optimizer, loader = accelerator.prepare(stage.model, optimizer, loader)
+    model, optimizer, loader = accelerator.prepare(stage.model, stage.make_optimizer(arguments), loader)
     steps_an_epoch = math.ceil(len(loader) / parts)
     total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
     options = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs or {}}

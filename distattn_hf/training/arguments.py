@@ -316,3 +316,23 @@ def check_exact(specs, stage: str, max_length: int) -> None:
                 f"spec's exact_below={spec.exact_below} takes exact attention for all of them; set exact_below=0 while "
                 "adapting, or a greater max_length"
             )
+
+
+def refuse_others(config: AdaptationConfig, honoured: set[str], orders) -> None:
+    """Raise `ValueError` for TrainingArguments beyond `honoured` and orders of rows that a plain loop does not do."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    if config.data.streaming:
+        raise ValueError("streaming=True: this loop does not do that; `distattn adapt` does")
+    stages = config.adaptation.stage_options
+    for where, given in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
+        for name, value in given.items():
+            if name == "train_sampling_strategy":
+                if value not in orders:
+                    raise ValueError(
+                        f"{where}{name} must be one of {', '.join(orders)} in this loop, got {value!r}; `distattn "
+                        "adapt` takes it"
+                    )
+            elif name in defaults and name not in honoured and value != defaults[name]:
+                raise ValueError(f"{where}{name}={value!r}: this loop does not do that; `distattn adapt` does")
+            if where and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
+                raise ValueError(f"{where}{name}={value!r}: all stages of this loop share it; set {name} itself")

@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from ..conversion.convert import current_report
 from ..core.configuration_distattn import MODEL_TYPE_PREFIX
@@ -226,6 +227,13 @@ class Stage:
             }
             for (kind, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
+
+    def make_optimizer(self, arguments: TrainingArguments):
+        """Return the optimizer that `Trainer` would make; weight decay leaves λ, α and maps alone."""
+        decayed = set(Trainer.get_decay_parameter_names(None, self.model))
+        groups = self.parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, decayed)
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+        return optimizer_class(groups, **options)
 
     def trained_parameters(self) -> int:
         """How many numbers train."""
