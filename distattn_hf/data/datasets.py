@@ -175,8 +175,8 @@ def build_data(
             f"pad_to_multiple_of must divide max_length={job.max_length} with packing=True, whose rows are not padded; "
             f"got {arguments.pad_to_multiple_of}"
         )
-    collator = collator_for(job)
     train, evaluation = find_data(arguments)
+    collator = collator_for(job)
     train_rows = rows_for(job, train, "train_data", arguments.max_train_samples)
     evaluation_rows = None
     if evaluation is not None:

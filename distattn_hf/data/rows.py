@@ -113,6 +113,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     start: list[int] = []
     if job.task == "causal-lm":
         start = start_tokens(job.tokenizer, (row[columns[0]] for row in dataset))
+        options["end"] = end_token(job.tokenizer)
         # Packed, it is a row that begins with them; else a text.
         options |= {"start": [], "max_length": None} if packing else {"start": start}
     if limit is not None and not packing:
@@ -153,7 +154,7 @@ def _read_texts(job: Job, dataset, first: dict, training: bool):
 
 def _read_documents(job: Job, dataset, first: dict, training: bool):
     _, columns, options = _read_texts(job, dataset, first, training)
-    return tokenise_documents, columns, {**options, "end": end_token(job.tokenizer)}
+    return tokenise_documents, columns, options
 
 
 def _read_labelled(job: Job, dataset, first: dict, training: bool):

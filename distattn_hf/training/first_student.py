@@ -47,7 +47,7 @@ def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init
     if init == "calibrated":
         # Text where the fit may cut it as it likes, else the first rows.
         task, arguments = task_of(teacher), config.data
-        cuts = task == "embedding" or (TASKS[task].is_language_model and task != "seq2seq")
+        cuts = TASKS[task].reads_text and task != "seq2seq"
         source = model.calibration_data or (str(arguments.train_data) if cuts and not arguments.streaming else None)
         if source is not None:
             texts = read_texts(source, column=arguments.text_column, split=arguments.train_split)
