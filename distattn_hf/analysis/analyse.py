@@ -12,7 +12,7 @@ import transformers
 from ..conversion.convert import current_report
 from ..core.modeling_converted import DistAttnModelMixin
 from ..data.datasets import check_tokenizers
-from ..evaluation.score import model_kind
+from ..data.tasks import text_task_of
 from ..evaluation.scorecard import Scorecard
 from ..storage.folders import staging_folder
 from ..storage.models import load_checkpoint
@@ -169,7 +169,7 @@ def analyse(
 
 def _is_encoder(model) -> bool:
     try:
-        return model_kind(model) == "embedding"
+        return text_task_of(model) == "embedding"
     except ValueError:
         # It has no loss, which the measurement notes.
         return False

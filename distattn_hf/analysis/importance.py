@@ -106,11 +106,11 @@ def gradient_attribution(model, tokenizer, text: str, *, target: int | None = No
     tokens (masked models), or, without a head, ½‖mean hidden state‖². Returns {"tokens" (ids), "values" (N,): signed,
     "score"}. Raises `ValueError` for an empty text or a model without input embeddings.
     """
-    from ..evaluation.score import model_kind
+    from ..data.tasks import TASKS, text_task_of
     from .samples import AnalysisOptions
 
     text = check_texts(text)[0]
-    kind = model_kind(model)
+    task = text_task_of(model)
     batch = make_batches(model, tokenizer, [text], AnalysisOptions(max_length=max_length))[0]
     model.eval()
     seen: list[Tensor] = []
@@ -126,11 +126,11 @@ def gradient_attribution(model, tokenizer, text: str, *, target: int | None = No
     try:
         with torch.enable_grad():
             output = forward(model, batch)
-            if kind == "embedding":
+            if task == "embedding":
                 score = 0.5 * output.last_hidden_state.float().mean(1).square().sum()
             else:
                 rows = output.logits.float().log_softmax(-1)[0]
-                if kind == "causal-lm":
+                if TASKS[task].shifted:
                     score = rows[-1, int(rows[-1].argmax()) if target is None else target]
                 else:
                     score = rows.gather(-1, batch["input_ids"][0, :, None]).mean()

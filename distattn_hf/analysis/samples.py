@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.discovery import argument_names
-from ..data.batches import label_loss, length_for, query_mask, shift_right
-from ..evaluation.score import EvaluationOptions, check_pooling, embed, first_sentence_pairs, model_kind
+from ..data.batches import label_loss, length_for, pad_rows, query_mask, shift_right
+from ..data.config import is_integer
+from ..data.tasks import TASKS, text_task_of
+from ..evaluation.score import EvaluationOptions, check_pooling, embed, first_sentence_pairs
 from .watch import forward
 
 # The inverse temperature of the loss of embeddings, as sentence-transformers sets it.
@@ -30,8 +32,7 @@ class AnalysisOptions:
     def __post_init__(self):
         check_pooling(self.pooling)
         for name in ("max_length", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_integer(value := getattr(self, name), 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
@@ -68,18 +69,14 @@ def make_batches(model, tokenizer, texts, options: AnalysisOptions | None = None
     if not rows:
         raise ValueError(f"text is empty: the tokenizer makes no token of {texts[0][:40]!r}")
     pad = tokenizer.pad_token_id
-    pad = 0 if pad is None else pad
     return [_padded(model, rows[i : i + options.batch_size], pad) for i in range(0, len(rows), options.batch_size)]
 
 
-def _padded(model, rows: list[list[int]], pad: int) -> dict[str, Tensor]:
-    width = max(len(row) for row in rows)
-    # Padding at the end: no position changes, and no query of a causal model sees it.
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    batch = {"input_ids": ids, "attention_mask": mask}
+def _padded(model, rows: list[list[int]], pad: int | None) -> dict[str, Tensor]:
+    batch = pad_rows(rows, pad)
     if model.config.is_encoder_decoder:
-        labels = ids.masked_fill(mask == 0, -100)
+        mask = batch["attention_mask"]
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
         batch |= {"decoder_input_ids": shift_right(model, labels), "decoder_attention_mask": mask}
     if "attention_mask" not in argument_names(type(model)):
         del batch["attention_mask"]
@@ -140,10 +137,10 @@ class TextLoss:
 
     def __init__(self, model, tokenizer, texts, options: AnalysisOptions | None = None):
         self.options = options = options or AnalysisOptions()
-        self.kind, self.tokenizer = model_kind(model), tokenizer
+        self.task, self.tokenizer = text_task_of(model), tokenizer
         texts = check_texts(texts)
         self.pairs, self.batches = [], []
-        if self.kind == "embedding":
+        if self.task == "embedding":
             self.pairs = first_sentence_pairs(texts)[: max(2, options.max_tokens // 256)]
             if len(self.pairs) < 2:
                 raise ValueError(
@@ -164,9 +161,9 @@ class TextLoss:
         ids = batch["input_ids"]
         padding = batch["attention_mask"] == 0 if "attention_mask" in batch else torch.zeros_like(ids).bool()
         labels = ids.masked_fill(padding, -100)
-        if self.kind == "causal-lm":
+        if TASKS[self.task].shifted:
             return F.pad(labels[:, 1:], (0, 1), value=-100)
-        if self.kind == "seq2seq":
+        if self.task == "seq2seq":
             return labels
         if self.tokenizer.mask_token_id is None:
             raise ValueError("the tokenizer has no mask token, which a masked language model's loss needs")
@@ -179,7 +176,7 @@ class TextLoss:
         return labels.masked_fill(~masked, -100)
 
     def __call__(self, model):
-        if self.kind == "embedding":
+        if self.task == "embedding":
             yield self._contrast(model), 1.0
             return
         total = sum(int((labels != -100).sum()) for _, labels in self.batches)

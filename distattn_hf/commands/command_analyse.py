@@ -43,7 +43,7 @@ def analyse(
     begin(path, against)
     from ..analysis.analyse import AnalyseOptions, parse_heads
     from ..analysis.analyse import analyse as run
-    from ..data.batches import read_texts
+    from ..data.sources import read_texts
 
     options = AnalyseOptions(
         max_length=max_length, max_tokens=max_tokens, importance=importance, heads=parse_heads(heads),

@@ -94,9 +94,9 @@ def convert(
     from ..conversion import fold
     from ..conversion.calibrate import CalibrationOptions
     from ..conversion.report import ConversionReport
-    from ..core.configuration_distattn import AttentionSpec
-    from ..data.batches import read_texts
+    from ..core.attention_spec import AttentionSpec
     from ..data.config import read_specs
+    from ..data.sources import read_texts
     from ..storage.companions import Source, describe_source
     from ..storage.folders import save_checkpoint
     from ..storage.models import load_checkpoint

@@ -32,8 +32,9 @@ def evaluate(
     """
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts)
     begin(path, against)
-    from ..data.batches import read_texts
-    from ..evaluation.score import EvaluationOptions, compare_models, describe_scores, model_kind
+    from ..data.sources import read_texts
+    from ..data.tasks import text_task_of
+    from ..evaluation.score import EvaluationOptions, compare_models, describe_scores
     from ..storage.models import load_checkpoint
     from ..storage.pooling import read_pooling
 
@@ -41,7 +42,7 @@ def evaluate(
         texts = read_texts(data, column=column, split="test")[:max_texts]
     models = {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
     options = EvaluationOptions(max_length=max_length, max_tokens=max_tokens, progress=sys.stderr.isatty())
-    kind = model_kind(models[path][0])
+    kind = text_task_of(models[path][0])
     poolings = {name: read_pooling(name) for name in models} if kind == "embedding" else {}
     result = compare_models(models, texts, options, poolings)
     print(json.dumps(result, indent=1) if as_json else _score_table(result))

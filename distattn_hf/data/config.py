@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -21,6 +22,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+
+
+def is_number(value) -> bool:
+    """Whether a value is an int or float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_integer(value, least: int | None = None) -> bool:
+    """Whether a value is an int, and not below `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def read_yaml(path: str | Path, name: str):
@@ -53,12 +64,47 @@ def refuse_unknown(given, known, where: str = "") -> None:
             raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
 
 
-def read_mapping(path: str | Path, name: str) -> dict:
-    """The mapping in a YAML file, which errors call `name`; raises `ValueError` where there is none."""
+def read_mapping(path: str | Path, name: str, overrides: Iterable[str] = ()) -> dict:
+    """The mapping in a YAML file, which errors call `name`, with overrides; raises `ValueError` where there is none."""
     values = _as_meant(read_yaml(path, name))
     if not isinstance(values, dict):
         raise ValueError(f"{name} {str(Path(path))!r} must hold a mapping of arguments, got {type(values).__name__}")
+    for text in overrides:
+        override(values, text)
     return values
+
+
+def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]) -> tuple:
+    """One object of each dataclass from a mapping; raises `ValueError` for unknown, missing and mistyped values."""
+    from transformers import HfArgumentParser
+
+    refuse_unknown(values, set().union(*map(field_names, kinds)))
+    for name in required:
+        if not values.get(name):
+            raise ValueError(f"{name} must be given, got {values.get(name)!r}")
+    check_numbers(values)
+    try:
+        # Two kinds have a `seed`: one value serves both.
+        return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
+    except TypeError as error:
+        raise ValueError(f"a value has the wrong type: {error}") from error
+
+
+def field_names(kind) -> set[str]:
+    """Return the names that a dataclass takes."""
+    return {f.name for f in fields(kind) if f.init}
+
+
+def check_numbers(values: dict, where: str = "") -> None:
+    """Raise `ValueError` for 2.5 steps or a rate of "abc": transformers takes them, and trips over them later."""
+    from transformers import TrainingArguments
+
+    for entry in (entry for entry in fields(TrainingArguments) if entry.name in values):
+        value = values[entry.name]
+        if entry.type is int and not is_integer(value):
+            raise ValueError(f"{where}{entry.name} must be an integer, got {value!r}")
+        if entry.type is float and not is_number(value):
+            raise ValueError(f"{where}{entry.name} must be a number, got {value!r}")
 
 
 def override(values: dict, assignment: str) -> None:

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging
 
 from .batches import length_for
+from .config import is_integer
 from .rows import (
     LABEL_COLUMNS,
     SOURCE_COLUMNS,
@@ -28,10 +29,9 @@ from .rows import (
     rows_for,
 )
 from .sources import ALLOWED, find_data
+from .tasks import TASKS
 
 logger = logging.get_logger(__name__)
-
-TASKS = ("causal-lm", "masked-lm", "seq2seq", "sequence-classification", "token-classification", "embedding")
 
 
 @dataclass
@@ -111,11 +111,8 @@ class DataArguments:
         ):
             value = getattr(self, name)
             optional = name not in ("max_length", "seed")
-            if (value is None and optional) or (
-                isinstance(value, int) and not isinstance(value, bool) and value >= least
-            ):
-                continue
-            raise ValueError(f"{name} must be an integer >= {least}{' or None' if optional else ''}, got {value!r}")
+            if not (value is None and optional) and not is_integer(value, least):
+                raise ValueError(f"{name} must be an integer >= {least}{' or None' if optional else ''}, got {value!r}")
         if not isinstance(self.mlm_probability, int | float) or not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability must be in (0, 1], got {self.mlm_probability!r}")
         for name in ("train_data", "eval_data"):
@@ -179,11 +176,12 @@ def build_data(
             f"got {arguments.pad_to_multiple_of}"
         )
     train, evaluation = find_data(arguments)
+    collator = collator_for(job)
     train_rows = rows_for(job, train, "train_data", arguments.max_train_samples)
     evaluation_rows = None
     if evaluation is not None:
         evaluation_rows = rows_for(job, evaluation, "eval_data", arguments.max_eval_samples)
-    return TaskData(train_rows, evaluation_rows, collator_for(job), job.label_names)
+    return TaskData(train_rows, evaluation_rows, collator, job.label_names)
 
 
 # Checks of model and tokenizer

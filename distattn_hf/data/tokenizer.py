@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .config import is_integer
+
 PADDING, START, END, MASK = "<pad>", "<s>", "</s>", "<mask>"
 # Every byte has a token, so nothing is ever unknown.
 LEAST_VOCABULARY = 256 + 4
@@ -16,7 +18,7 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, *, add_end: bool = Fal
     add_end: every text ends with </s>, as sequence-to-sequence models expect. Source: Sennrich et al., 2016; bytes as
     in GPT-2 (Radford et al., 2019). Raises `ValueError` for fewer tokens than there are bytes.
     """
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < LEAST_VOCABULARY:
+    if not is_integer(vocab_size, LEAST_VOCABULARY):
         raise ValueError(
             f"vocab_size must be an integer >= {LEAST_VOCABULARY} (256 bytes and 4 marks), got {vocab_size!r}"
         )

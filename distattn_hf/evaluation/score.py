@@ -7,27 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ..conversion.calibrate_nystrom import exact_span
-from ..core.configuration_distattn import CLASS_PREFIX
-from ..data.batches import length_for, longest_row, pack
+from ..data.batches import forward_inputs, label_loss, length_for, longest_row
+from ..data.config import is_integer
+from ..data.packing import pack
+from ..data.tasks import TASKS, text_task_of
 from ..storage.pooling import POOLINGS
 
 logger = logging.get_logger(__name__)
-
-_KINDS = {
-    "causal-lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
-    "seq2seq": (
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    ),
-    "masked-lm": (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
-    "embedding": (modeling_auto.MODEL_MAPPING_NAMES, modeling_auto.MODEL_MAPPING),
-}
 
 
 @dataclass
@@ -45,8 +36,7 @@ class EvaluationOptions:
     def __post_init__(self):
         check_pooling(self.pooling)
         for name in ("max_length", "max_tokens", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value := getattr(self, name), 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
@@ -54,23 +44,6 @@ def check_pooling(pooling: str) -> None:
     """Raise `ValueError` for no pooling of `POOLINGS`."""
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
-
-
-def model_kind(model: PreTrainedModel) -> str:
-    """One of "causal-lm", "seq2seq", "masked-lm" or "embedding", from the model's class: transformers' own, a converted
-    one, or one registered with the Auto classes.
-
-    Raises `ValueError` naming the class for any other head.
-    """
-    name = type(model).__name__.removeprefix(CLASS_PREFIX)
-    for kind, (names, mapping) in _KINDS.items():
-        listed = {n for value in names.values() for n in ((value,) if isinstance(value, str) else value)}
-        if name in listed or mapping._extra_content.get(type(model.config)) is type(model):
-            return kind
-    raise ValueError(
-        f"{type(model).__name__} has a head that cannot be evaluated on plain text; expected a causal, masked or "
-        "sequence-to-sequence language model, or an encoder"
-    )
 
 
 @torch.no_grad()
@@ -88,20 +61,21 @@ def evaluate_model(
     """
     options = options or EvaluationOptions()
     options = replace(options, max_length=length_for(model, options.max_length))
-    kind = model_kind(model)
+    task = text_task_of(model)
     model.eval()
     with warn_without_far_keys(model):
-        if kind == "embedding":
+        if task == "embedding":
             pairs = pairs or first_sentence_pairs(texts)
             if len(pairs) < 2:
                 raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
             queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
             return {**retrieval_scores(queries, passages), "texts": len(pairs)}
-        if kind == "seq2seq":
-            loss, used = _sequence_loss(model, tokenizer, pairs or [(t, t) for t in texts], options)
+        if task == "seq2seq":
+            sums, used = _read_pairs(model, tokenizer, pairs or [(t, t) for t in texts], options)
         else:
-            loss, used = (_causal_loss if kind == "causal-lm" else _masked_loss)(model, tokenizer, texts, options)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 80)), **used}
+            sums, used = (_read_packed if task == "causal-lm" else _read_masked)(model, tokenizer, texts, options)
+    scores = sums.scores()
+    return {"loss": scores["loss"], "perplexity": scores["perplexity"], "texts": used, "tokens": sums.count}
 
 
 def describe_scores(kind: str, scores: dict[str, float], pooling: str = "mean") -> str:
@@ -149,6 +123,60 @@ def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOpt
 
 
 @torch.no_grad()
+def score_model(
+    model, task: str, data, tokenizer, *, pairs=None, pooling: str = "mean", batch_size: int = 8, progress: bool = True
+) -> dict[str, float]:
+    """Return the scores of `model` on the held-out rows of `data`, a `TaskData`, means over what has a label.
+
+    Loss and perplexity (language models), accuracy (classification), or retrieval of each pair's passage by its query
+    (encoders, `pooling` as `EvaluationOptions` has it). Raises `ValueError` where there is no evaluation data, or none
+    with labels.
+    """
+    model.eval()
+    if task == "embedding":
+        options = EvaluationOptions(progress=progress, pooling=pooling)
+        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)
+        return {name: value for name, value in scores.items() if name != "texts"}
+    if data.evaluation is None:
+        raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
+    loader = DataLoader(data.evaluation, batch_size=batch_size, collate_fn=data.collator)
+    sums = TokenScores(task)
+    with warn_without_far_keys(model):
+        for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            logits = model(**forward_inputs(model, batch)).logits
+            if logits.shape[-1] == 1:
+                raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
+            sums.add(logits, batch["labels"])
+    return sums.scores()
+
+
+class TokenScores:
+    """Sum over the labels of a task, -100 left out, the cross-entropy in nats and how many were the likeliest."""
+
+    def __init__(self, task: str):
+        self.task, self.total, self.correct, self.count = TASKS[task], 0.0, 0, 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the logits (..., classes) and labels (...) of one batch, aligned as the task says."""
+        if self.task.shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        keep = labels != -100
+        logits, labels = logits[keep], labels[keep].to(logits.device)
+        self.total += float(label_loss(logits, labels, 1))
+        self.correct += int((logits.argmax(-1) == labels).sum())
+        self.count += len(labels)
+
+    def scores(self) -> dict[str, float]:
+        """Return "loss", "accuracy" and, for language models, "perplexity"; raise `ValueError` where nothing counts."""
+        if not self.count:
+            raise ValueError(f"the data holds no label that counts for task {self.task.name!r}")
+        found = {"loss": self.total / self.count, "accuracy": self.correct / self.count}
+        if self.task.metric == "perplexity":
+            found["perplexity"] = math.exp(min(found["loss"], 80.0))
+        return found
+
+
 def compare_models(
     models: dict[str, tuple],
     texts,
@@ -161,7 +189,7 @@ def compare_models(
     "ratio" (perplexity over the teacher's) or, for encoders, "embedding_cosine" with the teacher. Raises `ValueError`
     when they have different kinds of heads.
     """
-    kinds = {name: model_kind(model) for name, (model, _) in models.items()}
+    kinds = {name: text_task_of(model) for name, (model, _) in models.items()}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"the models have different heads: {kinds}")
     for name, (_, tokenizer) in models.items():
@@ -236,17 +264,15 @@ def _pool(hidden: Tensor, keep: Tensor, pooling: str) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), place]
 
 
-def _causal_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
+def _read_packed(model, tokenizer, texts, options) -> tuple[TokenScores, int]:
     rows, start = pack(tokenizer, texts, options.max_length, options.max_tokens)
-    # The first token has nothing before it, and how a text starts is no part of the text.
-    first = max(start, 1)
-    total = 0.0
+    sums = TokenScores("causal-lm")
     for batch in _steps(rows.split(options.batch_size), "perplexity", options):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch).logits[:, first - 1 : -1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, first:].flatten(), reduction="sum"))
-    count = rows[:, first:].numel()
-    return total / count, {"texts": _texts_within(tokenizer, texts, rows[:, start:].numel()), "tokens": count}
+        # How a text starts is no part of the text.
+        labels = batch.masked_fill(torch.arange(batch.shape[1], device=batch.device) < start, -100)
+        sums.add(model(input_ids=batch).logits, labels)
+    return sums, _texts_within(tokenizer, texts, rows[:, start:].numel())
 
 
 def _texts_within(tokenizer, texts, tokens: int) -> int:
@@ -259,9 +285,9 @@ def _texts_within(tokenizer, texts, tokens: int) -> int:
     return len(texts)
 
 
-def _masked_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
+def _read_masked(model, tokenizer, texts, options) -> tuple[TokenScores, int]:
     generator = torch.Generator().manual_seed(options.seed)
-    total, count = 0.0, 0
+    sums = TokenScores("masked-lm")
     for start in _steps(range(0, len(texts), options.batch_size), "masked tokens", options):
         chunk = texts[start : start + options.batch_size]
         batch = tokenizer(
@@ -270,20 +296,18 @@ def _masked_loss(model, tokenizer, texts, options) -> tuple[float, dict]:
         )  # fmt: skip
         special = batch.pop("special_tokens_mask").bool()
         masked = (torch.rand(special.shape, generator=generator) < 0.15) & ~special
-        labels = batch["input_ids"][masked].to(model.device)
+        labels = batch["input_ids"].masked_fill(~masked, -100)
         batch["input_ids"] = batch["input_ids"].masked_fill(masked, tokenizer.mask_token_id)
-        logits = model(**batch.to(model.device)).logits[masked.to(model.device)].float()
-        total += float(F.cross_entropy(logits, labels, reduction="sum"))
-        count += len(labels)
+        sums.add(model(**batch.to(model.device)).logits, labels.to(model.device))
         if start * options.max_length > options.max_tokens:
             break
-    if count == 0:
+    if not sums.count:
         raise ValueError("the data holds no token that could be masked")
-    return total / count, {"texts": min(len(texts), start + options.batch_size), "tokens": count}
+    return sums, min(len(texts), start + options.batch_size)
 
 
-def _sequence_loss(model, tokenizer, pairs, options) -> tuple[float, dict]:
-    total, count = 0.0, 0
+def _read_pairs(model, tokenizer, pairs, options) -> tuple[TokenScores, int]:
+    sums = TokenScores("seq2seq")
     for start in _steps(range(0, len(pairs), options.batch_size), "targets", options):
         chunk = pairs[start : start + options.batch_size]
         source, target = (
@@ -293,14 +317,12 @@ def _sequence_loss(model, tokenizer, pairs, options) -> tuple[float, dict]:
             for i in (0, 1)
         )
         labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100).to(model.device)
-        logits = model(**source.to(model.device), labels=labels).logits.float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"))
-        count += int((labels != -100).sum())
-        if count > options.max_tokens:
+        sums.add(model(**source.to(model.device), labels=labels).logits, labels)
+        if sums.count > options.max_tokens:
             break
-    if count == 0:
+    if not sums.count:
         raise ValueError("the data holds no target tokens")
-    return total / count, {"texts": min(len(pairs), start + options.batch_size), "tokens": count}
+    return sums, min(len(pairs), start + options.batch_size)
 
 
 def _steps(iterable, description: str, options: EvaluationOptions):

@@ -2,38 +2,27 @@
 
 import copy
 import json
-import math
-import os
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-
 from ..conversion.observe import observed
 from ..core.parameters import NystromParameters
-from ..data.batches import forward_inputs, label_loss
 from ..data.datasets import TaskData
 from ..data.sources import find_data
-from .score import EvaluationOptions, evaluate_model, first_sentence_pairs, warn_without_far_keys
+from ..data.tasks import TASKS
+from ..storage.folders import write_json
+from .score import first_sentence_pairs, score_model
+
+logger = logging.getLogger(__name__)
 
 SCORECARD = "distattn_scorecard.json"
 ROWS = (
     "teacher", "teacher_finetuned", "plain", "calibrated", "transfer", "distillation", "task", "window_only",
     "no_attention",
 )  # fmt: skip
-# Task -> (the number that counts, whether more of it is better).
-METRICS = {
-    "causal-lm": ("perplexity", False),
-    "masked-lm": ("perplexity", False),
-    "seq2seq": ("perplexity", False),
-    "sequence-classification": ("accuracy", True),
-    "token-classification": ("accuracy", True),
-    "embedding": ("mrr", True),
-}
 
 
 @dataclass
@@ -70,8 +59,7 @@ class Scorecard:
     @classmethod
     def for_task(cls, task: str, data: dict, teacher: str) -> "Scorecard":
         """An empty scorecard of `task`."""
-        metric, greater = METRICS[task]
-        return cls(task, metric, greater, data, teacher)
+        return cls(task, TASKS[task].metric, TASKS[task].higher_is_better, data, teacher)
 
     def row(self, name: str) -> ScorecardRow | None:
         """The row called `name`, or None."""
@@ -104,9 +92,7 @@ class Scorecard:
         """Write the file into `folder`, complete or not at all."""
         path = Path(folder) / SCORECARD
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, self.to_dict())
         return path
 
     @classmethod
@@ -135,51 +121,48 @@ class Scorecard:
         return "\n".join(lines)
 
 
-@torch.no_grad()
-def score_model(
-    model,
-    task: str,
-    data: TaskData,
-    tokenizer,
-    *,
-    pairs=None,
-    pooling: str = "mean",
-    batch_size: int = 8,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Scores of `model` on held-out rows: loss and perplexity (language models), accuracy (classification), or
-    retrieval of each pair's passage by its query (encoders, `pooling` as `EvaluationOptions` has it), all means over
-    what has a label.
+class Examiner:
+    """Scores models of one task on the same data into a scorecard, which is saved after each.
 
-    Raises `ValueError` where there is no evaluation data, or none with labels.
+    Args:
+        card, folder: the scorecard and where it is saved.
+        data, tokenizer, pairs, pooling: as `score_model` takes them.
+        training: `TrainingArguments`: device, batch size, whether progress is shown.
+        state: accelerate's; the main process scores, the others wait.
     """
-    model.eval()
-    if task == "embedding":
-        options = EvaluationOptions(progress=progress, pooling=pooling)
-        scores = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)
-        return {name: value for name, value in scores.items() if name != "texts"}
-    if data.evaluation is None:
-        raise ValueError("a scorecard needs evaluation data: set eval_data, or a split that data has")
-    total, correct, count = 0.0, 0, 0
-    loader = DataLoader(data.evaluation, batch_size=batch_size, collate_fn=data.collator)
-    with warn_without_far_keys(model):
-        for batch in tqdm(loader, desc="score", leave=False, disable=not progress):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels, logits = batch["labels"], model(**forward_inputs(model, batch)).logits
-            if task == "causal-lm":
-                labels, logits = labels[:, 1:], logits[:, :-1]
-            if logits.shape[-1] == 1:
-                raise ValueError("regression heads have no accuracy; a scorecard needs a classifier")
-            keep = labels != -100
-            total += float(label_loss(logits[keep], labels[keep], 1))
-            correct += int((logits.argmax(-1) == labels)[keep].sum())
-            count += int(keep.sum())
-    if not count:
-        raise ValueError("the evaluation data holds no labels")
-    found = {"loss": total / count, "accuracy": correct / count}
-    if METRICS[task][0] == "perplexity":
-        found["perplexity"] = math.exp(min(found["loss"], 80.0))
-    return found
+
+    def __init__(self, card: Scorecard, folder: Path, data: TaskData, tokenizer, pairs, pooling: str, training, state):
+        self.card, self.folder, self.state, self.training = card, folder, state, training
+        self.data, self.tokenizer, self.pairs, self.pooling = data, tokenizer, pairs, pooling
+
+    def missing(self, names) -> list[str]:
+        """Return those of `names` that have no row yet."""
+        return [name for name in names if self.card.row(name) is None]
+
+    def record(self, name: str, model, **spent) -> None:
+        """Score a model and write its row."""
+        if self.state.is_main_process:
+            size, progress = self.training.per_device_eval_batch_size, not self.training.disable_tqdm
+            model.to(self.training.device)
+            metrics = score_model(
+                model, self.card.task, self.data, self.tokenizer, pairs=self.pairs, pooling=self.pooling,
+                batch_size=size, progress=progress,
+            )  # fmt: skip
+            row = self.card.put(name, metrics, **spent)
+            self.card.save(self.folder)
+            logger.info("%s: %s %.4f", name, self.card.metric, row.score)
+        self.state.wait_for_everyone()
+
+    def record_controls(self, names, student, plain: Callable) -> None:
+        """Score each control; `plain` makes the student that was swapped without a fit."""
+        for name in names:
+            if name == "plain":
+                self.record(name, plain() if self.state.is_main_process else None)
+            elif name == "window_only":
+                self.record(name, without_far_field(student))
+            else:
+                with no_attention(student):
+                    self.record(name, student)
 
 
 def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[tuple[str, str]]:
@@ -227,17 +210,3 @@ def no_attention(student):
 
     with observed(student, zeros):
         yield student
-
-
-def score_controls(names, student, plain: Callable, score: Callable) -> dict[str, dict[str, float]]:
-    """{control: scores}; `plain` makes the student that was swapped without a fit, `score` scores a model."""
-    found = {}
-    for name in names:
-        if name == "plain":
-            found[name] = score(plain())
-        elif name == "window_only":
-            found[name] = score(without_far_field(student))
-        else:
-            with no_attention(student):
-                found[name] = score(student)
-    return found

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.batches import label_loss
 from .score import retrieval_ranks
 
 
@@ -121,10 +122,7 @@ class Perplexity(_PackagedMetric):
             )
         if self.config_name == "default":
             logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = [
-            float(F.cross_entropy(row.float(), label, ignore_index=-100, reduction="sum"))
-            for row, label in zip(logits, labels, strict=True)
-        ]
+        losses = [float(label_loss(row, label, 1)) for row, label in zip(logits, labels, strict=True)]
         super().add_batch(predictions=losses, references=(labels != -100).sum(-1).tolist(), **kwargs)
 
     def add(self, *, prediction=None, reference=None, **kwargs):

@@ -12,8 +12,8 @@ from transformers.utils import logging
 from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
 from ..core.attention_spec import AttentionSpec
-from ..data.batches import news_articles
-from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
+from ..data.sources import news_articles
+from ..evaluation.score import EvaluationOptions, TokenScores, embedding_agreement, evaluate_model
 from ..storage.models import load_checkpoint
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev")
@@ -38,9 +38,9 @@ def sample_sequences(model, tokenizer, count: int, seed: int) -> dict[str, torch
 @torch.no_grad()
 def batch_perplexity(model, batch) -> float:
     """Perplexity per real token of one padded batch."""
-    logits = model(**batch).logits[:, :-1]
-    labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).exp())
+    sums = TokenScores("causal-lm")
+    sums.add(model(**batch).logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+    return sums.scores()["perplexity"]
 
 
 def iglm():

@@ -20,7 +20,7 @@ from ..benchmark.results import provenance
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert, revert
 from ..core.attention_spec import AttentionSpec
-from ..evaluation.score import model_kind
+from ..data.tasks import text_task_of
 from ..storage.folders import write_json
 from ..storage.models import load_checkpoint
 from .long_text import cache_bytes, seconds_per_token
@@ -38,7 +38,7 @@ def random_ids(model, length: int, seed: int = 0) -> torch.Tensor:
 
 def make_pair(model, exact_below: int) -> tuple[dict, torch.nn.Module]:
     """({"exact_below": student, "zero": the same one with exact_below=0}, teacher) of a model, converted or not."""
-    if model_kind(model) != "causal-lm":
+    if text_task_of(model) != "causal-lm":
         raise ValueError(f"{type(model).__name__} is no causal language model, so it has no cache to measure")
     if hasattr(model, "attention_states"):
         student, teacher = model, revert(model)

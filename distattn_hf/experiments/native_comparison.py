@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..analysis.figure_style import COLOURS, new_figure, save_figure, styled
 from ..data.config import override, read_mapping, refuse_unknown
-from ..evaluation.scorecard import METRICS
+from ..data.tasks import TASKS
 from ..storage.folders import write_atomically, write_json
 from ..training.arguments_scratch import ScratchConfig, parse_scratch_config, read_scratch_config
 from ..training.from_scratch import train_from_scratch
@@ -103,7 +103,7 @@ def compare(comparison: Comparison) -> dict:
 def table(results: dict) -> str:
     """Markdown: the score of every seed, mean and standard deviation (of one seed: none), tokens and seconds."""
     task = next(iter(next(iter(results.values())).values()))["task"]
-    metric = METRICS[task][0]
+    metric = TASKS[task].metric
     lines = [
         f"| attention | {metric} | standard deviation | each seed | parameters | tokens | seconds a run |",
         "|---|---|---|---|---|---|---|",

@@ -17,7 +17,7 @@ from ..conversion.convert import convert
 from ..conversion.report import ConversionReport
 from ..core.attention_spec import AttentionSpec
 from ..core.parameters import NystromParameters
-from ..data.batches import news_articles
+from ..data.sources import news_articles
 from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
 from ..evaluation.scorecard import without_far_field
 from ..storage.models import load_checkpoint

@@ -6,23 +6,18 @@ from pathlib import Path
 
 from ..conversion.report import ConversionReport
 from ..core.modeling_converted import REPORT_NAME
+from ..data.config import is_number
+from ..data.tasks import TASKS
 from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
 
 SCORECARD_NAME = "distattn_scorecard.json"
 
-# Auto classes from the most to the least telling, with the Hub's name of the task. Sequence-to-sequence has none any
-# more: the Hub and transformers 5 dropped text2text-generation.
+# Auto classes with the Hub's name of the task, AutoModel last: it says least.
 PIPELINE_TAGS = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSeq2SeqLM": None,
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForImageClassification": "image-classification",
-    "AutoModel": None,
-}
+} | {task.auto_class: task.pipeline_tag for task in TASKS.values()}
 
 # Field of an owner's result -> (its kind, whether it must be there).
 _RESULT = {
@@ -217,4 +212,4 @@ def _read_scorecard(path: Path, files: list[str]) -> dict | None:
 
 def _is_number(value) -> bool:
     # No `math.isnan`: a JSON integer may be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return is_number(value) and value == value

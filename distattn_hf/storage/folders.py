@@ -81,25 +81,33 @@ def change_options(folder: str | Path, **options) -> list:
         raise ValueError(f"nothing to set; give one of {', '.join(OPTIONS)}")
     specs = with_options([AttentionSpec.from_dict(spec) for spec in block["specs"]], options)
     block["specs"] = [spec.to_dict() for spec in specs]
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    write_atomically(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
     return specs
 
 
 def save_checkpoint(
-    model, tokenizer, out: str | Path, *, overwrite: bool = False, source: Source | None = None
+    model,
+    tokenizer,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    source: Source | str | None = None,
+    notes: dict[str, dict] | None = None,
 ) -> list[str]:
     """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does.
 
-    source: where the model was loaded from: what else is there goes along (see `copy_companions`). Returns the names of
-    what was left behind.
+    source: where the model was loaded from: what else is there goes along (see `copy_companions`). notes: JSON files to
+    write beside, {name: content}. Returns the names of what was left behind.
     """
     with staging_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        return copy_companions(source, folder) if source is not None else []
+        for name, note in (notes or {}).items():
+            write_json(folder / name, note)
+        if source is None:
+            return []
+        return copy_companions(source if isinstance(source, Source) else Source(source), folder)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -115,6 +123,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def write_json(path: Path, report: dict) -> None:
-    """Write the report; NaN and infinity, which JSON does not have, raise `ValueError`."""
-    write_atomically(path, (json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, report: dict, allow_nan: bool = False) -> None:
+    """Write the report; NaN and infinity, which JSON does not have, raise `ValueError` unless they may be there."""
+    write_atomically(path, (json.dumps(report, indent=1, allow_nan=allow_nan, ensure_ascii=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is complete, and whether there is space for the next."""
+"""The folder of a run: its arguments, which of its parts are finished, what the rest goes on from, and space for it."""
 
 import errno
 import json
@@ -9,33 +9,150 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .folders import CONFIG_NAME, save_checkpoint, staging_folder, write_json
+
+ARGUMENTS = "arguments.json"
+# What the training that led to a checkpoint took.
+SPENT = "distattn_training.json"
 TRAINER_STATE = "trainer_state.json"
+LOOP_STATE = "loop_state.json"
+# The file that each driver writes last into a checkpoint-N.
+_SAVED_BY = {TRAINER_STATE: "transformers' Trainer (`distattn adapt`)", LOOP_STATE: "scripts/adapt_accelerate.py"}
+# Arguments that no result depends on, so that they may differ from those of the run that is gone on with.
+_MAY_CHANGE = {
+    "output_dir", "disable_tqdm", "report_to", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
+    "use_cpu", "per_device_eval_batch_size", "num_proc", "dataloader_num_workers",
+}  # fmt: skip
+# What is in a folder where nothing came of a run: its arguments (a typo in them, perhaps) bind no one.
+_NOTHING = (ARGUMENTS, "tokenizer")
 # Head room beside the weights and the optimizer's state: configs, tokenizer, random states.
 _MARGIN = 32 * 2**20
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint-N in `folder`; None where there is none.
+class RunFolder:
+    """The folder of one run, for all processes of it: what is written is written by the main one.
 
-    `Trainer` writes a checkpoint's state file last, so one that was cut off has none, or one that is no JSON.
+    arguments.json is what it was started with. A finished part is a checkpoint that is complete or not there; while a
+    part trains, checkpoint-N beside it are what it goes on from.
+
+    Args:
+        path: output_dir.
+        values: the arguments, as file and command line said them.
+        state: accelerate's `PartialState` or `Accelerator`.
+        source: the checkpoint whose companions (see `copy_companions`) go along with every part.
     """
+
+    def __init__(self, path: str | Path, values: dict, state, source: str | None = None):
+        self.path, self.state, self.source = Path(path), state, source
+        self.values = json.loads(json.dumps(values, default=str))
+
+    def check(self, *, may_change=(), until_begun=(), stages: tuple[str, ...] = (), driver: str = TRAINER_STATE):
+        """Raise `ValueError` where the folder holds a run of other arguments, or an unfinished one of another driver.
+
+        may_change: names of more arguments that may differ; until_begun: of those that may until one of `stages` has
+        begun. From then on the run's own list of stages may only grow at its end: each starts from the one before it.
+        driver: as in `last_checkpoint`.
+        """
+        for stage in stages:
+            if not finished(self.part(stage)):
+                last_checkpoint(self.path / stage, driver)
+        file = self.path / ARGUMENTS
+        if not file.is_file() or all(path.name in _NOTHING for path in self.path.iterdir()):
+            return
+        before, say = json.loads(file.read_text(encoding="utf-8")), f"output_dir {str(self.path)!r} holds a run with"
+        begun = any((self.path / stage).exists() for stage in stages)
+        free = {*_MAY_CHANGE, *may_change, *(() if begun else until_begun), *(("stages",) if stages else ())}
+        changed = {k for k in {*before, *self.values} - free if before.get(k) != self.values.get(k)}
+        if changed:
+            key = min(changed)
+            raise ValueError(
+                f"{say} {key}={before.get(key)!r}, now {self.values.get(key)!r} ({len(changed)} arguments differ); "
+                "give another output_dir or remove that one"
+            )
+        earlier = before.get("stages", ["transfer"])
+        if begun and self.values["stages"][: len(earlier)] != earlier:
+            raise ValueError(
+                f"{say} stages={earlier!r}, to which stages may be added at the end, now "
+                f"{self.values['stages']!r}; give another output_dir or remove that one"
+            )
+
+    def note(self) -> None:
+        """Write the arguments down."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / ARGUMENTS, self.values, allow_nan=True)
+
+    def part(self, name: str) -> Path:
+        """Return where the result of a stage, or the student before all stages, is once it is finished."""
+        return self.path / name if name == "calibrated" else self.path / name / "final"
+
+    def save(self, model, tokenizer, path: Path, *, spent: dict | None = None, before: Path | None = None) -> None:
+        """Write a finished part, with what its training and that of the part before took; remove what it went on from.
+
+        For the main process.
+        """
+        notes = {}
+        if spent is not None:
+            earlier = spent_on(before)
+            notes[SPENT] = {name: round(value + earlier.get(name, 0), 1) for name, value in spent.items()}
+            most = max(spent["trained_parameters"], earlier.get("trained_parameters", 0))
+            notes[SPENT]["trained_parameters"] = most
+        check_space(path, model, with_optimizer=False)
+        save_checkpoint(model.to("cpu"), tokenizer, path, overwrite=True, source=self.source, notes=notes)
+        if spent is not None:
+            # Training goes on from them no more; optimizer states are most of what they hold.
+            remove_checkpoints(path.parent)
+
+    def publish(self, part: Path, name: str, add) -> None:
+        """Copy a finished part to folder `name`, with what `add(folder)` writes into it."""
+        if self.state.is_main_process:
+            with staging_folder(self.path / name, overwrite=True) as folder:
+                shutil.copytree(part, folder, dirs_exist_ok=True)
+                add(folder)
+        self.state.wait_for_everyone()
+
+
+def finished(path: Path) -> bool:
+    """Whether a part is there; it is complete then."""
+    return (path / CONFIG_NAME).is_file()
+
+
+def spent_on(path: Path) -> dict:
+    """Return what the training that led to a part took; nothing for one that needed none."""
+    file = path / SPENT
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def last_checkpoint(folder: str | Path, driver: str = TRAINER_STATE) -> Path | None:
+    """Return the newest complete checkpoint-N in `folder`; None where there is none.
+
+    driver: the file written last, so that a checkpoint that was cut off has none, or one that is no JSON. Raises
+    `ValueError` where another driver than that file's left the training unfinished, which only it can go on with.
+    """
+    if old := next(Path(folder).glob("state-*"), None):
+        raise ValueError(f"{str(old)!r} is of an unfinished run of an older version; remove {str(folder)!r}")
     found = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if number and _is_complete(path):
+        for other in _SAVED_BY.keys() - {driver}:
+            if number and (path / other).is_file() and not (path / driver).is_file():
+                raise ValueError(f"{str(path)!r} was saved by {_SAVED_BY[other]}: go on with that, or remove it")
+        if number and _is_complete(path / driver):
             found.append((int(number[1]), path))
     return max(found)[1] if found else None
 
 
-def remove_checkpoints(folder: str | Path) -> None:
-    """Remove every checkpoint-N of a finished training: only going on needs them, most of each is optimizer state."""
+def remove_checkpoints(folder: str | Path, keep: Path | None = None) -> None:
+    """Remove every checkpoint-N of a training but `keep`: only going on needs them, most of each is optimizer state."""
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path)
+        if path != keep:
+            shutil.rmtree(path)
 
 
-def _is_complete(path: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     try:
-        TrainerState.load_from_json(str(path / TRAINER_STATE))
+        TrainerState.load_from_json(str(file))
     except (OSError, json.JSONDecodeError, TypeError):
         return False
     return True

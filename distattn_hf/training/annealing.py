@@ -16,6 +16,7 @@ from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.relative_bias import RelativeBias, has_relative_bias
 from ..data.batches import query_mask
+from ..data.config import is_integer, is_number
 
 # What is left of a landmark before it is taken out, as a share of its weight at the start.
 _REST = 1e-12
@@ -47,7 +48,7 @@ class AnnealingOptions:
             raise ValueError(f"anneal.alpha must be in (0, 1], got {self.alpha!r}")
         for name, least in (("window_size", 0), ("num_landmarks", 1)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is not None and not is_integer(value, least):
                 raise ValueError(f"anneal.{name} must be an integer >= {least}, got {value!r}")
         for name in ("warmup", "hold"):
             value = getattr(self, name)
@@ -60,11 +61,6 @@ class AnnealingOptions:
     def active(self) -> bool:
         """Whether there is anything to anneal."""
         return any(value is not None for value in (self.alpha, self.window_size, self.num_landmarks))
-
-
-def is_number(value) -> bool:
-    """Whether a value is an int or float; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def progress(step: int, total: int, warmup: float = 0.0, hold: float = 0.0) -> float:

@@ -1,19 +1,32 @@
 """One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from ..conversion.convert import INITS
 from ..core.attention_spec import AttentionSpec
-from ..data.config import override, parse_specs, read_mapping, read_specs, refuse_unknown
+from ..data.config import (
+    check_numbers,
+    field_names,
+    is_integer,
+    is_number,
+    parse_kinds,
+    parse_specs,
+    read_mapping,
+    read_specs,
+    refuse_unknown,
+)
 from ..data.datasets import DataArguments
-from .annealing import is_number
-from .objectives import STAGES, TASKS
-from .stages import StageOptions, check_exact
+from ..data.tasks import TASKS
+from .annealing import AnnealingOptions
+from .objectives import STAGES
 
+TRAIN = ("attention", "attention+qk", "all", "lora")
+GROUPS = ("attention", "qk", "rest")
 CONTROLS = ("plain", "window_only", "no_attention")
 FINETUNED = "teacher_finetuned"
 
@@ -81,6 +94,87 @@ def _specs(spec) -> list[AttentionSpec] | None:
 
 
 @dataclass
+class StageOptions:
+    """How one stage trains.
+
+    Args:
+        train: "attention" (λ, α, shift, maps, landmarks), "attention+qk" (also the query and key projections), "all" or
+            "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
+        learning_rates: {"attention", "qk", "rest": rate}; what is not given takes TrainingArguments.learning_rate.
+            Adapters belong to "rest".
+        temperature, hidden_weight, task_weight, dropout: of `Distillation`; > 0, >= 0, in [0, 1], True or False.
+        anneal: fields of `AnnealingOptions`.
+        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets are names, or a pattern for whole names; None:
+            those peft knows for the model.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    train: str | None = None
+    learning_rates: dict = field(default_factory=dict)
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    task_weight: float = 0.0
+    dropout: bool = False
+    anneal: dict = field(default_factory=dict)
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_targets: list[str] | str | None = None
+
+    def __post_init__(self):
+        if self.train is not None and self.train not in TRAIN:
+            raise ValueError(f"train must be one of {', '.join(TRAIN)} or None, got {self.train!r}")
+        for name in ("learning_rates", "anneal"):
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, {})
+            elif not isinstance(value, dict):
+                raise ValueError(f"{name} must be a mapping, got {value!r}")
+        refuse_unknown(self.learning_rates, GROUPS, "learning_rates")
+        for name, rate in self.learning_rates.items():
+            if not is_number(rate) or not rate >= 0:
+                raise ValueError(
+                    f"learning_rates.{name} must be a number >= 0 (in YAML 1.0e-3, not 1e-3), got {rate!r}"
+                )
+        refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
+        self.annealing = AnnealingOptions(**self.anneal)
+        self.anneals = self.annealing.active
+        for name, allowed, fine in (
+            ("temperature", "a finite number > 0", lambda v: v > 0),
+            ("hidden_weight", "a finite number >= 0", lambda v: v >= 0),
+            ("task_weight", "a number in [0, 1]", lambda v: 0 <= v <= 1),
+        ):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value) or not fine(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if not isinstance(self.dropout, bool):
+            raise ValueError(f"dropout must be True or False, got {self.dropout!r}")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if not is_integer(value, 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        targets = [self.lora_targets] if isinstance(self.lora_targets, str) else self.lora_targets
+        if targets is not None and (
+            not isinstance(targets, list) or not targets or not all(t and isinstance(t, str) for t in targets)
+        ):
+            raise ValueError(
+                f"lora_targets must be a list of module names, a pattern or None, got {self.lora_targets!r}"
+            )
+
+    def trains(self, stage: str) -> str:
+        """What trains in `stage`; raises `ValueError` for what attention transfer gives no gradient."""
+        if self.train is None:
+            return "attention" if stage == "transfer" else "all"
+        if stage == "transfer" and self.train in ("all", "lora"):
+            raise ValueError(
+                f"train={self.train!r} does not go with stage 'transfer', which has no gradients beyond 'attention' or "
+                "'attention+qk'; set stage_options.transfer.train"
+            )
+        return self.train
+
+
+@dataclass
 class AdaptationArguments(StageOptions):
     """Which stages run, with which options, and what the scorecard compares.
 
@@ -120,12 +214,12 @@ class AdaptationArguments(StageOptions):
         if not isinstance(self.stage_options, dict):
             raise ValueError(f"stage_options must be a mapping, got {self.stage_options!r}")
         refuse_unknown(self.stage_options, [*STAGES, FINETUNED], "stage_options")
-        known = _names(StageOptions) | _names(TrainingArguments) - {"output_dir"}
+        known = field_names(StageOptions) | field_names(TrainingArguments) - {"output_dir"}
         for stage, options in self.stage_options.items():
             if not isinstance(options, dict):
                 raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
             refuse_unknown(options, known, f"stage_options.{stage}")
-            _check_numbers(options, f"stage_options.{stage}.")
+            check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
 
@@ -136,20 +230,6 @@ class AdaptationArguments(StageOptions):
         if "learning_rates" in own:
             own["learning_rates"] = {**shared["learning_rates"], **own["learning_rates"]}
         return StageOptions(**{**shared, **own})
-
-
-def _names(kind) -> set[str]:
-    return {f.name for f in fields(kind) if f.init}
-
-
-def _check_numbers(values: dict, where: str = "") -> None:
-    """Raise `ValueError` for 2.5 steps or a rate of "abc": transformers takes them, and trips over them later."""
-    for entry in (entry for entry in fields(TrainingArguments) if entry.name in values):
-        value = values[entry.name]
-        if entry.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{where}{entry.name} must be an integer, got {value!r}")
-        if entry.type is float and not is_number(value):
-            raise ValueError(f"{where}{entry.name} must be a number, got {value!r}")
 
 
 @dataclass
@@ -164,10 +244,12 @@ class AdaptationConfig:
 
     def training_for(self, stage: str) -> TrainingArguments:
         """transformers' arguments of one stage: its own in place of the shared ones, output in a folder of its own."""
-        known = _names(TrainingArguments)
+        known = field_names(TrainingArguments)
         shared = {k: v for k, v in self.values.items() if k in known}
         own = {k: v for k, v in self.adaptation.stage_options.get(stage, {}).items() if k in known}
-        return TrainingArguments(**{**shared, **own, "output_dir": str(Path(self.training.output_dir) / stage)})
+        # Tokens are counted for the scorecard, unless the file says otherwise.
+        counted = {"include_num_input_tokens_seen": "non_padding", **shared, **own}
+        return TrainingArguments(**{**counted, "output_dir": str(Path(self.training.output_dir) / stage)})
 
 
 def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
@@ -176,34 +258,18 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
     value that a field does not take.
     """
-    values = read_mapping(path, "config")
-    for text in overrides:
-        override(values, text)
-    return parse_config(values)
+    return parse_config(path, overrides)
 
 
-def parse_config(values: dict) -> AdaptationConfig:
-    """The arguments in a mapping; raises as `read_config`."""
+def parse_config(source: dict | str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
+    """The arguments in a mapping, or in a file; raises as `read_config`."""
+    values = source if isinstance(source, dict) else read_mapping(source, "config", overrides)
     if "model" in values and "teacher" not in values:
         raise ValueError("the config has a model and no teacher: it is for `distattn train`, not `distattn adapt`")
     kinds = (ModelArguments, AdaptationArguments, DataArguments, TrainingArguments)
     config = AdaptationConfig(*parse_kinds(values, kinds, ("teacher", "train_data", "output_dir")), values)
     _check(config)
     return config
-
-
-def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]) -> tuple:
-    """One object of each dataclass from a mapping; raises `ValueError` for unknown, missing and mistyped values."""
-    refuse_unknown(values, set().union(*map(_names, kinds)))
-    for name in required:
-        if not values.get(name):
-            raise ValueError(f"{name} must be given, got {values.get(name)!r}")
-    _check_numbers(values)
-    try:
-        # Two kinds have a `seed`: one value serves both.
-        return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
-    except TypeError as error:
-        raise ValueError(f"a value has the wrong type: {error}") from error
 
 
 def _check(config: AdaptationConfig) -> None:
@@ -239,3 +305,34 @@ def _check(config: AdaptationConfig) -> None:
         raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom'")
     if model.task == "embedding" and (adaptation.teacher_finetuned or "task" in adaptation.stages):
         raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
+
+
+def check_exact(specs, stage: str, max_length: int) -> None:
+    """Raise `ValueError` where rows of max_length tokens never reach the landmarks of a Nyström spec of `specs`."""
+    for spec in specs:
+        if stage != "transfer" and spec.mechanism == "nystrom" and (spec.exact_below or 0) >= max_length:
+            raise ValueError(
+                f"stage {stage!r} would train no landmark: rows have at most max_length={max_length} tokens, and the "
+                f"spec's exact_below={spec.exact_below} takes exact attention for all of them; set exact_below=0 while "
+                "adapting, or a greater max_length"
+            )
+
+
+def refuse_others(config: AdaptationConfig, honoured: set[str], orders) -> None:
+    """Raise `ValueError` for TrainingArguments beyond `honoured` and orders of rows that a plain loop does not do."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    if config.data.streaming:
+        raise ValueError("streaming=True: this loop does not do that; `distattn adapt` does")
+    stages = config.adaptation.stage_options
+    for where, given in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
+        for name, value in given.items():
+            if name == "train_sampling_strategy":
+                if value not in orders:
+                    raise ValueError(
+                        f"{where}{name} must be one of {', '.join(orders)} in this loop, got {value!r}; `distattn "
+                        "adapt` takes it"
+                    )
+            elif name in defaults and name not in honoured and value != defaults[name]:
+                raise ValueError(f"{where}{name}={value!r}: this loop does not do that; `distattn adapt` does")
+            if where and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
+                raise ValueError(f"{where}{name}={value!r}: all stages of this loop share it; set {name} itself")

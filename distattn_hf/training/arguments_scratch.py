@@ -7,12 +7,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
-from ..data.config import override, read_mapping, refuse_unknown
+from ..data.config import is_integer, override, parse_kinds, read_mapping, refuse_unknown
 from ..data.datasets import DataArguments
+from ..data.tasks import LANGUAGE_MODELS, TASKS
 from ..data.tokenizer import LEAST_VOCABULARY
-from .arguments import parse_kinds
 
-SCRATCH_TASKS = ("causal-lm", "masked-lm", "seq2seq")
 # What the tokenizer and the task decide.
 _DECIDED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_decoder")
 
@@ -35,8 +34,8 @@ class ScratchArguments:
     tokenizer: Any = None
 
     def __post_init__(self):
-        if self.task not in SCRATCH_TASKS:
-            raise ValueError(f"task must be one of {', '.join(SCRATCH_TASKS)}, got {self.task!r}")
+        if self.task not in LANGUAGE_MODELS:
+            raise ValueError(f"task must be one of {', '.join(LANGUAGE_MODELS)}, got {self.task!r}")
         if not isinstance(self.model, dict):
             raise ValueError(f"model must be fields of a DistAttnConfig or a YAML file with them, got {self.model!r}")
         for name in _DECIDED:
@@ -47,7 +46,7 @@ class ScratchArguments:
         if isinstance(self.tokenizer, dict):
             refuse_unknown(self.tokenizer, ["vocab_size"], "tokenizer")
             size = self.tokenizer.get("vocab_size")
-            if isinstance(size, bool) or not isinstance(size, int) or size < LEAST_VOCABULARY:
+            if not is_integer(size, LEAST_VOCABULARY):
                 raise ValueError(f"tokenizer.vocab_size must be an integer >= {LEAST_VOCABULARY}, got {size!r}")
         elif not self.tokenizer or not isinstance(self.tokenizer, str):
             raise ValueError(f"tokenizer must be a folder, a Hub name or {{vocab_size: n}}, got {self.tokenizer!r}")
@@ -56,7 +55,7 @@ class ScratchArguments:
         """The model's config; raises `ValueError` for what it refuses."""
         kind = DistAttnSeq2SeqConfig if self.task == "seq2seq" else DistAttnConfig
         if kind is DistAttnConfig:
-            decided["is_decoder"] = self.task == "causal-lm"
+            decided["is_decoder"] = TASKS[self.task].shifted
         try:
             return kind(**{**self.model, **decided})
         except ValueError as error:

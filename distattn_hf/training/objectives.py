@@ -19,7 +19,7 @@ from ..core.inputs import ModuleCall
 from ..core.interface import attend, attend_groups
 from ..core.nystrom_heads import nystrom_forward
 from ..data.batches import forward_inputs, label_loss, query_mask
-from ..data.datasets import TASKS
+from ..data.tasks import TASKS
 
 STAGES = ("transfer", "distillation", "task")
 # Rows of logits whose divergence is computed at once; the backward pass computes them again.

@@ -1,107 +1,30 @@
 """One stage of an adaptation: what trains at which rate, what is minimised, what is annealed. Both drivers use it."""
 
 import copy
-import math
 import re
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
+from ..conversion.convert import current_report
+from ..core.configuration_distattn import MODEL_TYPE_PREFIX
 from ..core.discovery import base_prefix
 from ..data.batches import label_loss
-from ..data.config import refuse_unknown
-from .annealing import Annealing, AnnealingOptions, is_number
-from .objectives import STAGES, TASKS, AttentionTransfer, Distillation
+from ..data.datasets import TaskData
+from ..data.tasks import TASKS
+from .annealing import Annealing
+from .arguments import StageOptions, check_exact
+from .objectives import STAGES, AttentionTransfer, Distillation
 
-TRAIN = ("attention", "attention+qk", "all", "lora")
-GROUPS = ("attention", "qk", "rest")
 # What transformers' attention modules call the layers that make query and key; fused ones make value, too.
 _QUERY_KEY = re.compile(
     r"(q|k|query|key|q_proj|k_proj|q_lin|k_lin|q_norm|k_norm|query_proj|key_proj|q_layernorm|k_layernorm|to_q|to_k|c_attn"
     r"|q_attn|qkv|qkv_proj|Wqkv|in_proj|query_key_value|query_ln|key_ln)"
 )
-
-
-@dataclass
-class StageOptions:
-    """How one stage trains.
-
-    Args:
-        train: "attention" (λ, α, shift, maps, landmarks), "attention+qk" (also the query and key projections), "all" or
-            "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
-        learning_rates: {"attention", "qk", "rest": rate}; what is not given takes TrainingArguments.learning_rate.
-            Adapters belong to "rest".
-        temperature, hidden_weight, task_weight, dropout: of `Distillation`; > 0, >= 0, in [0, 1], True or False.
-        anneal: fields of `AnnealingOptions`.
-        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets are names, or a pattern for whole names; None:
-            those peft knows for the model.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-
-    train: str | None = None
-    learning_rates: dict = field(default_factory=dict)
-    temperature: float = 1.0
-    hidden_weight: float = 0.0
-    task_weight: float = 0.0
-    dropout: bool = False
-    anneal: dict = field(default_factory=dict)
-    lora_r: int = 8
-    lora_alpha: int = 16
-    lora_targets: list[str] | str | None = None
-
-    def __post_init__(self):
-        if self.train is not None and self.train not in TRAIN:
-            raise ValueError(f"train must be one of {', '.join(TRAIN)} or None, got {self.train!r}")
-        for name in ("learning_rates", "anneal"):
-            value = getattr(self, name)
-            if value is None:
-                setattr(self, name, {})
-            elif not isinstance(value, dict):
-                raise ValueError(f"{name} must be a mapping, got {value!r}")
-        refuse_unknown(self.learning_rates, GROUPS, "learning_rates")
-        for name, rate in self.learning_rates.items():
-            if not is_number(rate) or not rate >= 0:
-                raise ValueError(
-                    f"learning_rates.{name} must be a number >= 0 (in YAML 1.0e-3, not 1e-3), got {rate!r}"
-                )
-        refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
-        self.annealing = AnnealingOptions(**self.anneal)
-        for name, allowed, fine in (
-            ("temperature", "a finite number > 0", lambda v: v > 0),
-            ("hidden_weight", "a finite number >= 0", lambda v: v >= 0),
-            ("task_weight", "a number in [0, 1]", lambda v: 0 <= v <= 1),
-        ):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value) or not fine(value):
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        if not isinstance(self.dropout, bool):
-            raise ValueError(f"dropout must be True or False, got {self.dropout!r}")
-        for name in ("lora_r", "lora_alpha"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        targets = [self.lora_targets] if isinstance(self.lora_targets, str) else self.lora_targets
-        if targets is not None and (
-            not isinstance(targets, list) or not targets or not all(t and isinstance(t, str) for t in targets)
-        ):
-            raise ValueError(
-                f"lora_targets must be a list of module names, a pattern or None, got {self.lora_targets!r}"
-            )
-
-    def trains(self, stage: str) -> str:
-        """What trains in `stage`; raises `ValueError` for what attention transfer gives no gradient."""
-        if self.train is None:
-            return "attention" if stage == "transfer" else "all"
-        if stage == "transfer" and self.train in ("all", "lora"):
-            raise ValueError(
-                f"train={self.train!r} does not go with stage 'transfer', which has no gradients beyond 'attention' or "
-                "'attention+qk'; set stage_options.transfer.train"
-            )
-        return self.train
 
 
 def group_of(name: str, student) -> str:
@@ -135,6 +58,34 @@ def set_trainable(student, train: str, task: str) -> None:
         if task == "embedding" and re.search(r"(^|\.)pooler\.", name):
             # The loss is on token embeddings, so it would never get a gradient, which DDP takes for an error.
             parameter.requires_grad_(False)
+
+
+def check_pair(teacher, student) -> None:
+    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
+
+    Names the first parameter or the config field that differs.
+    """
+    base = getattr(student, "base_class", None)
+    if base is None:
+        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
+    theirs = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if base.config_class.model_type != theirs:
+        raise ValueError(
+            f"teacher and student are of different families: {type(teacher).__name__} (model_type {theirs!r}) and "
+            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
+        )
+    if not isinstance(teacher, base):
+        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
+    mine = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
+    for name, parameter in teacher.named_parameters():
+        if mine.pop(name, None) != tuple(parameter.shape):
+            shape = dict(student.named_parameters()).get(name)
+            raise ValueError(
+                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
+                f"{None if shape is None else tuple(shape.shape)} in the student"
+            )
+    if mine:
+        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
 
 
 def frozen_copy(student, teacher):
@@ -174,9 +125,10 @@ class Stage:
         self.converted = hasattr(student, "attention_states")
         self.trains = options.trains(name) if self.converted else "all"
         set_trainable(student, self.trains, task) if self.converted else student.requires_grad_(True)
-        anneals = options.annealing.active and self.converted
+        anneals = options.anneals and self.converted
         self.annealing = Annealing(student, options.annealing) if anneals else None
         self.model = self._with_adapters() if self.trains == "lora" else student
+        self.parameter_groups(self.model, 0.0, 0.0, ())  # raises where none is left to train
         self.objective = None
         if teacher is not None and name != "task":
             teacher.requires_grad_(False).eval()
@@ -227,7 +179,7 @@ class Stage:
         if num_items is None or not self.counts_items:
             output = model(**inputs)
             return output.loss, output
-        if self.task == "causal-lm":
+        if TASKS[self.task].shifted:
             output = model(**inputs, num_items_in_batch=num_items)
             return output.loss, output
         # These models take num_items_in_batch without a word and return the mean over their own part.
@@ -239,6 +191,17 @@ class Stage:
         teacher = getattr(self.objective, "teacher", None)
         if teacher is not None:
             teacher.to(device)
+
+    def prepare(self, data: TaskData, size: int, device, count: int = 4) -> None:
+        """Measure what annealing goes by on the first `count` batches of `size` rows, the same in every run.
+
+        A data loader would give others, and move the random numbers that the training's order comes from.
+        """
+        if self.annealing is not None and self.annealing.needs_batches:
+            rows = list(islice(data.train, count * size))
+            batches = [data.collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+            self.student.to(device)
+            self.annealing.prepare([{name: tensor.to(device) for name, tensor in b.items()} for b in batches])
 
     def parameter_groups(self, model: nn.Module, learning_rate: float, weight_decay: float, decayed) -> list[dict]:
         """Optimizer groups {"name", "params", "lr", "weight_decay"} of the trainable parameters of `model`.
@@ -265,25 +228,23 @@ class Stage:
             for (kind, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
+    def make_optimizer(self, arguments: TrainingArguments):
+        """Return the optimizer that `Trainer` would make; weight decay leaves λ, α and maps alone."""
+        decayed = set(Trainer.get_decay_parameter_names(None, self.model))
+        groups = self.parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, decayed)
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+        return optimizer_class(groups, **options)
+
     def trained_parameters(self) -> int:
         """How many numbers train."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def finish(self):
-        """The student as it is after the stage, adapters merged, all parameters trainable again."""
+        """Return the student as the stage leaves it: adapters merged, all trainable again, its report up to date."""
         student = self.model.merge_and_unload() if self.trains == "lora" else self.student
+        if self.converted and student.conversion_report:
+            student.conversion_report = current_report(student).to_dict()
         return student.requires_grad_(True).eval()
-
-
-def check_exact(specs, stage: str, max_length: int) -> None:
-    """Raise `ValueError` where rows of max_length tokens never reach the landmarks of a Nyström spec of `specs`."""
-    for spec in specs:
-        if stage != "transfer" and spec.mechanism == "nystrom" and (spec.exact_below or 0) >= max_length:
-            raise ValueError(
-                f"stage {stage!r} would train no landmark: rows have at most max_length={max_length} tokens, and the "
-                f"spec's exact_below={spec.exact_below} takes exact attention for all of them; set exact_below=0 while "
-                "adapting, or a greater max_length"
-            )
 
 
 def check_stages(student, teacher, task: str, options: dict[str, StageOptions], max_length: int) -> None:
@@ -292,6 +253,7 @@ def check_stages(student, teacher, task: str, options: dict[str, StageOptions], 
     `student` is the converted model that the first stage would get. It is used up: it goes to the meta device.
     max_length: tokens in a row of data, at most.
     """
+    check_pair(teacher, student)
     student = student.to("meta")
     groups = [group for state in student.attention_states.values() for group in state.groups]
     for name, chosen in options.items():
@@ -300,8 +262,7 @@ def check_stages(student, teacher, task: str, options: dict[str, StageOptions], 
             # That nothing is copied to the meta device.
             warnings.simplefilter("ignore")
             # Adapters are put into the model in place.
-            stage = Stage(name, copy.deepcopy(student), teacher, task, chosen)
-        stage.parameter_groups(stage.model, 0.0, 0.0, ())
+            Stage(name, copy.deepcopy(student), teacher, task, chosen)
         target = chosen.annealing
         for group in groups:
             if group.spec.mechanism == "nystrom":

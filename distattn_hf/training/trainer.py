@@ -1,6 +1,7 @@
 """`AdaptationTrainer`: transformers' `Trainer` over one `Stage`, and the checks before anything trains."""
 
 import errno
+import gc
 import os
 import shutil
 import time
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..core.configuration_distattn import MODEL_TYPE_PREFIX
-from ..data.datasets import check_data
-from ..storage.runs import check_space, last_checkpoint
+from ..data.datasets import TaskData, check_data
+from ..storage.runs import RunFolder, check_space, last_checkpoint
 from .annealing import AnnealingCallback
 from .stages import Stage, attention_means
 
@@ -25,32 +25,12 @@ class NonFiniteLossError(ValueError):
     """The loss became NaN or infinite; no step was made with it."""
 
 
-def check_pair(teacher, student) -> None:
-    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
-
-    Names the first parameter or the config field that differs.
-    """
-    base = getattr(student, "base_class", None)
-    if base is None:
-        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
-    theirs = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
-    if base.config_class.model_type != theirs:
-        raise ValueError(
-            f"teacher and student are of different families: {type(teacher).__name__} (model_type {theirs!r}) and "
-            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
-        )
-    if not isinstance(teacher, base):
-        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
-    mine = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
-    for name, parameter in teacher.named_parameters():
-        if mine.pop(name, None) != tuple(parameter.shape):
-            shape = dict(student.named_parameters()).get(name)
-            raise ValueError(
-                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
-                f"{None if shape is None else tuple(shape.shape)} in the student"
-            )
-    if mine:
-        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
+def num_steps(arguments: TrainingArguments, dataset) -> int:
+    """Return how many steps a training takes."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    return max(1, int(arguments.num_train_epochs * len(dataset) / rows))
 
 
 class AdaptationTrainer(Trainer):
@@ -148,6 +128,17 @@ class AdaptationTrainer(Trainer):
             kwargs["params"] = self.stage.parameter_groups(model, args.learning_rate, args.weight_decay, decayed)
         return optimizer, kwargs
 
+    def announce(self, say, start) -> None:
+        """Say that the stage begins from checkpoint `start` or goes on, and soon how long it may take."""
+        name, steps = Path(self.args.output_dir).name, num_steps(self.args, self.train_dataset)
+        found = last_checkpoint(self.args.output_dir)
+        if found is None:
+            say(f"stage {name} begins: {steps:,} steps from {start}")
+        else:
+            left = steps - int(found.name.rpartition("-")[2])
+            say(f"stage {name} goes on from {found}: {left:,} of {steps:,} steps are left")
+        self.add_callback(_Estimate(name, steps, say))
+
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As in `Trainer`; True resumes from the last complete checkpoint, and starts anew where there is none."""
         if resume_from_checkpoint is True:
@@ -191,3 +182,53 @@ class AdaptationTrainer(Trainer):
         path = os.path.join(resume_from_checkpoint, _BESIDE_ADAPTER)
         if os.path.isfile(path):
             self.stage.student.load_state_dict(load_file(path), strict=False)
+
+
+class _Estimate(TrainerCallback):
+    """Say once how long a training may take, by the time of its first steps."""
+
+    def __init__(self, name: str, steps: int, say, after: int = 3):
+        self.name, self.steps, self.say, self.after = name, steps, say, after
+        self.began = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the first step start the clock, as it has what is done once; some steps later say what it tells."""
+        if self.began is None:
+            self.began = (state.global_step, time.perf_counter())
+        elif state.global_step == self.began[0] + self.after:
+            each, left = (time.perf_counter() - self.began[1]) / self.after, self.steps - state.global_step
+            if left > 0:
+                self.say(
+                    f"stage {self.name}: {each:.2g} s a step, about {_duration(each * left)} for the {left:,} left"
+                )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def train_stage(stage: Stage, arguments, data: TaskData, tokenizer, run: RunFolder, before, say) -> None:
+    """Train one stage from the checkpoint `before`, or on from its own last one, and save what comes of it."""
+    set_seed(arguments.seed)
+    trainer = AdaptationTrainer(
+        stage,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+    )
+    stage.prepare(data, arguments.per_device_train_batch_size, trainer.args.device)
+    trained = stage.trained_parameters()
+    trainer.announce(say, before)
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.is_world_process_zero():
+        spent = {"tokens": int(trainer.state.num_input_tokens_seen), "seconds": round(trainer.seconds, 1)}
+        spent["trained_parameters"] = trained
+        final = Path(arguments.output_dir) / "final"
+        run.save(stage.finish(), tokenizer, final, spent=spent, before=Path(before))
+    trainer.accelerator.wait_for_everyone()
+    del trainer
+    gc.collect()

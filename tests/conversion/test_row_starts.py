@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.data.batches import calibration_batch, start_tokens
+from distattn_hf.data.batches import calibration_batch
 from distattn_hf.data.datasets import DataArguments, build_data
+from distattn_hf.data.packing import start_tokens
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
 from distattn_hf.experiments import long_text
 from tests.conversion.models import bert, gpt2, t5

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
 from distattn_hf.core import compatibility
+from distattn_hf.core.attention_spec import NEWEST_TESTED, OLDEST_TESTED
 from distattn_hf.core.compatibility import CACHE_NAME, cache_of, check_transformers, given_cache, one_cache
-from distattn_hf.core.configuration_distattn import NEWEST_TESTED, OLDEST_TESTED
 from distattn_hf.core.nystrom_cache import NystromLayer, use_nystrom_cache
 from tests.conversion.models import VOCAB
 from tests.conversion.nystrom_cases import student_of

@@ -10,7 +10,8 @@ from transformers import (
     T5Config,
 )
 
-from distattn_hf.data.datasets import TASKS, DataArguments, build_data
+from distattn_hf.data.datasets import DataArguments, build_data
+from distattn_hf.data.tasks import TASKS
 
 LETTERS = "abcdefghij"
 TEXTS = ["abc", "de", "fghij", "a", "jihgfedcba", "bb"]

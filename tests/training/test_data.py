@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from distattn_hf.data import sources
-from distattn_hf.data.batches import read_texts
+from distattn_hf.data.sources import read_texts
 from tests.training.data_cases import (
     LETTERS,
     TEXTS,

@@ -1,6 +1,8 @@
 """Tiny models of every architecture of transformers, and what the exact conversion does to each.
 
-Run as a script it prints the table: `python -m tests.sweep.architectures [MODEL_TYPE ...]`.
+python -m distattn_hf.experiments.architectures [MODEL_TYPE ...]
+
+tests/sweep/RESULTS.txt is what it printed of all.
 """
 
 import contextlib
@@ -14,6 +16,10 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
+
+from ..conversion.convert import convert
+from ..core.attention_spec import AttentionSpec
+from ..core.discovery import find_attention_modules
 
 # Applied to a config and its sub-configs wherever the field exists.
 TINY = {
@@ -110,9 +116,6 @@ def run(model, batch) -> torch.Tensor:
 
 def sweep_one(model_type: str) -> Outcome:
     """Build, convert exactly, compare with the teacher; never raises for a model that cannot be built."""
-    from distattn_hf import AttentionSpec, convert
-    from distattn_hf.core.discovery import find_attention_modules
-
     try:
         model = build(model_type)
         batch = inputs_for(model)
