@@ -17,8 +17,8 @@ if [ "$VERSIONS" = tested ]; then
     tests=()
 else
     python=".venv-$VERSIONS/bin/python"
-    # What meets transformers, peft and accelerate: models, caches, checkpoints, training.
-    tests=(tests/common tests/conversion tests/native tests/training tests/hub tests/core/test_compatibility.py)
+    # What meets transformers, peft and accelerate: models, caches, checkpoints, training; and typer.
+    tests=(tests/common tests/conversion tests/native tests/training tests/hub tests/core/test_compatibility.py tests/test_startup.py)
     "$python" -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(torch|transformers|accelerate|peft|datasets) '
 fi
 "$python" scripts/fetch_common_tests.py
