@@ -20,9 +20,9 @@ from distattn_hf.analysis.analyse import (
     write_analysis,
 )
 from distattn_hf.analysis.figure_style import inline_svg, save_figure
+from distattn_hf.analysis.report import figures as draw
 from distattn_hf.analysis.report.heads import rank_correlation
 from distattn_hf.analysis.report.page import build_sections, render
-from distattn_hf.analysis.report import figures as draw
 from distattn_hf.analysis.statistics import measure
 from distattn_hf.cli import app
 from distattn_hf.evaluation.scorecard import Scorecard
