@@ -11,6 +11,7 @@ from urllib.request import getproxies
 from datasets import (
     Dataset,
     DatasetDict,
+    IterableDataset,
     IterableDatasetDict,
     load_dataset,
     load_from_disk,
@@ -178,6 +179,15 @@ def _as_stream(opened):
     return opened.to_iterable_dataset()
 
 
+def _typed(opened):
+    """`opened`; a stream whose columns datasets < 5 does not know until they are read gets them from its first rows."""
+    if isinstance(opened, dict):
+        return type(opened)({split: _typed(part) for split, part in opened.items()})
+    if isinstance(opened, IterableDataset) and opened.features is None:
+        return opened._resolve_features()
+    return opened
+
+
 def _open_file(path: Path, name: str, streaming: bool):
     if path.suffix in TEXT_SUFFIXES and not streaming:
         return Dataset.from_dict({"text": text_blocks(path)})
@@ -189,7 +199,7 @@ def _open_file(path: Path, name: str, streaming: bool):
         raise ValueError(f"{name} {str(path)!r} cannot be read as {builder}: {error.__cause__ or error}") from error
     if builder == "text":
         opened = opened.map(lambda row: {"text": row["text"].strip()}, features=opened.features)
-    return opened
+    return _typed(opened)
 
 
 def _open_hub(source: str, name: str, config_name: str | None, streaming: bool):
@@ -202,7 +212,7 @@ def _open_hub(source: str, name: str, config_name: str | None, streaming: bool):
             "What is in the local cache opens with HF_HUB_OFFLINE=1"
         )
     try:
-        return load_dataset(source, config_name, streaming=streaming)
+        return _typed(load_dataset(source, config_name, streaming=streaming))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         why = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if hub.HF_HUB_OFFLINE else ""
         raise ValueError(f"{looked_for}{why}, and not found: {error}; give {ALLOWED}") from error
