@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from distattn_hf import AttentionSpec, convert, load_checkpoint
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.data.packing import pack
 from distattn_hf.data.sources import news_articles
 from distattn_hf.evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
@@ -67,7 +66,7 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
         texts = calibration if init == "calibrated" else None
         student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
         score = perplexity(student)
-        alpha = ConversionReport.from_dict(student.conversion_report).mean_alpha
+        alpha = student.conversion_report.mean_alpha
         note = "-" if alpha is None else f"mean α {alpha:.2f}"
         rows.append(["SmolLM2-135M (Llama)", metric, init, f"{score:.2f}", f"{score / teacher:.4f}", note])
         print("  ".join(rows[-1]), flush=True)

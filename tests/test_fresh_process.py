@@ -90,14 +90,9 @@ def saved(tmp_path_factory):
     return folders, classes
 
 
-# The code of one checkpoint takes the place of another's in the table of attention functions, and Nyström heads
-# are not known to it.
-SIDE_BY_SIDE = pytest.mark.xfail(strict=True, reason="checkpoints of remote code, side by side, share one table")
-
-
 @pytest.mark.parametrize(
     ("mode", "rows"),
-    [("package", [*ROWS]), *(("remote", [row]) for row in ROWS), pytest.param("remote", [*ROWS], marks=SIDE_BY_SIDE)],
+    [("package", [*ROWS]), *(("remote", [row]) for row in ROWS), ("remote", [*ROWS])],
     ids=lambda value: value if isinstance(value, str) else " + ".join(value),
 )
 @pytest.mark.xdist_group("fresh process")

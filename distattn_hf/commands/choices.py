@@ -17,7 +17,7 @@ CHOICES = {
     "mechanism": ("distance", "nystrom"),
     "init": ("exact", "calibrated", "plain"),
     "attention": ("self", "cross"),
-    "transform": ("none", "scalar", "linear"),
+    "transform": ("none", "scalar", "maps"),
 }
 # Least values of the numbers; p and λ are checked apart.
 LEAST = {
@@ -53,6 +53,8 @@ def check_choices(**values) -> None:
     for name, value in values.items():
         if value is None:
             continue
+        if (name, value) == ("transform", "linear"):
+            continue  # what "maps" was called before
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{flag(name)} must be one of {', '.join(CHOICES[name])}, got {value!r}")
         if name in LEAST and value < LEAST[name]:

@@ -22,7 +22,7 @@ OF_SPEC = (
 @command.command(
     epilog="Examples:  distattn convert minilm out/minilm-l2 --metric l2 --calibration news   |   "
     "distattn convert openai-community/gpt2 out/gpt2-exact --metric sqeuclidean --init exact   |   "
-    "distattn convert smollm2-135m out/smol-l1 --metric l1 --transform linear --layers 0-9 --calibration my.txt"
+    "distattn convert smollm2-135m out/smol-l1 --metric l1 --transform maps --layers 0-9 --calibration my.txt"
 )
 def convert(
     context: typer.Context,
@@ -61,11 +61,11 @@ def convert(
     lam: Annotated[
         float | None, typer.Option(help="λ at the start, which --init calibrated fits anew. Default: the metric's own.")
     ] = None,
-    transform: Annotated[str | None, typer.Option(help="none, scalar or linear. Default: see AttentionSpec.")] = None,
+    transform: Annotated[str | None, typer.Option(help="none, scalar or maps. Default: see AttentionSpec.")] = None,
     fold_alpha: Annotated[
         bool, typer.Option("--fold-alpha", help="Move α into the query projections: plain distances, α = 1.")
     ] = False,
-    steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, linear 200.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, maps 200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
     overwrite: Overwrite = False,
     per_head: Annotated[bool, typer.Option("--per-head", help="Print a line for every head.")] = False,
@@ -93,7 +93,6 @@ def convert(
     from ..conversion import convert as conversion
     from ..conversion import fold
     from ..conversion.calibrate import CalibrationOptions
-    from ..conversion.report import ConversionReport
     from ..core.attention_spec import AttentionSpec
     from ..data.config import read_specs
     from ..data.sources import read_texts
@@ -121,10 +120,11 @@ def convert(
     options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
     student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
     student = fold.fold_alpha(student) if fold_alpha else student
-    if student.conversion_report["source"] is None:
-        student.conversion_report = {**student.conversion_report, "source": describe_source(beside)}
+    report = student.conversion_report
+    if report.source is None:
+        report.source = describe_source(beside)
+        student.conversion_report = report
     left = save_checkpoint(student, tokenizer, out, overwrite=overwrite, source=beside)
-    report = ConversionReport.from_dict(student.conversion_report)
     for line in report.table(per_head).splitlines():
         # The rest is what the checkpoint's report says, in its own words.
         print(as_flags(line, option_names(context.command)) if line.startswith("warning: ") else line)

@@ -35,7 +35,7 @@ class CalibrationOptions:
     """How the fit runs. The defaults take one to a few minutes for 135M parameters on two cores.
 
     Args:
-        steps: Adam steps per layer; None: 100, and 200 for `transform="linear"`.
+        steps: Adam steps per layer; None: 100, and 200 for `transform="maps"`.
         learning_rate: its initial value; it falls to zero along a cosine.
         rows: query positions drawn per step from each sequence.
         sequences: sequences drawn per step; None: 4, and 2 for metrics without a matmul form (l1, lp, chebyshev).
@@ -82,7 +82,7 @@ class CalibrationOptions:
         """Adam steps for one group of heads: maps have d² values a head and take longer."""
         if self.steps is not None:
             return self.steps
-        return 200 if group.transform == "linear" or isinstance(group, NystromParameters) else 100
+        return 200 if group.transform == "maps" or isinstance(group, NystromParameters) else 100
 
     def sequences_for(self, group: HeadParameters) -> int:
         """Sequences drawn per step for one group of heads."""

@@ -61,7 +61,7 @@ def convert(
 
     Returns:
         The converted model, a `DistAttn<...>` class, in the mode (train or eval) the model is in, with a
-        `ConversionReport` as a dict in `model.conversion_report`.
+        `ConversionReport` in `model.conversion_report`.
 
     Raises:
         ValueError: before anything is built, naming the field or the module: unknown metric, p < 1, λ <= 0, a layer or
@@ -120,7 +120,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     if Path(name := str(model.config.name_or_path or "-")).is_dir():
         report.source = describe_source(Source(name))
     report.seconds = round(time.perf_counter() - start, 2)
-    student.conversion_report = report.to_dict()
+    student.conversion_report = report
     student.converted_from = model.config.name_or_path
     return student
 
@@ -376,7 +376,7 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model")
     block = model.config.distattn
-    saved = ConversionReport.from_dict(model.conversion_report) if model.conversion_report else None
+    saved = model.conversion_report
     divergences: dict[str, list[dict]] = {}
     for group in saved.groups if saved else ():
         measured = {"before": group.divergence_before, "after": group.divergence_after}

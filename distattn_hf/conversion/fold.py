@@ -44,7 +44,7 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
         for heads, group in state.parts():
             if group is None or not _has_alpha(group, name):
                 continue
-            if group.transform == "linear":
+            if group.transform == "maps":
                 group.query_map.div_(group.log_alpha.exp()[:, None, None])
                 group.key_map.mul_(group.log_alpha.exp()[:, None, None])
             else:
@@ -87,7 +87,7 @@ def _has_alpha(group: HeadParameters, name: str) -> bool:
         raise ValueError(f"{name!r} has Nyström attention, whose landmarks were fitted with α: it cannot be moved")
     if group.transform == "none" or get_metric(group.metric).scale_free:
         return False
-    if group.transform != "linear":
+    if group.transform != "maps":
         _check_scaling(name, group.metric, group.constant_lambda)
     return True
 

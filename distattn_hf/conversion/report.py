@@ -74,6 +74,10 @@ class ConversionReport:
         """Nats per query, mean over heads, after the fit."""
         return self._mean("divergence_after")
 
+    def __getitem__(self, name: str):
+        """Return an entry of `to_dict`, which is what models held in place of this object before."""
+        return self.to_dict()[name]
+
     def to_dict(self) -> dict:
         """A JSON-ready dict that `from_dict` turns back into an equal report."""
         return {**asdict(self), "mean_alpha": self.mean_alpha}

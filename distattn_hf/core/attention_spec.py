@@ -12,7 +12,7 @@ import transformers
 OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
 
 BLOCK_VERSION = 1
-TRANSFORMS = ("none", "scalar", "linear")
+TRANSFORMS = ("none", "scalar", "maps")
 MECHANISMS = ("distance", "nystrom")
 ATTENTION_KINDS = ("self", "cross")
 # Each option that no fit depends on, and the mechanism that has it.
@@ -56,9 +56,9 @@ class AttentionSpec:
         lam: λ > 0 at the start, for all heads. None: the metric's default, or what calibration fits.
         learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
         transform: the freedoms dot-product attention has and a distance has not, per head. "scalar": query / α and
-            α·(key - c). "linear": also a (d, d) map on each side. "none": query and key as they are.
+            α·(key - c). "maps" (once "linear", which is still read): also a (d, d) map on each side. "none": neither.
             None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
-            sqeuclidean and l2, "linear" for every other metric).
+            sqeuclidean and l2, "maps" for every other metric).
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
             Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
             then approximates the teacher's own softmax, and False for "distance".
@@ -113,6 +113,8 @@ class AttentionSpec:
             if not _is_number(self.lam) or not 0 < self.lam < math.inf:
                 raise ValueError(f"lam (λ) must be a positive finite number, got {self.lam!r}")
             object.__setattr__(self, "lam", float(self.lam))
+        if self.transform == "linear":
+            object.__setattr__(self, "transform", "maps")
         if self.transform is not None and self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or None, got {self.transform!r}")
         if self.lift is None:
@@ -154,8 +156,8 @@ class AttentionSpec:
             raise ValueError(f"mechanism='nystrom' needs metric 'sqeuclidean' (a Gaussian kernel), got {self.metric!r}")
         if self.backend != "auto":
             raise ValueError(f"backend must be 'auto' with mechanism='nystrom', got {self.backend!r}")
-        if self.transform == "linear":
-            raise ValueError("transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'linear'")
+        if self.transform == "maps":
+            raise ValueError("transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'maps'")
         if self.lift and (self.lam not in (None, 0.5) or self.transform not in (None, "none")):
             raise ValueError(
                 f"mechanism='nystrom' with lift=True sets lam=0.5 and transform='none', got lam={self.lam!r}, "

@@ -1,6 +1,7 @@
 """The attention function and the mask function that transformers calls for converted models."""
 
 import sys
+import zlib
 from dataclasses import replace
 from functools import partial
 
@@ -23,27 +24,39 @@ from .relative_bias import as_tensor, bias_behind, of_heads
 
 logger = logging.get_logger(__name__)
 
-IMPLEMENTATION = "distattn"
-EAGER_IMPLEMENTATION = "distattn_eager"
+
+def _own(name: str) -> str:
+    """Return `name`; in the code that came with a checkpoint, with what tells it from other checkpoints' code."""
+    package = __name__.rpartition(".")[0]
+    # transformers' tables are the process's: of two checkpoints' code the later would run the earlier one's models.
+    return f"{name}_{zlib.crc32(package.encode()):08x}" if package.startswith("transformers_modules.") else name
+
+
+IMPLEMENTATION = _own("distattn")
+EAGER_IMPLEMENTATION = _own("distattn_eager")
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
-FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
+FULL_MASK_IMPLEMENTATION = _own("distattn_full_mask")
 # For models in which some heads are Nyström's: causal and bidirectional masks say which keys are padding and no more.
-NYSTROM_IMPLEMENTATION = "distattn_linear"
-NYSTROM_EAGER_IMPLEMENTATION = "distattn_linear_eager"
+NYSTROM_IMPLEMENTATION = _own("distattn_nystrom")
+NYSTROM_EAGER_IMPLEMENTATION = _own("distattn_nystrom_eager")
+IMPLEMENTATIONS = (
+    IMPLEMENTATION,
+    EAGER_IMPLEMENTATION,
+    FULL_MASK_IMPLEMENTATION,
+    NYSTROM_IMPLEMENTATION,
+    NYSTROM_EAGER_IMPLEMENTATION,
+)
 
 _ALLOWED_IMPLEMENTATIONS = {
-    None: IMPLEMENTATION,
-    "sdpa": IMPLEMENTATION,
-    IMPLEMENTATION: IMPLEMENTATION,
-    FULL_MASK_IMPLEMENTATION: IMPLEMENTATION,
-    "eager": EAGER_IMPLEMENTATION,
-    EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
-    NYSTROM_IMPLEMENTATION: IMPLEMENTATION,
-    NYSTROM_EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
+    **dict.fromkeys((None, "sdpa", "distattn", "distattn_full_mask", "distattn_nystrom"), IMPLEMENTATION),
+    **dict.fromkeys((IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, NYSTROM_IMPLEMENTATION), IMPLEMENTATION),
+    **dict.fromkeys(("eager", "distattn_eager", "distattn_nystrom_eager"), EAGER_IMPLEMENTATION),
+    **dict.fromkeys((EAGER_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION), EAGER_IMPLEMENTATION),
+    # What Nyström's were called before.
+    "distattn_linear": IMPLEMENTATION,
+    "distattn_linear_eager": EAGER_IMPLEMENTATION,
 }
-IMPLEMENTATIONS = (*dict.fromkeys(_ALLOWED_IMPLEMENTATIONS.values()), FULL_MASK_IMPLEMENTATION)
-IMPLEMENTATIONS += (NYSTROM_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION)
 
 
 def resolve_implementation(requested, supports_sdpa: bool = True, nystrom: bool = False) -> str:

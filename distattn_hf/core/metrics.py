@@ -37,7 +37,7 @@ class Metric:
     elementwise: bool = False
     # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
     # cosine, which forgets the norms, gains most from them.
-    preferred_transform: str = "linear"
+    preferred_transform: str = "maps"
 
     def distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
         """Distances (..., N, M), written as the definition: slow, readable, the oracle of the fast forms."""

@@ -149,8 +149,24 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         return found
 
     @property
-    def conversion_report(self) -> dict | None:
-        """What the conversion did, as a dict: set by `convert`, read from the checkpoint afterwards; None if absent."""
+    def conversion_report(self):
+        """The `distattn_hf.ConversionReport` of `convert`, afterwards of the checkpoint; None if absent.
+
+        Without the package, in a checkpoint's own code, the dict that its `to_dict` gave.
+        """
+        if (data := self._report_data()) is None:
+            return None
+        try:
+            from distattn_hf.conversion.report import ConversionReport
+        except ImportError:
+            return data
+        return ConversionReport.from_dict(data)
+
+    @conversion_report.setter
+    def conversion_report(self, report):
+        self._conversion_report = report if report is None or isinstance(report, dict) else report.to_dict()
+
+    def _report_data(self) -> dict | None:
         if self._conversion_report is None and self._report_source is not None:
             source, options = self._report_source
             self._report_source = None
@@ -164,15 +180,10 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
                     self._conversion_report = json.load(file)
         return self._conversion_report
 
-    @conversion_report.setter
-    def conversion_report(self, report: dict | None):
-        self._conversion_report = report
-
     def report_as_it_is(self) -> dict | None:
-        """`conversion_report` with λ and α as they are now; "changed_since" says whether they have changed."""
-        if self.conversion_report is None:
+        """`conversion_report` as a dict, λ and α as they are now; "changed_since" says whether they have changed."""
+        if (report := copy.deepcopy(self._report_data())) is None:
             return None
-        report = copy.deepcopy(self.conversion_report)
         values = {
             (name, tuple(range(state.num_heads) if heads is None else heads)): group.reported_values()
             for name, state in self.attention_states.items()

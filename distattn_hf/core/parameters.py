@@ -17,7 +17,7 @@ class HeadParameters(nn.Module):
 
     transform "none":   q, k
     transform "scalar": q / α_h, α_h·(k - c_h)
-    transform "linear": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
+    transform "maps": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
     Shapes: log_lambda (H,), log_alpha (H,), shift (H, d), query_map and key_map (H, d, d).
 
@@ -51,7 +51,7 @@ class HeadParameters(nn.Module):
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
-        if self.transform == "linear":
+        if self.transform == "maps":
             self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
             self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
 
@@ -66,7 +66,7 @@ class HeadParameters(nn.Module):
         if self.transform != "none":
             initialization.zeros_(self.log_alpha)
             initialization.zeros_(self.shift)
-        if self.transform == "linear":
+        if self.transform == "maps":
             for weight in (self.query_map, self.key_map):
                 initialization.copy_(weight, torch.eye(self.head_dim).expand(self.num_heads, -1, -1))
 
@@ -106,7 +106,7 @@ class HeadParameters(nn.Module):
         dtype = torch.promote_types(query.dtype, torch.float32)
         alpha = self.log_alpha.to(dtype).exp()[:, None, None]
         query, key = query.to(dtype), key.to(dtype) - self.shift.to(dtype)[:, None, :]
-        if self.transform == "linear":
+        if self.transform == "maps":
             query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
         return query / alpha, key * alpha
 
@@ -124,14 +124,14 @@ class HeadParameters(nn.Module):
         if self.transform == "none":
             return query, key, self.lam()
         groups = query.shape[1] // key.shape[1]
-        if groups > 1 and (degree is None or self.transform == "linear"):
+        if groups > 1 and (degree is None or self.transform == "maps"):
             key = key.repeat_interleave(groups, dim=1)
         if degree is None:
             return self.mapped(query, key)
         dtype = torch.promote_types(query.dtype, torch.float32)
         factor, shift, lam = self._folded(dtype, degree)
         query = query.to(dtype)
-        if self.transform == "linear":
+        if self.transform == "maps":
             key_map = self.key_map.to(dtype)
             query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
         return torch.addcmul(shift, query, factor), key, lam

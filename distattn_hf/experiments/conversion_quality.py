@@ -10,7 +10,6 @@ import torch
 from transformers.utils import logging
 
 from ..conversion.convert import convert
-from ..conversion.report import ConversionReport
 from ..core.attention_spec import AttentionSpec
 from ..data.sources import news_articles
 from ..evaluation.score import EvaluationOptions, TokenScores, embedding_agreement, evaluate_model
@@ -92,7 +91,7 @@ def main(names: list[str]) -> None:
             seconds = time.perf_counter() - start
             found = score(student)
             ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
-            summary = ConversionReport.from_dict(student.conversion_report).summary()
+            summary = student.conversion_report.summary()
             print(f"{metric:<12} {init:<11} {found} ratio {ratios} {seconds:.0f} s  {summary}", flush=True)
 
 

@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.calibrate_nystrom import leave_exact
 from ..conversion.convert import convert
-from ..conversion.report import ConversionReport
 from ..core.attention_spec import AttentionSpec
 from ..core.parameters import NystromParameters
 from ..data.sources import news_articles
@@ -58,7 +57,7 @@ def limited(student, max_error: float):
     """A copy of a Nyström model in which heads that are further off than `max_error` keep dot-product attention."""
     student = copy.deepcopy(student)
     figures: dict[str, list[dict]] = {}
-    for group in ConversionReport.from_dict(student.conversion_report).groups:
+    for group in student.conversion_report.groups:
         figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
     for name, state in student.attention_states.items():
         leave_exact(student, name, state, figures[name], max_error)
@@ -102,7 +101,7 @@ def main() -> None:
             if fitted is None or options.refit:
                 fit = CalibrationOptions(steps=options.steps, max_error=limit, progress=False)
                 fitted = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=fit)
-                print(ConversionReport.from_dict(fitted.conversion_report).summary())
+                print(fitted.conversion_report.summary())
             student = fitted if limit is None or options.refit else limited(fitted, limit)
             seconds = time.perf_counter() - start
             if control is None:

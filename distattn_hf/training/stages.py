@@ -243,7 +243,7 @@ class Stage:
         """Return the student as the stage leaves it: adapters merged, all trainable again, its report up to date."""
         student = self.model.merge_and_unload() if self.trains == "lora" else self.student
         if self.converted and student.conversion_report:
-            student.conversion_report = current_report(student).to_dict()
+            student.conversion_report = current_report(student)
         return student.requires_grad_(True).eval()
 
 

@@ -94,7 +94,7 @@ def test_every_number_of_the_report_is_in_the_card(tmp_path):
     calibration = [token_batch(teacher, seed=s) for s in range(2)]
     student = convert(teacher, AttentionSpec("l2", layers=[1]), calibration=calibration, options=options)
     student.save_pretrained(tmp_path)
-    report = distattn_hf.ConversionReport.from_dict(student.conversion_report)
+    report = student.conversion_report
     text = build_card(tmp_path, "user/x", license="mit").text
     assert "1 attention modules converted, 1 left as they were" in text
     assert f"mean α {report.mean_alpha:.3g}" in text

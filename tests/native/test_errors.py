@@ -203,8 +203,8 @@ def test_implementation_requests():
     for mechanism, names in {
         "dot": ("sdpa", "eager"),
         "l2": ("distattn", "distattn_eager"),
-        "nystrom": ("distattn_linear", "distattn_linear_eager"),
-        "linear": ("distattn_linear", "distattn_linear_eager"),
+        "nystrom": ("distattn_nystrom", "distattn_nystrom_eager"),
+        "linear": ("distattn_nystrom", "distattn_nystrom_eager"),
     }.items():
         model = make_model(mechanism, "rotary", "causal")
         assert model.config._attn_implementation == names[0]
