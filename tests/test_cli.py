@@ -164,7 +164,7 @@ def test_revert_gives_the_teachers_weights(folder):
             ["convert", "TEACHER", "NEW", "--spec", "x.yaml", "--p", "3"],
             "--p and --spec both say what the attention is",
         ),
-        (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "doesn't contain any data files"),
+        (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "is a folder that Dataset.save_to_disk did not make"),
         (
             ["convert", "TEACHER", "NEW", "--calibration", "TEXT", "--max-error", "0.4"],
             "--max-error 0.4 is for --mechanism",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from distattn_hf import cli
 from distattn_hf.commands import choices, flags, shared
 from distattn_hf.conversion.convert import INITS
-from distattn_hf.core import configuration_distattn as configuration
+from distattn_hf.core import attention_spec
 from distattn_hf.core.metrics import BUILT_IN
 
 
@@ -66,10 +66,10 @@ def test_bad_arguments_are_refused_without_torch(distattn, tmp_path, arguments, 
 def test_names_known_without_torch_are_those_of_the_package():
     assert {name: metric.aliases for name, metric in BUILT_IN.items()} == choices.METRICS
     assert choices.CHOICES == {
-        "mechanism": configuration.MECHANISMS,
+        "mechanism": attention_spec.MECHANISMS,
         "init": INITS,
-        "attention": configuration.ATTENTION_KINDS,
-        "transform": configuration.TRANSFORMS,
+        "attention": attention_spec.ATTENTION_KINDS,
+        "transform": attention_spec.TRANSFORMS,
     }
 
 

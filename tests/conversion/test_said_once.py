@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, DistAttnConfig, DistAttnForCausalLM, convert
-from distattn_hf.core import attention, modeling_converted
+from distattn_hf.core import attention, interface
 from distattn_hf.core.kernel_cpp_library import unavailable
 from distattn_hf.evaluation import score as evaluation
 from distattn_hf.evaluation.score import warn_without_far_keys
@@ -22,7 +22,7 @@ def native(mechanism):
 def said(monkeypatch):
     """What the loggers were given."""
     found = []
-    for logger in (attention.logger, modeling_converted.logger, evaluation.logger):
+    for logger in (attention.logger, interface.logger, evaluation.logger):
         for name in ("warning", "warning_once"):
             monkeypatch.setattr(logger, name, found.append)
     return found
