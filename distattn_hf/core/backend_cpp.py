@@ -22,7 +22,7 @@ _FEW_QUERIES = 16
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """Why this backend cannot run `inputs`, or None when it can."""
+    """Return why this backend cannot run `inputs`, or None when it can."""
     metric, device, dtype = inputs.metric, inputs.query.device, inputs.query.dtype
     if device.type != "cpu":
         return f"runs on the CPU only, the tensors are on {device}"
@@ -41,7 +41,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
 
 
 def declined(inputs: AttentionInputs) -> str | None:
-    """Why "auto" takes another backend although this one can run, or None."""
+    """Return why "auto" takes another backend although this one can run, or None."""
     if inputs.metric.name == "dot":
         return "plain dot-product attention is left to PyTorch"
     if inputs.metric.name != "sqeuclidean" or few_queries(inputs) or inputs.is_causal or inputs.needs_grad():
@@ -56,12 +56,12 @@ def _depends_on_query(tensor: Tensor | None) -> bool:
 
 
 def few_queries(inputs: AttentionInputs) -> bool:
-    """Whether this is a decoding step: so few queries that reading the keys is the work."""
+    """Return whether this is a decoding step: so few queries that reading the keys dominates the cost."""
     return inputs.query.shape[2] * inputs.groups <= _FEW_QUERIES and not inputs.needs_grad()
 
 
 def cpp_attention(inputs: AttentionInputs) -> Tensor:
-    """softmax(-λ·scaling·distance(q, k) + bias)·v by the compiled kernels. Returns (B, H, N, d_v)."""
+    """Compute softmax(-λ·scaling·distance(q, k) + bias)·v by the compiled kernels. Returns (B, H, N, d_v)."""
     query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.value.dtype
     heads = query.shape[1]
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
@@ -92,7 +92,7 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
 
 
 def _eager(inputs: AttentionInputs) -> bool:
-    """Whether plain tensors are computed now: then the kernels are called without the operators' overhead."""
+    """Return whether plain tensors are computed now, so that kernels can be called without the operators' overhead."""
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
     return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, lam)
 

@@ -20,14 +20,14 @@ _NORM_UNIT = 64.0
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """Why this backend cannot run `inputs`, or None when it can."""
+    """Return why this backend cannot run `inputs`, or None when it can."""
     if not inputs.metric.has_dot_form:
         return f"metric {inputs.metric.name!r} has no dot-product form"
     return None
 
 
 def sdpa_attention(inputs: AttentionInputs) -> Tensor:
-    """softmax(λ·scaling·(factor·q'·k' + key_bias))·v by one call of scaled_dot_product_attention.
+    """Compute softmax(λ·scaling·(factor·q'·k' + key_bias))·v by one call of scaled_dot_product_attention.
 
     The key bias goes one of two ways. As a mask of shape (B, H, 1, M): on the CPU without gradients and without a mask
     per query, where it is free (with gradients it costs 1.8 x, and on CUDA a mask rules the flash kernel out). Else as
@@ -81,7 +81,7 @@ def _on_cuda(inputs: AttentionInputs) -> bool:
 
 
 def _as_mask(inputs: AttentionInputs) -> bool:
-    """Whether the key bias travels as a mask rather than as columns."""
+    """Return whether the key bias is passed as a mask rather than as columns."""
     # PyTorch takes no mask beside the causal flag, and a mask per query would become an (N, M) one per head.
     if inputs.is_causal or any(t is not None and t.shape[2] > 1 for t in (inputs.keep, inputs.bias)):
         return False
@@ -91,7 +91,7 @@ def _as_mask(inputs: AttentionInputs) -> bool:
 
 
 def _with_columns(query, key, key_bias, lam, dtype, parts) -> tuple[Tensor, Tensor]:
-    """[query, λ...] and [key, key_bias...]: in half precision λ and key_bias are sums of parts of falling size."""
+    """Append λ and key_bias: [query, λ...] and [key, key_bias...]; in half precision as parts that sum to each."""
     if parts == 1:
         left, right = [torch.ones_like(query[..., :1]) * lam], [key_bias[..., None]]
     else:
@@ -110,7 +110,7 @@ def _with_columns(query, key, key_bias, lam, dtype, parts) -> tuple[Tensor, Tens
 
 
 def _split(tensor: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
-    """Numbers of `dtype` whose sum is `tensor` up to the rounding of the last; each is what the earlier ones left."""
+    """Split `tensor` into numbers of `dtype`, each what the earlier ones left; they sum to it up to rounding."""
     found = []
     for _ in range(parts):
         found.append(tensor.to(dtype))
@@ -119,7 +119,7 @@ def _split(tensor: Tensor, dtype: torch.dtype, parts: int) -> list[Tensor]:
 
 
 def _merge_mask(inputs: AttentionInputs, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
-    """(attn_mask, is_causal) for PyTorch, which takes either a mask or the causal flag, not both."""
+    """Return (attn_mask, is_causal) for PyTorch, which takes either a mask or the causal flag, not both."""
     keep, bias = inputs.keep, inputs.bias
     if keep is None and bias is None:
         return None, inputs.is_causal
@@ -152,7 +152,7 @@ _LEAST_LOGITS = 2**15
 
 
 def can_run_in_parts(inputs: AttentionInputs, mask: Tensor | None, is_causal: bool) -> bool:
-    """Whether this is not too small and PyTorch, too, would give it, with this mask, to the CPU flash kernel."""
+    """Return whether this is large enough and PyTorch, with this mask, would use the CPU flash kernel."""
     tensors = (inputs.query, inputs.key, inputs.value)
     if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
         return False
@@ -167,7 +167,7 @@ def can_run_in_parts(inputs: AttentionInputs, mask: Tensor | None, is_causal: bo
 
 
 def cosine_in_parts(inputs: AttentionInputs, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """softmax(scaling·λ·cos(q, k) + mask)·v of what `can_run_in_parts`; a mask of bool says what is kept."""
+    """Compute softmax(scaling·λ·cos(q, k) + mask)·v where `can_run_in_parts`; in a bool mask True means keep."""
     query, lam = inputs.query, inputs.lam
     lam = lam.to(query.dtype) if isinstance(lam, Tensor) else query.new_full(query.shape[1:2], lam)
     if mask is not None and mask.dtype == torch.bool:
@@ -181,7 +181,7 @@ def _part_rows(key: Tensor) -> int:
 
 
 def _parts(query: Tensor, key: Tensor, least_heads: int = 1) -> Iterator[tuple[tuple, tuple]]:
-    """((items, query heads), (items, their key heads)) as slices; a part has `least_heads` query heads if there are."""
+    """Yield ((items, query heads), (items, their key heads)) as slices, with `least_heads` query heads if there are."""
     groups = query.shape[1] // key.shape[1]
     wanted = max(least_heads, math.ceil(_part_rows(key) / query.shape[2]))
     heads = min(key.shape[1], math.ceil(wanted / groups))
@@ -218,7 +218,7 @@ def _forward(query, key, value, lam, mask, scaling, is_causal) -> tuple[Tensor, 
 
 
 class _CosineAttention(torch.autograd.Function):
-    """Keeps for the backward pass what plain attention keeps; a part's normalised vectors are made once more there."""
+    """Saves for the backward pass what plain attention saves; normalised vectors are computed again there, by parts."""
 
     @staticmethod
     def forward(ctx, query, key, value, lam, mask, scaling, is_causal):
@@ -256,7 +256,7 @@ class _CosineAttention(torch.autograd.Function):
 
 
 def _through_norm(gradient: Tensor, x: Tensor, norm: Tensor, weight: Tensor | float, out: Tensor) -> Tensor:
-    """Into `out`, from g = ∂/∂(w·x/‖x‖): ∂/∂x = w/‖x‖·(g - x·(g·x)/‖x‖²). Returns (g·x)/‖x‖, of shape (..., 1)."""
+    """Write ∂/∂x = w/‖x‖·(g - x·(g·x)/‖x‖²) into `out`, from g = ∂/∂(w·x/‖x‖). Returns (g·x)/‖x‖, (..., 1)."""
     along = torch.mul(gradient, x, out=out).sum(-1, keepdim=True) / norm
     # Where the norm is too small to divide by it is a constant, as in `normalize`.
     slope = torch.where(norm > _LEAST_NORM, along / norm, 0.0)

@@ -1,4 +1,4 @@
-"""Which code runs one attention problem: a table of backends, each saying what it cannot do and why."""
+"""The table of attention backends and the choice among them; each backend says what it cannot run and why."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class Backend:
-    """`run` computes the output; `unsupported` says why it cannot for given inputs (None: it can).
+    """A backend: `run` computes the output; `unsupported` says why it cannot for given inputs (None: it can).
 
     `declined` says why "auto" leaves inputs that it can run to a later backend (None: it takes them).
     """
@@ -49,7 +49,7 @@ for _backend in (
 
 
 def validate_backend(name: str) -> str:
-    """The canonical backend name, "auto" included; raises `ValueError` listing what exists."""
+    """Return the canonical backend name, "auto" included; raises `ValueError` listing the known ones."""
     if isinstance(name, str) and name.lower() == "auto":
         return "auto"
     try:
@@ -59,7 +59,7 @@ def validate_backend(name: str) -> str:
 
 
 def choose_backend(name: str, inputs: AttentionInputs) -> Backend:
-    """The backend to run: the first able one for "auto"; an explicit one that cannot run raises `ValueError`."""
+    """Return the backend to run: the first able one for "auto"; an explicit one that cannot raises `ValueError`."""
     if name == "auto":
         return next(b for b in map(BACKENDS.get, BACKENDS) if b.unsupported(inputs) is None and not b.declined(inputs))
     backend = BACKENDS.get(name)
@@ -71,7 +71,7 @@ def choose_backend(name: str, inputs: AttentionInputs) -> Backend:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """`backend` runs; `reasons` says for each other one why it does not."""
+    """The result of `explain_backend`: `backend` runs; `reasons` says for each other one why it does not."""
 
     backend: str
     reasons: dict[str, str]

@@ -1,4 +1,4 @@
-"""What this code relies on in transformers: checked once, and the one name that its versions do not agree on."""
+"""Check once what this code needs from transformers, and resolve the cache's name, in which its versions differ."""
 
 import inspect
 import warnings

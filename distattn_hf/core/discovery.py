@@ -14,7 +14,7 @@ _CROSS_MARKS = ("cross", "encdec", "encoder_attn")
 
 
 def follows_interface(module: nn.Module) -> bool:
-    """Whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
+    """Return whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
@@ -22,12 +22,12 @@ def follows_interface(module: nn.Module) -> bool:
 
 @lru_cache
 def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what `forward` takes, in order, without self."""
+    """Return the names of the arguments of `forward`, in order, without self."""
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 def base_prefix(model: nn.Module) -> str:
-    """The prefix of the base model's names inside `model` ("transformer." in GPT2LMHeadModel, "" in GPT2Model)."""
+    """Return the base model's prefix in `model` ("transformer." in GPT2LMHeadModel, "" in GPT2Model)."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
@@ -42,7 +42,7 @@ def _first(names, *holders) -> int | None:
 
 
 def _shape(module: nn.Module) -> tuple[int | None, int | None]:
-    """(number of query heads, head size) from the module's own attributes, then its config's."""
+    """Return (number of query heads, head size) from the module's own attributes, then its config's."""
     config = getattr(module, "config", None)
     heads = _first(_HEAD_COUNT_NAMES, module, config)
     size = _first(_HEAD_SIZE_NAMES, module)
@@ -53,7 +53,7 @@ def _shape(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def _layer_type(module: nn.Module, kind: str, layer: int | None) -> str:
-    """Which keys the model's masks leave to a module: a type as in transformers' `config.layer_types`."""
+    """Return which keys the model's masks leave to a module: a type as in transformers' `config.layer_types`."""
     config = getattr(module, "config", None)
     types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", layer)
     if kind == "cross":
@@ -68,12 +68,12 @@ def _layer_type(module: nn.Module, kind: str, layer: int | None) -> str:
 
 
 def max_positions(config) -> int | None:
-    """How many tokens a text of the model may have; None where its config does not say."""
+    """Return how many tokens the model's texts may have; None where its config does not say."""
     return _first(("max_position_embeddings",), config)
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, dict]:
-    """{name relative to the base model: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
+    """Return {base-relative name: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
 
     "layer" is the first number in the name; "kind" is "self" or "cross"; "type" is that of transformers'
     `config.layer_types`. Unknown shapes are None.
@@ -98,7 +98,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
 
 
 def locate(model: nn.Module, name: str) -> nn.Module | None:
-    """The module with this base-relative name, or None when this head class does not have it."""
+    """Return the module with this base-relative name, or None when this head class does not have it."""
     for candidate in (base_prefix(model) + name, name):
         try:
             return model.get_submodule(candidate)
@@ -108,7 +108,7 @@ def locate(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> dict[str, dict]:
-    """The modules a list of specs applies to, each with its groups of heads: the `modules` part of the config block.
+    """Return the modules that specs apply to, with their groups of heads: `modules` of the config block.
 
     Raises `ValueError` when a spec selects nothing, names a layer or head that does not exist, when two specs claim the
     same head, or when a Nyström spec claims heads that do not see all keys.

@@ -38,7 +38,7 @@ class BigBirdAttention(Mechanism):
     }
 
     def random_blocks(self, num_blocks: Tensor, count: int) -> Tensor:
-        """(B, H, count, num_random_blocks) numbers below num_blocks (B,), the same for the same arguments and seed."""
+        """Draw numbers below num_blocks (B,): (B, H, count, num_random_blocks), fixed by arguments and seed."""
 
         def numbers(size, factor):
             return torch.arange(size, device=num_blocks.device) * factor
@@ -52,7 +52,7 @@ class BigBirdAttention(Mechanism):
         return (mixed * num_blocks[:, None, None, None]) >> 32
 
     def _plan(self, call: Call) -> tuple[Tensor, Tensor]:
-        """(block numbers (B or 1, H, blocks, A), which of them are there and not there before)."""
+        """Return (block numbers (B or 1, H, blocks, A), which of them exist and are no repeats)."""
         size, length, device = self.block_size, call.query.shape[2], call.query.device
         count = -(-length // size)
         ends = torch.tensor([length], device=device)
@@ -80,7 +80,7 @@ class BigBirdAttention(Mechanism):
             return F.pad(tensor, (0, 0, 0, fill)).unflatten(2, (count, size))
 
         def chosen(tensor):
-            """(B, H, blocks, A·b, x) from (B, H, N, x)."""
+            """Return (B, H, blocks, A·b, x) from (B, H, N, x)."""
             return cut(tensor)[item, head, blocks].flatten(3, 4)
 
         keep = call.keep if call.keep is not None else torch.ones(1, length, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""Sparse attention with landmarks: a query attends to the few blocks of keys whose landmarks suit it best.
+"""Sparse attention with landmarks: a query attends to the few blocks of keys whose landmarks match it best.
 
 Written here and not taken from a library, because a checkpoint must load with torch and transformers alone.
 """
@@ -20,7 +20,7 @@ _ENTRIES = 2**22
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Which blocks each query looks at: blocks and exists (B, H, N, k + 1), keep (B, H, blocks, b), and the rest."""
+    """The blocks each query attends to: blocks and exists (B, H, N, k + 1), keep (B, H, blocks, b), and the rest."""
 
     blocks: Tensor
     exists: Tensor
@@ -31,24 +31,24 @@ class _Chosen:
     seed: int
 
     def parts(self, size: int) -> list[slice]:
-        """Queries to work on at a time, when keys and values have so many entries each at most."""
+        """Split the queries into slices to work on at a time, for keys and values of `size` entries each."""
         batch, heads, length, chosen = self.blocks.shape
         rows = max(1, _ENTRIES // (batch * heads * chosen * self.keep.shape[-1] * size))
         return [slice(start, start + rows) for start in range(0, length, rows)]
 
     def index(self, part: slice) -> Tensor:
-        """Rows of a table (B·H·blocks, ...), for the queries of a part and their k + 1 blocks, flat."""
+        """Return row numbers of a table (B·H·blocks, ...), flat, for the queries of a part and their k + 1 blocks."""
         batch, heads, count, _ = self.keep.shape
         head = torch.arange(batch * heads, device=self.keep.device).view(batch, heads, 1, 1)
         return (head * count + self.blocks[:, :, part]).flatten()
 
     def gather(self, tensor: Tensor, part: slice) -> Tensor:
-        """(B, H, n, (k + 1)·b, x) from (B, H, blocks, b, x)."""
+        """Return (B, H, n, (k + 1)·b, x) from (B, H, blocks, b, x)."""
         rows = tensor.flatten(0, 2).flatten(1).index_select(0, self.index(part))
         return rows.view(*self.blocks[:, :, part].shape[:3], -1, *tensor.shape[4:])
 
     def attend(self, part: slice, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, H, n, d_v) of the queries of a part; key and value gathered; bias (B or 1, H, n, M)."""
+        """Return (B, H, n, d_v) of the queries of a part; key and value gathered; bias (B or 1, H, n, M)."""
         size, device = self.keep.shape[-1], self.keep.device
         key_at = (self.blocks[:, :, part, :, None] * size + torch.arange(size, device=device)).flatten(3)
         seen = self.gather(self.keep, part) & self.exists[:, :, part].repeat_interleave(size, dim=-1)
@@ -105,7 +105,7 @@ class _GatheredAttention(torch.autograd.Function):
 
 
 def _of_part(query, key, value, bias, chosen: _Chosen, part: slice) -> tuple:
-    """Query, key, value and bias of the queries of a part."""
+    """Return query, key, value and bias of the queries of a part."""
     of_bias = None if bias is None else bias[:, :, part]
     return query[:, :, part], chosen.gather(key, part), chosen.gather(value, part), of_bias
 
@@ -134,17 +134,17 @@ class LandmarkAttention(Mechanism):
     options = {"block_size": Option(16), "num_blocks": Option(4), "num_candidates": Option(256, minimum=2)}
 
     def _blocks(self, tensor: Tensor) -> Tensor:
-        """(B, H, M, x) -> (B, H, blocks, b, x), filled with zeros."""
+        """Reshape (B, H, M, x) to (B, H, blocks, b, x), filled with zeros."""
         fill = -tensor.shape[2] % self.block_size
         return F.pad(tensor, (0, 0, 0, fill)).unflatten(2, (-1, self.block_size))
 
     def _own(self, call: Call) -> Tensor:
-        """(N,): the block of each query."""
+        """Return the block of each query, (N,)."""
         return (torch.arange(call.query.shape[2], device=call.query.device) + call.before) // self.block_size
 
     @torch.no_grad()
     def _choose(self, call: Call) -> tuple[Tensor, Tensor]:
-        """(block numbers (B, H, N, k + 1), own last; which of them are there)."""
+        """Return (block numbers (B, H, N, k + 1), own last; which of them exist)."""
         key = self._blocks(call.key)
         keep = call.keep if call.keep is not None else torch.ones_like(call.key[:, 0, :, 0], dtype=torch.bool)
         keep = self._blocks(keep[:, None, :, None].to(key.dtype))

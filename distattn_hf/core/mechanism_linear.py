@@ -25,7 +25,7 @@ class FeatureAttention(Mechanism):
     memory = "O((N + M)·(m + d)), causal with m·d for every 64 queries besides"
 
     def _features(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(φ(q) (B, H, N, m) up to a factor per query, φ(k)/exp(s) (B, H, M, m), s (B, H, M) without gradient or None).
+        """Return φ(q) (B, H, N, m) up to a factor per query, φ(k)/exp(s) (B, H, M, m), s (B, H, M) or None.
 
         s keeps exponents small; None: φ needs no such thing.
         """
@@ -53,7 +53,7 @@ class FeatureAttention(Mechanism):
         return weights / torch.where(total != 0, total, 1.0)
 
     def _kept_features(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`_features` with those of padding at zero."""
+        """Return `_features` with those of padding at zero."""
         query, key, scale = self._features(call)
         if call.keep is not None:
             keep = call.keep[:, None]
@@ -76,12 +76,12 @@ class LinearAttention(FeatureAttention):
 
 
 def _finite(scale: Tensor) -> Tensor:
-    """The scale with a number where no key is seen, so that differences of it are never NaN."""
+    """Return the scale with a number where no key is seen, so that differences of it are never NaN."""
     return scale.clamp(min=torch.finfo(scale.dtype).min)
 
 
 def _summary(key: Tensor, scale: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(Σ_j φ(k_j)v_jᵀ/exp(top) (..., m, d_v), top (..., 1, 1)) over keys (..., M, m)."""
+    """Return (Σ_j φ(k_j)v_jᵀ/exp(top) (..., m, d_v), top (..., 1, 1)) over keys (..., M, m)."""
     if scale is None:
         return key.mT @ value, None
     # A decoding step or a first block has no keys before it.
@@ -91,12 +91,12 @@ def _summary(key: Tensor, scale: Tensor | None, value: Tensor) -> tuple[Tensor, 
 
 
 def _sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tensor) -> Tensor:
-    """φ(q)·Σ_j φ(k_j)v_jᵀ over all keys, up to a factor per head."""
+    """Return φ(q)·Σ_j φ(k_j)v_jᵀ over all keys, up to a factor per head."""
     return query @ _summary(key, scale, value)[0]
 
 
 def _running_sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tensor) -> Tensor:
-    """φ(q_i)·Σ_{j ≤ i} φ(k_j)v_jᵀ, up to a factor per query; the last N of M keys are the queries' own."""
+    """Return φ(q_i)·Σ_{j ≤ i} φ(k_j)v_jᵀ, up to a factor per query; the last N of M keys are the queries' own."""
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     count = -(-length // _BLOCK)
     width = min(_BLOCK, length)

@@ -29,12 +29,12 @@ class RelativeAttention(Mechanism):
             setattr(self, name, nn.Parameter(torch.empty(2 * self.max_distance + 1, self.head_dim)))
 
     def reset_parameters(self):
-        """Embeddings from N(0, 0.02²), as transformers' own start."""
+        """Draw the embeddings from N(0, 0.02²), as transformers does."""
         for embedding in (self.key_embedding, self.value_embedding):
             initialization.normal_(embedding, std=0.02)
 
     def _relative(self, call: Call) -> Tensor:
-        """(N, M): which row of the embeddings a pair uses."""
+        """Return (N, M): which row of the embeddings a pair uses."""
         query = torch.arange(call.query.shape[2], device=call.query.device) + call.before
         relative = torch.arange(call.key.shape[2], device=call.query.device) - query[:, None]
         return relative.clamp(-self.max_distance, self.max_distance) + self.max_distance

@@ -29,7 +29,7 @@ class Part:
 
 
 def merge(parts: list[Part]) -> Tensor:
-    """The output of attention to the keys of all parts, which share none; queries that see nothing get zeros."""
+    """Return the attention output over the keys of all parts, which share none; queries that see nothing get zeros."""
     top = torch.stack([part.top for part in parts]).amax(0)
     factors = [(part.top - top).exp() for part in parts]
     total = sum(part.total * factor for part, factor in zip(parts, factors))
@@ -37,13 +37,13 @@ def merge(parts: list[Part]) -> Tensor:
 
 
 def attend(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
-    """softmax(logits (..., N, L) over what is seen)·value (..., L, d_v); queries that see nothing get zeros."""
+    """Compute softmax(logits (..., N, L) over `seen`)·value (..., L, d_v); queries that see nothing get zeros."""
     weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
     return (drop(weights) @ value).masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
 
 def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Part:
-    """The part that logits (..., N, L), those of them that are seen, and value (..., L, d_v) make; `drop`: dropout."""
+    """Return the part of logits (..., N, L), `seen` (which of them count) and value (..., L, d_v); `drop`: dropout."""
     logits = logits.masked_fill(~seen, float("-inf"))
     top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - top).exp()
@@ -51,7 +51,7 @@ def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], 
 
 
 def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tuple[Tensor, Tensor, Tensor, Callable]:
-    """(logits, seen, value, back) of the keys 0, dilation, ..., (window_size - 1)·dilation behind a query.
+    """Return (logits, seen, value, back) of the keys 0, dilation, ..., (window_size - 1)·dilation behind a query.
 
     Bidirectional: also ahead. Only keys at least `beyond` away. `back` puts rows in the order of the queries again.
     Queries and keys are sorted by position modulo dilation: within one class a dilated window is a window. Each block
@@ -99,7 +99,7 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
 
 
 def distances(call: Call) -> Tensor:
-    """(N, M): how many positions lie between each query and each key."""
+    """Return how many positions lie between each query and each key, (N, M)."""
     query = torch.arange(call.query.shape[2], device=call.query.device) + call.before
     return (query[:, None] - torch.arange(call.key.shape[2], device=call.query.device)).abs()
 

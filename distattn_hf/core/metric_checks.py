@@ -1,4 +1,4 @@
-"""What a distance of the user's own must be: of the right shape, not negative, and without parameters of its own."""
+"""Checks of a user's own distance: right shape, not negative, and without parameters of its own."""
 
 import math
 from functools import partial
@@ -38,7 +38,7 @@ def check_distances(source: str, distances: Tensor, query: Tensor, key: Tensor, 
 
 
 def holds_parameters(thing) -> bool:
-    """Whether a function or object refers to something that trains: a tensor with a gradient, a module with parameters.
+    """Return whether a function or object refers to a tensor with a gradient or a module with parameters.
 
     Looked through are closures, defaults, globals that a function names, bound objects, attributes and containers.
     """
@@ -56,7 +56,7 @@ def holds_parameters(thing) -> bool:
 
 
 def _parts(thing) -> list:
-    """What a function, object or container refers to."""
+    """Return what a function, object or container refers to."""
     if isinstance(thing, Tensor | nn.Module | type | ModuleType):
         return []
     if isinstance(thing, dict):
@@ -77,7 +77,7 @@ def _parts(thing) -> list:
 
 
 def _content(cell):
-    """What a closure's cell holds; None where it is still to be filled."""
+    """Return what a closure's cell holds; None where it is not filled yet."""
     try:
         return cell.cell_contents
     except ValueError:

@@ -39,7 +39,7 @@ REPORT_NAME = "distattn_report.json"
 
 
 def _same(before: list[float] | None, now: list[float] | None) -> bool:
-    """Whether numbers are equal but for the six digits that a report has."""
+    """Return whether numbers are equal to the six digits of a report."""
     if before is None or now is None:
         return before is now
     return len(before) == len(now) and all(
@@ -93,14 +93,14 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """What transformers' own class answers: for custom code it would leave out part of the initialisation.
+        """Return what the base class does: for custom code transformers would leave out part of the initialisation.
 
         What custom code needs instead, that its initialisation changes nothing loaded, `KeepsLoadedWeights` sees to.
         """
         return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """transformers' own, for None, "sdpa" and "eager" (see `resolve_implementation`)."""
+        """Set the implementation as transformers does: None, "sdpa" or "eager" (see `resolve_implementation`)."""
         implementation = self._resolve(attn_implementation, self.config)
         say_what_sdpa_means(attn_implementation, self)
         super().set_attn_implementation(implementation, *args, **kwargs)
@@ -120,7 +120,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         return found
 
     def set_attention_options(self, **options) -> None:
-        """Set what no fit depends on, in the modules and in the config, so that `save_pretrained` keeps it.
+        """Set options that no fit depends on, in modules and config, so that `save_pretrained` keeps them.
 
         exact_below and window_size (no smaller than it is) of Nyström specs, backend of the others (see
         `AttentionSpec`). Caches that were begun before cannot go on. Raises `ValueError`, before anything is changed,
@@ -169,7 +169,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         self._conversion_report = report
 
     def report_as_it_is(self) -> dict | None:
-        """`conversion_report` with λ and α as they are now; "changed_since" says whether they have changed."""
+        """Return `conversion_report` with the current λ and α; "changed_since" says whether they have changed."""
         if self.conversion_report is None:
             return None
         report = copy.deepcopy(self.conversion_report)
@@ -186,7 +186,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         return {**report, "changed_since": changed}
 
     def attention_modules(self) -> dict[str, nn.Module]:
-        """The converted attention modules by base-relative name."""
+        """Return the converted attention modules by base-relative name."""
         return {name: locate(self, name) for name in self.attention_states}
 
     @property
@@ -210,7 +210,7 @@ def _own_scaling(module: nn.Module) -> float | None:
 
 
 def _check_implementation(module: nn.Module, arguments) -> None:
-    """Forward pre-hook of converted attention modules: another implementation would silently run dot product."""
+    """Refuse another implementation, which would run dot product (forward pre-hook of converted modules)."""
     implementation = module.config._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -276,7 +276,7 @@ def _refuse_new_layers(model, specs, modules) -> None:
 
 
 def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The converted class that extends `base`, made once, with the config class that goes with it."""
+    """Return the converted class that extends `base`, made once, with its config class."""
     name = CLASS_PREFIX + base.__name__
     # Making a config class registers its family, this class included: first that, then look.
     config_class = config_class_for(base.config_class)
@@ -298,7 +298,7 @@ def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
-    """Names of the Auto classes that list `base` for its config."""
+    """Return names of the Auto classes that list `base` for its config."""
     names = []
     for auto_name, auto_class in auto_classes().items():
         if base.__name__ in listed_classes(auto_class, base.config_class.model_type):
@@ -307,7 +307,7 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
 
 
 def heads_of(base_config: type[PreTrainedConfig]) -> Heads:
-    """The converted classes of all that the Auto classes list for a config class of transformers."""
+    """Return the converted classes of all that the Auto classes list for a config class of transformers."""
     heads = {}
     for auto_name, auto_class in auto_classes().items():
         listed = listed_classes(auto_class, base_config.model_type)

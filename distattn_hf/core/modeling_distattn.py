@@ -41,7 +41,7 @@ from .native_layers import (
 
 
 def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Tensor, device) -> Tensor:
-    """Positions (B or 1, N) of the last N tokens: padding, wherever it stands, is not counted."""
+    """Return positions (B or 1, N) of the last N tokens: padding, wherever it stands, is not counted."""
     index = torch.arange(num_queries, device=device) + past
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return index[None]
@@ -119,7 +119,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Unpack[CallArguments],
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
+        """Return hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
 
         position_ids that start anew within a row mark documents of their own (packing): a causal model keeps them apart
         where neither attention_mask nor cache is given (use_cache=False), and refuses them otherwise; an encoder never
@@ -133,7 +133,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
     def _prepare(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> dict:
-        """What all layers get, and the embeddings."""
+        """Return what all layers get, and the embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -192,7 +192,7 @@ def _require_decoder(model_class: str, config: DistAttnConfig, wanted: bool) -> 
 
 
 class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
-    """The next token from those before; raises `ValueError` unless config.is_decoder."""
+    """Predicts the next token from those before; raises `ValueError` unless config.is_decoder."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -217,7 +217,7 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Unpack[CallArguments],
     ) -> CausalLMOutputWithPast:
-        """Logits (B, N, vocab_size), and the mean loss of labels (B, N), which are shifted here; -100 is left out."""
+        """Return logits (B, N, vocab_size), and the mean loss of labels (B, N), shifted here; -100 is left out."""
         cache = one_cache(past_key_values, cache)
         arguments = {"inputs_embeds": inputs_embeds, "use_cache": use_cache, "cache": cache, **kwargs}
         outputs = self.model(input_ids, attention_mask, position_ids, **arguments)
@@ -231,7 +231,7 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
 
 
 class DistAttnForMaskedLM(DistAttnPreTrainedModel):
-    """The tokens under the masks, from both sides; raises `ValueError` where config.is_decoder."""
+    """Predicts masked tokens from both sides; raises `ValueError` where config.is_decoder."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -252,7 +252,7 @@ class DistAttnForMaskedLM(DistAttnPreTrainedModel):
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[CallArguments],
     ) -> MaskedLMOutput:
-        """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out."""
+        """Return logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
@@ -262,24 +262,24 @@ class DistAttnForMaskedLM(DistAttnPreTrainedModel):
 
 
 class DistAttnForSequenceClassification(GenericForSequenceClassification, DistAttnPreTrainedModel):
-    """A label for each text, read from its last token that is not padding."""
+    """Predicts a label for each text from its last token that is not padding."""
 
     # Its loss is a mean over the batch it gets, which Trainer must know to accumulate gradients.
     accepts_loss_kwargs = False
 
 
 class DistAttnForTokenClassification(GenericForTokenClassification, DistAttnPreTrainedModel):
-    """A label for each token."""
+    """Predicts a label for each token."""
 
     accepts_loss_kwargs = False
 
 
 class DistAttnForQuestionAnswering(GenericForQuestionAnswering, DistAttnPreTrainedModel):
-    """First and last token of the answer."""
+    """Predicts the first and last token of the answer."""
 
 
 class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
-    """Which of C texts fits best: each is read alone and scored from its last token that is not padding."""
+    """Scores C texts, each read alone, from the last token that is not padding."""
 
     def __init__(self, config: DistAttnConfig):
         super().__init__(config)
@@ -300,7 +300,7 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Unpack[CallArguments],
     ) -> MultipleChoiceModelOutput:
-        """Logits (B, C) of input_ids (B, C, N), and the mean loss of labels (B,).
+        """Return logits (B, C) of input_ids (B, C, N), and the mean loss of labels (B,).
 
         Without an attention_mask the last token is read.
         """

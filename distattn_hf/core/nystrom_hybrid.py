@@ -1,4 +1,5 @@
-"""Exact attention nearby plus a low-rank far field, under one normaliser, in time and memory linear in the length.
+"""Nyström attention: exact nearby plus a low-rank far field, under one normaliser, in time and memory linear in the
+length.
 
 weight(i, j) = exp(q_i·k_j + b_ij)                for the sinks and for the keys within the window of query i
              = Σ_a exp(far_query_ia)·far_key_ja   for every other key j that query i may see
@@ -30,7 +31,7 @@ NOWHERE = 2**60
 
 @dataclass(frozen=True)
 class FarState:
-    """What earlier calls leave to a causal attention, of a size that does not depend on the length.
+    """State that earlier calls leave to a causal attention, of a size that does not depend on the length.
 
     total (B, H, m, d_v) and weight (B, H, m): Σ far_key_j v_jᵀ and Σ far_key_j over the keys that left the window;
     sink_key (B, H, s, d), sink_value (B, H, s, d_v), sink_position (B, s): the first s keys that are not padding;
@@ -57,7 +58,7 @@ class WindowBias:
     ahead: Tensor
 
     def at(self, relative: Tensor) -> Tensor:
-        """The bias (H, ...) at relative positions (...)."""
+        """Return the bias (H, ...) at relative positions (...)."""
         table = torch.cat([self.behind[:, None], self.near, self.ahead[:, None]], dim=-1)
         reach = table.shape[-1] // 2
         return table[:, (relative + reach).clamp(0, 2 * reach)]
@@ -65,7 +66,7 @@ class WindowBias:
 
 @dataclass(frozen=True)
 class HybridInputs:
-    """One problem in at least float32, with a key head for every query head.
+    """Inputs of one call in at least float32, with a key head for every query head.
 
     query (B, H, N, d) with the scaling in it; key (B, H, M, d), value (B, H, M, d_v), keep (B, M) bool;
     far_query (B, H, N, m), logarithms; far_key (B, H, M, m) >= 0. Causal: the last N of the M keys are the queries'
@@ -87,7 +88,7 @@ class HybridInputs:
 
 
 def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
-    """(output (B, H, N, d_v), the state once all but the last window_size - 1 keys are in it, keep without the sinks).
+    """Return (output (B, H, N, d_v), the state of all but the last window_size - 1 keys, keep without the sinks).
 
     A query that sees nothing gets zeros.
     """
@@ -112,36 +113,36 @@ def _by_kernel(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
 
 
 def advance(inputs: HybridInputs) -> tuple[FarState, Tensor]:
-    """(state, keep without the sinks) as `hybrid_attention` leaves them, without its output."""
+    """Return (state, keep without the sinks) of `hybrid_attention`, without its output."""
     state, near_keep, far_key = _enter(inputs)
     return _leave(inputs, state, far_key), near_keep
 
 
 def _enter(inputs: HybridInputs) -> tuple[FarState, Tensor, Tensor]:
-    """(state with the sinks in it, keep without the sinks, far_key of what is kept)."""
+    """Return (state with the sinks in it, keep without the sinks, far_key of what is kept)."""
     state, is_sink = take_sinks(inputs)
     near_keep = inputs.keep & ~is_sink
     return state, near_keep, inputs.far_key * near_keep[:, None, :, None]
 
 
 def _leave(inputs: HybridInputs, state: FarState, far_key: Tensor) -> FarState:
-    """The state once all but the last window_size - 1 keys are in it."""
+    """Return the state once all but the last window_size - 1 keys are in it."""
     left = _far_from_all_to_come(inputs) if inputs.is_causal else 0
     return _absorb(state, far_key[:, :, :left], inputs.value[:, :, :left])
 
 
 def _far_from_all_to_come(inputs: HybridInputs) -> int:
-    """How many of the keys no later query sees exactly."""
+    """Return how many of the keys no later query sees exactly."""
     return max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1))
 
 
 def _reach(inputs: HybridInputs) -> int:
-    """How far the window reaches from a query, and no further than there are keys."""
+    """Return how far the window reaches from a query, and no further than there are keys."""
     return min(max(0, inputs.window_size - 1), inputs.key.shape[2])
 
 
 def _rows_at_once(inputs: HybridInputs) -> int:
-    """So many queries of a causal problem that the processor's cache holds what they need, in whole blocks."""
+    """Return how many queries of a causal problem to run at once so that they fit the CPU's cache, in whole blocks."""
     batch, heads = inputs.query.shape[:2]
     reach = _reach(inputs)
     blocks = _PART_ENTRIES // max(1, batch * heads * _BLOCK * (_BLOCK + reach))
@@ -149,7 +150,7 @@ def _rows_at_once(inputs: HybridInputs) -> int:
 
 
 def _one_after_another(inputs: HybridInputs, rows: int) -> tuple[Tensor, FarState, Tensor]:
-    """`hybrid_attention` of a causal problem, `rows` queries at a time, the state handed on as between calls."""
+    """Run `hybrid_attention` of a causal problem `rows` queries at a time, passing the state on as between calls."""
     x, reach = inputs, max(0, inputs.window_size - 1)
     before = x.key.shape[2] - x.query.shape[2]
     tensors = (x.key, x.value, x.far_key, x.keep[:, None, :, None])
@@ -171,7 +172,7 @@ def _one_after_another(inputs: HybridInputs, rows: int) -> tuple[Tensor, FarStat
 
 
 def empty_state(inputs: HybridInputs) -> FarState:
-    """The state before the first key."""
+    """Return the state before the first key."""
     (batch, heads, _, size), value_size, rank = inputs.key.shape, inputs.value.shape[-1], inputs.far_key.shape[-1]
     new = inputs.key.new_zeros
     return FarState(
@@ -185,7 +186,7 @@ def empty_state(inputs: HybridInputs) -> FarState:
 
 
 def _absorb(state: FarState, far_key: Tensor, value: Tensor) -> FarState:
-    """The state after further keys."""
+    """Return the state after further keys."""
     return FarState(
         state.total + far_key.transpose(-1, -2) @ value,
         state.weight + far_key.sum(2),
@@ -197,7 +198,7 @@ def _absorb(state: FarState, far_key: Tensor, value: Tensor) -> FarState:
 
 
 def take_sinks(inputs: HybridInputs) -> tuple[FarState, Tensor]:
-    """(state with the sinks among the keys in it, which keys those are (B, M))."""
+    """Return (state with the sinks among the keys in it, which keys those are (B, M))."""
     state = inputs.state or empty_state(inputs)
     if not inputs.num_sinks or (inputs.state is not None and surely((state.sink_position != NOWHERE).all())):
         return state, torch.zeros_like(inputs.keep)
@@ -219,7 +220,7 @@ def take_sinks(inputs: HybridInputs) -> tuple[FarState, Tensor]:
 
 
 def _no_window(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor:
-    """Bidirectional attention without a window: one sum for all queries; the number of keys is free."""
+    """Run bidirectional attention without a window: one sum for all queries; the number of keys is free."""
     sinks = inputs.query @ state.sink_key.transpose(-1, -2)
     sinks = sinks.masked_fill((state.sink_position == NOWHERE)[:, None, None], float("-inf"))
     shift = torch.cat([inputs.far_query - HEADROOM, sinks], dim=-1).amax(-1, keepdim=True).detach()
@@ -231,12 +232,12 @@ def _no_window(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor
 
 
 def _drop(p: float, tensor: Tensor) -> Tensor:
-    """Dropout of what a row is made of: exact weights, and landmarks for the far field, whose weights never exist."""
+    """Apply dropout to what a row is made of: exact weights, and landmarks for the far field, which has no weights."""
     return F.dropout(tensor, p) if p > 0 else tensor
 
 
 class _Blocks:
-    """The queries in blocks of C; beside each the L = reach + C (+ reach) keys around it.
+    """The queries in blocks of C, each with the L = reach + C (+ reach) keys around it.
 
     Keys are moved right by `reach` - (keys before the first query), so that block b's keys are b·C ... b·C + L - 1 and
     local key l stands l - reach - c after local query c. All keys before b·C are far behind the whole block.
@@ -264,7 +265,7 @@ class _Blocks:
         self.sums = list(self._distant_sums(far_key))
 
     def attend(self) -> Tensor:
-        """The output; so many blocks at a time as the processor's cache holds."""
+        """Return the output, computed for as many blocks at a time as fit the CPU's cache."""
         step = max(1, _PART_ENTRIES // (self.batch * self.heads * self.width * self.local))
         # `split`, unlike slices, has a gradient that costs no more than the whole, however many parts there are.
         whole = [self.query, self.far_query, self.key, self.value, self.far_key, self.keep]
@@ -274,7 +275,7 @@ class _Blocks:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).flatten(2, 3)[:, :, : self.length]
 
     def _part(self, start: int, query, far_query, key, value, far_key, keep, *sums: Tensor) -> Tensor:
-        """(B, H, blocks, C, d_v) of some blocks, the first of which is number `start`."""
+        """Return (B, H, blocks, C, d_v) of some blocks, the first of which is number `start`."""
         x = self.inputs
         seen = self.relative <= 0 if x.is_causal else torch.ones_like(self.relative, dtype=torch.bool)
         near = (self.relative.abs() < x.window_size) & seen & keep[:, :, :, None]
@@ -306,13 +307,13 @@ class _Blocks:
         return output / torch.where(total != 0, total, 1.0)
 
     def _top(self, far_query: Tensor) -> Tensor:
-        """The largest far logarithm of a row, with the largest bias it can meet, less the headroom."""
+        """Return the largest far logarithm of a row, with the largest bias it can meet, less the headroom."""
         top = far_query.amax(-1, keepdim=True) - HEADROOM
         bias = self.inputs.bias
         return top if bias is None else top + torch.maximum(bias.behind, bias.ahead)[:, None, None, None]
 
     def _sink_logits(self, query: Tensor, start: int) -> Tensor:
-        """(B, H, blocks, C, s)."""
+        """Return the logits of the sinks, (B, H, blocks, C, s)."""
         state, x = self.state, self.inputs
         logits = query @ state.sink_key[:, :, None].transpose(-1, -2)
         position = torch.arange(query.shape[2] * self.width, device=query.device).view(-1, self.width, 1)
@@ -323,7 +324,7 @@ class _Blocks:
         return logits.masked_fill(hidden, float("-inf"))
 
     def _distant_sums(self, far_key: Tensor):
-        """(Σ far_key vᵀ, Σ far_key, factor) of what lies outside each block's keys: behind it, and ahead of it."""
+        """Return (Σ far_key vᵀ, Σ far_key, factor) of keys outside each block's own: behind it, and ahead of it."""
         x = self.inputs
         behind, ahead = None, None
         if x.bias is not None:
@@ -337,7 +338,7 @@ class _Blocks:
             yield sums.flip(2).cumsum(2).flip(2), masses.flip(2).cumsum(2).flip(2), ahead
 
     def _block_sums(self, far_key: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Sums over keys start + b·C ... start + (b + 1)·C - 1 for each block b; `start` may be negative."""
+        """Return sums over keys start + b·C ... start + (b + 1)·C - 1 for each block b; `start` may be negative."""
         length = self.count * self.width
 
         def cut(tensor):
@@ -348,12 +349,12 @@ class _Blocks:
         return far_key.transpose(-1, -2) @ value, far_key.sum(-2)
 
     def _blocks(self, tensor: Tensor) -> Tensor:
-        """(B, H, N, x) -> (B, H, blocks, C, x), filled with zeros."""
+        """Reshape (B, H, N, x) to (B, H, blocks, C, x), filled with zeros."""
         fill = self.count * self.width - tensor.shape[2]
         return (F.pad(tensor, (0, 0, 0, fill)) if fill else tensor).unflatten(2, (self.count, self.width))
 
     def _windows(self, tensor: Tensor) -> Tensor:
-        """(B, H, M, x) -> (B, H, blocks, x, L), filled with zeros."""
+        """Unfold (B, H, M, x) to (B, H, blocks, x, L), filled with zeros."""
         length = (self.count - 1) * self.width + self.local
         tensor = F.pad(tensor, (0, 0, self.left, max(0, length - self.left - tensor.shape[2])))
         return tensor[:, :, :length].unfold(2, self.local, self.width)

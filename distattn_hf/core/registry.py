@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 
 class Registry:
-    """A case-insensitive name -> object table with aliases.
+    """A case-insensitive table of objects by name, with aliases.
 
     Args:
         kind: what the entries are, in the singular; it appears in error messages ("unknown metric 'l7'").
@@ -28,7 +28,7 @@ class Registry:
         return entry
 
     def canonical(self, name: str) -> str:
-        """The canonical name for `name` or one of its aliases; raises `ValueError` listing what exists."""
+        """Return the canonical name for `name` or one of its aliases; raises `ValueError` listing the known ones."""
         if not isinstance(name, str):
             raise ValueError(f"{self.kind} must be a name (str), got {name!r}; expected one of {self.describe()}")
         key = name.lower()
@@ -38,11 +38,11 @@ class Registry:
         return key
 
     def get(self, name: str):
-        """The entry registered under `name` or an alias of it."""
+        """Return the entry registered under `name` or an alias of it."""
         return self._entries[self.canonical(name)]
 
     def describe(self) -> str:
-        """The names with their aliases, for error messages and help texts."""
+        """Return the names with their aliases, for error messages and help texts."""
         parts = []
         for name in self._entries:
             aliases = [alias for alias, target in self._aliases.items() if target == name]
