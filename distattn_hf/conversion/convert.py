@@ -45,7 +45,7 @@ def convert(
     layers=None,
     options: CalibrationOptions | None = None,
 ) -> PreTrainedModel:
-    """A converted copy of a pretrained model; the model itself is not touched and shares nothing with the copy.
+    """Return a converted copy of a pretrained model; the model itself is not touched and shares nothing with the copy.
 
     Args:
         model: any `PreTrainedModel` whose attention goes through transformers' attention interface.
@@ -126,7 +126,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
 
 
 def _hub_name(model) -> str | None:
-    """The name a model was loaded by, unless that is a folder, which says nothing elsewhere."""
+    """Return the name a model was loaded by, unless that is a folder, which means nothing on another machine."""
     name = str(model.config.name_or_path or "")
     return (
         name if name and name.count("/") <= 1 and not name.startswith((".", "~")) and not Path(name).exists() else None
@@ -134,7 +134,7 @@ def _hub_name(model) -> str | None:
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
-    """The original model again: its class, its config, bit-identical pretrained weights, dot-product attention.
+    """Rebuild the original model: its class, its config, bit-identical pretrained weights, dot-product attention.
 
     Weights changed by fine-tuning after the conversion stay changed. Raises `ValueError` for a model that was not
     converted, or whose queries `fold_alpha` has scaled.
@@ -192,7 +192,7 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
 
 
 def _inside(model) -> str:
-    """What to convert in place of a wrapper of a model, such as a SentenceTransformer, in words and code."""
+    """Describe, in words and code, the model to convert inside a wrapper such as a SentenceTransformer."""
     if hasattr(model, "merge_and_unload"):
         return "; convert model.merge_and_unload(), and train adapters on the converted model"
     name = next((n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None)
@@ -206,14 +206,14 @@ def _inside(model) -> str:
 
 
 def _exact_below(config) -> int:
-    """Up to where Nyström queries attend exactly unless a spec says it."""
+    """Return the number of keys up to which Nyström queries attend exactly unless a spec sets it."""
     longest = max_positions(config.get_text_config(decoder=config.is_encoder_decoder))
     # Where no text is longer, nothing would be left of the conversion.
     return SHORT_TEXT if longest is not None and longest > SHORT_TEXT else 0
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
-    """The spec with what its initialisation implies written out."""
+    """Return the spec with the settings that its initialisation implies."""
     if spec.mechanism == "nystrom":
         if init != "calibrated":
             raise ValueError(f"mechanism='nystrom' needs init='calibrated' (landmarks come from text), got {init!r}")
@@ -236,7 +236,7 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
 
 
 def _check_modules(model, modules: dict) -> None:
-    """What would go wrong later, before anything is built."""
+    """Raise `ValueError`, before anything is built, for what would fail later."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"weight {name!r} of the checkpoint holds NaN or infinite values")
@@ -369,7 +369,7 @@ def _numbers(values: Tensor | list[float] | None) -> list[float] | None:
 
 
 def current_report(model: PreTrainedModel) -> ConversionReport:
-    """The report of a converted model with λ and α as they are now; divergences are those of the conversion.
+    """Return a converted model's report with current λ and α; divergences are those of the conversion.
 
     Raises `ValueError` for a model that was not converted.
     """

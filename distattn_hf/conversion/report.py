@@ -1,4 +1,4 @@
-"""What a conversion did, layer by layer and head by head: printable, and JSON beside the checkpoint."""
+"""The report of a conversion, by layer and head: printable, and JSON beside the checkpoint."""
 
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -75,17 +75,17 @@ class ConversionReport:
         return self._mean("divergence_after")
 
     def to_dict(self) -> dict:
-        """A JSON-ready dict that `from_dict` turns back into an equal report."""
+        """Return a JSON-serialisable dict that `from_dict` turns back into an equal report."""
         return {**asdict(self), "mean_alpha": self.mean_alpha}
 
     @classmethod
     def from_dict(cls, data: dict) -> "ConversionReport":
-        """The report that `to_dict` described."""
+        """Return the report that `to_dict` described."""
         data = {k: v for k, v in data.items() if k != "mean_alpha"}
         return cls(**{**data, "groups": [GroupReport(**g) for g in data["groups"]]})
 
     def table(self, per_head: bool = False) -> str:
-        """A table for a terminal: a line per group of heads, or per head.
+        """Return a table for a terminal: a line per group of heads, or per head.
 
         With Nyström attention also how far the outputs are off, relatively: of sinks and window alone, and as fitted.
         """
@@ -112,7 +112,7 @@ class ConversionReport:
         return "\n".join(lines)
 
     def _legend(self) -> list[str]:
-        """What the table's columns are, for those that have values."""
+        """Return what the table's columns are, for those that have values."""
         lines = []
         if self.mean_divergence_after is not None:
             lines.append(
@@ -129,14 +129,14 @@ class ConversionReport:
         return lines
 
     def _count(self, group: GroupReport) -> str:
-        """How many heads a group has; of how many, where some of the module keep dot-product attention."""
+        """Return how many heads a group has; of how many, where some of the module keep dot-product attention."""
         exact = self.exact_heads.get(group.module)
         if not exact:
             return str(len(group.heads))
         return f"{len(group.heads)}/{len(exact) + sum(len(g.heads) for g in self.groups if g.module == group.module)}"
 
     def summary(self) -> str:
-        """One line: what was converted and what the fit left."""
+        """Return one line: what was converted and what the fit left."""
         modules = len({group.module for group in self.groups})
         parts = [f"{self.base_architecture}: {modules} attention modules, init={self.init}"]
         if self.unconverted:
@@ -162,5 +162,5 @@ class ConversionReport:
 
 
 def _cell(values, pick) -> str:
-    """The mean of the picked values, or a dash."""
+    """Return the mean of the picked values, or a dash."""
     return "-" if values is None else f"{fmean(values[i] for i in pick):.4g}"

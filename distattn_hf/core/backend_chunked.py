@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .inputs import AttentionInputs, add_triangle, masked_softmax
 
-# Entries of one block of weights, over batch and heads: 8 MiB in float32, which two cores' caches still like.
+# Entries of one block of weights, over batch and heads: 8 MiB in float32, which fits the caches of two cores.
 _BLOCK_ENTRIES = 2**21
 
 

@@ -17,7 +17,7 @@ from .kernel_cpp_library import (
 )
 from .metrics import BUILT_IN
 
-# Up to this many queries (times the query heads that share a key head) read the keys where they lie.
+# Up to this many queries (times the query heads that share a key head) read the keys in place.
 _FEW_QUERIES = 16
 
 

@@ -31,8 +31,8 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
 
     The key bias goes one of two ways. As a mask of shape (B, H, 1, M): on the CPU without gradients and without a mask
     per query, where it is free (with gradients it costs 1.8 x, and on CUDA a mask rules the flash kernel out). Else as
-    more columns, q̃ = [factor·λ·q', λ], k̃ = [k', key_bias], filled with zeros up to a multiple of 8, which goes with
-    masks, causality and dropout without an (N, M) tensor of its own.
+    more columns, q̃ = [factor·λ·q', λ], k̃ = [k', key_bias], filled with zeros up to a multiple of 8, which works
+    with masks, causality and dropout and makes no (N, M) tensor.
     """
     dtype, value_size = inputs.value.dtype, inputs.value.shape[-1]
     bare = inputs.metric.name in ("lifted_sqeuclidean", "dot") and not isinstance(inputs.lam, Tensor)
@@ -147,7 +147,7 @@ _LEAST_NORM = 1e-12
 # Query rows of one part, for each thread: so many keep the threads busy. Where the keys are few, more rows make up for
 # the cost of starting a part (logits are rows times keys).
 _PART_ROWS, _PART_LOGITS = 1024, 2**19
-# With fewer logits in all, what a part costs beside its work would be felt.
+# With fewer logits in all, the overhead of the parts would dominate.
 _LEAST_LOGITS = 2**15
 
 

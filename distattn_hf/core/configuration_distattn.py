@@ -29,8 +29,8 @@ new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
 class NamesWhatIsUnused:
     """Mixin before `PreTrainedConfig` that reports arguments of `from_pretrained` that nothing would use.
 
-    It is refused by the class itself, and said in a warning where an Auto class loads the config: that may be on behalf
-    of a tokenizer, whose arguments are among them.
+    The class itself raises `ValueError`; where an Auto class loads the config there is a warning, as the arguments may
+    be a tokenizer's.
     """
 
     @classmethod
@@ -123,8 +123,11 @@ class DistAttnConfigMixin(OwnAttentionMixin):
         return found
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as transformers does. The class that a folder names is ours, also where the base model of a head class,
-        which is of transformers' own class, was saved alone: that class would read it as dot-product attention."""
+        """Save as transformers does, and name our class in the config.
+
+        Also where a head class's base model, which is of transformers' own class, was saved alone: that class would read
+        the checkpoint as dot-product attention.
+        """
         names = list(self.architectures or ())
         plain = [name for name in names if isinstance(getattr(transformers, name, None), type)]
         if plain:

@@ -28,7 +28,7 @@ class PositionalEncoding(nn.Module):
     """Base class of positional encodings; a subclass overrides one of `embed`, `rotation` and `bias`.
 
     is_bias: it adds to the logits, so the mechanism must be able to take a bias. extrapolates: what happens beyond the
-    lengths seen in training, in words. Cross-attention knows no order: its keys belong to another sequence.
+    lengths seen in training, in words. Cross-attention has no positions: its keys belong to another sequence.
     """
 
     name: str
@@ -198,7 +198,7 @@ class AlibiEncoding(PositionalEncoding):
 
     slope_h = 2^(-8h/H), h = 1..H, for H a power of two; otherwise those of the power of two below, then every other one
     of that above. No parameters. Bidirectional: the same on both sides.
-    Length extrapolation: what it was made for; causal models keep their quality well beyond the training length.
+    Length extrapolation: designed for it; causal models keep their quality well beyond the training length.
     """
 
     is_bias = True

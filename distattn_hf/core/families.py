@@ -79,7 +79,7 @@ def loaded_kept(model: nn.Module):
     with _WritesToCopies([tensor for *_, tensor, _ in held]):
         yield
     for table, name, tensor, data in held:
-        # A new tensor may have been put in its place, or within it.
+        # A new tensor may have replaced it, or a part of it.
         table[name] = tensor
         if list(_storages(tensor)) != list(_storages(data)):
             tensor.data = data
@@ -115,10 +115,12 @@ class Monitored:
         return {name or type(module).__name__: module for name, module in layers.items()}
 
     def enable_performance_monitoring(self, statistics: bool = False) -> None:
-        """Count time and memory of every attention module from now on (see
-        `distattn_hf.analysis.monitor.PerformanceMonitor`), anew if it was on."""
+        """Count time and memory of every attention module from now on, starting anew if it was on.
+
+        See `distattn_hf.analysis.monitor.PerformanceMonitor`.
+        """
         try:
-            # Stays at home: a checkpoint's own code has no use for it without the package.
+            # Absolute, so that transformers does not copy it: a checkpoint's own code needs it only beside the package.
             from distattn_hf.analysis.monitor import PerformanceMonitor
         except ImportError as error:
             raise ImportError("performance monitoring needs the package: pip install distattn_hf") from error

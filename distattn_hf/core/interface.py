@@ -251,12 +251,12 @@ def distattn_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Run attention of converted models by each spec's backend. Returns ((B, N, H, d_v), weights or None).
 
-    It takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
+    Takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
     (`attn_implementation="eager"`). nystrom: of models with Nyström attention, which get padding masks only (see
     `padding_mask`); with reference, quadratic in time and memory.
     """
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-    # Without those left out: what an unconverted module's attention takes for them is its own affair.
+    # Those not given stay out, so that an unconverted module's attention uses its own defaults.
     kwargs.update({name: value for name, value in given.items() if value is not None})
     call = read_call(module, query, attention_mask, kwargs, reference=reference, nystrom=nystrom)
     state: DistanceAttentionState | None = getattr(module, "distattn", None)

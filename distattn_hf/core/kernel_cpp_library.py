@@ -78,7 +78,7 @@ def _build(source: str, anew: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
     except (OSError, RuntimeError):
-        # Nowhere to keep it: compile for this process alone.
+        # No cache folder: compile for this process alone.
         folder = Path(tempfile.mkdtemp(prefix="distattn_hf-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
@@ -226,7 +226,7 @@ class _Call:
         data.dp, data.vp = (size + -size % ALIGNMENT for size in (data.d, data.dv_))
         data.p = p or 0.0
         data.splits = 1
-        # A thread must be worth waking: about 50 µs of work.
+        # At least about 50 µs of work for each thread.
         work = query.numel() * data.M
         data.threads = max(1, min(torch.get_num_threads(), work >> 19))
 

@@ -17,7 +17,7 @@ class FeatureAttention(Mechanism):
     """weight(i, j) ∝ φ(q_i)·φ(k_j), φ > 0 in R^m: output_i = φ(q_i)·S / φ(q_i)·z, S = Σ_j φ(k_j)v_jᵀ, z = Σ_j φ(k_j).
 
     Causal: S and z are running sums, of which one in every `_BLOCK` queries is kept. Rows of weights sum to 1. Dropout
-    drops features of the query, as weights never exist one by one; there is no position bias for the same reason.
+    drops features of the query, as single weights are never computed; there is no position bias for the same reason.
     """
 
     cross = True
@@ -27,7 +27,7 @@ class FeatureAttention(Mechanism):
     def _features(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return φ(q) (B, H, N, m) up to a factor per query, φ(k)/exp(s) (B, H, M, m), s (B, H, M) or None.
 
-        s keeps exponents small; None: φ needs no such thing.
+        s, without gradient, keeps exponents small; None: φ needs none.
         """
         raise NotImplementedError
 
@@ -123,7 +123,7 @@ def _running_sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tenso
         tops.append(torch.maximum(tops[-1], top))
         states.append(states[-1] * (tops[-2] - tops[-1]).exp() + state * (top - tops[-1]).exp())
     states, tops = torch.stack(states, dim=2), torch.stack(tops, dim=2)
-    # The largest scale among the keys up to each query: one taken over more would tell of the future.
+    # The largest scale among the keys up to each query: one over more keys would leak the future.
     highest = torch.maximum(tops, _finite(scales[1].cummax(-1).values)[..., None])
     shifted = (scales[1][..., None, :] - highest).masked_fill(~seen, float("-inf"))
     summed = (query @ states) * (tops - highest).exp() + (weights * shifted.exp()) @ value

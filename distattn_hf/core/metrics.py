@@ -181,7 +181,7 @@ class SquaredEuclidean(Metric):
 class LiftedSquaredEuclidean(Metric):
     """‖[q, 0] - [k, √(R²-‖k‖²)]‖² with R = max‖k‖: equals ‖q‖² + R² - 2q·k, that is dot-product attention.
 
-    What `init="exact"` uses. R depends on the keys, but only through a constant of the row.
+    Used by `init="exact"`. R depends on the keys, but only through a constant of the row.
     """
 
     name, rotation_invariant = "lifted_sqeuclidean", True
@@ -319,7 +319,7 @@ class DotProduct(Metric):
 
 
 class FunctionMetric(Metric):
-    """The user's own: any function (query (..., N, d), key (..., M, d)) -> distances (..., N, M)."""
+    """A user's own metric: any function (query (..., N, d), key (..., M, d)) -> distances (..., N, M)."""
 
     def __init__(self, name, function, *, aliases=(), rotation_invariant=False):
         self.name, self.function, self.aliases = name, function, tuple(aliases)

@@ -95,7 +95,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
     def is_custom_code(cls) -> bool:
         """Return what the base class does: for custom code transformers would leave out part of the initialisation.
 
-        What custom code needs instead, that its initialisation changes nothing loaded, `KeepsLoadedWeights` sees to.
+        `KeepsLoadedWeights` does what custom code needs instead: its initialisation changes nothing loaded.
         """
         return cls.base_class.is_custom_code()
 
@@ -157,7 +157,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
             try:
                 found = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **options)
             except OSError:
-                # The folder it was loaded from is gone since, or the Hub is.
+                # The folder it was loaded from no longer exists, or the Hub cannot be reached.
                 found = None
             if found is not None:
                 with open(found, encoding="utf-8") as file:
@@ -251,7 +251,7 @@ def attach_states(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(_check_implementation)
             if module.distattn.is_nystrom and entry["kind"] == "self" and getattr(module, "is_causal", False):
                 module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
-                # Its cache does not go back, which transformers asks before it assists a generation.
+                # Its cache cannot be cropped, which transformers checks before assisted generation.
                 model._is_stateful = True
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))

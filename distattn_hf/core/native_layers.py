@@ -178,7 +178,7 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         # λ and landmarks stay in float32 when the model is loaded in half precision.
         if any(isinstance(module, HeadParameters) for module in self.modules()):
             self._keep_in_fp32_modules_strict = {"distattn"}
-        # Its cache does not go back, which transformers asks before it assists a generation.
+        # Its cache cannot be cropped, which transformers checks before assisted generation.
         self._is_stateful = any(
             module.is_causal and getattr(module, "distattn", None) is not None and module.distattn.is_nystrom
             for module in self.attention_modules().values()

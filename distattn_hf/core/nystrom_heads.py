@@ -31,8 +31,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **unused,
 ) -> Tensor | None:
-    """Return which keys are padding, (B, 1, 1, M) bool, or None for none (mask function of models with Nyström
-    attention).
+    """Return which keys are padding, (B, 1, 1, M) bool, or None for none: mask function of models with Nyström heads.
 
     Causality is left to the attention function, so that no (N, M) mask is made. Any other pattern (sliding layers
     beside full ones, packed sequences) is written out as transformers does, (B, 1, N, M), for layers of exact
@@ -189,7 +188,7 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
     if state.observer is not None:  # a conversion fits the far field at whatever length its text has
         return None
     if not limit:
-        # A model of short texts only would have no Nyström attention left.
+        # Otherwise a model of short texts would have no Nyström attention left.
         takes_longer = state.max_positions is None or state.max_positions > SHORT_TEXT
         short = num_queries > 1 and num_keys < SHORT_TEXT
         if short and takes_longer and state.has_teacher and not torch.compiler.is_compiling():

@@ -1,5 +1,4 @@
-"""Nyström attention: exact nearby plus a low-rank far field, under one normaliser, in time and memory linear in the
-length.
+"""Nyström attention: exact nearby plus a low-rank far field, with one normaliser, in linear time and memory.
 
 weight(i, j) = exp(q_i·k_j + b_ij)                for the sinks and for the keys within the window of query i
              = Σ_a exp(far_query_ia)·far_key_ja   for every other key j that query i may see
@@ -23,7 +22,7 @@ _BLOCK = 64
 # Weights (float32: 2 MB) that are worked on at a time.
 _PART_ENTRIES = 2**19
 # Far logarithms may stand this much above a row's shift: a landmark near the query counts for little where no key is
-# near it, and must not push everything else below what float32 can hold. exp(60) times any sum stays finite.
+# near it, and must not make everything else underflow in float32. exp(60) times any sum stays finite.
 HEADROOM = 60.0
 # The position of a sink that is not there yet: ahead of every query.
 NOWHERE = 2**60
@@ -35,7 +34,7 @@ class FarState:
 
     total (B, H, m, d_v) and weight (B, H, m): Σ far_key_j v_jᵀ and Σ far_key_j over the keys that left the window;
     sink_key (B, H, s, d), sink_value (B, H, s, d_v), sink_position (B, s): the first s keys that are not padding;
-    length: how many keys went by, padding and sinks included.
+    length: how many keys came so far, padding and sinks included.
     """
 
     total: Tensor

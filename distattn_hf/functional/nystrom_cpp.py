@@ -124,7 +124,7 @@ class _Far(ctypes.Structure):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As it lies where each row is whole vectors of 16, else a copy filled with zeros."""
+    """Return the tensor unchanged where each row is whole vectors of 16, else a copy filled with zeros."""
     tensor, fill = tensor.resolve_neg(), -tensor.shape[-1] % ALIGNMENT
     if fill:
         return F.pad(tensor, (0, fill))
@@ -132,7 +132,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _columns(tensor: Tensor, batch: int, fill: int, value: float = 0.0) -> Tensor:
-    """(B or 1, ...) -> (B, ..., m rounded up), contiguous."""
+    """Pad (B or 1, ...) to (B, ..., m rounded up), contiguous."""
     tensor = F.pad(tensor, (0, fill), value=value) if fill else tensor
     return tensor.expand(batch, *tensor.shape[1:]).contiguous()
 
@@ -146,7 +146,7 @@ def _problem(x: Tensor, tensors: dict[str, Tensor]) -> _Far:
 
 
 def far_sums(key, value, keep, landmarks, heights, offset, radius, weight) -> tuple[Tensor, Tensor]:
-    """(Σ_j κ(k_j, L) v_jᵀ (B, H, m, d_v), Σ_j κ(k_j, L) (B, H, m)) of the keys that `keep` (B, M) keeps.
+    """Return (Σ_j κ(k_j, L) v_jᵀ (B, H, m, d_v), Σ_j κ(k_j, L) (B, H, m)) of the keys that `keep` (B, M) keeps.
 
     κ(k, L_a) = exp(min(0, 2w·(k·L_a + height(k)·heights_a) + offset_a - w·(‖k‖² + height(k)²))), with
     height(k) = √max(0, radius - ‖k‖²), 0 where radius is None. landmarks (B or 1, H, m, d), heights and offset
@@ -172,8 +172,9 @@ def far_sums(key, value, keep, landmarks, heights, offset, radius, weight) -> tu
 
 
 def far_outputs(query, total, mass, landmarks, offset, weight) -> Tensor:
-    """κ(q_i, L)·total / κ(q_i, L)·mass, (B, H, N, d_v), with κ(q, L_a) = exp(2w·q·L_a + offset_a) up to a factor of
-    the row; 0 / 0 is 0. Shapes as in `far_sums`."""
+    """Return κ(q_i, L)·total / κ(q_i, L)·mass, (B, H, N, d_v), with κ(q, L_a) = exp(2w·q·L_a + offset_a) up to a factor
+    of the row; 0 / 0 is 0. Shapes as in `far_sums`.
+    """
     batch, rank, value_dim = len(query), landmarks.shape[-2], total.shape[-1]
     fill = -rank % ALIGNMENT
     query = _rows(query)

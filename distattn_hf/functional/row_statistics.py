@@ -1,4 +1,4 @@
-"""What each row of attention weights looks like, in four numbers: how wide, how sparse, how large, how far."""
+"""Statistics of each row of attention weights: how wide, how sparse, how large, how far."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ ROW_NUMBERS = ("entropy", "sparsity", "maximum", "distance")
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Numbers of each row of weights, each (..., N), in at least float32; zeros for a row in which nothing is kept.
+    """Statistics of each row of weights, each (..., N), at least float32; zeros for a row in which nothing is kept.
 
     entropy: -Σ_j w_j·ln w_j, in nats, from 0 (one key) to ln n (uniform over n keys).
     sparsity: (√n - ‖w‖₁/‖w‖₂) / (√n - 1) over the n kept keys (Hoyer, 2004): 0 uniform, 1 a single key; 0 for n = 1.
@@ -35,12 +35,12 @@ class RowStatistics:
         return narrow & (self.num_keys > 1)
 
     def counted(self, query_keep: Tensor | None = None) -> Tensor:
-        """Which rows a mean is taken over (..., N): those with more than one key, and in `query_keep` (..., N)."""
+        """Return which rows a mean is taken over (..., N): those with several keys, and in `query_keep` (..., N)."""
         counted = self.num_keys > 1
         return counted if query_keep is None else counted & query_keep
 
     def means(self, query_keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean of each number over the counted rows: each (...), not a number where there is none.
+        """Return the mean of each statistic over the counted rows: each (...), NaN where there is none.
 
         query_keep: bool, broadcastable to (..., N): the queries that are no padding. None: all.
         """
@@ -55,7 +55,7 @@ def row_statistics(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
 ) -> RowStatistics:
-    """Entropy, sparsity, maximum and mean attended distance of rows of attention weights.
+    """Compute entropy, sparsity, maximum and mean attended distance of rows of attention weights.
 
     Rows may be some of a map's: then query_positions says where they stand. Gradients are finite, also at weights of 0.
 
@@ -109,7 +109,7 @@ def _check_keep(keep: Tensor, weights: Tensor) -> None:
 
 
 def _positions(name: str, positions: Tensor | None, length: int, weights: Tensor) -> Tensor:
-    """Positions in the weights' dtype."""
+    """Return positions in the weights' dtype; raises `ValueError` where they do not fit."""
     if positions is None:
         return torch.arange(length, dtype=weights.dtype, device=weights.device)
     if positions.dim() == 0 or positions.shape[-1] != length:

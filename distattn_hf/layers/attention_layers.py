@@ -35,14 +35,14 @@ class DistanceType(StrEnum):
 
     @classmethod
     def _missing_(cls, value):
-        """A member by one of its metric's aliases, such as "manhattan" or "linf"."""
+        """Return the member of an alias of its metric, such as "manhattan" or "linf"."""
         canonical = get_metric(value).name
         return next((member for member in cls if member.value == canonical), None)
 
 
 @dataclass
 class DistanceAttentionConfig:
-    """What a distance-attention layer is: softmax(-λ·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v.
+    """Settings of a distance-attention layer: softmax(-λ·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v.
 
     Args:
         hidden_size: E, a multiple of num_heads. num_heads: H; each head has d = E / H.
@@ -116,7 +116,7 @@ class DistanceAttentionConfig:
 
 
 class ProjectedAttention(Monitored, AttentionHeads):
-    """The native models' heads as a layer for PyTorch; a subclass says in `_attend` what happens between projections.
+    """The native models' heads as a PyTorch layer; a subclass's `_attend` runs the attention between.
 
     layer_idx: this layer's place in a cache that several layers share.
     """
@@ -141,7 +141,7 @@ class ProjectedAttention(Monitored, AttentionHeads):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, E) -> (B, N, E); with `output_attentions` also the weights (B, H, N, M) before dropout.
+        """Map (B, N, E) -> (B, N, E); with `output_attentions` also the weights (B, H, N, M) before dropout.
 
         Args:
             hidden_states: (B, N, E), the queries.
@@ -171,11 +171,11 @@ class ProjectedAttention(Monitored, AttentionHeads):
         return (output, weights) if output_attentions else output
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
-        """(output (B, H, N, d), weights (B, H, N, M) or None) of query (B, H, N, d), key and value (B, H, M, d)."""
+        """Return (output (B, H, N, d), weights (B, H, N, M) or None); query (B, H, N, d), key, value (B, H, M, d)."""
         raise NotImplementedError
 
     def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens so far; raises `ValueError` for a cache of another length than they have."""
+        """Return keys and values of all tokens so far; raises `ValueError` for a cache of another length."""
         total = cache.get_seq_length(self.layer_idx) + key.shape[2]
         key, value = super()._extend(cache, key, value)
         if key.shape[2] != total:
@@ -230,11 +230,11 @@ class DistanceBasedAttention(ProjectedAttention):
         return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
 
     def set_learnable_lambda(self, learnable: bool) -> None:
-        """Let λ train, or keep it where it is; make the optimiser afterwards."""
+        """Let λ train, or keep it fixed; make the optimiser afterwards."""
         self.log_lambda.requires_grad_(learnable)
 
     def compute_distance_matrix(self, query: Tensor, key: Tensor) -> Tensor:
-        """Distances (B, H, N, M) >= 0 of query (B, H, N, d) and key (B, H, M, d), in at least float32.
+        """Return distances (B, H, N, M) >= 0 of query (B, H, N, d) and key (B, H, M, d), in at least float32.
 
         Smaller is nearer. Negative ones are refused unless the config's metric is "dot", which is no distance.
         """
@@ -268,7 +268,7 @@ class DistanceBasedAttention(ProjectedAttention):
         return output, weights
 
     def _written_out(self, query, key, value, keep, bias, scaling: float, dropout_p: float):
-        """(output, weights) by the whole matrix of distances."""
+        """Return (output, weights) by the whole matrix of distances."""
         with without_autocast(query.device.type):
             dtype = torch.promote_types(query.dtype, torch.float32)
             distance = self.compute_distance_matrix(query.to(dtype), key.to(dtype))

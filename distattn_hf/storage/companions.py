@@ -1,5 +1,6 @@
-"""What lies beside a checkpoint's weights: files that do not depend on the attention go along with a conversion, such
-as the pooling of a sentence-transformers model, and the source's licence is noted. Needs no torch."""
+"""Files beside a checkpoint's weights: those that do not depend on the attention, such as the pooling of a
+sentence-transformers model, are copied with a conversion, and the source's licence is noted. Needs no torch.
+"""
 
 import json
 import re
@@ -58,7 +59,7 @@ class Source:
         return None
 
     def path(self, name: str) -> Path:
-        """Where one of `names` lies on this machine, after a download if it must be."""
+        """Return where one of `names` is on this machine, downloaded if need be."""
         if self.folder is not None:
             return self.folder / name
         return Path(hf_hub_download(self.name, name, revision=self._revision))
@@ -87,7 +88,7 @@ def copy_companions(source: Source, target: Path) -> list[str]:
 
 
 def _module_folders(modules: Path) -> tuple[str, ...]:
-    """The folders of a sentence-transformers model's modules, but for the transformer itself."""
+    """Return the folders of a sentence-transformers model's modules, but for the transformer itself."""
     entries = json.loads(Path(modules).read_text(encoding="utf-8"))
     return tuple(entry["path"] for entry in entries if entry.get("path"))
 
@@ -96,8 +97,9 @@ def _module_folders(modules: Path) -> tuple[str, ...]:
 
 
 def describe_source(source: Source) -> dict:
-    """What a conversion notes of its source: "name" (of a folder without the way to it), licence and language as far
-    as its README.md or else its LICENSE file says them, and "from", which file that was."""
+    """Return what a conversion notes of its source: "name" (of a folder without its parents), licence and language as
+    far as its README.md or else its LICENSE file says them, and "from", which file that was.
+    """
     name = source.folder.resolve().name if source.is_local else source.name
     return {"name": name, **_metadata(source)}
 
@@ -116,5 +118,5 @@ def _metadata(source: Source) -> dict:
 
 
 def card_metadata(data: dict) -> dict:
-    """What a card's front matter says of licence and language."""
+    """Return what a card's front matter says of licence and language."""
     return {name: data[name] for name in (*LICENSE_FIELDS, "language") if data.get(name)}

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint's folder are carried where: into a conversion of it, or to the Hub. Needs no torch."""
+"""Which files of a checkpoint's folder go where: into a conversion of it, or to the Hub. Needs no torch."""
 
 import os
 from fnmatch import fnmatchcase
@@ -28,22 +28,22 @@ PICKLED_WEIGHTS = ("*model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "
 
 
 def matches(name: str, patterns) -> bool:
-    """Whether a name matches one of the patterns."""
+    """Return whether a name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file, or a folder on the way to it, has a name that begins with a dot."""
+    """Return whether a file, or a folder on the way to it, has a name that begins with a dot."""
     return any(part.startswith(".") for part in Path(name).parts)
 
 
 def goes_along(name: str) -> bool:
-    """Whether a file belongs to a conversion of the model, too: nothing in it depends on the attention."""
+    """Return whether a file belongs to a conversion of the model, too: it does not depend on the attention."""
     return not _is_in(name, _FOLDERS_OF_THE_ATTENTION) and not matches(Path(name).name, _OF_THE_ATTENTION)
 
 
 def goes_to_the_hub(name: str) -> bool:
-    """Whether a file of a converted checkpoint is uploaded: no pickle, and nothing that a training left."""
+    """Return whether a file of a converted checkpoint is uploaded: no pickle and no training state."""
     return not (is_hidden(name) or _is_in(name, _OF_TRAINING) or matches(Path(name).name, (*_PICKLES, *_LEAVINGS)))
 
 
@@ -52,7 +52,7 @@ def _is_in(name: str, folders) -> bool:
 
 
 def list_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of a folder's files, relative to it, and {name: why} of the links in it that are not followed.
+    """Return the names of a folder's files, relative to it, and {name: why} of its links that are not followed.
 
     Links are followed to what lies in the folder itself, and to the Hub's cache, where the files of a snapshot are
     links. What any other link shows was never part of the checkpoint, and is nothing to copy or publish.
@@ -80,5 +80,5 @@ def list_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _is_blob(target: Path) -> bool:
-    """Whether a file lies where the Hub's cache keeps the contents of a repository's files."""
+    """Return whether a file lies where the Hub's cache keeps the contents of a repository's files."""
     return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")

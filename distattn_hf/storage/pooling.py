@@ -1,4 +1,4 @@
-"""How a sentence-transformers model makes an embedding of its tokens' states, as far as that can be done without it."""
+"""How a sentence-transformers model pools its tokens' states, as far as that is possible without the library."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ _WITHOUT_EFFECT = ("Normalize", "Dropout")
 
 
 def read_pooling(source: str | Path) -> str:
-    """One of `POOLINGS`: how a checkpoint's modules.json says that embeddings are pooled; "mean" where it has none.
+    """Return one of `POOLINGS`: how a checkpoint's modules.json pools embeddings; "mean" where it has none.
 
     source: as of `load_checkpoint`. Prompts that its files name are put before no text. Raises `ValueError`, naming
     what it is, for a module or a way of pooling that would have to be run by sentence-transformers itself.
