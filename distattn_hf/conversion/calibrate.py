@@ -172,9 +172,9 @@ def _match_spread(group: HeadParameters, rows: Rows) -> None:
     """Set λ of each head so that its logits spread along a row as the teacher's do (position bias left out)."""
     if group.constant_lambda is not None:
         return
-    bare = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
-    teacher = _row_deviation(bare.teacher_log_weights(), rows.keep)
-    student = _row_deviation(bare.student_log_weights(group), rows.keep)
+    unbiased = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
+    teacher = _row_deviation(unbiased.teacher_log_weights(), rows.keep)
+    student = _row_deviation(unbiased.student_log_weights(group), rows.keep)
     group.log_lambda += (teacher / student.clamp_min(1e-12)).clamp(1e-6, 1e6).log()
 
 
@@ -313,14 +313,14 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
         if len(seen[name]) == uses[name]:
             queries, keys, values = (torch.cat(tensors) for tensors in zip(*seen.pop(name), strict=True))
             results[name] = []
-            everything = _repeated(call, uses[name])
+            repeated_call = _repeated(call, uses[name])
             for group, heads in zip(state.groups, state.head_lists, strict=True):
                 if isinstance(group, NystromParameters):
-                    data = NystromData(queries, keys, values, everything, heads)
+                    data = NystromData(queries, keys, values, repeated_call, heads)
                     _check_sequences(data, name)
                     results[name].append(fit_nystrom(group, data, options))
                     continue
-                data = LayerData(queries, keys, everything, heads)
+                data = LayerData(queries, keys, repeated_call, heads)
                 _check_sequences(data, name)
                 before, after = fit_group(group, data, options)
                 results[name].append({"before": before, "after": after})

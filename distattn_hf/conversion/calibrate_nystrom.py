@@ -140,8 +140,8 @@ class _Rows:
         logits = call.scaling * query @ key.transpose(-1, -2) + bias
         self.teacher = logits.masked_fill(~self.seen, float("-inf"))
         query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
-        top = far_query.amax(-1, keepdim=True).detach()
-        far = ((far_query - top).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + top
+        row_maximum = far_query.amax(-1, keepdim=True).detach()
+        far = ((far_query - row_maximum).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + row_maximum
         near = query @ key.transpose(-1, -2)
         self.student = (torch.where(self.exact, near, far) + bias).masked_fill(~self.seen, float("-inf"))
 
@@ -160,7 +160,7 @@ class _Rows:
 
 def _figures(group, data: NystromData) -> dict[str, Tensor]:
     """Compute the figures of `fit_nystrom` over all valid rows of the held-out sequences."""
-    found: dict[str, list[Tensor]] = {}
+    results: dict[str, list[Tensor]] = {}
     for i in data.report_sequences:
         rows = data.valid[i].nonzero()[:, 0][None]
         problem = _Rows(group, data, [i], rows)
@@ -174,8 +174,8 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
         if gap is not None:
             figures["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().mean((0, 2))
         for name, value in figures.items():
-            found.setdefault(name, []).append(value)
-    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+            results.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean(0) for name, values in results.items()}
 
 
 @torch.no_grad()
@@ -189,22 +189,22 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
         group = state.groups[number]
         if not isinstance(group, NystromParameters):
             continue
-        fine = results[number]["output_error"] <= max_error
-        if bool(fine.all()):
+        is_fitted = results[number]["output_error"] <= max_error
+        if bool(is_fitted.all()):
             continue
-        if not bool(fine.any()):
+        if not bool(is_fitted.any()):
             for grouped in (state.groups, state.head_lists, entries, results):
                 del grouped[number]
             continue
         heads = state.head_lists[number] or range(state.num_heads)
-        kept = [head for head, good in zip(heads, fine.tolist(), strict=True) if good]
+        kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
         smaller = NystromParameters(group.spec, len(kept), group.head_dim)
         smaller.to(group.landmarks)
         for key, tensor in smaller.fitted_tensors().items():
-            tensor.copy_(group.fitted_tensors()[key][fine])
+            tensor.copy_(group.fitted_tensors()[key][is_fitted])
         state.groups[number], state.head_lists[number] = smaller, kept
         entries[number]["heads"] = kept
-        results[number] = {key: values[fine] for key, values in results[number].items()}
+        results[number] = {key: values[is_fitted] for key, values in results[number].items()}
     return results
 
 

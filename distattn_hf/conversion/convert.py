@@ -200,8 +200,8 @@ def _inside(model) -> str:
         return f"; convert model.{name}, and wrap the converted model"
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         if isinstance(module, PreTrainedModel):
-            place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
-            return f", which holds one: convert that alone, {place} = convert({place}, ...)"
+            attribute = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            return f", which holds one: convert that alone, {attribute} = convert({attribute}, ...)"
     return ""
 
 
@@ -319,13 +319,13 @@ def _like(new: PreTrainedModel, old: PreTrainedModel) -> PreTrainedModel:
     for name, buffer in new.named_buffers():
         if name in buffers and buffers[name].shape == buffer.shape:
             buffer.copy_(buffers[name])
-    theirs = dict(old.named_parameters())
+    old_parameters = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
-        if name in theirs:
-            parameter.requires_grad_(theirs[name].requires_grad)
-            if parameter.dtype != theirs[name].dtype:
+        if name in old_parameters:
+            parameter.requires_grad_(old_parameters[name].requires_grad)
+            if parameter.dtype != old_parameters[name].dtype:
                 # Loading applies one dtype and the class's exceptions; the model may have been cast otherwise since.
-                parameter.data = theirs[name].detach().clone()
+                parameter.data = old_parameters[name].detach().clone()
     if old.is_activation_checkpointing:
         new.activation_checkpointing_enable()
     if old.can_generate():

@@ -90,20 +90,20 @@ class ConversionReport:
         With Nyström attention also how far the outputs are off, relatively: of sinks and window alone, and as fitted.
         """
         lines = [f"{'module':<42} {'attention':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
-        linear = any(g.output_error for g in self.groups)
-        if linear:
+        has_nystrom = any(part.output_error for part in self.groups)
+        if has_nystrom:
             lines[0] += f" {'window off':>10} {'off':>10}"
-        for g in self.groups:
-            picks = [[i] for i in range(len(g.heads))] if per_head else [range(len(g.heads))]
+        for part in self.groups:
+            picks = [[i] for i in range(len(part.heads))] if per_head else [range(len(part.heads))]
             for pick in picks:
-                label = str(g.heads[pick[0]]) if per_head else self._count(g)
-                cells = [_cell(v, pick) for v in (g.lam, g.alpha, g.divergence_before, g.divergence_after)]
+                label = str(part.heads[pick[0]]) if per_head else self._count(part)
+                cells = [_cell(v, pick) for v in (part.lam, part.alpha, part.divergence_before, part.divergence_after)]
                 lines.append(
-                    f"{g.module[-42:]:<42} {g.attention[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
+                    f"{part.module[-42:]:<42} {part.attention[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
                     f"{cells[2]:>10} {cells[3]:>10}"
                 )
-                if linear:
-                    lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (g.window_error, g.output_error))
+                if has_nystrom:
+                    lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (part.window_error, part.output_error))
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines += self._legend()
@@ -147,8 +147,8 @@ class ConversionReport:
             parts.append(f"mean α {self.mean_alpha:.3f}")
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
-            when = " at the conversion (λ or α have changed since)" if self.changed_since else ""
-            parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{when}")
+            note = " at the conversion (λ or α have changed since)" if self.changed_since else ""
+            parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")
             parts.append(

@@ -275,12 +275,12 @@ def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[At
     for name, value in options.items():
         if name not in OPTIONS:
             raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
-        having = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
-        if not having:
+        owners = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
+        if not owners:
             raise ValueError(f"{name}={value!r} belongs to mechanism={OPTIONS[name]!r}, which this model does not have")
         if value is None:
             raise ValueError(f"{name} must have a value, got None")
-        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in having)):
+        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in owners)):
             raise ValueError(
                 f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
                 "`distattn adapt` trains a model to a smaller one"

@@ -82,12 +82,12 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
     if few_queries(inputs):
         if inputs.metric.name == "cosine":
             query = torch.nn.functional.normalize(query.float(), dim=-1)
-        run = attention_decode if _eager(inputs) else _decode
-        output = run(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
+        kernel = attention_decode if _eager(inputs) else _decode
+        output = kernel(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
         return output.to(dtype)
     key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
-    run = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
-    output, _ = run(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
+    kernel = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
+    output, _ = kernel(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
     return output.to(dtype)
 
 
@@ -165,8 +165,8 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
-    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, coef)]
-    return *like, bias.new_empty(bias.shape if bias_grad else 0) if bias is not None else query.new_empty(0)
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, coef)]
+    return *gradients, bias.new_empty(bias.shape if bias_grad else 0) if bias is not None else query.new_empty(0)
 
 
 def _save(ctx, inputs, output):

@@ -90,17 +90,17 @@ def _tile(metric: str, head_dim: int, value_dim: int, owner: str = "queries") ->
     entries per thread, the sums of values (d_v wide) and the matmul (d wide) leave fewer.
     """
     if metric == "l2":
-        widest = max(head_dim, value_dim)
-        own = stream = 32 if widest <= 128 else 16
-        warps = 4 if widest <= 64 else 8
+        largest_dim = max(head_dim, value_dim)
+        owned = stream = 32 if largest_dim <= 128 else 16
+        warps = 4 if largest_dim <= 64 else 8
     elif value_dim <= 64:
-        own, stream, warps = 64, 32, 4
+        owned, stream, warps = 64, 32, 4
     else:
-        own = stream = 32 if value_dim <= 128 else 16
+        owned = stream = 32 if value_dim <= 128 else 16
         warps = 4
     if owner == "keys":
-        own, stream = stream, own
-    return {"BLOCK_N": own, "BLOCK_M": stream, "num_warps": warps}
+        owned, stream = stream, owned
+    return {"BLOCK_N": owned, "BLOCK_M": stream, "num_warps": warps}
 
 
 def _power_of_two(size: int) -> int:

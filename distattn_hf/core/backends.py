@@ -64,8 +64,8 @@ def choose_backend(name: str, inputs: AttentionInputs) -> Backend:
         return next(b for b in map(BACKENDS.get, BACKENDS) if b.unsupported(inputs) is None and not b.declined(inputs))
     backend = BACKENDS.get(name)
     if (reason := backend.unsupported(inputs)) is not None:
-        able = [b for b in BACKENDS if BACKENDS.get(b).unsupported(inputs) is None]
-        raise ValueError(f"backend {name!r} cannot run this: {reason}; use one of {', '.join(able)} or auto")
+        usable = [b for b in BACKENDS if BACKENDS.get(b).unsupported(inputs) is None]
+        raise ValueError(f"backend {name!r} cannot run this: {reason}; use one of {', '.join(usable)} or auto")
     return backend
 
 
@@ -127,10 +127,10 @@ def explain_backend(
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
     shape = (batch, heads, num_queries, num_keys)
-    for name, given in (("mask_shape", mask_shape), ("bias_shape", bias_shape)):
-        fits = given is None or (len(given) == 4 and all(g in (1, s) for g, s in zip(given, shape)))
+    for name, dims in (("mask_shape", mask_shape), ("bias_shape", bias_shape)):
+        fits = dims is None or (len(dims) == 4 and all(g in (1, s) for g, s in zip(dims, shape)))
         if not fits:
-            raise ValueError(f"{name} must broadcast to (B, H, N, M)={shape}, got {tuple(given)}")
+            raise ValueError(f"{name} must broadcast to (B, H, N, M)={shape}, got {tuple(dims)}")
     with FakeTensorMode():
         options = {"dtype": dtype, "device": device}
         inputs = AttentionInputs(
@@ -152,6 +152,6 @@ def explain_backend(
         for name in BACKENDS:
             other = BACKENDS.get(name)
             if name != chosen:
-                why = other.unsupported(inputs) or (backend == "auto" and other.declined(inputs))
-                reasons[name] = why or ("not asked for" if backend != "auto" else f"{chosen} comes first")
+                reason = other.unsupported(inputs) or (backend == "auto" and other.declined(inputs))
+                reasons[name] = reason or ("not asked for" if backend != "auto" else f"{chosen} comes first")
     return BackendChoice(chosen, reasons)

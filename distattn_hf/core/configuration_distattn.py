@@ -59,8 +59,8 @@ class NamesWhatIsUnused:
     def describe_unknown(cls, name: str) -> str:
         """Return an error message for an unknown field: the fields with the nearest names."""
         known = {*(f.name for f in fields(cls)), *cls.attribute_map, *cls.settable()}
-        close = get_close_matches(name, sorted(known), n=3)
-        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(close)}?" if close else "")
+        nearest = get_close_matches(name, sorted(known), n=3)
+        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else "")
 
     @classmethod
     def settable(cls) -> tuple[str, ...]:
@@ -113,20 +113,20 @@ class DistAttnConfigMixin(OwnAttentionMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Return the config in a dict, with the fields and attention options in `kwargs` set."""
-        chosen = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
-        found = super().from_dict(config_dict, **kwargs)
-        if chosen:
+        options = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
+        result = super().from_dict(config_dict, **kwargs)
+        if options:
             # A backend's name is checked where backends are known: when a model is built.
-            config = found[0] if isinstance(found, tuple) else found
-            specs = change_specs(config.attention_specs, chosen)
+            config = result[0] if isinstance(result, tuple) else result
+            specs = change_specs(config.attention_specs, options)
             config.distattn = {**(config.distattn or {}), "specs": [spec.to_dict() for spec in specs]}
-        return found
+        return result
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as transformers does, and name our class in the config.
 
-        Also where a head class's base model, which is of transformers' own class, was saved alone: that class would read
-        the checkpoint as dot-product attention.
+        Also where a head class's base model, of transformers' own class, was saved alone: that class would read the
+        checkpoint as dot-product attention.
         """
         names = list(self.architectures or ())
         plain = [name for name in names if isinstance(getattr(transformers, name, None), type)]

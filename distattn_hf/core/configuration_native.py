@@ -175,20 +175,20 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
                 "and are left out; a newer version may have written them"
             )
         # Older versions kept whatever they did not know, other names of fields included, and built by the fields.
-        both = sorted(name for name, field in cls.attribute_map.items() if {name, field} <= set(config_dict))
-        if ignored := [name for name in both if config_dict[name] != config_dict[cls.attribute_map[name]]]:
+        doubled = sorted(name for name, field in cls.attribute_map.items() if {name, field} <= set(config_dict))
+        if ignored := [name for name in doubled if config_dict[name] != config_dict[cls.attribute_map[name]]]:
             logger.warning(
                 f"{', '.join(map(repr, ignored))} of this {cls.__name__} are other names of fields that it has, too, "
                 "with other values: the fields count"
             )
-        return {name: value for name, value in config_dict.items() if name not in unknown and name not in both}
+        return {name: value for name, value in config_dict.items() if name not in unknown and name not in doubled}
 
     @classmethod
     def _knows(cls, name: str) -> bool:
         if name.startswith("_") or name in _OF_TRANSFORMERS or name in cls.attribute_map:
             return True
-        own = getattr(cls, name, None)
-        return name in {f.name for f in fields(cls)} or (isinstance(own, property) and own.fset is not None)
+        attribute = getattr(cls, name, None)
+        return name in {f.name for f in fields(cls)} or (isinstance(attribute, property) and attribute.fset is not None)
 
     @classmethod
     def describe_unknown(cls, name: str) -> str:
@@ -200,23 +200,23 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         known |= {alias: f"{alias} ({field})" for alias, field in cls.attribute_map.items()}
         options = [f.name for f in fields(AttentionSpec) if f.name not in (*_NOT_OPTIONS, *known)]
         known |= {option: f"mechanism_options={{{option!r}: ...}}" for option in options}
-        close = [known[match] for match in get_close_matches(name, known, n=3)]
-        hint = f"did you mean {', '.join(close)}?" if close else f"its fields are {', '.join(known.values())}"
+        nearest = [known[match] for match in get_close_matches(name, known, n=3)]
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else f"its fields are {', '.join(known.values())}"
         return f"{cls.__name__} has no field {name!r}; {hint}"
 
     def _by_own_names(self, given: dict[str, Any]) -> dict[str, Any]:
         """Set the fields that `given` names by alias and return the rest; raises `ValueError` for a name that means
         nothing.
         """
-        rest = {}
+        unaliased = {}
         for name, value in given.items():
             if not self._knows(name):
                 raise ValueError(self.describe_unknown(name))
             if name not in self.attribute_map:
-                rest[name] = value
+                unaliased[name] = value
                 continue
             setattr(self, self.attribute_map[name], value)
-        return rest
+        return unaliased
 
     @classmethod
     def _check_names_agree(cls, given: dict[str, Any]) -> None:
@@ -344,8 +344,8 @@ def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec 
     """
     if mechanism not in SPEC_MECHANISMS:
         return None
-    if taken := sorted(set(options) & set(_NOT_OPTIONS)):
-        raise ValueError(f"mechanism_options: {taken[0]!r} is no option of mechanism {mechanism!r}")
+    if field_names := sorted(set(options) & set(_NOT_OPTIONS)):
+        raise ValueError(f"mechanism_options: {field_names[0]!r} is no option of mechanism {mechanism!r}")
     defaults = {"lift": False, "transform": "none"}
     return AttentionSpec.from_dict({**defaults, **options, "mechanism": mechanism, "metric": metric})
 

@@ -61,9 +61,9 @@ def _layer_type(module: nn.Module, kind: str, layer: int | None) -> str:
     if types and isinstance(index, int) and index < len(types):
         return types[index]
     # Without types all layers are alike (Mistral).
-    for name, found in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+    for name, layer_type in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
         if getattr(module, name, None) or getattr(config, name, None):
-            return found
+            return layer_type
     return "full_attention"
 
 
@@ -79,7 +79,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
     `config.layer_types`. Unknown shapes are None.
     """
     prefix = base_prefix(model)
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         if not follows_interface(module):
             continue
@@ -87,14 +87,14 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
         cross = getattr(module, "is_cross_attention", False) is True or any(m in name.lower() for m in _CROSS_MARKS)
         heads, size = _shape(module)
         kind, layer = "cross" if cross else "self", int(number[1]) if number else None
-        found[name.removeprefix(prefix)] = {
+        modules[name.removeprefix(prefix)] = {
             "layer": layer,
             "kind": kind,
             "type": _layer_type(module, kind, layer),
             "num_heads": heads,
             "head_dim": size,
         }
-    return found
+    return modules
 
 
 def locate(model: nn.Module, name: str) -> nn.Module | None:
@@ -159,12 +159,12 @@ def _refuse_pattern(name: str, candidates: dict[str, dict]) -> None:
     kind = candidates[name]["type"]
     if "sliding" not in kind and "chunked" not in kind:
         return
-    full = sorted({entry["layer"] for entry in candidates.values() if entry["type"] == "full_attention"})
+    full_layers = sorted({entry["layer"] for entry in candidates.values() if entry["type"] == "full_attention"})
     raise ValueError(
         f"layers: {name!r} has {kind}, which mechanism='nystrom' cannot honour: its far field is a sum over all keys. "
         + (
-            f"Use layers='full_attention' or layers={full}; exact metrics take every layer"
-            if full
+            f"Use layers='full_attention' or layers={full_layers}; exact metrics take every layer"
+            if full_layers
             else "This model has no layer of full_attention; exact metrics take every layer. Where its texts are no "
             "longer than its window, set config.sliding_window = None before converting"
         )
@@ -172,10 +172,10 @@ def _refuse_pattern(name: str, candidates: dict[str, dict]) -> None:
 
 
 def _claim(name: str, entry: dict, heads: list[int] | None) -> None:
-    everything = set(range(entry["num_heads"]))
+    all_heads = set(range(entry["num_heads"]))
     for group in entry["groups"]:
-        both = (everything if heads is None else set(heads)) & (
-            everything if group["heads"] is None else set(group["heads"])
+        both = (all_heads if heads is None else set(heads)) & (
+            all_heads if group["heads"] is None else set(group["heads"])
         )
         if both:
             raise ValueError(f"heads: two specs claim head {min(both)} of {name!r}; give them separate layers or heads")

@@ -82,8 +82,8 @@ class SinusoidalEncoding(PositionalEncoding):
         # An odd size has one sine more than cosines.
         exponent = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
         angle = position_ids[..., None].float() * 10000.0**-exponent
-        waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :size]
-        return hidden_states + waves.to(hidden_states.dtype)
+        position_embeddings = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :size]
+        return hidden_states + position_embeddings.to(hidden_states.dtype)
 
 
 @register_encoding("learned")
@@ -215,8 +215,8 @@ class AlibiEncoding(PositionalEncoding):
     def slopes(self) -> list[float]:
         """Return one slope > 0 per head."""
         below = 2 ** (self.num_heads.bit_length() - 1)
-        first = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]
-        between = [2.0 ** (-4 * (h + 1) / below) for h in range(0, 2 * below, 2)]
+        first = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
+        between = [2.0 ** (-4 * (head + 1) / below) for head in range(0, 2 * below, 2)]
         return (first + between)[: self.num_heads]
 
     def bias(self, num_queries, num_keys, past=0, device=None):

@@ -69,16 +69,16 @@ def loaded_kept(model: nn.Module):
 
     transformers' own `initialization` functions leave them alone, too, but a subclass need not use those.
     """
-    held = [
+    loaded_tensors = [
         (table, name, tensor, tensor.detach())
         for module in model.modules()
         for table in (module._parameters, module._buffers)
         for name, tensor in table.items()
         if getattr(tensor, "_is_hf_initialized", False)
     ]
-    with _WritesToCopies([tensor for *_, tensor, _ in held]):
+    with _WritesToCopies([tensor for *_, tensor, _ in loaded_tensors]):
         yield
-    for table, name, tensor, data in held:
+    for table, name, tensor, data in loaded_tensors:
         # A new tensor may have replaced it, or a part of it.
         table[name] = tensor
         if list(_storages(tensor)) != list(_storages(data)):

@@ -172,7 +172,7 @@ def masked_softmax(logits: Tensor, keep: Tensor | None) -> Tensor:
     """Compute the row softmax over kept entries; a row with none is all zeros, with zero gradients, never NaN."""
     if keep is None:
         return logits.softmax(dim=-1)
-    alive = keep.any(dim=-1, keepdim=True)
+    has_keys = keep.any(dim=-1, keepdim=True)
     logits = logits.masked_fill(~keep, float("-inf"))
-    weights = torch.where(alive, logits, torch.zeros_like(logits)).softmax(dim=-1)
+    weights = torch.where(has_keys, logits, torch.zeros_like(logits)).softmax(dim=-1)
     return torch.where(keep, weights, torch.zeros_like(weights))

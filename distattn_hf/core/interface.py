@@ -208,8 +208,8 @@ def attend_groups(state, query, key, value, call: ModuleCall) -> tuple[Tensor, T
     results = []
     for heads, group in parts:
         index = torch.tensor(heads, device=query.device)
-        own = replace(call, mask=of_heads(call.mask, index), position_bias=of_heads(call.position_bias, index))
-        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], own)))
+        group_call = replace(call, mask=of_heads(call.mask, index), position_bias=of_heads(call.position_bias, index))
+        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], group_call)))
     return join_heads(results)
 
 

@@ -47,8 +47,8 @@ def kind_of(metric: str, p: float | None) -> int | None:
 
 def compiler() -> list[str] | None:
     """Return the C++ compiler and its first arguments: $CXX, or the first of g++, c++, clang++ on the path."""
-    wanted = [shlex.split(os.environ.get("CXX", "")), *([name] for name in _COMPILERS)]
-    return next(([found, *rest] for name, *rest in filter(None, wanted) if (found := shutil.which(name))), None)
+    commands = [shlex.split(os.environ.get("CXX", "")), *([name] for name in _COMPILERS)]
+    return next(([path, *flags] for name, *flags in filter(None, commands) if (path := shutil.which(name))), None)
 
 
 def _machine() -> str:
@@ -76,22 +76,22 @@ def _build(source: str, anew: bool = False) -> Path:
         if not anew and (folder / name).exists():
             return folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     except (OSError, RuntimeError):
         # No cache folder: compile for this process alone.
         folder = Path(tempfile.mkdtemp(prefix="distattn_hf-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     library = folder / name
     os.close(handle)
     try:
         subprocess.run(
-            [*command, "-", "-o", made], input=source, capture_output=True, text=True, timeout=_SECONDS, check=True
+            [*command, "-", "-o", temporary], input=source, capture_output=True, text=True, timeout=_SECONDS, check=True
         )
         # Processes that compile at the same time each move a whole file into place.
-        os.replace(made, library)
+        os.replace(temporary, library)
     finally:
-        Path(made).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
     return library
 
 
@@ -109,8 +109,8 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
         except OSError:  # a damaged file in the cache
             return ctypes.CDLL(str(_build(source, anew=True))), None
     except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = f"the C++ compiler {compiler()[0]} failed: {told[0] if told else error}"
+        compiler_output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = f"the C++ compiler {compiler()[0]} failed: {compiler_output[0] if compiler_output else error}"
     warnings.warn(f"distattn_hf runs without its CPU kernels, more slowly: {reason}", RuntimeWarning, stacklevel=2)
     return None, reason
 

@@ -237,8 +237,8 @@ class Mechanism(nn.Module):
                 f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and length"
             )
         if not is_cross and (num_queries > num_keys if is_causal else num_queries != num_keys):
-            wanted = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
-            raise ValueError(f"self-attention needs {wanted}, got {num_queries} queries and {num_keys} keys")
+            expected_keys = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
+            raise ValueError(f"self-attention needs {expected_keys}, got {num_queries} queries and {num_keys} keys")
         if keep is not None and (keep.dtype != torch.bool or keep.shape != (batch, num_keys)):
             raise ValueError(
                 f"keep must be bool of shape (B, M)={(batch, num_keys)}, got {keep.dtype} of shape {tuple(keep.shape)}"

@@ -53,8 +53,8 @@ class _Chosen:
         key_at = (self.blocks[:, :, part, :, None] * size + torch.arange(size, device=device)).flatten(3)
         seen = self.gather(self.keep, part) & self.exists[:, :, part].repeat_interleave(size, dim=-1)
         if self.is_causal:
-            place = torch.arange(self.blocks.shape[2], device=device)[part] + self.before
-            seen = seen & (key_at <= place[:, None])
+            query_positions = torch.arange(self.blocks.shape[2], device=device)[part] + self.before
+            seen = seen & (key_at <= query_positions[:, None])
         logits = (query[..., None, :] @ key.mT).squeeze(-2)
         if bias is not None:
             logits = logits + bias.expand(len(query), -1, -1, -1).gather(-1, key_at.clamp(max=bias.shape[-1] - 1))
@@ -95,12 +95,12 @@ class _GatheredAttention(torch.autograd.Function):
             leaves = [None if t is None else t.detach().requires_grad_() for t in _of_part(*tensors, chosen, part)]
             with torch.enable_grad():
                 output = chosen.attend(part, *leaves)
-            found = torch.autograd.grad(output, [t for t in leaves if t is not None], gradient[:, :, part])
-            query[:, :, part] = found[0]
-            for table, rows in zip(tables, found[1:3]):
+            part_gradients = torch.autograd.grad(output, [t for t in leaves if t is not None], gradient[:, :, part])
+            query[:, :, part] = part_gradients[0]
+            for table, rows in zip(tables, part_gradients[1:3]):
                 table.index_add_(0, chosen.index(part), rows.reshape(-1, table.shape[-1]))
             if bias is not None:
-                bias[:, :, part] = found[3]
+                bias[:, :, part] = part_gradients[3]
         return query, key, value, bias, None
 
 
@@ -158,21 +158,21 @@ class LandmarkAttention(Mechanism):
         # Together, so many queries meet at most twice as many candidates as one of them does.
         reach = behind + ahead
         rows = max(1, min(reach * self.block_size, _ENTRIES // (2 * call.query.shape[0] * self.num_heads * reach)))
-        for first, query, mine in zip(range(0, len(own), rows), call.query.split(rows, dim=2), own.split(rows)):
-            ends = (call.before + first, call.before + first + len(mine) - 1)
-            start = max(0, ends[0] // self.block_size - behind)
-            stop = min(count, ends[1] // self.block_size + ahead + 1)
-            offset = torch.arange(start, stop, device=own.device) - mine[:, None]
+        for first, query, own_part in zip(range(0, len(own), rows), call.query.split(rows, dim=2), own.split(rows)):
+            part_ends = (call.before + first, call.before + first + len(own_part) - 1)
+            start = max(0, part_ends[0] // self.block_size - behind)
+            stop = min(count, part_ends[1] // self.block_size + ahead + 1)
+            offset = torch.arange(start, stop, device=own.device) - own_part[:, None]
             candidate = (offset >= -behind) & (offset <= ahead) & (offset != 0)
             scores = query @ landmarks[:, :, start:stop].mT
             scores = scores.masked_fill(~(candidate & real[:, :, None, start:stop]), float("-inf"))
             best = scores.topk(min(self.num_blocks, stop - start), dim=-1)
             fill = (0, self.num_blocks - best.indices.shape[-1])
-            there = F.pad(best.values > float("-inf"), fill, value=False)
-            blocks = torch.where(there, F.pad(best.indices, fill) + start, 0)
-            mine = mine[:, None].expand(*blocks.shape[:3], 1)
-            chosen.append(torch.cat([blocks, mine], dim=-1))
-            exists.append(torch.cat([there, torch.ones_like(mine, dtype=torch.bool)], dim=-1))
+            is_candidate = F.pad(best.values > float("-inf"), fill, value=False)
+            blocks = torch.where(is_candidate, F.pad(best.indices, fill) + start, 0)
+            own_part = own_part[:, None].expand(*blocks.shape[:3], 1)
+            chosen.append(torch.cat([blocks, own_part], dim=-1))
+            exists.append(torch.cat([is_candidate, torch.ones_like(own_part, dtype=torch.bool)], dim=-1))
         return torch.cat(chosen, dim=2), torch.cat(exists, dim=2)
 
     def _attend(self, call):

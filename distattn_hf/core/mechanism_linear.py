@@ -97,7 +97,7 @@ def _sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tensor) -> Te
 
 def _running_sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tensor) -> Tensor:
     """Return φ(q_i)·Σ_{j ≤ i} φ(k_j)v_jᵀ, up to a factor per query; the last N of M keys are the queries' own."""
-    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    length, num_past = query.shape[2], key.shape[2] - query.shape[2]
     count = -(-length // _BLOCK)
     width = min(_BLOCK, length)
 
@@ -107,19 +107,19 @@ def _running_sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tenso
 
     scales = (None, None)
     if scale is not None:
-        scales = scale[..., :before], blocks(scale[..., before:, None], float("-inf")).squeeze(-1)
-    state, top = _summary(key[:, :, :before], scales[0], value[:, :, :before])
-    query, key, value = blocks(query), blocks(key[:, :, before:]), blocks(value[:, :, before:])
-    own, own_top = _summary(key, scales[1], value)
+        scales = scale[..., :num_past], blocks(scale[..., num_past:, None], float("-inf")).squeeze(-1)
+    state, top = _summary(key[:, :, :num_past], scales[0], value[:, :, :num_past])
+    query, key, value = blocks(query), blocks(key[:, :, num_past:]), blocks(value[:, :, num_past:])
+    block_state, own_top = _summary(key, scales[1], value)
     weights = query @ key.mT
     seen = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
     if scale is None:
-        states = torch.cat([state[:, :, None], own[:, :, :-1]], dim=2).cumsum(2)
+        states = torch.cat([state[:, :, None], block_state[:, :, :-1]], dim=2).cumsum(2)
         return (query @ states + (weights * seen) @ value).flatten(2, 3)[:, :, :length]
 
     states, tops = [state], [top]
     # `unbind`, unlike indexing, has a gradient that costs no more than the whole, however many blocks there are.
-    for state, top in zip(own.unbind(2)[:-1], own_top.unbind(2)[:-1]):
+    for state, top in zip(block_state.unbind(2)[:-1], own_top.unbind(2)[:-1]):
         tops.append(torch.maximum(tops[-1], top))
         states.append(states[-1] * (tops[-2] - tops[-1]).exp() + state * (top - tops[-1]).exp())
     states, tops = torch.stack(states, dim=2), torch.stack(tops, dim=2)

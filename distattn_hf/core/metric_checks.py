@@ -22,8 +22,8 @@ def check_distances(source: str, distances: Tensor, query: Tensor, key: Tensor, 
     """
     expected = (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
     if not isinstance(distances, Tensor) or tuple(distances.shape) != expected:
-        got = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
-        raise ValueError(f"{source} must return distances of shape {expected}, got {got}")
+        received = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
+        raise ValueError(f"{source} must return distances of shape {expected}, got {received}")
     if not distances.numel() or not readable(distances):
         return
     least, largest = (float(end) for end in distances.detach().aminmax())
@@ -69,8 +69,8 @@ def _parts(thing) -> list:
         return [thing.__self__, thing.__func__]
     if isinstance(thing, FunctionType):
         named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
-        given = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-        return [*map(_content, thing.__closure__ or ()), *named, *given]
+        argument_defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        return [*map(_content, thing.__closure__ or ()), *named, *argument_defaults]
     # A method says what it refers to as a function does.
     methods = [value for value in vars(type(thing)).values() if isinstance(value, FunctionType)]
     return [*getattr(thing, "__dict__", {}).values(), *methods]

@@ -67,8 +67,8 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         super().__init__(config, *args, **kwargs)
 
     def _resolve(self, requested, config) -> str:
-        linear = any(spec.mechanism == "nystrom" for spec in config.attention_specs)
-        return resolve_implementation(requested, self._supports_sdpa, linear)
+        has_nystrom = any(spec.mechanism == "nystrom" for spec in config.attention_specs)
+        return resolve_implementation(requested, self._supports_sdpa, has_nystrom)
 
     def post_init(self):
         # All modules exist now and none is initialised or placed yet: the last moment to add ours.
@@ -113,11 +113,11 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
             os.replace(f"{path}.tmp", path)
-        found = super().save_pretrained(save_directory, *args, **kwargs)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
         if not self.config.name_or_path:
             # Now it has a name, which adapters made from here on refer to.
             self.name_or_path = self.config.name_or_path = str(save_directory)
-        return found
+        return result
 
     def set_attention_options(self, **options) -> None:
         """Set options that no fit depends on, in modules and config, so that `save_pretrained` keeps them.
@@ -127,8 +127,8 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         for any other name, a value that cannot be, and an option that no spec of the model has.
         """
         groups = [group for state in self.attention_states.values() for group in state.groups]
-        mine = [{n: v for n, v in options.items() if OPTIONS.get(n) == group.spec.mechanism} for group in groups]
-        changed = [with_options([group.spec], own)[0] for group, own in zip(groups, mine, strict=True)]
+        choices = [{n: v for n, v in options.items() if OPTIONS.get(n) == group.spec.mechanism} for group in groups]
+        changed = [with_options([group.spec], choice)[0] for group, choice in zip(groups, choices, strict=True)]
         set_options(self.config, options)
         for group, spec in zip(groups, changed, strict=True):
             group.spec = spec
@@ -138,15 +138,15 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         """Load as the base class does; options of `set_attention_options` are taken, too (`exact_below=2048`)."""
         # A name that the base model's config has is its own.
         chosen = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs and not hasattr(cls.config_class, name)}
-        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
         if chosen:
             model.set_attention_options(**chosen)
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             model._report_source = (str(pretrained_model_name_or_path), options)
-        return found
+        return result
 
     @property
     def conversion_report(self) -> dict | None:
@@ -155,12 +155,12 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
             source, options = self._report_source
             self._report_source = None
             try:
-                found = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **options)
+                path = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **options)
             except OSError:
                 # The folder it was loaded from no longer exists, or the Hub cannot be reached.
-                found = None
-            if found is not None:
-                with open(found, encoding="utf-8") as file:
+                path = None
+            if path is not None:
+                with open(path, encoding="utf-8") as file:
                     self._conversion_report = json.load(file)
         return self._conversion_report
 
@@ -180,9 +180,9 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         }
         changed = bool(report.get("changed_since"))
         for entry in report["groups"]:
-            for name, now in values.get((entry["module"], tuple(entry["heads"])), {}).items():
-                changed = changed or not _same(entry.get(name), now)
-                entry[name] = now
+            for name, current_values in values.get((entry["module"], tuple(entry["heads"])), {}).items():
+                changed = changed or not _same(entry.get(name), current_values)
+                entry[name] = current_values
         return {**report, "changed_since": changed}
 
     def attention_modules(self) -> dict[str, nn.Module]:
@@ -324,8 +324,8 @@ def register_family(base_model_type: str) -> type[PreTrainedConfig]:
     heads = {}
     for auto_name, classes in heads_of(base_config).items():
         # Some types list classes of another config, such as that of their text part.
-        if own := tuple(kind for kind in classes if kind.config_class is config_class):
-            heads[auto_name] = own
+        if own_classes := tuple(kind for kind in classes if kind.config_class is config_class):
+            heads[auto_name] = own_classes
     register_models(config_class, heads)
     return config_class
 

@@ -45,8 +45,8 @@ def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Te
     index = torch.arange(num_queries, device=device) + past
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return index[None]
-    counted = attention_mask.long().cumsum(-1) - 1
-    return counted.clamp(min=0)[:, index.clamp(max=counted.shape[1] - 1)]
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, index.clamp(max=positions.shape[1] - 1)]
 
 
 def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor = 0) -> None:
@@ -66,17 +66,17 @@ def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, 
 
     transformers takes each start for a document of its own where neither mask nor cache is given, and nowhere else.
     """
-    apart = attention_mask is None and cache is None
-    if position_ids is None or position_ids.shape[-1] == 1 or apart or torch.compiler.is_compiling():
+    separates_documents = attention_mask is None and cache is None
+    if position_ids is None or position_ids.shape[-1] == 1 or separates_documents or torch.compiler.is_compiling():
         return
     kept = torch.ones_like(position_ids, dtype=torch.bool)
     if isinstance(attention_mask, Tensor):
         if attention_mask.dim() == 4:  # says itself who sees whom
             return
         kept = attention_mask[:, -position_ids.shape[-1] :].bool()
-    before = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
-    now = position_ids[:, 1:]
-    if bool((kept[:, 1:] & ((before > now) | (now == 0) & (before >= 0))).any()):
+    earlier_max = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
+    positions = position_ids[:, 1:]
+    if bool((kept[:, 1:] & ((earlier_max > positions) | (positions == 0) & (earlier_max >= 0))).any()):
         raise ValueError(
             "position_ids start anew within a row (packed documents), which keeps documents apart only without "
             "attention_mask and cache: leave out attention_mask and past_key_values, and pass use_cache=False"
@@ -126,8 +126,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
         keeps them apart.
         """
         cache = one_cache(past_key_values, cache)
-        if stray := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
-            raise ValueError(f"{stray[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
+        if misnamed := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+            raise ValueError(f"{misnamed[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
         arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         hidden_states = self._run(**arguments, **kwargs)
         return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
@@ -144,8 +144,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = self._new_cache()
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        past = 0 if own is None else own.get_seq_length()
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        past = 0 if self_cache is None else self_cache.get_seq_length()
         num_queries, device = inputs_embeds.shape[1], inputs_embeds.device
         # Static caches count in a tensor that the layers will change.
         past = past.clone() if isinstance(past, Tensor) else past
@@ -153,13 +153,13 @@ class DistAttnModel(DistAttnPreTrainedModel):
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
-            check_documents(position_ids, attention_mask, own)
-            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: own})
+            check_documents(position_ids, attention_mask, self_cache)
+            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: self_cache})
         else:
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
             position_ids = positions_of(attention_mask, num_queries, past, device)
-        num_keys = num_queries if own is None else own.get_mask_sizes(num_queries, 0)[0]
+        num_keys = num_queries if self_cache is None else self_cache.get_mask_sizes(num_queries, 0)[0]
         return {
             "hidden_states": self.dropout(self.positions.embed(inputs_embeds, position_ids)),
             "position_bias": self._bias(num_queries, num_keys, past, device),
@@ -187,8 +187,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
 
 def _require_decoder(model_class: str, config: DistAttnConfig, wanted: bool) -> None:
     if config.is_decoder is not wanted:
-        why = "predicts the next token from those before" if wanted else "fills gaps from both sides"
-        raise ValueError(f"{model_class} {why} and needs is_decoder={wanted} in its config, got {config.is_decoder}")
+        task = "predicts the next token from those before" if wanted else "fills gaps from both sides"
+        raise ValueError(f"{model_class} {task} and needs is_decoder={wanted} in its config, got {config.is_decoder}")
 
 
 class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
@@ -304,19 +304,19 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
 
         Without an attention_mask the last token is read.
         """
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
+        model_inputs = input_ids if input_ids is not None else inputs_embeds
+        if model_inputs is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        batch, choices, length = given.shape[:3]
+        batch, choices, length = model_inputs.shape[:3]
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         flat = {name: None if t is None else t.reshape(-1, length) for name, t in named.items()}
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.flatten(0, 1)
         outputs = self.model(**flat, inputs_embeds=inputs_embeds, **kwargs)
-        last = torch.full((batch * choices,), length - 1, device=given.device)
+        last = torch.full((batch * choices,), length - 1, device=model_inputs.device)
         if flat["attention_mask"] is not None:
-            last = (flat["attention_mask"].long() * torch.arange(length, device=given.device)).argmax(-1)
-        rows = torch.arange(batch * choices, device=given.device)
+            last = (flat["attention_mask"].long() * torch.arange(length, device=model_inputs.device)).argmax(-1)
+        rows = torch.arange(batch * choices, device=model_inputs.device)
         pooled = outputs.last_hidden_state[rows, last]
         logits = self.score(self.dropout(pooled)).view(batch, choices)
         loss = None if labels is None else fixed_cross_entropy(logits, labels, num_items_in_batch)

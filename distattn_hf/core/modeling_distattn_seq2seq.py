@@ -197,8 +197,8 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         if labels is not None:
             flat = logits.flatten(0, 1).float(), labels.flatten().to(logits.device)
             loss = fixed_cross_entropy(*flat, num_items_in_batch)
-        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **rest)
+        other_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **other_outputs)
 
 
 register_heads(

@@ -141,9 +141,9 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
 
     crosses: the model has cross-attention, too.
     """
-    used = {attention_choice(config, is_cross)[0] for is_cross in ((False, True) if crosses else (False,))}
-    if used != {"dot"}:
-        return resolve_implementation(requested, nystrom=bool(used - {"dot", "distance"}))
+    mechanisms = {attention_choice(config, is_cross)[0] for is_cross in ((False, True) if crosses else (False,))}
+    if mechanisms != {"dot"}:
+        return resolve_implementation(requested, nystrom=bool(mechanisms - {"dot", "distance"}))
     if requested in IMPLEMENTATIONS:
         return "eager" if "eager" in requested else "sdpa"
     takes_bias = requested in (None, "eager", "sdpa", "flex_attention")
@@ -169,10 +169,10 @@ class AttentionHeads(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.layer_idx = num_heads, hidden_size // num_heads, layer_idx
         self.num_key_value_groups = num_heads // (key_value_heads or num_heads)
-        source, target = key_value_size or hidden_size, num_heads // self.num_key_value_groups * self.head_dim
+        inputs, outputs = key_value_size or hidden_size, num_heads // self.num_key_value_groups * self.head_dim
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.k_proj = nn.Linear(source, target, bias=bias)
-        self.v_proj = nn.Linear(source, target, bias=bias)
+        self.k_proj = nn.Linear(inputs, outputs, bias=bias)
+        self.v_proj = nn.Linear(inputs, outputs, bias=bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def _project(self, hidden_states, key_value_states, position_embeddings, cache) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,16 +182,16 @@ class AttentionHeads(nn.Module):
         if cross and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return query, layer.keys, layer.values
-        source = hidden_states if key_value_states is None else key_value_states
-        key, value = self._heads(self.k_proj, source), self._heads(self.v_proj, source)
+        key_value_inputs = hidden_states if key_value_states is None else key_value_states
+        key, value = self._heads(self.k_proj, key_value_inputs), self._heads(self.v_proj, key_value_inputs)
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cross:
             cache.is_updated[self.layer_idx] = True
             return query, *cache.cross_attention_cache.update(key, value, self.layer_idx)
         if cache is not None:
-            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-            key, value = self._extend(own, key, value)
+            self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            key, value = self._extend(self_cache, key, value)
         return query, key, value
 
     def _heads(self, projection: nn.Linear, states: Tensor) -> Tensor:
@@ -266,22 +266,22 @@ class DistAttnAttention(AttentionHeads):
     def _attend(self, query, key, value, mask, position_bias, kwargs) -> tuple[Tensor, Tensor | None]:
         """Return ((B, N, H, d), weights or None) by the mechanism's module or by transformers' attention interface."""
         dropout_p = self.attention_dropout if self.training else 0.0
-        implementation, wanted = self.config._attn_implementation, weights_requested(kwargs)
-        ours = self.mechanism is not None or hasattr(self, "distattn")
-        if ours and implementation not in IMPLEMENTATIONS:
+        implementation, return_weights = self.config._attn_implementation, weights_requested(kwargs)
+        uses_own_attention = self.mechanism is not None or hasattr(self, "distattn")
+        if uses_own_attention and implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"config._attn_implementation was set to {implementation!r}, which would run dot-product attention in "
                 "place of the config's mechanism; call set_attn_implementation('sdpa' or 'eager') on the model"
             )
         if self.mechanism is not None:
             call = {"is_cross": self.is_cross_attention, "position_bias": position_bias, "dropout_p": dropout_p}
-            output, weights = self._by_mechanism(query, key, value, mask, return_weights=wanted, **call)
+            output, weights = self._by_mechanism(query, key, value, mask, return_weights=return_weights, **call)
             return output.transpose(1, 2), weights
-        if wanted and implementation not in _WITH_WEIGHTS:
+        if return_weights and implementation not in _WITH_WEIGHTS:
             raise ValueError(
                 f"output_attentions: attn_implementation={implementation!r} returns no weights; use 'sdpa' or 'eager'"
             )
-        if wanted and implementation == "sdpa":
+        if return_weights and implementation == "sdpa":
             implementation = IMPLEMENTATION  # the same attention, written out where weights are asked for
         if position_bias is not None:
             kwargs = {**kwargs, "position_bias": position_bias}

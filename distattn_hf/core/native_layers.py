@@ -32,16 +32,16 @@ class DistAttnMLP(nn.Module):
 
     def __init__(self, config: DistAttnConfig):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, intermediate_size, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         up = self.up_proj(hidden_states)
-        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return self.down_proj(inner)
+        intermediate = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(intermediate)
 
 
 class DistAttnLayer(GradientCheckpointingLayer):
@@ -122,8 +122,8 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
     unknown = [name for name in given if name not in _CALL_NAMES]
     if unknown and model.config._attn_implementation in _WITHOUT_ARGUMENTS:
         known = {*_CALL_NAMES, *inspect.signature(model.forward).parameters, "labels"}
-        close = get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ", which would do nothing"
+        suggestions = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {suggestions[0]!r}?" if suggestions else ", which would do nothing"
         raise ValueError(f"{type(model).__name__} takes no argument {unknown[0]!r}{hint}")
     config, is_causal = model.config, given.get("is_causal")
     # transformers makes the mask that the flag asks for where the model is a decoder; all its attention gets the flag.

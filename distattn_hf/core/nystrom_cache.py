@@ -133,9 +133,9 @@ class NystromLayer(CacheLayerMixin):
             for name in _TENSORS:
                 setattr(self, name, change(getattr(self, name)))
         if self.state is not None:
-            s = self.state
-            tensors = (s.total, s.weight, s.sink_key, s.sink_value, s.sink_position)
-            self.state = FarState(*map(change, tensors), s.length)
+            state = self.state
+            tensors = (state.total, state.weight, state.sink_key, state.sink_value, state.sink_position)
+            self.state = FarState(*map(change, tensors), state.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -153,10 +153,10 @@ class NystromLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors held."""
-        held = [getattr(self, name) for name in _TENSORS] if self.is_initialized else []
+        tensors = [getattr(self, name) for name in _TENSORS] if self.is_initialized else []
         if self.state is not None:
-            held += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held)
+            tensors += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class RefusesAssistance:
@@ -217,13 +217,13 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
             f"{type(layer).__name__} (a static, quantized or sliding cache). Leave cache_implementation at its default"
         )
     state = module.distattn
-    ours, exact = None, []
+    far_group, exact_heads = None, []
     for heads, group in state.parts():
         if isinstance(group, NystromParameters):
-            ours = group
+            far_group = group
         else:
-            exact.extend(heads)
-    new = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads, ours.spec.exact_below or 0)
+            exact_heads.extend(heads)
+    new = NystromLayer(far_group.spec.window_size, tuple(exact_heads), state.num_heads, far_group.spec.exact_below or 0)
     if layer.get_seq_length():
         new.start_from(layer.keys, layer.values)
     cache.layers[index] = new

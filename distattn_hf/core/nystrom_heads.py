@@ -84,15 +84,15 @@ def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple
 
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
-    layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
-    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, total):
+    layer, num_keys, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, num_keys):
         return _uncompiled()(state, query, key, value, call, attend)
-    if layer is None and call.is_causal and total > num_queries:
+    if layer is None and call.is_causal and num_keys > num_queries:
         raise RuntimeError(
-            f"causal Nyström attention got {total} keys for {num_queries} queries: the model has a cache that was "
+            f"causal Nyström attention got {num_keys} keys for {num_queries} queries: the model has a cache that was "
             f"not found, and that would keep every key. {version_note()}; pass use_cache=False"
         )
-    full_key, full_value, full_keep = key, value, key_padding(call.mask, query, total)
+    full_key, full_value, full_keep = key, value, key_padding(call.mask, query, num_keys)
     keep = full_keep
     if layer is not None:
         _check_options(layer, state)
@@ -103,28 +103,30 @@ def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple
     results = []
     for heads, group in state.parts():
         columns = [head // (state.num_heads // key.shape[1]) for head in heads]
-        own = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
+        own_call = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(_exact, attend, group)
         if not isinstance(group, NystromParameters):
-            results.append((heads, *exact(*full(), own)))
+            results.append((heads, *exact(*full(), own_call)))
             continue
-        few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
+        is_few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
-        if few is True:
-            output, weights = exact(*full(), own)
+        if is_few is True:
+            output, weights = exact(*full(), own_call)
             output = touched(group, output)
             if layer is not None:
-                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, own, total, layer.state))
+                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, own_call, num_keys, layer.state))
         else:
-            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, own, total, layer)
-            if few is not None:
-                output, weights = _put_rows(few, _few_rows(few, *full(), full_keep, own, exact), output, weights)
+            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, own_call, num_keys, layer)
+            if is_few is not None:
+                output, weights = _put_rows(
+                    is_few, _few_rows(is_few, *full(), full_keep, own_call, exact), output, weights
+                )
         results.append((heads, output, weights))
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
         # Padding after the last of so many tokens still sees no more than these.
-        may_forget = total > layer.exact_below and not layer.is_long
+        may_forget = num_keys > layer.exact_below and not layer.is_long
         if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
@@ -202,11 +204,11 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
         return None
     if num_keys > limit:
         seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
-        few = seen <= limit
-        if not bool(few.any()):
+        is_few = seen <= limit
+        if not bool(is_few.any()):
             return None
-        if not bool(few.all()):
-            return few
+        if not bool(is_few.all()):
+            return is_few
     if state.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(
             f"training on texts of at most exact_below={limit} tokens, which see exact attention alone: no landmark is "
@@ -232,7 +234,7 @@ def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: ModuleCall, ex
 
 def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Replace the rows of output and weights that `few` marks by those of `_few_rows`."""
-    items, *found = exact
+    items, *exact_results = exact
 
     def put(whole, part):
         if part is None:
@@ -242,7 +244,7 @@ def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None)
         part = torch.where(chosen, part.to(whole.dtype), rows[:, :, : part.shape[2]])
         return whole.index_copy(0, items, torch.cat([part, rows[:, :, part.shape[2] :]], dim=2))
 
-    return put(output, found[0]), put(weights, found[1])
+    return put(output, exact_results[0]), put(weights, exact_results[1])
 
 
 def _far_heads(group, query, key, value, keep, call: ModuleCall, num_keys: int, layer):

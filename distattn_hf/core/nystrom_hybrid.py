@@ -150,23 +150,23 @@ def _rows_at_once(inputs: HybridInputs) -> int:
 
 def _one_after_another(inputs: HybridInputs, rows: int) -> tuple[Tensor, FarState, Tensor]:
     """Run `hybrid_attention` of a causal problem `rows` queries at a time, passing the state on as between calls."""
-    x, reach = inputs, max(0, inputs.window_size - 1)
-    before = x.key.shape[2] - x.query.shape[2]
-    tensors = (x.key, x.value, x.far_key, x.keep[:, None, :, None])
-    held = [t[:, :, :before] for t in tensors]
-    new = zip(*((t[:, :, before:] if before else t).split(rows, dim=2) for t in tensors))
-    outputs, keeps, state = [], [], x.state
-    for query, far_query, *parts in zip(x.query.split(rows, dim=2), x.far_query.split(rows, dim=2), *zip(*new)):
-        key, value, far_key, keep = (torch.cat(pair, dim=2) for pair in zip(held, parts))
+    whole, reach = inputs, max(0, inputs.window_size - 1)
+    num_past = whole.key.shape[2] - whole.query.shape[2]
+    tensors = (whole.key, whole.value, whole.far_key, whole.keep[:, None, :, None])
+    previous = [t[:, :, :num_past] for t in tensors]
+    new = zip(*((t[:, :, num_past:] if num_past else t).split(rows, dim=2) for t in tensors))
+    outputs, keeps, state = [], [], whole.state
+    for query, far_query, *parts in zip(whole.query.split(rows, dim=2), whole.far_query.split(rows, dim=2), *zip(*new)):
+        key, value, far_key, keep = (torch.cat(pair, dim=2) for pair in zip(previous, parts))
         chunk = replace(
-            x, query=query, key=key, value=value, keep=keep[:, 0, :, 0], far_query=far_query, far_key=far_key,
+            whole, query=query, key=key, value=value, keep=keep[:, 0, :, 0], far_query=far_query, far_key=far_key,
             state=state,
         )  # fmt: skip
         output, state, near_keep = hybrid_attention(chunk)
         outputs.append(output)
-        keeps.append(near_keep[:, 0 if not keeps else held[0].shape[2] :])
+        keeps.append(near_keep[:, 0 if not keeps else previous[0].shape[2] :])
         keep = near_keep[:, None, :, None]
-        held = [t[:, :, max(0, t.shape[2] - reach) :] for t in (key, value, far_key, keep)]
+        previous = [t[:, :, max(0, t.shape[2] - reach) :] for t in (key, value, far_key, keep)]
     return torch.cat(outputs, dim=2), state, torch.cat(keeps, dim=1)
 
 
@@ -201,20 +201,20 @@ def take_sinks(inputs: HybridInputs) -> tuple[FarState, Tensor]:
     state = inputs.state or empty_state(inputs)
     if not inputs.num_sinks or (inputs.state is not None and surely((state.sink_position != NOWHERE).all())):
         return state, torch.zeros_like(inputs.keep)
-    known = (state.sink_position != NOWHERE).sum(-1, keepdim=True)
-    number = inputs.keep.cumsum(-1) - 1 + known
+    num_known = (state.sink_position != NOWHERE).sum(-1, keepdim=True)
+    number = inputs.keep.cumsum(-1) - 1 + num_known
     is_sink = inputs.keep & (number < inputs.num_sinks)
     # (B, s, M): key j is sink number r.
     match = is_sink[:, None] & (number[:, None] == torch.arange(inputs.num_sinks, device=number.device)[:, None])
-    found, place = match.any(-1), match.int().argmax(-1)
-    chosen = place[:, None, :, None]
+    is_filled, key_index = match.any(-1), match.int().argmax(-1)
+    chosen = key_index[:, None, :, None]
 
     def fill(slots, tensor):
-        taken = tensor.gather(2, chosen.expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
-        return torch.where(found[:, None, :, None], taken, slots)
+        sink_keys = tensor.gather(2, chosen.expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
+        return torch.where(is_filled[:, None, :, None], sink_keys, slots)
 
     sinks = fill(state.sink_key, inputs.key), fill(state.sink_value, inputs.value)
-    position = torch.where(found, place + state.length, state.sink_position)
+    position = torch.where(is_filled, key_index + state.length, state.sink_position)
     return FarState(state.total, state.weight, *sinks, position, state.length), is_sink
 
 
@@ -275,28 +275,28 @@ class _Blocks:
 
     def _part(self, start: int, query, far_query, key, value, far_key, keep, *sums: Tensor) -> Tensor:
         """Return (B, H, blocks, C, d_v) of some blocks, the first of which is number `start`."""
-        x = self.inputs
-        seen = self.relative <= 0 if x.is_causal else torch.ones_like(self.relative, dtype=torch.bool)
-        near = (self.relative.abs() < x.window_size) & seen & keep[:, :, :, None]
+        inputs = self.inputs
+        seen = self.relative <= 0 if inputs.is_causal else torch.ones_like(self.relative, dtype=torch.bool)
+        near = (self.relative.abs() < inputs.window_size) & seen & keep[:, :, :, None]
         logits = query @ key
-        if x.bias is not None:
-            logits = logits + x.bias.at(self.relative)[:, None]
+        if inputs.bias is not None:
+            logits = logits + inputs.bias.at(self.relative)[:, None]
         logits = logits.masked_fill(~near, float("-inf"))
         sinks = self._sink_logits(query, start)
         tops = [t.amax(-1, keepdim=True) for t in (logits, sinks) if t.shape[-1]] + [self._top(far_query)]
         shift = torch.stack(tops).amax(0).detach()
 
         weights, sinks, far_query = ((t - shift).exp() for t in (logits, sinks, far_query))
-        far = ((self.relative.abs() >= x.window_size) & seen)[:, : self.far_local]
+        far = ((self.relative.abs() >= inputs.window_size) & seen)[:, : self.far_local]
         # Far keys that are not kept are zero.
         far_weights = (far_query @ far_key[..., : self.far_local]) * far
-        if x.bias is not None:
-            side = self.relative[:, : self.far_local].sign() * x.window_size
-            far_weights = far_weights * x.bias.at(side).exp()[:, None]
+        if inputs.bias is not None:
+            side = self.relative[:, : self.far_local].sign() * inputs.window_size
+            far_weights = far_weights * inputs.bias.at(side).exp()[:, None]
         weights = weights + F.pad(far_weights, (0, self.local - self.far_local))
-        drop = partial(_drop, x.dropout_p)
+        drop = partial(_drop, inputs.dropout_p)
         output, total = drop(weights) @ value.transpose(-1, -2), weights.sum(-1, keepdim=True)
-        if x.num_sinks:
+        if inputs.num_sinks:
             output = output + drop(sinks) @ self.state.sink_value[:, :, None]
             total = total + sinks.sum(-1, keepdim=True)
         for values, masses, (_, _, factor) in zip(sums[::2], sums[1::2], self.sums):
@@ -313,26 +313,26 @@ class _Blocks:
 
     def _sink_logits(self, query: Tensor, start: int) -> Tensor:
         """Return the logits of the sinks, (B, H, blocks, C, s)."""
-        state, x = self.state, self.inputs
+        state, inputs = self.state, self.inputs
         logits = query @ state.sink_key[:, :, None].transpose(-1, -2)
         position = torch.arange(query.shape[2] * self.width, device=query.device).view(-1, self.width, 1)
         relative = state.sink_position[:, None, None, None] - (position + self.first + start * self.width)
-        if x.bias is not None:
-            logits = logits + x.bias.at(relative.squeeze(1)).transpose(0, 1)
-        hidden = relative > 0 if x.is_causal else (state.sink_position == NOWHERE)[:, None, None, None]
+        if inputs.bias is not None:
+            logits = logits + inputs.bias.at(relative.squeeze(1)).transpose(0, 1)
+        hidden = relative > 0 if inputs.is_causal else (state.sink_position == NOWHERE)[:, None, None, None]
         return logits.masked_fill(hidden, float("-inf"))
 
     def _distant_sums(self, far_key: Tensor):
         """Return (Σ far_key vᵀ, Σ far_key, factor) of keys outside each block's own: behind it, and ahead of it."""
-        x = self.inputs
+        inputs = self.inputs
         behind, ahead = None, None
-        if x.bias is not None:
-            behind, ahead = (b.exp()[:, None, None, None] for b in (x.bias.behind, x.bias.ahead))
+        if inputs.bias is not None:
+            behind, ahead = (b.exp()[:, None, None, None] for b in (inputs.bias.behind, inputs.bias.ahead))
         sums, masses = self._block_sums(far_key, -self.left)
         sums = torch.cat([self.state.total[:, :, None], sums[:, :, :-1]], dim=2).cumsum(2)
         masses = torch.cat([self.state.weight[:, :, None], masses[:, :, :-1]], dim=2).cumsum(2)
         yield sums, masses, behind
-        if not x.is_causal:
+        if not inputs.is_causal:
             sums, masses = self._block_sums(far_key, self.local - self.left)
             yield sums.flip(2).cumsum(2).flip(2), masses.flip(2).cumsum(2).flip(2), ahead
 

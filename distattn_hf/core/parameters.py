@@ -94,10 +94,10 @@ class HeadParameters(nn.Module):
         if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
-        found = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
+        reported = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
         if self.transform != "none" and not get_metric(self.metric).scale_free:
-            found["alpha"] = self.log_alpha.float().exp().tolist()
-        return {name: values and [round(value, 6) for value in values] for name, values in found.items()}
+            reported["alpha"] = self.log_alpha.float().exp().tolist()
+        return {name: values and [round(value, 6) for value in values] for name, values in reported.items()}
 
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Map query (B, H, N, d) and key (B, H, M, d) to what the distance is taken of, in at least float32."""
@@ -231,11 +231,11 @@ class DistanceAttentionState(nn.Module):
 
     def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
         """Return (heads, their parameters); heads of no spec come last, with None: dot-product attention."""
-        everything = range(self.num_heads)
-        parts = [(list(everything if h is None else h), g) for h, g in zip(self.head_lists, self.groups, strict=True)]
+        all_heads = range(self.num_heads)
+        parts = [(list(all_heads if h is None else h), g) for h, g in zip(self.head_lists, self.groups, strict=True)]
         converted = {head for heads, _ in parts for head in heads}
-        rest = [head for head in everything if head not in converted]
-        return [*parts, (rest, None)] if rest else parts
+        unclaimed_heads = [head for head in all_heads if head not in converted]
+        return [*parts, (unclaimed_heads, None)] if unclaimed_heads else parts
 
 
 # ------------------------------------------------------ options that no fit depends on: set on a converted model

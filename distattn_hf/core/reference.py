@@ -37,13 +37,13 @@ def reference_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 def exact_keys(inputs: HybridInputs, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (key minus query position (n, M), which keys some queries see (B, 1, n, M), which of these exactly)."""
-    x, device = inputs, inputs.query.device
-    key_numbers = torch.arange(x.key.shape[2], device=device)
+    problem, device = inputs, inputs.query.device
+    key_numbers = torch.arange(problem.key.shape[2], device=device)
     relative = key_numbers - torch.arange(start, stop, device=device)[:, None]
-    seen = (relative <= 0) if x.is_causal else torch.ones_like(relative, dtype=torch.bool)
-    seen = seen & x.keep[:, None, None, :]
-    position = take_sinks(replace(x, state=None))[0].sink_position
-    exact = (relative.abs() < x.window_size) | (key_numbers == position[..., None]).any(1)[:, None, None, :]
+    seen = (relative <= 0) if problem.is_causal else torch.ones_like(relative, dtype=torch.bool)
+    seen = seen & problem.keep[:, None, None, :]
+    position = take_sinks(replace(problem, state=None))[0].sink_position
+    exact = (relative.abs() < problem.window_size) | (key_numbers == position[..., None]).any(1)[:, None, None, :]
     return relative, seen, exact & seen
 
 
@@ -51,18 +51,18 @@ def hybrid_rows(inputs: HybridInputs, start: int, stop: int) -> Tensor:
     """Return the weights (B, H, n, M) of queries start to stop: exp(q·k + bias) of the keys that `exact_keys` names,
     and Σ_a exp(far_query_ia)·far_key_ja·exp(bias) of the others, over their sum. Only without a state.
     """
-    x = inputs
-    relative, seen, exact = exact_keys(x, start, stop)
-    logits, far = x.query[:, :, start:stop] @ x.key.mT, x.far_query[:, :, start:stop]
+    problem = inputs
+    relative, seen, exact = exact_keys(problem, start, stop)
+    logits, far = problem.query[:, :, start:stop] @ problem.key.mT, problem.far_query[:, :, start:stop]
     far_bias = torch.zeros_like(logits[:1])
-    if x.bias is not None:
-        far_bias = x.bias.at(relative)[None]
+    if problem.bias is not None:
+        far_bias = problem.bias.at(relative)[None]
         logits = logits + far_bias
     shift = torch.maximum(
         logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True),
         far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
     )
-    far = (far - shift).exp() @ x.far_key.mT * far_bias.exp()
+    far = (far - shift).exp() @ problem.far_key.mT * far_bias.exp()
     weights = torch.where(exact, (logits - shift).exp(), far) * seen
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total != 0, total, 1.0)

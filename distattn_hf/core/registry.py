@@ -18,10 +18,10 @@ class Registry:
     def register(self, name: str, entry: object, *, aliases: tuple[str, ...] = (), overwrite: bool = False) -> object:
         """Add `entry` under `name` and `aliases`; raises `ValueError` for a taken name unless `overwrite`."""
         names = [name.lower(), *(alias.lower() for alias in aliases)]
-        taken = [n for n in names if n in self._entries or n in self._aliases]
-        if taken and not overwrite:
-            raise ValueError(f"{self.kind} {taken[0]!r} is already registered; pass overwrite=True to replace it")
-        for taken_name in taken:
+        taken_names = [n for n in names if n in self._entries or n in self._aliases]
+        if taken_names and not overwrite:
+            raise ValueError(f"{self.kind} {taken_names[0]!r} is already registered; pass overwrite=True to replace it")
+        for taken_name in taken_names:
             self._aliases.pop(taken_name, None)
         self._entries[names[0]] = entry
         self._aliases.update(dict.fromkeys(names[1:], names[0]))

@@ -52,9 +52,9 @@ class RelativeBias:
 
     def window(self, window_size: int, num_keys: int, is_causal: bool) -> WindowBias:
         """Return the bias as a table; raises `ValueError` unless it is constant from window_size on, in num_keys."""
-        furthest = max(num_keys - 1, window_size)
-        ends = self._buckets(torch.tensor([-furthest, -window_size, window_size, furthest])).tolist()
-        if ends[0] != ends[1] or (not is_causal and ends[2] != ends[3]):
+        largest = max(num_keys - 1, window_size)
+        end_buckets = self._buckets(torch.tensor([-largest, -window_size, window_size, largest])).tolist()
+        if end_buckets[0] != end_buckets[1] or (not is_causal and end_buckets[2] != end_buckets[3]):
             raise ValueError(_TOO_SMALL.format(window_size))
         table = self.at(torch.arange(-window_size, window_size + 1, device=self.device))
         table = table if table.dtype == torch.float64 else table.float()

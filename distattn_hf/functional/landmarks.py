@@ -75,8 +75,8 @@ def select_landmarks(
     if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number > 0, got {scaling!r}")
     if not isinstance(points, Tensor) or points.dim() < 2 or not points.is_floating_point():
-        got = f"{points.dtype} {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
-        raise ValueError(f"points must be a floating-point tensor (..., N, d), got {got}")
+        received = f"{points.dtype} {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
+        raise ValueError(f"points must be a floating-point tensor (..., N, d), got {received}")
     lead, (length, width) = points.shape[:-2], points.shape[-2:]
     keep = torch.ones((), dtype=torch.bool, device=points.device) if keep is None else keep
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
@@ -172,8 +172,8 @@ def _draw(weights: Tensor, spare: Tensor, uniform: Tensor) -> Tensor:
 
     The first i with w_1 + … + w_i > u·Σw, for weights rounded to 30 bits below the largest, so that sums are exact.
     """
-    top = weights.amax(-1, keepdim=True)
-    shares = torch.where(top > 0, (weights / top * 2.0**_SUM_BITS).floor(), spare.double()).long()
+    largest = weights.amax(-1, keepdim=True)
+    shares = torch.where(largest > 0, (weights / largest * 2.0**_SUM_BITS).floor(), spare.double()).long()
     cumulative = shares.cumsum(-1)
     total = cumulative[:, -1:]
     target = torch.minimum((total * uniform.double()).floor().long(), total - 1)
@@ -268,8 +268,8 @@ def _uniform(points, keep, num_landmarks, scaling, seed):
 @register_landmark_strategy("random")
 def _random(points, keep, num_landmarks, scaling, seed):
     """Draw kept points uniformly without replacement (Williams and Seeger, 2001)."""
-    nothing = torch.zeros_like(keep, dtype=torch.float64)
-    return _take(points, _sample(keep, num_landmarks, seed, nothing, lambda index: nothing))
+    no_weights = torch.zeros_like(keep, dtype=torch.float64)
+    return _take(points, _sample(keep, num_landmarks, seed, no_weights, lambda index: no_weights))
 
 
 def _kmeans_starts(grid: Tensor, keep: Tensor, num_landmarks: int, seed: int) -> Tensor:
@@ -351,9 +351,9 @@ class PivotedCholesky:
         """Eliminate pivots (G,); returns the residual diagonal r (G, N) as sampling weights, 0 for covered points."""
         distance = self.distance(_take(self.grid, index[:, None]))
         column = (torch.exp(-self.rate * distance) * self.one).round()
-        done = self.factor[:, : self.pivots]
-        at_pivot = torch.take_along_dim(done, index[:, None, None], dim=2)
-        column = column - (at_pivot.mT @ done)[:, 0]
+        rows = self.factor[:, : self.pivots]
+        at_pivot = torch.take_along_dim(rows, index[:, None, None], dim=2)
+        column = column - (at_pivot.mT @ rows)[:, 0]
         pivot = self.residual.gather(1, index[:, None])
         floor = _COVERED * self.one
         row = torch.where(pivot > floor, (column / pivot.clamp_min(floor).sqrt()).round(), 0.0)

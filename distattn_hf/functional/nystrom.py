@@ -84,8 +84,8 @@ def nystrom_attention(
     dtype = value.dtype
     if 0 in query.shape or 0 in key.shape:
         # No queries, or none of them sees anything; sums of nothing carry the gradient.
-        nothing = 0.0 * (query.sum() + key.sum() + value.sum())
-        return value.new_zeros(*query.shape[:3], value.shape[-1]) + nothing.to(dtype)
+        zero = 0.0 * (query.sum() + key.sum() + value.sum())
+        return value.new_zeros(*query.shape[:3], value.shape[-1]) + zero.to(dtype)
     with without_autocast(query.device.type):
         query, key, value = (t.float() if t.dtype in HALF else t for t in (query, key, value))
         if not bool(keep.all()):
@@ -242,8 +242,8 @@ def _check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
     if not window_size:
         raise ValueError("position_bias needs window_size >= 1: from there on it is constant")
     for name, shape in (("near", (heads, 2 * window_size - 1)), ("behind", (heads,)), ("ahead", (heads,))):
-        if (given := tuple(getattr(bias, name).shape)) != shape:
-            raise ValueError(f"position_bias.{name} must have shape {shape}, got {given}")
+        if (actual_shape := tuple(getattr(bias, name).shape)) != shape:
+            raise ValueError(f"position_bias.{name} must have shape {shape}, got {actual_shape}")
 
 
 def _check(

@@ -153,11 +153,11 @@ def far_sums(key, value, keep, landmarks, heights, offset, radius, weight) -> tu
     (B or 1, H, m), radius (B, H) or None, weight w (H,).
     """
     batch, rank, value_dim = len(key), landmarks.shape[-2], value.shape[-1]
-    fill, twice = -rank % ALIGNMENT, 2 * weight[:, None, None]
+    fill, double_weight = -rank % ALIGNMENT, 2 * weight[:, None, None]
     key, value = _rows(key), _rows(value)
-    map = F.pad((landmarks * twice).mT, (0, 0, 0, key.shape[-1] - landmarks.shape[-1]))
+    scaled_landmarks = F.pad((landmarks * double_weight).mT, (0, 0, 0, key.shape[-1] - landmarks.shape[-1]))
     tensors = {
-        "map": _columns(map, batch, fill), "lift": _columns(heights * twice[..., 0], batch, fill),
+        "map": _columns(scaled_landmarks, batch, fill), "lift": _columns(heights * double_weight[..., 0], batch, fill),
         "offset": _columns(offset, batch, fill, float("-inf")), "weight": weight.contiguous(),
         "keep": keep.contiguous(), "radius": None if radius is None else radius.contiguous(),
     }  # fmt: skip

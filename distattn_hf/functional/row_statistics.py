@@ -45,8 +45,8 @@ class RowStatistics:
         query_keep: bool, broadcastable to (..., N): the queries that are no padding. None: all.
         """
         counted = self.counted(query_keep)
-        total = counted.sum(-1)
-        return {name: torch.where(counted, getattr(self, name), 0.0).sum(-1) / total for name in ROW_NUMBERS}
+        num_rows = counted.sum(-1)
+        return {name: torch.where(counted, getattr(self, name), 0.0).sum(-1) / num_rows for name in ROW_NUMBERS}
 
 
 def row_statistics(
@@ -81,7 +81,7 @@ def row_statistics(
         weights = weights.masked_fill(~keep, 0.0)
     query_positions = _positions("query_positions", query_positions, num_queries, weights)
     key_positions = _positions("key_positions", key_positions, num_keys, weights)
-    apart = (query_positions[..., :, None] - key_positions[..., None, :]).abs()
+    separation = (query_positions[..., :, None] - key_positions[..., None, :]).abs()
     smallest = torch.finfo(weights.dtype).tiny
     length = torch.linalg.vector_norm(weights, dim=-1).clamp_min(smallest)
     root = counts.sqrt()
@@ -91,7 +91,7 @@ def row_statistics(
         entropy=-(weights * weights.clamp_min(smallest).log()).sum(-1),
         sparsity=torch.where(alive & (counts > 1), sparsity, 0.0),
         maximum=weights.amax(-1) if num_keys else weights.sum(-1),
-        distance=(weights * apart).sum(-1),
+        distance=(weights * separation).sum(-1),
         num_keys=torch.where(alive, counts, 0).long(),
     )
 
@@ -99,7 +99,7 @@ def row_statistics(
 def _check_keep(keep: Tensor, weights: Tensor) -> None:
     """Raise `ValueError` unless keep is bool and broadcasts to the weights without making them larger."""
     fits = keep.dim() <= weights.dim() and all(
-        have in (1, want) for have, want in zip(reversed(keep.shape), reversed(weights.shape))
+        keep_size in (1, weight_size) for keep_size, weight_size in zip(reversed(keep.shape), reversed(weights.shape))
     )
     if keep.dtype != torch.bool or not fits or keep.dim() == 0 or keep.shape[-1] != weights.shape[-1]:
         raise ValueError(

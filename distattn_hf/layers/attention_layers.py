@@ -99,8 +99,8 @@ class DistanceAttentionConfig:
         for name in ("lam", "temperature", "logit_clip", "layer_norm_eps"):
             value = getattr(self, name)
             optional = name in ("lam", "logit_clip")
-            good = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
-            if not good and not (optional and value is None):
+            is_valid = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+            if not is_valid and not (optional and value is None):
                 raise ValueError(f"{name} must be a positive finite number{' or None' * optional}, got {value!r}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, Real) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
@@ -245,24 +245,24 @@ class DistanceBasedAttention(ProjectedAttention):
         dropout_p = config.dropout if self.training else 0.0
         is_causal = self.is_causal and num_queries > 1
         scaling = self.head_dim**-0.5 / config.temperature
-        own = type(self).compute_distance_matrix is not DistanceBasedAttention.compute_distance_matrix
-        wanted = output_attentions or config.detect_collapse
+        custom = type(self).compute_distance_matrix is not DistanceBasedAttention.compute_distance_matrix
+        needs_weights = output_attentions or config.detect_collapse
         keep = None
-        if own or config.logit_clip is not None or config.detect_collapse or (is_causal and num_queries != num_keys):
+        if custom or config.logit_clip is not None or config.detect_collapse or (is_causal and num_queries != num_keys):
             keep, bias = split_mask(mask, (*query.shape[:3], num_keys))
             if is_causal:
                 triangle = causal_keep(num_queries, num_keys, query.device, offset=num_keys - num_queries)[None, None]
                 keep, is_causal = triangle if keep is None else keep & triangle, False
             mask, position_bias = keep, add_bias(position_bias, bias)
-        if own or config.logit_clip is not None:
+        if custom or config.logit_clip is not None:
             output, weights = self._written_out(query, key, value, keep, position_bias, scaling, dropout_p)
         else:
             result = distance_attention(
                 query, key, value, metric=config.metric, lam=self.lam, p=config.p, scaling=scaling, mask=mask,
                 position_bias=position_bias, is_causal=is_causal, dropout_p=dropout_p,
-                backend="auto" if wanted else config.backend, return_weights=wanted,
+                backend="auto" if needs_weights else config.backend, return_weights=needs_weights,
             )  # fmt: skip
-            output, weights = result if wanted else (result, None)
+            output, weights = result if needs_weights else (result, None)
         if config.detect_collapse:
             self._warn_of_collapse(weights.detach(), keep)
         return output, weights
@@ -282,9 +282,9 @@ class DistanceBasedAttention(ProjectedAttention):
                 keep = open_entries if keep is None else keep & open_entries
                 logits = logits + bias
             if self.config.logit_clip is not None:
-                seen = logits if keep is None else logits.masked_fill(~keep, float("-inf"))
-                top = seen.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min / 2)
-                logits = torch.maximum(logits, top - self.config.logit_clip)
+                kept_logits = logits if keep is None else logits.masked_fill(~keep, float("-inf"))
+                row_maximum = kept_logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min / 2)
+                logits = torch.maximum(logits, row_maximum - self.config.logit_clip)
             weights = masked_softmax(logits, None if keep is None else keep.expand(expected))
             output = F.dropout(weights, dropout_p) @ value.to(dtype)
         return output.to(value.dtype), weights

@@ -117,10 +117,10 @@ class DistanceDecoderLayer(Monitored, nn.Module):
 
         past_key_values: a transformers `EncoderDecoderCache`, or a `DynamicCache` for self-attention alone.
         """
-        rest = {"past_key_values": past_key_values, "output_attentions": output_attentions}
-        own = self.self_attention(hidden_states, None, attention_mask, position_bias=position_bias, **rest)
-        hidden_states, own_weights = own if output_attentions else (own, None)
-        cross = self.cross_attention(hidden_states, encoder_hidden_states, encoder_attention_mask, **rest)
+        options = {"past_key_values": past_key_values, "output_attentions": output_attentions}
+        self_result = self.self_attention(hidden_states, None, attention_mask, position_bias=position_bias, **options)
+        hidden_states, own_weights = self_result if output_attentions else (self_result, None)
+        cross = self.cross_attention(hidden_states, encoder_hidden_states, encoder_attention_mask, **options)
         hidden_states, cross_weights = cross if output_attentions else (cross, None)
         hidden_states = self.feed_forward(hidden_states)
         return (hidden_states, (own_weights, cross_weights)) if output_attentions else hidden_states
@@ -145,8 +145,8 @@ class _Stack(Monitored, nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, *args, output_attentions=output_attentions, **kwargs)
             if output_attentions:
-                hidden_states, found = hidden_states
-                weights.append(found)
+                hidden_states, layer_weights = hidden_states
+                weights.append(layer_weights)
         hidden_states = self.norm(hidden_states)
         return (hidden_states, tuple(weights)) if output_attentions else hidden_states
 

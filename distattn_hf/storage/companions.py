@@ -71,20 +71,20 @@ def copy_companions(source: Source, target: Path) -> list[str]:
     The folders that `modules.json` names (sentence-transformers) are copied whole, weights included. Returns the names
     left behind, but for those that `target` has under the same name.
     """
-    own = _module_folders(source.path(MODULES)) if MODULES in source.names else ()
-    left = [source.note] if source.note else []
+    module_folders = _module_folders(source.path(MODULES)) if MODULES in source.names else ()
+    left_out = [source.note] if source.note else []
     links = {name: why for name, why in source.links.items() if not (is_hidden(name) or (target / name).exists())}
-    left += [f"{name} ({why})" for name, why in links.items()]
+    left_out += [f"{name} ({why})" for name, why in links.items()]
     for name in source.names:
-        place = target / name
-        if place.exists() or is_hidden(name):
+        target_file = target / name
+        if target_file.exists() or is_hidden(name):
             continue
-        if any(Path(folder) in Path(name).parents for folder in own) or goes_along(name):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path(name), place)
+        if any(Path(folder) in Path(name).parents for folder in module_folders) or goes_along(name):
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path(name), target_file)
         else:
-            left.append(name)
-    return left
+            left_out.append(name)
+    return left_out
 
 
 def _module_folders(modules: Path) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ def describe_source(source: Source) -> dict:
 def _metadata(source: Source) -> dict:
     if CARD_NAME in source.names:
         card = ModelCard.load(source.path(CARD_NAME), ignore_metadata_errors=True)
-        if "license" in (found := card_metadata(card.data.to_dict())):
-            return {**found, "from": CARD_NAME}
+        if "license" in (metadata := card_metadata(card.data.to_dict())):
+            return {**metadata, "from": CARD_NAME}
     for name in source.names:
         if fnmatchcase(name, "LICEN[SC]E*"):
             text = source.path(name).read_text(encoding="utf-8", errors="replace")

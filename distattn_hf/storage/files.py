@@ -58,25 +58,25 @@ def list_files(folder: Path) -> tuple[list[str], dict[str, str]]:
     links. What any other link shows was never part of the checkpoint, and is nothing to copy or publish.
     """
     root = Path(os.path.realpath(folder))
-    files, left = [], {}
+    files, not_followed = [], {}
 
     def visit(place: Path, above: frozenset[Path]) -> None:
         for entry in sorted(place.iterdir()):
             # Not `Path.resolve`, which raises for a link to itself.
             name, target = entry.relative_to(folder).as_posix(), Path(os.path.realpath(entry))
             if not target.exists():
-                left[name] = "a link to nothing"
+                not_followed[name] = "a link to nothing"
             elif not (target.is_relative_to(root) or (target.is_file() and _is_blob(target))):
-                left[name] = "a link out of the folder"
+                not_followed[name] = "a link out of the folder"
             elif target in above:
-                left[name] = "a link to a folder that it is in"
+                not_followed[name] = "a link to a folder that it is in"
             elif target.is_dir():
                 visit(entry, above | {target})
             elif target.is_file():
                 files.append(name)
 
     visit(folder, frozenset({root}))
-    return sorted(files), left
+    return sorted(files), not_followed
 
 
 def _is_blob(target: Path) -> bool:

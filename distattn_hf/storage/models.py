@@ -70,8 +70,8 @@ def _class_of(config) -> type:
             # The base model of a head class, saved alone by a version that let transformers name its own class.
             name = CLASS_PREFIX + name
         for module in (transformers, modeling_distattn, modeling_distattn_seq2seq, modeling_converted):
-            if (found := getattr(module, name, None)) is not None:
-                return found
+            if (model_class := getattr(module, name, None)) is not None:
+                return model_class
     return AutoModel
 
 
@@ -154,14 +154,14 @@ def rebuild(model_class: type, config, state_dict: dict) -> PreTrainedModel:
     """
     state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
     name_or_path = config.name_or_path
-    shown = logging.is_progress_bar_enabled()
+    progress_bar_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=state_dict, dtype=config.dtype or torch.float32, output_loading_info=True
         )
     finally:
-        if shown:
+        if progress_bar_enabled:
             logging.enable_progress_bar()
     model.name_or_path = model.config.name_or_path = name_or_path
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

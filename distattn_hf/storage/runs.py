@@ -59,20 +59,20 @@ class RunFolder:
         file = self.path / ARGUMENTS
         if not file.is_file() or all(path.name in _NOTHING for path in self.path.iterdir()):
             return
-        before, say = json.loads(file.read_text(encoding="utf-8")), f"output_dir {str(self.path)!r} holds a run with"
-        begun = any((self.path / stage).exists() for stage in stages)
-        free = {*_MAY_CHANGE, *may_change, *(() if begun else until_begun), *(("stages",) if stages else ())}
-        changed = {k for k in {*before, *self.values} - free if before.get(k) != self.values.get(k)}
+        before, prefix = json.loads(file.read_text(encoding="utf-8")), f"output_dir {str(self.path)!r} holds a run with"
+        has_begun = any((self.path / stage).exists() for stage in stages)
+        may_differ = {*_MAY_CHANGE, *may_change, *(() if has_begun else until_begun), *(("stages",) if stages else ())}
+        changed = {k for k in {*before, *self.values} - may_differ if before.get(k) != self.values.get(k)}
         if changed:
             key = min(changed)
             raise ValueError(
-                f"{say} {key}={before.get(key)!r}, now {self.values.get(key)!r} ({len(changed)} arguments differ); "
+                f"{prefix} {key}={before.get(key)!r}, now {self.values.get(key)!r} ({len(changed)} arguments differ); "
                 "give another output_dir or remove that one"
             )
         earlier = before.get("stages", ["transfer"])
-        if begun and self.values["stages"][: len(earlier)] != earlier:
+        if has_begun and self.values["stages"][: len(earlier)] != earlier:
             raise ValueError(
-                f"{say} stages={earlier!r}, to which stages may be added at the end, now "
+                f"{prefix} stages={earlier!r}, to which stages may be added at the end, now "
                 f"{self.values['stages']!r}; give another output_dir or remove that one"
             )
 
@@ -132,15 +132,15 @@ def last_checkpoint(folder: str | Path, driver: str = TRAINER_STATE) -> Path | N
     """
     if old := next(Path(folder).glob("state-*"), None):
         raise ValueError(f"{str(old)!r} is of an unfinished run of an older version; remove {str(folder)!r}")
-    found = []
+    checkpoints = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         for other in _SAVED_BY.keys() - {driver}:
             if number and (path / other).is_file() and not (path / driver).is_file():
                 raise ValueError(f"{str(path)!r} was saved by {_SAVED_BY[other]}: go on with that, or remove it")
         if number and _is_complete(path / driver):
-            found.append((int(number[1]), path))
-    return max(found)[1] if found else None
+            checkpoints.append((int(number[1]), path))
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def remove_checkpoints(folder: str | Path, keep: Path | None = None) -> None:
