@@ -258,7 +258,7 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
             rows = data.draw([data.fit_sequences[i] for i in order], options.rows, generator)
             loss = rows.divergence(group).clamp_min(options.divergence_budget).sum()
             if "log_alpha" in candidates:
-                # Within the budget nothing else pulls on a head, and α rises towards fully Euclidean.
+                # Within the budget no other term acts on a head, and α rises towards fully Euclidean.
                 loss = loss - _ALPHA_PULL * group.log_alpha.sum()
             optimizer.zero_grad()
             loss.backward()
@@ -330,7 +330,7 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
             if len(results) == len(names):
                 raise _AllFittedError
             if state.is_nystrom:
-                # What it loses, the layers above are fitted on.
+                # The layers above are fitted on the far field's output, errors included.
                 return nystrom_forward(state, query, key, value, replace(call, backend=None), attend)[0]
         return teacher_attention(query, key, value, call)
 

@@ -97,7 +97,7 @@ def run_attention(
     inputs: AttentionInputs, backend: str = "auto", return_weights: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run `distance_attention` on inputs that are already checked; converted models call this at every layer."""
-    # Distances and softmax are a full-precision island: autocast would take the matmuls inside back to half.
+    # Distances and softmax need full precision: autocast would run their matmuls in half precision.
     with without_autocast(inputs.query.device.type):
         if return_weights:
             if backend not in ("auto", "reference"):

@@ -21,7 +21,7 @@ OPTIONS = {"exact_below": "nystrom", "window_size": "nystrom", "backend": "dista
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-# exact_below: None stays, which `convert` decides.
+# exact_below stays None, for `convert` to decide.
 _NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None}
 
 
@@ -196,7 +196,7 @@ def _is_number(value) -> bool:
 
 def _indices(field: str, value, pattern_allowed: bool):
     if isinstance(value, str) and re.fullmatch(r"[\d\s,-]+", value):
-        # Numbers are meant, so this is no glob that happens to match nothing.
+        # Digits only: raise for a mistake in the numbers, rather than match nothing as a glob.
         numbers = numeric_pattern(value)
         if not numbers:
             raise ValueError(f"{field} must be numbers and ranges such as '0-2,5', got {value!r}")

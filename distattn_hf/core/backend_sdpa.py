@@ -37,7 +37,7 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     dtype, value_size = inputs.value.dtype, inputs.value.shape[-1]
     is_plain = inputs.metric.name in ("lifted_sqeuclidean", "dot") and not isinstance(inputs.lam, Tensor)
     if not is_plain and not _on_cuda(inputs):
-        # Half precision would round the norms, and is no faster on the CPU; the bare form stays as it is.
+        # Half precision would round the norms, and is no faster on the CPU; the plain form is left as it is.
         inputs = inputs.in_full_precision()
     work_dtype = inputs.value.dtype
     query, key = inputs.query, inputs.key
@@ -209,7 +209,7 @@ def _forward(query, key, value, lam, mask, scaling, is_causal) -> tuple[Tensor, 
         q, k = query[query_part], key[key_part]
         if unit_key is None or unit_key.shape != k.shape:
             unit_key = torch.empty_like(k, memory_format=torch.contiguous_format)
-        # Until a part's output is there, its place holds the normalised queries.
+        # The output's memory holds the normalised queries until the part's output is written.
         q = torch.mul(q, lam[query_part[1]] / _norm(q), out=output[query_part])
         k = torch.div(k, _norm(k), out=unit_key)
         options = {"attn_mask": _mask_of(mask, query_part), "scale": scaling}

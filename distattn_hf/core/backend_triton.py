@@ -158,7 +158,7 @@ class _Attention(torch.autograd.Function):
         grad_query = grad_key = grad_value = grad_slope = grad_bias = None
         with _on(query.device):
             if needs_query or needs_slope or needs_bias:
-                # The kernels add up gradients of queries and keys coordinate by coordinate, so these are laid out so.
+                # The kernels add gradients of queries and keys coordinate by coordinate, so these are stored that way.
                 grad_query = out.new_zeros(batch, heads, head_dim, num_queries)
                 grad_slope = out.new_zeros(batch, heads, num_queries)
                 if needs_bias:
@@ -198,7 +198,7 @@ def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[
     if ctx.metric != "l2":
         query, key = _by_coordinates(query), _by_coordinates(key)
     shape = (batch, heads, num_queries, num_keys)
-    # A pointer that is not read must still be one.
+    # Unused pointer arguments must still be valid tensors.
     tensors = (
         query,
         key,

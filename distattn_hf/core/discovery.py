@@ -137,7 +137,7 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
             if spec.mechanism == "nystrom":
                 _refuse_pattern(name, candidates)
             entry = chosen.setdefault(name, {**candidates[name], "groups": []})
-            # The model's config says it, and may change.
+            # The model's config holds the type, and may change.
             entry.pop("type", None)
             if entry["num_heads"] is None:
                 raise ValueError(f"cannot tell the number of heads of {name!r}; leave it out with layers=...")

@@ -187,7 +187,7 @@ class RelativeEncoding(PositionalEncoding):
 
     def lazy_bias(self, past: int, device=None) -> RelativeBias:
         """Return the bias as a function of the distance, for attention that never writes (N, M) entries."""
-        # An offloaded weight has no device to speak of.
+        # The weight's own device is the meta device where it is offloaded.
         device = self.relative_attention_bias.weight.device if device is None else device
         return RelativeBias(self, past, self.relative_attention_bias, device)
 

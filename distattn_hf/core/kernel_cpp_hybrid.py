@@ -214,7 +214,7 @@ def cpp_hybrid_attention(x, state, near_keep: Tensor, left: int, headroom: float
     data = _Hybrid(
         B=batch, H=heads, N=length, M=key.shape[2], d=width, dp=width, dv_=value_dim, vp=value.shape[-1], m=rank,
         mp=rank + fill, sinks=x.num_sinks,
-        # A wider window than there are keys sees no more, and would only take room.
+        # A wider window than there are keys sees no more, and would only take memory.
         window=min(x.window_size, key.shape[2]), first=state.length, left=left,
         threads=min(torch.get_num_threads(), batch * heads), headroom=headroom,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from .kernel_cpp_backward import BACKWARD
 from .kernel_cpp_forward import DECODE, FORWARD
 from .kernel_cpp_tiles import TILES
 
-# Exact attention. Other libraries stand on TILES, too, and are compiled where they are used.
+# Exact attention. Other libraries use TILES, too, and are compiled where they are used.
 EXACT = "\n".join((TILES, FORWARD, BACKWARD, DECODE))
 # No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
 # time of -O2).
@@ -88,7 +88,7 @@ def _build(source: str, anew: bool = False) -> Path:
         subprocess.run(
             [*command, "-", "-o", temporary], input=source, capture_output=True, text=True, timeout=_SECONDS, check=True
         )
-        # Processes that compile at the same time each move a whole file into place.
+        # Atomic, for processes that compile at the same time.
         os.replace(temporary, library)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -47,7 +47,7 @@ class LinformerAttention(Mechanism):
         key_rows, value_rows = (p[None, None, :, :length].to(call.key.dtype) for p in projections)
         if call.keep is not None:
             keep = call.keep[:, None, None]
-            # A query that sees nothing gets zeros by its values alone.
+            # A query that sees nothing gets zeros because its values are zeros.
             key_rows, value_rows = key_rows * keep, value_rows * keep
         return (call.scaled_query @ (key_rows @ call.key).mT).softmax(-1), value_rows
 

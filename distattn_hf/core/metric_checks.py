@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .kernel_cpp_library import readable
 
-# A distance worked out as ‖q‖² + ‖k‖² - 2q·k or 1 - cos may come out this much below 0: of the largest, or anyway.
+# ‖q‖² + ‖k‖² - 2q·k or 1 - cos may round to this much below 0: relative to the largest, or absolute.
 _ROUNDING, _LEAST = 1e-3, 1e-4
 # How far to look into what a function refers to: function -> bound object -> list -> module.
 _DEPTH = 5

@@ -363,7 +363,7 @@ def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotatio
     if not isinstance(metric, Metric):
         metric = FunctionMetric(name, metric, aliases=aliases, rotation_invariant=rotation_invariant)
     METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)
-    # Models look their metric up by `metric.name`: a subclass of a built-in one must not answer to its parent's name.
+    # Models look their metric up by `metric.name`: a subclass of a built-in one must not keep its parent's name.
     metric.name = name
     return metric
 

@@ -71,7 +71,7 @@ def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, 
         return
     kept = torch.ones_like(position_ids, dtype=torch.bool)
     if isinstance(attention_mask, Tensor):
-        if attention_mask.dim() == 4:  # says itself who sees whom
+        if attention_mask.dim() == 4:  # the mask itself says which tokens see each other
             return
         kept = attention_mask[:, -position_ids.shape[-1] :].bool()
     earlier_max = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]

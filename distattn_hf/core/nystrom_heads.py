@@ -53,7 +53,7 @@ def padding_mask(
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if mask.shape[1] < kv_length:
-        # transformers' own rule: what the mask does not reach is not there yet.
+        # transformers' own rule: keys beyond the mask do not exist yet.
         mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]), value=False)
     return mask[:, None, None, :]
 

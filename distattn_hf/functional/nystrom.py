@@ -89,7 +89,7 @@ def nystrom_attention(
     with without_autocast(query.device.type):
         query, key, value = (t.float() if t.dtype in HALF else t for t in (query, key, value))
         if not bool(keep.all()):
-            # What stands at padding may be anything, also what is no number.
+            # Values at padding may be anything, NaN included.
             key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
         groups = query.shape[1] // key.shape[1]
         if groups > 1:

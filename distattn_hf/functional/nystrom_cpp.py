@@ -110,7 +110,7 @@ extern "C" int far_outputs(const Far* problem) {
 """
 )
 
-# Keys that are worth a task of their own.
+# Fewest keys for which a separate task pays.
 _LEAST_KEYS = 1024
 
 

@@ -23,7 +23,7 @@ _FOLDERS_OF_THE_ATTENTION = (
     *_OF_TRAINING, "onnx", "openvino", "coreml", "tflite", "tf", "flax", "eval", "original", "*.mlpackage",
 )  # fmt: skip
 
-# Weights in a form that is refused on the Hub, and not only left out.
+# Weights in a form for which an upload is refused, not just left out.
 PICKLED_WEIGHTS = ("*model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "tf_model.h5", "*.msgpack")
 
 
