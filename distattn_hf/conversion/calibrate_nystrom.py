@@ -47,7 +47,7 @@ class NystromData:
 
 @torch.no_grad()
 def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> None:
-    """Start values: the strategy's landmarks among the keys, and for each key the nearest of them."""
+    """Set start values: the strategy's landmarks among the keys, and for each key the nearest of them."""
     spec, generator = group.spec, torch.Generator().manual_seed(seed)
     items = data.fit_sequences
     keep = data.keep[items] & (data.keep[items].cumsum(-1) > spec.num_sinks)
@@ -112,7 +112,7 @@ def _descend(group, data: NystromData, options, steps: int) -> None:
 
 
 def _loss(group, data: NystromData, items: list[int], count: int, generator) -> Tensor:
-    """Relative error of the outputs plus a little divergence, summed over heads, at some rows of some sequences."""
+    """Return outputs' relative error plus a little divergence, summed over heads, at some rows of some sequences."""
     problem = _Rows(group, data, items, draw_rows(data.valid, items, count, generator))
     return (problem.output_error() + _DIVERGENCE_WEIGHT * problem.divergence()).sum()
 
@@ -140,27 +140,27 @@ class _Rows:
         logits = call.scaling * query @ key.transpose(-1, -2) + bias
         self.teacher = logits.masked_fill(~self.seen, float("-inf"))
         query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
-        top = far_query.amax(-1, keepdim=True).detach()
-        far = ((far_query - top).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + top
+        row_maximum = far_query.amax(-1, keepdim=True).detach()
+        far = ((far_query - row_maximum).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + row_maximum
         near = query @ key.transpose(-1, -2)
         self.student = (torch.where(self.exact, near, far) + bias).masked_fill(~self.seen, float("-inf"))
 
     def divergence(self, student: Tensor | None = None) -> Tensor:
-        """KL(teacher ‖ student) in nats, mean over rows: (H,)."""
+        """Return KL(teacher ‖ student) in nats, mean over rows: (H,)."""
         teacher, student = self.teacher.log_softmax(-1), (self.student if student is None else student).log_softmax(-1)
         terms = (teacher.exp() * (teacher - student)).masked_fill(~self.seen, 0.0)
         return terms.sum(-1).mean((0, 2))
 
     def output_error(self, student: Tensor | None = None) -> Tensor:
-        """‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
+        """Return ‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
         teacher = self.teacher.softmax(-1) @ self.value
         student = (self.student if student is None else student).softmax(-1) @ self.value
         return (teacher - student).square().sum((0, 2, 3)) / teacher.square().sum((0, 2, 3)).clamp_min(1e-12)
 
 
 def _figures(group, data: NystromData) -> dict[str, Tensor]:
-    """Over all valid rows of the held-out sequences."""
-    found: dict[str, list[Tensor]] = {}
+    """Compute the figures of `fit_nystrom` over all valid rows of the held-out sequences."""
+    results: dict[str, list[Tensor]] = {}
     for i in data.report_sequences:
         rows = data.valid[i].nonzero()[:, 0][None]
         problem = _Rows(group, data, [i], rows)
@@ -174,13 +174,13 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
         if gap is not None:
             figures["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().mean((0, 2))
         for name, value in figures.items():
-            found.setdefault(name, []).append(value)
-    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+            results.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean(0) for name, values in results.items()}
 
 
 @torch.no_grad()
 def leave_exact(model, name: str, state, results: list[dict], max_error: float) -> list[dict]:
-    """Take the Nyström heads that are further off than `max_error` out of a module; returns the others' figures.
+    """Leave Nyström heads with an error above `max_error` out of a module; returns the others' figures.
 
     They keep dot-product attention; a group that has none left goes.
     """
@@ -189,27 +189,27 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
         group = state.groups[number]
         if not isinstance(group, NystromParameters):
             continue
-        fine = results[number]["output_error"] <= max_error
-        if bool(fine.all()):
+        is_fitted = results[number]["output_error"] <= max_error
+        if bool(is_fitted.all()):
             continue
-        if not bool(fine.any()):
+        if not bool(is_fitted.any()):
             for grouped in (state.groups, state.head_lists, entries, results):
                 del grouped[number]
             continue
         heads = state.head_lists[number] or range(state.num_heads)
-        kept = [head for head, good in zip(heads, fine.tolist(), strict=True) if good]
+        kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
         smaller = NystromParameters(group.spec, len(kept), group.head_dim)
         smaller.to(group.landmarks)
         for key, tensor in smaller.fitted_tensors().items():
-            tensor.copy_(group.fitted_tensors()[key][fine])
+            tensor.copy_(group.fitted_tensors()[key][is_fitted])
         state.groups[number], state.head_lists[number] = smaller, kept
         entries[number]["heads"] = kept
-        results[number] = {key: values[fine] for key, values in results[number].items()}
+        results[number] = {key: values[is_fitted] for key, values in results[number].items()}
     return results
 
 
 def exact_span(model, *, exact_below: bool = True) -> int | None:
-    """Up to how many tokens every Nyström head sees all keys exactly, by sinks and window or by `exact_below`.
+    """Return up to how many tokens every Nyström head sees all keys exactly, by sinks and window or `exact_below`.
 
     None for a model without a far field.
     """
@@ -232,7 +232,7 @@ def _near_span(spec, module) -> int:
 
 
 def far_field_warnings(student, batch: dict[str, Tensor]) -> list[str]:
-    """What a fit on `batch` says nothing about, and an exact part that leaves no position to the far field."""
+    """Return warnings of what a fit on `batch` does not cover, and of an exact part that leaves no far field."""
     warnings, longest = [], longest_row(batch)
     span = exact_span(student, exact_below=False)
     if span is not None and 0 < longest <= span:

@@ -1,11 +1,11 @@
-"""Which rows of the calibration batch a fit draws from, and which it is judged on."""
+"""The rows of the calibration batch that a fit draws from, and those that it is judged on."""
 
 import torch
 from torch import Tensor
 
 
 def split_sequences(valid: Tensor) -> tuple[list[int], list[int]]:
-    """(sequences to fit on, sequences to report on) of rows worth a fit (B, N): an eighth is held out, whole.
+    """Return (sequences to fit on, sequences to report on) of rows worth a fit (B, N): an eighth is held out, whole.
 
     A single usable sequence is both.
     """
@@ -15,6 +15,6 @@ def split_sequences(valid: Tensor) -> tuple[list[int], list[int]]:
 
 
 def draw_rows(valid: Tensor, sequences: list[int], count: int, generator: torch.Generator) -> Tensor:
-    """(len(sequences), count) positions of valid rows, with replacement."""
+    """Draw positions of valid rows, (len(sequences), count), with replacement."""
     rows = [torch.multinomial(valid[i].float().cpu(), count, replacement=True, generator=generator) for i in sequences]
     return torch.stack(rows).to(valid.device)

@@ -25,7 +25,7 @@ _NORMS = ("q_norm", "q_layernorm", "query_norm", "query_ln", "q_ln")
 
 @torch.no_grad()
 def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a converted model with α = 1 in every head that has α, and the same outputs.
+    """Return a copy of a converted model with α = 1 in every head that has α, and the same outputs.
 
     What changes with it: the queries' weights are not the teacher's any more, so `revert` and attention transfer that
     takes the student's own queries for the teacher's are refused. q·k has another temperature, the distance has not.
@@ -82,7 +82,7 @@ def check_foldable(model: PreTrainedModel, specs: Sequence[AttentionSpec]) -> No
 
 
 def _has_alpha(group: HeadParameters, name: str) -> bool:
-    """Whether there is an α to move; raises `ValueError` where it cannot be moved."""
+    """Return whether there is an α to move; raises `ValueError` where it cannot be moved."""
     if isinstance(group, NystromParameters):
         raise ValueError(f"{name!r} has Nyström attention, whose landmarks were fitted with α: it cannot be moved")
     if group.transform == "none" or get_metric(group.metric).scale_free:
@@ -100,7 +100,7 @@ def _check_scaling(name: str, metric: str, constant_lambda: float | None) -> Non
 
 
 def _query_layer(model, name: str) -> tuple[nn.Module, int]:
-    """(the layer that makes the queries of a module, how many of its outputs they are)."""
+    """Return (the layer that makes the queries of a module, how many of its outputs they are)."""
     module = locate(model, name)
     if norm := next((n for n in _NORMS if isinstance(getattr(module, n, None), nn.Module)), None):
         raise ValueError(f"{name!r} normalises its queries ({norm}), so α cannot be moved into their projection")

@@ -1,4 +1,4 @@
-"""Look at a converted model's attention while it runs, and put something else in its place."""
+"""Observe a converted model's attention while it runs, and replace its output."""
 
 from contextlib import contextmanager
 
@@ -10,7 +10,7 @@ from ..core.inputs import ModuleCall
 
 @contextmanager
 def observed(model, observer):
-    """Have `observer(state, query, key, value, call)` called in place of every converted module's attention.
+    """Call `observer(state, query, key, value, call)` in place of every converted module's attention.
 
     Its result (B, H, N, d_v) is the attention's output; key and value come with a head for every query head.
     """
@@ -25,7 +25,7 @@ def observed(model, observer):
 
 
 def teacher_attention(query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:
-    """Dot-product attention of one observed call without dropout: (B, H, N, d_v)."""
+    """Run dot-product attention of one observed call without dropout: (B, H, N, d_v)."""
     # Under autocast rotated queries and keys are float32 beside a value in half precision.
     tensors = query.to(key.dtype), key, value.to(key.dtype)
     output = distance_attention(

@@ -1,4 +1,4 @@
-"""The one entry to exact distance attention: check the inputs, pick a backend, run it."""
+"""The entry point of exact distance attention: check the inputs, choose a backend, run it."""
 
 import math
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def distance_attention(
     backend: str = "auto",
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
+    """Compute attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
 
     Args:
         query: (B, H, N, d).
@@ -96,8 +96,8 @@ def distance_attention(
 def run_attention(
     inputs: AttentionInputs, backend: str = "auto", return_weights: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`distance_attention` for inputs that are known to be right: converted models come here at every layer."""
-    # Distances and softmax are a full-precision island: autocast would take the matmuls inside back to half.
+    """Run `distance_attention` on inputs that are already checked; converted models call this at every layer."""
+    # Distances and softmax need full precision: autocast would run their matmuls in half precision.
     with without_autocast(inputs.query.device.type):
         if return_weights:
             if backend not in ("auto", "reference"):
@@ -111,7 +111,7 @@ def run_attention(
 
 
 def _say_what_dropout_costs(inputs: AttentionInputs) -> None:
-    """Name the remedy, once a metric, where only dropout keeps "auto" from a fused kernel."""
+    """Warn, once per metric, where only dropout keeps "auto" from a fused kernel, and say the remedy."""
     kernel = choose_backend("auto", replace(inputs, dropout_p=0.0)).name
     if kernel != "chunked":
         logger.warning_once(
@@ -122,7 +122,7 @@ def _say_what_dropout_costs(inputs: AttentionInputs) -> None:
 
 
 def without_autocast(device: str):
-    """A context without autocast; nothing at all where there is none, which is quicker."""
+    """Return a context without autocast; a null context, which is quicker, where autocast is not active."""
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if active else nullcontext()
 

@@ -1,4 +1,4 @@
-"""What a conversion is, in a form that travels with the checkpoint: `AttentionSpec`. Needs no torch."""
+"""`AttentionSpec`: the settings of a conversion, stored in the checkpoint's config. Needs no torch."""
 
 import math
 import re
@@ -21,7 +21,7 @@ OPTIONS = {"exact_below": "nystrom", "window_size": "nystrom", "backend": "dista
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-# exact_below: None stays, which `convert` decides.
+# exact_below stays None, for `convert` to decide.
 _NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None}
 
 
@@ -44,7 +44,7 @@ def is_newer_than_tested() -> bool:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Which attention takes the place of dot-product attention, and where.
+    """Settings of the attention that replaces dot-product attention, and of the layers and heads it applies to.
 
     Logits are -λ_h·scaling·dist(T_q q, T_k (k - c)) with `scaling` the model's own (1/√d for most, 1 for T5).
 
@@ -168,12 +168,12 @@ class AttentionSpec:
                 object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict that `from_dict` turns back into an equal spec."""
+        """Return a JSON-serialisable dict that `from_dict` turns back into an equal spec."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
-        """The spec described by `data`; raises `ValueError` for a key that is not a field."""
+        """Return the spec described by `data`; raises `ValueError` for a key that is not a field."""
         known = [f.name for f in fields(cls)]
         if not isinstance(data, dict):
             raise ValueError(f"an AttentionSpec in a config must be a dict like {{'metric': 'l2'}}, got {data!r}")
@@ -182,7 +182,7 @@ class AttentionSpec:
         return cls(**data)
 
     def matches_layer(self, layer: int | None, name: str, layer_type: str = "full_attention") -> bool:
-        """Whether this spec's `layers` selects the attention module `name` of layer number `layer` and its type."""
+        """Return whether `layers` selects the attention module `name` of number `layer` and type `layer_type`."""
         if self.layers is None:
             return True
         if self.layers in LAYER_TYPES:
@@ -198,7 +198,7 @@ def _is_number(value) -> bool:
 
 def _indices(field: str, value, pattern_allowed: bool):
     if isinstance(value, str) and re.fullmatch(r"[\d\s,-]+", value):
-        # Numbers are meant, so this is no glob that happens to match nothing.
+        # Digits only: raise for a mistake in the numbers, rather than match nothing as a glob.
         numbers = numeric_pattern(value)
         if not numbers:
             raise ValueError(f"{field} must be numbers and ranges such as '0-2,5', got {value!r}")
@@ -218,7 +218,7 @@ def _indices(field: str, value, pattern_allowed: bool):
 
 
 def numeric_pattern(pattern: str) -> set[int] | None:
-    """{0, 1, 2, 5} for "0-2,5"; None when the pattern is not made of numbers and ranges."""
+    """Return the numbers of a pattern, {0, 1, 2, 5} for "0-2,5"; None when it is not made of numbers and ranges."""
     if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", pattern):
         return None
     chosen: set[int] = set()
@@ -229,13 +229,13 @@ def numeric_pattern(pattern: str) -> set[int] | None:
 
 
 def layer_pattern_matches(pattern: str, layer: int | None, name: str) -> bool:
-    """Whether a number pattern ("0-5") holds `layer`, or a glob ("encoder.*") matches the module name."""
+    """Return whether a number pattern ("0-5") holds `layer`, or a glob ("encoder.*") matches the name."""
     numbers = numeric_pattern(pattern)
     return layer in numbers if numbers is not None else fnmatchcase(name, pattern)
 
 
 def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Check the `distattn` block of a config; raises `ValueError` naming the key. Returns it in canonical form.
+    """Check the `distattn` block of a config and return it in canonical form; raises `ValueError` naming the key.
 
     Keys: version; specs (list of `AttentionSpec` dicts); modules (None: chosen when the model is built; otherwise
     {attention module's name relative to the base model: {"num_heads", "head_dim", "kind", "layer",
@@ -277,12 +277,12 @@ def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[At
     for name, value in options.items():
         if name not in OPTIONS:
             raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
-        having = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
-        if not having:
+        owners = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
+        if not owners:
             raise ValueError(f"{name}={value!r} belongs to mechanism={OPTIONS[name]!r}, which this model does not have")
         if value is None:
             raise ValueError(f"{name} must have a value, got None")
-        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in having)):
+        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in owners)):
             raise ValueError(
                 f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
                 "`distattn adapt` trains a model to a smaller one"

@@ -1,4 +1,4 @@
-"""Any metric, with memory linear in N: queries in blocks, each block's weights recomputed in the backward pass."""
+"""Backend for any metric, with memory linear in N: blocks of queries, whose weights the backward pass recomputes."""
 
 import torch
 from torch import Tensor
@@ -7,24 +7,24 @@ from torch.utils.checkpoint import checkpoint
 
 from .inputs import AttentionInputs, add_triangle, masked_softmax
 
-# Entries of one block of weights, over batch and heads: 8 MiB in float32, which two cores' caches still like.
+# Entries of one block of weights, over batch and heads: 8 MiB in float32, which fits the caches of two cores.
 _BLOCK_ENTRIES = 2**21
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """This backend runs everything."""
+    """Return None: this backend runs all inputs."""
     return None
 
 
 def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Rows start:stop of something broadcastable to (B, H, N, M)."""
+    """Return rows start:stop of a tensor broadcastable to (B, H, N, M), or None."""
     if tensor is None or tensor.shape[-2] == 1:
         return tensor
     return tensor[..., start:stop, :]
 
 
 def chunked_attention(inputs: AttentionInputs) -> Tensor:
-    """softmax(-λ·scaling·distance(q, k) + bias)·v, one block of queries at a time. Returns (B, H, N, d_v)."""
+    """Compute softmax(-λ·scaling·distance(q, k) + bias)·v block by block of queries. Returns (B, H, N, d_v)."""
     dtype = inputs.value.dtype
     needs_grad = inputs.needs_grad()
     inputs = inputs.written_out()
@@ -67,7 +67,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
 
 
 def _columns(tensor: Tensor | None, seen: int) -> Tensor | None:
-    """The first `seen` columns of something broadcastable to (B, H, N, M)."""
+    """Return the first `seen` columns of a tensor broadcastable to (B, H, N, M), or None."""
     if tensor is None or tensor.shape[-1] == 1:
         return tensor
     return tensor[..., :seen]

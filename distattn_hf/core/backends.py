@@ -1,4 +1,4 @@
-"""Which code runs one attention problem: a table of backends, each saying what it cannot do and why."""
+"""The table of attention backends and the choice among them; each backend says what it cannot run and why."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class Backend:
-    """`run` computes the output; `unsupported` says why it cannot for given inputs (None: it can).
+    """A backend: `run` computes the output; `unsupported` says why it cannot for given inputs (None: it can).
 
     `declined` says why "auto" leaves inputs that it can run to a later backend (None: it takes them).
     """
@@ -49,7 +49,7 @@ for _backend in (
 
 
 def validate_backend(name: str) -> str:
-    """The canonical backend name, "auto" included; raises `ValueError` listing what exists."""
+    """Return the canonical backend name, "auto" included; raises `ValueError` listing the known ones."""
     if isinstance(name, str) and name.lower() == "auto":
         return "auto"
     try:
@@ -59,19 +59,19 @@ def validate_backend(name: str) -> str:
 
 
 def choose_backend(name: str, inputs: AttentionInputs) -> Backend:
-    """The backend to run: the first able one for "auto"; an explicit one that cannot run raises `ValueError`."""
+    """Return the backend to run: the first able one for "auto"; an explicit one that cannot raises `ValueError`."""
     if name == "auto":
         return next(b for b in map(BACKENDS.get, BACKENDS) if b.unsupported(inputs) is None and not b.declined(inputs))
     backend = BACKENDS.get(name)
     if (reason := backend.unsupported(inputs)) is not None:
-        able = [b for b in BACKENDS if BACKENDS.get(b).unsupported(inputs) is None]
-        raise ValueError(f"backend {name!r} cannot run this: {reason}; use one of {', '.join(able)} or auto")
+        usable = [b for b in BACKENDS if BACKENDS.get(b).unsupported(inputs) is None]
+        raise ValueError(f"backend {name!r} cannot run this: {reason}; use one of {', '.join(usable)} or auto")
     return backend
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """`backend` runs; `reasons` says for each other one why it does not."""
+    """The result of `explain_backend`: `backend` runs; `reasons` says for each other one why it does not."""
 
     backend: str
     reasons: dict[str, str]
@@ -127,10 +127,10 @@ def explain_backend(
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
     shape = (batch, heads, num_queries, num_keys)
-    for name, given in (("mask_shape", mask_shape), ("bias_shape", bias_shape)):
-        fits = given is None or (len(given) == 4 and all(g in (1, s) for g, s in zip(given, shape)))
+    for name, dims in (("mask_shape", mask_shape), ("bias_shape", bias_shape)):
+        fits = dims is None or (len(dims) == 4 and all(g in (1, s) for g, s in zip(dims, shape)))
         if not fits:
-            raise ValueError(f"{name} must broadcast to (B, H, N, M)={shape}, got {tuple(given)}")
+            raise ValueError(f"{name} must broadcast to (B, H, N, M)={shape}, got {tuple(dims)}")
     with FakeTensorMode():
         options = {"dtype": dtype, "device": device}
         inputs = AttentionInputs(
@@ -152,6 +152,6 @@ def explain_backend(
         for name in BACKENDS:
             other = BACKENDS.get(name)
             if name != chosen:
-                why = other.unsupported(inputs) or (backend == "auto" and other.declined(inputs))
-                reasons[name] = why or ("not asked for" if backend != "auto" else f"{chosen} comes first")
+                reason = other.unsupported(inputs) or (backend == "auto" and other.declined(inputs))
+                reasons[name] = reason or ("not asked for" if backend != "auto" else f"{chosen} comes first")
     return BackendChoice(chosen, reasons)

@@ -1,4 +1,4 @@
-"""What this code relies on in transformers: checked once, and the one name that its versions do not agree on."""
+"""Check once what this code needs from transformers, and resolve the cache's name, in which its versions differ."""
 
 import inspect
 import warnings
@@ -74,8 +74,8 @@ def given_cache(arguments: dict[str, Any]) -> Any:
 
     Raises `ValueError` for what stands under a cache's name and is no transformers `Cache`.
     """
-    if (found := next((value for value in arguments.values() if isinstance(value, Cache)), None)) is not None:
-        return found
+    if (cache := next((value for value in arguments.values() if isinstance(value, Cache)), None)) is not None:
+        return cache
     for name in CACHE_NAMES:
         if arguments.get(name) is not None:
             raise ValueError(

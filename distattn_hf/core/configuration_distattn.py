@@ -1,4 +1,4 @@
-"""The config classes of converted models: a config of transformers, and in its `distattn` block what was converted.
+"""The config classes of converted models: a transformers config with a `distattn` block that says what was converted.
 
 A config class `DistAttn<Base>Config` exists for every base config of transformers. They are made on first use by the
 module's `__getattr__`, so importing this file imports no model.
@@ -27,10 +27,10 @@ new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
 
 
 class NamesWhatIsUnused:
-    """Mixin before `PreTrainedConfig`: an argument of `from_pretrained` that nothing would use does not go unsaid.
+    """Mixin before `PreTrainedConfig` that reports arguments of `from_pretrained` that nothing would use.
 
-    It is refused by the class itself, and said in a warning where an Auto class loads the config: that may be on behalf
-    of a tokenizer, whose arguments are among them.
+    The class itself raises `ValueError`; where an Auto class loads the config there is a warning, as the arguments may
+    be a tokenizer's.
     """
 
     @classmethod
@@ -46,7 +46,7 @@ class NamesWhatIsUnused:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """The config in a dict, with what is given beside it set."""
+        """Return the config in a dict, with the fields in `kwargs` set."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         if return_unused:
@@ -57,14 +57,14 @@ class NamesWhatIsUnused:
 
     @classmethod
     def describe_unknown(cls, name: str) -> str:
-        """What to say of a field that there is not: the nearest ones that there are."""
+        """Return an error message for an unknown field: the fields with the nearest names."""
         known = {*(f.name for f in fields(cls)), *cls.attribute_map, *cls.settable()}
-        close = get_close_matches(name, sorted(known), n=3)
-        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(close)}?" if close else "")
+        nearest = get_close_matches(name, sorted(known), n=3)
+        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else "")
 
     @classmethod
     def settable(cls) -> tuple[str, ...]:
-        """Names that `from_pretrained` takes and that are no fields."""
+        """Return names that `from_pretrained` takes and that are no fields."""
         return ()
 
 
@@ -73,7 +73,7 @@ def _unused_names(unused: dict[str, Any]) -> list[str]:
 
 
 class OwnAttentionMixin(NamesWhatIsUnused):
-    """What the configs of both families share. `peft_type`: the model type whose PEFT target modules are theirs."""
+    """What the configs of both families share. `peft_type`: the model type whose PEFT target modules apply."""
 
     # Attention returns true weights whatever the implementation: `output_attentions` asks for no other one.
     @property
@@ -85,13 +85,13 @@ class OwnAttentionMixin(NamesWhatIsUnused):
         self._output_attentions = value
 
     def validate(self):
-        """transformers' checks, but for the one that refuses weights to all but the eager implementation."""
+        """Run transformers' checks but the one that refuses weights to all but the eager implementation."""
         for validator in self.__class_validators__:
             if validator.__name__ != "validate_output_attentions":
                 validator(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as a dict. PEFT reads the model type from it, so this is where an imported PEFT learns of ours."""
+        """Return the config as a dict; PEFT, if imported, learns of our model types here, as it reads them from it."""
         constants = sys.modules.get("peft.utils.constants")
         for name, table in list(vars(constants).items()) if constants is not None else ():
             if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and self.peft_type in table:
@@ -107,24 +107,27 @@ class DistAttnConfigMixin(OwnAttentionMixin):
 
     @classmethod
     def settable(cls) -> tuple[str, ...]:
-        """The options of the attention, but for a name that the base model's config has: that is its own."""
+        """Return the options of the attention, but for names that the base model's config has as its own."""
         return tuple(name for name in OPTIONS if not hasattr(cls, name))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """The config in a dict, with what is given beside it set: fields, and options of the attention."""
-        chosen = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
-        found = super().from_dict(config_dict, **kwargs)
-        if chosen:
+        """Return the config in a dict, with the fields and attention options in `kwargs` set."""
+        options = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
+        result = super().from_dict(config_dict, **kwargs)
+        if options:
             # A backend's name is checked where backends are known: when a model is built.
-            config = found[0] if isinstance(found, tuple) else found
-            specs = change_specs(config.attention_specs, chosen)
+            config = result[0] if isinstance(result, tuple) else result
+            specs = change_specs(config.attention_specs, options)
             config.distattn = {**(config.distattn or {}), "specs": [spec.to_dict() for spec in specs]}
-        return found
+        return result
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as transformers does. The class that a folder names is ours, also where the base model of a head class,
-        which is of transformers' own class, was saved alone: that class would read it as dot-product attention."""
+        """Save as transformers does, and name our class in the config.
+
+        Also where a head class's base model, of transformers' own class, was saved alone: that class would read the
+        checkpoint as dot-product attention.
+        """
         names = list(self.architectures or ())
         plain = [name for name in names if isinstance(getattr(transformers, name, None), type)]
         if plain:
@@ -147,7 +150,7 @@ class DistAttnConfigMixin(OwnAttentionMixin):
 
 
 def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The config class with a `distattn` block that extends `base`, made once."""
+    """Return the config class with a `distattn` block that extends `base`, made once."""
     name = CLASS_PREFIX + base.__name__
     if name not in globals():
         namespace = {
@@ -168,7 +171,7 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def auto_classes() -> dict[str, type]:
-    """The Auto classes of models by name."""
+    """Return the Auto classes of models by name."""
     from transformers.models.auto import modeling_auto
 
     return {
@@ -181,13 +184,13 @@ def auto_classes() -> dict[str, type]:
 
 
 def listed_classes(auto_class: type, model_type: str) -> tuple[str, ...]:
-    """Names of the model classes an Auto class lists for a model type of transformers."""
+    """Return names of the model classes an Auto class lists for a model type of transformers."""
     names = auto_class._model_mapping._model_mapping.get(model_type, ())
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def auto_map_of(config_class: type[PreTrainedConfig], base_name: str) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the family.
+    """Return config.auto_map: where trust_remote_code finds the config and every head class of the family.
 
     base_name: the class of transformers that the saved model extends; what its Auto classes name is that one.
     """

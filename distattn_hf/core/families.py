@@ -1,4 +1,4 @@
-"""What both families of model classes share: registration, loaded weights that stay, and monitoring."""
+"""What both families of model classes share: registration, protection of loaded weights, and monitoring."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ Heads = dict[str, tuple[type[PreTrainedModel], ...]]
 
 
 def register_models(config_class: type[PreTrainedConfig], heads: Heads) -> None:
-    """Let the Auto classes find these by config class, and let transformers' lists of tasks name them.
+    """Register classes with the Auto classes, by config class, and in transformers' lists of models by task.
 
     Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
     """
@@ -27,7 +27,7 @@ def register_models(config_class: type[PreTrainedConfig], heads: Heads) -> None:
 
 
 def auto_map_for(model: PreTrainedModel, heads: Heads) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the model's family.
+    """Return config.auto_map: where trust_remote_code finds the config and every head class of the family.
 
     Of several classes that an Auto class lists it names the model's own, else the first.
     """
@@ -38,7 +38,7 @@ def auto_map_for(model: PreTrainedModel, heads: Heads) -> dict[str, str]:
 
 
 def _storages(tensor: Tensor) -> Iterator[int]:
-    """What identifies the memory of a tensor, or of those that a sharded or quantised one is made of."""
+    """Yield identifiers of a tensor's memory, or of those that a sharded or quantised tensor is made of."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _storages(getattr(tensor, name))
@@ -47,7 +47,7 @@ def _storages(tensor: Tensor) -> Iterator[int]:
 
 
 class _WritesToCopies(TorchDispatchMode):
-    """What would write into one of these tensors, or a view of it, writes into a copy."""
+    """Dispatch mode in which writing into one of these tensors, or a view of it, writes into a copy."""
 
     def __init__(self, tensors: list[Tensor]):
         super().__init__()
@@ -65,28 +65,28 @@ class _WritesToCopies(TorchDispatchMode):
 
 @contextmanager
 def loaded_kept(model: nn.Module):
-    """Within it nothing changes the parameters and buffers that were loaded, not even by `weight.data.normal_()`.
+    """Keep loaded parameters and buffers unchanged within this context, even by `weight.data.normal_()`.
 
     transformers' own `initialization` functions leave them alone, too, but a subclass need not use those.
     """
-    held = [
+    loaded_tensors = [
         (table, name, tensor, tensor.detach())
         for module in model.modules()
         for table in (module._parameters, module._buffers)
         for name, tensor in table.items()
         if getattr(tensor, "_is_hf_initialized", False)
     ]
-    with _WritesToCopies([tensor for *_, tensor, _ in held]):
+    with _WritesToCopies([tensor for *_, tensor, _ in loaded_tensors]):
         yield
-    for table, name, tensor, data in held:
-        # A new tensor may have been put in its place, or within it.
+    for table, name, tensor, data in loaded_tensors:
+        # A new tensor may have replaced it, or a part of it.
         table[name] = tensor
         if list(_storages(tensor)) != list(_storages(data)):
             tensor.data = data
 
 
 class KeepsLoadedWeights:
-    """Mixin before `PreTrainedModel`: a subclass's own `_init_weights` sets what the checkpoint lacks, and no more."""
+    """Mixin before `PreTrainedModel`: a subclass's own `_init_weights` sets only what the checkpoint lacks."""
 
     @torch.no_grad()
     def initialize_weights(self):
@@ -105,20 +105,22 @@ class KeepsLoadedWeights:
 
 
 class Monitored:
-    """Methods of models and layers that can be monitored; `attention_modules` says what there is to watch."""
+    """Mixin of models and layers that can be monitored; `attention_modules` names the modules to watch."""
 
     _monitor = None
 
     def attention_modules(self) -> dict[str, nn.Module]:
-        """{name: attention module}: all layers in it that give weights on request."""
+        """Return {name: attention module}: all layers in it that give weights on request."""
         layers = {n: m for n, m in self.named_modules() if getattr(m, "gives_weights_on_request", False)}
         return {name or type(module).__name__: module for name, module in layers.items()}
 
     def enable_performance_monitoring(self, statistics: bool = False) -> None:
-        """Count time and memory of every attention module from now on (see
-        `distattn_hf.analysis.monitor.PerformanceMonitor`), anew if it was on."""
+        """Count time and memory of every attention module from now on, starting anew if it was on.
+
+        See `distattn_hf.analysis.monitor.PerformanceMonitor`.
+        """
         try:
-            # Stays at home: a checkpoint's own code has no use for it without the package.
+            # Absolute, so that transformers does not copy it: a checkpoint's own code needs it only beside the package.
             from distattn_hf.analysis.monitor import PerformanceMonitor
         except ImportError as error:
             raise ImportError("performance monitoring needs the package: pip install distattn_hf") from error
@@ -127,13 +129,13 @@ class Monitored:
         object.__setattr__(self, "_monitor", PerformanceMonitor(self.attention_modules(), statistics))
 
     def disable_performance_monitoring(self) -> None:
-        """Stop counting; what was counted is gone."""
+        """Stop counting and discard the statistics."""
         if self._monitor is not None:
             self._monitor.stop()
         object.__setattr__(self, "_monitor", None)
 
     def get_performance_stats(self) -> dict[str, dict]:
-        """What was counted, by attention module (see `PerformanceMonitor.stats`).
+        """Return the statistics by attention module (see `PerformanceMonitor.stats`).
 
         Raises `RuntimeError` where monitoring is off.
         """

@@ -1,4 +1,4 @@
-"""One attention problem, as a module hands it over and in the canonical form of the backends, and its masks."""
+"""The inputs of one attention call, as a module passes them and in the canonical form of the backends, and masks."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """What a module asks of its attention beside query, key and value.
+    """What a module passes to its attention beside query, key and value.
 
     mask: True = keep. Of exact attention broadcastable to (B, H, N, M); of Nyström attention (B or 1, 1, 1, M), which
     keys are no padding. position_bias: added to the logits, broadcastable to (B, H, N, M), or a
@@ -34,7 +34,7 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_kv, M, d_v), and all that shapes their attention.
+    """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_kv, M, d_v), and all that determines their attention.
 
     logits = -λ_h·scaling·distance(q, k) + bias, over the entries that `keep` and `is_causal` leave.
 
@@ -62,27 +62,27 @@ class AttentionInputs:
         return self.query.shape[1] // self.key.shape[1]
 
     def needs_grad(self) -> bool:
-        """Whether autograd will ask for a gradient of any tensor here."""
+        """Return whether autograd will ask for a gradient of any tensor here."""
         if self.assumed_grad is not None:
             return self.assumed_grad
         tensors = (self.query, self.key, self.value, self.bias, self.lam)
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
-        """λ as a float, or as (H, 1, 1) so that it multiplies (B, H, N, M)."""
+        """Return λ as a float, or as (H, 1, 1) so that it multiplies (B, H, N, M)."""
         if isinstance(self.lam, Tensor):
             return self.lam.to(self.query.dtype)[:, None, None]
         return self.lam
 
     def in_full_precision(self) -> "AttentionInputs":
-        """The same problem with half-precision tensors raised to float32; float32 and float64 stay as they are."""
+        """Return these inputs with half-precision tensors raised to float32; float32 and float64 stay."""
         if not {self.query.dtype, self.key.dtype} & set(HALF):
             return self
         names = ("query", "key", "value", "bias")
         return replace(self, **{n: None if (t := getattr(self, n)) is None else t.float() for n in names})
 
     def written_out(self) -> "AttentionInputs":
-        """The same problem in at least float32, with the key heads repeated for each of their query heads."""
+        """Return these inputs in at least float32, with key heads repeated for each of their query heads."""
         inputs = self.in_full_precision()
         if self.groups == 1:
             return inputs
@@ -95,7 +95,7 @@ class AttentionInputs:
 
 
 def split_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, Tensor | None]:
-    """Split a mask into (keep, bias), both broadcastable to (B, H, N, M), or None where there is nothing to say.
+    """Split a mask into (keep, bias), both broadcastable to (B, H, N, M), or None where they hold nothing.
 
     Accepted: bool (True = keep); integer 0/1; float (added to the logits; values at or below half the dtype's minimum,
     -inf included, mean "masked"). Rank 2 is a padding mask (B, M), rank 3 is (B, N, M), rank 4 is (B, H, N, M).
@@ -127,7 +127,7 @@ def split_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[T
 
 
 def surely(condition: Tensor) -> bool:
-    """Whether a bool tensor of one entry is True; False under torch.compile, whose graph the question would cut.
+    """Return whether a bool tensor of one entry is True; False under torch.compile, where reading it breaks the graph.
 
     For shortcuts: what follows must be right either way.
     """
@@ -135,13 +135,13 @@ def surely(condition: Tensor) -> bool:
 
 
 def causal_keep(num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
-    """(N, M) bool, True where key j <= query i + offset: the top-left triangle, as in PyTorch's own `is_causal`."""
+    """Return (N, M) bool, True where key j <= query i + offset: the top-left triangle, as in PyTorch's `is_causal`."""
     rows = torch.arange(num_queries, device=device)[:, None] + offset
     return rows >= torch.arange(num_keys, device=device)[None, :]
 
 
 def add_triangle(keep: Tensor | None, num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
-    """`keep` with the causal triangle in it, broadcastable to (B, H, N, M)."""
+    """Combine `keep` with the causal triangle, broadcastable to (B, H, N, M)."""
     triangle = causal_keep(num_queries, num_keys, device, offset)[None, None]
     return triangle if keep is None else keep & triangle
 
@@ -149,7 +149,7 @@ def add_triangle(keep: Tensor | None, num_queries: int, num_keys: int, device, o
 def merge_masks(
     mask: Tensor | None, position_bias: Tensor | None, shape: tuple[int, int, int, int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(keep, bias) of a mask (see `split_mask`) and a position bias, either broadcastable to (B, H, N, M) or None.
+    """Return (keep, bias) of a mask (see `split_mask`) and a position bias: broadcastable to (B, H, N, M) or None.
 
     A bias may mask, too (T5 adds its mask to it): -inf and the dtype's minimum mean there what they do in a mask.
     """
@@ -162,17 +162,17 @@ def merge_masks(
 
 
 def add_bias(left: Tensor | None, right: Tensor | None) -> Tensor | None:
-    """The sum of two optional additive biases."""
+    """Return the sum of two optional additive biases."""
     if left is None or right is None:
         return left if right is None else right
     return left + right
 
 
 def masked_softmax(logits: Tensor, keep: Tensor | None) -> Tensor:
-    """Row softmax over the kept entries; a row with none of them is all zeros, with zero gradients, never NaN."""
+    """Compute the row softmax over kept entries; a row with none is all zeros, with zero gradients, never NaN."""
     if keep is None:
         return logits.softmax(dim=-1)
-    alive = keep.any(dim=-1, keepdim=True)
+    has_keys = keep.any(dim=-1, keepdim=True)
     logits = logits.masked_fill(~keep, float("-inf"))
-    weights = torch.where(alive, logits, torch.zeros_like(logits)).softmax(dim=-1)
+    weights = torch.where(has_keys, logits, torch.zeros_like(logits)).softmax(dim=-1)
     return torch.where(keep, weights, torch.zeros_like(weights))

@@ -60,7 +60,7 @@ _ALLOWED_IMPLEMENTATIONS = {
 
 
 def resolve_implementation(requested, supports_sdpa: bool = True, nystrom: bool = False) -> str:
-    """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
+    """Return our attention function for the requested one; raises `ValueError` for one that is not possible.
 
     None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
     would silently put dot-product attention back.
@@ -83,7 +83,7 @@ def resolve_implementation(requested, supports_sdpa: bool = True, nystrom: bool 
 
 
 def say_what_sdpa_means(requested, model) -> None:
-    """Tell, once, who asks a model of ours for "sdpa" that it gives no dot-product attention."""
+    """Warn, once, whoever asks a model of ours for "sdpa" that it gives no dot-product attention."""
     if "sdpa" in (requested, requested.get("") if isinstance(requested, dict) else None):
         logger.warning_once(
             f"{type(model).__name__}: attn_implementation='sdpa' stands here for the attention that the config "
@@ -114,7 +114,7 @@ def refuse_unsupported(module: nn.Module, arguments: dict) -> None:
 
 
 def weights_requested(arguments: dict) -> bool:
-    """Whether the caller wants attention weights: by argument, or through transformers' output capturing."""
+    """Return whether the caller wants attention weights: by argument, or through transformers' output capturing."""
     if arguments.get("output_attentions"):
         return True
     collector = _active_collector.get()
@@ -122,8 +122,9 @@ def weights_requested(arguments: dict) -> bool:
 
 
 def read_call(module, query, mask, arguments: dict, *, reference: bool = False, nystrom: bool = False) -> ModuleCall:
-    """What transformers hands to an attention function, as one call; of a `nystrom` implementation mask and bias are
-    not written out (see `padding_mask` and `RelativeBias`)."""
+    """Collect what transformers passes to an attention function into one call; of a `nystrom` implementation mask and
+    bias are not written out (see `padding_mask` and `RelativeBias`).
+    """
     scaling, is_causal, bias = (arguments.get(name) for name in ("scaling", "is_causal", "position_bias"))
     state = getattr(module, "distattn", None)
     return ModuleCall(
@@ -139,12 +140,12 @@ def read_call(module, query, mask, arguments: dict, *, reference: bool = False, 
 
 
 def causal_by_flag(call: ModuleCall, num_queries: int) -> bool:
-    """transformers' own rule: the flag counts only without a mask and for more than one query."""
+    """Apply transformers' own rule: the flag counts only without a mask and for more than one query."""
     return call.is_causal and call.mask is None and num_queries > 1
 
 
 def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
-    """A call whose mask is written out, as exact attention takes it: causality decided, mask and bias merged."""
+    """Return a call with its mask written out, as exact attention takes it: causality decided, mask and bias merged."""
     bias = call.position_bias
     if bias is not None and bias.shape[-1] > key.shape[2]:
         bias = bias[..., : key.shape[2]]
@@ -153,7 +154,7 @@ def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
 
 
 def _unconverted(module, query, key, value, call: ModuleCall, arguments: dict):
-    """Attention of a module that was not converted: what the base model would have run."""
+    """Run the attention of a module that was not converted, as the base model would."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     needs_eager = any(arguments.get(name) is not None for name in ("softcap", "s_aux"))
     if call.return_weights or call.backend == "reference" or needs_eager:
@@ -164,7 +165,7 @@ def _unconverted(module, query, key, value, call: ModuleCall, arguments: dict):
 
 
 def _additive(call: ModuleCall, query: Tensor, key: Tensor) -> Tensor | None:
-    """The float mask an eager attention expects, from the bool (or absent) one of our mask function."""
+    """Return the float mask an eager attention expects, from the bool (or absent) one of our mask function."""
     mask = call.mask
     if causal_by_flag(call, query.shape[2]):
         mask = add_triangle(None, query.shape[2], key.shape[2], query.device)
@@ -184,7 +185,7 @@ def _check_heads(module, state, query) -> None:
 
 
 def _observed(state, query, key, value, call: ModuleCall) -> Tensor:
-    """What a conversion that looks at this module puts in place of its attention's output."""
+    """Return what the observer of a conversion in progress puts in place of the attention's output."""
     groups = query.shape[1] // key.shape[1]
     return state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call)
 
@@ -220,13 +221,13 @@ def attend_groups(state, query, key, value, call: ModuleCall) -> tuple[Tensor, T
     results = []
     for heads, group in parts:
         index = torch.tensor(heads, device=query.device)
-        own = replace(call, mask=of_heads(call.mask, index), position_bias=of_heads(call.position_bias, index))
-        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], own)))
+        group_call = replace(call, mask=of_heads(call.mask, index), position_bias=of_heads(call.position_bias, index))
+        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], group_call)))
     return join_heads(results)
 
 
 def attend(group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
-    """Exact attention of one group of heads, or dot product where there is none: (B, H, N, d_v), weights or None."""
+    """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
     dtype, backend = value.dtype, call.backend
     if group is None:
         metric, lam, p = get_metric("dot"), 1.0, None
@@ -261,14 +262,14 @@ def distattn_attention_forward(
     nystrom=False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function of converted models, by each spec's backend. Returns ((B, N, H, d_v), weights or None).
+    """Run attention of converted models by each spec's backend. Returns ((B, N, H, d_v), weights or None).
 
-    It takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
+    Takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
     (`attn_implementation="eager"`). nystrom: of models with Nyström attention, which get padding masks only (see
     `padding_mask`); with reference, quadratic in time and memory.
     """
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-    # Without those left out: what an unconverted module's attention takes for them is its own affair.
+    # Those not given stay out, so that an unconverted module's attention uses its own defaults.
     kwargs.update({name: value for name, value in given.items() if value is not None})
     call = read_call(module, query, attention_mask, kwargs, reference=reference, nystrom=nystrom)
     state: DistanceAttentionState | None = getattr(module, "distattn", None)
@@ -287,7 +288,7 @@ def distattn_attention_forward(
 
 
 def _full_mask(*args, **kwargs):
-    """transformers' bool mask, never left to the `is_causal` flag."""
+    """Return transformers' bool mask, never left to the `is_causal` flag."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 

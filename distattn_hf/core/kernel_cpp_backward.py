@@ -1,4 +1,4 @@
-"""C++ of the CPU kernels, gradients, with every tile of weights computed again from the log-sum-exp."""
+"""C++ source of the CPU kernels: gradients, with every tile of weights recomputed from the log-sum-exp."""
 
 BACKWARD = r"""
 // dq, and per split dk, dv, dcoef (the derivative by λ·scaling) and dbias. A unit of work owns the rows of bias it

@@ -1,4 +1,4 @@
-"""C++ of the CPU kernels: attention with an online softmax, distances alone, and few queries against many keys."""
+"""C++ source of the CPU kernels: attention with an online softmax, distances alone, few queries against many keys."""
 
 FORWARD = r"""
 // One attention problem, as ctypes hands it over. All tensors float32 and contiguous; dp and vp are d and d_v rounded

@@ -1,4 +1,4 @@
-"""Causal attention with an exact window, exact sinks and a low-rank far field by one fused CPU kernel."""
+"""Causal Nyström attention by one fused CPU kernel: an exact window, exact sinks and a low-rank far field."""
 
 import ctypes
 
@@ -193,7 +193,7 @@ class _Hybrid(ctypes.Structure):
 
 
 def cpp_supports(x) -> bool:
-    """Whether the kernel takes this problem (`HybridInputs`): causal, without bias and dropout."""
+    """Return whether the kernel takes these `HybridInputs`: causal, without bias and dropout."""
     if not x.is_causal or x.bias is not None or x.dropout_p > 0 or not readable(x.keep):
         return False
     tensors = [x.query, x.key, x.value, x.far_query, x.far_key]
@@ -204,7 +204,7 @@ def cpp_supports(x) -> bool:
 
 
 def cpp_hybrid_attention(x, state, near_keep: Tensor, left: int, headroom: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(output (B, H, N, d_v), Σ far_key vᵀ, Σ far_key) of `HybridInputs`; the first `left` keys end up in the sums."""
+    """Return (output (B, H, N, d_v), Σ far_key vᵀ, Σ far_key) of `HybridInputs`; sums hold the first `left` keys."""
     value_dim, rank = x.value.shape[-1], x.far_query.shape[-1]
     fill = -rank % ALIGNMENT
     far_query = F.pad(x.far_query, (0, fill), value=float("-inf")) if fill else x.far_query
@@ -214,7 +214,7 @@ def cpp_hybrid_attention(x, state, near_keep: Tensor, left: int, headroom: float
     data = _Hybrid(
         B=batch, H=heads, N=length, M=key.shape[2], d=width, dp=width, dv_=value_dim, vp=value.shape[-1], m=rank,
         mp=rank + fill, sinks=x.num_sinks,
-        # A wider window than there are keys sees no more, and would only take room.
+        # A wider window than there are keys sees no more, and would only take memory.
         window=min(x.window_size, key.shape[2]), first=state.length, left=left,
         threads=min(torch.get_num_threads(), batch * heads), headroom=headroom,
     )  # fmt: skip

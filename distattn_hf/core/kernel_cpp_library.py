@@ -1,4 +1,4 @@
-"""Compile the CPU kernels once a machine, load them, and hand tensors over by ctypes."""
+"""Compile the CPU kernels once per machine, load them, and pass tensors to them by ctypes."""
 
 import atexit
 import ctypes
@@ -22,7 +22,7 @@ from .kernel_cpp_backward import BACKWARD
 from .kernel_cpp_forward import DECODE, FORWARD
 from .kernel_cpp_tiles import TILES
 
-# Exact attention. Other libraries stand on TILES, too, and are compiled where they are used.
+# Exact attention. Other libraries use TILES, too, and are compiled where they are used.
 EXACT = "\n".join((TILES, FORWARD, BACKWARD, DECODE))
 # No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
 # time of -O2).
@@ -41,18 +41,18 @@ _ORDERS = {1.0: 0, 2.0: 2, 3.0: 3}
 
 
 def kind_of(metric: str, p: float | None) -> int | None:
-    """The kernel's number for a metric, or None when there is no kernel."""
+    """Return the kernel's number for a metric, or None when there is no kernel."""
     return _ORDERS.get(p, KINDS["lp"]) if metric == "lp" else KINDS.get(metric)
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler and its first arguments: $CXX, or the first of g++, c++, clang++ on the path."""
-    wanted = [shlex.split(os.environ.get("CXX", "")), *([name] for name in _COMPILERS)]
-    return next(([found, *rest] for name, *rest in filter(None, wanted) if (found := shutil.which(name))), None)
+    """Return the C++ compiler and its first arguments: $CXX, or the first of g++, c++, clang++ on the path."""
+    commands = [shlex.split(os.environ.get("CXX", "")), *([name] for name in _COMPILERS)]
+    return next(([path, *flags] for name, *flags in filter(None, commands) if (path := shutil.which(name))), None)
 
 
 def _machine() -> str:
-    """What -march=native depends on."""
+    """Return what -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,12 +61,12 @@ def _machine() -> str:
 
 
 def _cache_folder() -> Path:
-    """Raises `RuntimeError` where there is no home directory."""
+    """Return the folder for compiled kernels; raises `RuntimeError` where there is no home directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distattn_hf"
 
 
 def _build(source: str, anew: bool = False) -> Path:
-    """The compiled library, from the cache or made now; raises `OSError` or `subprocess.SubprocessError`."""
+    """Return the compiled library, from the cache or made now; raises `OSError` or `subprocess.SubprocessError`."""
     command = [*compiler(), *_FLAGS]
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     digest = hashlib.sha256("\0".join([source, *command, version, _machine()]).encode()).hexdigest()[:20]
@@ -76,28 +76,28 @@ def _build(source: str, anew: bool = False) -> Path:
         if not anew and (folder / name).exists():
             return folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     except (OSError, RuntimeError):
-        # Nowhere to keep it: compile for this process alone.
+        # No cache folder: compile for this process alone.
         folder = Path(tempfile.mkdtemp(prefix="distattn_hf-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     library = folder / name
     os.close(handle)
     try:
         subprocess.run(
-            [*command, "-", "-o", made], input=source, capture_output=True, text=True, timeout=_SECONDS, check=True
+            [*command, "-", "-o", temporary], input=source, capture_output=True, text=True, timeout=_SECONDS, check=True
         )
-        # Processes that compile at the same time each move a whole file into place.
-        os.replace(made, library)
+        # Atomic, for processes that compile at the same time.
+        os.replace(temporary, library)
     finally:
-        Path(made).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
     return library
 
 
 @lru_cache
 def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, why there is none)."""
+    """Return (library, None), or (None, why there is none)."""
     if sys.platform != "linux":
         return None, f"the CPU kernels are built on Linux only, this is {sys.platform}"
     if compiler() is None:
@@ -109,32 +109,32 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
         except OSError:  # a damaged file in the cache
             return ctypes.CDLL(str(_build(source, anew=True))), None
     except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = f"the C++ compiler {compiler()[0]} failed: {told[0] if told else error}"
+        compiler_output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = f"the C++ compiler {compiler()[0]} failed: {compiler_output[0] if compiler_output else error}"
     warnings.warn(f"distattn_hf runs without its CPU kernels, more slowly: {reason}", RuntimeWarning, stacklevel=2)
     return None, reason
 
 
 @torch.compiler.assume_constant_result
 def unavailable(source: str = EXACT) -> str | None:
-    """Why these CPU kernels cannot run here, or None; the first call on a machine compiles them (EXACT: 10 to 30 s)."""
+    """Return why these CPU kernels cannot run here, or None; the first call compiles them (EXACT: 10 to 30 s)."""
     return _load(source)[1]
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work, which look into operators and not into a library."""
+    """Return whether torch.func or forward-mode derivatives are active: they see into operators, not a library."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether these tensors have memory of their own that a kernel may read now: no fakes, subclasses, transforms."""
+    """Return whether a kernel may read these tensors' memory now: no fakes, subclasses or transforms."""
     if torch.compiler.is_compiling() or transformed():
         return False
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def can_run(source: str, *tensors: Tensor) -> bool:
-    """Whether kernels without gradients can read these tensors: float32 on the CPU, no gradient asked for."""
+    """Return whether kernels without gradients can read these tensors: float32 on the CPU, no gradient asked for."""
     if any(t.device.type != "cpu" or t.dtype != torch.float32 or 0 in t.shape for t in tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -146,7 +146,7 @@ _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 
 
 def fields(pointers: str, numbers: str, strides: dict[str, int], real: str = "p") -> list[tuple[str, type]]:
-    """The fields of a C structure: pointers, longs, arrays of longs and one float, in this order."""
+    """Return the fields of a C structure: pointers, longs, arrays of longs and one float, in this order."""
     return [
         *((name, _POINTER) for name in pointers.split()),
         *((name, _LONG) for name in numbers.split()),
@@ -164,7 +164,7 @@ def run_kernel(source: str, name: str, data: ctypes.Structure, **tensors: Tensor
 
 
 def strides(tensor: Tensor) -> ctypes.Array:
-    """How far apart items, heads and rows of (B, H, N, x) lie."""
+    """Return the distances in memory of items, heads and rows of (B, H, N, x), in entries."""
     return (_LONG * 3)(*tensor.stride()[:3])
 
 
@@ -188,7 +188,7 @@ class _Decode(ctypes.Structure):
 
 
 def padded_rows(tensor: Tensor) -> Tensor:
-    """Float32, contiguous, the last axis filled with zeros up to a multiple of 16."""
+    """Return the tensor as contiguous float32, its last axis filled with zeros up to a multiple of 16."""
     fill = -tensor.shape[-1] % ALIGNMENT
     return (F.pad(tensor.float(), (0, fill)) if fill else tensor.float()).contiguous()
 
@@ -198,7 +198,7 @@ FLOATS = {"dtype": torch.float32, "device": "cpu"}
 
 
 def _cut(tensor: Tensor, size: int) -> Tensor:
-    """The first `size` of the last axis."""
+    """Return the first `size` entries of the last axis."""
     return tensor if tensor.shape[-1] == size else tensor[..., :size].contiguous()
 
 
@@ -207,7 +207,7 @@ def _sum_splits(tensor: Tensor) -> Tensor:
 
 
 def _panels(tensor: Tensor) -> Tensor:
-    """(B, H, M, d) -> (B, H, ⌈M / width⌉, d, width), filled with zeros: what the register tiles read in order."""
+    """Reorder (B, H, M, d) to (B, H, ⌈M / width⌉, d, width), filled with zeros: the order the register tiles read."""
     width = _load(EXACT)[0].panel_width()
     batch, heads, length, size = tensor.shape
     if length % width:
@@ -216,7 +216,7 @@ def _panels(tensor: Tensor) -> Tensor:
 
 
 class _Call:
-    """A structure being filled; keeps the tensors alive that it points into."""
+    """A C structure with the arguments of a kernel; keeps the tensors alive that it points into."""
 
     def __init__(self, kind: type, query: Tensor, key: Tensor, value_dim: int, p: float | None):
         self.kept: list[Tensor] = []
@@ -226,7 +226,7 @@ class _Call:
         data.dp, data.vp = (size + -size % ALIGNMENT for size in (data.d, data.dv_))
         data.p = p or 0.0
         data.splits = 1
-        # A thread must be worth waking: about 50 µs of work.
+        # At least about 50 µs of work for each thread.
         work = query.numel() * data.M
         data.threads = max(1, min(torch.get_num_threads(), work >> 19))
 
@@ -237,7 +237,7 @@ class _Call:
                 setattr(self.data, name, tensor.data_ptr())
 
     def mask(self, keep: Tensor | None, bias: Tensor | None) -> None:
-        """Broadcast axes get stride 0, so that no (B, H, N, M) tensor is made."""
+        """Set keep and bias; broadcast axes get stride 0, so that no (B, H, N, M) tensor is made."""
         shape = (self.data.B, self.data.H, self.data.N, self.data.M)
         for name, tensor in (("keep", keep), ("bias", bias)):
             if tensor is not None:
@@ -251,7 +251,7 @@ class _Call:
 
 
 def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
-    """(output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling."""
+    """Return (output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling."""
     call = _Call(_Problem, query, key, value.shape[-1], p)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
     lse = torch.empty(query.shape[:3], **FLOATS)
@@ -270,7 +270,7 @@ def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> t
 
 
 def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
-    """Gradients (query, key, value, coef, bias or an empty tensor), float32; bias's has the shape of bias."""
+    """Return gradients (query, key, value, coef, bias or an empty tensor), float32; bias's has the shape of bias."""
     call = _Call(_Problem, query, key, value.shape[-1], p)
     data = call.data
     units = data.B * key.shape[1]
@@ -307,8 +307,7 @@ def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, k
 
 
 def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Tensor:
-    """Output (B, H, N, d_v) in float32 for few queries; key and value are read once, where they lie, as float32 or
-    bfloat16."""
+    """Return the output (B, H, N, d_v), float32, for few queries; reads float32 or bfloat16 keys once, in place."""
     call = _Call(_Decode, query, key, value.shape[-1], p)
     data = call.data
     if key.dtype not in (torch.float32, torch.bfloat16):
@@ -329,7 +328,7 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
 
 
 def distance_forward(query, key, kind, p) -> Tensor:
-    """Distances (B, H, N, M), float32."""
+    """Return distances (B, H, N, M), float32."""
     call = _Call(_Problem, query, key, 1, p)
     distances = torch.empty(*query.shape[:3], key.shape[2], **FLOATS)
     call.point(q=padded_rows(query), kpanels=_panels(key), sums=distances)
@@ -338,7 +337,7 @@ def distance_forward(query, key, kind, p) -> Tensor:
 
 
 def distance_backward(grad, query, key, distances, kind, p) -> tuple[Tensor, Tensor]:
-    """Gradients (query, key) of distances whose heads are not grouped, float32."""
+    """Return gradients (query, key) of distances whose heads are not grouped, float32."""
     call = _Call(_Problem, query, key, 1, p)
     rows = {"q": padded_rows(query), "k": padded_rows(key)}
     dq, dk = torch.empty_like(rows["q"]), torch.zeros_like(rows["k"])

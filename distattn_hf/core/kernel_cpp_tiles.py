@@ -1,4 +1,4 @@
-"""C++ of the CPU kernels, vectors, metrics, and the register tiles everything is made of.
+"""C++ source of the CPU kernels: vectors, metrics, and the register tiles that all kernels use.
 
 The source is kept in Python strings because transformers copies only .py files beside a checkpoint.
 """

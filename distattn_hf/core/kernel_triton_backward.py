@@ -73,7 +73,7 @@ def query_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients for one block of queries of one head.
+    """Compute gradients for one block of queries of one head.
 
     grad_q (B, H, d, N) float32 starts as zeros, grad_slope is (B, H, N), and grad_bias (B, H, N, M) starts as zeros.
     """
@@ -234,7 +234,7 @@ def key_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients for one block of keys and values of one key head, over all query heads that use it.
+    """Compute gradients for one block of keys and values of one key head, over all query heads that use it.
 
     grad_k (B, H_kv, d, M) float32 starts as zeros; grad_v is (B, H_kv, M, d_v), contiguous float32.
     """

@@ -1,4 +1,4 @@
-"""Forward kernel of the Triton backend: a block of queries meets the keys block by block, with an online softmax.
+"""Forward kernel of the Triton backend: a block of queries reads the keys block by block, with an online softmax.
 
 Importing this file needs Triton.
 """
@@ -59,7 +59,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (B, H, N, d_v) and lse (B, H, N), contiguous float32, for one block of queries of one head.
+    """Compute out (B, H, N, d_v), lse (B, H, N), contiguous float32, for one block of queries of one head.
 
     lse_i = log2 Σ_j 2^(logits_ij), or +inf for a row with nothing kept, so that 2^(logits - lse) is its weight, 0.
     """

@@ -18,7 +18,7 @@ NORM_EPSILON = tl.constexpr(1e-12)
 
 @triton.jit
 def power(x, P: tl.constexpr):
-    """x^P for x >= 0, without logarithms where a few products and a root do it."""
+    """Return x^P for x >= 0, without logarithms where a few products and a root are enough."""
     if P == 0.5:
         result = tl.sqrt(x)
     elif P == 1.0:
@@ -52,7 +52,7 @@ def coordinate_distance(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """(Σ_c|a_c - b_c|^P)^(1/P) or max_c|a_c - b_c| as (BLOCK_A, BLOCK_B), and how many coordinates reach the maximum.
+    """Return (Σ_c|a_c - b_c|^P)^(1/P) or max_c|a_c - b_c|, (BLOCK_A, BLOCK_B), and how many c reach the maximum.
 
     One coordinate at a time: only the tile itself is held in registers, whatever the head size. Each step reads one
     number per row and per column, contiguous ones if the vectors are stored coordinate by coordinate.
@@ -91,7 +91,7 @@ def add_coordinate_gradient(
     P: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """gradient[own, c] += Σ_other weight·∂distance/∂own_c, for weight and distance of shape (other, own).
+    """Add Σ_other weight·∂distance/∂own_c to gradient[own, c]; weight and distance are (other, own).
 
     The sums run over axis 0, which a thread mostly holds itself. They are added up in memory, as registers cannot be
     indexed by c. The rows belong to this program alone, and always to the same thread of it, so that the order of the
@@ -116,7 +116,7 @@ def add_coordinate_gradient(
 
 @triton.jit
 def load_rows(ptrs, stride, inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """(rows, BLOCK_DIM) in the tensor's own dtype, with zeros outside."""
+    """Return (rows, BLOCK_DIM) in the tensor's own dtype, with zeros outside."""
     columns = tl.arange(0, BLOCK_DIM)
     return tl.load(
         ptrs[:, None] + columns[None, :] * stride, mask=inside[:, None] & (columns[None, :] < DIM), other=0.0
@@ -125,7 +125,7 @@ def load_rows(ptrs, stride, inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 
 @triton.jit
 def matmul_distance(a, b):
-    """‖a_i - b_j‖ from ‖a‖² + ‖b‖² - 2a·b, clamped as in metrics.Euclidean.fast_distance; a and b share a dtype."""
+    """Return ‖a_i - b_j‖ by ‖a‖² + ‖b‖² - 2a·b, clamped as in Euclidean.fast_distance; a and b share a dtype."""
     a_wide, b_wide = a.to(tl.float32), b.to(tl.float32)
     squared = tl.sum(a_wide * a_wide, axis=1)[:, None] + tl.sum(b_wide * b_wide, axis=1)[None, :]
     # Products of half-precision numbers are exact in float32, in which they are summed.
@@ -135,7 +135,7 @@ def matmul_distance(a, b):
 
 @triton.jit
 def add_matmul_gradient(gradient, own, other, weight, distance, PRECISION: tl.constexpr):
-    """gradient (own, dim) + Σ_other weight·∂distance/∂own, for weight and distance of shape (other, own).
+    """Return gradient (own, dim) + Σ_other weight·∂distance/∂own; weight and distance are (other, own).
 
     With w = weight/distance, Σ w·(own - other) = own·Σw - wᵀ·other.
     """
@@ -147,7 +147,7 @@ def add_matmul_gradient(gradient, own, other, weight, distance, PRECISION: tl.co
 
 @triton.jit
 def weighted_sum(weight, rows, PRECISION: tl.constexpr):
-    """weightᵀ (n, m) · rows (m, dim); weights stay in float32, as half precision would round away what it won."""
+    """Return weightᵀ (n, m) · rows (m, dim); weights stay in float32, half precision would lose their accuracy."""
     return tl.dot(tl.trans(weight), rows.to(tl.float32), input_precision=PRECISION)
 
 
@@ -169,7 +169,7 @@ def masked_logits(
     HAS_KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """(-slope·distance + bias)·log2(e), and -inf where masked; `queries` and `keys` are indices that broadcast."""
+    """Return (-slope·distance + bias)·log2(e), -inf where masked; `queries` and `keys` are indices that broadcast."""
     # A mask of 46,341² entries has offsets beyond int32.
     far_queries, far_keys = queries.to(tl.int64), keys.to(tl.int64)
     kept = (queries < num_queries) & (keys < num_keys)

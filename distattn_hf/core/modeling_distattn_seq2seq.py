@@ -26,7 +26,7 @@ from .native_layers import CallArguments, DistAttnPreTrainedModel, register_head
 
 
 class DistAttnDecoder(DistAttnModel):
-    """A causal decoder that also looks at an encoder's output."""
+    """A causal decoder with cross-attention to an encoder's output."""
 
     config_class = DistAttnSeq2SeqConfig
     _has_cross_attention = True
@@ -38,7 +38,7 @@ class DistAttnDecoder(DistAttnModel):
     _output_class = BaseModelOutputWithPastAndCrossAttentions
 
     def _run(self, hidden_states, position_bias, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
-        """Give the layers the encoder's hidden states (B, M, D) and which of them are padding (B, M), too."""
+        """Pass the layers the encoder's hidden states (B, M, D) and its padding mask (B, M), too."""
         if encoder_hidden_states is None:
             raise ValueError("a decoder of an encoder-decoder model needs encoder_hidden_states")
         cache = kwargs[CACHE_NAME]
@@ -61,12 +61,12 @@ class DistAttnDecoder(DistAttnModel):
 
 
 class _Seq2Seq(DistAttnPreTrainedModel):
-    """What both encoder-decoder classes share."""
+    """Base class of both encoder-decoder classes."""
 
     config_class = DistAttnSeq2SeqConfig
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """transformers' own, for the decoder's embeddings, too, where they are not the encoder's."""
+        """Resize as transformers does, the decoder's embeddings, too, where they are not the encoder's."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if not self.config.tie_word_embeddings:
             self.get_decoder().resize_token_embeddings(*args, **kwargs)
@@ -74,7 +74,7 @@ class _Seq2Seq(DistAttnPreTrainedModel):
 
 
 class DistAttnSeq2SeqModel(_Seq2Seq):
-    """Encoder and decoder; they share their embeddings where config.tie_word_embeddings."""
+    """Encoder and decoder, with shared embeddings where config.tie_word_embeddings."""
 
     _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
 
@@ -107,7 +107,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
         cache: Cache | None = None,
         **kwargs: Unpack[CallArguments],
     ) -> Seq2SeqModelOutput:
-        """The decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
+        """Return the decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
         cache = one_cache(past_key_values, cache)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -138,7 +138,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
 
 
 class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
-    """The next token of an answer to a text."""
+    """Predicts the next token of an answer to a text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
 
@@ -149,7 +149,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels (B, N) one to the right, from the start token on."""
+        """Shift labels (B, N) one to the right, beginning with the start token."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
             raise ValueError(f"labels need decoder_start_token_id and pad_token_id, got {start!r} and {pad!r}")
@@ -172,7 +172,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Unpack[CallArguments],
     ) -> Seq2SeqLMOutput:
-        """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out.
+        """Return logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out.
 
         Without decoder inputs the labels are shifted to the right and become those. num_items_in_batch: how many labels
         the loss is a mean over, where the batch is a part of one (transformers' Trainer says it).
@@ -197,8 +197,8 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         if labels is not None:
             flat = logits.flatten(0, 1).float(), labels.flatten().to(logits.device)
             loss = fixed_cross_entropy(*flat, num_items_in_batch)
-        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **rest)
+        other_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **other_outputs)
 
 
 register_heads(

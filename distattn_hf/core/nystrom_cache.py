@@ -14,7 +14,7 @@ _TENSORS = ("keys", "values", "keep", "all_keys", "all_values")
 
 
 class NystromLayer(CacheLayerMixin):
-    """Takes the place of `DynamicLayer` in any transformers cache; its size does not depend on the tokens seen.
+    """Replaces `DynamicLayer` in any transformers cache; its size does not depend on the tokens seen.
 
     `update` hands back placeholders of the full length, which take no memory and hold NaN: the attention function takes
     the real keys from the layer (`layer_behind`), which goes with the placeholder. keys and values (B, H_kv, n, d) are
@@ -52,18 +52,18 @@ class NystromLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def start_from(self, keys: Tensor, values: Tensor) -> None:
-        """Begin behind the keys (B, H_kv, n, d) and values of a cache that keeps all, such as a prefix."""
+        """Begin after the keys (B, H_kv, n, d) and values of a cache that keeps all, such as a prefix."""
         self.lazy_initialization(keys, values)
         self.all_keys, self.all_values = keys[:, self.full_key_heads], values[:, self.full_key_heads]
         self.length, self._earlier = keys.shape[2], (keys, values)
 
     def take_earlier(self) -> tuple[Tensor, Tensor] | None:
-        """The keys and values of `start_from` until `put` has them as window and state; None after that, or without."""
+        """Return keys and values of `start_from` until `put` makes them window and state; else None."""
         earlier, self._earlier = self._earlier, None
         return earlier
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Remember new keys (B, H_kv, n, d) and values for `take`; returns placeholders of all keys' shape."""
+        """Store new keys (B, H_kv, n, d) and values for `take`; returns placeholders of all keys' shape."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
@@ -80,7 +80,7 @@ class NystromLayer(CacheLayerMixin):
         return placeholder
 
     def take(self, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(key, value, keep) of the window before the new keys and the new ones, whose padding `keep` (B, n) tells."""
+        """Return (key, value, keep) of the window and of the new keys after it, whose padding `keep` (B, n) is."""
         if self._new is None:
             raise RuntimeError("the keys of this cache layer were taken already: update it before each attention call")
         (key, value), self._new = self._new, None
@@ -93,14 +93,14 @@ class NystromLayer(CacheLayerMixin):
         )
 
     def put(self, key: Tensor, value: Tensor, keep: Tensor, state: FarState) -> None:
-        """Keep the last window_size - 1 of the keys that `take` gave, and the state of all before them."""
+        """Store the last window_size - 1 of the keys that `take` gave, and the state of all before them."""
         start = max(0, key.shape[2] - max(0, self.window_size - 1))
         # Copies: a slice would keep the whole prompt alive.
         self.keys, self.values = key[:, :, start:].clone(), value[:, :, start:].clone()
         self.keep, self.state = keep[:, start:].clone(), state
 
     def forget_early_keys(self) -> None:
-        """Keep all keys of the exact heads only, from here on: no query will see few."""
+        """Keep all keys of the exact heads only, from here on: no later query sees few keys."""
         self.is_long = True
         if self.full_key_heads != self.exact_key_heads:
             columns = [self.full_key_heads.index(head) for head in self.exact_key_heads]
@@ -133,9 +133,9 @@ class NystromLayer(CacheLayerMixin):
             for name in _TENSORS:
                 setattr(self, name, change(getattr(self, name)))
         if self.state is not None:
-            s = self.state
-            tensors = (s.total, s.weight, s.sink_key, s.sink_value, s.sink_position)
-            self.state = FarState(*map(change, tensors), s.length)
+            state = self.state
+            tensors = (state.total, state.weight, state.sink_key, state.sink_value, state.sink_position)
+            self.state = FarState(*map(change, tensors), state.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -152,15 +152,15 @@ class NystromLayer(CacheLayerMixin):
         raise ValueError("a Nyström cache is not offloaded (its size is constant); leave offloading at False")
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        held = [getattr(self, name) for name in _TENSORS] if self.is_initialized else []
+        """Return the bytes of all tensors held."""
+        tensors = [getattr(self, name) for name in _TENSORS] if self.is_initialized else []
         if self.state is not None:
-            held += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held)
+            tensors += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class RefusesAssistance:
-    """Mixin before `PreTrainedModel`: says before it begins that a generation would have to take tokens back."""
+    """Mixin before `PreTrainedModel` that refuses, before it begins, a generation that would have to remove tokens."""
 
     def _validate_generation_mode(self, generation_mode, *args, **kwargs):
         if self._is_stateful and generation_mode == GenerationMode.ASSISTED_GENERATION:
@@ -173,7 +173,7 @@ class RefusesAssistance:
 
 
 def layer_behind(key: Tensor) -> NystromLayer | None:
-    """The cache layer whose placeholder `key` is; raises `RuntimeError` for a placeholder that lost it."""
+    """Return the cache layer of placeholder `key`, or None; raises `RuntimeError` for a placeholder that lost it."""
     layer = getattr(key, "distattn_layer", None)
     if layer is None and key.stride() == (0, 0, 0, 0) and key.numel() > 1:
         raise RuntimeError(
@@ -184,7 +184,7 @@ def layer_behind(key: Tensor) -> NystromLayer | None:
 
 
 def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
-    """Forward pre-hook of a causal Nyström module: give the model's cache a `NystromLayer` where this module writes.
+    """Put a `NystromLayer` into the model's cache for a causal Nyström module (forward pre-hook).
 
     Keys that the cache holds already, all of them, become a window and a state at the attention call. Raises
     `ValueError` for a cache of another kind (static, quantised, sliding, offloading).
@@ -217,13 +217,13 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
             f"{type(layer).__name__} (a static, quantized or sliding cache). Leave cache_implementation at its default"
         )
     state = module.distattn
-    ours, exact = None, []
+    far_group, exact_heads = None, []
     for heads, group in state.parts():
         if isinstance(group, NystromParameters):
-            ours = group
+            far_group = group
         else:
-            exact.extend(heads)
-    new = NystromLayer(ours.spec.window_size, tuple(exact), state.num_heads, ours.spec.exact_below or 0)
+            exact_heads.extend(heads)
+    new = NystromLayer(far_group.spec.window_size, tuple(exact_heads), state.num_heads, far_group.spec.exact_below or 0)
     if layer.get_seq_length():
         new.start_from(layer.keys, layer.values)
     cache.layers[index] = new

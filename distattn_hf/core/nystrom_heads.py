@@ -1,4 +1,4 @@
-"""Nyström attention inside a model: what transformers hands over -> `hybrid_attention`, with or without a cache."""
+"""Nyström attention inside a model: from transformers' arguments to `hybrid_attention`, with or without a cache."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -31,7 +31,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **unused,
 ) -> Tensor | None:
-    """Mask function of models with linear-time attention: which keys are padding, (B, 1, 1, M) bool, or None for none.
+    """Return which keys are padding, (B, 1, 1, M) bool, or None for none: mask function of models with Nyström heads.
 
     Causality is left to the attention function, so that no (N, M) mask is made. Any other pattern (sliding layers
     beside full ones, packed sequences) is written out as transformers does, (B, 1, N, M), for layers of exact
@@ -53,13 +53,13 @@ def padding_mask(
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if mask.shape[1] < kv_length:
-        # transformers' own rule: what the mask does not reach is not there yet.
+        # transformers' own rule: keys beyond the mask do not exist yet.
         mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]), value=False)
     return mask[:, None, None, :]
 
 
 def write_out(call: ModuleCall, num_queries: int, num_keys: int, device) -> ModuleCall:
-    """The call as exact attention needs it, from what `padding_mask` made: causality in its mask, its bias a tensor."""
+    """Return the call as exact attention needs it, from that of `padding_mask`: causal mask, bias as a tensor."""
     mask, bias = call.mask, as_tensor(call.position_bias, num_queries, num_keys)
     if call.is_causal and num_queries > 1 and (mask is None or mask.shape[2] == 1):
         mask = add_triangle(mask, num_queries, num_keys, device, offset=num_keys - num_queries)
@@ -67,7 +67,7 @@ def write_out(call: ModuleCall, num_queries: int, num_keys: int, device) -> Modu
 
 
 def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
-    """keep (B, M) of the last M keys, from a padding mask (B or 1, 1, 1, at least M)."""
+    """Return keep (B, M) of the last M keys, from a padding mask (B or 1, 1, 1, at least M)."""
     if mask is None:
         return torch.ones(len(query), length, dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
@@ -80,19 +80,19 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
 
 
 def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple[Tensor, Tensor | None]:
-    """Attention of a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
+    """Run a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
 
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
-    layer, total, num_queries = layer_behind(key), key.shape[2], query.shape[2]
-    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, total):
+    layer, num_keys, num_queries = layer_behind(key), key.shape[2], query.shape[2]
+    if torch.compiler.is_compiling() and _depends_on_padding(state, layer, num_keys):
         return _uncompiled()(state, query, key, value, call, attend)
-    if layer is None and call.is_causal and total > num_queries:
+    if layer is None and call.is_causal and num_keys > num_queries:
         raise RuntimeError(
-            f"causal Nyström attention got {total} keys for {num_queries} queries: the model has a cache that was "
+            f"causal Nyström attention got {num_keys} keys for {num_queries} queries: the model has a cache that was "
             f"not found, and that would keep every key. {version_note()}; pass use_cache=False"
         )
-    full_key, full_value, full_keep = key, value, key_padding(call.mask, query, total)
+    full_key, full_value, full_keep = key, value, key_padding(call.mask, query, num_keys)
     keep = full_keep
     if layer is not None:
         _check_options(layer, state)
@@ -103,35 +103,37 @@ def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple
     results = []
     for heads, group in state.parts():
         columns = [head // (state.num_heads // key.shape[1]) for head in heads]
-        own = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
+        own_call = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(_exact, attend, group)
         if not isinstance(group, NystromParameters):
-            results.append((heads, *exact(*full(), own)))
+            results.append((heads, *exact(*full(), own_call)))
             continue
-        few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
+        is_few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
-        if few is True:
-            output, weights = exact(*full(), own)
+        if is_few is True:
+            output, weights = exact(*full(), own_call)
             output = touched(group, output)
             if layer is not None:
-                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, own, total, layer.state))
+                far_state, near_keep = advance(hybrid_inputs(group, *tensors, keep, own_call, num_keys, layer.state))
         else:
-            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, own, total, layer)
-            if few is not None:
-                output, weights = _put_rows(few, _few_rows(few, *full(), full_keep, own, exact), output, weights)
+            output, weights, far_state, near_keep = _far_heads(group, *tensors, keep, own_call, num_keys, layer)
+            if is_few is not None:
+                output, weights = _put_rows(
+                    is_few, _few_rows(is_few, *full(), full_keep, own_call, exact), output, weights
+                )
         results.append((heads, output, weights))
     if layer is not None:
         layer.put(key, value, near_keep, far_state)
         # Padding after the last of so many tokens still sees no more than these.
-        may_forget = total > layer.exact_below and not layer.is_long
+        may_forget = num_keys > layer.exact_below and not layer.is_long
         if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
 
 
 def touched(group, output: Tensor) -> Tensor:
-    """The output, in whose graph all of a group's parameters are: where nothing depends on them their gradient is 0.
+    """Return the output with all of a group's parameters in its graph, with gradient 0 where nothing uses them.
 
     DDP and others wait for a gradient of every parameter that trains.
     """
@@ -142,7 +144,7 @@ def touched(group, output: Tensor) -> Tensor:
 
 
 def _check_options(layer, state) -> None:
-    """Raise `ValueError` where a cache was begun with other options than the module has now."""
+    """Raise `ValueError` where a cache was begun with options other than the module's current ones."""
     for _, group in state.parts():
         if isinstance(group, NystromParameters):
             for name in ("window_size", "exact_below"):
@@ -154,7 +156,7 @@ def _check_options(layer, state) -> None:
 
 
 def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: ModuleCall) -> None:
-    """Make the keys (B, H_kv, n, d) of a cache that kept all the layer's window and state, as if they had run here."""
+    """Make a full cache's keys (B, H_kv, n, d) the layer's window and state, as if they had run here."""
     length = key.shape[2]
     # The state holds no bias: that of a far key depends on nothing but its side.
     call = replace(call, position_bias=None)
@@ -170,25 +172,25 @@ def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: Module
 
 
 def _depends_on_padding(state, layer, num_keys: int) -> bool:
-    """Whether only the mask's values say which queries see few keys."""
+    """Return whether only the mask's values say which queries see few keys."""
     limits = [group.spec.exact_below or 0 for _, group in state.parts() if isinstance(group, NystromParameters)]
     return any(0 < limit < num_keys for limit in limits) and not (layer is not None and layer.is_long)
 
 
 @lru_cache
 def _uncompiled():
-    """`nystrom_forward` as torch.compile leaves it alone: one cut of the graph in place of ten."""
+    """Wrap `nystrom_forward` so that torch.compile skips it: one graph break in place of ten."""
     # Made when it is needed: it imports torch._dynamo, which takes a second.
     return torch.compiler.disable(nystrom_forward)
 
 
 def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
-    """Which of the last N queries see at most spec.exact_below keys (B, N); None where none does, True where all do."""
+    """Return which of the last N queries see at most spec.exact_below keys (B, N); None for none, True for all."""
     limit, num_keys = group.spec.exact_below or 0, keep.shape[1]
     if state.observer is not None:  # a conversion fits the far field at whatever length its text has
         return None
     if not limit:
-        # A model of short texts only would have no Nyström attention left.
+        # Otherwise a model of short texts would have no Nyström attention left.
         takes_longer = state.max_positions is None or state.max_positions > SHORT_TEXT
         short = num_queries > 1 and num_keys < SHORT_TEXT
         if short and takes_longer and state.has_teacher and not torch.compiler.is_compiling():
@@ -202,11 +204,11 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
         return None
     if num_keys > limit:
         seen = keep.cumsum(-1)[:, -num_queries:] if is_causal else keep.sum(-1, keepdim=True).expand(-1, num_queries)
-        few = seen <= limit
-        if not bool(few.any()):
+        is_few = seen <= limit
+        if not bool(is_few.any()):
             return None
-        if not bool(few.all()):
-            return few
+        if not bool(is_few.all()):
+            return is_few
     if state.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         logger.warning_once(
             f"training on texts of at most exact_below={limit} tokens, which see exact attention alone: no landmark is "
@@ -217,7 +219,7 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
 
 
 def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: ModuleCall, exact):
-    """(items (b,), output, weights) of exact attention of the batch items and first queries that `few` has."""
+    """Return (items (b,), output, weights) of exact attention of the batch items and first queries that `few` marks."""
     items = few.any(1).nonzero()[:, 0]
     query, key, value, keep = (t[items] for t in (query, key, value, keep))
     num_queries, num_keys = query.shape[2], key.shape[2]
@@ -231,8 +233,8 @@ def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: ModuleCall, ex
 
 
 def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Output and weights with the rows of `_few_rows` where `few` says so."""
-    items, *found = exact
+    """Replace the rows of output and weights that `few` marks by those of `_few_rows`."""
+    items, *exact_results = exact
 
     def put(whole, part):
         if part is None:
@@ -242,11 +244,11 @@ def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None)
         part = torch.where(chosen, part.to(whole.dtype), rows[:, :, : part.shape[2]])
         return whole.index_copy(0, items, torch.cat([part, rows[:, :, part.shape[2] :]], dim=2))
 
-    return put(output, found[0]), put(weights, found[1])
+    return put(output, exact_results[0]), put(weights, exact_results[1])
 
 
 def _far_heads(group, query, key, value, keep, call: ModuleCall, num_keys: int, layer):
-    """(output, weights or None, the state afterwards, keep without the sinks) of the Nyström heads of a module."""
+    """Return (output, weights or None, the next state, keep without sinks) of the Nyström heads of a module."""
     inputs = hybrid_inputs(group, query, key, value, keep, call, num_keys, layer.state if layer is not None else None)
     started = layer is not None and layer.length > query.shape[2]
     if call.return_weights and started:
@@ -262,26 +264,26 @@ def _far_heads(group, query, key, value, keep, call: ModuleCall, num_keys: int, 
 
 
 def _take(tensor: Tensor, heads: list[int]) -> Tensor:
-    """Some heads of (B, H, ...): the tensor itself where these are all of them in order, else a copy."""
+    """Return some heads of (B, H, ...): the tensor itself where these are all of them in order, else a copy."""
     if heads == list(range(tensor.shape[1])):
         return tensor
     return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
 
 
 def _bias_of(bias, heads: list[int], device):
-    """Some heads of a position bias, if there is one."""
+    """Return some heads of a position bias, if there is one."""
     return None if bias is None else of_heads(bias, torch.tensor(heads, device=device))
 
 
 def _in_full(query, key, value, heads: list[int], columns: list[int], layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value of some heads, for exact attention: with a cache layer, among the keys that it keeps."""
+    """Return query, key and value of some heads for exact attention: with a cache layer, from the keys it keeps."""
     if layer is not None:
         columns = [layer.full_key_heads.index(column) for column in columns]
     return _take(query, heads), _take(key, columns), _take(value, columns)
 
 
 def _exact(attend, group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
-    """Exact attention of the last N of M keys' queries: causality by flag where that is enough, else in the mask."""
+    """Run exact attention of the last N of M keys' queries: causality by flag where that suffices, else by mask."""
     by_flag = call.mask is None and query.shape[2] == key.shape[2]
     call = call if by_flag else write_out(call, query.shape[2], key.shape[2], query.device)
     bias = as_tensor(call.position_bias, query.shape[2], key.shape[2])
@@ -289,7 +291,7 @@ def _exact(attend, group, query, key, value, call: ModuleCall) -> tuple[Tensor, 
 
 
 def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Outputs and weights of groups of heads, (heads, output, weights) each, in the order of the heads."""
+    """Join outputs and weights of groups of heads, (heads, output, weights) each, in the order of the heads."""
     if len(results) == 1:
         return results[0][1:]
     order = [head for heads, *_ in results for head in heads]
@@ -300,8 +302,9 @@ def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[
 
 
 def hybrid_inputs(group, query, key, value, keep, call: ModuleCall, num_keys: int, state=None) -> HybridInputs:
-    """One problem of a group of Nyström heads, of `num_keys` keys with those in a cache; key and value have a head for
-    every query head."""
+    """Return the inputs of a group of Nyström heads for `num_keys` keys with those in a cache; key and value have a
+    head for every query head.
+    """
     query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
     window_size, num_sinks = (0, 0) if call.is_cross else (group.spec.window_size, group.spec.num_sinks)
     bias = window_bias(call.position_bias, window_size, num_keys, call.is_causal)

@@ -1,4 +1,4 @@
-"""Exact attention nearby plus a low-rank far field, under one normaliser, in time and memory linear in the length.
+"""Nyström attention: exact nearby plus a low-rank far field, with one normaliser, in linear time and memory.
 
 weight(i, j) = exp(q_i·k_j + b_ij)                for the sinks and for the keys within the window of query i
              = Σ_a exp(far_query_ia)·far_key_ja   for every other key j that query i may see
@@ -22,7 +22,7 @@ _BLOCK = 64
 # Weights (float32: 2 MB) that are worked on at a time.
 _PART_ENTRIES = 2**19
 # Far logarithms may stand this much above a row's shift: a landmark near the query counts for little where no key is
-# near it, and must not push everything else below what float32 can hold. exp(60) times any sum stays finite.
+# near it, and must not make everything else underflow in float32. exp(60) times any sum stays finite.
 HEADROOM = 60.0
 # The position of a sink that is not there yet: ahead of every query.
 NOWHERE = 2**60
@@ -30,11 +30,11 @@ NOWHERE = 2**60
 
 @dataclass(frozen=True)
 class FarState:
-    """What earlier calls leave to a causal attention, of a size that does not depend on the length.
+    """State that earlier calls leave to a causal attention, of a size that does not depend on the length.
 
     total (B, H, m, d_v) and weight (B, H, m): Σ far_key_j v_jᵀ and Σ far_key_j over the keys that left the window;
     sink_key (B, H, s, d), sink_value (B, H, s, d_v), sink_position (B, s): the first s keys that are not padding;
-    length: how many keys went by, padding and sinks included.
+    length: how many keys came so far, padding and sinks included.
     """
 
     total: Tensor
@@ -57,7 +57,7 @@ class WindowBias:
     ahead: Tensor
 
     def at(self, relative: Tensor) -> Tensor:
-        """The bias (H, ...) at relative positions (...)."""
+        """Return the bias (H, ...) at relative positions (...)."""
         table = torch.cat([self.behind[:, None], self.near, self.ahead[:, None]], dim=-1)
         reach = table.shape[-1] // 2
         return table[:, (relative + reach).clamp(0, 2 * reach)]
@@ -65,7 +65,7 @@ class WindowBias:
 
 @dataclass(frozen=True)
 class HybridInputs:
-    """One problem in at least float32, with a key head for every query head.
+    """Inputs of one call in at least float32, with a key head for every query head.
 
     query (B, H, N, d) with the scaling in it; key (B, H, M, d), value (B, H, M, d_v), keep (B, M) bool;
     far_query (B, H, N, m), logarithms; far_key (B, H, M, m) >= 0. Causal: the last N of the M keys are the queries'
@@ -87,7 +87,7 @@ class HybridInputs:
 
 
 def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
-    """(output (B, H, N, d_v), the state once all but the last window_size - 1 keys are in it, keep without the sinks).
+    """Return (output (B, H, N, d_v), the state of all but the last window_size - 1 keys, keep without the sinks).
 
     A query that sees nothing gets zeros.
     """
@@ -112,36 +112,36 @@ def _by_kernel(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
 
 
 def advance(inputs: HybridInputs) -> tuple[FarState, Tensor]:
-    """(state, keep without the sinks) as `hybrid_attention` leaves them, without its output."""
+    """Return (state, keep without the sinks) of `hybrid_attention`, without its output."""
     state, near_keep, far_key = _enter(inputs)
     return _leave(inputs, state, far_key), near_keep
 
 
 def _enter(inputs: HybridInputs) -> tuple[FarState, Tensor, Tensor]:
-    """(state with the sinks in it, keep without the sinks, far_key of what is kept)."""
+    """Return (state with the sinks in it, keep without the sinks, far_key of what is kept)."""
     state, is_sink = take_sinks(inputs)
     near_keep = inputs.keep & ~is_sink
     return state, near_keep, inputs.far_key * near_keep[:, None, :, None]
 
 
 def _leave(inputs: HybridInputs, state: FarState, far_key: Tensor) -> FarState:
-    """The state once all but the last window_size - 1 keys are in it."""
+    """Return the state once all but the last window_size - 1 keys are in it."""
     left = _far_from_all_to_come(inputs) if inputs.is_causal else 0
     return _absorb(state, far_key[:, :, :left], inputs.value[:, :, :left])
 
 
 def _far_from_all_to_come(inputs: HybridInputs) -> int:
-    """How many of the keys no later query sees exactly."""
+    """Return how many of the keys no later query sees exactly."""
     return max(0, inputs.key.shape[2] - max(0, inputs.window_size - 1))
 
 
 def _reach(inputs: HybridInputs) -> int:
-    """How far the window reaches from a query, and no further than there are keys."""
+    """Return how far the window reaches from a query, and no further than there are keys."""
     return min(max(0, inputs.window_size - 1), inputs.key.shape[2])
 
 
 def _rows_at_once(inputs: HybridInputs) -> int:
-    """So many queries of a causal problem that the processor's cache holds what they need, in whole blocks."""
+    """Return how many queries of a causal problem to run at once so that they fit the CPU's cache, in whole blocks."""
     batch, heads = inputs.query.shape[:2]
     reach = _reach(inputs)
     blocks = _PART_ENTRIES // max(1, batch * heads * _BLOCK * (_BLOCK + reach))
@@ -149,29 +149,29 @@ def _rows_at_once(inputs: HybridInputs) -> int:
 
 
 def _one_after_another(inputs: HybridInputs, rows: int) -> tuple[Tensor, FarState, Tensor]:
-    """`hybrid_attention` of a causal problem, `rows` queries at a time, the state handed on as between calls."""
-    x, reach = inputs, max(0, inputs.window_size - 1)
-    before = x.key.shape[2] - x.query.shape[2]
-    tensors = (x.key, x.value, x.far_key, x.keep[:, None, :, None])
-    held = [t[:, :, :before] for t in tensors]
-    new = zip(*((t[:, :, before:] if before else t).split(rows, dim=2) for t in tensors))
-    outputs, keeps, state = [], [], x.state
-    for query, far_query, *parts in zip(x.query.split(rows, dim=2), x.far_query.split(rows, dim=2), *zip(*new)):
-        key, value, far_key, keep = (torch.cat(pair, dim=2) for pair in zip(held, parts))
+    """Run `hybrid_attention` of a causal problem `rows` queries at a time, passing the state on as between calls."""
+    whole, reach = inputs, max(0, inputs.window_size - 1)
+    num_past = whole.key.shape[2] - whole.query.shape[2]
+    tensors = (whole.key, whole.value, whole.far_key, whole.keep[:, None, :, None])
+    previous = [t[:, :, :num_past] for t in tensors]
+    new = zip(*((t[:, :, num_past:] if num_past else t).split(rows, dim=2) for t in tensors))
+    outputs, keeps, state = [], [], whole.state
+    for query, far_query, *parts in zip(whole.query.split(rows, dim=2), whole.far_query.split(rows, dim=2), *zip(*new)):
+        key, value, far_key, keep = (torch.cat(pair, dim=2) for pair in zip(previous, parts))
         chunk = replace(
-            x, query=query, key=key, value=value, keep=keep[:, 0, :, 0], far_query=far_query, far_key=far_key,
+            whole, query=query, key=key, value=value, keep=keep[:, 0, :, 0], far_query=far_query, far_key=far_key,
             state=state,
         )  # fmt: skip
         output, state, near_keep = hybrid_attention(chunk)
         outputs.append(output)
-        keeps.append(near_keep[:, 0 if not keeps else held[0].shape[2] :])
+        keeps.append(near_keep[:, 0 if not keeps else previous[0].shape[2] :])
         keep = near_keep[:, None, :, None]
-        held = [t[:, :, max(0, t.shape[2] - reach) :] for t in (key, value, far_key, keep)]
+        previous = [t[:, :, max(0, t.shape[2] - reach) :] for t in (key, value, far_key, keep)]
     return torch.cat(outputs, dim=2), state, torch.cat(keeps, dim=1)
 
 
 def empty_state(inputs: HybridInputs) -> FarState:
-    """The state before the first key."""
+    """Return the state before the first key."""
     (batch, heads, _, size), value_size, rank = inputs.key.shape, inputs.value.shape[-1], inputs.far_key.shape[-1]
     new = inputs.key.new_zeros
     return FarState(
@@ -185,7 +185,7 @@ def empty_state(inputs: HybridInputs) -> FarState:
 
 
 def _absorb(state: FarState, far_key: Tensor, value: Tensor) -> FarState:
-    """The state after further keys."""
+    """Return the state after further keys."""
     return FarState(
         state.total + far_key.transpose(-1, -2) @ value,
         state.weight + far_key.sum(2),
@@ -197,29 +197,29 @@ def _absorb(state: FarState, far_key: Tensor, value: Tensor) -> FarState:
 
 
 def take_sinks(inputs: HybridInputs) -> tuple[FarState, Tensor]:
-    """(state with the sinks among the keys in it, which keys those are (B, M))."""
+    """Return (state with the sinks among the keys in it, which keys those are (B, M))."""
     state = inputs.state or empty_state(inputs)
     if not inputs.num_sinks or (inputs.state is not None and surely((state.sink_position != NOWHERE).all())):
         return state, torch.zeros_like(inputs.keep)
-    known = (state.sink_position != NOWHERE).sum(-1, keepdim=True)
-    number = inputs.keep.cumsum(-1) - 1 + known
+    num_known = (state.sink_position != NOWHERE).sum(-1, keepdim=True)
+    number = inputs.keep.cumsum(-1) - 1 + num_known
     is_sink = inputs.keep & (number < inputs.num_sinks)
     # (B, s, M): key j is sink number r.
     match = is_sink[:, None] & (number[:, None] == torch.arange(inputs.num_sinks, device=number.device)[:, None])
-    found, place = match.any(-1), match.int().argmax(-1)
-    chosen = place[:, None, :, None]
+    is_filled, key_index = match.any(-1), match.int().argmax(-1)
+    chosen = key_index[:, None, :, None]
 
     def fill(slots, tensor):
-        taken = tensor.gather(2, chosen.expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
-        return torch.where(found[:, None, :, None], taken, slots)
+        sink_keys = tensor.gather(2, chosen.expand(-1, tensor.shape[1], -1, tensor.shape[-1]))
+        return torch.where(is_filled[:, None, :, None], sink_keys, slots)
 
     sinks = fill(state.sink_key, inputs.key), fill(state.sink_value, inputs.value)
-    position = torch.where(found, place + state.length, state.sink_position)
+    position = torch.where(is_filled, key_index + state.length, state.sink_position)
     return FarState(state.total, state.weight, *sinks, position, state.length), is_sink
 
 
 def _no_window(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor:
-    """Bidirectional attention without a window: one sum for all queries; the number of keys is free."""
+    """Run bidirectional attention without a window: one sum for all queries; the number of keys is free."""
     sinks = inputs.query @ state.sink_key.transpose(-1, -2)
     sinks = sinks.masked_fill((state.sink_position == NOWHERE)[:, None, None], float("-inf"))
     shift = torch.cat([inputs.far_query - HEADROOM, sinks], dim=-1).amax(-1, keepdim=True).detach()
@@ -231,12 +231,12 @@ def _no_window(inputs: HybridInputs, state: FarState, far_key: Tensor) -> Tensor
 
 
 def _drop(p: float, tensor: Tensor) -> Tensor:
-    """Dropout of what a row is made of: exact weights, and landmarks for the far field, whose weights never exist."""
+    """Apply dropout to what a row is made of: exact weights, and landmarks for the far field, which has no weights."""
     return F.dropout(tensor, p) if p > 0 else tensor
 
 
 class _Blocks:
-    """The queries in blocks of C; beside each the L = reach + C (+ reach) keys around it.
+    """The queries in blocks of C, each with the L = reach + C (+ reach) keys around it.
 
     Keys are moved right by `reach` - (keys before the first query), so that block b's keys are b·C ... b·C + L - 1 and
     local key l stands l - reach - c after local query c. All keys before b·C are far behind the whole block.
@@ -264,7 +264,7 @@ class _Blocks:
         self.sums = list(self._distant_sums(far_key))
 
     def attend(self) -> Tensor:
-        """The output; so many blocks at a time as the processor's cache holds."""
+        """Return the output, computed for as many blocks at a time as fit the CPU's cache."""
         step = max(1, _PART_ENTRIES // (self.batch * self.heads * self.width * self.local))
         # `split`, unlike slices, has a gradient that costs no more than the whole, however many parts there are.
         whole = [self.query, self.far_query, self.key, self.value, self.far_key, self.keep]
@@ -274,29 +274,29 @@ class _Blocks:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).flatten(2, 3)[:, :, : self.length]
 
     def _part(self, start: int, query, far_query, key, value, far_key, keep, *sums: Tensor) -> Tensor:
-        """(B, H, blocks, C, d_v) of some blocks, the first of which is number `start`."""
-        x = self.inputs
-        seen = self.relative <= 0 if x.is_causal else torch.ones_like(self.relative, dtype=torch.bool)
-        near = (self.relative.abs() < x.window_size) & seen & keep[:, :, :, None]
+        """Return (B, H, blocks, C, d_v) of some blocks, the first of which is number `start`."""
+        inputs = self.inputs
+        seen = self.relative <= 0 if inputs.is_causal else torch.ones_like(self.relative, dtype=torch.bool)
+        near = (self.relative.abs() < inputs.window_size) & seen & keep[:, :, :, None]
         logits = query @ key
-        if x.bias is not None:
-            logits = logits + x.bias.at(self.relative)[:, None]
+        if inputs.bias is not None:
+            logits = logits + inputs.bias.at(self.relative)[:, None]
         logits = logits.masked_fill(~near, float("-inf"))
         sinks = self._sink_logits(query, start)
         tops = [t.amax(-1, keepdim=True) for t in (logits, sinks) if t.shape[-1]] + [self._top(far_query)]
         shift = torch.stack(tops).amax(0).detach()
 
         weights, sinks, far_query = ((t - shift).exp() for t in (logits, sinks, far_query))
-        far = ((self.relative.abs() >= x.window_size) & seen)[:, : self.far_local]
+        far = ((self.relative.abs() >= inputs.window_size) & seen)[:, : self.far_local]
         # Far keys that are not kept are zero.
         far_weights = (far_query @ far_key[..., : self.far_local]) * far
-        if x.bias is not None:
-            side = self.relative[:, : self.far_local].sign() * x.window_size
-            far_weights = far_weights * x.bias.at(side).exp()[:, None]
+        if inputs.bias is not None:
+            side = self.relative[:, : self.far_local].sign() * inputs.window_size
+            far_weights = far_weights * inputs.bias.at(side).exp()[:, None]
         weights = weights + F.pad(far_weights, (0, self.local - self.far_local))
-        drop = partial(_drop, x.dropout_p)
+        drop = partial(_drop, inputs.dropout_p)
         output, total = drop(weights) @ value.transpose(-1, -2), weights.sum(-1, keepdim=True)
-        if x.num_sinks:
+        if inputs.num_sinks:
             output = output + drop(sinks) @ self.state.sink_value[:, :, None]
             total = total + sinks.sum(-1, keepdim=True)
         for values, masses, (_, _, factor) in zip(sums[::2], sums[1::2], self.sums):
@@ -306,38 +306,38 @@ class _Blocks:
         return output / torch.where(total != 0, total, 1.0)
 
     def _top(self, far_query: Tensor) -> Tensor:
-        """The largest far logarithm of a row, with the largest bias it can meet, less the headroom."""
+        """Return the largest far logarithm of a row, with the largest bias it can meet, less the headroom."""
         top = far_query.amax(-1, keepdim=True) - HEADROOM
         bias = self.inputs.bias
         return top if bias is None else top + torch.maximum(bias.behind, bias.ahead)[:, None, None, None]
 
     def _sink_logits(self, query: Tensor, start: int) -> Tensor:
-        """(B, H, blocks, C, s)."""
-        state, x = self.state, self.inputs
+        """Return the logits of the sinks, (B, H, blocks, C, s)."""
+        state, inputs = self.state, self.inputs
         logits = query @ state.sink_key[:, :, None].transpose(-1, -2)
         position = torch.arange(query.shape[2] * self.width, device=query.device).view(-1, self.width, 1)
         relative = state.sink_position[:, None, None, None] - (position + self.first + start * self.width)
-        if x.bias is not None:
-            logits = logits + x.bias.at(relative.squeeze(1)).transpose(0, 1)
-        hidden = relative > 0 if x.is_causal else (state.sink_position == NOWHERE)[:, None, None, None]
+        if inputs.bias is not None:
+            logits = logits + inputs.bias.at(relative.squeeze(1)).transpose(0, 1)
+        hidden = relative > 0 if inputs.is_causal else (state.sink_position == NOWHERE)[:, None, None, None]
         return logits.masked_fill(hidden, float("-inf"))
 
     def _distant_sums(self, far_key: Tensor):
-        """(Σ far_key vᵀ, Σ far_key, factor) of what lies outside each block's keys: behind it, and ahead of it."""
-        x = self.inputs
+        """Return (Σ far_key vᵀ, Σ far_key, factor) of keys outside each block's own: behind it, and ahead of it."""
+        inputs = self.inputs
         behind, ahead = None, None
-        if x.bias is not None:
-            behind, ahead = (b.exp()[:, None, None, None] for b in (x.bias.behind, x.bias.ahead))
+        if inputs.bias is not None:
+            behind, ahead = (b.exp()[:, None, None, None] for b in (inputs.bias.behind, inputs.bias.ahead))
         sums, masses = self._block_sums(far_key, -self.left)
         sums = torch.cat([self.state.total[:, :, None], sums[:, :, :-1]], dim=2).cumsum(2)
         masses = torch.cat([self.state.weight[:, :, None], masses[:, :, :-1]], dim=2).cumsum(2)
         yield sums, masses, behind
-        if not x.is_causal:
+        if not inputs.is_causal:
             sums, masses = self._block_sums(far_key, self.local - self.left)
             yield sums.flip(2).cumsum(2).flip(2), masses.flip(2).cumsum(2).flip(2), ahead
 
     def _block_sums(self, far_key: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Sums over keys start + b·C ... start + (b + 1)·C - 1 for each block b; `start` may be negative."""
+        """Return sums over keys start + b·C ... start + (b + 1)·C - 1 for each block b; `start` may be negative."""
         length = self.count * self.width
 
         def cut(tensor):
@@ -348,12 +348,12 @@ class _Blocks:
         return far_key.transpose(-1, -2) @ value, far_key.sum(-2)
 
     def _blocks(self, tensor: Tensor) -> Tensor:
-        """(B, H, N, x) -> (B, H, blocks, C, x), filled with zeros."""
+        """Reshape (B, H, N, x) to (B, H, blocks, C, x), filled with zeros."""
         fill = self.count * self.width - tensor.shape[2]
         return (F.pad(tensor, (0, 0, 0, fill)) if fill else tensor).unflatten(2, (self.count, self.width))
 
     def _windows(self, tensor: Tensor) -> Tensor:
-        """(B, H, M, x) -> (B, H, blocks, x, L), filled with zeros."""
+        """Unfold (B, H, M, x) to (B, H, blocks, x, L), filled with zeros."""
         length = (self.count - 1) * self.width + self.local
         tensor = F.pad(tensor, (0, 0, self.left, max(0, length - self.left - tensor.shape[2])))
         return tensor[:, :, :length].unfold(2, self.local, self.width)

@@ -1,4 +1,4 @@
-"""The readable exact attention every fast path is tested against, and the one that returns weights."""
+"""The readable exact attention that every fast path is tested against, and that returns weights."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from .nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
 
 
 def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-    """-λ·scaling·distance(q, k) + bias, and which entries are kept: ((B, H, N, M), broadcastable bool or None)."""
+    """Return -λ·scaling·distance(q, k) + bias, and the kept entries: ((B, H, N, M), broadcastable bool or None)."""
     distance = inputs.metric.checked_distance(inputs.query, inputs.key, inputs.p, fast=False)
     logits = -inputs.lambda_column() * inputs.scaling * distance
     if inputs.bias is not None:
@@ -23,7 +23,7 @@ def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
 
 
 def reference_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """softmax(-λ·scaling·distance(q, k) + bias)·v, with everything written out.
+    """Compute softmax(-λ·scaling·distance(q, k) + bias)·v, with everything written out.
 
     Returns the output (B, H, N, d_v) and the weights (B, H, N, M) whose rows sum to 1 (or are 0 where nothing is kept).
     The weights are those before dropout.
@@ -36,39 +36,40 @@ def reference_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 def exact_keys(inputs: HybridInputs, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(key minus query position (n, M), which keys some queries see (B, 1, n, M), which of these exactly)."""
-    x, device = inputs, inputs.query.device
-    key_numbers = torch.arange(x.key.shape[2], device=device)
+    """Return (key minus query position (n, M), which keys some queries see (B, 1, n, M), which of these exactly)."""
+    problem, device = inputs, inputs.query.device
+    key_numbers = torch.arange(problem.key.shape[2], device=device)
     relative = key_numbers - torch.arange(start, stop, device=device)[:, None]
-    seen = (relative <= 0) if x.is_causal else torch.ones_like(relative, dtype=torch.bool)
-    seen = seen & x.keep[:, None, None, :]
-    position = take_sinks(replace(x, state=None))[0].sink_position
-    exact = (relative.abs() < x.window_size) | (key_numbers == position[..., None]).any(1)[:, None, None, :]
+    seen = (relative <= 0) if problem.is_causal else torch.ones_like(relative, dtype=torch.bool)
+    seen = seen & problem.keep[:, None, None, :]
+    position = take_sinks(replace(problem, state=None))[0].sink_position
+    exact = (relative.abs() < problem.window_size) | (key_numbers == position[..., None]).any(1)[:, None, None, :]
     return relative, seen, exact & seen
 
 
 def hybrid_rows(inputs: HybridInputs, start: int, stop: int) -> Tensor:
-    """The weights (B, H, n, M) of queries start to stop: exp(q·k + bias) of the keys that `exact_keys` names, and
-    Σ_a exp(far_query_ia)·far_key_ja·exp(bias) of the others, over their sum. Only without a state."""
-    x = inputs
-    relative, seen, exact = exact_keys(x, start, stop)
-    logits, far = x.query[:, :, start:stop] @ x.key.mT, x.far_query[:, :, start:stop]
+    """Return the weights (B, H, n, M) of queries start to stop: exp(q·k + bias) of the keys that `exact_keys` names,
+    and Σ_a exp(far_query_ia)·far_key_ja·exp(bias) of the others, over their sum. Only without a state.
+    """
+    problem = inputs
+    relative, seen, exact = exact_keys(problem, start, stop)
+    logits, far = problem.query[:, :, start:stop] @ problem.key.mT, problem.far_query[:, :, start:stop]
     far_bias = torch.zeros_like(logits[:1])
-    if x.bias is not None:
-        far_bias = x.bias.at(relative)[None]
+    if problem.bias is not None:
+        far_bias = problem.bias.at(relative)[None]
         logits = logits + far_bias
     shift = torch.maximum(
         logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True),
         far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
     )
-    far = (far - shift).exp() @ x.far_key.mT * far_bias.exp()
+    far = (far - shift).exp() @ problem.far_key.mT * far_bias.exp()
     weights = torch.where(exact, (logits - shift).exp(), far) * seen
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total != 0, total, 1.0)
 
 
 def reference_hybrid(inputs: HybridInputs) -> tuple[Tensor, Tensor]:
-    """Nyström attention written out: quadratic in time and memory. Only without a state.
+    """Compute Nyström attention written out: quadratic in time and memory. Only without a state.
 
     Returns the output (B, H, N, d_v) and the weights (B, H, N, M), before dropout.
     """

@@ -1,1 +1,1 @@
-"""Functions that do not travel with a checkpoint: Nyström attention, landmarks, statistics of weights."""
+"""Functions that are not copied beside a checkpoint: Nyström attention, landmarks, statistics of weights."""

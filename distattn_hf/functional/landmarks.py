@@ -1,8 +1,9 @@
-"""Landmarks: a few points that stand for all keys (or queries) of an item, as Nyström attention needs them.
+"""Landmarks: a few points that represent all keys (or queries) of an item, as Nyström attention needs them.
 
-No bit of an item's landmarks depends on its padding, on the other items of the batch or on the order in which a kernel
-sums: choices are made on a grid so coarse that float64 holds every sum exactly (`_on_grid`), and the random numbers are
-a function of the seed and the step alone. Items therefore share their random numbers. All work is in float64.
+An item's landmarks do not depend, bit for bit, on its padding, on the other items of the batch or on a kernel's order
+of summation: choices are made on a grid so coarse that float64 holds every sum exactly (`_on_grid`), and the random
+numbers are a function of the seed and the step alone. Items therefore share their random numbers. All work is in
+float64.
 """
 
 import math
@@ -31,7 +32,7 @@ _SEGMENT_ENTRIES = 2**17
 
 
 def register_landmark_strategy(name: str, *, aliases: tuple[str, ...] = (), overwrite: bool = False):
-    """Decorator that makes a function usable as `select_landmarks(..., strategy=name)`.
+    """Register a function as `select_landmarks(..., strategy=name)` (decorator).
 
     The function gets (points, keep, num_landmarks, scaling, seed): points (G, N, d) of G independent items in float64,
     zeros where keep (G, N) bool is False. It returns landmarks (G, num_landmarks, d).
@@ -52,7 +53,7 @@ def select_landmarks(
     scaling: float = 1.0,
     seed: int = 0,
 ) -> Tensor:
-    """Landmarks (..., m, d) of points (..., N, d), each item of the leading axes for itself, in the points' dtype.
+    """Select landmarks (..., m, d) of points (..., N, d), separately for each item, in the points' dtype.
 
     Args:
         points: (..., N, d), floating point.
@@ -74,8 +75,8 @@ def select_landmarks(
     if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < math.inf:
         raise ValueError(f"scaling must be a finite number > 0, got {scaling!r}")
     if not isinstance(points, Tensor) or points.dim() < 2 or not points.is_floating_point():
-        got = f"{points.dtype} {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
-        raise ValueError(f"points must be a floating-point tensor (..., N, d), got {got}")
+        received = f"{points.dtype} {tuple(points.shape)}" if isinstance(points, Tensor) else type(points).__name__
+        raise ValueError(f"points must be a floating-point tensor (..., N, d), got {received}")
     lead, (length, width) = points.shape[:-2], points.shape[-2:]
     keep = torch.ones((), dtype=torch.bool, device=points.device) if keep is None else keep
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
@@ -98,12 +99,12 @@ def select_landmarks(
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """rows (G, N, d) at index (G, m), as (G, m, d)."""
+    """Gather rows (G, N, d) at index (G, m), as (G, m, d)."""
     return torch.take_along_dim(rows, index[..., None], dim=1)
 
 
 def _on_grid(points: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(grid, middle, unit) with points ≈ middle + unit·grid and grid (G, N, d) whole numbers, 0 for padding.
+    """Return (grid, middle, unit) with points ≈ middle + unit·grid and grid (G, N, d) whole numbers, 0 for padding.
 
     grid = round((x - middle)/unit), with 2^b units in half the longest side of the item's bounding box. With
     b = ⌊(51 - log₂d)/2⌋ (22 for d = 64) a squared distance is below 2⁵³: float64 matmuls give it exactly, so that it
@@ -119,26 +120,26 @@ def _on_grid(points: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _distance_to(grid: Tensor) -> Callable[[Tensor], Tensor]:
-    """Function c (G, 1, d) -> ‖x - c‖² (G, N) for grid points (G, N, d): exact, in units of the grid squared."""
+    """Return a function c (G, 1, d) -> ‖x - c‖² (G, N) of grid points (G, N, d): exact, in grid units squared."""
     norms = grid.square().sum(-1)
     return lambda centre: norms + centre.square().sum(-1) - 2 * (grid @ centre.mT)[..., 0]
 
 
 def _nearest(grid: Tensor, centres: Tensor) -> Tensor:
-    """Index (G, N) of the centre (G, m, d) nearest to each grid point, the first of equally near ones."""
+    """Return the index (G, N) of the centre (G, m, d) nearest to each grid point, the first of equally near ones."""
     norms = centres.square().sum(-1)[:, None]
     rows = max(1, _BLOCK_ENTRIES // norms.numel())
     return torch.cat([(norms - 2 * part @ centres.mT).argmin(-1) for part in grid.split(rows, 1)], 1)
 
 
 def _sums(values: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
-    """Sum of values (G, N, d) over each cluster (G, N), as (G, num_clusters, d); exact for whole numbers."""
+    """Sum values (G, N, d) over each cluster (G, N), as (G, num_clusters, d); exact for whole numbers."""
     sums = values.new_zeros(values.shape[0], num_clusters, values.shape[-1])
     return sums.scatter_add_(1, cluster[..., None].expand_as(values), values)
 
 
 def _counts(keep: Tensor, cluster: Tensor, num_clusters: int) -> Tensor:
-    """Number of kept points of each cluster, as (G, num_clusters, 1)."""
+    """Count kept points of each cluster, as (G, num_clusters, 1)."""
     return _sums(keep[..., None].double(), cluster, num_clusters)
 
 
@@ -167,12 +168,12 @@ class _ClusterMeans(torch.autograd.Function):
 
 
 def _draw(weights: Tensor, spare: Tensor, uniform: Tensor) -> Tensor:
-    """Index (G,) drawn with probability ∝ weights (G, N) ≥ 0, or uniformly from `spare` where all weights are 0.
+    """Draw an index (G,) with probability ∝ weights (G, N) ≥ 0, or uniformly from `spare` where all weights are 0.
 
     The first i with w_1 + … + w_i > u·Σw, for weights rounded to 30 bits below the largest, so that sums are exact.
     """
-    top = weights.amax(-1, keepdim=True)
-    shares = torch.where(top > 0, (weights / top * 2.0**_SUM_BITS).floor(), spare.double()).long()
+    largest = weights.amax(-1, keepdim=True)
+    shares = torch.where(largest > 0, (weights / largest * 2.0**_SUM_BITS).floor(), spare.double()).long()
     cumulative = shares.cumsum(-1)
     total = cumulative[:, -1:]
     target = torch.minimum((total * uniform.double()).floor().long(), total - 1)
@@ -180,7 +181,7 @@ def _draw(weights: Tensor, spare: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _sample(keep: Tensor, num_landmarks: int, seed: int, weights: Tensor, update: Callable) -> Tensor:
-    """Indices (G, m) drawn one by one: with the weights (G, N), then with those that `update(index)` returns.
+    """Draw indices (G, m) one by one: with the weights (G, N), then with those that `update(index)` returns.
 
     Where the weights leave nothing to choose, points not yet drawn come next, and when there are none, repeats.
     """
@@ -229,20 +230,20 @@ class _SegmentMeans(torch.autograd.Function):
 
 
 def _exact_parts(points: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers a, b with points/scale = a·2⁻³⁰ + b·2⁻⁶⁰, of 30 bits each, so that their sums are exact."""
+    """Return whole numbers a, b with points/scale = a·2⁻³⁰ + b·2⁻⁶⁰, of 30 bits each, so their sums are exact."""
     rest = points.double().div(scale).mul_(1 / _UNITS[0])
     whole = rest.round()
     return whole, rest.sub_(whole).mul_(1 / _UNITS[0]).round_()
 
 
 def _exact_sum(points: Tensor, scale: Tensor) -> list[Tensor]:
-    """Sums over the second but last axis of both of the `_exact_parts`."""
+    """Sum both of the `_exact_parts` over the second last axis."""
     return [part.sum(-2) for part in _exact_parts(points, scale)]
 
 
 @register_landmark_strategy("segment_means")
 def _segment_means(points, keep, num_landmarks, scaling, seed):
-    """Means of m contiguous segments of the n kept points, segment j from ⌊jn/m⌋ to ⌊(j+1)n/m⌋ (Xiong et al., 2021).
+    """Average m contiguous segments of n kept points, segment j from ⌊jn/m⌋ to ⌊(j+1)n/m⌋ (Xiong et al., 2021).
 
     With n < m the segments are single points, and landmark j is point ⌊jn/m⌋.
     """
@@ -257,7 +258,7 @@ def _segment_means(points, keep, num_landmarks, scaling, seed):
 
 @register_landmark_strategy("uniform")
 def _uniform(points, keep, num_landmarks, scaling, seed):
-    """Evenly spaced kept points: landmark i is kept point ⌊(i + 1/2)·n/m⌋ of n."""
+    """Select evenly spaced kept points: landmark i is kept point ⌊(i + 1/2)·n/m⌋ of n."""
     step = torch.arange(num_landmarks, device=keep.device)
     rank = (2 * step + 1) * keep.sum(-1, keepdim=True) // (2 * num_landmarks)
     index = torch.searchsorted(keep.cumsum(-1), rank, right=True)
@@ -266,13 +267,13 @@ def _uniform(points, keep, num_landmarks, scaling, seed):
 
 @register_landmark_strategy("random")
 def _random(points, keep, num_landmarks, scaling, seed):
-    """Kept points drawn uniformly without replacement (Williams and Seeger, 2001)."""
-    nothing = torch.zeros_like(keep, dtype=torch.float64)
-    return _take(points, _sample(keep, num_landmarks, seed, nothing, lambda index: nothing))
+    """Draw kept points uniformly without replacement (Williams and Seeger, 2001)."""
+    no_weights = torch.zeros_like(keep, dtype=torch.float64)
+    return _take(points, _sample(keep, num_landmarks, seed, no_weights, lambda index: no_weights))
 
 
 def _kmeans_starts(grid: Tensor, keep: Tensor, num_landmarks: int, seed: int) -> Tensor:
-    """Indices (G, m): the first uniform, each further one with probability ∝ min_j ‖x - c_j‖²."""
+    """Draw indices (G, m): the first uniformly, each further one with probability ∝ min_j ‖x - c_j‖²."""
     closest, distance = torch.full_like(grid[..., 0], math.inf), _distance_to(grid)
 
     def update(index):
@@ -283,13 +284,13 @@ def _kmeans_starts(grid: Tensor, keep: Tensor, num_landmarks: int, seed: int) ->
 
 @register_landmark_strategy("kmeans++", aliases=("kmeans_plus_plus",))
 def _kmeans_plus_plus(points, keep, num_landmarks, scaling, seed):
-    """Points drawn with probability ∝ the squared distance to the nearest one drawn (Arthur, Vassilvitskii, 2007)."""
+    """Draw points with probability ∝ the squared distance to the nearest drawn (Arthur, Vassilvitskii, 2007)."""
     return _take(points, _kmeans_starts(_on_grid(points, keep)[0], keep, num_landmarks, seed))
 
 
 @register_landmark_strategy("kmeans")
 def _kmeans(points, keep, num_landmarks, scaling, seed):
-    """Centres of 10 of Lloyd's iterations (Lloyd, 1982) from kmeans++ starts; an empty cluster keeps its old centre.
+    """Run 10 of Lloyd's iterations (Lloyd, 1982) from kmeans++ starts; an empty cluster keeps its old centre.
 
     Until the last iteration centres are rounded to the grid; then they are means of the points themselves.
     """
@@ -307,7 +308,7 @@ def _kmeans(points, keep, num_landmarks, scaling, seed):
 
 @register_landmark_strategy("kmeans_sample")
 def _kmeans_sample(points, keep, num_landmarks, scaling, seed):
-    """`kmeans` of 16·m evenly spaced kept points, in time that does not depend on N beyond that."""
+    """Run `kmeans` on 16·m evenly spaced kept points, in time that does not depend on N beyond that."""
     number, most = keep.sum(-1, keepdim=True), _SAMPLE * num_landmarks
     step = torch.arange(min(most, keep.shape[-1]), device=keep.device)
     rank = torch.where(number > most, (2 * step + 1) * number // (2 * most), step)
@@ -319,7 +320,7 @@ def _kmeans_sample(points, keep, num_landmarks, scaling, seed):
 
 @register_landmark_strategy("farthest", aliases=("k_center",))
 def _farthest(points, keep, num_landmarks, scaling, seed):
-    """The point nearest to the mean, then each time argmax_x min_j ‖x - c_j‖² (Gonzalez, 1985)."""
+    """Select the point nearest to the mean, then each time argmax_x min_j ‖x - c_j‖² (Gonzalez, 1985)."""
     grid = _on_grid(points, keep)[0]
     distance = _distance_to(grid)
     mean = (grid.sum(1, keepdim=True) / keep.sum(-1)[:, None, None].clamp_min(1)).round()
@@ -347,12 +348,12 @@ class PivotedCholesky:
         self.pivots = 0
 
     def add(self, index: Tensor) -> Tensor:
-        """Eliminate pivots (G,); the residual diagonal r (G, N) as sampling weights, 0 for points that are covered."""
+        """Eliminate pivots (G,); returns the residual diagonal r (G, N) as sampling weights, 0 for covered points."""
         distance = self.distance(_take(self.grid, index[:, None]))
         column = (torch.exp(-self.rate * distance) * self.one).round()
-        done = self.factor[:, : self.pivots]
-        at_pivot = torch.take_along_dim(done, index[:, None, None], dim=2)
-        column = column - (at_pivot.mT @ done)[:, 0]
+        rows = self.factor[:, : self.pivots]
+        at_pivot = torch.take_along_dim(rows, index[:, None, None], dim=2)
+        column = column - (at_pivot.mT @ rows)[:, 0]
         pivot = self.residual.gather(1, index[:, None])
         floor = _COVERED * self.one
         row = torch.where(pivot > floor, (column / pivot.clamp_min(floor).sqrt()).round(), 0.0)
@@ -364,7 +365,7 @@ class PivotedCholesky:
 
 @register_landmark_strategy("rpcholesky")
 def _rpcholesky(points, keep, num_landmarks, scaling, seed):
-    """Pivots of the randomly pivoted partial Cholesky of exp(-scaling/2·‖x-y‖²) (Chen, Epperly, Tropp, Webber, 2022).
+    """Draw pivots of a randomly pivoted Cholesky of exp(-scaling/2·‖x-y‖²) (Chen, Epperly, Tropp, Webber, 2022).
 
     Each is drawn with probability ∝ K(x, x) - K(x, S) K(S, S)⁻¹ K(S, x), S the points drawn: O(N·m·d + N·m²).
     """

@@ -40,7 +40,7 @@ def nystrom_attention(
     nonnegative: bool | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Attention with weights κ(q_i, L)·(κ(L, L) + γI)⁻¹·κ(L, k_j) in place of κ(q_i, k_j), in O((N + M)·m·d).
+    """Compute attention with weights κ(q_i, L)·(κ(L, L) + γI)⁻¹·κ(L, k_j), not κ(q_i, k_j), in O((N + M)·m·d).
 
     κ(x, y) = exp(-λ·scaling·‖x - y‖²); rows are divided by their sum. Keys within the window and sinks have their exact
     weight κ(q_i, k_j). With as many distinct landmarks as keys and γ = 0 this is exact "sqeuclidean" attention.
@@ -84,12 +84,12 @@ def nystrom_attention(
     dtype = value.dtype
     if 0 in query.shape or 0 in key.shape:
         # No queries, or none of them sees anything; sums of nothing carry the gradient.
-        nothing = 0.0 * (query.sum() + key.sum() + value.sum())
-        return value.new_zeros(*query.shape[:3], value.shape[-1]) + nothing.to(dtype)
+        zero = 0.0 * (query.sum() + key.sum() + value.sum())
+        return value.new_zeros(*query.shape[:3], value.shape[-1]) + zero.to(dtype)
     with without_autocast(query.device.type):
         query, key, value = (t.float() if t.dtype in HALF else t for t in (query, key, value))
         if not bool(keep.all()):
-            # What stands at padding may be anything, also what is no number.
+            # Values at padding may be anything, NaN included.
             key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
@@ -113,7 +113,7 @@ def nystrom_attention(
 
 
 class _Features:
-    """κ(q, L) and κ(k, L)·(κ(L, L) + γI)⁻¹ of parts of the rows; all logits lack the row's -weight·(‖q‖² [+ R²]).
+    """κ(q, L) and κ(k, L)·(κ(L, L) + γI)⁻¹ for parts of the rows; all logits lack the row's -weight·(‖q‖² [+ R²]).
 
     `seen` is (key, keep) where all keys may raise the R of the lift, None where only the landmarks do.
     """
@@ -132,31 +132,31 @@ class _Features:
         self.inverse = _inverse(gaussian_kernel(lifted, lifted, weight), regularisation)
 
     def weights(self) -> Tensor:
-        """w = λ·scaling of each head, (H,)."""
+        """Return w = λ·scaling of each head, (H,)."""
         heads = self.landmarks.shape[1]
         return torch.as_tensor(self.weight, dtype=self.landmarks.dtype).reshape(-1).expand(heads)
 
     def of_queries(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """(query, far_query) of `HybridInputs`."""
+        """Return (query, far_query) of `HybridInputs`."""
         query = 2 * self.weight * query
         far_query = self.far_queries(query)
         # The key's norm as one more column, so that the logit is a plain product.
         return query if self.lift else torch.cat([query, torch.ones_like(query[..., :1])], dim=-1), far_query
 
     def far_queries(self, scaled_query: Tensor) -> Tensor:
-        """far_query of queries times 2·weight."""
+        """Return far_query of queries times 2·weight."""
         far_query = scaled_query @ self.landmarks.transpose(-1, -2)
         return far_query if self.lift else far_query - self.weight * self.norms
 
     def of_keys(self, key: Tensor) -> tuple[Tensor, Tensor]:
-        """(key, far_key) of `HybridInputs`."""
+        """Return (key, far_key) of `HybridInputs`."""
         far_key = self.kernel(key) @ self.inverse
         if not self.lift:
             key = torch.cat([key, -self.weight * key.square().sum(-1, keepdim=True)], dim=-1)
         return key, far_key.relu() if self.nonnegative else far_key
 
     def kernel(self, key: Tensor) -> Tensor:
-        """κ(k, L), both lifted where asked for."""
+        """Return κ(k, L), both lifted where asked for."""
         norms, landmark_norms = key.square().sum(-1, keepdim=True), self.norms
         product = key @ self.landmarks.transpose(-1, -2)
         if self.lift:
@@ -167,7 +167,7 @@ class _Features:
 
 
 def _all_far(features: _Features, query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
-    """Attention in which every query sees every key through the landmarks alone: one sum over the keys for all."""
+    """Run attention in which every query sees every key through landmarks alone: one sum over the keys for all."""
     if not features.nonnegative and can_run(FAR_SOURCE, query, key, value, features.landmarks, features.weights()):
         return _all_far_by_kernel(features, query, key, value, keep)
     sums = 0.0
@@ -200,31 +200,31 @@ def _all_far_by_kernel(features: _Features, query: Tensor, key: Tensor, value: T
 
 
 def _in_parts(function: Callable, tensor: Tensor) -> list[Tensor]:
-    """What function gives for (B, H, N, d), computed for some rows at a time."""
+    """Apply the function to (B, H, N, d), some rows at a time."""
     parts = zip(*map(function, tensor.split(_rows(tensor), dim=2)))
     return [torch.cat(part, dim=2) for part in parts]
 
 
 def _rows(tensor: Tensor) -> int:
-    """So many rows of (B, H, N, d) that the processor's cache holds what they need."""
+    """Return how many rows of (B, H, N, d) to work on at once so that they fit the CPU's cache."""
     batch, heads, _, size = tensor.shape
     return max(_LEAST_ROWS, _PART_ENTRIES // max(1, batch * heads * size))
 
 
 def gaussian_kernel(left: Tensor, right: Tensor, weight: float | Tensor) -> Tensor:
-    """exp(-weight·‖x - y‖²): (..., N, d) and (..., m, d) -> (..., N, m)."""
+    """Return exp(-weight·‖x - y‖²): (..., N, d) and (..., m, d) -> (..., N, m)."""
     squared = left.square().sum(-1, keepdim=True) + right.square().sum(-1)[..., None, :]
     return (-weight * (squared - 2 * left @ right.transpose(-1, -2)).clamp_min(0)).exp()
 
 
 def _root(squared: Tensor) -> Tensor:
-    """√x where x > 0, else 0, with a finite slope."""
+    """Return √x where x > 0, else 0, with a finite slope."""
     positive = squared > 0
     return torch.where(positive, squared, 1.0).sqrt() * positive
 
 
 def _inverse(matrix: Tensor, regularisation: float) -> Tensor:
-    """(matrix + γI)⁻¹ of a kernel matrix, by Cholesky; by LU where rounding left it indefinite."""
+    """Return (matrix + γI)⁻¹ of a kernel matrix, by Cholesky; by LU where rounding left it indefinite."""
     matrix = matrix + regularisation * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not bool(failed.any()):
@@ -242,14 +242,14 @@ def _check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
     if not window_size:
         raise ValueError("position_bias needs window_size >= 1: from there on it is constant")
     for name, shape in (("near", (heads, 2 * window_size - 1)), ("behind", (heads,)), ("ahead", (heads,))):
-        if (given := tuple(getattr(bias, name).shape)) != shape:
-            raise ValueError(f"position_bias.{name} must have shape {shape}, got {given}")
+        if (actual_shape := tuple(getattr(bias, name).shape)) != shape:
+            raise ValueError(f"position_bias.{name} must have shape {shape}, got {actual_shape}")
 
 
 def _check(
     query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation
 ) -> Tensor:
-    """Raise `ValueError` for what cannot be; returns keep (B, M)."""
+    """Raise `ValueError` for arguments that are not possible; returns keep (B, M)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or not tensor.is_floating_point():
             raise ValueError(

@@ -110,7 +110,7 @@ extern "C" int far_outputs(const Far* problem) {
 """
 )
 
-# Keys that are worth a task of their own.
+# Fewest keys for which a separate task pays.
 _LEAST_KEYS = 1024
 
 
@@ -124,7 +124,7 @@ class _Far(ctypes.Structure):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As it lies where each row is whole vectors of 16, else a copy filled with zeros."""
+    """Return the tensor unchanged where each row is whole vectors of 16, else a copy filled with zeros."""
     tensor, fill = tensor.resolve_neg(), -tensor.shape[-1] % ALIGNMENT
     if fill:
         return F.pad(tensor, (0, fill))
@@ -132,7 +132,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _columns(tensor: Tensor, batch: int, fill: int, value: float = 0.0) -> Tensor:
-    """(B or 1, ...) -> (B, ..., m rounded up), contiguous."""
+    """Pad (B or 1, ...) to (B, ..., m rounded up), contiguous."""
     tensor = F.pad(tensor, (0, fill), value=value) if fill else tensor
     return tensor.expand(batch, *tensor.shape[1:]).contiguous()
 
@@ -146,18 +146,18 @@ def _problem(x: Tensor, tensors: dict[str, Tensor]) -> _Far:
 
 
 def far_sums(key, value, keep, landmarks, heights, offset, radius, weight) -> tuple[Tensor, Tensor]:
-    """(Σ_j κ(k_j, L) v_jᵀ (B, H, m, d_v), Σ_j κ(k_j, L) (B, H, m)) of the keys that `keep` (B, M) keeps.
+    """Return (Σ_j κ(k_j, L) v_jᵀ (B, H, m, d_v), Σ_j κ(k_j, L) (B, H, m)) of the keys that `keep` (B, M) keeps.
 
     κ(k, L_a) = exp(min(0, 2w·(k·L_a + height(k)·heights_a) + offset_a - w·(‖k‖² + height(k)²))), with
     height(k) = √max(0, radius - ‖k‖²), 0 where radius is None. landmarks (B or 1, H, m, d), heights and offset
     (B or 1, H, m), radius (B, H) or None, weight w (H,).
     """
     batch, rank, value_dim = len(key), landmarks.shape[-2], value.shape[-1]
-    fill, twice = -rank % ALIGNMENT, 2 * weight[:, None, None]
+    fill, double_weight = -rank % ALIGNMENT, 2 * weight[:, None, None]
     key, value = _rows(key), _rows(value)
-    map = F.pad((landmarks * twice).mT, (0, 0, 0, key.shape[-1] - landmarks.shape[-1]))
+    scaled_landmarks = F.pad((landmarks * double_weight).mT, (0, 0, 0, key.shape[-1] - landmarks.shape[-1]))
     tensors = {
-        "map": _columns(map, batch, fill), "lift": _columns(heights * twice[..., 0], batch, fill),
+        "map": _columns(scaled_landmarks, batch, fill), "lift": _columns(heights * double_weight[..., 0], batch, fill),
         "offset": _columns(offset, batch, fill, float("-inf")), "weight": weight.contiguous(),
         "keep": keep.contiguous(), "radius": None if radius is None else radius.contiguous(),
     }  # fmt: skip
@@ -172,8 +172,9 @@ def far_sums(key, value, keep, landmarks, heights, offset, radius, weight) -> tu
 
 
 def far_outputs(query, total, mass, landmarks, offset, weight) -> Tensor:
-    """κ(q_i, L)·total / κ(q_i, L)·mass, (B, H, N, d_v), with κ(q, L_a) = exp(2w·q·L_a + offset_a) up to a factor of
-    the row; 0 / 0 is 0. Shapes as in `far_sums`."""
+    """Return κ(q_i, L)·total / κ(q_i, L)·mass, (B, H, N, d_v), with κ(q, L_a) = exp(2w·q·L_a + offset_a) up to a factor
+    of the row; 0 / 0 is 0. Shapes as in `far_sums`.
+    """
     batch, rank, value_dim = len(query), landmarks.shape[-2], total.shape[-1]
     fill = -rank % ALIGNMENT
     query = _rows(query)

@@ -1,4 +1,4 @@
-"""What each row of attention weights looks like, in four numbers: how wide, how sparse, how large, how far."""
+"""Statistics of each row of attention weights: how wide, how sparse, how large, how far."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ ROW_NUMBERS = ("entropy", "sparsity", "maximum", "distance")
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """Numbers of each row of weights, each (..., N), in at least float32; zeros for a row in which nothing is kept.
+    """Statistics of each row of weights, each (..., N), at least float32; zeros for a row in which nothing is kept.
 
     entropy: -Σ_j w_j·ln w_j, in nats, from 0 (one key) to ln n (uniform over n keys).
     sparsity: (√n - ‖w‖₁/‖w‖₂) / (√n - 1) over the n kept keys (Hoyer, 2004): 0 uniform, 1 a single key; 0 for n = 1.
@@ -35,18 +35,18 @@ class RowStatistics:
         return narrow & (self.num_keys > 1)
 
     def counted(self, query_keep: Tensor | None = None) -> Tensor:
-        """Which rows a mean is taken over (..., N): those with more than one key, and in `query_keep` (..., N)."""
+        """Return which rows a mean is taken over (..., N): those with several keys, and in `query_keep` (..., N)."""
         counted = self.num_keys > 1
         return counted if query_keep is None else counted & query_keep
 
     def means(self, query_keep: Tensor | None = None) -> dict[str, Tensor]:
-        """Mean of each number over the counted rows: each (...), not a number where there is none.
+        """Return the mean of each statistic over the counted rows: each (...), NaN where there is none.
 
         query_keep: bool, broadcastable to (..., N): the queries that are no padding. None: all.
         """
         counted = self.counted(query_keep)
-        total = counted.sum(-1)
-        return {name: torch.where(counted, getattr(self, name), 0.0).sum(-1) / total for name in ROW_NUMBERS}
+        num_rows = counted.sum(-1)
+        return {name: torch.where(counted, getattr(self, name), 0.0).sum(-1) / num_rows for name in ROW_NUMBERS}
 
 
 def row_statistics(
@@ -55,7 +55,7 @@ def row_statistics(
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
 ) -> RowStatistics:
-    """Entropy, sparsity, maximum and mean attended distance of rows of attention weights.
+    """Compute entropy, sparsity, maximum and mean attended distance of rows of attention weights.
 
     Rows may be some of a map's: then query_positions says where they stand. Gradients are finite, also at weights of 0.
 
@@ -81,7 +81,7 @@ def row_statistics(
         weights = weights.masked_fill(~keep, 0.0)
     query_positions = _positions("query_positions", query_positions, num_queries, weights)
     key_positions = _positions("key_positions", key_positions, num_keys, weights)
-    apart = (query_positions[..., :, None] - key_positions[..., None, :]).abs()
+    separation = (query_positions[..., :, None] - key_positions[..., None, :]).abs()
     smallest = torch.finfo(weights.dtype).tiny
     length = torch.linalg.vector_norm(weights, dim=-1).clamp_min(smallest)
     root = counts.sqrt()
@@ -91,7 +91,7 @@ def row_statistics(
         entropy=-(weights * weights.clamp_min(smallest).log()).sum(-1),
         sparsity=torch.where(alive & (counts > 1), sparsity, 0.0),
         maximum=weights.amax(-1) if num_keys else weights.sum(-1),
-        distance=(weights * apart).sum(-1),
+        distance=(weights * separation).sum(-1),
         num_keys=torch.where(alive, counts, 0).long(),
     )
 
@@ -99,7 +99,7 @@ def row_statistics(
 def _check_keep(keep: Tensor, weights: Tensor) -> None:
     """Raise `ValueError` unless keep is bool and broadcasts to the weights without making them larger."""
     fits = keep.dim() <= weights.dim() and all(
-        have in (1, want) for have, want in zip(reversed(keep.shape), reversed(weights.shape))
+        keep_size in (1, weight_size) for keep_size, weight_size in zip(reversed(keep.shape), reversed(weights.shape))
     )
     if keep.dtype != torch.bool or not fits or keep.dim() == 0 or keep.shape[-1] != weights.shape[-1]:
         raise ValueError(
@@ -109,7 +109,7 @@ def _check_keep(keep: Tensor, weights: Tensor) -> None:
 
 
 def _positions(name: str, positions: Tensor | None, length: int, weights: Tensor) -> Tensor:
-    """Positions in the weights' dtype."""
+    """Return positions in the weights' dtype; raises `ValueError` where they do not fit."""
     if positions is None:
         return torch.arange(length, dtype=weights.dtype, device=weights.device)
     if positions.dim() == 0 or positions.shape[-1] != length:

@@ -35,14 +35,14 @@ class DistanceType(StrEnum):
 
     @classmethod
     def _missing_(cls, value):
-        """A member by one of its metric's aliases, such as "manhattan" or "linf"."""
+        """Return the member of an alias of its metric, such as "manhattan" or "linf"."""
         canonical = get_metric(value).name
         return next((member for member in cls if member.value == canonical), None)
 
 
 @dataclass
 class DistanceAttentionConfig:
-    """What a distance-attention layer is: softmax(-λ·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v.
+    """Settings of a distance-attention layer: softmax(-λ·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v.
 
     Args:
         hidden_size: E, a multiple of num_heads. num_heads: H; each head has d = E / H.
@@ -99,8 +99,8 @@ class DistanceAttentionConfig:
         for name in ("lam", "temperature", "logit_clip", "layer_norm_eps"):
             value = getattr(self, name)
             optional = name in ("lam", "logit_clip")
-            good = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
-            if not good and not (optional and value is None):
+            is_valid = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
+            if not is_valid and not (optional and value is None):
                 raise ValueError(f"{name} must be a positive finite number{' or None' * optional}, got {value!r}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, Real) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
@@ -116,7 +116,7 @@ class DistanceAttentionConfig:
 
 
 class ProjectedAttention(Monitored, AttentionHeads):
-    """The native models' heads as a layer for PyTorch; a subclass says in `_attend` what happens between projections.
+    """The native models' heads as a PyTorch layer; a subclass's `_attend` runs the attention between.
 
     layer_idx: this layer's place in a cache that several layers share.
     """
@@ -141,7 +141,7 @@ class ProjectedAttention(Monitored, AttentionHeads):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, N, E) -> (B, N, E); with `output_attentions` also the weights (B, H, N, M) before dropout.
+        """Map (B, N, E) -> (B, N, E); with `output_attentions` also the weights (B, H, N, M) before dropout.
 
         Args:
             hidden_states: (B, N, E), the queries.
@@ -171,11 +171,11 @@ class ProjectedAttention(Monitored, AttentionHeads):
         return (output, weights) if output_attentions else output
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
-        """(output (B, H, N, d), weights (B, H, N, M) or None) of query (B, H, N, d), key and value (B, H, M, d)."""
+        """Return (output (B, H, N, d), weights (B, H, N, M) or None); query (B, H, N, d), key, value (B, H, M, d)."""
         raise NotImplementedError
 
     def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens so far; raises `ValueError` for a cache of another length than they have."""
+        """Return keys and values of all tokens so far; raises `ValueError` for a cache of another length."""
         total = cache.get_seq_length(self.layer_idx) + key.shape[2]
         key, value = super()._extend(cache, key, value)
         if key.shape[2] != total:
@@ -230,11 +230,11 @@ class DistanceBasedAttention(ProjectedAttention):
         return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
 
     def set_learnable_lambda(self, learnable: bool) -> None:
-        """Let λ train, or keep it where it is; make the optimiser afterwards."""
+        """Let λ train, or keep it fixed; make the optimiser afterwards."""
         self.log_lambda.requires_grad_(learnable)
 
     def compute_distance_matrix(self, query: Tensor, key: Tensor) -> Tensor:
-        """Distances (B, H, N, M) >= 0 of query (B, H, N, d) and key (B, H, M, d), in at least float32.
+        """Return distances (B, H, N, M) >= 0 of query (B, H, N, d) and key (B, H, M, d), in at least float32.
 
         Smaller is nearer. Negative ones are refused unless the config's metric is "dot", which is no distance.
         """
@@ -245,30 +245,30 @@ class DistanceBasedAttention(ProjectedAttention):
         dropout_p = config.dropout if self.training else 0.0
         is_causal = self.is_causal and num_queries > 1
         scaling = self.head_dim**-0.5 / config.temperature
-        own = type(self).compute_distance_matrix is not DistanceBasedAttention.compute_distance_matrix
-        wanted = output_attentions or config.detect_collapse
+        custom = type(self).compute_distance_matrix is not DistanceBasedAttention.compute_distance_matrix
+        needs_weights = output_attentions or config.detect_collapse
         keep = None
-        if own or config.logit_clip is not None or config.detect_collapse or (is_causal and num_queries != num_keys):
+        if custom or config.logit_clip is not None or config.detect_collapse or (is_causal and num_queries != num_keys):
             keep, bias = split_mask(mask, (*query.shape[:3], num_keys))
             if is_causal:
                 triangle = causal_keep(num_queries, num_keys, query.device, offset=num_keys - num_queries)[None, None]
                 keep, is_causal = triangle if keep is None else keep & triangle, False
             mask, position_bias = keep, add_bias(position_bias, bias)
-        if own or config.logit_clip is not None:
+        if custom or config.logit_clip is not None:
             output, weights = self._written_out(query, key, value, keep, position_bias, scaling, dropout_p)
         else:
             result = distance_attention(
                 query, key, value, metric=config.metric, lam=self.lam, p=config.p, scaling=scaling, mask=mask,
                 position_bias=position_bias, is_causal=is_causal, dropout_p=dropout_p,
-                backend="auto" if wanted else config.backend, return_weights=wanted,
+                backend="auto" if needs_weights else config.backend, return_weights=needs_weights,
             )  # fmt: skip
-            output, weights = result if wanted else (result, None)
+            output, weights = result if needs_weights else (result, None)
         if config.detect_collapse:
             self._warn_of_collapse(weights.detach(), keep)
         return output, weights
 
     def _written_out(self, query, key, value, keep, bias, scaling: float, dropout_p: float):
-        """(output, weights) by the whole matrix of distances."""
+        """Return (output, weights) by the whole matrix of distances."""
         with without_autocast(query.device.type):
             dtype = torch.promote_types(query.dtype, torch.float32)
             distance = self.compute_distance_matrix(query.to(dtype), key.to(dtype))
@@ -282,9 +282,9 @@ class DistanceBasedAttention(ProjectedAttention):
                 keep = open_entries if keep is None else keep & open_entries
                 logits = logits + bias
             if self.config.logit_clip is not None:
-                seen = logits if keep is None else logits.masked_fill(~keep, float("-inf"))
-                top = seen.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min / 2)
-                logits = torch.maximum(logits, top - self.config.logit_clip)
+                kept_logits = logits if keep is None else logits.masked_fill(~keep, float("-inf"))
+                row_maximum = kept_logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min / 2)
+                logits = torch.maximum(logits, row_maximum - self.config.logit_clip)
             weights = masked_softmax(logits, None if keep is None else keep.expand(expected))
             output = F.dropout(weights, dropout_p) @ value.to(dtype)
         return output.to(value.dtype), weights

@@ -21,11 +21,11 @@ class _Residual(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def before(self, hidden_states: Tensor) -> Tensor:
-        """What f is given."""
+        """Return the input of f."""
         return self.norm(hidden_states) if self.config.norm_first else hidden_states
 
     def after(self, hidden_states: Tensor, added: Tensor) -> Tensor:
-        """The sum, from x and f's result."""
+        """Return the sum of x and f's result."""
         total = self.dropout(added)
         if self.config.use_residual:
             total = hidden_states + total
@@ -33,7 +33,7 @@ class _Residual(nn.Module):
 
 
 class MultiHeadDistanceAttention(Monitored, nn.Module):
-    """`DistanceBasedAttention` with `use_residual` and `use_layer_norm` of its config around it; called like it.
+    """`DistanceBasedAttention` with its config's `use_residual` and `use_layer_norm` around it; called like it.
 
     attention: the layer inside; None: a `DistanceBasedAttention` of the config.
     """
@@ -47,7 +47,7 @@ class MultiHeadDistanceAttention(Monitored, nn.Module):
         self.residual = _Residual(config)
 
     def forward(self, hidden_states: Tensor, *args, output_attentions: bool = False, **kwargs):
-        """(B, N, E) -> (B, N, E), or with the weights (B, H, N, M); arguments as for `DistanceBasedAttention`."""
+        """Map (B, N, E) -> (B, N, E), or with weights (B, H, N, M); arguments as for `DistanceBasedAttention`."""
         result = self.attention(
             self.residual.before(hidden_states), *args, output_attentions=output_attentions, **kwargs
         )
@@ -56,7 +56,7 @@ class MultiHeadDistanceAttention(Monitored, nn.Module):
         return self.residual.after(hidden_states, result)
 
     def set_learnable_lambda(self, learnable: bool) -> None:
-        """As for `DistanceBasedAttention`."""
+        """Let λ train or not, as `DistanceBasedAttention` does."""
         self.attention.set_learnable_lambda(learnable)
 
 
@@ -86,7 +86,7 @@ class DistanceEncoderLayer(Monitored, nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """(B, N, E) -> (B, N, E), with `output_attentions` also the weights; arguments as for the attention inside."""
+        """Map (B, N, E) -> (B, N, E), with `output_attentions` also the weights; arguments as for its attention."""
         result = self.self_attention(hidden_states, None, attention_mask, **kwargs)
         if isinstance(result, tuple):
             return self.feed_forward(result[0]), result[1]
@@ -113,14 +113,14 @@ class DistanceDecoderLayer(Monitored, nn.Module):
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ):
-        """(B, N, E) and (B, M, key_value_size) -> (B, N, E), or with (self-, cross-attention weights).
+        """Map (B, N, E) and (B, M, key_value_size) -> (B, N, E), or with (self-, cross-attention weights).
 
         past_key_values: a transformers `EncoderDecoderCache`, or a `DynamicCache` for self-attention alone.
         """
-        rest = {"past_key_values": past_key_values, "output_attentions": output_attentions}
-        own = self.self_attention(hidden_states, None, attention_mask, position_bias=position_bias, **rest)
-        hidden_states, own_weights = own if output_attentions else (own, None)
-        cross = self.cross_attention(hidden_states, encoder_hidden_states, encoder_attention_mask, **rest)
+        options = {"past_key_values": past_key_values, "output_attentions": output_attentions}
+        self_result = self.self_attention(hidden_states, None, attention_mask, position_bias=position_bias, **options)
+        hidden_states, own_weights = self_result if output_attentions else (self_result, None)
+        cross = self.cross_attention(hidden_states, encoder_hidden_states, encoder_attention_mask, **options)
         hidden_states, cross_weights = cross if output_attentions else (cross, None)
         hidden_states = self.feed_forward(hidden_states)
         return (hidden_states, (own_weights, cross_weights)) if output_attentions else hidden_states
@@ -140,13 +140,13 @@ class _Stack(Monitored, nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if last else nn.Identity()
 
     def forward(self, hidden_states: Tensor, *args, output_attentions: bool = False, **kwargs):
-        """As each layer, one after another; with `output_attentions` also a tuple of what each gave."""
+        """Run each layer in turn; with `output_attentions` also return a tuple of each one's weights."""
         weights = []
         for layer in self.layers:
             hidden_states = layer(hidden_states, *args, output_attentions=output_attentions, **kwargs)
             if output_attentions:
-                hidden_states, found = hidden_states
-                weights.append(found)
+                hidden_states, layer_weights = hidden_states
+                weights.append(layer_weights)
         hidden_states = self.norm(hidden_states)
         return (hidden_states, tuple(weights)) if output_attentions else hidden_states
 
@@ -164,5 +164,5 @@ class DistanceDecoder(_Stack):
 
 
 def _own_sequence(config: DistanceAttentionConfig, **changes) -> DistanceAttentionConfig:
-    """The config for self-attention: key_value_size belongs to cross-attention."""
+    """Return the config for self-attention: key_value_size belongs to cross-attention."""
     return replace(config, key_value_size=None, **changes)

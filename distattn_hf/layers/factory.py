@@ -56,7 +56,7 @@ class MechanismAttention(ProjectedAttention):
 
 
 class NystromAttention(ProjectedAttention):
-    """Multi-head attention in linear time by the project's Nyström form: exact nearby, landmarks beyond; projected.
+    """Multi-head Nyström attention in linear time: exact nearby, landmarks beyond; projected.
 
     Options are those of `AttentionSpec` with mechanism "nystrom": num_landmarks, window_size, num_sinks, lam, ...
     attention_mask: (B, M) bool or integers, or None. past_key_values is refused: its keys would have to be sums, as in
@@ -104,7 +104,7 @@ class NystromAttention(ProjectedAttention):
 def create_distance_attention(
     hidden_size: int, num_heads: int, metric: str = "l2", *, layer_idx: int = 0, **options
 ) -> DistanceBasedAttention:
-    """A `DistanceBasedAttention`; options are the fields of `DistanceAttentionConfig`.
+    """Create a `DistanceBasedAttention`; options are the fields of `DistanceAttentionConfig`.
 
     Raises:
         ValueError: for a field that does not exist or a value that is not allowed.
@@ -124,7 +124,7 @@ class AttentionFactory:
 
     @staticmethod
     def create(name: str, hidden_size: int, num_heads: int, **options) -> ProjectedAttention:
-        """A layer (B, N, E) -> (B, N, E): of a metric ("l2", "cosine", "dot", ...) or a mechanism ("local", ...).
+        """Create a layer (B, N, E) -> (B, N, E) by a metric ("l2", "cosine", "dot", ...) or mechanism ("local", ...).
 
         Options: those of `DistanceAttentionConfig` for a metric, else of `MechanismAttention` and the mechanism, or of
         `NystromAttention`.
@@ -145,7 +145,7 @@ class AttentionFactory:
 
     @staticmethod
     def names() -> list[str]:
-        """What `create` knows."""
+        """Return the names that `create` knows."""
         return [*METRICS, "nystrom", *MECHANISMS]
 
 
@@ -166,7 +166,7 @@ class PositionalEncodingFactory:
         is_causal: bool = False,
         **options,
     ) -> PositionalEncoding:
-        """An encoding for layers of E = hidden_size and H = num_heads; use the one of its methods that it is about.
+        """Create an encoding for layers of E = hidden_size and H = num_heads; use the method that it implements.
 
         `embed(x, position_ids)` adds to embeddings; `rotation(x, position_ids)` gives a layer's `position_embeddings`;
         `bias(num_queries, num_keys, past)` gives a layer's `position_bias`. max_length: of "learned".
@@ -188,5 +188,5 @@ class PositionalEncodingFactory:
 
     @staticmethod
     def names() -> list[str]:
-        """What `create` knows."""
+        """Return the names that `create` knows."""
         return list(POSITIONAL_ENCODINGS)

@@ -1,5 +1,6 @@
-"""What lies beside a checkpoint's weights: files that do not depend on the attention go along with a conversion, such
-as the pooling of a sentence-transformers model, and the source's licence is noted. Needs no torch."""
+"""Files beside a checkpoint's weights: those that do not depend on the attention, such as the pooling of a
+sentence-transformers model, are copied with a conversion, and the source's licence is noted. Needs no torch.
+"""
 
 import json
 import re
@@ -58,7 +59,7 @@ class Source:
         return None
 
     def path(self, name: str) -> Path:
-        """Where one of `names` lies on this machine, after a download if it must be."""
+        """Return where one of `names` is on this machine, downloaded if need be."""
         if self.folder is not None:
             return self.folder / name
         return Path(hf_hub_download(self.name, name, revision=self._revision))
@@ -70,24 +71,24 @@ def copy_companions(source: Source, target: Path) -> list[str]:
     The folders that `modules.json` names (sentence-transformers) are copied whole, weights included. Returns the names
     left behind, but for those that `target` has under the same name.
     """
-    own = _module_folders(source.path(MODULES)) if MODULES in source.names else ()
-    left = [source.note] if source.note else []
+    module_folders = _module_folders(source.path(MODULES)) if MODULES in source.names else ()
+    left_out = [source.note] if source.note else []
     links = {name: why for name, why in source.links.items() if not (is_hidden(name) or (target / name).exists())}
-    left += [f"{name} ({why})" for name, why in links.items()]
+    left_out += [f"{name} ({why})" for name, why in links.items()]
     for name in source.names:
-        place = target / name
-        if place.exists() or is_hidden(name):
+        target_file = target / name
+        if target_file.exists() or is_hidden(name):
             continue
-        if any(Path(folder) in Path(name).parents for folder in own) or goes_along(name):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.path(name), place)
+        if any(Path(folder) in Path(name).parents for folder in module_folders) or goes_along(name):
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path(name), target_file)
         else:
-            left.append(name)
-    return left
+            left_out.append(name)
+    return left_out
 
 
 def _module_folders(modules: Path) -> tuple[str, ...]:
-    """The folders of a sentence-transformers model's modules, but for the transformer itself."""
+    """Return the folders of a sentence-transformers model's modules, but for the transformer itself."""
     entries = json.loads(Path(modules).read_text(encoding="utf-8"))
     return tuple(entry["path"] for entry in entries if entry.get("path"))
 
@@ -96,8 +97,9 @@ def _module_folders(modules: Path) -> tuple[str, ...]:
 
 
 def describe_source(source: Source) -> dict:
-    """What a conversion notes of its source: "name" (of a folder without the way to it), licence and language as far
-    as its README.md or else its LICENSE file says them, and "from", which file that was."""
+    """Return what a conversion notes of its source: "name" (of a folder without its parents), licence and language as
+    far as its README.md or else its LICENSE file says them, and "from", which file that was.
+    """
     name = source.folder.resolve().name if source.is_local else source.name
     return {"name": name, **_metadata(source)}
 
@@ -105,8 +107,8 @@ def describe_source(source: Source) -> dict:
 def _metadata(source: Source) -> dict:
     if CARD_NAME in source.names:
         card = ModelCard.load(source.path(CARD_NAME), ignore_metadata_errors=True)
-        if "license" in (found := card_metadata(card.data.to_dict())):
-            return {**found, "from": CARD_NAME}
+        if "license" in (metadata := card_metadata(card.data.to_dict())):
+            return {**metadata, "from": CARD_NAME}
     for name in source.names:
         if fnmatchcase(name, "LICEN[SC]E*"):
             text = source.path(name).read_text(encoding="utf-8", errors="replace")
@@ -116,5 +118,5 @@ def _metadata(source: Source) -> dict:
 
 
 def card_metadata(data: dict) -> dict:
-    """What a card's front matter says of licence and language."""
+    """Return what a card's front matter says of licence and language."""
     return {name: data[name] for name in (*LICENSE_FIELDS, "language") if data.get(name)}

@@ -18,7 +18,7 @@ class EmbeddedCheckpoint:
     files: str | None = None
 
     def folder(self) -> Path:
-        """Where the package's files are; raises `ValueError` with the install command when it is absent."""
+        """Return where the package's files are; raises `ValueError` with the install command when it is absent."""
         spec = find_spec(self.module)
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(
@@ -55,7 +55,7 @@ _NAMES = ", ".join(EMBEDDED)
 
 
 def check_source(source: str | Path) -> None:
-    """Raise `ValueError` for a source of a model that cannot be one, before anything is imported or fetched for it."""
+    """Raise `ValueError` for an impossible source of a model, before anything is imported or fetched for it."""
     if str(source) in EMBEDDED:
         EMBEDDED[str(source)].folder()
         return

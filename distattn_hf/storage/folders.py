@@ -14,7 +14,7 @@ CONFIG_NAME = "config.json"
 
 
 def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME) -> Path:
-    """The output folder as a path; marker: a file that what may be replaced has in it, None where nothing is removed.
+    """Return the output folder as a path; marker: a file that a replaced folder must hold, None if none is removed.
 
     Raises `ValueError` when it is a file, not empty without `overwrite`, or, with it, a folder of something else.
     """
@@ -35,7 +35,7 @@ def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_N
 
 @contextmanager
 def staging_folder(out: str | Path, overwrite: bool = False, marker: str = CONFIG_NAME):
-    """A folder beside `out` that takes its name once all is written; an error leaves what was there before.
+    """Yield a folder beside `out` that takes its name once all is written; an error leaves the old one.
 
     A process killed midway leaves the temporary folder, whose name starts with a dot. Raises `ValueError`, before
     anything is done, as `check_output`, and for an output that cannot be written. With `overwrite` the old folder is
@@ -111,7 +111,7 @@ def save_checkpoint(
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it, so that under its name it is complete or what it was before."""
+    """Write a file through a temporary one beside it, so that it is complete or what it was before."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

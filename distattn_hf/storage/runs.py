@@ -1,4 +1,4 @@
-"""The folder of a run: its arguments, which of its parts are finished, what the rest goes on from, and space for it."""
+"""The folder of a run: its arguments, its finished parts, the checkpoints it resumes from, and disk space for it."""
 
 import errno
 import json
@@ -18,22 +18,22 @@ TRAINER_STATE = "trainer_state.json"
 LOOP_STATE = "loop_state.json"
 # The file that each driver writes last into a checkpoint-N.
 _SAVED_BY = {TRAINER_STATE: "transformers' Trainer (`distattn adapt`)", LOOP_STATE: "scripts/adapt_accelerate.py"}
-# Arguments that no result depends on, so that they may differ from those of the run that is gone on with.
+# Arguments that no result depends on, so that they may differ from those of the run that is resumed.
 _MAY_CHANGE = {
     "output_dir", "disable_tqdm", "report_to", "logging_steps", "save_steps", "save_strategy", "save_total_limit",
     "use_cpu", "per_device_eval_batch_size", "num_proc", "dataloader_num_workers",
 }  # fmt: skip
-# What is in a folder where nothing came of a run: its arguments (a typo in them, perhaps) bind no one.
+# What a run that produced nothing leaves: a folder with no other files may be used with other arguments.
 _NOTHING = (ARGUMENTS, "tokenizer")
 # Head room beside the weights and the optimizer's state: configs, tokenizer, random states.
 _MARGIN = 32 * 2**20
 
 
 class RunFolder:
-    """The folder of one run, for all processes of it: what is written is written by the main one.
+    """The folder of one run, shared by all its processes; only the main one writes.
 
     arguments.json is what it was started with. A finished part is a checkpoint that is complete or not there; while a
-    part trains, checkpoint-N beside it are what it goes on from.
+    part trains, checkpoint-N beside it are what it resumes from.
 
     Args:
         path: output_dir.
@@ -59,36 +59,36 @@ class RunFolder:
         file = self.path / ARGUMENTS
         if not file.is_file() or all(path.name in _NOTHING for path in self.path.iterdir()):
             return
-        before, say = json.loads(file.read_text(encoding="utf-8")), f"output_dir {str(self.path)!r} holds a run with"
-        begun = any((self.path / stage).exists() for stage in stages)
-        free = {*_MAY_CHANGE, *may_change, *(() if begun else until_begun), *(("stages",) if stages else ())}
-        changed = {k for k in {*before, *self.values} - free if before.get(k) != self.values.get(k)}
+        before, prefix = json.loads(file.read_text(encoding="utf-8")), f"output_dir {str(self.path)!r} holds a run with"
+        has_begun = any((self.path / stage).exists() for stage in stages)
+        may_differ = {*_MAY_CHANGE, *may_change, *(() if has_begun else until_begun), *(("stages",) if stages else ())}
+        changed = {k for k in {*before, *self.values} - may_differ if before.get(k) != self.values.get(k)}
         if changed:
             key = min(changed)
             raise ValueError(
-                f"{say} {key}={before.get(key)!r}, now {self.values.get(key)!r} ({len(changed)} arguments differ); "
+                f"{prefix} {key}={before.get(key)!r}, now {self.values.get(key)!r} ({len(changed)} arguments differ); "
                 "give another output_dir or remove that one"
             )
         earlier = before.get("stages", ["transfer"])
-        if begun and self.values["stages"][: len(earlier)] != earlier:
+        if has_begun and self.values["stages"][: len(earlier)] != earlier:
             raise ValueError(
-                f"{say} stages={earlier!r}, to which stages may be added at the end, now "
+                f"{prefix} stages={earlier!r}, to which stages may be added at the end, now "
                 f"{self.values['stages']!r}; give another output_dir or remove that one"
             )
 
     def note(self) -> None:
-        """Write the arguments down."""
+        """Write the arguments to arguments.json."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / ARGUMENTS, self.values, allow_nan=True)
 
     def part(self, name: str) -> Path:
-        """Return where the result of a stage, or the student before all stages, is once it is finished."""
+        """Return the path of a stage's result, or of the student before all stages, once it is finished."""
         return self.path / name if name == "calibrated" else self.path / name / "final"
 
     def save(self, model, tokenizer, path: Path, *, spent: dict | None = None, before: Path | None = None) -> None:
-        """Write a finished part, with what its training and that of the part before took; remove what it went on from.
+        """Write a finished part, with what its training and that of the part before took; remove what it resumed from.
 
         For the main process.
         """
@@ -101,7 +101,7 @@ class RunFolder:
         check_space(path, model, with_optimizer=False)
         save_checkpoint(model.to("cpu"), tokenizer, path, overwrite=True, source=self.source, notes=notes)
         if spent is not None:
-            # Training goes on from them no more; optimizer states are most of what they hold.
+            # No training resumes from them; optimizer states are most of their size.
             remove_checkpoints(path.parent)
 
     def publish(self, part: Path, name: str, add) -> None:
@@ -114,7 +114,7 @@ class RunFolder:
 
 
 def finished(path: Path) -> bool:
-    """Whether a part is there; it is complete then."""
+    """Return whether a part exists; it is complete then."""
     return (path / CONFIG_NAME).is_file()
 
 
@@ -128,23 +128,23 @@ def last_checkpoint(folder: str | Path, driver: str = TRAINER_STATE) -> Path | N
     """Return the newest complete checkpoint-N in `folder`; None where there is none.
 
     driver: the file written last, so that a checkpoint that was cut off has none, or one that is no JSON. Raises
-    `ValueError` where another driver than that file's left the training unfinished, which only it can go on with.
+    `ValueError` where another driver than that file's left the training unfinished, which only it can resume.
     """
     if old := next(Path(folder).glob("state-*"), None):
         raise ValueError(f"{str(old)!r} is of an unfinished run of an older version; remove {str(folder)!r}")
-    found = []
+    checkpoints = []
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         for other in _SAVED_BY.keys() - {driver}:
             if number and (path / other).is_file() and not (path / driver).is_file():
                 raise ValueError(f"{str(path)!r} was saved by {_SAVED_BY[other]}: go on with that, or remove it")
         if number and _is_complete(path / driver):
-            found.append((int(number[1]), path))
-    return max(found)[1] if found else None
+            checkpoints.append((int(number[1]), path))
+    return max(checkpoints)[1] if checkpoints else None
 
 
 def remove_checkpoints(folder: str | Path, keep: Path | None = None) -> None:
-    """Remove every checkpoint-N of a training but `keep`: only going on needs them, most of each is optimizer state."""
+    """Remove every checkpoint-N of a training but `keep`: only resuming needs them, most of each is optimizer state."""
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if path != keep:
             shutil.rmtree(path)
@@ -159,7 +159,7 @@ def _is_complete(file: Path) -> bool:
 
 
 def space_needed(model, with_optimizer: bool = True) -> int:
-    """Bytes of a checkpoint of `model`: its weights, and Adam's two moments of what trains."""
+    """Return the bytes of a checkpoint of `model`: its weights, and Adam's two moments of what trains."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     moments = sum(2 * p.numel() * max(p.element_size(), 4) for p in model.parameters() if p.requires_grad)
     return weights + (moments if with_optimizer else 0) + _MARGIN
