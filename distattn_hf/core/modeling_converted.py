@@ -181,7 +181,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         return self._conversion_report
 
     def report_as_it_is(self) -> dict | None:
-        """Return `conversion_report` as a dict with the current λ and α; "changed_since" says whether they have changed."""
+        """Return `conversion_report` as a dict, with λ and α of now; "changed_since" says whether they changed."""
         if (report := copy.deepcopy(self._report_data())) is None:
             return None
         values = {
