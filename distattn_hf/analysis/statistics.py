@@ -137,15 +137,15 @@ class StatisticsCollector:
             stop = rows.start + rows.weights.shape[2]
             positions = torch.arange(rows.start, stop, device=rows.weights.device)
             keep = rows.keep & key_keep[:, None, None, :]
-            found = row_statistics(rows.weights, keep, positions)
-            counted = found.counted(query_keep[:, None, rows.start : stop])
-            ones = torch.ones_like(found.entropy)
+            row_values = row_statistics(rows.weights, keep, positions)
+            counted = row_values.counted(query_keep[:, None, rows.start : stop])
+            ones = torch.ones_like(row_values.entropy)
             sums.add("rows", ones, counted)
             for name in ROW_NUMBERS:
-                sums.add(name, getattr(found, name), counted)
-            sums.add("collapsed_rows", found.collapsed.to(ones.dtype), counted)
-            sums.add("diversity", _apart_from_mean(rows.weights, found.entropy), counted)
-            self._add_patterns(sums, rows, keep, places, found, counted)
+                sums.add(name, getattr(row_values, name), counted)
+            sums.add("collapsed_rows", row_values.collapsed.to(ones.dtype), counted)
+            sums.add("diversity", _apart_from_mean(rows.weights, row_values.entropy), counted)
+            self._add_patterns(sums, rows, keep, places, row_values, counted)
             if rows.key_norms is not None:
                 sums.add("key_norm_variance", _variance(rows.key_norms, keep), counted)
                 sums.add("logit_variance", _variance(rows.logits, keep), counted)

@@ -43,11 +43,11 @@ def load_config(path: str | Path | None, overrides: dict | None = None):
     mechanism = choice(values.pop("mechanism", "distance"), "mechanism", tuple(BENCHMARKS))
     allowed = option_names(mechanism)
     unknown = [name for name in values if name not in allowed]
-    for other in BENCHMARKS:
-        if foreign := [name for name in unknown if name in option_names(other)]:
+    for other_mechanism in BENCHMARKS:
+        if foreign := [name for name in unknown if name in option_names(other_mechanism)]:
             raise ValueError(
                 f"the benchmark of mechanism {mechanism} has no option {', '.join(foreign)}, which only mechanism "
-                f"{other} has; its own are {', '.join(allowed)}"
+                f"{other_mechanism} has; its own are {', '.join(allowed)}"
             )
     if unknown:
         raise ValueError(

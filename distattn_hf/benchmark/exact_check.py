@@ -38,9 +38,9 @@ def make_tensors(case: Case) -> tuple[Tensor, ...]:
     jump in every precision at the same places.
     """
     generator = torch.Generator().manual_seed(case.seed)
-    mine, theirs = (case.heads, case.queries), (case.kv_heads, case.length)
+    query_sizes, key_sizes = (case.heads, case.queries), (case.kv_heads, case.length)
     tensors = []
-    for heads, length in (mine, theirs, theirs, mine):
+    for heads, length in (query_sizes, key_sizes, key_sizes, query_sizes):
         tensor = torch.randn(case.batch, heads, length, case.head_size, generator=generator)
         tensors.append(tensor.mul_(2**16).round_().div_(2**16).to(case.device, DTYPES[case.dtype]))
     for tensor in tensors[:3]:

@@ -77,17 +77,17 @@ def gate(case: NystromCase, strategy: str) -> dict:
                 with_gradient = dtype == torch.float64
                 leaves = [t.to(dtype).requires_grad_(with_gradient) for t in tensors]
                 double = [t.double().requires_grad_(with_gradient) for t in tensors]
-                found = attention(*leaves)[:, :, rows]
+                result = attention(*leaves)[:, :, rows]
                 expected = inputs.oracle(problem, *double, strategy, landmarks, rows)
                 label = f"{kind} at {length}, {str(dtype).removeprefix('torch.')}"
-                compare(f"{label}: output", found, expected, TOLERANCE[dtype])
+                compare(f"{label}: output", result, expected, TOLERANCE[dtype])
                 if with_gradient:
-                    upstream = torch.randn(found.shape, generator=generator).to(found)
-                    pairs = (torch.autograd.grad(o, x, upstream) for o, x in ((found, leaves), (expected, double)))
+                    upstream = torch.randn(result.shape, generator=generator).to(result)
+                    pairs = (torch.autograd.grad(o, x, upstream) for o, x in ((result, leaves), (expected, double)))
                     for name, a, b in zip(("query", "key", "value"), *pairs):
                         compare(f"{label}: {name} gradient", a, b, TOLERANCE[dtype])
-    found = summary(checks)
-    return {key: found[key] for key in ("passed", "worst", "error", "bound")}
+    result = summary(checks)
+    return {key: result[key] for key in ("passed", "worst", "error", "bound")}
 
 
 def call_of(case: NystromCase, made: Competitor, tensors) -> Callable[[], object]:

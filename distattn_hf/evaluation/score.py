@@ -118,8 +118,8 @@ def warn_without_far_keys(model):
 def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOptions | None = None) -> float:
     """Return the mean cosine between the two models' embeddings of the same texts, pooled as set in the options."""
     options = options or EvaluationOptions()
-    mine, theirs = (embed(m, tokenizer, texts, options) for m in (model, teacher))
-    return float((mine * theirs).sum(-1).mean())
+    embeddings, teacher_embeddings = (embed(encoder, tokenizer, texts, options) for encoder in (model, teacher))
+    return float((embeddings * teacher_embeddings).sum(-1).mean())
 
 
 @torch.no_grad()
@@ -197,9 +197,9 @@ def compare_models(
             raise ValueError(f"{name!r} has no tokenizer files, so it cannot read text")
     options, poolings = options or EvaluationOptions(), poolings or {}
     by_name = {name: replace(options, pooling=poolings.get(name, options.pooling)) for name in models}
-    if len({chosen.pooling for chosen in by_name.values()}) > 1:
-        described = ", ".join(f"{name} by {chosen.pooling}" for name, chosen in by_name.items())
-        logger.warning(f"the models pool their embeddings in different ways: {described}")
+    if len({entry.pooling for entry in by_name.values()}) > 1:
+        used_poolings = ", ".join(f"{name} by {entry.pooling}" for name, entry in by_name.items())
+        logger.warning(f"the models pool their embeddings in different ways: {used_poolings}")
     result = {name: evaluate_model(model, tok, texts, options=by_name[name]) for name, (model, tok) in models.items()}
     if len(models) == 2:
         (name, (model, tokenizer)), (teacher_name, (teacher, _)) = models.items()

@@ -217,11 +217,11 @@ class AdaptationArguments(StageOptions):
         if not isinstance(self.stage_options, dict):
             raise ValueError(f"stage_options must be a mapping, got {self.stage_options!r}")
         refuse_unknown(self.stage_options, [*STAGES, FINETUNED], "stage_options")
-        known = field_names(StageOptions) | field_names(TrainingArguments) - {"output_dir"}
+        option_names = field_names(StageOptions) | field_names(TrainingArguments) - {"output_dir"}
         for stage, options in self.stage_options.items():
             if not isinstance(options, dict):
                 raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
-            refuse_unknown(options, known, f"stage_options.{stage}")
+            refuse_unknown(options, option_names, f"stage_options.{stage}")
             check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
@@ -229,10 +229,10 @@ class AdaptationArguments(StageOptions):
     def options_for(self, stage: str) -> StageOptions:
         """Return the options of one stage: its own override the shared ones; learning_rates are merged."""
         shared = {entry.name: getattr(self, entry.name) for entry in fields(StageOptions)}
-        own = {key: value for key, value in self.stage_options.get(stage, {}).items() if key in shared}
-        if "learning_rates" in own:
-            own["learning_rates"] = {**shared["learning_rates"], **own["learning_rates"]}
-        return StageOptions(**{**shared, **own})
+        stage_values = {key: value for key, value in self.stage_options.get(stage, {}).items() if key in shared}
+        if "learning_rates" in stage_values:
+            stage_values["learning_rates"] = {**shared["learning_rates"], **stage_values["learning_rates"]}
+        return StageOptions(**{**shared, **stage_values})
 
 
 @dataclass
@@ -249,9 +249,11 @@ class AdaptationConfig:
         """Return the `TrainingArguments` of one stage: its own override the shared ones; output in a subfolder."""
         names = field_names(TrainingArguments)
         shared = {key: value for key, value in self.values.items() if key in names}
-        own = {key: value for key, value in self.adaptation.stage_options.get(stage, {}).items() if key in names}
+        stage_values = {
+            key: value for key, value in self.adaptation.stage_options.get(stage, {}).items() if key in names
+        }
         # The scorecard needs the number of tokens, so they are counted unless the file says otherwise.
-        arguments = {"include_num_input_tokens_seen": "non_padding", **shared, **own}
+        arguments = {"include_num_input_tokens_seen": "non_padding", **shared, **stage_values}
         return TrainingArguments(**{**arguments, "output_dir": str(Path(self.training.output_dir) / stage)})
 
 
