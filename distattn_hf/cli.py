@@ -46,7 +46,7 @@ def _command_line(
     """Distance-based attention for Hugging Face transformers."""
 
 
-# In the order that --help lists them.
+# In the order of --help.
 for module in (
     command_convert, command_inspect, command_set, command_evaluate, command_analyse, command_revert, command_push,
     command_adapt, command_train, command_compare, command_benchmark,
@@ -60,7 +60,7 @@ def main() -> None:
     verb = next((verbs[word] for word in sys.argv[1:2] if word in verbs), None)
     options = option_names(verb) if verb is not None else []
     if any(word.partition("=")[0] == "--spec" for word in sys.argv):
-        # What the attention is stands in a file then, in the words of the file.
+        # The attention is then set in a file, so errors keep the names of its fields.
         options = [name for name in options if name not in OF_SPEC]
     try:
         with warnings_in_flags(options):

@@ -1,4 +1,4 @@
-"""An opt-in monitor of attention modules: time, memory and what the weights look like; nothing runs while it is off."""
+"""An opt-in monitor of attention modules: time, memory and weight statistics; no overhead while it is off."""
 
 import threading
 import time
@@ -14,17 +14,17 @@ from ..functional.row_statistics import ROW_NUMBERS, row_statistics
 
 
 class PerformanceMonitor:
-    """Watches modules by forward hooks until `stop`.
+    """Monitors modules by forward hooks until `stop`.
 
     Args:
         modules: {name: attention module}, whose forward gives (output, weights or None, ...) or the output alone.
-        statistics: ask each module for its weights (output_attentions=True, the slow path of most mechanisms) and note
+        statistics: ask each module for its weights (output_attentions=True, slow for most mechanisms) and record
             mean entropy, sparsity, largest weight and attended distance of their rows.
     """
 
     def __init__(self, modules: dict[str, nn.Module], statistics: bool = False):
         self.statistics = statistics
-        # Calls that have begun, by module and thread; a module may call itself.
+        # Running calls by module and thread, as stacks since a module may call itself.
         self._open: dict[tuple[str, int], list[tuple]] = {}
         self._stats: dict[str, dict] = {name: _empty() for name in modules}
         self._handles = []
@@ -32,14 +32,14 @@ class PerformanceMonitor:
             self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(partial(self._after, name), always_call=True))
 
-    # Bound methods, so that a copied or pickled model has hooks that count for the copy.
+    # Bound methods, so that the hooks of a copied or pickled model count for the copy.
     def _before(self, name: str, module, arguments, keywords):
         token, injected = None, False
         if self.statistics:
             if "output_attentions" in argument_names(type(module)):
                 injected = not keywords.get("output_attentions")
                 keywords = {**keywords, "output_attentions": True}
-            # Modules of transformers models compute weights where somebody collects them.
+            # Modules of transformers models compute weights where a collector is active.
             token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
         device = _device(module)
         _synchronise(device)
@@ -50,36 +50,36 @@ class PerformanceMonitor:
     def _after(self, name: str, module, arguments, output):
         device = _device(module)
         _synchronise(device)
-        started, before, token, injected = self._open[name, threading.get_ident()].pop()
+        started, memory_before, token, injected = self._open[name, threading.get_ident()].pop()
         if token is not None:
             _active_collector.reset(token)
-        if output is None:  # the module raised
+        if output is None:  # The module raised.
             return None
         stats = self._stats[name]
         stats["calls"] += 1
         stats["seconds"] += time.perf_counter() - started
         peak = _peak_memory(device)
-        if before is not None and peak is not None:
-            stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - before)
+        if memory_before is not None and peak is not None:
+            stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - memory_before)
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if self.statistics and isinstance(weights, Tensor) and weights.dim() == 4:
             _add_rows(stats, weights.detach())
-        # A layer that gives weights on request alone gives its caller what the caller asked for.
+        # The caller of a layer that returns weights only on request gets what it asked for.
         return output[0] if injected and getattr(module, "gives_weights_on_request", False) else None
 
     def stats(self) -> dict[str, dict]:
-        """{module name: numbers} of the calls so far.
+        """Return {module name: numbers} of the calls so far.
 
-        calls; seconds, of all calls; seconds_per_call; peak_bytes, by which memory rose at most in one call: on CUDA
-        what the allocator handed out, on Linux resident memory (what PyTorch had freed and takes again is not seen),
-        elsewhere None. With statistics also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the
+        calls; seconds, of all calls; seconds_per_call; peak_bytes, the largest rise of memory in one call: on CUDA
+        allocated memory, on Linux resident memory (which misses memory that PyTorch had freed and reuses), elsewhere
+        None. With statistics also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the
         rows that see more than one key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95;
-        None where no weights were given. Keys of weight 0 count as unseen.
+        None without weights. Keys of weight 0 count as unseen.
         """
-        found = {}
+        numbers = {}
         for name, stats in self._stats.items():
             calls, rows = stats["calls"], stats["rows"]
-            found[name] = {
+            numbers[name] = {
                 "calls": calls,
                 "seconds": stats["seconds"],
                 "seconds_per_call": stats["seconds"] / calls if calls else None,
@@ -87,15 +87,15 @@ class PerformanceMonitor:
             }
             if self.statistics:
                 sums = {n: stats["sums"][n] / rows if rows else None for n in (*ROW_NUMBERS, "collapsed")}
-                found[name] |= sums
-        return found
+                numbers[name] |= sums
+        return numbers
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Reset all counts."""
         self._stats = {name: _empty() for name in self._stats}
 
     def stop(self) -> None:
-        """Remove the hooks; what was counted stays."""
+        """Remove the hooks; the counts stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -120,7 +120,7 @@ def _add_rows(stats: dict, weights: Tensor) -> None:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _synchronise(device: torch.device) -> None:
@@ -129,7 +129,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _mark_memory(device: torch.device) -> int | None:
-    """Bytes in use now; the high-water mark starts from here. None where it cannot be set."""
+    """Reset the high-water mark and return the bytes in use; None where it cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -150,7 +150,7 @@ def _peak_memory(device: torch.device) -> int | None:
 
 
 def resident_bytes(name: str) -> int:
-    """Resident memory of this process, from the kernel: "VmRSS" now, "VmHWM" its peak since the last reset. Linux only.
+    """Return the kernel's count of resident memory: "VmRSS" now, "VmHWM" the peak since the last reset. Linux only.
 
     Raises `OSError` or `KeyError` elsewhere.
     """

@@ -1,4 +1,4 @@
-"""Text -> what a model takes, which of its tokens are padding and separators, and a loss to judge a change by."""
+"""Turn text into model inputs, find padding and separators, and compute a loss to judge changes by."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from ..data.tasks import TASKS, text_task_of
 from ..evaluation.score import EvaluationOptions, check_pooling, embed, first_sentence_pairs
 from .watch import forward
 
-# The inverse temperature of the loss of embeddings, as sentence-transformers sets it.
+# Inverse temperature of the loss of embeddings, as in sentence-transformers.
 _SCALE = 20.0
 
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """max_length in tokens a text, max_tokens in all, texts a batch, the seed of masked positions, and how an encoder's
-    embeddings are pooled (see `EvaluationOptions`)."""
+    """max_length in tokens per text, max_tokens in total, texts per batch, the seed of masked positions, and pooling of
+    an encoder's embeddings (see `EvaluationOptions`)."""
 
     max_length: int = 512
     max_tokens: int = 8192
@@ -37,35 +37,35 @@ class AnalysisOptions:
 
 
 def check_texts(texts) -> list[str]:
-    """The texts that are not blank; raises `ValueError` where there is none, or something is no string."""
+    """Return the texts that are not blank; raises `ValueError` if there is none, or for anything but strings."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if wrong := [t for t in texts if not isinstance(t, str)]:
-        raise ValueError(f"texts must be strings, got {type(wrong[0]).__name__}")
-    found = [text for text in texts if text.strip()]
-    if not found:
+    if invalid := [t for t in texts if not isinstance(t, str)]:
+        raise ValueError(f"texts must be strings, got {type(invalid[0]).__name__}")
+    nonblank = [text for text in texts if text.strip()]
+    if not nonblank:
         raise ValueError(f"text is empty: give at least one text with a word in it, got {texts[:3]!r}")
-    return found
+    return nonblank
 
 
 def make_batches(model, tokenizer, texts, options: AnalysisOptions | None = None) -> list[dict[str, Tensor]]:
-    """Batches of one text a row, padded, in the order of the texts, until max_tokens are used up.
+    """Make padded batches of one text per row, in the order of the texts, until max_tokens are used up.
 
-    Encoder-decoders get each text as source and as target. Raises `ValueError` for no text, no tokenizer, or text that
-    becomes no token.
+    Encoder-decoders get each text as source and as target. Raises `ValueError` for no text, no tokenizer, or text
+    without tokens.
     """
     options = options or AnalysisOptions()
     texts = check_texts(texts)
     if tokenizer is None:
         raise ValueError(f"{type(model).__name__} has no tokenizer files, so it cannot read text")
     length = length_for(model, options.max_length)
-    rows, used = [], 0
+    rows, num_tokens = [], 0
     for text in texts:
-        if used >= options.max_tokens:
+        if num_tokens >= options.max_tokens:
             break
         ids = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
         if ids:
             rows.append(ids)
-            used += len(ids)
+            num_tokens += len(ids)
     if not rows:
         raise ValueError(f"text is empty: the tokenizer makes no token of {texts[0][:40]!r}")
     pad = tokenizer.pad_token_id
@@ -84,10 +84,10 @@ def _padded(model, rows: list[list[int]], pad: int | None) -> dict[str, Tensor]:
 
 
 def padding_of(model, call, batch: dict) -> tuple[Tensor, Tensor]:
-    """(queries (B, N), keys (B, M)) of a call that are no padding; all where the batch does not say."""
+    """Return masks of the queries (B, N) and keys (B, M) of a call that are not padding; all True if unknown."""
     size, _, num_queries, num_keys = call.shape
-    is_cross, both = call.kind == "cross", model.config.is_encoder_decoder
-    queries = query_mask(call.name, is_cross, batch, both)
+    is_cross, encoder_decoder = call.kind == "cross", model.config.is_encoder_decoder
+    queries = query_mask(call.name, is_cross, batch, encoder_decoder)
     keys = batch.get("attention_mask") if is_cross else queries
 
     def checked(mask, length):
@@ -99,37 +99,37 @@ def padding_of(model, call, batch: dict) -> tuple[Tensor, Tensor]:
 
 
 def key_ids(model, call, batch: dict) -> Tensor | None:
-    """The token ids (B, M) of a call's keys; None where they are no tokens of the batch."""
+    """Return the token ids (B, M) of a call's keys; None where they are not tokens of the batch."""
     decoder = model.config.is_encoder_decoder and call.kind == "self" and "decoder" in call.name
     ids = batch.get("decoder_input_ids" if decoder else "input_ids")
     return ids if ids is not None and ids.shape[-1] == call.shape[3] else None
 
 
 class SeparatorFinder:
-    """Which tokens separate: special ones, and those without a letter or digit (punctuation, line ends)."""
+    """Finds separators: special tokens, and those without a letter or digit (punctuation, line ends)."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.known = tokenizer, dict.fromkeys(tokenizer.all_special_ids, True)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids (B, M) -> bool (B, M)."""
+        """Return which of the ids (B, M) are separators, bool (B, M)."""
         for token in set(ids.unique().tolist()) - set(self.known):
             text = self.tokenizer.decode([token])
-            self.known[token] = bool(text.strip()) and not any(c.isalnum() for c in text)
-        found = [[self.known[token] for token in row] for row in ids.tolist()]
-        return torch.tensor(found, dtype=torch.bool, device=ids.device).view(ids.shape)
+            self.known[token] = bool(text.strip()) and not any(character.isalnum() for character in text)
+        flags = [[self.known[token] for token in row] for row in ids.tolist()]
+        return torch.tensor(flags, dtype=torch.bool, device=ids.device).view(ids.shape)
 
 
 def token_texts(tokenizer, ids) -> list[str]:
-    """Each token as a reader would write it."""
+    """Return the readable text of each token."""
     return [tokenizer.decode([int(i)]).strip() or repr(tokenizer.decode([int(i)]))[1:-1] or "·" for i in ids]
 
 
 class TextLoss:
-    """The loss of a model on texts, by what its head allows: next token, masked tokens, target given source, or, for
-    an encoder without a head, telling each text's second part among all by its first (in-batch contrast, scale 20).
+    """The loss of a model on texts, by its head: next token, masked tokens, target given source, or, for an encoder
+    without a head, finding each text's second part among all by its first (in-batch contrast, scale 20).
 
-    Called with a model it gives the mean loss in nats, one tensor with a gradient a batch:
+    Called with a model it yields the mean loss in nats, one tensor with a gradient per batch:
     `for loss, weight in TextLoss(...)(model)`, weights summing to 1.
 
     Raises `ValueError` where the texts do not allow one: masked tokens without a mask token, fewer than two pairs.
@@ -157,7 +157,7 @@ class TextLoss:
             raise ValueError("the text holds no token that a loss could be taken of")
 
     def _labels(self, batch: dict, generator) -> Tensor:
-        """(B, N) aligned with the logits; -100 counts for nothing."""
+        """Return labels (B, N) aligned with the logits; -100 is ignored. Masks tokens of masked models in `batch`."""
         ids = batch["input_ids"]
         padding = batch["attention_mask"] == 0 if "attention_mask" in batch else torch.zeros_like(ids).bool()
         labels = ids.masked_fill(padding, -100)
@@ -170,7 +170,7 @@ class TextLoss:
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids, device=ids.device))
         masked = (torch.rand(ids.shape, generator=generator).to(ids.device) < 0.15) & ~special & ~padding
         if not bool(masked.any()):
-            # A short text may draw none.
+            # A short text may have no masked token.
             masked = (~special & ~padding) & ((~special & ~padding).cumsum(-1) == 1)
         batch["input_ids"] = ids.masked_fill(masked, self.tokenizer.mask_token_id)
         return labels.masked_fill(~masked, -100)
@@ -193,5 +193,5 @@ class TextLoss:
 
     @torch.no_grad()
     def value(self, model) -> float:
-        """The mean loss over all texts."""
+        """Return the mean loss over all texts."""
         return sum(float(loss) * weight for loss, weight in self(model))

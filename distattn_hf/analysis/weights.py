@@ -14,9 +14,9 @@ from ..core.parameters import NystromParameters
 from ..core.reference import hybrid_rows
 from ..core.relative_bias import of_heads
 
-# Weights (float32: 16 MB) of a block of queries and all heads.
+# Number of weights (float32: 16 MB) of a block of queries and all heads.
 _BLOCK_ENTRIES = 2**22
-# Metrics whose logits hold a term in ‖k‖² that a dot product does not have.
+# Metrics whose logits have a term in ‖k‖², unlike a dot product.
 _EUCLIDEAN = ("sqeuclidean", "l2", "lifted_sqeuclidean")
 
 
@@ -25,8 +25,8 @@ class Rows:
     """Queries start, start + 1, ... of one module: weights (B, H, n, M) in at least float32, their rows of sum 1 or 0.
 
     keep: which keys each may see, bool, broadcastable to the weights. logits (B, H, n, M), of rows up to a constant,
-    before masking, and key_norms (B, H, n, M), the term of them that the keys' norms alone make: NaN in heads where
-    there is none; both None where no head has such a term.
+    before masking, and key_norms (B, H, n, M), the term of them that only depends on the keys' norms: NaN in heads
+    without one; both None where no head has such a term.
     """
 
     start: int
@@ -38,7 +38,7 @@ class Rows:
 
 @dataclass
 class AttentionCall:
-    """One call of an attention module: what its weights follow from, in memory linear in the length.
+    """One call of an attention module: the inputs of its weights, in memory linear in the length.
 
     query (B, H, N, d), key and value (B, H, M, d) with a head for every query head; mask (True = keep) and
     position_bias broadcastable to (B, H, N, M), or None; parts: (heads, `HeadParameters` or None for dot product).
@@ -68,7 +68,7 @@ class AttentionCall:
         return *self.query.shape[:3], self.key.shape[2]
 
     def keep_rows(self, start: int, stop: int) -> Tensor:
-        """Which keys some queries may see: bool, broadcastable to (B, H, n, M)."""
+        """Return which keys queries start to stop may see: bool, broadcastable to (B, H, n, M)."""
         keep = torch.ones(1, 1, 1, self.shape[3], dtype=torch.bool, device=self.query.device)
         if self.mask is not None:
             keep = self.mask[..., start:stop, :] if self.mask.shape[-2] > 1 else self.mask
@@ -77,30 +77,30 @@ class AttentionCall:
         return keep
 
     def rows(self, start: int, stop: int) -> Rows:
-        """The weights of queries start to stop."""
+        """Return the weights of queries start to stop."""
         if self._heads is None:
             self._heads = [(heads, self._part(heads, group)) for heads, group in self.parts]
         keep = self.keep_rows(start, stop)
-        found = [(heads, *weights(start, stop, keep)) for heads, weights in self._heads]
-        weights = join_heads([(heads, w, w) for heads, w, *_ in found])[0]
-        if all(norms is None for *_, norms in found):
+        results = [(heads, *weights(start, stop, keep)) for heads, weights in self._heads]
+        weights = join_heads([(heads, w, w) for heads, w, *_ in results])[0]
+        if all(norms is None for *_, norms in results):
             return Rows(start, weights, keep)
-        nothing = float("nan")
+        absent = float("nan")
         pairs = [
-            (heads, *(torch.full_like(w, nothing) if t is None else t.expand_as(w) for t in (logits, norms)))
-            for heads, w, logits, norms in found
+            (heads, *(torch.full_like(w, absent) if t is None else t.expand_as(w) for t in (logits, norms)))
+            for heads, w, logits, norms in results
         ]
         return Rows(start, weights, keep, *join_heads(pairs))
 
     def blocks(self) -> Iterator[Rows]:
-        """All queries, so many at a time that a block of all heads has no more entries than the map of one head."""
+        """Yield all queries in blocks, of which all heads together have no more entries than the map of one head."""
         batch, heads, num_queries, num_keys = self.shape
         limit = min(_BLOCK_ENTRIES // max(1, batch * heads * num_keys), num_queries // heads)
         for start in range(0, num_queries, max(1, limit)):
             yield self.rows(start, min(start + max(1, limit), num_queries))
 
     def full(self) -> Tensor:
-        """All weights (B, H, N, M): for short texts, to look at."""
+        """Return all weights (B, H, N, M), for short texts."""
         return torch.cat([rows.weights for rows in self.blocks()], dim=2)
 
     def _part(self, heads: list[int], group) -> Callable:
@@ -111,14 +111,14 @@ class AttentionCall:
         return self._nystrom(index, group, exact)
 
     def nystrom_parts(self) -> Iterator[tuple[Tensor, HybridInputs, Callable]]:
-        """(heads, their problem, rows of the kernel it approximates: (start, stop, keep) -> weights first)."""
+        """Yield (heads, their inputs, exact rows as (start, stop, keep) -> (weights, ...)) of Nyström heads."""
         for heads, group in self.parts:
             if isinstance(group, NystromParameters):
                 index = torch.tensor(heads, device=self.query.device)
                 yield index, self._hybrid(index, group), self._exact(index, group)
 
     def _exact(self, index: Tensor, group) -> Callable:
-        """(start, stop, keep) -> (weights, logits, key norm term or None) of heads with exact attention."""
+        """Return (start, stop, keep) -> (weights, logits, key norm term or None) for heads with exact attention."""
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         query, key = self.query[:, index].to(dtype), self.key[:, index].to(dtype)
         metric, lam, p = get_metric("dot"), 1.0, None
@@ -158,22 +158,22 @@ class AttentionCall:
         return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call, self.shape[3])
 
     def _nystrom(self, index: Tensor, group, exact: Callable) -> Callable:
-        """The same of heads with Nyström attention, whose rows of few keys are exact."""
+        """Return the same function for heads with Nyström attention, whose rows of few keys are exact."""
         inputs = self._hybrid(index, group)
 
         def rows(start, stop, keep):
             weights = hybrid_rows(inputs, start, stop)
             if limit := group.spec.exact_below:
-                few = (keep.sum(-1, keepdim=True) <= limit).expand(len(weights), -1, stop - start, 1)
-                if bool(few.any()):
-                    weights = torch.where(few, exact(start, stop, keep)[0], weights)
+                sees_few = (keep.sum(-1, keepdim=True) <= limit).expand(len(weights), -1, stop - start, 1)
+                if bool(sees_few.any()):
+                    weights = torch.where(sees_few, exact(start, stop, keep)[0], weights)
             return weights, None, None
 
         return rows
 
 
 def _key_norms(metric: str, weight, squared: Tensor, logits: Tensor, keep: Tensor) -> Tensor:
-    """What ‖k‖² adds to the logits: -w·‖k‖², w = λ·scaling; in l2, to first order around the row's mean distance r̄.
+    """Return the term of ‖k‖² in the logits: -w·‖k‖², w = λ·scaling; in l2, to first order at the mean distance r̄.
 
     -w·√(‖q‖² + ‖k‖² - 2q·k) changes by -w·δ / (2r̄) with a change δ of ‖k‖². Lifted keys all have one norm.
     """
@@ -187,7 +187,7 @@ def _key_norms(metric: str, weight, squared: Tensor, logits: Tensor, keep: Tenso
 
 
 class StoredCall(AttentionCall):
-    """A call of which only the finished weights (B, H, N, M) are known: of a model that hands over no more."""
+    """A call of which only the weights (B, H, N, M) are known, from a model that returns nothing else."""
 
     def __init__(self, name: str, layer: int | None, kind: str, weights: Tensor, mask: Tensor | None):
         nothing = weights.new_zeros(*weights.shape[:3], 0)
@@ -196,9 +196,9 @@ class StoredCall(AttentionCall):
         self.stored = weights
 
     def rows(self, start: int, stop: int) -> Rows:
-        """The weights of queries start to stop."""
+        """Return the weights of queries start to stop."""
         weights = self.stored[:, :, start:stop]
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         keep = self.keep_rows(start, stop)
-        # Whether the model is causal is not known: a weight of exactly 0 stands for a key that was not to be seen.
+        # It is unknown whether the model is causal: a weight of exactly 0 counts as a masked key.
         return Rows(start, weights, keep & (weights > 0))

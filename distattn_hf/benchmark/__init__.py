@@ -1,1 +1,1 @@
-"""Speed and memory beside what a user would pick instead, measured in pairs after a check of correctness."""
+"""Speed and memory beside the alternatives, measured in pairs after a check of correctness."""

@@ -18,12 +18,12 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 
 
 def option_names(mechanism: str) -> list[str]:
-    """The options of a mechanism, without "mechanism" itself."""
+    """Return the options of a mechanism, without "mechanism" itself."""
     return [field.name for field in fields(BENCHMARKS[mechanism].Config) if field.name != "mechanism"]
 
 
 def read_config(path: str | Path | None) -> dict:
-    """The options in a YAML file, none without a file; raises `ValueError` for one that is absent or no mapping."""
+    """Read the options in a YAML file, none without one; raises `ValueError` if it is absent or not a mapping."""
     if path is None:
         return {}
     values = read_yaml(path, "config")
@@ -34,20 +34,20 @@ def read_config(path: str | Path | None) -> dict:
 
 
 def load_config(path: str | Path | None, overrides: dict | None = None):
-    """The options of a YAML file (None: the defaults), with those of `overrides` that are not None in their place.
+    """Load the options of a YAML file (None: the defaults), overridden by those of `overrides` that are not None.
 
-    Raises `ValueError` for a file that is absent or no mapping, for an unknown key or one of another mechanism, and for
-    a value out of range.
+    Raises `ValueError` for a file that is absent or not a mapping, for an unknown key or one of another mechanism, and
+    for a value out of range.
     """
     values = {**read_config(path), **{name: value for name, value in (overrides or {}).items() if value is not None}}
     mechanism = choice(values.pop("mechanism", "distance"), "mechanism", tuple(BENCHMARKS))
     allowed = option_names(mechanism)
     unknown = [name for name in values if name not in allowed]
-    for other in BENCHMARKS:
-        if theirs := [name for name in unknown if name in option_names(other)]:
+    for other_mechanism in BENCHMARKS:
+        if foreign := [name for name in unknown if name in option_names(other_mechanism)]:
             raise ValueError(
-                f"the benchmark of mechanism {mechanism} has no option {', '.join(theirs)}, which only mechanism "
-                f"{other} has; its own are {', '.join(allowed)}"
+                f"the benchmark of mechanism {mechanism} has no option {', '.join(foreign)}, which only mechanism "
+                f"{other_mechanism} has; its own are {', '.join(allowed)}"
             )
     if unknown:
         raise ValueError(
@@ -57,11 +57,11 @@ def load_config(path: str | Path | None, overrides: dict | None = None):
 
 
 def run_benchmark(config, *, overwrite: bool = False, echo=print) -> dict:
-    """Run the benchmark that these options belong to; returns what was written: see `Benchmark.run`."""
+    """Run the benchmark of these options; returns the report that was written: see `Benchmark.run`."""
     kind = next(kind for kind in BENCHMARKS.values() if isinstance(config, kind.Config))
     return kind(config).run(overwrite=overwrite, echo=echo)
 
 
 def benchmark(path: Path | None, options: dict, *, overwrite: bool = False) -> int:
-    """Run what a YAML file and `options` (those that are not None) say; returns the exit code."""
+    """Run the benchmark of a YAML file and `options` (those that are not None); returns the exit code."""
     return exit_code(run_benchmark(load_config(path, options), overwrite=overwrite))

@@ -1,4 +1,4 @@
-"""The three competitors of `distattn benchmark` (ours, PyTorch's attention, cdist), and the check before the clock."""
+"""The three competitors of `distattn benchmark` (ours, PyTorch's attention, cdist), and the check before timing."""
 
 import math
 from collections.abc import Callable
@@ -32,15 +32,15 @@ NAMES = ("query", "key", "value")
 
 
 def make_tensors(case: Case) -> tuple[Tensor, ...]:
-    """(query, key, value, upstream gradient) from N(0, 1), with gradients required in a pass that needs them.
+    """Draw (query, key, value, upstream gradient) from N(0, 1), requiring gradients in a pass that needs them.
 
     Numbers are rounded to multiples of 2⁻¹⁶, so that q - k is exact in float32: the slopes of l1 and chebyshev then
     jump in every precision at the same places.
     """
     generator = torch.Generator().manual_seed(case.seed)
-    mine, theirs = (case.heads, case.queries), (case.kv_heads, case.length)
+    query_sizes, key_sizes = (case.heads, case.queries), (case.kv_heads, case.length)
     tensors = []
-    for heads, length in (mine, theirs, theirs, mine):
+    for heads, length in (query_sizes, key_sizes, key_sizes, query_sizes):
         tensor = torch.randn(case.batch, heads, length, case.head_size, generator=generator)
         tensors.append(tensor.mul_(2**16).round_().div_(2**16).to(case.device, DTYPES[case.dtype]))
     for tensor in tensors[:3]:
@@ -49,7 +49,7 @@ def make_tensors(case: Case) -> tuple[Tensor, ...]:
 
 
 def our_attention(case: Case) -> Attention:
-    """`distance_attention` with the case's metric, its default λ, causality and backend filled in."""
+    """Return `distance_attention` with the case's metric, its default λ, causality and backend."""
 
     def ours(query, key, value):
         return distance_attention(
@@ -60,7 +60,7 @@ def our_attention(case: Case) -> Attention:
 
 
 def pytorch_attention(case: Case) -> Attention:
-    """`scaled_dot_product_attention` on the same tensors, with `enable_gqa` where key heads are grouped."""
+    """Return `scaled_dot_product_attention`, with `enable_gqa` where key heads are grouped."""
 
     def sdpa(query, key, value):
         grouped = case.heads != case.kv_heads
@@ -70,10 +70,10 @@ def pytorch_attention(case: Case) -> Attention:
 
 
 def naive_attention(case: Case) -> Attention | None:
-    """softmax(-λ·scaling·dist)·v as one writes it by hand, all of it in memory; None for a metric without `cdist`.
+    """Return a direct implementation of softmax(-λ·scaling·dist)·v, all in memory; None for a metric without `cdist`.
 
     l1, l2, lp and chebyshev are `torch.cdist` in its default mode, sqeuclidean its square, cosine a product of
-    normalised vectors. `cdist` has no half precision: q and k are raised to float32 for it, the weights lowered again.
+    normalised vectors. `cdist` has no half precision: q and k are cast to float32 for it, the weights cast back.
     """
     orders = {"sqeuclidean": 2.0, "l2": 2.0, "l1": 1.0, "lp": case.p, "chebyshev": math.inf}
     if case.metric not in (*orders, "cosine"):
@@ -102,13 +102,13 @@ def naive_attention(case: Case) -> Attention | None:
 
 
 def one_call(case: Case, attention: Attention, tensors: tuple[Tensor, ...]) -> Callable[[], object]:
-    """What is timed: one forward pass without gradient, or a forward and a backward pass to query, key and value."""
+    """Return the timed call: a forward pass without gradient, or a forward and backward pass to query, key, value."""
     *leaves, upstream = tensors
     return timed_call(attention, tuple(leaves), upstream if case.pass_name == "forward_backward" else None)
 
 
 def backend_of(case: Case, tensors: tuple[Tensor, ...]) -> str:
-    """The backend that runs these tensors; raises `ValueError` with the reason when an explicit one cannot."""
+    """Return the backend that runs these tensors; raises `ValueError` with the reason if an explicit one cannot."""
     metric, scaling = get_metric(case.metric), case.head_size**-0.5
     lam = metric.default_lambda(case.head_size, scaling, case.p)
     inputs = AttentionInputs(*tensors[:3], metric, lam, scaling, case.p, is_causal=case.causal)
@@ -117,16 +117,16 @@ def backend_of(case: Case, tensors: tuple[Tensor, ...]) -> str:
 
 
 class Checker:
-    """Compares with the float64 reference; what the small shapes gave is remembered, since many cases share them."""
+    """Compares with the float64 reference; results of the small shapes are cached, since many cases share them."""
 
     def __init__(self):
         self._small = {}
 
     def check(self, case: Case, ran: str, tensors: tuple[Tensor, ...]) -> dict:
-        """{"passed", "worst", "error", "bound", "checks"}: the check nearest to (or farthest above) its bound.
+        """Return {"passed", "worst", "error", "bound", "checks"}: the check nearest to (or farthest above) its bound.
 
-        `ran` is checked at two small shapes, forward and (but for decode) gradients, and then, as the case asks for it,
-        at the timed shape on a random subset of the query rows.
+        Backend `ran` is checked at two small shapes, forward and (but for decode) gradients, and then, with the case's
+        own backend, at the timed shape on a random subset of the query rows.
         """
         key = replace(case, backend=ran, length=0)
         if key not in self._small:
@@ -135,7 +135,7 @@ class Checker:
 
 
 def _check_small(case: Case, ran: str, length: int) -> list[dict]:
-    """Every row and every gradient at N = M = length; decode: one query, no gradient, as it is timed."""
+    """Check every row and gradient at N = M = length; decode: one query, no gradient, as it is timed."""
     decode = case.pass_name == "decode"
     checks = []
     for name in ("decode",) if decode else ("forward", "forward_backward"):
@@ -144,7 +144,7 @@ def _check_small(case: Case, ran: str, length: int) -> list[dict]:
         try:
             backend_of(small, tensors)
         except ValueError:
-            # A backend without gradient is timed without; the pass that is timed it must run.
+            # A backend without gradients is only timed without them; it must run the timed pass.
             if name == case.pass_name:
                 raise
             continue
@@ -154,7 +154,7 @@ def _check_small(case: Case, ran: str, length: int) -> list[dict]:
 
 
 def check_rows(case: Case, attention: Attention, tensors: tuple[Tensor, ...], *, gradients: bool = True) -> list[dict]:
-    """Compare a random subset of the query rows at the shape of `tensors`, the last row always among them.
+    """Compare a random subset of the query rows at the shape of `tensors`, always with the last row.
 
     For gradients, the upstream gradient of all other rows is zero: those of key and value are then the subset's own.
     """
@@ -170,20 +170,20 @@ def check_rows(case: Case, attention: Attention, tensors: tuple[Tensor, ...], *,
 
 
 def _compare(case: Case, attention: Attention, tensors: tuple[Tensor, ...], rows: Tensor, where: str) -> list[dict]:
-    """Output rows, and in a pass with gradients those of query rows, key and value, against float64."""
+    """Compare output rows, and in a pass with gradients those of query rows, key and value, with float64."""
     reference = replace(case, backend="reference")
     truth = _evaluate_rows(reference, _reference_rows(reference, rows), tensors, rows)
     actual = relative_errors(_evaluate_full(case, attention, tensors, rows), truth)
     if case.dtype in TOLERANCE:
         bounds = dict.fromkeys(truth, (None, TOLERANCE[case.dtype]))
     else:
-        yardstick = _evaluate_full(case, pytorch_attention(case), tensors, rows)
-        exact = _evaluate_rows(case, _pytorch_rows(case, rows), tensors, rows)
-        # The largest of few entries is a matter of chance, but the true answer, rounded, can be off by half a unit.
+        peer = _evaluate_full(case, pytorch_attention(case), tensors, rows)
+        peer_truth = _evaluate_rows(case, _pytorch_rows(case, rows), tensors, rows)
+        # The largest of few entries varies by chance; even the rounded true value can be off by half a unit.
         rounding = torch.finfo(DTYPES[case.dtype]).eps / 2
         bounds = {
             name: (HALF_ERROR_RATIO * mean, HALF_ERROR_RATIO * max(largest, rounding))
-            for name, (mean, largest) in relative_errors(yardstick, exact).items()
+            for name, (mean, largest) in relative_errors(peer, peer_truth).items()
         }
     checks = []
     for name in truth:
@@ -194,7 +194,7 @@ def _compare(case: Case, attention: Attention, tensors: tuple[Tensor, ...], rows
 
 
 def relative_errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """{name: (root mean square, largest)} of the error, each relative to the same of the true tensor."""
+    """Return {name: (root mean square, largest)} of the error, each relative to that of the true tensor."""
     result = {}
     for name, expected in truth.items():
         error, tiny = actual[name].double() - expected, 1e-30
@@ -206,22 +206,22 @@ def relative_errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict
 
 
 def _evaluate_full(case: Case, attention: Attention, tensors, rows: Tensor) -> dict[str, Tensor]:
-    """Run all rows as they are timed and pick the given ones."""
+    """Run all rows as timed and select the given ones."""
     *leaves, upstream = tensors
     if case.pass_name != "forward_backward":
         with torch.no_grad():
             return {"output": attention(*leaves)[:, :, rows]}
-    only = torch.zeros_like(upstream)
-    only[:, :, rows] = upstream[:, :, rows]
+    row_upstream = torch.zeros_like(upstream)
+    row_upstream[:, :, rows] = upstream[:, :, rows]
     output = attention(*leaves)
-    gradients = dict(zip(NAMES, torch.autograd.grad(output, leaves, only)))
+    gradients = dict(zip(NAMES, torch.autograd.grad(output, leaves, row_upstream)))
     gradients["query"] = gradients["query"][:, :, rows]
     return {"output": output.detach()[:, :, rows], **{f"{n} gradient": g for n, g in gradients.items()}}
 
 
 def _evaluate_rows(case: Case, attention: Attention, tensors, rows: Tensor) -> dict[str, Tensor]:
     """Run the given rows alone, in float64."""
-    query, key, value, upstream = (t.detach().double() for t in tensors)
+    query, key, value, upstream = (tensor.detach().double() for tensor in tensors)
     leaves = [query[:, :, rows], key, value]
     if case.pass_name != "forward_backward":
         return {"output": attention(*leaves)}
@@ -232,7 +232,7 @@ def _evaluate_rows(case: Case, attention: Attention, tensors, rows: Tensor) -> d
 
 
 def _visible(case: Case, rows: Tensor) -> Tensor | None:
-    """(1, 1, rows, M) bool: the keys j <= i of causal rows; None: all."""
+    """Return the mask (1, 1, rows, M) of the keys j <= i of causal rows; None: all."""
     if not case.causal:
         return None
     return (torch.arange(case.length, device=rows.device) <= rows[:, None])[None, None]

@@ -1,4 +1,4 @@
-"""What `distattn benchmark` measures: its options, checked before anything runs, and the list of cases they make."""
+"""The options of `distattn benchmark`, checked before anything runs, and the cases that they define."""
 
 import itertools
 import re
@@ -126,7 +126,7 @@ class BenchmarkConfig:
         return self.kv_heads or self.heads
 
     def cases(self) -> list[Case]:
-        """Every case, those of one shape together; one query sees all keys, so decode has no causal variant."""
+        """Return every case, grouped by shape; one query sees all keys, so decode has no causal variant."""
         result = []
         for dtype, head_size, pass_name in itertools.product(self.dtypes, self.head_sizes, self.passes):
             forms, lengths = CAUSAL[self.causal], self.lengths
@@ -139,10 +139,10 @@ class BenchmarkConfig:
 
 
 def parse_metric(text: str) -> tuple[str, float | None]:
-    """(canonical name, p) of "l1", "euclidean", "lp3", "lp1.5", "minkowski2"; raises `ValueError` naming the fault."""
+    """Parse "l1", "euclidean", "lp3", "lp1.5", "minkowski2" to (canonical name, p); raises `ValueError` otherwise."""
     name, p = text, None
-    if text not in METRICS and (found := re.fullmatch(r"([a-z_]+?)(\d+(?:\.\d+)?)", text.lower())):
-        name, p = found[1], float(found[2])
+    if text not in METRICS and (match := re.fullmatch(r"([a-z_]+?)(\d+(?:\.\d+)?)", text.lower())):
+        name, p = match[1], float(match[2])
         if name not in METRICS or get_metric(name).name != "lp":
             name, p = text, None
     metric = get_metric(name)

@@ -1,4 +1,4 @@
-"""The checks that the options of `distattn benchmark` go through, and those options that every mechanism has."""
+"""Checks of the options of `distattn benchmark`, and of the options that all mechanisms share."""
 
 import math
 
@@ -16,12 +16,12 @@ def store(config, **values) -> None:
 
 
 def check_shared(config) -> None:
-    """Check, and store in their final form, the options that every mechanism has but for `lengths` and `passes`."""
-    for name, kind, least in (
+    """Check and normalise the options that all mechanisms share, except `lengths` and `passes`."""
+    for name, kind, minimum in (
         ("heads", int, 1), ("batch", int, 1), ("repeats", int, 1), ("warmup", int, 0), ("seed", int, 0),
         ("min_seconds", float, 0), ("max_seconds", float, 0),
     ):  # fmt: skip
-        store(config, **{name: number(getattr(config, name), name, kind, least)})
+        store(config, **{name: number(getattr(config, name), name, kind, minimum)})
     store(
         config,
         threads=None if config.threads is None else number(config.threads, "threads", int, 1),
@@ -35,62 +35,62 @@ def check_shared(config) -> None:
 
 
 def items(value, name: str, kind: type) -> list:
-    """A list from a list, one value, or "a,b,c"; raises `ValueError` when it is empty."""
+    """Return a list from a list, one value, or "a,b,c"; raises `ValueError` if it is empty."""
     if isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
-    found = list(value) if isinstance(value, list | tuple) else [value]
-    if not found:
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    if not entries:
         raise ValueError(f"{name} must name at least one")
-    if kind is str and not all(isinstance(item, str) for item in found):
+    if kind is str and not all(isinstance(item, str) for item in entries):
         raise ValueError(f"{name} must be names, got {value!r}")
-    return found
+    return entries
 
 
 def unique(values) -> tuple:
-    """Each value once, where it comes first."""
+    """Return each value once, at its first position."""
     return tuple(dict.fromkeys(values))
 
 
 def choice(value, name: str, allowed: tuple[str, ...]) -> str:
-    """`value` if it is allowed; raises `ValueError` that says what is."""
+    """Return `value` if it is allowed; otherwise raises `ValueError` with the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
 def choices(value, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """One or more of what is allowed, each once."""
+    """Return one or more allowed values, each once."""
     return unique(choice(item, name, allowed) for item in items(value, name, str))
 
 
 def number(value, name: str, kind: type, least: float):
-    """`value` (a number or its text) as int or float, at least `least`."""
+    """Return `value` (a number or its text) as int or float, at least `least`."""
     try:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and value != int(value)):
             raise ValueError
-        found = kind(value)
+        converted = kind(value)
     except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    if not least <= found < math.inf:
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name} must be {what} >= {least}, got {value!r}")
-    return found
+        converted = math.nan
+    if not least <= converted < math.inf:
+        expected = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {expected} >= {least}, got {value!r}")
+    return converted
 
 
 def numbers(value, name: str, least: int) -> tuple[int, ...]:
-    """One or more whole numbers, each once."""
+    """Return one or more whole numbers, each once."""
     return unique(number(item, name, int, least) for item in items(value, name, int))
 
 
 def flag(value, name: str) -> bool:
-    """`value` if it is True or False."""
+    """Return `value` if it is True or False; raises `ValueError` otherwise."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
 
 
 def device(name) -> str:
-    """ "cpu" or "cuda"; raises `ValueError` when there is no GPU to run on."""
+    """Return "cpu" or "cuda"; raises `ValueError` if there is no GPU to run on."""
     choice(name, "device", ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but PyTorch sees no GPU; use device cpu or auto")

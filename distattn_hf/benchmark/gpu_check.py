@@ -23,7 +23,7 @@ from .gpu_check_speed import DEFINITIONS, timings
 from .gpu_check_worker import InThisProcess, Worker, ask_in_time, run_all
 from .results import machine
 
-# Part -> the share of the time at which it must be over. What a part leaves is the next one's.
+# Part -> the share of the time at which it must end. The next part gets the time that it leaves.
 SHARES = {
     "cuda": {"correctness": 0.45, "exact": 0.75, "nystrom": 0.85, "model": 1.0},
     "cpu": {"correctness": 0.9, "exact": 0.95, "nystrom": 1.0, "model": 1.0},
@@ -32,14 +32,14 @@ PARTS = tuple(SHARES["cuda"])
 SECONDS = {"cuda": 440.0, "cpu": 120.0}
 # A case that takes longer hangs.
 _CASE_SECONDS = 60.0
-# A timing makes about so many calls, and is left out where they would take longer than this.
+# A timing makes about this many calls, and is skipped if they would take longer than this.
 _CALLS, _LONGEST_SECONDS = 8, 20.0
 _MOST_WORKERS, _WORKER_MEGABYTES = 8, 8_000
 _SHOWN_FAILURES, _WRITE_EVERY = 10, 10.0
 
 
 class GpuCheck:
-    """One run: what was asked, when it must end, and the report so far."""
+    """One run: its arguments, its deadline, and the report so far."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.device = arguments.device
@@ -66,9 +66,9 @@ class GpuCheck:
         self.commit, self.shown, self.written = arguments.commit, 0, 0.0
 
     def run(self) -> int:
-        """All parts, the file written after each and now and then between; returns the exit status."""
-        first = self._new_worker()
-        source = first.ask({"part": "provenance"}, _CASE_SECONDS)
+        """Run all parts, writing the file after each and at intervals; returns the exit status."""
+        worker = self._new_worker()
+        source = worker.ask({"part": "provenance"}, _CASE_SECONDS)
         if source.pop("status") != "ok":
             raise SystemExit(f"the first process on {self.device} failed: {source['reason']}")
         self.report["provenance"] = source | {"commit": self.commit or source["commit"]}
@@ -79,12 +79,12 @@ class GpuCheck:
         try:
             for part in self.parts:
                 started = time.monotonic()
-                self._correctness(first) if part == "correctness" else self._speed(part, first)
+                self._correctness(worker) if part == "correctness" else self._speed(part, worker)
                 counts = Counter(row["status"] for row in self.report["rows"][part] if row)
                 self.report["parts"][part] = {"seconds": round(time.monotonic() - started, 1), **counts}
                 self._write()
         finally:
-            first.close()
+            worker.close()
         self.report["complete"] = True
         self._write()
         for line in table(self.report):
@@ -99,7 +99,7 @@ class GpuCheck:
         return self.begin + SHARES[self.device][part] * self.seconds - time.monotonic()
 
     def _correctness(self, first) -> None:
-        cases = [c for c in correctness_cases(self.device == "cpu") if self.only in c.name]
+        cases = [candidate for candidate in correctness_cases(self.device == "cpu") if self.only in candidate.name]
         rows = self.report["rows"]["correctness"] = [None] * len(cases)
         count = 1 if self.workers == 0 else min(self.workers or self._default_workers(), max(1, len(cases)))
         workers = [first, *(self._new_worker() for _ in range(count - 1))]
@@ -119,7 +119,7 @@ class GpuCheck:
         source = self.report["provenance"]
         if self.device == "cpu":
             return min(_MOST_WORKERS, source["cores"])
-        # Most of the time goes into compiling, which takes processors.
+        # Most of the time is compilation, on the CPU.
         return max(1, min(_MOST_WORKERS, source["cores"] // 2, source["gpu_memory_mb"] // _WORKER_MEGABYTES))
 
     def _speed(self, part: str, worker) -> None:
@@ -127,16 +127,16 @@ class GpuCheck:
         for timing in timings(self.device):
             if timing.kind != part or self.only not in timing.name:
                 continue
-            left, foretold = self._left(part), foretell(timing, rows)
-            if foretold > _LONGEST_SECONDS:
-                answer = {"status": "skipped", "reason": f"would take about {foretold:.0f} s"}
+            remaining, predicted = self._left(part), foretell(timing, rows)
+            if predicted > _LONGEST_SECONDS:
+                answer = {"status": "skipped", "reason": f"would take about {predicted:.0f} s"}
             else:
-                answer = ask_in_time(worker, {"part": "speed", "case": asdict(timing)}, left, _CASE_SECONDS)
+                answer = ask_in_time(worker, {"part": "speed", "case": asdict(timing)}, remaining, _CASE_SECONDS)
             rows.append({"name": timing.name, "case": asdict(timing), "work": timing.work(), **answer})
             self._show(rows[-1])
 
     def _show(self, row: dict) -> None:
-        """Print the first failures as they come."""
+        """Print the first failures as they occur."""
         if row["status"] in ("ok", "skipped"):
             return
         self.shown += 1
@@ -155,11 +155,11 @@ class GpuCheck:
 
 
 def reason(row: dict) -> str:
-    """Why a row is not ok."""
+    """Return why a row is not ok."""
     if row["status"] != "wrong":
         return row["reason"]
-    found = row.get("failures") or [{"what": "output", **row["check"]}]
-    return "; ".join(f"{f.get('what', '')} {_short(f['error'])} > {_short(f['bound'])}" for f in found)
+    failures = row.get("failures") or [{"what": "output", **row["check"]}]
+    return "; ".join(f"{f.get('what', '')} {_short(f['error'])} > {_short(f['bound'])}" for f in failures)
 
 
 def _short(value) -> str:
@@ -167,24 +167,24 @@ def _short(value) -> str:
 
 
 def foretell(timing, rows: list[dict]) -> float:
-    """Seconds that the calls of a timing will take, from the same at the length before; 0 where there is none."""
-    same = ("kind", "metric", "p", "pass_name", "backend", "causal", "part_entries")
+    """Predict the seconds of a timing's calls from the same at the length before; 0 if there is none."""
+    fields = ("kind", "metric", "p", "pass_name", "backend", "causal", "part_entries")
     case = asdict(timing)
-    before = [r for r in rows if "ours" in r and all(r["case"][name] == case[name] for name in same)]
-    if not before:
+    earlier = [row for row in rows if "ours" in row and all(row["case"][name] == case[name] for name in fields)]
+    if not earlier:
         return 0.0
-    return _CALLS * before[-1]["ours"]["median"] * timing.work() / before[-1]["work"]
+    return _CALLS * earlier[-1]["ours"]["median"] * timing.work() / earlier[-1]["work"]
 
 
 def exit_status(report: dict) -> int:
-    """1 if a correctness case was wrong or failed, or a timed result was wrong."""
+    """Return 1 if a correctness case was wrong or failed, or a timed result was wrong, else 0."""
     rows = report["rows"]
-    bad = [r for r in rows.get("correctness", []) if r["status"] in ("wrong", "failed")]
-    return int(bool(bad or any(r["status"] == "wrong" for part in rows.values() for r in part)))
+    failures = [row for row in rows.get("correctness", []) if row["status"] in ("wrong", "failed")]
+    return int(bool(failures or any(row["status"] == "wrong" for part in rows.values() for row in part)))
 
 
 def table(report: dict):
-    """Lines: correctness by path, metric and dtype; then every timing."""
+    """Yield the lines of the report: correctness by path, metric and dtype; then every timing."""
     groups: dict[tuple, list[dict]] = {}
     for row in report["rows"].get("correctness", []):
         case = row["case"]
@@ -193,12 +193,12 @@ def table(report: dict):
     if groups:
         yield f"{'path':<10}{'metric':<20}{'dtype':<10}{'ok':>8}{'error / bound':>16}"
     for (path, label, dtype), rows in sorted(groups.items()):
-        good = sum(row["status"] == "ok" for row in rows)
+        num_ok = sum(row["status"] == "ok" for row in rows)
         shares = [r["error"] / r["bound"] for r in rows if isinstance(r.get("error"), float) and r["bound"]]
         skipped = sum(row["status"] == "skipped" for row in rows)
-        note = (f"  {skipped} skipped" if skipped else "") + ("" if good + skipped == len(rows) else "  <- NOT OK")
+        note = (f"  {skipped} skipped" if skipped else "") + ("" if num_ok + skipped == len(rows) else "  <- NOT OK")
         worst = f"{max(shares):.2f}" if shares else "-"
-        yield f"{path:<10}{label:<20}{dtype:<10}{f'{good}/{len(rows)}':>8}{worst:>16}{note}"
+        yield f"{path:<10}{label:<20}{dtype:<10}{f'{num_ok}/{len(rows)}':>8}{worst:>16}{note}"
     for part in ("exact", "nystrom", "model"):
         rows = report["rows"].get(part, [])
         if rows:

@@ -64,7 +64,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """One line that tells this case from all others."""
+        """A unique name in one line."""
         near = f"window {self.window} sinks {self.sinks}" if self.window or self.sinks else "landmarks only"
         words = [
             self.path,
@@ -86,9 +86,9 @@ MODELS = ("sqeuclidean exact", "l2", "l1", "cosine", "nystrom")
 
 
 def correctness_cases(interpreted: bool) -> list[Case]:
-    """All cases, what matters most first; `interpreted`: of sizes that Triton's interpreter runs in seconds."""
-    # No length is a multiple of a tile, and most take more than one.
-    square, wide, cache, common = (35, (19, 37), 40, 8) if interpreted else (131, (97, 203), 517, 64)
+    """Return all cases, most important first; `interpreted`: in sizes that Triton's interpreter runs in seconds."""
+    # No length is a multiple of a tile, and most span more than one.
+    square, cross, cache, common = (35, (19, 37), 40, 8) if interpreted else (131, (97, 203), 517, 64)
     sizes = (16, 8, 17, 12, 5, 9) if interpreted else (32, 128, 80, 256, 96, 40)
     heads = {"heads": 2, "key_heads": 1, "batch": 1} if interpreted else {"heads": 8, "key_heads": 2}
     cases = []
@@ -97,20 +97,20 @@ def correctness_cases(interpreted: bool) -> list[Case]:
         cases.append(Case(path, metric, dtype, queries, keys, head_size, **{**heads, **options}))
 
     exact = [("triton", *kernel) for kernel in KERNELS] + [("sdpa", *form) for form in DOT_FORMS]
-    for turn, dtype in enumerate(("bfloat16", "float32", "float16")):
+    for shift, dtype in enumerate(("bfloat16", "float32", "float16")):
         for path, metric, p in exact:
             add(path, metric, dtype, square, square, common, p=p, causal=True)
         for path, metric, p in exact:
             add(path, metric, dtype, 1, cache, common, p=p, backward=False)
-        for number, (path, metric, p) in enumerate(exact):
-            size = sizes[(number + turn) % len(sizes)]
-            add(path, metric, dtype, *wide, size, p=p, mask="padding")
-        for near in ({}, {"window": 9, "sinks": 3}):
+        for index, (path, metric, p) in enumerate(exact):
+            size = sizes[(index + shift) % len(sizes)]
+            add(path, metric, dtype, *cross, size, p=p, mask="padding")
+        for exact_span in ({}, {"window": 9, "sinks": 3}):
             for causal in (True, False):
-                add("nystrom", "sqeuclidean", dtype, square, square, common, causal=causal, **near)
+                add("nystrom", "sqeuclidean", dtype, square, square, common, causal=causal, **exact_span)
         add("nystrom", "sqeuclidean", dtype, square, square, common, causal=True, mask="padding", window=9, sinks=3,
             lift=True)  # fmt: skip
-        add("nystrom", "sqeuclidean", dtype, *wide, common, mask="padding", lift=True)
+        add("nystrom", "sqeuclidean", dtype, *cross, common, mask="padding", lift=True)
         add("nystrom", "sqeuclidean", dtype, square, square, common, chosen=True, lift=True)
     for kind in MODELS:
         add("model", kind, "float32", square, square, 16, causal=True, backward=False, heads=4, key_heads=2, batch=2)
@@ -127,8 +127,8 @@ def correctness_cases(interpreted: bool) -> list[Case]:
 
 
 def check(case: Case, device: str) -> dict:
-    """{"passed", "worst", "error", "bound", "checks", "failures"} of one case; "failures": what was too far off."""
-    # A user may have asked for TF32; here float32 means float32.
+    """Check one case; returns {"passed", "worst", "error", "bound", "checks", "failures"}, with the failed checks."""
+    # The user may have enabled TF32; the check needs full float32.
     torch.set_float32_matmul_precision("highest")
     checks = _check_model(case, device) if case.path == "model" else _check_attention(case, device)
     failures = [c for c in checks if not c["error"] <= c["bound"]]
@@ -137,13 +137,13 @@ def check(case: Case, device: str) -> dict:
 
 
 def _draw(*shape: int, seed: int) -> Tensor:
-    """From N(0, 1), in multiples of 2⁻¹⁶: q - k is exact in float32, so slopes jump in all precisions alike."""
+    """Draw from N(0, 1) in multiples of 2⁻¹⁶: q - k is exact in float32, so slopes jump alike in all precisions."""
     tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return tensor.mul_(2**16).round_().div_(2**16)
 
 
 def make_tensors(case: Case, device: str) -> dict[str, Tensor]:
-    """What is differentiated, by name: query, key and value in the case's dtype, the others in float32."""
+    """Return the differentiated tensors by name: query, key and value in the case's dtype, the others in float32."""
     batch, size, metric = case.batch, case.head_size, get_metric(case.metric)
     shapes = {"query": (case.heads, case.queries), "key": (case.key_heads, case.keys)}
     shapes["value"] = shapes["key"]
@@ -161,7 +161,7 @@ def make_tensors(case: Case, device: str) -> dict[str, Tensor]:
 
 
 def make_mask(case: Case, device: str) -> Tensor | None:
-    """bool, True = keep: (B, M) padding at the end, or (B, 1, N, M)."""
+    """Return the mask, True = keep: (B, M) padding at the end, or (B, 1, N, M)."""
     if case.mask is None:
         return None
     if case.mask == "padding":
@@ -183,20 +183,20 @@ def _check_attention(case: Case, device: str) -> list[dict]:
     bound = BOUNDS["nystrom" if nystrom else "exact"]
     bounds = dict.fromkeys(truth, (bound, bound))
     if case.dtype in HALF_NAMES:
-        yardstick = {name: tensors[name] for name in ("query", "key", "value", "lam")}
-        # The gradient of λ is one number a head, and its error a matter of chance: the largest of some draws counts.
+        peer_tensors = {name: tensors[name] for name in ("query", "key", "value", "lam")}
+        # The gradient of λ is one number per head, whose error varies by chance: the largest of several draws counts.
         draws = [
             relative_errors(
-                evaluate(case, _pytorch(case, mask), yardstick, draw=draw),
-                evaluate(case, _pytorch(case, mask), yardstick, torch.float64, draw),
+                evaluate(case, _pytorch(case, mask), peer_tensors, draw=draw),
+                evaluate(case, _pytorch(case, mask), peer_tensors, torch.float64, draw),
             )
             for draw in range(_DRAWS if case.backward else 1)
         ]
         rounding = torch.finfo(DTYPES[case.dtype]).eps / 2
         for name in draws[0]:
             mean, largest = map(max, zip(*(draw[name] for draw in draws)))
-            least = rounding if name == "lam gradient" else 0.0
-            bounds[name] = (HALF_ERROR_RATIO * max(mean, least), HALF_ERROR_RATIO * max(largest, rounding))
+            floor = rounding if name == "lam gradient" else 0.0
+            bounds[name] = (HALF_ERROR_RATIO * max(mean, floor), HALF_ERROR_RATIO * max(largest, rounding))
     return [
         {"what": f"{name}, {kind} error", "error": error, "bound": bound}
         for name in truth
@@ -205,7 +205,7 @@ def _check_attention(case: Case, device: str) -> list[dict]:
 
 
 def evaluate(case: Case, attention: Callable, tensors: dict[str, Tensor], dtype=None, draw=0) -> dict[str, Tensor]:
-    """{"output": ..., "query gradient": ...} of one attention; `dtype`: with all tensors raised to it before.
+    """Return {"output": ..., "query gradient": ...} of one attention; `dtype`: with all tensors cast to it before.
 
     `draw` numbers the upstream gradients.
     """
@@ -213,7 +213,7 @@ def evaluate(case: Case, attention: Callable, tensors: dict[str, Tensor], dtype=
     output = attention(**leaves)
     if not case.backward:
         return {"output": output.detach()}
-    # Numbers that every dtype holds exactly, so that all of them answer one question.
+    # Numbers that every dtype represents exactly, so that all get the same input.
     upstream = _draw(*output.shape, seed=10 + draw).bfloat16().to(output)
     gradients = torch.autograd.grad(output, list(leaves.values()), upstream)
     return {"output": output.detach(), **{f"{n} gradient": g for n, g in zip(leaves, gradients)}}
@@ -230,7 +230,7 @@ def _exact(case: Case, mask: Tensor | None, backend: str) -> Callable:
 
 
 def _pytorch(case: Case, mask: Tensor | None) -> Callable:
-    """PyTorch's attention on the same tensors, with λ as a temperature of each head."""
+    """Return PyTorch's attention on the same tensors, with λ as a temperature of each head."""
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None]
     if mask is not None and case.causal:
@@ -256,7 +256,7 @@ def _nystrom(case: Case, mask: Tensor | None) -> Callable:
 
 
 def _formula(case: Case, keep: Tensor | None) -> Callable:
-    """Nyström attention with every weight of a row formed, as its docstring has it; shares no code with it."""
+    """Return Nyström attention with every weight of a row formed, as in its docstring; shares no code with it."""
 
     def kernel(x, y, weight):
         return torch.exp(-weight * (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1))
@@ -266,14 +266,14 @@ def _formula(case: Case, keep: Tensor | None) -> Callable:
         if landmarks is None:
             landmarks = select_landmarks(key, case.num_landmarks, "segment_means")
         landmarks = landmarks if landmarks.dim() == 4 else landmarks[None]
-        kept = torch.ones_like(key[..., 0], dtype=torch.bool) if keep is None else keep[:, None].expand(key.shape[:-1])
+        valid = torch.ones_like(key[..., 0], dtype=torch.bool) if keep is None else keep[:, None].expand(key.shape[:-1])
         weight = lam[:, None, None] * case.head_size**-0.5
         exact = -weight * (query[..., :, None, :] - key[..., None, :, :]).square().sum(-1)
         if case.lift:
             radius = landmarks.square().sum(-1).amax(-1)
             if not case.causal:
-                radius = torch.maximum(radius, (key.square().sum(-1) * kept).amax(-1))
-            # As if all keys lay on the sphere: what only the row knows cancels.
+                radius = torch.maximum(radius, (key.square().sum(-1) * valid).amax(-1))
+            # As if all keys lay on the sphere: terms that only depend on the row cancel.
             exact = exact + weight * key.square().sum(-1)[..., None, :] - weight * radius[..., None, None]
 
             def lifted(x):
@@ -288,16 +288,16 @@ def _formula(case: Case, keep: Tensor | None) -> Callable:
             coefficients = coefficients.clamp_min(0)
         position = torch.arange(case.keys, device=query.device)
         relative = position - torch.arange(case.queries, device=query.device)[:, None]
-        near = (relative.abs() < case.window) | (kept & (kept.cumsum(-1) <= case.sinks))[..., None, :]
-        weights = torch.where(near, exact.exp(), kernel(query, landmarks, weight) @ coefficients)
-        weights = weights * (kept[..., None, :] & ((relative <= 0) if case.causal else True))
+        seen_exactly = (relative.abs() < case.window) | (valid & (valid.cumsum(-1) <= case.sinks))[..., None, :]
+        weights = torch.where(seen_exactly, exact.exp(), kernel(query, landmarks, weight) @ coefficients)
+        weights = weights * (valid[..., None, :] & ((relative <= 0) if case.causal else True))
         return weights @ value / weights.sum(-1, keepdim=True)
 
     return attention
 
 
 def small_model(kind: str) -> torch.nn.Module:
-    """A random Llama of two layers with grouped keys, converted; the same on every machine."""
+    """Build a random Llama of two layers with grouped keys, converted; the same on every machine."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -315,7 +315,7 @@ def small_model(kind: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def _check_model(case: Case, device: str) -> list[dict]:
-    """Logits against the written-out attention in float64 on the CPU; one token at a time against all at once."""
+    """Compare logits with eager attention in float64 on the CPU, and generation token by token with all at once."""
     model = small_model(case.metric)
     ids = torch.randint(64, (case.batch, case.queries), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -331,18 +331,18 @@ def _check_model(case: Case, device: str) -> list[dict]:
     actual["logits of generation"] = torch.stack(generated.logits, dim=1)
     truth = model.cpu().double()
     truth.set_attn_implementation("eager")
-    ids, mask, made = ids.cpu(), mask.cpu(), generated.sequences[:, :-1].cpu()
+    ids, mask, sequences = ids.cpu(), mask.cpu(), generated.sequences[:, :-1].cpu()
     full = torch.ones_like(ids)
     full[0, :5] = 0
     expected = {
         "logits": truth(ids, attention_mask=full).logits,
-        # Padding at the left takes no positions in generation.
+        # In generation, padding on the left takes no positions.
         "logits of generation": truth(
-            made, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)
+            sequences, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)
         ).logits[:, prompt - 1 :],
     }
-    real = full.bool()
-    actual["logits"], expected["logits"] = (tensors["logits"].cpu()[real] for tensors in (actual, expected))
+    not_padding = full.bool()
+    actual["logits"], expected["logits"] = (tensors["logits"].cpu()[not_padding] for tensors in (actual, expected))
     actual["logits of generation"] = actual["logits of generation"].cpu()
     return [
         {"what": f"{name}, {kind} error", "error": error, "bound": BOUNDS["model"]}

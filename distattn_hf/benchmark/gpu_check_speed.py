@@ -1,4 +1,4 @@
-"""Timings of the GPU check: attention beside PyTorch's flash kernel, and whole models beside the untouched one."""
+"""Timings of the GPU check: attention beside PyTorch's flash kernel, and whole models beside the unconverted one."""
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -66,7 +66,7 @@ class Timing:
 
     @property
     def name(self) -> str:
-        """One line that tells this timing from all others."""
+        """A unique name in one line."""
         words = [
             self.kind,
             self.metric if self.p is None else f"{self.metric}{self.p:g}",
@@ -79,14 +79,14 @@ class Timing:
         return " ".join(word for word in words if word)
 
     def work(self) -> float:
-        """What the time of one call grows with, for one kind, metric, pass and backend."""
+        """Return the work that a call's time is proportional to, for one kind, metric, pass and backend."""
         linear = self.pass_name == "decode" or self.kind != "exact"
         return self.batch * self.heads * float(self.length) ** (1 if linear else 2)
 
 
 def timings(device: str) -> list[Timing]:
-    """All of them, shortest first within each group, so that a long one can be foretold."""
-    if device == "cpu":  # That the code runs; the times say nothing about a GPU.
+    """Return all timings, shortest first within each group, so that long ones can be predicted."""
+    if device == "cpu":  # Only checks that the code runs; the times say nothing about a GPU.
         return [
             Timing("exact", "sqeuclidean", "forward", 64, heads=2, key_heads=2),
             Timing("nystrom", "", "forward", 256, heads=2, key_heads=2),
@@ -94,7 +94,7 @@ def timings(device: str) -> list[Timing]:
     exact = [("l2", None), ("l1", None), ("chebyshev", None), ("lp", 3.0), ("sqeuclidean", None), ("cosine", None)]
     result = []
     for pass_name in ("forward", "forward_backward"):
-        # Fewer heads fill the GPU where the text is long.
+        # Fewer heads fill the GPU at long lengths.
         for length, heads in ((2048, 16), (8192, 16), (32768, 4)):
             for metric, p in exact:
                 result.append(Timing("exact", metric, pass_name, length, p, heads=heads, key_heads=heads))
@@ -103,13 +103,13 @@ def timings(device: str) -> list[Timing]:
             result.append(Timing("exact", metric, "decode", length, p, batch=4, key_heads=4))
         for metric, p in exact[:3]:
             result.append(Timing("exact", metric, "decode", length, p, backend="chunked", batch=4, key_heads=4))
-    few = {"heads": 8, "key_heads": 8}
+    shape = {"heads": 8, "key_heads": 8}
     for length in (16384, 32768, 65536):
         for entries in (None, 2**25):
-            result.append(Timing("nystrom", "", "forward", length, part_entries=entries, **few))
-        result.append(Timing("nystrom", "", "forward", length, causal=False, **few))
+            result.append(Timing("nystrom", "", "forward", length, part_entries=entries, **shape))
+        result.append(Timing("nystrom", "", "forward", length, causal=False, **shape))
     for entries in (None, 2**25):
-        result.append(Timing("nystrom", "", "forward_backward", 16384, part_entries=entries, **few))
+        result.append(Timing("nystrom", "", "forward_backward", 16384, part_entries=entries, **shape))
     for metric in ("sqeuclidean exact", "l2", "l1", "nystrom"):
         result.append(Timing("model", metric, "prefill", PREFILL_TOKENS))
         result.append(Timing("model", metric, "generate", PROMPT_TOKENS))
@@ -117,7 +117,7 @@ def timings(device: str) -> list[Timing]:
 
 
 def measure(timing: Timing, device: str) -> dict:
-    """{"status", "check", "peer", "ours", "ratio", "pairs", "megabytes", ...}; a wrong result is not timed."""
+    """Return {"status", "check", "peer", "ours", "ratio", "pairs", "megabytes", ...}; a wrong result is not timed."""
     torch.set_float32_matmul_precision("highest")
     ours, peer, about = {"exact": _exact, "nystrom": _nystrom, "model": _model}[timing.kind](timing, device)
     if not about["check"].get("passed", True):
@@ -152,7 +152,7 @@ def _exact(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
 
 
 def _nystrom(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
-    """Lifted, with the defaults of `AttentionSpec`: causal with a window and sinks, else by landmarks alone."""
+    """Prepare lifted attention with the defaults of `AttentionSpec`: causal with window and sinks, else landmarks."""
     spec = AttentionSpec(mechanism="nystrom")
     case = NystromCase(
         timing.causal, timing.pass_name, timing.length, timing.batch, timing.heads, timing.head_size,
@@ -160,7 +160,7 @@ def _nystrom(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
     )  # fmt: skip
     strategy = "segment_means"
     landmarks = nystrom_inputs.fixed_landmarks(case, "clustered", strategy).to(device) if case.causal else None
-    tensors = [t.to(getattr(torch, DTYPE)) for t in nystrom_inputs.make_inputs(case, "clustered")]
+    tensors = [tensor.to(getattr(torch, DTYPE)) for tensor in nystrom_inputs.make_inputs(case, "clustered")]
     function = our_nystrom(case, strategy, landmarks)
 
     def attention(query, key, value):
@@ -169,19 +169,19 @@ def _nystrom(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
 
     rows = torch.randperm(case.length, generator=torch.Generator().manual_seed(0))[:_CHECKED_ROWS].to(device)
     with torch.no_grad():
-        found = attention(*tensors)[:, :, rows].double()
+        actual = attention(*tensors)[:, :, rows].double()
         truth = nystrom_inputs.oracle(case, *tensors, strategy, landmarks, rows)
-    error = float((found - truth).abs().amax() / truth.abs().amax())
+    error = float((actual - truth).abs().amax() / truth.abs().amax())
     check = {"passed": error <= _NYSTROM_BOUND, "error": error if error == error else "nan", "bound": _NYSTROM_BOUND}
     backward = timing.pass_name == "forward_backward"
-    leaves = [t.requires_grad_(backward) for t in tensors]
+    leaves = [tensor.requires_grad_(backward) for tensor in tensors]
     tensors = *leaves, torch.ones_like(leaves[0])
     return one_call(case, attention, tensors), one_call(case, _flash(device, case.causal), tensors), {"check": check}
 
 
 @contextmanager
 def _parts(entries: int | None):
-    """With other sizes of the parts that Nyström attention works on: do they suit a GPU better?"""
+    """Set the part size of Nyström attention within the context, to test whether another suits a GPU better."""
     if entries is None:
         yield
         return
@@ -191,7 +191,7 @@ def _parts(entries: int | None):
 
 @cache
 def _teacher(device: str) -> tuple[LlamaForCausalLM, str]:
-    """SmolLM2, or a random model of its shape where its weights are not installed; which of them."""
+    """Return SmolLM2, or a random model of its shape where its weights are not installed, and which of them it is."""
     try:
         model, about = load_checkpoint(CHECKPOINT)[0], CHECKPOINT
     except (ValueError, ImportError) as error:
@@ -209,7 +209,7 @@ def _student(metric: str, device: str):
     teacher, _ = _teacher(device)
     if metric == "nystrom":
         ids = torch.randint(100, 40000, (2, 512), generator=torch.Generator().manual_seed(1))
-        # Speed does not depend on how well the fit went.
+        # Speed does not depend on the quality of the fit.
         options = CalibrationOptions(steps=2, sequences=1, progress=False)
         spec = AttentionSpec(mechanism="nystrom")
         return convert(teacher, spec, calibration=[{"input_ids": ids.to(device)}], options=options).eval()
@@ -231,7 +231,7 @@ def _model(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
 
     result = {"model": about, "check": {}}
     if timing.pass_name == "prefill":
-        ours, theirs = call(student).float(), call(teacher).float()
-        result["difference_to_untouched"] = float((ours - theirs).norm() / theirs.norm())
+        ours, peer = call(student).float(), call(teacher).float()
+        result["difference_to_untouched"] = float((ours - peer).norm() / peer.norm())
         result["check"] = {"passed": bool(ours.isfinite().all())}
     return lambda: call(student), lambda: call(teacher), result

@@ -1,7 +1,7 @@
-"""The processes that run the cases of the GPU check, so that one that dies, hangs or poisons its GPU spoils no other.
+"""Processes that run the cases of the GPU check, so that one that dies, hangs or poisons its GPU affects no other.
 
-`python -m distattn_hf.benchmark.gpu_check_worker DEVICE` reads a request a line from standard input and answers each
-in a line of JSON. `Worker` is the other end.
+`python -m distattn_hf.benchmark.gpu_check_worker DEVICE` reads one request per line from standard input and answers
+each with a line of JSON. `Worker` is the other end.
 """
 
 import json
@@ -20,18 +20,18 @@ from . import gpu_check_cases, gpu_check_speed
 from .measure import one_line
 from .results import provenance
 
-# A process imports and starts its GPU before its first answer.
+# Extra time for the first answer: imports and GPU start.
 _START_SECONDS = 90
 _TRACE_LINES = 8
 
 
 class Worker:
-    """One process, started when it is first asked and again after one that ended; `command` replaces it in tests."""
+    """One process, started at the first request and again after it ended; `command` replaces it in tests."""
 
     def __init__(self, device: str, command: list[str] | None = None):
         self._command = command or [sys.executable, "-m", __name__, device]
         self._environment = dict(os.environ)
-        # The same package, also where it is imported from a folder and not installed.
+        # The same package, even if it is imported from a folder and not installed.
         package = str(Path(__file__).parents[2])
         self._environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         if device == "cpu":
@@ -39,7 +39,7 @@ class Worker:
         self._process, self._answers = None, None
 
     def ask(self, request: dict, timeout: float) -> dict:
-        """The answer; {"status", "reason"} with "late" after `timeout` seconds and "failed" where the process died."""
+        """Return the answer; {"status", "reason"} with "late" after `timeout` seconds, "failed" if the process died."""
         if self._process is None:
             self._start()
             timeout += _START_SECONDS
@@ -85,7 +85,7 @@ class Worker:
 
 
 class InThisProcess:
-    """The same without another process: for a debugger."""
+    """`Worker` without another process, for debugging."""
 
     def __init__(self, device: str):
         self._device = device
@@ -96,11 +96,11 @@ class InThisProcess:
         return answer
 
     def close(self) -> None:
-        """Nothing is to be ended."""
+        """Do nothing; there is no process."""
 
 
 def ask_in_time(worker, request: dict, left: float, timeout: float) -> dict:
-    """The answer; "skipped" where the time `left` for all was too short, "failed" where the case took `timeout`."""
+    """Return the answer; "skipped" if the time `left` for all was too short, "failed" if the case took `timeout`."""
     if left <= 0:
         return {"status": "skipped", "reason": "time"}
     answer = worker.ask(request, min(timeout, left))
@@ -110,9 +110,9 @@ def ask_in_time(worker, request: dict, left: float, timeout: float) -> dict:
 
 
 def run_all(requests: list[dict], workers: list, seconds_left: Callable[[], float], timeout: float, report: Callable):
-    """Give the requests to the workers as these become free; `report(number, answer)` is called in this thread.
+    """Distribute the requests to free workers; `report(number, answer)` is called in this thread.
 
-    What is not begun when `seconds_left()` is used up is skipped, and one that runs then is ended.
+    When `seconds_left()` is used up, requests not yet started are skipped and running ones are ended.
     """
     todo, done = queue.Queue(), queue.Queue()
     for number in range(len(requests)):
@@ -126,7 +126,7 @@ def run_all(requests: list[dict], workers: list, seconds_left: Callable[[], floa
                 return
             try:
                 answer = ask_in_time(worker, requests[number], seconds_left(), timeout)
-            except Exception as error:  # The thread must not end: its requests would be waited for in vain.
+            except Exception as error:  # The thread must go on: the caller waits for all requests.
                 answer = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
             done.put((number, answer))
 
@@ -137,7 +137,7 @@ def run_all(requests: list[dict], workers: list, seconds_left: Callable[[], floa
 
 
 def answer_to(request: dict, device: str) -> dict:
-    """What the request asks for: {"part": "correctness" or "speed", "case": fields}, or {"part": "provenance"}."""
+    """Answer a request: {"part": "correctness" or "speed", "case": fields}, or {"part": "provenance"}."""
     try:
         answer = _run(request, device)
     except Exception as error:
@@ -148,7 +148,7 @@ def answer_to(request: dict, device: str) -> dict:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         except RuntimeError as error:
-            # After an illegal access no call of this process to the GPU works any more.
+            # After an illegal access this process cannot use the GPU any more.
             answer |= {"status": "failed", "reason": answer.get("reason", one_line(error)), "last": True}
     return answer
 
@@ -177,7 +177,7 @@ def _provenance(device: str) -> dict:
 def main() -> None:
     """Answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What a compiler or a library prints must not look like an answer.
+    os.dup2(2, 1)  # Output of compilers or libraries must not look like an answer.
     for line in sys.stdin:
         answers.write(json.dumps(answer_to(json.loads(line), sys.argv[1])) + "\n")
         answers.flush()

@@ -1,7 +1,7 @@
 """Time and peak memory of one call, for `distattn benchmark`.
 
-CPU memory is measured in a process of its own, the module of the benchmark as the main program: it reads one case a
-line from standard input and answers each from a fresh fork.
+CPU memory is measured in a separate process, whose main program is the benchmark's module: it reads one case per line
+from standard input and answers each from a fresh fork.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ import torch
 
 from ..analysis.monitor import resident_bytes
 
-# A sample is so long at least, by repeating the call within it: clocks and scheduling have milliseconds of noise.
+# Least length of a sample, by repeating the call: clocks and scheduling have milliseconds of noise.
 SAMPLE_SECONDS = 5e-3
 _MOST_CALLS = 10_000
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """{"median", "p10", "p90"}, percentiles interpolated between neighbours."""
+    """Return {"median", "p10", "p90"}, percentiles interpolated between neighbours."""
     ordered = sorted(values)
 
     def percentile(share):
@@ -47,7 +47,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _sample(call: Callable, calls: int, device: str) -> float:
-    """Seconds a call, over `calls` of them: by the clock on CPU, by events on the stream on CUDA."""
+    """Return seconds per call over `calls` calls: by the clock on CPU, by events on the stream on CUDA."""
     if device == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -71,17 +71,17 @@ def _warm_up(call: Callable, device: str, warmup: int, deadline: float) -> int:
             break
         seconds = _sample(call, 1, device)
     calls = 1
-    # One call alone reads slow where it is short: ask again with the number it suggests.
+    # A single short call reads slow, so measure again with the number of calls it suggests.
     for _ in range(2):
-        wanted = max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
-        if wanted <= calls:
+        suggested = max(1, min(_MOST_CALLS, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+        if suggested <= calls:
             break
-        calls, seconds = wanted, _sample(call, wanted, device)
+        calls, seconds = suggested, _sample(call, suggested, device)
     return calls
 
 
 def timed_call(attention: Callable, leaves: tuple[torch.Tensor, ...], upstream: torch.Tensor | None) -> Callable:
-    """What is timed: one forward pass without gradient, or with `upstream` a forward and a backward pass to leaves."""
+    """Return the timed call: a forward pass without gradient, or with `upstream` forward and backward to the leaves."""
     if upstream is not None:
         return lambda: torch.autograd.grad(attention(*leaves), leaves, upstream)
 
@@ -98,13 +98,13 @@ def time_pair(
 ) -> dict:  # fmt: skip
     """Time two calls back to back, in random order, and divide: {"first", "second", "ratio", "pairs"}.
 
-    `first` and `second` are seconds a call, `ratio` is second / first within a pair; each has its median, 10th and 90th
-    percentile over the pairs. What slows the machine down for a while slows both halves of a pair.
+    `first` and `second` are seconds per call, `ratio` is second / first within a pair; each has its median, 10th and
+    90th percentile over the pairs. A temporary slowdown of the machine affects both halves of a pair.
     """
-    chance = random.Random(seed)
-    both = (first, second)
+    generator = random.Random(seed)
+    pair = (first, second)
     begin = time.perf_counter()
-    calls = [_warm_up(call, device, warmup, begin + max_seconds) for call in both]
+    calls = [_warm_up(call, device, warmup, begin + max_seconds) for call in pair]
     samples = []
     collecting = gc.isenabled()
     gc.disable()
@@ -112,9 +112,9 @@ def time_pair(
     try:
         while True:
             order = [0, 1]
-            chance.shuffle(order)
-            taken = {i: _sample(both[i], calls[i], device) for i in order}
-            samples.append((taken[0], taken[1]))
+            generator.shuffle(order)
+            sample = {i: _sample(pair[i], calls[i], device) for i in order}
+            samples.append((sample[0], sample[1]))
             now = time.perf_counter()
             if now - begin >= max_seconds or (len(samples) >= repeats and now - start >= min_seconds):
                 break
@@ -130,58 +130,58 @@ def time_pair(
 
 
 def _cpu_peak(call: Callable) -> int:
-    """Bytes by which the resident memory of this process rises at most during one call.
+    """Return the largest rise in bytes of this process's resident memory during one call.
 
-    The kernel's own high-water mark, reset before the call, after freed memory has been given back to the kernel (the
-    call would take it up again unseen). Where the mark cannot be reset, `getrusage` gives the peak since the process
-    began, which was the small warm-up's.
+    Uses the kernel's high-water mark, reset before the call, after returning freed memory to the kernel (the call would
+    reuse it unseen). Where the mark cannot be reset, `getrusage` gives the peak since the process began, which was that
+    of the small warm-up.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        before = resident_bytes("VmRSS")
-        kept = call()
+        baseline = resident_bytes("VmRSS")
+        result = call()
         peak = resident_bytes("VmHWM")
     except (OSError, KeyError):
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
-        before = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        kept = call()
+        baseline = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result = call()
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    del kept
-    return max(0, peak - before)
+    del result
+    return max(0, peak - baseline)
 
 
 def _cuda_peak(call: Callable) -> int:
-    """Bytes that the CUDA allocator has handed out at most during one call, above what was there before."""
+    """Return the largest rise in bytes of memory allocated by CUDA's allocator during one call."""
     call()
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = call()
+    baseline = torch.cuda.memory_allocated()
+    result = call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
-    del kept
-    return peak - before
+    del result
+    return peak - baseline
 
 
 def peak_megabytes(call: Callable, device: str) -> float:
-    """Megabytes (10⁶ bytes) that one call takes at its peak beyond what is there before; what it returns counts."""
+    """Return the megabytes (10⁶ bytes) that one call takes at its peak above those before; its result counts."""
     gc.collect()
     return (_cuda_peak if device == "cuda" else _cpu_peak)(call) / 1e6
 
 
 class MemoryProbe:
-    """Measures CPU memory in another process, in a fresh fork for every call, so that nothing is left over from before.
+    """Measures CPU memory in another process, in a fresh fork for every call, so that no earlier allocation counts.
 
-    A metric or backend registered by hand is not known there: `measure` then returns the reason instead of a number.
+    A metric or backend registered at run time is unknown there: `measure` then returns the reason instead of a number.
 
     Args:
-        benchmark: a subclass of `Benchmark`, which says what a call is. Its module, as the main program, calls `serve`.
+        benchmark: a subclass of `Benchmark`, which defines the call. Its module calls `serve` as the main program.
         threads: CPU threads of PyTorch there; None: its own choice.
     """
 
@@ -193,12 +193,12 @@ class MemoryProbe:
 
     def __exit__(self, *exception):
         if self._process is not None:
-            with contextlib.suppress(BrokenPipeError):  # It had ended before.
+            with contextlib.suppress(BrokenPipeError):  # It has already ended.
                 self._process.stdin.close()
             self._process.wait()
 
     def measure(self, case, competitor: str, ran: str | None = None) -> float | str:
-        """Megabytes, as `Benchmark.measure_memory` says, or why there is no number."""
+        """Return megabytes as in `Benchmark.measure_memory`, or the reason why there is no number."""
         key = self._benchmark.memory_key(case, competitor, ran)
         if key not in self._known:
             self._known[key] = self._measure(case, competitor, ran)
@@ -214,7 +214,7 @@ class MemoryProbe:
             return "this system has no fork"
         if self._process is None:
             command = [sys.executable, "-m", self._benchmark.__module__]
-            # The same package, also where it is imported from a folder and not installed.
+            # The same package, even if it is imported from a folder and not installed.
             path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
             environment = {**os.environ, "PYTHONPATH": path}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -233,7 +233,7 @@ def serve(benchmark: type) -> None:
     """Answer each line of standard input from a fork of this process, which itself never computes anything."""
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What a compiler or a library prints must not look like an answer.
+    os.dup2(2, 1)  # Output of compilers or libraries must not look like an answer.
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

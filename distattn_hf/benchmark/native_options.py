@@ -1,4 +1,4 @@
-"""What `distattn benchmark --mechanism native` measures: its options, checked before anything runs, and its cases."""
+"""The options of `distattn benchmark --mechanism native`, checked before anything runs, and its cases."""
 
 import itertools
 from dataclasses import dataclass
@@ -56,22 +56,22 @@ class NativeConfig:
     plot: bool = True
 
     def __post_init__(self):
-        known = (*MECHANISMS, "nystrom")
+        mechanisms = (*MECHANISMS, "nystrom")
         store(
             self,
-            mechanisms=choices(self.mechanisms, "mechanisms", known),
+            mechanisms=choices(self.mechanisms, "mechanisms", mechanisms),
             lengths=tuple(sorted(numbers(self.lengths, "lengths", SHORTEST_LENGTH))),
             passes=choices(self.passes, "passes", ("forward", "forward_backward")),
         )
-        for name, least in (("head_size", 1), ("sdpa_max_length", 0)):
-            store(self, **{name: number(getattr(self, name), name, int, least)})
+        for name, minimum in (("head_size", 1), ("sdpa_max_length", 0)):
+            store(self, **{name: number(getattr(self, name), name, int, minimum)})
         check_shared(self)
 
     def cases(self) -> list[NativeCase]:
-        """Every case that exists, the lengths of one mechanism, form and pass together, ascending."""
-        found = itertools.product(self.mechanisms, CAUSAL[self.causal], self.passes, self.lengths)
+        """Return every case that exists, the lengths of one mechanism, form and pass together, ascending."""
+        combinations = itertools.product(self.mechanisms, CAUSAL[self.causal], self.passes, self.lengths)
         return [
-            NativeCase(name, causal, pass_name, n, self.batch, self.heads, self.head_size, self.device, self.seed)
-            for name, causal, pass_name, n in found
+            NativeCase(name, causal, pass_name, length, self.batch, self.heads, self.head_size, self.device, self.seed)
+            for name, causal, pass_name, length in combinations
             if name == "nystrom" or (MECHANISMS.get(name).causal if causal else MECHANISMS.get(name).bidirectional)
         ]

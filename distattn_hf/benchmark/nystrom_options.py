@@ -1,4 +1,4 @@
-"""What `distattn benchmark --mechanism nystrom` measures: its options, checked before anything runs, and its cases."""
+"""The options of `distattn benchmark --mechanism nystrom`, checked before anything runs, and its cases."""
 
 import itertools
 from dataclasses import dataclass
@@ -88,18 +88,18 @@ class NystromConfig:
             lengths=tuple(sorted(numbers(self.lengths, "lengths", SHORTEST_LENGTH))),
             passes=choices(self.passes, "passes", PASSES),
             strategies=unique(strategies),
-            # No peers is a choice too.
+            # An empty list of peers is allowed.
             peers=choices(self.peers, "peers", PEERS) if self.peers else (),
         )
-        for name, least in (
+        for name, minimum in (
             ("num_landmarks", 1), ("window_size", 0), ("num_sinks", 0), ("head_size", 1), ("sdpa_max_length", 0),
             ("error_max_length", 0),
         ):  # fmt: skip
-            store(self, **{name: number(getattr(self, name), name, int, least)})
+            store(self, **{name: number(getattr(self, name), name, int, minimum)})
         check_shared(self)
 
     def cases(self) -> list[NystromCase]:
-        """Every case, the lengths of one form and pass together, ascending."""
+        """Return every case, the lengths of one form and pass together, ascending."""
         return [
             NystromCase(
                 causal, pass_name, length, self.batch, self.heads, self.head_size, self.num_landmarks,

@@ -1,7 +1,7 @@
-"""Other packages' linear attention, each through its own module, on the tensors that ours gets.
+"""Other packages' linear attention, each by its own module, on the same tensors as ours.
 
-A competitor is (prepare, attention): `prepare(query, key, value)` gives the leaves in the module's own layout, outside
-the clock; `attention(*leaves)` gives (B, H, N, d).
+A competitor is (prepare, attention): `prepare(query, key, value)` returns the leaves in the module's own layout, not
+timed; `attention(*leaves)` returns (B, H, N, d).
 """
 
 import contextlib
@@ -20,29 +20,29 @@ Competitor = tuple[Callable, Callable]
 
 def _module(name: str, packages: str):
     try:
-        # Old packages print and warn while they are imported.
+        # Old packages print and warn on import.
         with contextlib.redirect_stdout(io.StringIO()):
             return importlib.import_module(name)
     except ImportError as error:
         raise Unavailable(f"not installed (pip install --no-deps {packages}): {error}") from None
-    except Exception as error:  # A package of its time under a torch of ours.
+    except Exception as error:  # An old package may not work with the installed torch.
         raise Unavailable(f"cannot be imported: {type(error).__name__}: {error}") from None
 
 
 def _merged(tensor: Tensor) -> Tensor:
-    """(B, H, N, d) -> (B, N, H·d)."""
+    """Reshape (B, H, N, d) to (B, N, H·d)."""
     return tensor.transpose(1, 2).flatten(2).contiguous()
 
 
 class _Given(nn.Module):
-    """In the place of a projection: the tensor that it would have made."""
+    """A module that replaces a projection and returns a given tensor."""
 
     def forward(self, hidden):
         return self.tensor
 
 
 def transformers_peer(case: NystromCase) -> Competitor:
-    """transformers' NystromformerSelfAttention: projections replaced, no convolution."""
+    """Return transformers' NystromformerSelfAttention: projections replaced, no convolution."""
     if case.causal:
         raise Unavailable("no causal form")
     if case.length % case.num_landmarks:
@@ -55,18 +55,18 @@ def transformers_peer(case: NystromCase) -> Competitor:
     )  # fmt: skip
     layer = module.NystromformerSelfAttention(config).to(case.device).eval()
     layer.conv_kernel_size = None
-    layer.query, layer.key, layer.value = given = [_Given() for _ in range(3)]
+    layer.query, layer.key, layer.value = projections = [_Given() for _ in range(3)]
 
     def attention(*leaves):
-        for place, leaf in zip(given, leaves):
-            place.tensor = leaf
+        for projection, leaf in zip(projections, leaves):
+            projection.tensor = leaf
         return layer(leaves[0])[0].unflatten(-1, (case.heads, case.head_size)).transpose(1, 2)
 
     return lambda *tensors: tuple(map(_merged, tensors)), attention
 
 
 def nystrom_attention_peer(case: NystromCase) -> Competitor:
-    """nystrom_attention.NystromAttention: projections replaced, no convolution."""
+    """Return nystrom_attention.NystromAttention: projections replaced, no convolution."""
     if case.causal:
         raise Unavailable("no causal form")
     package = _module("nystrom_attention.nystrom_attention", "nystrom-attention einops")
@@ -84,7 +84,7 @@ def nystrom_attention_peer(case: NystromCase) -> Competitor:
 
 
 def performer_peer(case: NystromCase) -> Competitor:
-    """performer_pytorch.FastAttention; causal: its form without the CUDA extension where that is not there."""
+    """Return performer_pytorch.FastAttention; causal: without the CUDA extension if that is not installed."""
     packages = "performer-pytorch einops local-attention axial-positional-embedding"
     package = _module("performer_pytorch.performer_pytorch", packages)
     with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..storage.folders import write_atomically
 
-# Okabe and Ito's palette, which stays apart with any colour vision; black is PyTorch's attention.
+# Okabe and Ito's palette, safe for colour-blind readers; black is PyTorch's attention.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 _MARKERS = "osD^vP*X<>"
 _NAIVE = "dotted: naive\n(cdist + softmax)"
@@ -13,7 +13,7 @@ _TITLES = {"forward": "forward", "forward_backward": "forward + backward", "deco
 
 
 def require_matplotlib() -> None:
-    """Raise `ValueError` saying what to install, before hours of measuring end without a figure."""
+    """Raise `ValueError` with the install command if matplotlib is missing, before hours of measurements."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -25,25 +25,25 @@ def plot_results(report: dict, folder: Path) -> list[Path]:
 
     Decode is the same with and without causality and appears in both.
     """
-    done = [r for r in report["results"] if r["status"] == "ok"]
-    keys = [(r["dtype"], r["head_size"], r["causal"], r["backend"]) for r in done if r["pass"] != "decode"]
-    keys = keys or [(r["dtype"], r["head_size"], r["causal"], r["backend"]) for r in done]
+    measured = [r for r in report["results"] if r["status"] == "ok"]
+    keys = [(r["dtype"], r["head_size"], r["causal"], r["backend"]) for r in measured if r["pass"] != "decode"]
+    keys = keys or [(r["dtype"], r["head_size"], r["causal"], r["backend"]) for r in measured]
     paths = []
     for dtype, size, causal, backend in dict.fromkeys(keys):
-        chosen = [
+        selected = [
             r
-            for r in done
+            for r in measured
             if (r["dtype"], r["head_size"], r["backend"]) == (dtype, size, backend)
             and (r["causal"] == causal or r["pass"] == "decode")
         ]
         title = f"{report['provenance']['device']}, {dtype}, d={size}, {'causal' if causal else 'not causal'}"
         stem = f"benchmark-{dtype}-d{size}-{'causal' if causal else 'full'}-{backend}"
-        paths += _draw(chosen, title, folder / stem)
+        paths += _draw(selected, title, folder / stem)
     return paths
 
 
 def _draw(results: list[dict], title: str, stem: Path) -> list[Path]:
-    """A row of panels per pass: time on the left, memory on the right where it was measured."""
+    """Draw a row of panels per pass: time on the left, memory on the right if it was measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -59,8 +59,8 @@ def _draw(results: list[dict], title: str, stem: Path) -> list[Path]:
     axes = figure.subplots(len(passes), len(quantities), squeeze=False)
     labels = {}
     for row, name in enumerate(passes):
-        chosen = [r for r in results if r["pass"] == name]
-        lengths = sorted({r["length"] for r in chosen})
+        pass_results = [r for r in results if r["pass"] == name]
+        lengths = sorted({r["length"] for r in pass_results})
         for column, (unit, read) in enumerate(quantities):
             panel = axes[row, column]
             panel.set(xscale="log", yscale="log", title=_TITLES[name], ylabel=unit)
@@ -68,7 +68,7 @@ def _draw(results: list[dict], title: str, stem: Path) -> list[Path]:
             panel.set_xticks(lengths, [str(n) for n in lengths])
             panel.xaxis.set_minor_locator(NullLocator())
             panel.grid(alpha=0.25)
-            for label, points, style in _lines(chosen, metrics, read):
+            for label, points, style in _lines(pass_results, metrics, read):
                 (line,) = panel.plot(*zip(*points), **style)
                 if label is not None:
                     labels.setdefault(label, line)
@@ -88,7 +88,7 @@ def _draw(results: list[dict], title: str, stem: Path) -> list[Path]:
 
 
 def _lines(results: list[dict], metrics: list[str], read):
-    """(label, [(length, value), ...], style) of PyTorch's attention, each metric and, without label, its naive form."""
+    """Yield (label, [(length, value), ...], style) of PyTorch's attention, each metric, its naive form (no label)."""
     sdpa = {}
     for result in results:
         if (value := read(result, "sdpa")) is not None:
@@ -98,14 +98,14 @@ def _lines(results: list[dict], metrics: list[str], read):
         yield "PyTorch SDPA", points, {"color": "black", "linewidth": 2.2, "marker": "."}
     for index, metric in enumerate(metrics):
         style = {"color": _COLOURS[index % len(_COLOURS)], "markersize": 5, "linewidth": 1.3}
-        mine = sorted((r for r in results if r["label"] == metric), key=lambda r: r["length"])
-        for who, label, extra in (
+        metric_results = sorted((r for r in results if r["label"] == metric), key=lambda r: r["length"])
+        for competitor, label, marker_style in (
             ("ours", metric, {"marker": _MARKERS[index % len(_MARKERS)]}),
             ("naive", None, {"linestyle": ":", "marker": ".", "markersize": 3}),
         ):
-            points = [(r["length"], value) for r in mine if (value := read(r, who)) is not None]
+            points = [(r["length"], value) for r in metric_results if (value := read(r, competitor)) is not None]
             if points:
-                yield label, points, {**style, **extra}
+                yield label, points, {**style, **marker_style}
 
 
 def _seconds(result: dict, who: str) -> float | None:
@@ -115,6 +115,6 @@ def _seconds(result: dict, who: str) -> float | None:
 
 
 def _memory(result: dict, who: str) -> float | None:
-    """Megabytes; None where not measured, and for 0, which a logarithmic axis has no place for."""
+    """Return megabytes; None if not measured, and for 0, which a logarithmic axis cannot show."""
     value = result["memory"].get(who)
     return value if isinstance(value, float) and value > 0 else None

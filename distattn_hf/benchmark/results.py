@@ -1,4 +1,4 @@
-"""What every result of `distattn benchmark` stands beside: the machine and versions, and the lengths before it."""
+"""Context of the results of `distattn benchmark`: machine, versions, and growth from one length to the next."""
 
 import math
 import os
@@ -12,17 +12,17 @@ import torch
 
 
 def aligned(cells) -> str:
-    """(text, width) side by side: the first two to the left, the rest to the right."""
+    """Join cells (text, width): the first two left-aligned, the rest right-aligned."""
     return " ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(cells))
 
 
 def short(value: float | str | None) -> str:
-    """An error in two digits."""
+    """Format an error with two digits."""
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
 def machine(source: dict) -> str:
-    """Versions, device and threads of `provenance` in a line."""
+    """Format versions, device and threads of `provenance` in one line."""
     commit = source["commit"][:12] + (" with changes" if source["dirty"] else "") if source["commit"] else "no commit"
     return (
         f"distattn_hf {source['distattn_hf']} ({commit}), torch {source['torch']}, {source['device']}, "
@@ -31,7 +31,7 @@ def machine(source: dict) -> str:
 
 
 def provenance(device: str) -> dict:
-    """Versions, machine, commit and time; a version or commit that is not there is None."""
+    """Return versions, machine, commit and time; a missing version or commit is None."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **{name: _version(name) for name in ("distattn_hf", "torch", "transformers", "triton")},
@@ -66,7 +66,7 @@ def _cpu_model() -> str:
 
 
 def _git() -> dict:
-    """{"commit", "dirty"} of the checkout this file is tracked in; None and None for an installed package."""
+    """Return {"commit", "dirty"} of the checkout that tracks this file; both None for an installed package."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -80,7 +80,7 @@ def _git() -> dict:
 
 
 def with_growth(row: dict, before: list[dict]) -> dict:
-    """The row with "growth": (time / time at the length before)^(1 / log2 of the ratio of lengths), 2 where linear."""
+    """Add "growth" to the row: (time / time at the length before)^(1 / log2 of the ratio of lengths), 2 if linear."""
     same = [r for r in before if all(r[key] == row[key] for key in ("label", "causal", "pass")) and "seconds" in r]
     if same and "seconds" in row:
         times, lengths = (row["seconds"]["median"] / same[-1]["seconds"]["median"]), row["length"] / same[-1]["length"]

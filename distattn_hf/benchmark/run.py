@@ -1,4 +1,4 @@
-"""A run of `distattn benchmark`: the check before the clock, rows as they come, the table, the JSON file, the plot."""
+"""Run `distattn benchmark`: check, then measure; print rows as they come, write the JSON file and the plots."""
 
 import gc
 import math
@@ -14,7 +14,7 @@ from .measure import MemoryProbe, one_line, peak_megabytes, time_pair
 from .plot import plot_results, require_matplotlib
 from .results import aligned, machine, provenance, short, with_growth
 
-# What the line of a row without times says before the reason.
+# Word before the reason in the line of a row without times.
 _WORDS = {"skipped": "skipped:", "absent": "-", "failed": "FAILED:"}
 
 
@@ -23,13 +23,13 @@ class Unavailable(Exception):
 
 
 class Benchmark(ABC):
-    """What is measured for one mechanism, and how it is said; a subclass a mechanism.
+    """The benchmark of one mechanism and its output; one subclass per mechanism.
 
     Attributes:
         Config, Case: dataclasses; a config has the fields of `fields.check_shared` and the method `cases`.
         about: first entries of benchmark.json.
-        definitions: what the numbers of benchmark.json mean; written into it.
-        columns, numbers: (title, width, text of a row) of the table; the numbers stand where the check passed.
+        definitions: meaning of the numbers in benchmark.json; written into it.
+        columns, numbers: (title, width, text of a row) of the table; the numbers are shown if the check passed.
         unavailable: the status of a competitor that cannot run a case.
     """
 
@@ -45,7 +45,7 @@ class Benchmark(ABC):
         self.config, self.probe = config, None
 
     def run(self, *, overwrite: bool = False, echo: Callable = print) -> dict:
-        """Print a line for each row and write benchmark.json after each; returns what was written.
+        """Print a line for each row and write benchmark.json after each; returns the report.
 
         Raises `ValueError` before anything runs for an output folder that is not empty (unless `overwrite`) and for a
         plot without matplotlib. A run that is interrupted leaves the rows so far in benchmark.json, with "complete":
@@ -57,7 +57,7 @@ class Benchmark(ABC):
         folder = check_output(config.out, overwrite, marker=None)
         folder.mkdir(parents=True, exist_ok=True)
         threads = torch.get_num_threads()
-        # Garbage is collected after every row: leave what the imports made out of it, 0.2 s a time.
+        # Garbage is collected after every row: exclude objects from imports, which take 0.2 s each time.
         gc.freeze()
         try:
             if config.threads:
@@ -88,9 +88,9 @@ class Benchmark(ABC):
         for note in self.footnotes(report["results"]):
             echo(note)
         written = [folder / "benchmark.json"]
-        done = [row for row in report["results"] if row["status"] == "ok"]
-        if config.plot and done:
-            written += plot_results({"results": self.plotted(done), "provenance": report["provenance"]}, folder)
+        measured = [row for row in report["results"] if row["status"] == "ok"]
+        if config.plot and measured:
+            written += plot_results({"results": self.plotted(measured), "provenance": report["provenance"]}, folder)
         echo("wrote " + ", ".join(map(str, written)))
         return report
 
@@ -98,43 +98,43 @@ class Benchmark(ABC):
 
     @abstractmethod
     def headline(self) -> str:
-        """What was run, above the table."""
+        """Describe the run, above the table."""
 
     @abstractmethod
     def start(self, case, name: str) -> dict:
-        """The entries of a row that are known before anything runs; "label" is the first of them."""
+        """Return the entries of a row that are known before anything runs, "label" first."""
 
     @abstractmethod
     def check(self, case, name: str, row: dict) -> None:
-        """Put the verdict of the check (`summary`) into the row as "gate", where there is one.
+        """Put the verdict of the check (`summary`) into the row as "gate", if there is a check.
 
         Raises `Unavailable` where the competitor cannot run the case.
         """
 
     @abstractmethod
     def measure(self, case, name: str, row: dict) -> dict:
-        """The entries with times and memory; runs after the check passed."""
+        """Return the entries with times and memory; runs after the check passed."""
 
     @classmethod
     @abstractmethod
     def call(cls, case, name: str) -> Callable[[], object]:
-        """What is timed, on inputs of its own: one forward pass, or a forward and a backward pass."""
+        """Return the timed call on its own inputs: a forward pass, or a forward and a backward pass."""
 
     @classmethod
     @abstractmethod
     def short(cls, case, name: str, ran: str | None):
-        """A case on short inputs, whose call loads and compiles what the case itself needs."""
+        """Return a case on short inputs, whose call loads and compiles whatever the case itself needs."""
 
     def competitors(self, case) -> list[str]:
-        """Who is measured, a row each."""
+        """Return the competitors, one row each."""
         return ["ours"]
 
     def footnotes(self, results: list[dict]) -> list[str]:
-        """Lines below the table."""
+        """Return the lines below the table."""
         return []
 
     def plotted(self, rows: list[dict]) -> list[dict]:
-        """The rows that `plot_results` draws, in its form."""
+        """Return the rows for `plot_results`, in its format."""
         return rows
 
     # What all have in common -----------------------------------------------------------------------------------------
@@ -162,45 +162,45 @@ class Benchmark(ABC):
                 torch.cuda.empty_cache()
 
     def line(self, row: dict) -> str:
-        """One row in a line: times only where the check passed; otherwise WRONG, or a word and the reason."""
+        """Format one row as a line: times only if the check passed; otherwise WRONG, or a word and the reason."""
         start = aligned([(str(text(row)), width) for _, width, text in self.columns])
         if row["status"] == "wrong":
             error, bound, *worst = (row["gate"][key] for key in ("error", "bound", "worst") if key in row["gate"])
-            return f"{start} WRONG (error {short(error)} > {short(bound)}{''.join(f'; {what}' for what in worst)})"
+            return f"{start} WRONG (error {short(error)} > {short(bound)}{''.join(f'; {note}' for note in worst)})"
         if row["status"] in _WORDS:
             return f"{start} {_WORDS[row['status']]} {row['reason']}"
         return " ".join([start, *(f"{text(row):>{width}}" for _, width, text in self.numbers)])
 
     def time(self, first: Callable, second: Callable, **changes) -> dict:
-        """`time_pair` within the limits of the config, some of them changed."""
+        """Run `time_pair` within the limits of the config, some of them changed."""
         limits = {n: getattr(self.config, n) for n in ("repeats", "warmup", "min_seconds", "max_seconds", "seed")}
         return time_pair(first, second, self.config.device, **{**limits, **changes})
 
     def memory_of(self, case, name: str) -> dict:
-        """{"memory": megabytes or None} and, where a number was asked for and is not there, "memory_error": why."""
+        """Return {"memory": megabytes or None} and, if a requested number is missing, "memory_error": the reason."""
         if self.probe is None:
             return {"memory": None}
-        found = self.probe.measure(case, name) if case.device == "cpu" else "measured on CPU only"
-        return {"memory": found} if isinstance(found, float) else {"memory": None, "memory_error": found}
+        measured = self.probe.measure(case, name) if case.device == "cpu" else "measured on CPU only"
+        return {"memory": measured} if isinstance(measured, float) else {"memory": None, "memory_error": measured}
 
     @staticmethod
     def memory_key(case, name: str, ran: str | None):
-        """What memory depends on: equal keys are measured once."""
+        """Return the key that memory depends on: equal keys are measured once."""
         return case, name, ran
 
     @classmethod
     def measure_memory(cls, case, name: str, ran: str | None = None) -> float:
-        """Megabytes (10⁶ bytes) that one call takes at its peak beyond its inputs; its result and gradients count.
+        """Return the megabytes (10⁶ bytes) of one call at its peak above its inputs; its result and gradients count.
 
-        Before, everything runs once on short inputs, with the backend `ran`: code that is compiled or loaded at first
-        use is not counted. On CPU this must be a process that has done nothing else (see `MemoryProbe`).
+        A first call on short inputs, with the backend `ran`, excludes code that is compiled or loaded at first use. On
+        CPU the process must have done nothing else (see `MemoryProbe`).
         """
         cls.call(cls.short(case, name, ran), name)()
         return peak_megabytes(cls.call(case, name), case.device)
 
 
 def summary(checks: list[dict]) -> dict:
-    """The verdict over checks {"what", "error", "bound"}; NaN and infinity fail, and so does an empty list."""
+    """Summarise checks {"what", "error", "bound"} in a verdict; NaN, infinity and an empty list fail."""
     if not checks:
         return {"passed": False, "worst": "nothing was checked", "error": None, "bound": None, "checks": 0}
 
@@ -218,13 +218,13 @@ def summary(checks: list[dict]) -> dict:
 
 
 def exit_code(report: dict) -> int:
-    """0: every case that could run was right and measured; 1: one was wrong or failed, or none could run."""
+    """Return 0 if every case that could run was right and measured; 1 if one was wrong or failed, or none could run."""
     states = {row["status"] for row in report["results"]}
     return 0 if "ok" in states and not states & {"wrong", "failed"} else 1
 
 
 def plot_row(row: dict, backend: str, sdpa: dict | None, sdpa_memory: float | None = None) -> dict:
-    """A row with "seconds" and "memory" in the form of `plot_results`; `sdpa`: seconds of PyTorch's attention."""
+    """Convert a row with "seconds" and "memory" for `plot_results`; `sdpa`: seconds of PyTorch's attention."""
     return {
         **{name: row[name] for name in ("label", "pass", "length", "causal", "head_size", "status")},
         "dtype": "float32", "backend": backend, "ours": row["seconds"], "sdpa": sdpa,
@@ -233,7 +233,7 @@ def plot_row(row: dict, backend: str, sdpa: dict | None, sdpa_memory: float | No
 
 
 def named_columns(title: str, width: int) -> tuple:
-    """The columns of a table whose rows differ in a name, the pass, causality and the length."""
+    """Return the columns of a table whose rows differ in a name, the pass, causality and the length."""
     return (
         (title, width, lambda r: r["label"]),
         ("pass", 16, lambda r: r["pass"]),
@@ -243,7 +243,7 @@ def named_columns(title: str, width: int) -> tuple:
 
 
 def cell(text: str, read: Callable[[dict], float | None]) -> Callable[[dict], str]:
-    """A number's text by its format; a dash where `read` finds none."""
+    """Return a function that formats a row's number by the format `text`; a dash if `read` finds none."""
 
     def write(row):
         try:
@@ -256,11 +256,11 @@ def cell(text: str, read: Callable[[dict], float | None]) -> Callable[[dict], st
 
 
 def memory_cell(row: dict) -> str:
-    """Megabytes; n/a where they could not be measured."""
+    """Format megabytes; n/a if they could not be measured."""
     return "n/a" if "memory_error" in row else cell(".1f", lambda r: r["memory"])(row)
 
 
-# Numbers of more than one table, and what they mean.
+# Columns that several tables share, and their meaning.
 MILLISECONDS = ("ms", 10, cell(".2f", lambda r: 1e3 * r["seconds"]["median"]))
 GROWTH = ("x2 N", 6, cell(".2f", lambda r: r["growth"]))
 MEGABYTES = ("MB", 8, memory_cell)

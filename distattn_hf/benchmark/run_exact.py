@@ -18,9 +18,9 @@ from .exact_options import BenchmarkConfig, Case
 from .measure import SAMPLE_SECONDS, serve
 from .run import Benchmark, Unavailable, summary
 
-# PyTorch's own memory below this is near the resolution (pages, allocator arenas): no ratio is given.
+# PyTorch's own memory below this is near the resolution (pages, allocator arenas), so there is no ratio.
 LEAST_MEGABYTES = 1.0
-# A naive call takes many times ours: a few pairs give its ratio well enough.
+# A naive call takes many times longer than ours: a few pairs are enough for its ratio.
 _NAIVE_PAIRS = 5
 _COMPETITORS = {"ours": our_attention, "sdpa": pytorch_attention, "naive": naive_attention}
 
@@ -84,7 +84,7 @@ class ExactBenchmark(Benchmark):
         self._checker = Checker()
 
     def headline(self) -> str:
-        """What was run, above the table."""
+        """Describe the run, above the table."""
         config = self.config
         lines = [
             f"batch {config.batch}, heads {config.heads}, key heads {config.key_heads}; ratio is ours / "
@@ -95,7 +95,7 @@ class ExactBenchmark(Benchmark):
         return "\n".join(lines)
 
     def start(self, case: Case, name: str) -> dict:
-        """What the case is; the backend that ran it is not known yet."""
+        """Return the fields of the case; the backend that runs it is not known yet."""
         return {
             "label": case.label, "metric": case.metric, "p": case.p, "pass": case.pass_name, "length": case.length,
             "head_size": case.head_size, "dtype": case.dtype, "causal": case.causal, "batch": case.batch,
@@ -112,7 +112,7 @@ class ExactBenchmark(Benchmark):
         row["gate"] = self._checker.check(case, row["ran"], tensors)
 
     def measure(self, case: Case, name: str, row: dict) -> dict:
-        """Times in pairs with PyTorch's attention, ours in pairs with the naive form, and the memory of all three."""
+        """Time pairs of ours with PyTorch's attention and with the naive form, and measure the memory of all three."""
         tensors = make_tensors(case)
         ours = one_call(case, our_attention(case), tensors)
         pair = self.time(one_call(case, pytorch_attention(case), tensors), ours)
@@ -131,7 +131,7 @@ class ExactBenchmark(Benchmark):
         return {"seconds": pair["second"], "ratio": pair["ratio"], "pairs": pair["pairs"], "gate": gate}
 
     def _no_naive(self, case: Case) -> str | None:
-        """Why there is no naive time, in the few letters of a table cell; None: there is one."""
+        """Return why there is no naive time, short enough for a table cell; None if there is one."""
         if not self.config.naive:
             return "off"
         if case.pass_name != "decode" and case.length > self.config.naive_max_length:
@@ -139,28 +139,28 @@ class ExactBenchmark(Benchmark):
         return "none" if naive_attention(case) is None else None
 
     def _memory(self, case: Case, ran: str) -> dict:
-        """{"ours", "sdpa", "naive": megabytes, a reason (text) or None, "ratio": ours / sdpa or None}."""
+        """Return {"ours", "sdpa", "naive": megabytes, a reason (text) or None, "ratio": ours / sdpa or None}."""
         if self.probe is None:
             return {"ours": None, "sdpa": None, "naive": None, "ratio": None}
         ours, sdpa = self.probe.measure(case, "ours", ran), self.probe.measure(case, "sdpa")
         naive = self.probe.measure(case, "naive") if self._no_naive(case) is None else None
-        known = isinstance(ours, float) and isinstance(sdpa, float) and sdpa >= LEAST_MEGABYTES
-        return {"ours": ours, "sdpa": sdpa, "naive": naive, "ratio": ours / sdpa if known else None}
+        has_ratio = isinstance(ours, float) and isinstance(sdpa, float) and sdpa >= LEAST_MEGABYTES
+        return {"ours": ours, "sdpa": sdpa, "naive": naive, "ratio": ours / sdpa if has_ratio else None}
 
     @classmethod
     def call(cls, case: Case, name: str):
-        """One pass of ours, sdpa or naive."""
+        """Return one pass of ours, sdpa or naive."""
         return one_call(case, _COMPETITORS[name](case), make_tensors(case))
 
     @classmethod
     def short(cls, case: Case, name: str, ran: str | None) -> Case:
-        """At most 64 keys, on the backend that the long case chose."""
+        """Return the case with at most 64 keys, on the backend that the long case chose."""
         backend = ran if name == "ours" and ran else case.backend
         return replace(case, length=min(64, case.length), backend=backend)
 
     @staticmethod
     def memory_key(case: Case, name: str, ran: str | None):
-        """PyTorch's attention is the same for all metrics and backends."""
+        """Return one key for all metrics and backends of PyTorch's attention, which is the same for them."""
         return replace(case, metric="", p=None, backend="") if name == "sdpa" else (case, name, ran)
 
 

@@ -18,14 +18,14 @@ CHECKED_LENGTH, TOLERANCE = 150, 1e-9
 
 
 def make_tensors(case: NativeCase) -> tuple[torch.Tensor, ...]:
-    """query, key, value by the case's seed."""
+    """Draw query, key, value by the case's seed."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.batch, case.heads, case.length, case.head_size)
     return tuple(torch.randn(shape, generator=generator).to(case.device) for _ in range(3))
 
 
 def attention_of(case: NativeCase) -> Callable:
-    """A function of (query, key, value); with `weights=True` it returns (output, weights)."""
+    """Return a function of (query, key, value); with `weights=True` it returns (output, weights)."""
     if case.mechanism == "nystrom":
         options = {"lift": True, "num_landmarks": 64}
         if case.causal:
@@ -34,14 +34,14 @@ def attention_of(case: NativeCase) -> Callable:
             options = {"lift": True, "is_causal": True, "window_size": 64, "num_sinks": 4, "landmarks": landmarks}
         return lambda query, key, value: nystrom_attention(query, key, value, **options)
     torch.manual_seed(case.seed)
-    kind = MECHANISMS.get(case.mechanism)
-    length = max(case.length, CHECKED_LENGTH) if kind.needs_max_length else None
-    module: nn.Module = kind(case.heads, case.head_size, max_length=length).to(case.device).eval()
+    mechanism_class = MECHANISMS.get(case.mechanism)
+    length = max(case.length, CHECKED_LENGTH) if mechanism_class.needs_max_length else None
+    module: nn.Module = mechanism_class(case.heads, case.head_size, max_length=length).to(case.device).eval()
 
     def attend(query, key, value, weights=False):
         module.to(query.dtype)
-        output, found = module(query, key, value, is_causal=case.causal, return_weights=weights)
-        return (output, found) if weights else output
+        output, attention_weights = module(query, key, value, is_causal=case.causal, return_weights=weights)
+        return (output, attention_weights) if weights else output
 
     return attend
 
@@ -65,7 +65,7 @@ class NativeBenchmark(Benchmark):
     numbers = (MILLISECONDS, ("x sdpa", 8, cell(".3f", lambda r: r["times_sdpa"]["median"])), GROWTH, MEGABYTES)
 
     def headline(self) -> str:
-        """What was run, above the table."""
+        """Describe the run, above the table."""
         config = self.config
         return (
             f"batch {config.batch}, heads {config.heads}, head size {config.head_size}, float32, default options\n"
@@ -74,33 +74,33 @@ class NativeBenchmark(Benchmark):
         )
 
     def start(self, case: NativeCase, name: str) -> dict:
-        """What the case is."""
+        """Return the fields of the case."""
         return {"label": case.mechanism, **asdict(case), "pass": case.pass_name}
 
     def check(self, case: NativeCase, name: str, row: dict) -> None:
-        """Compare with written-out weights times values in float64, where the mechanism has such weights."""
+        """Compare with explicit weights times values in float64, if the mechanism has such weights."""
         if case.mechanism in ("nystrom", "relative"):
-            # Relative values are no part of the weights; Nyström's benchmark has an oracle of its own.
+            # Relative values are not part of the weights; Nyström's benchmark has its own oracle.
             row["gate"] = {"passed": True, "error": None, "bound": None}
             return
-        tensors = [t.double() for t in make_tensors(replace(case, length=CHECKED_LENGTH))]
+        tensors = [tensor.double() for tensor in make_tensors(replace(case, length=CHECKED_LENGTH))]
         with torch.no_grad():
             output, weights = attention_of(case)(*tensors, weights=True)
             expected = weights @ tensors[2]
         error = float((output - expected).abs().amax() / expected.abs().amax())
-        found = summary([{"what": "output", "error": error, "bound": TOLERANCE}])
-        row["gate"] = {key: found[key] for key in ("passed", "error", "bound")}
+        verdict = summary([{"what": "output", "error": error, "bound": TOLERANCE}])
+        row["gate"] = {key: verdict[key] for key in ("passed", "error", "bound")}
 
     def measure(self, case: NativeCase, name: str, row: dict) -> dict:
-        """Time in pairs with PyTorch's attention, as far as that is run, and memory."""
-        ours, beside = self.call(case, "ours"), case.length <= self.config.sdpa_max_length
-        pair = self.time(self.call(case, "sdpa") if beside else ours, ours)
-        times = {"sdpa": pair["first"], "times_sdpa": pair["ratio"]} if beside else {}
+        """Measure time, in pairs with PyTorch's attention up to sdpa_max_length, and memory."""
+        ours, with_sdpa = self.call(case, "ours"), case.length <= self.config.sdpa_max_length
+        pair = self.time(self.call(case, "sdpa") if with_sdpa else ours, ours)
+        times = {"sdpa": pair["first"], "times_sdpa": pair["ratio"]} if with_sdpa else {}
         return {**times, "seconds": pair["second"], **self.memory_of(case, "ours")}
 
     @classmethod
     def call(cls, case: NativeCase, name: str) -> Callable[[], object]:
-        """One pass of the case's mechanism ("ours") or of PyTorch's attention ("sdpa")."""
+        """Return one pass of the case's mechanism ("ours") or of PyTorch's attention ("sdpa")."""
         attention = attention_of(case) if name == "ours" else sdpa(case)
         with_gradient = case.pass_name == "forward_backward"
         leaves = tuple(t.requires_grad_(with_gradient) for t in make_tensors(case))
@@ -108,11 +108,11 @@ class NativeBenchmark(Benchmark):
 
     @classmethod
     def short(cls, case: NativeCase, name: str, ran: str | None) -> NativeCase:
-        """256 tokens."""
+        """Return the case with 256 tokens."""
         return replace(case, length=256)
 
     def plotted(self, rows: list[dict]) -> list[dict]:
-        """Each with PyTorch's attention of its own pairs."""
+        """Return each row with PyTorch's attention of its own pairs."""
         return [plot_row(row, "native", row.get("sdpa")) for row in rows]
 
 

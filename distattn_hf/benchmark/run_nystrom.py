@@ -1,4 +1,4 @@
-"""`distattn benchmark --mechanism nystrom`: time of linear attention, and beside each its error."""
+"""`distattn benchmark --mechanism nystrom`: time and error of linear attention."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 5e-3}
 
 
 def our_attention(case: NystromCase, strategy: str, landmarks: torch.Tensor | None) -> Callable:
-    """`nystrom_attention` with the options that are measured: lifted, γ = 0.01; causal: window, sinks, fixed L."""
+    """Return `nystrom_attention` with the measured options: lifted, γ = 0.01; causal: window, sinks, fixed L."""
     options = {"lift": True, "regularisation": inputs.GAMMA, "num_landmarks": case.num_landmarks, "strategy": strategy}
     if case.causal:
         options |= {"is_causal": True, "window_size": case.window_size, "num_sinks": case.num_sinks}
@@ -40,20 +40,20 @@ def our_attention(case: NystromCase, strategy: str, landmarks: torch.Tensor | No
 
 
 def ours(case: NystromCase, strategy: str, kind: str) -> Competitor:
-    """Ours as a competitor; bidirectional attention chooses its landmarks within the call, and within the clock."""
+    """Return ours as a competitor; bidirectional attention chooses its landmarks within the timed call."""
     landmarks = inputs.fixed_landmarks(case, kind, strategy).to(case.device) if case.causal else None
     return lambda *tensors: tensors, our_attention(case, strategy, landmarks)
 
 
 def competitor(case: NystromCase, name: str, kind: str = "normal") -> Competitor:
-    """By the name in the table."""
+    """Return the competitor with this name in the table."""
     if name == "sdpa":
         return lambda *tensors: tensors, inputs.sdpa(case)
     return ours(case, name.removeprefix("ours:"), kind) if name.startswith("ours:") else COMPETITORS[name](case)
 
 
 def gate(case: NystromCase, strategy: str) -> dict:
-    """{"passed", "worst", "error", "bound"}: ours against `oracle`, on both inputs, before any clock runs.
+    """Check ours against `oracle` on both kinds of inputs before timing; returns {"passed", "worst", "error", "bound"}.
 
     At a short length all rows, in float64 and float32, with gradients (float64); at the timed length some rows.
     """
@@ -77,21 +77,21 @@ def gate(case: NystromCase, strategy: str) -> dict:
                 with_gradient = dtype == torch.float64
                 leaves = [t.to(dtype).requires_grad_(with_gradient) for t in tensors]
                 double = [t.double().requires_grad_(with_gradient) for t in tensors]
-                found = attention(*leaves)[:, :, rows]
+                result = attention(*leaves)[:, :, rows]
                 expected = inputs.oracle(problem, *double, strategy, landmarks, rows)
-                where = f"{kind} at {length}, {str(dtype).removeprefix('torch.')}"
-                compare(f"{where}: output", found, expected, TOLERANCE[dtype])
+                label = f"{kind} at {length}, {str(dtype).removeprefix('torch.')}"
+                compare(f"{label}: output", result, expected, TOLERANCE[dtype])
                 if with_gradient:
-                    upstream = torch.randn(found.shape, generator=generator).to(found)
-                    pairs = (torch.autograd.grad(o, x, upstream) for o, x in ((found, leaves), (expected, double)))
+                    upstream = torch.randn(result.shape, generator=generator).to(result)
+                    pairs = (torch.autograd.grad(o, x, upstream) for o, x in ((result, leaves), (expected, double)))
                     for name, a, b in zip(("query", "key", "value"), *pairs):
-                        compare(f"{where}: {name} gradient", a, b, TOLERANCE[dtype])
-    found = summary(checks)
-    return {key: found[key] for key in ("passed", "worst", "error", "bound")}
+                        compare(f"{label}: {name} gradient", a, b, TOLERANCE[dtype])
+    result = summary(checks)
+    return {key: result[key] for key in ("passed", "worst", "error", "bound")}
 
 
 def call_of(case: NystromCase, made: Competitor, tensors) -> Callable[[], object]:
-    """One pass of a competitor over tensors, brought into its own layout before the clock."""
+    """Return one pass of a competitor over tensors, converted to its own layout before timing."""
     prepare, attention = made
     with_gradient = case.pass_name == "forward_backward"
     leaves = tuple(t.detach().requires_grad_(with_gradient) for t in prepare(*tensors))
@@ -137,7 +137,7 @@ class NystromBenchmark(Benchmark):
     )
 
     def headline(self) -> str:
-        """What was run, above the table."""
+        """Describe the run, above the table."""
         config = self.config
         return (
             f"batch {config.batch}, heads {config.heads}, head size {config.head_size}, float32, "
@@ -148,11 +148,11 @@ class NystromBenchmark(Benchmark):
         )
 
     def competitors(self, case: NystromCase) -> list[str]:
-        """Ours with every strategy, then sdpa, then the peers."""
+        """Return ours with every strategy, then sdpa, then the peers."""
         return [*(f"ours:{strategy}" for strategy in self.config.strategies), "sdpa", *self.config.peers]
 
     def rows(self, case: NystromCase) -> Iterator[dict]:
-        """Yield the error of no attention at all, then a row for each competitor, all on the same tensors."""
+        """Yield the error of a plain mean, then a row for each competitor, all on the same tensors."""
         self._tensors, self._exact, self._first = make_inputs(case, "normal"), {}, None
         if case.length <= self.config.error_max_length:
             for kind in KINDS:
@@ -167,11 +167,11 @@ class NystromBenchmark(Benchmark):
         yield from super().rows(case)
 
     def start(self, case: NystromCase, name: str) -> dict:
-        """Who, and what the case is."""
+        """Return the competitor's name and the fields of the case."""
         return {"label": name, **asdict(case), "pass": case.pass_name}
 
     def check(self, case: NystromCase, name: str, row: dict) -> None:
-        """Compare ours with the formula; and everyone with exact attention, which is an error and no verdict."""
+        """Compare ours with the formula, for a verdict, and all competitors with exact attention, for an error only."""
         if name == "sdpa" and case.length > self.config.sdpa_max_length:
             raise Unavailable(f"N > sdpa_max_length ({self.config.sdpa_max_length})")
         if name.startswith("ours:"):
@@ -181,19 +181,19 @@ class NystromBenchmark(Benchmark):
         row["errors"] = dict.fromkeys(KINDS, 0.0) if name == "sdpa" else self._errors(case, name)
 
     def _errors(self, case: NystromCase, name: str) -> dict[str, float | None]:
-        """Error against exact attention on each kind of input; None above error_max_length."""
-        # Raises `Unavailable` also where no error is taken.
+        """Return the error against exact attention on each kind of input; None above error_max_length."""
+        # Raises `Unavailable` even if no error is measured.
         competitor(case, name)
         result = dict.fromkeys(KINDS)
         for kind, (tensors, rows, expected) in self._exact.items():
             prepare, attention = competitor(case, name, kind)
             with torch.no_grad():
-                found = relative_error(attention(*prepare(*tensors))[:, :, rows], expected)
-            result[kind] = found if math.isfinite(found) else None
+                error = relative_error(attention(*prepare(*tensors))[:, :, rows], expected)
+            result[kind] = error if math.isfinite(error) else None
         return result
 
     def measure(self, case: NystromCase, name: str, row: dict) -> dict:
-        """Time in pairs with ours of the first strategy, and memory."""
+        """Measure time, in pairs with ours of the first strategy, and memory."""
         call = call_of(case, competitor(case, name), self._tensors)
         if self._first is None:
             self._first = call_of(case, ours(case, self.config.strategies[0], "normal"), self._tensors)
@@ -202,16 +202,16 @@ class NystromBenchmark(Benchmark):
 
     @classmethod
     def call(cls, case: NystromCase, name: str) -> Callable[[], object]:
-        """One pass of a competitor on normal inputs."""
+        """Return one pass of a competitor on normal inputs."""
         return call_of(case, competitor(case, name), make_inputs(case, "normal"))
 
     @classmethod
     def short(cls, case: NystromCase, name: str, ran: str | None) -> NystromCase:
-        """Four tokens a landmark."""
+        """Return the case with four tokens per landmark."""
         return replace(case, length=4 * case.num_landmarks)
 
     def footnotes(self, results: list[dict]) -> list[str]:
-        """Why rows have no memory, each reason once."""
+        """Return why rows have no memory, each reason once."""
         rows_of = {}
         for row in results:
             if "memory_error" in row:
@@ -224,14 +224,14 @@ class NystromBenchmark(Benchmark):
         return notes
 
     def plotted(self, rows: list[dict]) -> list[dict]:
-        """All but PyTorch's attention, which stands beside each."""
+        """Return all rows but PyTorch's attention, which is added to each as `sdpa`."""
         exact = {(row["causal"], row["pass"], row["length"]): row for row in rows if row["label"] == "sdpa"}
-        found = []
+        plot_rows = []
         for row in rows:
             peer = exact.get((row["causal"], row["pass"], row["length"]), {"seconds": None, "memory": None})
             if row["label"] != "sdpa":
-                found.append(plot_row(row, "nystrom", peer["seconds"], peer["memory"]))
-        return found
+                plot_rows.append(plot_row(row, "nystrom", peer["seconds"], peer["memory"]))
+        return plot_rows
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a verb can refuse without torch: names that no option takes, and numbers out of range."""
+"""Checks of options that need no torch: names of choices, and ranges of numbers."""
 
 from .flags import flag
 
-# The registered metrics and their aliases, and what else can be told without torch (tests/test_startup.py compares).
+# The registered metrics and their aliases, and other choices, without torch (tests/test_startup.py compares them).
 METRICS = {
     "sqeuclidean": ("squared_l2", "l2_squared"),
     "l2": ("euclidean",),
@@ -19,7 +19,7 @@ CHOICES = {
     "attention": ("self", "cross"),
     "transform": ("none", "scalar", "maps"),
 }
-# Least values of the numbers; p and λ are checked apart.
+# Least values of the numbers; p and λ are checked separately.
 LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
     "max_tokens": 1, "max_length": 1, "max_texts": 1,
@@ -36,9 +36,9 @@ def check_choices(**values) -> None:
         if metric.lower() in CHOICES["mechanism"]:
             raise ValueError(f"--metric {metric!r} is a mechanism and not a metric; give --mechanism {metric.lower()}")
         usual = {name: aliases for name, aliases in METRICS.items() if name not in ("lifted_sqeuclidean", "dot")}
-        shown = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in usual.items())
+        known = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in usual.items())
         raise ValueError(
-            f"unknown metric {metric!r}; --metric is one of {shown}. A metric of your own must be registered, so it is "
+            f"unknown metric {metric!r}; --metric is one of {known}. A metric of your own must be registered, so it is "
             "converted from Python"
         )
     order = values.get("p")

@@ -53,6 +53,6 @@ def analyse(
     if data is not None:
         with reading("data", "column"):
             texts = read_texts(data, column=column, split="test")[:max_texts]
-    found = run(path, texts, out, against=against, options=options, overwrite=overwrite)
-    print(found.summary())
+    analysis = run(path, texts, out, against=against, options=options, overwrite=overwrite)
+    print(analysis.summary())
     print(f"saved to {out}; open {out / 'report.html'}")

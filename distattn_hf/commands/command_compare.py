@@ -28,6 +28,6 @@ def compare(
 
     comparison = read_comparison(config, overrides or ())
     with resumable(comparison.output_dir):
-        found = run(comparison)
-    print(table(found))
+        results = run(comparison)
+    print(table(results))
     print(f"saved to {comparison.output_dir}")

@@ -12,7 +12,7 @@ from .shared import DATA, Column, Overwrite, SourceArgument, begin
 command = typer.Typer()
 
 
-# Options of `convert` that a file of specs takes the place of.
+# Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "layers", "heads", "attention",
     "p", "lam", "transform",
@@ -75,8 +75,8 @@ def convert(
     Whatever else lies beside the source's weights and does not depend on the attention goes along (the pooling of a
     sentence-transformers model, a processor, a licence); what was left behind is said.
     """
-    if spec_file is not None and (doubled := given(context, OF_SPEC)):
-        raise ValueError(f"{doubled[0]} and --spec both say what the attention is; leave one of them out")
+    if spec_file is not None and (conflicting := given(context, OF_SPEC)):
+        raise ValueError(f"{conflicting[0]} and --spec both say what the attention is; leave one of them out")
     check_choices(
         metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
@@ -114,7 +114,7 @@ def convert(
         with reading("calibration", "column"):
             texts = read_texts(calibration, column=column)
     model, tokenizer = load_checkpoint(source)
-    beside = Source(source)
+    source_files = Source(source)
     if fold_alpha:
         fold.check_foldable(model, [spec] if isinstance(spec, AttentionSpec) else spec)
     options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
@@ -122,18 +122,18 @@ def convert(
     student = fold.fold_alpha(student) if fold_alpha else student
     report = student.conversion_report
     if report.source is None:
-        report.source = describe_source(beside)
+        report.source = describe_source(source_files)
         student.conversion_report = report
-    left = save_checkpoint(student, tokenizer, out, overwrite=overwrite, source=beside)
+    left_behind = save_checkpoint(student, tokenizer, out, overwrite=overwrite, source=source_files)
     for line in report.table(per_head).splitlines():
-        # The rest is what the checkpoint's report says, in its own words.
+        # The other lines are the report's own and keep its names.
         print(as_flags(line, option_names(context.command)) if line.startswith("warning: ") else line)
-    _print_left(source, left)
+    _print_left(source, left_behind)
     print(f"saved to {out}")
 
 
 def _print_left(source: str, left: list[str]) -> None:
-    """Say which files of a source did not come along."""
+    """Print which files of a source were not copied."""
     if left:
-        shown = left if len(left) <= 8 else [*left[:8], f"{len(left) - 8} more"]
-        print(f"left behind in {source}: {', '.join(shown)}")
+        listed = left if len(left) <= 8 else [*left[:8], f"{len(left) - 8} more"]
+        print(f"left behind in {source}: {', '.join(listed)}")

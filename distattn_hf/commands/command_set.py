@@ -27,8 +27,8 @@ def set_options(
     from ..storage.folders import change_options
 
     options = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
-    given = {name: value for name, value in options.items() if value is not None}
-    if not given:
+    changes = {name: value for name, value in options.items() if value is not None}
+    if not changes:
         raise ValueError(f"nothing to set; give one of {', '.join(map(flag, options))}")
-    change_options(path, **given)
+    change_options(path, **changes)
     print(f"changed {path / 'config.json'}")

@@ -1,4 +1,4 @@
-"""The words of the command line: what the package says with Python names, said with flags."""
+"""Messages of the package, which use Python names, rewritten with command-line flags."""
 
 import logging
 import re
@@ -8,15 +8,15 @@ import typer
 
 
 def flag(name: str) -> str:
-    """An option as it is written on the command line."""
+    """Return an option as it is written on the command line."""
     return "--spec" if name == "spec_file" else f"--{name.replace('_', '-')}"
 
 
 def as_flags(text: str, options) -> str:
-    """A message of the package, which names Python arguments, in the words of the command line.
+    """Rewrite a message of the package, which names Python arguments, with command-line flags.
 
     options: the names of the verb's options. `name=value`, a name at the beginning, and any name with an underscore
-    become the flag; None, which nobody can type, goes.
+    become the flag; None, which cannot be typed, is removed.
     """
     for name in sorted(options, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.\-'\"/]){name}=True\b", flag(name), text)
@@ -29,14 +29,14 @@ def as_flags(text: str, options) -> str:
 
 
 class Worded(ValueError):
-    """An error whose message is in the words of the command line already."""
+    """An error whose message already uses flags."""
 
 
 @contextmanager
 def reading(option: str, *also: str):
-    """While it is open, an error is one of what this option names, whose own words are not those of options.
+    """Attribute errors within the context to the file or data that `option` names, without rewriting their words.
 
-    also: other options that say how to read it.
+    also: other options that affect how it is read.
     """
     try:
         yield
@@ -45,23 +45,23 @@ def reading(option: str, *also: str):
 
 
 def describe(error: Exception, options) -> str:
-    """What an error says, in the words of the command line."""
+    """Return an error's message with flags."""
     return str(error) if isinstance(error, Worded) else as_flags(str(error), options)
 
 
 def option_names(command) -> list[str]:
-    """The names of a verb's options, as Python has them; those of arguments are on no command line."""
+    """Return the Python names of a verb's options, without its positional arguments."""
     return [parameter.name for parameter in command.params if parameter.param_type_name == "option"]
 
 
 def given(context: typer.Context, names) -> list[str]:
-    """Which of a command's options the command line has, as they are written there."""
+    """Return which of a command's options `names` the command line sets, as flags."""
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [flag(n) for n, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [flag(option) for option, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 class _InFlags(logging.Formatter):
-    """Warnings of the package in the words of the command line."""
+    """Formats the package's warnings with flags."""
 
     def __init__(self, options):
         super().__init__()
@@ -73,7 +73,7 @@ class _InFlags(logging.Formatter):
 
 @contextmanager
 def warnings_in_flags(options):
-    """While it is open, print the package's warnings in flags, on standard error and nowhere else."""
+    """Print the package's warnings with flags within the context, on standard error only."""
     logger, handler = logging.getLogger("distattn_hf"), logging.StreamHandler()
     handler.setFormatter(_InFlags(options))
     logger.addHandler(handler)

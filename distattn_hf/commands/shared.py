@@ -1,7 +1,7 @@
-"""What verbs share: arguments that several have, and what goes before and around their work.
+"""Shared by the verbs: common arguments, and the steps before and around their work.
 
-No module of this folder may import torch at its top: help and refused arguments must not wait for it. What needs it is
-imported where it is used, after `start`.
+No module of this folder may import torch at the top: help and refused arguments must not wait for it. Whatever needs
+it is imported where it is used, after `start`.
 """
 
 import sys
@@ -20,7 +20,7 @@ Column = Annotated[str | None, typer.Option(help="The text column of the data se
 
 
 def start() -> None:
-    """Make ready for work, once the arguments are in order: torch and transformers take seconds to import."""
+    """Import torch and transformers, which takes seconds, and register all classes, once the arguments are checked."""
     from transformers.utils import logging as transformers_logging
 
     from ..auto_classes import register_all
@@ -31,7 +31,7 @@ def start() -> None:
 
 
 def begin(*sources: str | None) -> None:
-    """`start`, after a check that these sources of models can be some."""
+    """Check that `sources` may be models, then `start`."""
     from ..storage.embedded import check_source
 
     for source in filter(None, sources):
@@ -40,19 +40,19 @@ def begin(*sources: str | None) -> None:
 
 
 def check_config(path: Path) -> None:
-    """Raise `ValueError` for a file that is not there."""
+    """Raise `ValueError` for a missing file."""
     if not path.is_file():
         raise ValueError(f"config {str(path)!r} does not exist")
 
 
 def say(text: str) -> None:
-    """Print progress, apart from results."""
+    """Print progress to standard error, apart from results."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def resumable(output_dir):
-    """While it is open, Ctrl-C says how to go on, and ends with exit code 130."""
+    """Handle Ctrl-C within the context: say how to resume, and exit with code 130."""
     try:
         yield
     except KeyboardInterrupt:

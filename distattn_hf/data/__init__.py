@@ -1,1 +1,1 @@
-"""Texts and datasets: found, read, tokenised, packed and batched; and the YAML that names them."""
+"""Texts and datasets: find, read, tokenise, pack and batch them; and read YAML configs."""

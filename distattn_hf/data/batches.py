@@ -1,4 +1,4 @@
-"""Texts in whatever form the user has them -> padded batches that a model can run, and what a loss counts of them."""
+"""Turn texts, data sets or tokenised batches into padded batches for a model, and mask and count their tokens."""
 
 import inspect
 import random
@@ -15,24 +15,24 @@ from .packing import pack
 
 MAX_LENGTH = 512
 MAX_TOKENS = 8192
-# Columns as long as the source, which end where its padding begins.
+# Columns as long as the source, which are cut where its padding begins.
 _OF_SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except OSError:  # longer than a name can be
+    except OSError:  # name too long
         return False
 
 
 def calibration_batch(
     model: PreTrainedModel, calibration, tokenizer=None, *, max_length=MAX_LENGTH, max_tokens=MAX_TOKENS, seed=0
 ) -> dict[str, Tensor]:
-    """One batch of at most `max_tokens` tokens for `model`, from strings, a `datasets.Dataset` or tokenised batches.
+    """Make one batch of at most `max_tokens` tokens for `model`, from strings, a `Dataset` or tokenised batches.
 
     Decoders get text packed into rows of `max_length` tokens without padding, each beginning as the tokenizer begins a
-    text; encoders get one text a row, padded; encoder-decoders get each text as source and as target. The texts are
+    text; encoders get one text per row, padded; encoder-decoders get each text as source and as target. The texts are
     drawn in an order fixed by `seed`.
 
     Raises:
@@ -78,7 +78,7 @@ def calibration_batch(
 
 
 def length_for(model, max_length: int) -> int:
-    """`max_length`, or the number of positions the model has when that is smaller."""
+    """Return `max_length`, or the number of positions of the model where that is smaller."""
     limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     return min(max_length, limit) if isinstance(limit, int) and limit > 0 else max_length
 
@@ -92,12 +92,12 @@ def _tokenise(model, texts, tokenizer, max_length, max_tokens) -> dict[str, Tens
         count = max(2, max_tokens // max_length)
         # Short texts make short rows, so more of them fit.
         encoded = tokenizer(texts[: 8 * count], truncation=True, max_length=max_length)["input_ids"]
-        rows, used = [], 0
+        rows, num_tokens = [], 0
         for row in encoded:
-            if rows and used + len(row) > max_tokens:
+            if rows and num_tokens + len(row) > max_tokens:
                 break
             rows.append(row)
-            used += len(row)
+            num_tokens += len(row)
         batch = pad_rows(rows, tokenizer.pad_token_id)
         if model.config.is_encoder_decoder:
             batch["decoder_input_ids"] = shift_right(model, batch["input_ids"])
@@ -110,7 +110,7 @@ def _is_decoder(model) -> bool:
 
 
 def pad_rows(rows: list[list[int]], pad: int | None) -> dict[str, Tensor]:
-    """Token ids and mask (B, N) of rows, padded at the end: no position changes, and no causal query sees it."""
+    """Return token ids and mask (B, N) of rows, padded at the end: positions stay, no causal query sees padding."""
     width, pad = max(len(row) for row in rows), pad or 0
     ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
@@ -118,11 +118,11 @@ def pad_rows(rows: list[list[int]], pad: int | None) -> dict[str, Tensor]:
 
 
 def shift_right(model, labels: Tensor) -> Tensor:
-    """Decoder inputs for `labels` (B, N): the start token, then all but the last label; -100 becomes padding."""
+    """Return decoder inputs for `labels` (B, N): the start token, then all but the last label; -100 becomes padding."""
     config = model.config
     decoder = getattr(config, "decoder", config)
     start, pad = (
-        next((v for holder in (config, decoder) if (v := getattr(holder, name, None)) is not None), 0)
+        next((token_id for holder in (config, decoder) if (token_id := getattr(holder, name, None)) is not None), 0)
         for name in ("decoder_start_token_id", "pad_token_id")
     )
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
@@ -130,7 +130,7 @@ def shift_right(model, labels: Tensor) -> Tensor:
 
 
 def _rows(value) -> list[Tensor]:
-    """One tensor per example, from a tensor, a nested list (ragged or not) or a single example."""
+    """Return one tensor per example of a tensor, a nested list (ragged or not) or a single example."""
     if isinstance(value, Tensor):
         return list(value) if value.dim() > 1 else [value]
     if len(value) and isinstance(value[0], int | float):
@@ -139,12 +139,12 @@ def _rows(value) -> list[Tensor]:
 
 
 def _real_length(mask: Tensor) -> int:
-    """How long a row is without the padding at its end."""
+    """Return the length of a row without the padding at its end."""
     return len(mask) if mask.dim() != 1 or not bool(mask.any()) else int(mask.nonzero().max()) + 1
 
 
 def real_tokens(batch: dict[str, Tensor]) -> int:
-    """The tokens of a batch that are no padding; 0 for one without tokens."""
+    """Count the tokens of a batch that are not padding; 0 for a batch without tokens."""
     if "input_ids" not in batch:
         return 0
     mask = batch.get("attention_mask")
@@ -152,35 +152,35 @@ def real_tokens(batch: dict[str, Tensor]) -> int:
 
 
 def longest_row(batch: dict[str, Tensor]) -> int:
-    """The length of the rows of a batch, of source or target, the longer one; 0 for one without tokens."""
+    """Return the row length of a batch, the longer one of source and target; 0 for a batch without tokens."""
     tensors = [batch.get(name) for name in ("input_ids", "decoder_input_ids", "labels")]
     return max((tensor.shape[1] for tensor in tensors if tensor is not None and tensor.dim() > 1), default=0)
 
 
 def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
-    """Tokenised examples or batches -> one padded batch of what the model's forward takes, without labels."""
+    """Merge tokenised examples or batches into one padded batch of the model's forward arguments, without labels."""
     main = model.main_input_name
     accepted = inspect.signature(model.forward).parameters
     columns: dict[str, list[Tensor]] = {}
-    used = 0
+    num_tokens = 0
     for item in items:
         if not hasattr(item, "keys") or main not in item.keys():  # noqa: SIM118 (BatchEncoding)
-            shown = list(item.keys()) if hasattr(item, "keys") else type(item).__name__
-            raise ValueError(f"calibration batches must hold {main!r}, got {shown}")
+            received = list(item.keys()) if hasattr(item, "keys") else type(item).__name__
+            raise ValueError(f"calibration batches must hold {main!r}, got {received}")
         rows = {n: _rows(item[n]) for n in item.keys() if n in accepted and item[n] is not None}  # noqa: SIM118
         if main == "input_ids" and "attention_mask" not in rows:
             rows["attention_mask"] = [torch.ones_like(row) for row in rows[main]]
-        for number in range(len(rows[main])):
-            if used >= max_tokens:
+        for index in range(len(rows[main])):
+            if num_tokens >= max_tokens:
                 break
-            length = min(_real_length(rows["attention_mask"][number]), max_length) if main == "input_ids" else None
+            length = min(_real_length(rows["attention_mask"][index]), max_length) if main == "input_ids" else None
             for name, values in rows.items():
-                value = values[number]
+                value = values[index]
                 if length is not None:
                     value = value[: length if name in _OF_SOURCE else max_length]
                 columns.setdefault(name, []).append(value)
-            used += min(len(columns[main][-1]), max_length)
-    if used == 0:
+            num_tokens += min(len(columns[main][-1]), max_length)
+    if num_tokens == 0:
         raise ValueError("calibration is empty: its batches hold no tokens")
     if main != "input_ids":
         return {name: torch.stack(rows) for name, rows in columns.items() if name != "labels"}
@@ -194,7 +194,7 @@ def _merge(model, items, max_length: int, max_tokens: int) -> dict[str, Tensor]:
 
 
 def forward_inputs(model, inputs: dict) -> dict:
-    """The inputs without labels: decoder inputs are made from them where the model would do so itself."""
+    """Return the inputs without labels, with decoder inputs made from the labels where the model would make them."""
     inputs = dict(inputs)
     labels = inputs.pop("labels", None)
     if labels is not None and model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
@@ -203,7 +203,7 @@ def forward_inputs(model, inputs: dict) -> dict:
 
 
 def query_mask(name: str, is_cross: bool, inputs: dict, encoder_decoder: bool) -> Tensor | None:
-    """Which queries (B, N) of the attention module `name` are no padding; None where the batch does not say."""
+    """Return the mask (B, N) of the queries of attention module `name` that are not padding; None if unknown."""
     if not encoder_decoder or not (is_cross or "decoder" in name):
         return inputs.get("attention_mask")
     if inputs.get("decoder_attention_mask") is not None:
@@ -213,6 +213,6 @@ def query_mask(name: str, is_cross: bool, inputs: dict, encoder_decoder: bool) -
 
 
 def label_loss(logits: Tensor, labels: Tensor, count) -> Tensor:
-    """Cross-entropy in nats of logits (..., classes) and labels (...), -100 left out: the sum over labels / count."""
+    """Return the cross-entropy in nats of logits (..., classes), summed over labels (...) other than -100, / count."""
     logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, labels.flatten().to(logits.device), reduction="sum", ignore_index=-100) / count

@@ -1,4 +1,4 @@
-"""Read YAML, in one way for every file and override, and the specs of attention that it says."""
+"""Read YAML files and overrides, and the attention specs in them."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _SHOWN_KEYS = 30
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, with the numbers of YAML 1.2: in 1.1, which it reads, 1e-3 and 1.5e3 are strings."""
+    """PyYAML's safe loader with the numbers of YAML 1.2: in its YAML 1.1, 1e-3 and 1.5e3 are strings."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,17 +25,17 @@ _Loader.add_implicit_resolver(
 
 
 def is_number(value) -> bool:
-    """Whether a value is an int or float; True and False are none."""
+    """Return whether a value is an int or float; False for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_integer(value, least: int | None = None) -> bool:
-    """Whether a value is an int, and not below `least`; True and False are none."""
+    """Return whether a value is an int, and not below `least`; False for a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def read_yaml(path: str | Path, name: str):
-    """What a YAML or JSON file holds (None for an empty one); errors call it `name`.
+    """Return the contents of a YAML or JSON file (None for an empty one); errors call it `name`.
 
     Raises `ValueError` for a file that is absent or not YAML.
     """
@@ -46,7 +46,7 @@ def read_yaml(path: str | Path, name: str):
 
 
 def parse_yaml(text: str, where: str):
-    """What YAML or JSON text says; raises `ValueError`, beginning with `where`, for anything else."""
+    """Parse YAML or JSON text; raises `ValueError`, beginning with `where`, for anything else."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -58,14 +58,14 @@ def refuse_unknown(given, known, where: str = "") -> None:
     known = list(known)
     for name in given:
         if name not in known:
-            close = get_close_matches(str(name), known, n=3)
-            shown = sorted(known)[:_SHOWN_KEYS] + ["..."] * (len(known) > _SHOWN_KEYS)
-            hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(shown)}"
+            matches = get_close_matches(str(name), known, n=3)
+            expected = sorted(known)[:_SHOWN_KEYS] + ["..."] * (len(known) > _SHOWN_KEYS)
+            hint = f"did you mean {', '.join(matches)}?" if matches else f"expected one of {', '.join(expected)}"
             raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
 
 
 def read_mapping(path: str | Path, name: str, overrides: Iterable[str] = ()) -> dict:
-    """The mapping in a YAML file, which errors call `name`, with overrides; raises `ValueError` where there is none."""
+    """Return the mapping in a YAML file, with overrides; raises `ValueError`, which calls it `name`, if it has none."""
     values = _as_meant(read_yaml(path, name))
     if not isinstance(values, dict):
         raise ValueError(f"{name} {str(Path(path))!r} must hold a mapping of arguments, got {type(values).__name__}")
@@ -75,7 +75,7 @@ def read_mapping(path: str | Path, name: str, overrides: Iterable[str] = ()) -> 
 
 
 def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]) -> tuple:
-    """One object of each dataclass from a mapping; raises `ValueError` for unknown, missing and mistyped values."""
+    """Make one object of each dataclass from a mapping; raises `ValueError` for unknown, missing or mistyped values."""
     from transformers import HfArgumentParser
 
     refuse_unknown(values, set().union(*map(field_names, kinds)))
@@ -84,19 +84,19 @@ def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]
             raise ValueError(f"{name} must be given, got {values.get(name)!r}")
     check_numbers(values)
     try:
-        # Two kinds have a `seed`: one value serves both.
+        # Two of the dataclasses have a `seed`: one value sets both.
         return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
     except TypeError as error:
         raise ValueError(f"a value has the wrong type: {error}") from error
 
 
 def field_names(kind) -> set[str]:
-    """Return the names that a dataclass takes."""
+    """Return the names of the fields that a dataclass's constructor takes."""
     return {f.name for f in fields(kind) if f.init}
 
 
 def check_numbers(values: dict, where: str = "") -> None:
-    """Raise `ValueError` for 2.5 steps or a rate of "abc": transformers takes them, and trips over them later."""
+    """Raise `ValueError` for 2.5 steps or a rate of "abc": transformers accepts them, and fails later."""
     from transformers import TrainingArguments
 
     for entry in (entry for entry in fields(TrainingArguments) if entry.name in values):
@@ -108,31 +108,31 @@ def check_numbers(values: dict, where: str = "") -> None:
 
 
 def override(values: dict, assignment: str) -> None:
-    """Set what `assignment` ("spec.metric=l1", dots for nested keys) says; raises `ValueError` where there is no such
-    place."""
+    """Apply `assignment` ("spec.metric=l1", dots for nested keys) to `values`; raises `ValueError` where it does not
+    fit."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ValueError(f"override must be key=value, got {assignment!r}")
-    *parents, last = key.split(".")
-    place = values
-    for number, name in enumerate(parents):
-        place = place.setdefault(name, {}) if isinstance(place, dict) else place[int(name)]
-        if not isinstance(place, dict | list):
-            where = ".".join(parents[: number + 1])
-            raise ValueError(f"override {assignment!r}: {where!r} is {place!r}, which has no fields")
-    value = _as_meant(parse_yaml(text, f"override {assignment!r}"), last)
-    if isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
-            raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
-        place[int(last)] = value
+    *parents, final_key = key.split(".")
+    node = values
+    for depth, name in enumerate(parents):
+        node = node.setdefault(name, {}) if isinstance(node, dict) else node[int(name)]
+        if not isinstance(node, dict | list):
+            parent_path = ".".join(parents[: depth + 1])
+            raise ValueError(f"override {assignment!r}: {parent_path!r} is {node!r}, which has no fields")
+    value = _as_meant(parse_yaml(text, f"override {assignment!r}"), final_key)
+    if isinstance(node, list):
+        if not final_key.isdigit() or int(final_key) >= len(node):
+            raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(node)}, give an index")
+        node[int(final_key)] = value
     else:
-        place[last] = value
+        node[final_key] = value
 
 
 def parse_specs(spec) -> list[AttentionSpec]:
-    """The specs that `spec` says: an `AttentionSpec`, a metric's name, "nystrom", a dict of fields, or a list of these.
+    """Return the specs of an `AttentionSpec`, a metric's name, "nystrom", a dict of fields, or a list of these.
 
-    Raises `ValueError` for anything else, and naming the field for one that `AttentionSpec` does not have.
+    Raises `ValueError` for anything else, and for a field that `AttentionSpec` does not have, naming the field.
     """
     entries = [spec] if isinstance(spec, AttentionSpec | str | dict) else spec
     specs = [_parsed(entry) for entry in entries] if isinstance(entries, Iterable) else []
@@ -142,10 +142,10 @@ def parse_specs(spec) -> list[AttentionSpec]:
 
 
 def read_specs(path: str | Path) -> list[AttentionSpec]:
-    """The specs in a YAML or JSON file: one mapping of `AttentionSpec` fields, or a list of them for a mixed plan.
+    """Return the specs in a YAML or JSON file: a mapping of `AttentionSpec` fields, or a list of them for a mixed plan.
 
-    Raises `ValueError` naming the file for a file that is absent, not YAML, or holds something else, and naming the
-    field for one that `AttentionSpec` does not have.
+    Raises `ValueError` naming the file where it is absent, not YAML, or holds something else, and naming the field
+    where `AttentionSpec` does not have it.
     """
     data = read_yaml(path, "spec file")
     entries = data if isinstance(data, list) else [data]
@@ -169,7 +169,7 @@ def _expected(given) -> str:
 
 
 def _as_meant(value, key: str = ""):
-    """`save_strategy: no` means "no", where YAML 1.1 reads False."""
+    """Replace False by "no" in `..._strategy: no`, which YAML 1.1 reads as False."""
     if isinstance(value, dict):
         return {name: _as_meant(entry, str(name)) for name, entry in value.items()}
     if isinstance(value, list):

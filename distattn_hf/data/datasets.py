@@ -1,4 +1,4 @@
-"""Text in whatever form the user has it -> data sets and a collator that a Trainer or a plain loop takes."""
+"""Turn text data into data sets and a collator for `Trainer` or a plain training loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class DataArguments:
-    """Where the text comes from and how it becomes rows; made for `transformers.HfArgumentParser`.
+    """Where the text comes from and how it becomes rows; for `transformers.HfArgumentParser`.
 
     Raises `ValueError` naming the field, its value and what is allowed.
     """
@@ -125,9 +125,9 @@ class DataArguments:
 
 @dataclass
 class TaskData:
-    """Rows of token ids and what makes batches of them.
+    """Rows of token ids and the collator that batches them.
 
-    train, evaluation: `Dataset`, or `IterableDataset` when streaming; evaluation is None where there is none.
+    train, evaluation: `Dataset`, or `IterableDataset` when streaming; evaluation is None if there is no such data.
     collator: list of rows -> dict of tensors (B, N); rows of the evaluation set go through the same one.
     label_names: names of the classes in the order of their ids, None where the labels have no names.
     """
@@ -141,25 +141,25 @@ class TaskData:
 def build_data(
     arguments: DataArguments, task: str, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
 ) -> TaskData:
-    """Training and evaluation rows of `task` for a model of `model_config`, and their collator.
+    """Build training and evaluation rows of `task` for a model of `model_config`, and their collator.
 
     causal-lm: packed rows of exactly max_length tokens, text + end token end to end; only the last, incomplete row of
     each split is lost. Without packing (text + end token)[:max_length], padded by the collator, labels -100 there. A
     row begins as the tokenizer begins a text: with [BOS], where it adds one. The labels are the tokens, which the model
     shifts; the first of a row, which nothing predicts, is -100: transformers' Trainer divides the loss of some models
-    (GPT-2) by all labels there are, and would report it too low.
-    masked-lm: one text a row; the collator masks training rows anew each time (torch's global generator), evaluation
+    (GPT-2) by the number of all labels, and would report it too low.
+    masked-lm: one text per row; the collator masks training rows anew each time (torch's global generator), evaluation
     rows are masked once, by seed and row number, whatever the batch size.
     seq2seq: source -> "input_ids", target -> "labels", -100 at padding.
     sequence-classification: "labels" (B,) from integers or names; floats for a model with num_labels=1.
     token-classification: "labels" (B, N): a word's label at its first piece, -100 elsewhere.
-    embedding: one text a row, no labels.
+    embedding: one text per row, no labels.
 
-    Texts that are empty are left out. Rows keep the order of the data, also when streaming. A missing padding token
+    Empty texts are left out. Rows keep the order of the data, also when streaming. A missing padding token
     becomes the end token for causal-lm (the tokenizer is changed, with a warning).
 
     Raises:
-        ValueError: an unknown task, no tokenizer, data that is not found, is empty, lacks the column or the split,
+        ValueError: an unknown task, no tokenizer, data that is not found, is empty, or lacks the column or the split,
             labels that do not fit num_labels, a tokenizer without padding token or with ids beyond the vocabulary.
     """
     if task not in TASKS:
@@ -220,15 +220,15 @@ def _check_padding(tokenizer, task: str, arguments) -> None:
 
 
 def row_length(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> int:
-    """Tokens in a row, at most: max_length, or what model and tokenizer have room for."""
+    """Return the largest number of tokens in a row: max_length, or the limit of model or tokenizer if smaller."""
     allowed = length_for(SimpleNamespace(config=_text_config(model_config)), arguments.max_length)
     return int(min(allowed, tokenizer.model_max_length))
 
 
 def _clamped_length(arguments, tokenizer, config) -> int:
-    wanted, allowed = arguments.max_length, row_length(arguments, tokenizer, config)
-    if allowed < wanted:
-        logger.warning(f"max_length={wanted} is more than model and tokenizer have room for; {allowed} is used.")
+    requested, allowed = arguments.max_length, row_length(arguments, tokenizer, config)
+    if allowed < requested:
+        logger.warning(f"max_length={requested} is more than model and tokenizer have room for; {allowed} is used.")
     return allowed
 
 
@@ -243,17 +243,20 @@ def check_tokenizers(model, tokenizer, other=None) -> None:
         raise ValueError(f"tokenizer has {count} tokens but {type(model).__name__} embeds {rows}: not its tokenizer")
     if other is None:
         return
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        different = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
+    vocabulary, reference = tokenizer.get_vocab(), other.get_vocab()
+    if vocabulary != reference:
+        different = next(
+            token for token in sorted({*vocabulary, *reference}) if vocabulary.get(token) != reference.get(token)
+        )
         raise ValueError(
-            f"teacher and student have tokenizers with different vocabularies ({len(mine)} and {len(theirs)} tokens): "
-            f"{different!r} is {mine.get(different)} and {theirs.get(different)}"
+            "teacher and student have tokenizers with different vocabularies "
+            f"({len(vocabulary)} and {len(reference)} tokens): {different!r} is "
+            f"{vocabulary.get(different)} and {reference.get(different)}"
         )
 
 
 def check_data(name: str, dataset) -> None:
-    """Raise `ValueError` for a data set without a single example, also a streamed one."""
+    """Raise `ValueError` for a data set without examples, streamed or not."""
     if dataset is None:
         raise ValueError(f"{name} must be a data set, got None")
     empty = len(dataset) == 0 if hasattr(dataset, "__len__") else next(iter(dataset), None) is None

@@ -1,4 +1,4 @@
-"""Texts end to end, cut into rows of one length."""
+"""Pack texts end to end into rows of one length."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -13,22 +13,22 @@ IGNORED = -100
 
 
 def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
-    """The special tokens before a text that a causal model was trained with ([BOS] of Llama and Gemma), often none.
+    """Return the special tokens that a causal model expects before a text ([BOS] of Llama and Gemma), often none.
 
-    They are what the tokenizer puts before the first of `texts` that has a token; but not the [CLS] of BERT, with which
-    bidirectional models read. Raises `ValueError` for a tokenizer that reads a text differently beside special tokens.
+    They are those that the tokenizer puts before the first of `texts` that has a token, without BERT's [CLS], which is
+    for bidirectional models. Raises `ValueError` for a tokenizer that reads a text differently with special tokens.
     """
     for text in texts:
-        # A beginning is enough, and a book would take long.
+        # The beginning is enough, and a book would take long.
         text = text.strip()[:200]
-        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not bare:
+        text_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not text_ids:
             continue
-        whole = tokenizer(text, verbose=False)["input_ids"]
-        for before in range(len(whole) - len(bare) + 1):
-            if whole[before : before + len(bare)] == bare:
+        full_ids = tokenizer(text, verbose=False)["input_ids"]
+        for offset in range(len(full_ids) - len(text_ids) + 1):
+            if full_ids[offset : offset + len(text_ids)] == text_ids:
                 cls = None if tokenizer.cls_token_id == tokenizer.bos_token_id else tokenizer.cls_token_id
-                return [token for token in whole[:before] if token != cls]
+                return [token for token in full_ids[:offset] if token != cls]
         raise ValueError(
             f"{type(tokenizer).__name__} turns {text[:40]!r} into other tokens with special tokens than without, so "
             "its texts cannot be packed end to end; give tokenised batches"
@@ -37,7 +37,7 @@ def start_tokens(tokenizer, texts: Iterable[str]) -> list[int]:
 
 
 def token_stream(tokenizer, texts, count: int) -> list[int]:
-    """At least `count` tokens of the texts end to end, the end token after each; fewer where there are no more."""
+    """Return at least `count` tokens of the texts end to end, an end token after each; fewer if there are no more."""
     stream: list[int] = []
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for text in texts:
@@ -48,9 +48,9 @@ def token_stream(tokenizer, texts, count: int) -> list[int]:
 
 
 def pack(tokenizer, texts, max_length: int, max_tokens: int) -> tuple[Tensor, int]:
-    """Token ids (rows, max_length or all there are) of the texts end to end, and how many of a row are `start_tokens`.
+    """Return token ids (rows, max_length or fewer) of the texts end to end, and the number of `start_tokens` in a row.
 
-    Raises `ValueError` where there are fewer than two tokens.
+    Raises `ValueError` for fewer than two tokens.
     """
     start, stream = start_tokens(tokenizer, texts), token_stream(tokenizer, texts, max_tokens)
     length = len(start) + min(max_length - len(start), len(stream))
@@ -65,20 +65,22 @@ def pack(tokenizer, texts, max_length: int, max_tokens: int) -> tuple[Tensor, in
 
 def cut_rows(documents: Iterable[list[int]], length: int, start: Sequence[int]) -> Iterator[list[int]]:
     """Yield rows of exactly `length` tokens: `start`, then the documents end to end; the rest at the end is dropped."""
-    kept: list[int] = []
+    buffer: list[int] = []
     count, size = 0, length - len(start)
     for document in documents:
-        kept += document
+        buffer += document
         position = 0
-        while len(kept) - position >= size:
-            yield [*start, *kept[position : position + size]]
+        while len(buffer) - position >= size:
+            yield [*start, *buffer[position : position + size]]
             position, count = position + size, count + 1
-        del kept[:position]
-    logger.info(f"Packed {count} rows of {length} tokens; the last {len(kept)} tokens do not fill one and are dropped.")
+        del buffer[:position]
+    logger.info(
+        f"Packed {count} rows of {length} tokens; the last {len(buffer)} tokens do not fill one and are dropped."
+    )
 
 
 def end_token(tokenizer) -> list[int]:
-    """Return what separates one text from the next: the end token, or nothing where there is none."""
+    """Return the tokens that separate one text from the next: the end token, or none if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         logger.warning("The tokenizer has no end token, so nothing separates one text from the next.")
         return []
@@ -86,7 +88,7 @@ def end_token(tokenizer) -> list[int]:
 
 
 def tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
-    """Start tokens + text + end token; with a max_length cut there, and with labels."""
+    """Tokenise to start tokens + text + end token; with a max_length, truncate to it and add labels."""
     ids = tokenizer(list(batch[column]), add_special_tokens=False, verbose=False)["input_ids"]
     ids = [(start + row + end)[:max_length] for row in ids]
     if max_length is None:
@@ -95,17 +97,17 @@ def tokenise_documents(batch, *, tokenizer, column, start, end, max_length):
 
 
 def _labels_of(row: list[int], start: Sequence[int]) -> list[int]:
-    """The tokens, but for the first of a row and what it starts with: neither is predicted."""
+    """Return the tokens as labels, with the first of a row and its start tokens ignored: neither is predicted."""
     first = max(1, len(start))
     return [IGNORED] * len(row[:first]) + row[first:]
 
 
 def packed(kind: type, documents, max_length: int, argument: str, limit: int | None, start: list[int]):
-    """A data set of class `kind` with the packed rows of `documents`."""
+    """Return a data set of class `kind` with the packed rows of `documents`."""
     from datasets import Features, List, Value
 
     ids = List(Value("int32"))
-    # A list among them would be taken for shards.
+    # `from_generator` would take a list for shards, so `start` is a tuple.
     options = {"documents": documents, "length": max_length, "limit": limit, "start": tuple(start)}
     if len(start) >= max_length or next(_packed_rows(**options), None) is None:
         raise ValueError(
@@ -116,5 +118,5 @@ def packed(kind: type, documents, max_length: int, argument: str, limit: int | N
 
 
 def _packed_rows(documents, length: int, limit: int | None, start: tuple[int, ...]) -> Iterator[dict]:
-    for row in islice(cut_rows((d["input_ids"] for d in documents), length, start), limit):
+    for row in islice(cut_rows((document["input_ids"] for document in documents), length, start), limit):
         yield {"input_ids": row, "labels": _labels_of(row, start)}

@@ -1,4 +1,4 @@
-"""Texts, pairs and labels of a data set -> rows of token ids, and the collators that make batches of them."""
+"""Turn texts, pairs and labels of a data set into rows of token ids, and choose the collators that batch them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .packing import IGNORED, end_token, packed, start_tokens, tokenise_document
 logger = logging.get_logger(__name__)
 
 
-# What a column is called when the arguments do not say.
+# Default column names, by what the column holds.
 SOURCE_COLUMNS = ("source", "input", "document", "article", "text")
 TARGET_COLUMNS = ("target", "output", "summary", "title")
 LABEL_COLUMNS = ("label", "labels")
@@ -36,7 +36,7 @@ WORD_LABEL_COLUMNS = ("labels", "ner_tags", "pos_tags", "tags")
 
 @dataclass
 class Job:
-    """What every step of one build_data call needs; label_names is found in the training data."""
+    """Arguments that all steps of one build_data call share; label_names is set from the training data."""
 
     # DataArguments
     arguments: Any
@@ -58,12 +58,12 @@ def _first(dataset, argument: str, arguments, why: str = "") -> dict:
 
 
 def _column(first: dict, argument: str, given: str | None, names: tuple[str, ...]) -> str:
-    """The column `given`, or the first of `names` that is there."""
+    """Return the column `given`, or the first of `names` that the data has; raises `ValueError` if absent."""
     for name in (given,) if given is not None else names:
         if name in first:
             return name
-    wanted = repr(given) if given is not None else f"one of {', '.join(names)}"
-    raise ValueError(f"{argument} must name a column of the data, {list(first)}; looked for {wanted}")
+    expected = repr(given) if given is not None else f"one of {', '.join(names)}"
+    raise ValueError(f"{argument} must name a column of the data, {list(first)}; looked for {expected}")
 
 
 def _text_column(dataset, first: dict, given: str | None) -> str:
@@ -76,21 +76,21 @@ def _text_column(dataset, first: dict, given: str | None) -> str:
 
 
 def _without_empty(job: Job, dataset, columns: list[str], argument: str):
-    """The rows whose columns all hold text (or a list of words)."""
-    kept = dataset.filter(
+    """Return the rows whose columns all hold text (or a list of words)."""
+    filtered = dataset.filter(
         _holds_text, fn_kwargs={"columns": columns}, batched=True, input_columns=columns, **_workers(job, dataset)
     )
-    _first(kept, argument, job.arguments, f" with anything in {', '.join(columns)}")
-    if isinstance(kept, Dataset) and len(kept) < len(dataset):
-        logger.warning(f"{argument}: {len(dataset) - len(kept)} rows without anything in {columns} are left out.")
-    return kept
+    _first(filtered, argument, job.arguments, f" with anything in {', '.join(columns)}")
+    if isinstance(filtered, Dataset) and len(filtered) < len(dataset):
+        logger.warning(f"{argument}: {len(dataset) - len(filtered)} rows without anything in {columns} are left out.")
+    return filtered
 
 
 def _holds_text(*values: list, columns: list[str]) -> list[bool]:
     for name, column in zip(columns, values, strict=True):
-        wrong = next((v for v in column if v is not None and not isinstance(v, str | list)), None)
-        if wrong is not None:
-            raise ValueError(f"column {name!r} must hold text, got {wrong!r} of type {type(wrong).__name__}")
+        invalid = next((v for v in column if v is not None and not isinstance(v, str | list)), None)
+        if invalid is not None:
+            raise ValueError(f"column {name!r} must hold text, got {invalid!r} of type {type(invalid).__name__}")
     return [all(v.strip() if isinstance(v, str) else v for v in row) for row in zip(*values, strict=True)]
 
 
@@ -114,7 +114,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     if job.task == "causal-lm":
         start = start_tokens(job.tokenizer, (row[columns[0]] for row in dataset))
         options["end"] = end_token(job.tokenizer)
-        # Packed, it is a row that begins with them; else a text.
+        # With packing, each row begins with the start tokens; otherwise each text does.
         options |= {"start": [], "max_length": None} if packing else {"start": start}
     if limit is not None and not packing:
         dataset = (
@@ -122,11 +122,11 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
             if isinstance(dataset, IterableDataset)
             else dataset.select(range(min(limit, len(dataset))))
         )
-    # Without features a stream's columns are known from its first row only.
+    # A stream without features only shows its columns in its first row.
     names = list(dataset.features or first)
     kind = type(dataset)
     if packing and limit is not None and arguments.num_proc is None and kind is Dataset:
-        # So that no more is tokenised than the rows need.
+        # Lazily, so that no more is tokenised than the rows need.
         dataset = dataset.to_iterable_dataset()
     workers = _workers(job, dataset)
     rows = dataset.map(function, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers)
@@ -134,7 +134,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
         return packed(kind, rows, job.max_length, argument, limit, start)
     if job.task == "masked-lm" and not training:
         collator = _MaskingCollator(job.tokenizer, mlm_probability=arguments.mlm_probability)
-        # Row by row and with the row's number, so that neither batches nor processes change a mask.
+        # By row number, so that neither batches nor processes change a mask.
         return rows.map(
             _mask_row,
             with_indices=True,
@@ -144,7 +144,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     return rows
 
 
-# What reads each task's columns: a function of a batch, the columns that must not be empty, and its options.
+# For each task: the function that tokenises a batch, the columns that must not be empty, and its options.
 
 
 def _read_texts(job: Job, dataset, first: dict, training: bool):
@@ -191,7 +191,7 @@ _READERS = {
 
 
 def pair_columns(first: dict, arguments) -> list[str]:
-    """Return the columns of sequence-to-sequence data: what is read, and what is written."""
+    """Return the source and target columns of sequence-to-sequence data."""
     return [
         _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
         _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
@@ -216,7 +216,7 @@ def _tokenise_labelled(batch, *, tokenizer, column, max_length, label_column, id
 def _tokenise_words(batch, *, tokenizer, column, max_length, label_column, ids, num_labels):
     rows = tokenizer(list(batch[column]), is_split_into_words=True, truncation=True, max_length=max_length)
     labels = []
-    for number, (words, values) in enumerate(zip(batch[column], batch[label_column], strict=True)):
+    for index, (words, values) in enumerate(zip(batch[column], batch[label_column], strict=True)):
         if not isinstance(values, list):
             raise ValueError(f"label_column {label_column!r} must hold a list of labels, got {values!r}")
         if len(words) != len(values):
@@ -224,10 +224,10 @@ def _tokenise_words(batch, *, tokenizer, column, max_length, label_column, ids, 
                 f"{label_column!r} must have one label for each word of {column!r}, got {len(values)} for {len(words)} "
                 f"words: {list(words)[:8]}"
             )
-        found = [v if v == IGNORED else _label(v, label_column, ids, num_labels) for v in values]
-        word_ids = rows.word_ids(number)
-        starts = (word is not None and word != before for before, word in zip([None, *word_ids], word_ids))
-        labels.append([found[word] if start else IGNORED for start, word in zip(starts, word_ids, strict=True)])
+        word_labels = [value if value == IGNORED else _label(value, label_column, ids, num_labels) for value in values]
+        word_ids = rows.word_ids(index)
+        starts = (word is not None and word != previous for previous, word in zip([None, *word_ids], word_ids))
+        labels.append([word_labels[word] if start else IGNORED for start, word in zip(starts, word_ids, strict=True)])
     return {**rows, "labels": labels}
 
 
@@ -242,14 +242,14 @@ def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int)
 
 
 def _label_options(job: Job, dataset, column: str, training: bool) -> dict[str, Any]:
-    """How this data set's values become ids: {"label_column", "ids": value -> id, or None for ids, "num_labels"}."""
+    """Return {"label_column", "ids", "num_labels"}; "ids" maps this data set's values to ids, None if they are ids."""
     num_labels = job.model_config.num_labels
     feature = (dataset.features or {}).get(column)
     feature = getattr(feature, "feature", feature)
     own_names = list(feature.names) if isinstance(feature, ClassLabel) else None
     of_model = _model_labels(job.model_config)
     if training:
-        # A model that knows these classes, in whatever order, keeps its ids.
+        # A model that knows these classes, in any order, keeps its ids.
         job.label_names = of_model if own_names is None or set(own_names) <= set(of_model or ()) else own_names
         if own_names is None and of_model is None and getattr(feature, "dtype", None) in ("string", "large_string"):
             if isinstance(dataset, IterableDataset):
@@ -266,26 +266,26 @@ def _label_options(job: Job, dataset, column: str, training: bool) -> dict[str, 
             f"{num_labels}; load the model with num_labels={len(names)}"
         )
     if own_names is not None and names is not None:
-        known = {name: i for i, name in enumerate(names)}
-        if unknown := [name for name in own_names if name not in known]:
+        id_of_name = {name: index for index, name in enumerate(names)}
+        if unknown := [name for name in own_names if name not in id_of_name]:
             raise ValueError(f"label_column {column!r} has classes that the training data lacks: {unknown}")
-        options["ids"] = {i: known[name] for i, name in enumerate(own_names)}
+        options["ids"] = {index: id_of_name[name] for index, name in enumerate(own_names)}
     elif getattr(feature, "dtype", None) in ("string", "large_string"):
-        options["ids"] = {name: i for i, name in enumerate(names or [])}
+        options["ids"] = {name: index for index, name in enumerate(names or [])}
     return options
 
 
 def _model_labels(config) -> list[str] | None:
-    """The class names of the model's config, None where they are the LABEL_0, LABEL_1, ... of a fresh head."""
+    """Return the class names in the model's config, None if they are the LABEL_0, LABEL_1, ... of a fresh head."""
     names = [config.id2label[i] for i in sorted(config.id2label)] if getattr(config, "id2label", None) else []
     return None if names == [f"LABEL_{i}" for i in range(len(names))] else [str(name) for name in names]
 
 
 def _names_in(dataset: Dataset, column: str) -> list[str]:
-    found = set()
+    label_names = set()
     for value in dataset.unique(column) if not isinstance(dataset[0][column], list) else dataset[column]:
-        found.update(value if isinstance(value, list) else [value])
-    return sorted(name for name in found if name is not None)
+        label_names.update(value if isinstance(value, list) else [value])
+    return sorted(name for name in label_names if name is not None)
 
 
 def _label(value, column: str, ids: dict | None, num_labels: int):
@@ -307,7 +307,7 @@ def _label(value, column: str, ids: dict | None, num_labels: int):
 
 
 class _MaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' masking; rows that have labels were masked before and are only padded."""
+    """transformers' masking collator, which only pads rows that already have labels."""
 
     def torch_call(self, examples):
         if "labels" in examples[0]:
@@ -323,8 +323,8 @@ def collator_for(job: Job):
     if job.task == "masked-lm":
         return _MaskingCollator(tokenizer, mlm_probability=job.arguments.mlm_probability, pad_to_multiple_of=multiple)
     if job.task in ("causal-lm", "seq2seq"):
-        # It pads given labels with -100 and leaves them alone otherwise: the end token stays one to learn, where
-        # DataCollatorForLanguageModeling would drop it for being the padding token as well.
+        # It pads given labels with -100 and does not change them otherwise, so the end token is learned;
+        # DataCollatorForLanguageModeling would ignore it where it is also the padding token.
         return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple)
     if job.task == "token-classification":
         return DataCollatorForTokenClassification(tokenizer, pad_to_multiple_of=multiple)
@@ -332,7 +332,7 @@ def collator_for(job: Job):
 
 
 def training_texts(dataset, arguments, task: str) -> Iterator[str]:
-    """The texts that a training reads, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
+    """Yield the training texts, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
     first = _first(dataset, "train_data", arguments)
     pairs = task == "seq2seq"
     columns = pair_columns(first, arguments) if pairs else [_text_column(dataset, first, arguments.text_column)]

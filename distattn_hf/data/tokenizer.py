@@ -8,12 +8,12 @@ from transformers import PreTrainedTokenizerFast
 from .config import is_integer
 
 PADDING, START, END, MASK = "<pad>", "<s>", "</s>", "<mask>"
-# Every byte has a token, so nothing is ever unknown.
+# Every byte has a token, so no text is unknown.
 LEAST_VOCABULARY = 256 + 4
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int, *, add_end: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most vocab_size tokens, of which 0 to 3 are <pad>, <s>, </s> and <mask>.
+    """Train byte-level BPE of at most vocab_size tokens, of which 0 to 3 are <pad>, <s>, </s> and <mask>.
 
     add_end: every text ends with </s>, as sequence-to-sequence models expect. Source: Sennrich et al., 2016; bytes as
     in GPT-2 (Radford et al., 2019). Raises `ValueError` for fewer tokens than there are bytes.

@@ -1,1 +1,1 @@
-"""Scores of a model on a task, and the table that sets them side by side."""
+"""Score models on a task, and compare the scores in a table."""

@@ -1,4 +1,4 @@
-"""How good a model is on text, by whatever its head allows, and how close it stays to its teacher."""
+"""Score a model on text, by the metric of its head, and measure how close it stays to its teacher."""
 
 import math
 from contextlib import contextmanager
@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class EvaluationOptions:
-    """max_length in tokens a row, max_tokens in all, rows per batch, the seed of masked positions, and how embeddings
-    are pooled: "mean", "cls", "max" or "lasttoken" (see `read_pooling`)."""
+    """max_length in tokens per row, max_tokens in total, rows per batch, the seed of masked positions, and the pooling
+    of embeddings: "mean", "cls", "max" or "lasttoken" (see `read_pooling`)."""
 
     max_length: int = 512
     max_tokens: int = 8192
@@ -41,7 +41,7 @@ class EvaluationOptions:
 
 
 def check_pooling(pooling: str) -> None:
-    """Raise `ValueError` for no pooling of `POOLINGS`."""
+    """Raise `ValueError` unless `pooling` is one of `POOLINGS`."""
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
 
@@ -50,14 +50,14 @@ def check_pooling(pooling: str) -> None:
 def evaluate_model(
     model, tokenizer, texts, *, pairs=None, options: EvaluationOptions | None = None
 ) -> dict[str, float]:
-    """Scores of `model` on `texts`, a dict of numbers, with how many "texts" and "tokens" they are of.
+    """Return the scores of `model` on `texts` as a dict of numbers, with the number of "texts" and "tokens" scored.
 
     causal-lm: "perplexity" and "loss" (nats per token) over rows of max_length tokens, text packed end to end, each
     row beginning as the tokenizer begins a text ([BOS], where it adds one; it is not counted).
     masked-lm: "loss" on 15% masked tokens, the same ones for every model under one seed.
     seq2seq: "loss" of each target given its source (`pairs`; each text as its own target without them).
     embedding: "retrieval_at_1" and "mrr": each query's own passage among all (`pairs`; without them the first sentence
-    of each text is the query and the rest the passage), by cosine of embeddings pooled as the options say.
+    of each text is the query and the rest the passage), by cosine of embeddings pooled as set in the options.
     """
     options = options or EvaluationOptions()
     options = replace(options, max_length=length_for(model, options.max_length))
@@ -68,18 +68,18 @@ def evaluate_model(
             pairs = pairs or first_sentence_pairs(texts)
             if len(pairs) < 2:
                 raise ValueError(f"retrieval needs at least 2 texts of two or more sentences, got {len(pairs)}")
-            queries, passages = (embed(model, tokenizer, [p[i] for p in pairs], options) for i in (0, 1))
+            queries, passages = (embed(model, tokenizer, [pair[side] for pair in pairs], options) for side in (0, 1))
             return {**retrieval_scores(queries, passages), "texts": len(pairs)}
         if task == "seq2seq":
-            sums, used = _read_pairs(model, tokenizer, pairs or [(t, t) for t in texts], options)
+            sums, num_texts = _read_pairs(model, tokenizer, pairs or [(text, text) for text in texts], options)
         else:
-            sums, used = (_read_packed if task == "causal-lm" else _read_masked)(model, tokenizer, texts, options)
+            sums, num_texts = (_read_packed if task == "causal-lm" else _read_masked)(model, tokenizer, texts, options)
     scores = sums.scores()
-    return {"loss": scores["loss"], "perplexity": scores["perplexity"], "texts": used, "tokens": sums.count}
+    return {"loss": scores["loss"], "perplexity": scores["perplexity"], "texts": num_texts, "tokens": sums.count}
 
 
 def describe_scores(kind: str, scores: dict[str, float], pooling: str = "mean") -> str:
-    """What scores of `evaluate_model` are of, in a sentence: how many texts and tokens, and what is done with them."""
+    """Describe scores of `evaluate_model` in a sentence: how many texts and tokens, and how they are scored."""
     texts, tokens = scores["texts"], scores.get("tokens", 0)
     return {
         "causal-lm": f"perplexity of {tokens:,} tokens, each given those before it in its row, from {texts:,} texts",
@@ -92,7 +92,7 @@ def describe_scores(kind: str, scores: dict[str, float], pooling: str = "mean") 
 
 @contextmanager
 def warn_without_far_keys(model):
-    """Warn at the end where no batch that a Nyström model has read was longer than what it sees exactly."""
+    """Warn on exit where a Nyström model has read no batch longer than the span that it attends to exactly."""
     span = exact_span(model) if hasattr(model, "attention_modules") else None
     longest = 0
 
@@ -116,20 +116,20 @@ def warn_without_far_keys(model):
 
 @torch.no_grad()
 def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOptions | None = None) -> float:
-    """Mean cosine between the two models' embeddings of the same texts, pooled as the options say."""
+    """Return the mean cosine between the two models' embeddings of the same texts, pooled as set in the options."""
     options = options or EvaluationOptions()
-    mine, theirs = (embed(m, tokenizer, texts, options) for m in (model, teacher))
-    return float((mine * theirs).sum(-1).mean())
+    embeddings, teacher_embeddings = (embed(encoder, tokenizer, texts, options) for encoder in (model, teacher))
+    return float((embeddings * teacher_embeddings).sum(-1).mean())
 
 
 @torch.no_grad()
 def score_model(
     model, task: str, data, tokenizer, *, pairs=None, pooling: str = "mean", batch_size: int = 8, progress: bool = True
 ) -> dict[str, float]:
-    """Return the scores of `model` on the held-out rows of `data`, a `TaskData`, means over what has a label.
+    """Return the scores of `model` on the held-out rows of `data`, a `TaskData`, as means over labels.
 
     Loss and perplexity (language models), accuracy (classification), or retrieval of each pair's passage by its query
-    (encoders, `pooling` as `EvaluationOptions` has it). Raises `ValueError` where there is no evaluation data, or none
+    (encoders, `pooling` as in `EvaluationOptions`). Raises `ValueError` where there is no evaluation data, or none
     with labels.
     """
     model.eval()
@@ -152,13 +152,13 @@ def score_model(
 
 
 class TokenScores:
-    """Sum over the labels of a task, -100 left out, the cross-entropy in nats and how many were the likeliest."""
+    """Sums over the labels of a task other than -100: cross-entropy in nats, and how many were the likeliest class."""
 
     def __init__(self, task: str):
         self.task, self.total, self.correct, self.count = TASKS[task], 0.0, 0, 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add the logits (..., classes) and labels (...) of one batch, aligned as the task says."""
+        """Add the logits (..., classes) and labels (...) of one batch, aligned as the task needs."""
         if self.task.shifted:
             logits, labels = logits[:, :-1], labels[:, 1:]
         keep = labels != -100
@@ -168,13 +168,13 @@ class TokenScores:
         self.count += len(labels)
 
     def scores(self) -> dict[str, float]:
-        """Return "loss", "accuracy" and, for language models, "perplexity"; raise `ValueError` where nothing counts."""
+        """Return "loss", "accuracy" and, for language models, "perplexity"; raises `ValueError` without labels."""
         if not self.count:
             raise ValueError(f"the data holds no label that counts for task {self.task.name!r}")
-        found = {"loss": self.total / self.count, "accuracy": self.correct / self.count}
+        values = {"loss": self.total / self.count, "accuracy": self.correct / self.count}
         if self.task.metric == "perplexity":
-            found["perplexity"] = math.exp(min(found["loss"], 80.0))
-        return found
+            values["perplexity"] = math.exp(min(values["loss"], 80.0))
+        return values
 
 
 def compare_models(
@@ -183,9 +183,9 @@ def compare_models(
     options: EvaluationOptions | None = None,
     poolings: dict[str, str] | None = None,
 ) -> dict[str, dict]:
-    """Scores of several models on the same texts; `models` is {name: (model, tokenizer)}, the teacher last.
+    """Score several models on the same texts; `models` is {name: (model, tokenizer)}, the teacher last.
 
-    Each is read with its own tokenizer and, where `poolings` names one, pooled in its own way; two models also get
+    Each uses its own tokenizer and, if `poolings` names one, its own pooling; two models also get
     "ratio" (perplexity over the teacher's) or, for encoders, "embedding_cosine" with the teacher. Raises `ValueError`
     when they have different kinds of heads.
     """
@@ -196,17 +196,17 @@ def compare_models(
         if tokenizer is None:
             raise ValueError(f"{name!r} has no tokenizer files, so it cannot read text")
     options, poolings = options or EvaluationOptions(), poolings or {}
-    own = {name: replace(options, pooling=poolings.get(name, options.pooling)) for name in models}
-    if len({chosen.pooling for chosen in own.values()}) > 1:
-        said = ", ".join(f"{name} by {chosen.pooling}" for name, chosen in own.items())
-        logger.warning(f"the models pool their embeddings in different ways: {said}")
-    result = {name: evaluate_model(model, tok, texts, options=own[name]) for name, (model, tok) in models.items()}
+    by_name = {name: replace(options, pooling=poolings.get(name, options.pooling)) for name in models}
+    if len({entry.pooling for entry in by_name.values()}) > 1:
+        used_poolings = ", ".join(f"{name} by {entry.pooling}" for name, entry in by_name.items())
+        logger.warning(f"the models pool their embeddings in different ways: {used_poolings}")
+    result = {name: evaluate_model(model, tok, texts, options=by_name[name]) for name, (model, tok) in models.items()}
     if len(models) == 2:
         (name, (model, tokenizer)), (teacher_name, (teacher, _)) = models.items()
         if kinds[name] == "embedding":
-            mine = embed(model, tokenizer, texts, own[name])
-            theirs = embed(teacher, tokenizer, texts, own[teacher_name])
-            result[name]["embedding_cosine"] = float((mine * theirs).sum(-1).mean())
+            embeddings = embed(model, tokenizer, texts, by_name[name])
+            teacher_embeddings = embed(teacher, tokenizer, texts, by_name[teacher_name])
+            result[name]["embedding_cosine"] = float((embeddings * teacher_embeddings).sum(-1).mean())
             result[teacher_name]["embedding_cosine"] = 1.0
         else:
             result[name]["ratio"] = result[name]["perplexity"] / result[teacher_name]["perplexity"]
@@ -215,30 +215,30 @@ def compare_models(
 
 
 def retrieval_scores(queries: Tensor, passages: Tensor) -> dict[str, float]:
-    """`retrieval_ranks` in two numbers: the share ranked first, and the mean reciprocal rank."""
+    """Summarise `retrieval_ranks` by the share ranked first and the mean reciprocal rank."""
     ranks = retrieval_ranks(queries, passages)
     return {"retrieval_at_1": float((ranks == 1).float().mean()), "mrr": float((1 / ranks).mean())}
 
 
 def retrieval_ranks(queries: Tensor, passages: Tensor, first: int = 0) -> Tensor:
-    """Rank of passage first + i for query i among all passages, by dot product: (len(queries),).
+    """Return the rank of passage first + i for query i among all passages, by dot product: (len(queries),).
 
-    Whatever is not clearly worse ranks ahead, so that embeddings that are all equal, or NaN, come last and not first.
+    Passages that are not clearly worse rank ahead, so that embeddings that are all equal, or NaN, rank last, not first.
     """
     scores = queries @ passages.T
-    own = scores.gather(1, torch.arange(first, first + len(queries), device=scores.device)[:, None])
-    return (~(scores < own)).sum(-1)
+    own_scores = scores.gather(1, torch.arange(first, first + len(queries), device=scores.device)[:, None])
+    return (~(scores < own_scores)).sum(-1)
 
 
 def first_sentence_pairs(texts) -> list[tuple[str, str]]:
-    """(first sentence, the rest) of each text that has both."""
+    """Return (first sentence, the rest) of each text that has both."""
     pairs = [text.split(". ", 1) for text in texts]
-    return [(p[0], p[1]) for p in pairs if len(p) == 2 and p[0].strip() and p[1].strip()]
+    return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and pair[0].strip() and pair[1].strip()]
 
 
 def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
-    """Unit embeddings (len(texts), hidden size), pooled as the options say."""
-    found = []
+    """Return unit embeddings (len(texts), hidden size), pooled as set in the options."""
+    embeddings = []
     for start in _steps(range(0, len(texts), 8 * options.batch_size), "embed", options):
         batch = tokenizer(
             texts[start : start + 8 * options.batch_size],
@@ -248,20 +248,20 @@ def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
             return_tensors="pt",
         ).to(model.device)
         hidden = model(**batch).last_hidden_state
-        found.append(F.normalize(_pool(hidden, batch["attention_mask"].bool(), options.pooling), dim=-1))
-    return torch.cat(found).float()
+        embeddings.append(F.normalize(_pool(hidden, batch["attention_mask"].bool(), options.pooling), dim=-1))
+    return torch.cat(embeddings).float()
 
 
 def _pool(hidden: Tensor, keep: Tensor, pooling: str) -> Tensor:
-    """(B, width) of the states (B, N, width) that are no padding, wherever the padding is."""
+    """Pool the states (B, N, width) that are not padding to (B, width), for padding on either side."""
     if pooling == "mean":
         mask = keep[..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
     if pooling == "max":
         return hidden.masked_fill(~keep[..., None], -torch.inf).amax(1)
-    count = keep.int().cumsum(-1)
-    place = (count == 1 if pooling == "cls" else count == count[:, -1:]).int().argmax(-1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), place]
+    token_number = keep.int().cumsum(-1)
+    position = (token_number == 1 if pooling == "cls" else token_number == token_number[:, -1:]).int().argmax(-1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), position]
 
 
 def _read_packed(model, tokenizer, texts, options) -> tuple[TokenScores, int]:
@@ -269,19 +269,19 @@ def _read_packed(model, tokenizer, texts, options) -> tuple[TokenScores, int]:
     sums = TokenScores("causal-lm")
     for batch in _steps(rows.split(options.batch_size), "perplexity", options):
         batch = batch.to(model.device)
-        # How a text starts is no part of the text.
+        # The start tokens are not part of the text.
         labels = batch.masked_fill(torch.arange(batch.shape[1], device=batch.device) < start, -100)
         sums.add(model(input_ids=batch).logits, labels)
     return sums, _texts_within(tokenizer, texts, rows[:, start:].numel())
 
 
 def _texts_within(tokenizer, texts, tokens: int) -> int:
-    """How many of the texts, packed end to end, so many tokens begin."""
-    end = int(tokenizer.eos_token_id is not None)
-    for number, text in enumerate(texts, 1):
-        tokens -= len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + end
+    """Return how many of the texts, packed end to end, the first `tokens` tokens reach into."""
+    end_length = int(tokenizer.eos_token_id is not None)
+    for count, text in enumerate(texts, 1):
+        tokens -= len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + end_length
         if tokens <= 0:
-            return number
+            return count
     return len(texts)
 
 

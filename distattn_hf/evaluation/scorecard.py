@@ -27,8 +27,8 @@ ROWS = (
 
 @dataclass
 class ScorecardRow:
-    """One model's score. ratio: score over that of the row `Scorecard.ratio_to`; trained_parameters, tokens and seconds
-    are what the training that led here took, all stages together; None where nothing was trained."""
+    """One model's score. ratio: score divided by that of the row `Scorecard.ratio_to`; trained_parameters, tokens and
+    seconds: of the training that led to this model, all stages together; None without training."""
 
     name: str
     score: float
@@ -41,9 +41,9 @@ class ScorecardRow:
 
 @dataclass
 class Scorecard:
-    """Scores of one adaptation, a row a model; saved as `distattn_scorecard.json` in the student's folder.
+    """Scores of one adaptation, one row per model; saved as `distattn_scorecard.json` in the student's folder.
 
-    ratio_to: "teacher_finetuned" where there is one, else "teacher". checkpoint: the row of the student in the folder.
+    ratio_to: "teacher_finetuned" if that row exists, else "teacher". checkpoint: the row of the student in the folder.
     """
 
     task: str
@@ -58,38 +58,38 @@ class Scorecard:
 
     @classmethod
     def for_task(cls, task: str, data: dict, teacher: str) -> "Scorecard":
-        """An empty scorecard of `task`."""
+        """Return an empty scorecard for `task`."""
         return cls(task, TASKS[task].metric, TASKS[task].higher_is_better, data, teacher)
 
     def row(self, name: str) -> ScorecardRow | None:
-        """The row called `name`, or None."""
+        """Return the row called `name`, or None."""
         return next((row for row in self.rows if row.name == name), None)
 
     def put(self, name: str, metrics: dict[str, float], **spent) -> ScorecardRow:
-        """Add or replace a row, and set all ratios anew. Raises `ValueError` for a name that is not in `ROWS`."""
+        """Add or replace a row, and recompute all ratios. Raises `ValueError` for a name that is not in `ROWS`."""
         if name not in ROWS:
             raise ValueError(f"a scorecard row must be one of {', '.join(ROWS)}, got {name!r}")
         row = ScorecardRow(name, metrics[self.metric], metrics=metrics, **spent)
         self.rows = sorted([r for r in self.rows if r.name != name] + [row], key=lambda r: ROWS.index(r.name))
         self.ratio_to = "teacher_finetuned" if self.row("teacher_finetuned") else "teacher"
         base = self.row(self.ratio_to)
-        for other in self.rows:
-            other.ratio = None if base is None or not base.score else other.score / base.score
+        for scored_row in self.rows:
+            scored_row.ratio = None if base is None or not base.score else scored_row.score / base.score
         return row
 
     def to_dict(self) -> dict:
-        """JSON-ready; `from_dict` turns it back."""
+        """Return a JSON-serialisable dict; `from_dict` is the inverse."""
         return {"version": self.version, **{k: v for k, v in asdict(self).items() if k != "version"}}
 
     @classmethod
     def from_dict(cls, data: dict) -> "Scorecard":
-        """The scorecard that `to_dict` described; raises `ValueError` for another version."""
+        """Restore the scorecard from `to_dict`; raises `ValueError` for another version."""
         if data.get("version") != 1:
             raise ValueError(f"scorecard version must be 1, got {data.get('version')!r}")
         return cls(**{**data, "rows": [ScorecardRow(**row) for row in data["rows"]]})
 
     def save(self, folder: str | Path) -> Path:
-        """Write the file into `folder`, complete or not at all."""
+        """Write the file into `folder` atomically."""
         path = Path(folder) / SCORECARD
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.to_dict())
@@ -97,23 +97,23 @@ class Scorecard:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scorecard | None":
-        """The scorecard in `folder`, or None."""
+        """Return the scorecard in `folder`, or None."""
         path = Path(folder) / SCORECARD
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def table(self) -> str:
-        """For a terminal."""
+        """Format the scorecard as a text table for a terminal."""
         arrow = "higher is better" if self.greater_is_better else "lower is better"
         lines = [f"{self.teacher}, {self.task}: {self.metric} on {self.data.get('eval')} ({arrow})"]
         header = ("", self.metric, f"to {self.ratio_to}", "trained", "tokens", "seconds")
         cells = [header]
         for row in self.rows:
-            spent = (row.trained_parameters, row.tokens, row.seconds)
+            cost = (row.trained_parameters, row.tokens, row.seconds)
             cells.append(
                 (row.name, f"{row.score:.4f}", "-" if row.ratio is None else f"{row.ratio:.4f}")
-                + tuple("-" if value is None else f"{value:,.0f}" for value in spent)
+                + tuple("-" if value is None else f"{value:,.0f}" for value in cost)
             )
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
         for row in cells:
             lines.append(
                 row[0].ljust(widths[0]) + "".join(f"  {c.rjust(w)}" for c, w in zip(row[1:], widths[1:], strict=True))
@@ -122,11 +122,11 @@ class Scorecard:
 
 
 class Examiner:
-    """Scores models of one task on the same data into a scorecard, which is saved after each.
+    """Scores models of one task on the same data and saves the scorecard after each.
 
     Args:
         card, folder: the scorecard and where it is saved.
-        data, tokenizer, pairs, pooling: as `score_model` takes them.
+        data, tokenizer, pairs, pooling: as in `score_model`.
         training: `TrainingArguments`: device, batch size, whether progress is shown.
         state: accelerate's; the main process scores, the others wait.
     """
@@ -154,7 +154,7 @@ class Examiner:
         self.state.wait_for_everyone()
 
     def record_controls(self, names, student, plain: Callable) -> None:
-        """Score each control; `plain` makes the student that was swapped without a fit."""
+        """Score each control; `plain` returns the student that was swapped without a fit."""
         for name in names:
             if name == "plain":
                 self.record(name, plain() if self.state.is_main_process else None)
@@ -166,10 +166,10 @@ class Examiner:
 
 
 def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[tuple[str, str]]:
-    """The last `count` (query, passage) pairs of the evaluation data: two columns of it, or, without `columns`, the
-    first sentence of each text and the rest of it.
+    """Return the last `count` (query, passage) pairs of the evaluation data: two of its columns, or, without `columns`,
+    the first sentence of each text and the rest of it.
 
-    Raises `ValueError` for a column that is not there, or fewer than two pairs.
+    Raises `ValueError` for a missing column, or fewer than two pairs.
     """
     rows = find_data(arguments)[1]
     if rows is None:
@@ -191,7 +191,7 @@ def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[t
 
 
 def without_far_field(student):
-    """A copy of a Nyström student that sees sinks and window alone; raises `ValueError` where no head is linear."""
+    """Return a copy of a Nyström student that only sees sinks and window; raises `ValueError` without Nyström heads."""
     student = copy.deepcopy(student)
     groups = [g for s in student.attention_states.values() for g in s.groups if isinstance(g, NystromParameters)]
     if not groups:
@@ -203,7 +203,7 @@ def without_far_field(student):
 
 @contextmanager
 def no_attention(student):
-    """While it is open, every converted module's attention gives zeros: what the rest of the model does alone."""
+    """Replace the attention output of every converted module by zeros within the context, as a control."""
 
     def zeros(state, query, key, value, call):
         return value.new_zeros(*query.shape[:3], value.shape[-1])

@@ -1,4 +1,4 @@
-"""Metrics of the `evaluate` library that come with this package, so that none is downloaded.
+"""Metrics for the `evaluate` library that ship with this package, so that none is downloaded.
 
 ```python
 metric = Perplexity()
@@ -7,7 +7,7 @@ for batch in loader:
 metric.compute()  # {"perplexity": ..., "loss": ..., "num_tokens": ...}
 ```
 
-What `add_batch` gets is reduced at once to a few numbers a row, so a batch of logits is never written to disk
+`add_batch` reduces its inputs at once to a few numbers per row, so a batch of logits is never written to disk
 (`Retrieval` keeps the embeddings). All three take `predictions` and `references` only and go into `evaluate.combine`.
 """
 
@@ -49,10 +49,10 @@ class _PackagedMetric(evaluate.Metric):
         super().__init__(config_name, num_process=num_process, experiment_id=experiment_id, **options)
 
     def compute(self, *, predictions=None, references=None, **kwargs):
-        """The scores of everything added (and of predictions and references, if given); None in processes > 0."""
+        """Return the scores of all items added (and of predictions and references, if given); None in processes > 0."""
         scores = super().compute(predictions=predictions, references=references, **kwargs)
         if self.num_process == 1:
-            # Nobody else can wait for a lock of this name, and evaluate would leave one file for each instance.
+            # No other process uses a lock of this name, and evaluate would leave one file per instance.
             for path in self.file_paths or ():
                 Path(f"{path}.lock").unlink(missing_ok=True)
         return scores
@@ -79,12 +79,12 @@ def _check_shapes(predictions: Tensor, references: Tensor) -> None:
 
 
 def _check_finite(name: str, values: Tensor) -> None:
-    if wrong := int((~values.isfinite()).sum()):
-        raise ValueError(f"{name} must be finite, got {wrong} values that are not")
+    if count := int((~values.isfinite()).sum()):
+        raise ValueError(f"{name} must be finite, got {count} values that are not")
 
 
 def _one(value):
-    """A batch of one."""
+    """Return the value as a batch of one."""
     return torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value)[None]
 
 
@@ -138,7 +138,7 @@ class Perplexity(_PackagedMetric):
 
 
 class AttentionFidelity(_PackagedMetric):
-    """How close a student's attention stays to its teacher's.
+    """Distance between a student's attention and its teacher's.
 
     predictions: the student's, references: the teacher's, of one shape. config_name "default": outputs (B, ..., N, d)
     of attention modules, the vectors in the last axis. "maps": attention weights (B, ..., N, M), whose rows sum to 1.
@@ -176,16 +176,16 @@ class AttentionFidelity(_PackagedMetric):
                 )
             keep = keep & mask.view(mask.shape[0], *[1] * (student.dim() - 3), mask.shape[1])
         sums, counts = [], []
-        for s, t, kept in zip(student, teacher, keep, strict=True):
-            s, t = s[kept].double(), t[kept].double()
-            for name, values in (("predictions", s), ("references", t)):
+        for student_item, teacher_item, kept_queries in zip(student, teacher, keep, strict=True):
+            student_item, teacher_item = student_item[kept_queries].double(), teacher_item[kept_queries].double()
+            for name, values in (("predictions", student_item), ("references", teacher_item)):
                 _check_finite(name, values)
-            sums.append(self._sums(s, t))
-            counts.append(len(s))
+            sums.append(self._sums(student_item, teacher_item))
+            counts.append(len(student_item))
         super().add_batch(predictions=sums, references=counts, **kwargs)
 
     def _sums(self, student: Tensor, teacher: Tensor) -> list[float]:
-        """Sums over the vectors (n, d) of one item."""
+        """Return the sums over the vectors (n, d) of one item."""
         divergence = 0.0
         if self.config_name == "maps":
             for name, weights in (("predictions", student), ("references", teacher)):
@@ -194,9 +194,9 @@ class AttentionFidelity(_PackagedMetric):
                         f"{name} must be attention weights: not negative, rows of sum 1; got rows of sum "
                         f"{float(weights.sum(-1).min()):.3g} to {float(weights.sum(-1).max()):.3g}"
                     )
-            # The smallest normal float32: what a float32 softmax rounds to 0 costs a finite amount.
-            least = torch.finfo(torch.float32).tiny
-            terms = teacher * (teacher.clamp_min(least).log() - student.clamp_min(least).log())
+            # The smallest normal float32, so that weights a float32 softmax rounds to 0 cost a finite amount.
+            smallest = torch.finfo(torch.float32).tiny
+            terms = teacher * (teacher.clamp_min(smallest).log() - student.clamp_min(smallest).log())
             divergence = float(terms.sum())
         cosine = F.cosine_similarity(student, teacher, dim=-1, eps=1e-30).sum()
         error = (student - teacher).square().sum()
@@ -223,7 +223,7 @@ class Retrieval(_PackagedMetric):
 
     predictions: embeddings of the queries (B, d); references: embeddings of their passages (B, d), row i for row i.
     compute: "mrr", mean of 1/rank, and "retrieval_at_k" for each k of `at`, share of ranks <= k. A passage as close as
-    the query's own counts as ahead of it, so equal embeddings for everything score as badly as they are.
+    the query's own counts as ahead of it, so equal embeddings for everything get the worst score.
 
     Raises `ValueError` for other shapes, values that are not finite, k < 1, and fewer than 2 pairs.
     """

@@ -21,7 +21,7 @@ from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.discovery import find_attention_modules
 
-# Applied to a config and its sub-configs wherever the field exists.
+# Fields that are set in a config and its sub-configs, if they exist.
 TINY = {
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "emb_dim": 32, "model_dim": 32,
     "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2, "n_layers": 2, "encoder_layers": 2, "decoder_layers": 2,
@@ -48,25 +48,25 @@ class Outcome:
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Rebuild the config with tiny sizes, its sub-configs too."""
+    """Rebuild the config and its sub-configs with tiny sizes."""
     overrides = {name: value for name, value in TINY.items() if hasattr(config, name)}
     for key in config.sub_configs:
-        sub = getattr(config, key, None)
-        if isinstance(sub, PreTrainedConfig):
-            overrides[key] = shrink(sub).to_dict()
+        sub_config = getattr(config, key, None)
+        if isinstance(sub_config, PreTrainedConfig):
+            overrides[key] = shrink(sub_config).to_dict()
     for name in ("layer_types", "mlp_layer_types"):
         overrides.pop(name, None)
         if isinstance(getattr(config, name, None), list):
-            kinds = getattr(config, name)
-            overrides[name] = [kinds[0], kinds[-1]]
+            layer_kinds = getattr(config, name)
+            overrides[name] = [layer_kinds[0], layer_kinds[-1]]
     return type(config)(**overrides)
 
 
 def build(model_type: str):
-    """A tiny model with random weights, in eval mode: the causal, sequence-to-sequence or base class."""
+    """Build a tiny model with random weights, in eval mode: the causal, sequence-to-sequence or base class."""
     config = shrink(configuration_auto.CONFIG_MAPPING[model_type]())
-    for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
-        auto_class = getattr(modeling_auto, auto)
+    for auto_name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
+        auto_class = getattr(modeling_auto, auto_name)
         if type(config) in auto_class._model_mapping:
             torch.manual_seed(0)
             model = auto_class.from_config(config)
@@ -76,13 +76,13 @@ def build(model_type: str):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and parameter.is_floating_point() and "embed" not in name:
-            # Sharper than the usual 0.02, so that attention decides something.
+            # Larger than the usual 0.02, so that attention is not uniform.
             parameter.data = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
     return model.eval()
 
 
 def inputs_for(model) -> dict:
-    """Random tokens, pixels or audio features, by the model's main input."""
+    """Return random tokens, pixels or audio features, by the model's main input."""
     generator = torch.Generator().manual_seed(1)
     name = model.main_input_name
     if name == "pixel_values":
@@ -103,7 +103,7 @@ def inputs_for(model) -> dict:
 
 
 def run(model, batch) -> torch.Tensor:
-    """The model's first output, over real tokens."""
+    """Return the model's first output, without padding."""
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(**batch)
@@ -122,25 +122,25 @@ def sweep_one(model_type: str) -> Outcome:
         expected = run(model, batch)
         if not torch.isfinite(expected).all():
             raise ValueError("the tiny teacher gives NaN")
-    except Exception as error:  # noqa: BLE001 (whatever 400 config classes raise for sizes they do not like)
+    except Exception as error:  # noqa: BLE001 (400 config classes raise various errors for tiny sizes)
         return Outcome(model_type, "not built", f"{type(error).__name__}: {error}".split("\n")[0][:110])
-    found = find_attention_modules(model)
-    if not found:
+    modules = find_attention_modules(model)
+    if not modules:
         return Outcome(model_type, "no interface", type(model).__name__)
     try:
         student = convert(model, AttentionSpec(), init="exact")
-        got = run(student, batch)
+        actual = run(student, batch)
     except TimeoutError:
         raise
     except ValueError as error:
         return Outcome(model_type, "refused", str(error).split("\n")[0][:160])
     except Exception as error:  # noqa: BLE001 (reported as wrong, with its text)
         return Outcome(model_type, "wrong", f"{type(error).__name__}: {error}".split("\n")[0][:160])
-    difference = float((got - expected).abs().max())
+    difference = float((actual - expected).abs().max())
     scale = float(expected.abs().max())
     status = "exact" if difference <= 1e-4 * max(1.0, scale) else "wrong"
     control = float((run(convert(model, AttentionSpec(), init="plain"), batch) - expected).abs().max())
-    detail = f"{type(model).__name__}, {len(found)} modules, |Δ| {difference:.1e}, control {control:.1e}"
+    detail = f"{type(model).__name__}, {len(modules)} modules, |Δ| {difference:.1e}, control {control:.1e}"
     return Outcome(model_type, status, detail)
 
 

@@ -28,7 +28,7 @@ CHUNK = 1024
 
 
 def document(tokenizer, tokens: int) -> torch.Tensor:
-    """(1, tokens) ids of articles that no calibration saw, beginning as the tokenizer begins a text."""
+    """Return ids (1, tokens) of articles that no calibration used, with the tokenizer's start tokens."""
     texts = read_texts("news", split="test")
     ids = start_tokens(tokenizer, texts)
     ids += token_stream(tokenizer, texts, tokens)
@@ -38,45 +38,45 @@ def document(tokenizer, tokens: int) -> torch.Tensor:
 
 
 def cache_bytes(cache) -> int:
-    """Bytes of keys, values and states that a cache holds."""
+    """Return the bytes of keys, values and states in a cache."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, NystromLayer):
             total += layer.nbytes()
         else:
-            total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            total += sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values))
     return total
 
 
 @torch.no_grad()
 def seconds_per_token(model, cache, token: torch.Tensor, steps: int) -> float:
-    """Median over greedy steps that go on from a copy of the cache; the first one is not counted."""
-    cache, found = copy.deepcopy(cache), []
+    """Return the median over greedy steps from a copy of the cache, without the first step."""
+    cache, seconds = copy.deepcopy(cache), []
     for _ in range(steps + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 @torch.no_grad()
 def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK, steps: int = 0) -> list[dict]:
-    """One entry per chunk: {"end", "perplexity" of the chunk's tokens, "seconds", "cache_bytes"}.
+    """Read the ids chunk by chunk; returns per chunk {"end", "perplexity" of its tokens, "seconds", "cache_bytes"}.
 
     With `steps`, also "seconds_per_token" of so many generated ones, where `end` is a power of two times the chunk.
     """
-    found, cache, last = [], None, None
+    entries, cache, last = [], None, None
     for start in range(0, ids.shape[1], chunk):
-        begun = time.perf_counter()
-        piece = ids[:, start : start + chunk]
-        output = model(piece, past_key_values=cache, use_cache=True)
-        seconds, cache = time.perf_counter() - begun, output.past_key_values
+        started = time.perf_counter()
+        chunk_ids = ids[:, start : start + chunk]
+        output = model(chunk_ids, past_key_values=cache, use_cache=True)
+        seconds, cache = time.perf_counter() - started, output.past_key_values
         # The first token of a chunk is predicted by the last logits of the one before.
         sums = TokenScores("causal-lm")
         logits = output.logits if last is None else torch.cat([last, output.logits], dim=1)
         sums.add(logits, ids[:, max(start - 1, 0) : start + chunk])
         last = output.logits[:, -1:]
-        end = start + piece.shape[1]
+        end = start + chunk_ids.shape[1]
         entry = {
             "end": end,
             "perplexity": sums.scores()["perplexity"],
@@ -85,8 +85,8 @@ def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK, steps: int = 0)
         }
         if steps and (count := end // chunk) & (count - 1) == 0:
             entry["seconds_per_token"] = seconds_per_token(model, cache, last.argmax(-1), steps)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 @styled

@@ -19,33 +19,33 @@ from .trainer import num_steps, train_stage
 
 logger = logging.getLogger(__name__)
 
-# Beside what no result depends on: what is scored, and in which stages there may be more.
+# Fields that a resumed run may change, besides those that no result depends on.
 _MAY_CHANGE = {"controls", "teacher_finetuned"}
-# Until a stage begins, so may its options: what is wrong in them may only be found once there is a student.
+# Fields that may change until their stage begins: an error in them may only show once there is a student.
 _OF_STAGES = {"stage_options", *(field.name for field in fields(StageOptions))}
 
 
 def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     """Run the stages of `config` one after another and return the scorecard.
 
-    output_dir/calibrated, output_dir/<stage>/final and output_dir/student hold checkpoints that are complete or not
-    there; output_dir/<stage>/checkpoint-N are what a run that was cut off goes on from, and go when the stage is
-    finished. What is finished is not done again.
+    output_dir/calibrated, output_dir/<stage>/final and output_dir/student hold checkpoints that are complete or absent;
+    an interrupted run resumes from output_dir/<stage>/checkpoint-N, which are deleted when the stage is finished. A
+    finished stage is not run again.
 
     Args:
-        config: what `read_config` read.
-        say: called with a line of text when a stage begins, from where, and how long it may take.
+        config: as returned by `read_config`.
+        say: called with one line of text per message: which stage begins, from where, and how long it may take.
 
     Raises:
-        ValueError: before anything is trained: bad input, or an output_dir with a run of other arguments; while
+        ValueError: before anything is trained: bad input, or an output_dir with a run of other arguments; during
             training: a loss that is not finite.
-        OSError: where a checkpoint finds no space; what was saved before stays.
+        OSError: no space for a checkpoint; what was saved before stays.
     """
     model, stages, training = config.model, config.adaptation.stages, config.training
     state = PartialState(cpu=training.use_cpu)
     say = say if state.is_main_process else lambda text: None
 
-    # What there is: models, data, and what an earlier run has finished.
+    # Models, data, and what an earlier run has finished.
     teacher, tokenizer, task, data = load_inputs(config)
     pairs, pooling = None, "mean"
     if task == "embedding":
@@ -54,17 +54,17 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     elif data.evaluation is None:
         raise ValueError("eval_data must be given: the data has no split to evaluate on")
     run = open_run(config, state)
-    parts = {name: run.part(name) for name in ("calibrated", FINETUNED, *stages)}
-    done = {name for name, path in parts.items() if finished(path)}
+    part_paths = {name: run.part(name) for name in ("calibrated", FINETUNED, *stages)}
+    finished_parts = {name for name, path in part_paths.items() if finished(path)}
     run.note()
 
     # The student before training.
-    calibrated = parts["calibrated"]
-    if state.is_main_process and "calibrated" not in done:
+    calibrated = part_paths["calibrated"]
+    if state.is_main_process and "calibrated" not in finished_parts:
         if model.student is None:
             fits = model.init == "calibrated" and not training.disable_tqdm
-            what = "the fit shows its progress" if fits else "no training yet"
-            say(f"conversion begins: {model.teacher} -> {calibrated}; {what}")
+            progress_note = "the fit shows its progress" if fits else "no training yet"
+            say(f"conversion begins: {model.teacher} -> {calibrated}; {progress_note}")
         run.save(first_student(config, teacher, tokenizer, data), tokenizer, calibrated)
     state.wait_for_everyone()
     options = {stage: config.adaptation.options_for(stage) for stage in stages}
@@ -89,34 +89,34 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
         examiner.record_controls(controls, student, lambda: converted(config, teacher, tokenizer, data, "plain"))
 
     if config.adaptation.teacher_finetuned:
-        if FINETUNED not in done:
+        if FINETUNED not in finished_parts:
             arguments = config.training_for(FINETUNED)
             if "max_steps" not in config.adaptation.stage_options.get(FINETUNED, {}):
                 arguments.max_steps = sum(num_steps(config.training_for(stage), data.train) for stage in stages)
-            copy = load_checkpoint(model.teacher)[0]
-            stage = Stage("task", copy, None, task, config.adaptation.options_for(FINETUNED))
+            finetuned_teacher = load_checkpoint(model.teacher)[0]
+            stage = Stage("task", finetuned_teacher, None, task, config.adaptation.options_for(FINETUNED))
             train_stage(stage, arguments, data, tokenizer, run, model.teacher, say)
         if examiner.missing([FINETUNED]):
-            examiner.record(FINETUNED, load_checkpoint(parts[FINETUNED])[0], **spent_on(parts[FINETUNED]))
+            examiner.record(FINETUNED, load_checkpoint(part_paths[FINETUNED])[0], **spent_on(part_paths[FINETUNED]))
 
-    # The stages, each from where the one before it ended.
-    for before, name in zip(("calibrated", *stages), stages, strict=False):
-        if name in done:
-            say(f"stage {name} is finished: {parts[name]}")
+    # The stages, each starting from the final checkpoint of the one before it.
+    for previous, name in zip(("calibrated", *stages), stages, strict=False):
+        if name in finished_parts:
+            say(f"stage {name} is finished: {part_paths[name]}")
         else:
-            student, arguments = load_checkpoint(parts[before])[0], config.training_for(name)
+            student, arguments = load_checkpoint(part_paths[previous])[0], config.training_for(name)
             stage = Stage(name, student, teacher, task, options[name])
-            train_stage(stage, arguments, data, tokenizer, run, parts[before], say)
+            train_stage(stage, arguments, data, tokenizer, run, part_paths[previous], say)
         if examiner.missing([name]):
-            examiner.record(name, load_checkpoint(parts[name])[0], **spent_on(parts[name]))
+            examiner.record(name, load_checkpoint(part_paths[name])[0], **spent_on(part_paths[name]))
 
     card.checkpoint = stages[-1]
-    run.publish(parts[stages[-1]], "student", card.save)
+    run.publish(part_paths[stages[-1]], "student", card.save)
     return card
 
 
 def load_inputs(config: AdaptationConfig) -> tuple:
-    """Load (teacher, tokenizer, task, data); raises `ValueError` where they do not go together."""
+    """Load (teacher, tokenizer, task, data); raises `ValueError` where they do not fit together."""
     model = config.model
     teacher, tokenizer = load_checkpoint(model.teacher)
     if tokenizer is None:
@@ -131,12 +131,12 @@ def load_inputs(config: AdaptationConfig) -> tuple:
 
 
 def open_run(config: AdaptationConfig, state, driver: str = TRAINER_STATE) -> RunFolder:
-    """Return the folder of the run, checked but not written to yet; driver: the file that its checkpoints end with.
+    """Return the folder of the run, checked but not yet written to; driver: the last file written to its checkpoints.
 
-    Raises `ValueError` where output_dir holds a run with other arguments, or with stages that those of `config` do not
-    begin with.
+    Raises `ValueError` where output_dir holds a run with other arguments, or whose stages are not the first stages of
+    `config`.
     """
-    # The default stages may change, so what they are today is noted.
+    # The default stages may change between versions, so the current ones are recorded.
     values = {**config.values, "stages": config.adaptation.stages}
     run = RunFolder(config.training.output_dir, values, state, config.model.student or config.model.teacher)
     run.check(may_change=_MAY_CHANGE, until_begun=_OF_STAGES, stages=(*STAGES, FINETUNED), driver=driver)

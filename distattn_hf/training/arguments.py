@@ -1,4 +1,4 @@
-"""One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
+"""The YAML config of an adaptation: model, stages, data, and transformers' `TrainingArguments`."""
 
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -37,14 +37,14 @@ class ModelArguments:
 
     Args:
         teacher: Hub name, folder or embedded checkpoint ("minilm", "smollm2-135m", "iglm").
-        task: one of `TASKS`; None: what the teacher's head is for.
+        task: one of `TASKS`; None: that of the teacher's head.
         student: folder or Hub name of a converted checkpoint; None: the teacher is converted as `spec` says.
         spec: fields of an `AttentionSpec`, a metric's name, a list of these, or a YAML file with such fields.
         init: "calibrated", "exact" or "plain".
         fold_alpha: move α into the query projections after the conversion (`distattn_hf.fold_alpha`).
         calibration_data: text for the fit, as `distattn convert --calibration`; None: the training data.
-        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`. Like all of the
-            conversion's, they say nothing about a given student.
+        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`. Like all options
+            of the conversion, they have no effect on a given student.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -88,9 +88,12 @@ def _specs(spec) -> list[AttentionSpec] | None:
         return None
     is_file = isinstance(spec, str) and ("." in spec or "/" in spec or Path(spec).is_file())
     specs = read_specs(spec) if is_file else parse_specs(spec)
-    # What trains and is scored is what lies beyond exact_below, unless the file says otherwise.
-    unsaid = [s.mechanism == "nystrom" and s.exact_below is None for s in specs]
-    return [replace(s, exact_below=0) if missing else s for s, missing in zip(specs, unsaid, strict=True)]
+    # Nyström attention trains and is scored at every length, unless the file sets exact_below.
+    not_set = [parsed.mechanism == "nystrom" and parsed.exact_below is None for parsed in specs]
+    return [
+        replace(parsed, exact_below=0) if use_default else parsed
+        for parsed, use_default in zip(specs, not_set, strict=True)
+    ]
 
 
 @dataclass
@@ -100,12 +103,12 @@ class StageOptions:
     Args:
         train: "attention" (λ, α, shift, maps, landmarks), "attention+qk" (also the query and key projections), "all" or
             "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
-        learning_rates: {"attention", "qk", "rest": rate}; what is not given takes TrainingArguments.learning_rate.
+        learning_rates: {"attention", "qk", "rest": rate}; a missing group takes TrainingArguments.learning_rate.
             Adapters belong to "rest".
         temperature, hidden_weight, task_weight, dropout: of `Distillation`; > 0, >= 0, in [0, 1], True or False.
         anneal: fields of `AnnealingOptions`.
         lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets are names, or a pattern for whole names; None:
-            those peft knows for the model.
+            peft's defaults for the model.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -140,13 +143,13 @@ class StageOptions:
         refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
         self.annealing = AnnealingOptions(**self.anneal)
         self.anneals = self.annealing.active
-        for name, allowed, fine in (
-            ("temperature", "a finite number > 0", lambda v: v > 0),
-            ("hidden_weight", "a finite number >= 0", lambda v: v >= 0),
-            ("task_weight", "a number in [0, 1]", lambda v: 0 <= v <= 1),
+        for name, allowed, is_valid in (
+            ("temperature", "a finite number > 0", lambda number: number > 0),
+            ("hidden_weight", "a finite number >= 0", lambda number: number >= 0),
+            ("task_weight", "a number in [0, 1]", lambda number: 0 <= number <= 1),
         ):
             value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value) or not fine(value):
+            if not is_number(value) or not math.isfinite(value) or not is_valid(value):
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         if not isinstance(self.dropout, bool):
             raise ValueError(f"dropout must be True or False, got {self.dropout!r}")
@@ -163,7 +166,7 @@ class StageOptions:
             )
 
     def trains(self, stage: str) -> str:
-        """What trains in `stage`; raises `ValueError` for what attention transfer gives no gradient."""
+        """Return what trains in `stage`; raises `ValueError` for what gets no gradient in attention transfer."""
         if self.train is None:
             return "attention" if stage == "transfer" else "all"
         if stage == "transfer" and self.train in ("all", "lora"):
@@ -176,18 +179,18 @@ class StageOptions:
 
 @dataclass
 class AdaptationArguments(StageOptions):
-    """Which stages run, with which options, and what the scorecard compares.
+    """Which stages run, with which options, and which models the scorecard compares.
 
     Args:
         stages: some of "transfer", "distillation", "task", in the order in which they run.
         stage_options: {stage: {field: value}}: fields of `StageOptions` or `TrainingArguments` for one stage alone.
         teacher_finetuned: also fine-tune the teacher on the same data for as many steps as all stages together (or as
-            stage_options.teacher_finetuned says), and compare with that.
+            stage_options.teacher_finetuned sets), and compare with it.
         controls: some of "plain" (swapped, no fit), "window_only" (Nyström without its far field) and "no_attention".
         pair_columns: [query, passage], two columns of the evaluation data, for retrieval; encoders only.
         max_pairs: how many of the last pairs to use.
 
-    Beside these, the fields of `StageOptions` are what all stages share.
+    In addition, the fields of `StageOptions` apply to all stages.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -214,27 +217,27 @@ class AdaptationArguments(StageOptions):
         if not isinstance(self.stage_options, dict):
             raise ValueError(f"stage_options must be a mapping, got {self.stage_options!r}")
         refuse_unknown(self.stage_options, [*STAGES, FINETUNED], "stage_options")
-        known = field_names(StageOptions) | field_names(TrainingArguments) - {"output_dir"}
+        option_names = field_names(StageOptions) | field_names(TrainingArguments) - {"output_dir"}
         for stage, options in self.stage_options.items():
             if not isinstance(options, dict):
                 raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
-            refuse_unknown(options, known, f"stage_options.{stage}")
+            refuse_unknown(options, option_names, f"stage_options.{stage}")
             check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
 
     def options_for(self, stage: str) -> StageOptions:
-        """The options of one stage: what is shared, with the stage's own in place; mappings are merged."""
-        shared = {f.name: getattr(self, f.name) for f in fields(StageOptions)}
-        own = {k: v for k, v in self.stage_options.get(stage, {}).items() if k in shared}
-        if "learning_rates" in own:
-            own["learning_rates"] = {**shared["learning_rates"], **own["learning_rates"]}
-        return StageOptions(**{**shared, **own})
+        """Return the options of one stage: its own override the shared ones; learning_rates are merged."""
+        shared = {entry.name: getattr(self, entry.name) for entry in fields(StageOptions)}
+        stage_values = {key: value for key, value in self.stage_options.get(stage, {}).items() if key in shared}
+        if "learning_rates" in stage_values:
+            stage_values["learning_rates"] = {**shared["learning_rates"], **stage_values["learning_rates"]}
+        return StageOptions(**{**shared, **stage_values})
 
 
 @dataclass
 class AdaptationConfig:
-    """All arguments of an adaptation; `values` is what the file and the command line said."""
+    """All arguments of an adaptation; `values` holds them as the file and the command line gave them."""
 
     model: ModelArguments
     adaptation: AdaptationArguments
@@ -243,17 +246,19 @@ class AdaptationConfig:
     values: dict
 
     def training_for(self, stage: str) -> TrainingArguments:
-        """transformers' arguments of one stage: its own in place of the shared ones, output in a folder of its own."""
-        known = field_names(TrainingArguments)
-        shared = {k: v for k, v in self.values.items() if k in known}
-        own = {k: v for k, v in self.adaptation.stage_options.get(stage, {}).items() if k in known}
-        # Tokens are counted for the scorecard, unless the file says otherwise.
-        counted = {"include_num_input_tokens_seen": "non_padding", **shared, **own}
-        return TrainingArguments(**{**counted, "output_dir": str(Path(self.training.output_dir) / stage)})
+        """Return the `TrainingArguments` of one stage: its own override the shared ones; output in a subfolder."""
+        names = field_names(TrainingArguments)
+        shared = {key: value for key, value in self.values.items() if key in names}
+        stage_values = {
+            key: value for key, value in self.adaptation.stage_options.get(stage, {}).items() if key in names
+        }
+        # The scorecard needs the number of tokens, so they are counted unless the file says otherwise.
+        arguments = {"include_num_input_tokens_seen": "non_padding", **shared, **stage_values}
+        return TrainingArguments(**{**arguments, "output_dir": str(Path(self.training.output_dir) / stage)})
 
 
 def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
-    """The arguments in a YAML file, with `key=value` overrides (dots for nested keys: spec.metric=l1).
+    """Read the arguments from a YAML file, with `key=value` overrides (dots for nested keys: spec.metric=l1).
 
     Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
     value that a field does not take.
@@ -262,7 +267,7 @@ def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(source: dict | str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
-    """The arguments in a mapping, or in a file; raises as `read_config`."""
+    """Read the arguments from a mapping or a file; raises as `read_config`."""
     values = source if isinstance(source, dict) else read_mapping(source, "config", overrides)
     if "model" in values and "teacher" not in values:
         raise ValueError("the config has a model and no teacher: it is for `distattn train`, not `distattn adapt`")
@@ -273,7 +278,7 @@ def parse_config(source: dict | str | Path, overrides: list[str] | tuple[str, ..
 
 
 def _check(config: AdaptationConfig) -> None:
-    """What can be wrong between fields, before anything is loaded."""
+    """Check combinations of fields before anything is loaded; raises `ValueError`."""
     adaptation, model = config.adaptation, config.model
     for stage in adaptation.stages:
         options = adaptation.options_for(stage)
@@ -319,20 +324,20 @@ def check_exact(specs, stage: str, max_length: int) -> None:
 
 
 def refuse_others(config: AdaptationConfig, honoured: set[str], orders) -> None:
-    """Raise `ValueError` for TrainingArguments beyond `honoured` and orders of rows that a plain loop does not do."""
+    """Raise `ValueError` for TrainingArguments outside `honoured` and row orders that a plain loop does not support."""
     defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
     if config.data.streaming:
         raise ValueError("streaming=True: this loop does not do that; `distattn adapt` does")
     stages = config.adaptation.stage_options
-    for where, given in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
-        for name, value in given.items():
+    for prefix, settings in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
+        for name, value in settings.items():
             if name == "train_sampling_strategy":
                 if value not in orders:
                     raise ValueError(
-                        f"{where}{name} must be one of {', '.join(orders)} in this loop, got {value!r}; `distattn "
+                        f"{prefix}{name} must be one of {', '.join(orders)} in this loop, got {value!r}; `distattn "
                         "adapt` takes it"
                     )
             elif name in defaults and name not in honoured and value != defaults[name]:
-                raise ValueError(f"{where}{name}={value!r}: this loop does not do that; `distattn adapt` does")
-            if where and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
-                raise ValueError(f"{where}{name}={value!r}: all stages of this loop share it; set {name} itself")
+                raise ValueError(f"{prefix}{name}={value!r}: this loop does not do that; `distattn adapt` does")
+            if prefix and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
+                raise ValueError(f"{prefix}{name}={value!r}: all stages of this loop share it; set {name} itself")

@@ -1,4 +1,4 @@
-"""One YAML file for a model of the native family that is trained from scratch."""
+"""The YAML config for training a model of the native family from scratch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ from ..data.datasets import DataArguments
 from ..data.tasks import LANGUAGE_MODELS, TASKS
 from ..data.tokenizer import LEAST_VOCABULARY
 
-# What the tokenizer and the task decide.
+# Fields that follow from the tokenizer and the task.
 _DECIDED = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_decoder")
 
 
 @dataclass
 class ScratchArguments:
-    """What is trained.
+    """The model, task and tokenizer to train.
 
     Args:
         model: fields of a `DistAttnConfig`, or a YAML file with them. The vocabulary comes from the tokenizer.
@@ -52,19 +52,19 @@ class ScratchArguments:
             raise ValueError(f"tokenizer must be a folder, a Hub name or {{vocab_size: n}}, got {self.tokenizer!r}")
 
     def model_config(self, **decided) -> DistAttnConfig:
-        """The model's config; raises `ValueError` for what it refuses."""
-        kind = DistAttnSeq2SeqConfig if self.task == "seq2seq" else DistAttnConfig
-        if kind is DistAttnConfig:
+        """Return the model's config; raises `ValueError` for fields it refuses."""
+        config_class = DistAttnSeq2SeqConfig if self.task == "seq2seq" else DistAttnConfig
+        if config_class is DistAttnConfig:
             decided["is_decoder"] = TASKS[self.task].shifted
         try:
-            return kind(**{**self.model, **decided})
+            return config_class(**{**self.model, **decided})
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
 
 
 @dataclass
 class ScratchConfig:
-    """All arguments of a training from scratch; `values` is what the file and the command line said."""
+    """All arguments of a training from scratch; `values` holds them as the file and the command line gave them."""
 
     scratch: ScratchArguments
     data: DataArguments
@@ -73,23 +73,23 @@ class ScratchConfig:
 
 
 def read_scratch_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ScratchConfig:
-    """The arguments in a YAML file, with `key=value` overrides (model.mechanism=l1).
+    """Read the arguments from a YAML file, with `key=value` overrides (model.mechanism=l1).
 
     Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
-    value that a field does not take.
+    value that a field does not accept.
     """
     values = read_mapping(path, "config")
     for text in (None, *overrides):
         if text is not None:
             override(values, text)
-        # A file is read as soon as it is named, so that the next override can change a field of it.
+        # Read the model's file as soon as it is named, so that the next override can change one of its fields.
         if isinstance(values.get("model"), str):
             values["model"] = read_mapping(values["model"], "model")
     return parse_scratch_config(values)
 
 
 def parse_scratch_config(values: dict) -> ScratchConfig:
-    """The arguments in a mapping; raises as `read_scratch_config`."""
+    """Read the arguments from a mapping; raises as `read_scratch_config`."""
     if "teacher" in values and "model" not in values:
         raise ValueError("the config has a teacher and no model: it is for `distattn adapt`, not `distattn train`")
     kinds = (ScratchArguments, DataArguments, TrainingArguments)

@@ -1,4 +1,4 @@
-"""The student that an adaptation starts from: one that is given, or the teacher converted as the config says."""
+"""The student that an adaptation starts from: a given one, or the teacher converted as the config says."""
 
 from dataclasses import replace
 from itertools import islice
@@ -13,12 +13,12 @@ from ..storage.models import load_checkpoint
 from .arguments import AdaptationConfig
 from .stages import check_pair
 
-# Training rows that the fit may take its tokens from, where it does not read text itself.
+# How many training rows the fit may take its tokens from, where it does not read text itself.
 _ROWS = 2048
 
 
 def first_student(config: AdaptationConfig, teacher, tokenizer, data: TaskData):
-    """Return the student that the first stage starts from: the one that was given, or the teacher converted."""
+    """Return the student that the first stage starts from: the given one, or the converted teacher."""
     if config.model.student is None:
         return converted(config, teacher, tokenizer, data)
     student, own_tokenizer = load_checkpoint(config.model.student)
@@ -29,7 +29,7 @@ def first_student(config: AdaptationConfig, teacher, tokenizer, data: TaskData):
 
 
 def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init: str | None = None):
-    """Convert the teacher as `config` says; `init` "plain": the same swap without a fit."""
+    """Return the teacher converted as `config` says; `init` "plain": the same swap without a fit."""
     model, teacher, texts = config.model, teacher.to("cpu"), None
     init = init or model.init
     if init == "plain":
@@ -45,15 +45,19 @@ def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init
         progress=not config.training.disable_tqdm,
     )
     if init == "calibrated":
-        # Text where the fit may cut it as it likes, else the first rows.
+        # Text where the fit may choose its own row boundaries, else the first training rows.
         task, arguments = task_of(teacher), config.data
-        cuts = TASKS[task].reads_text and task != "seq2seq"
-        source = model.calibration_data or (str(arguments.train_data) if cuts and not arguments.streaming else None)
+        reads_text = TASKS[task].reads_text and task != "seq2seq"
+        source = model.calibration_data or (
+            str(arguments.train_data) if reads_text and not arguments.streaming else None
+        )
         if source is not None:
             texts = read_texts(source, column=arguments.text_column, split=arguments.train_split)
         else:
-            kept = {"input_ids", "attention_mask", "token_type_ids"} | ({"labels"} if task == "seq2seq" else set())
+            input_names = {"input_ids", "attention_mask", "token_type_ids"} | (
+                {"labels"} if task == "seq2seq" else set()
+            )
             rows = islice(data.train, _ROWS)
-            texts = [{name: value for name, value in row.items() if name in kept} for row in rows]
+            texts = [{name: value for name, value in row.items() if name in input_names} for row in rows]
     student = convert(teacher, model.specs, init=init, calibration=texts, tokenizer=tokenizer, options=options)
     return fold_alpha(student) if model.fold_alpha else student

@@ -27,12 +27,12 @@ def train_from_scratch(config: ScratchConfig) -> dict:
     """Train, save output_dir/final (model and tokenizer) and output_dir/scores.json, and return the scores.
 
     Returns {"task", "parameters", "tokens", "seconds", "scores": {"loss", "accuracy", "perplexity"}, "curve": [[step,
-    training loss], ...], "evaluation": [[step, held-out loss], ...]}. A run that was cut off goes on from its last
-    checkpoint; one that is finished is not done again.
+    training loss], ...], "evaluation": [[step, held-out loss], ...]}. An interrupted run resumes from its last
+    checkpoint; a finished one is not run again.
 
     Raises:
         ValueError: bad input, or an output_dir with a run of other arguments; a loss that is not finite.
-        OSError: where a checkpoint finds no space.
+        OSError: no space for a checkpoint.
     """
     out, state = Path(config.training.output_dir), PartialState(cpu=config.training.use_cpu)
     run = RunFolder(out, config.values, state)
@@ -84,36 +84,38 @@ def train_from_scratch(config: ScratchConfig) -> dict:
 
 
 def _tokenizer(config: ScratchConfig, out: Path, state):
-    """The tokenizer; one that is learned is kept in output_dir/tokenizer, so that all processes and a resumed run have
+    """Return the tokenizer; a learned one is saved in output_dir/tokenizer, so that all processes and a resumed run use
     the same."""
-    wanted, folder = config.scratch.tokenizer, out / "tokenizer"
-    if isinstance(wanted, dict):
-        # What it was learned from stands beside it: a run that failed before may have had other data.
-        source = json.loads(json.dumps({**wanted, "task": config.scratch.task, **asdict(config.data)}, default=str))
-        noted = folder / "learned_from.json"
-        known = noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) == source
-        if state.is_main_process and not known:
+    name_or_options, folder = config.scratch.tokenizer, out / "tokenizer"
+    if isinstance(name_or_options, dict):
+        # Its source is recorded beside it: an earlier run that failed may have had other data.
+        source = json.loads(
+            json.dumps({**name_or_options, "task": config.scratch.task, **asdict(config.data)}, default=str)
+        )
+        source_file = folder / "learned_from.json"
+        up_to_date = source_file.is_file() and json.loads(source_file.read_text(encoding="utf-8")) == source
+        if state.is_main_process and not up_to_date:
             texts = training_texts(find_data(config.data)[0], config.data, config.scratch.task)
-            tokenizer = byte_level_bpe(texts, wanted["vocab_size"], add_end=config.scratch.task == "seq2seq")
+            tokenizer = byte_level_bpe(texts, name_or_options["vocab_size"], add_end=config.scratch.task == "seq2seq")
             tokenizer.save_pretrained(folder)
-            write_json(noted, source)
-        wanted = str(folder)
-    return AutoTokenizer.from_pretrained(wanted)
+            write_json(source_file, source)
+        name_or_options = str(folder)
+    return AutoTokenizer.from_pretrained(name_or_options)
 
 
 def _new_model(config: ScratchConfig, tokenizer):
-    """The model with its initial weights, by the seed."""
-    decided = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    decided |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    """Return the model with its initial weights, drawn from the seed."""
+    config_fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config_fields |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if config.scratch.task == "seq2seq":
-        decided["decoder_start_token_id"] = tokenizer.pad_token_id
+        config_fields["decoder_start_token_id"] = tokenizer.pad_token_id
     set_seed(config.training.seed)
     auto_class = getattr(transformers, TASKS[config.scratch.task].auto_class)
-    return auto_class.from_config(config.scratch.model_config(**decided))
+    return auto_class.from_config(config.scratch.model_config(**config_fields))
 
 
 def summary(result: dict) -> str:
-    """One line on a finished training."""
+    """Return one line that summarises a finished training."""
     metric = TASKS[result["task"]].metric
     return (
         f"{result['parameters']:,} parameters, {result['tokens']:,} tokens in {result['seconds']:,.0f} s: held-out "

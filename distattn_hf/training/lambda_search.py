@@ -1,4 +1,4 @@
-"""Find temperatures: train λ alone on a task's own loss, or try metrics and λ on a grid."""
+"""Find temperatures: train λ alone on the model's own loss, or search a grid of metrics and λ."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class LambdaResult:
 
 
 def _lambdas(model) -> dict[str, torch.nn.Parameter]:
-    found = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "log_lambda"}
-    if not found:
+    lambdas = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "log_lambda"}
+    if not lambdas:
         raise ValueError(
             f"{type(model).__name__} has no λ to train; convert it with AttentionSpec(learnable_lambda=True), or "
             "give the native config mechanism='distance'"
         )
-    return found
+    return lambdas
 
 
 def optimize_lambda_parameters(
@@ -37,11 +37,11 @@ def optimize_lambda_parameters(
     """Train λ of every head, and nothing else, on the model's own loss by Adam on log λ.
 
     Args:
-        model: a converted or native model with a head; its other parameters keep their values and flags.
-        dataloader: batches of model inputs with labels; gone through num_epochs times.
+        model: a converted or native model with a head; its other parameters keep their values and `requires_grad`.
+        dataloader: batches of model inputs with labels; iterated num_epochs times.
 
     Raises `ValueError` for a model without trainable λ, batches without labels, an empty dataloader, or a loss that is
-    not finite; the λ from before are then put back.
+    not finite; λ is then restored.
     """
     if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
         raise ValueError(f"num_epochs must be an integer >= 1, got {num_epochs!r}")
@@ -49,7 +49,7 @@ def optimize_lambda_parameters(
         raise ValueError(f"learning_rate must be > 0, got {learning_rate!r}")
     lambdas = _lambdas(model)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    kept = {name: parameter.detach().clone() for name, parameter in lambdas.items()}
+    initial = {name: parameter.detach().clone() for name, parameter in lambdas.items()}
     training = model.training
     optimizer = torch.optim.Adam(lambdas.values(), lr=learning_rate)
     losses = []
@@ -58,7 +58,7 @@ def optimize_lambda_parameters(
             parameter.requires_grad_(False)
         for parameter in lambdas.values():
             parameter.requires_grad_(True)
-        # Dropout would only blur what is measured.
+        # Dropout would only add noise to the loss.
         model.eval()
         for epoch in range(num_epochs):
             total, count = 0.0, 0
@@ -74,14 +74,14 @@ def optimize_lambda_parameters(
     except BaseException:
         with torch.no_grad():
             for name, parameter in lambdas.items():
-                parameter.copy_(kept[name])
+                parameter.copy_(initial[name])
         raise
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
             parameter.grad = None
         model.train(training)
-    before = {name: tensor.exp().tolist() for name, tensor in kept.items()}
+    before = {name: tensor.exp().tolist() for name, tensor in initial.items()}
     return LambdaResult(losses, before, {name: p.detach().exp().tolist() for name, p in lambdas.items()})
 
 
@@ -106,7 +106,7 @@ def grid_search(
     options: EvaluationOptions | None = None,
     progress: bool = True,
 ) -> list[dict]:
-    """Scores of a checkpoint converted to each metric with each λ, best first.
+    """Score a checkpoint converted to each metric with each λ, best first.
 
     Args:
         model: a teacher; it is not changed.

@@ -1,4 +1,4 @@
-"""The report's sections on the checkpoint as a whole: its conversion, its scorecard, and its teacher beside it."""
+"""The report's sections on the whole checkpoint: its conversion, its scorecard, and the comparison with its teacher."""
 
 import math
 from statistics import fmean
@@ -8,20 +8,20 @@ from ..comparison import NUM_BUCKETS, Comparison
 from . import figures as draw
 from .parts import Drawing, Section, listed, number, place, plural
 
-# Labels of colour scales, which say what is good.
+# Labels of colour scales, with the best value.
 _KL_SCALE = "KL (nats per query; 0 is equal)"
 _CORRELATION_SCALE = "correlation (1 is equal, 0 unrelated)"
 
 
 def conversion_section(report: dict) -> Section:
-    """What `ConversionReport.to_dict` says."""
+    """Build the section on the conversion from `ConversionReport.to_dict`."""
     report = ConversionReport.from_dict(report)
     words = [report.summary() + "."]
     if (alpha := report.mean_alpha) is not None:
-        near = "nearer to the teacher's dot product" if alpha < 0.5 else "more Euclidean than not"
+        tendency = "nearer to the teacher's dot product" if alpha < 0.5 else "more Euclidean than not"
         words.append(
             "α says how Euclidean a head is: 1 is fully, towards 0 it becomes the teacher. The mean is "
-            f"{number(alpha)}: {near}."
+            f"{number(alpha)}: {tendency}."
         )
     if report.mean_divergence_after is not None:
         words.append("KL is that of the attention weights from the teacher's, in nats per query: 0 is equal.")
@@ -44,47 +44,47 @@ def conversion_section(report: dict) -> Section:
 
 
 def scorecard_section(card: dict) -> Section:
-    """What `Scorecard.to_dict` says."""
-    better = "higher" if card["greater_is_better"] else "lower"
-    words = [f"{card['metric']} on {card['data'].get('eval')} ({better} is better), teacher {card['teacher']}."]
-    teacher = next((r for r in card["rows"] if r["name"] == card["ratio_to"]), None)
-    mine = next((r for r in card["rows"] if r["name"] == card.get("checkpoint")), None)
-    if teacher and mine:
+    """Build the section on the scores from `Scorecard.to_dict`."""
+    direction = "higher" if card["greater_is_better"] else "lower"
+    words = [f"{card['metric']} on {card['data'].get('eval')} ({direction} is better), teacher {card['teacher']}."]
+    teacher = next((entry for entry in card["rows"] if entry["name"] == card["ratio_to"]), None)
+    checkpoint = next((entry for entry in card["rows"] if entry["name"] == card.get("checkpoint")), None)
+    if teacher and checkpoint:
         words.append(
-            f"This checkpoint ({mine['name']}) scores {number(mine['score'])}, the {card['ratio_to']} "
-            f"{number(teacher['score'])}: {number(mine['score'] / teacher['score'])} times as much."
+            f"This checkpoint ({checkpoint['name']}) scores {number(checkpoint['score'])}, the {card['ratio_to']} "
+            f"{number(teacher['score'])}: {number(checkpoint['score'] / teacher['score'])} times as much."
         )
     table = [["model", card["metric"], f"to {card['ratio_to']}", "parameters trained", "tokens", "seconds"]]
     for row in card["rows"]:
-        spent = [row[name] for name in ("trained_parameters", "tokens", "seconds")]
+        cost = [row[name] for name in ("trained_parameters", "tokens", "seconds")]
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.4f}"
-        table.append([row["name"], f"{row['score']:.4f}", ratio, *("–" if v is None else f"{v:,.0f}" for v in spent)])
+        table.append([row["name"], f"{row['score']:.4f}", ratio, *("–" if v is None else f"{v:,.0f}" for v in cost)])
     return Section("The scorecard", words, table=table)
 
 
 def comparison_section(comparison: Comparison) -> Section:
-    """Teacher beside student."""
+    """Build the section that compares student and teacher."""
     names = dict(zip(comparison.modules, draw.short_names(comparison.modules)))
     heads = sorted(comparison.heads, key=lambda h: -h.divergence)
     mean, correlation = fmean(h.divergence for h in heads), fmean(h.correlation for h in heads)
     worst = listed([f"{place(names, h.module, h.head)} ({number(h.divergence)})" for h in heads[:3]])
     cosine = comparison.output_cosine
-    low = min(cosine, key=cosine.get)
+    worst_module = min(cosine, key=cosine.get)
     words = [
         f"Both models read the same text, each on its own hidden states. The student's weights have a KL of "
         f"{number(mean)} nats per query from the teacher's in the mean over {plural(len(heads), 'head')}, and "
         f"correlate with them at {number(correlation)}. Furthest off: {worst}.",
         f"The attention outputs have a cosine with the teacher's of {number(fmean(cosine.values()))} in the mean and "
-        f"{number(cosine[low])} in module {names[low]}, the lowest.",
+        f"{number(cosine[worst_module])} in module {names[worst_module]}, the lowest.",
     ]
     parts = [[row[i] for row in comparison.by_position.values() if row[i] is not None] for i in range(NUM_BUCKETS)]
-    means = [fmean(part) if part else math.nan for part in parts]
-    known = [i for i, value in enumerate(means) if math.isfinite(value)]
-    if known:
-        most, least = (choose(known, key=lambda i: means[i]) for choose in (max, min))
+    means = [fmean(part_values) if part_values else math.nan for part_values in parts]
+    measured = [i for i, value in enumerate(means) if math.isfinite(value)]
+    if measured:
+        highest, lowest = (choose(measured, key=lambda i: means[i]) for choose in (max, min))
         words.append(
-            f"Along the text, KL is largest in part {most + 1} of {len(means)} ({number(means[most])} "
-            f"nats) and smallest in part {least + 1} ({number(means[least])})."
+            f"Along the text, KL is largest in part {highest + 1} of {len(means)} ({number(means[highest])} "
+            f"nats) and smallest in part {lowest + 1} ({number(means[lowest])})."
         )
     if errors := [h.output_error for h in heads if h.output_error is not None]:
         weak = [h.weak_rows for h in heads if h.weak_rows is not None]
@@ -110,7 +110,7 @@ def comparison_section(comparison: Comparison) -> Section:
         ),
         Drawing(
             "output_cosine", draw.curve({"cosine": list(cosine.values())}, modules, "cosine of outputs"),
-            f"Cosine of the attention outputs with the teacher's, module by module; lowest in {names[low]}.",
+            f"Cosine of the attention outputs with the teacher's, module by module; lowest in {names[worst_module]}.",
         ),
         Drawing(
             "by_position",

@@ -1,6 +1,6 @@
 """The figures of an analysis: matplotlib figures that stay readable with 12 layers of 12 heads and long texts.
 
-Colours are apart with any colour vision: cividis for amounts, Okabe and Ito's palette for kinds. Every function returns
+Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's palette for kinds. All functions return
 a `matplotlib.figure.Figure`; `figure_style.save_figure` writes it as SVG and PNG.
 """
 
@@ -14,23 +14,23 @@ from ..patterns import MIXED, PATTERNS
 PATTERN_COLOURS = dict(zip((*PATTERNS, MIXED), (*COLOURS[:5], COLOURS[6], "#999999")))
 _LETTERS = {"previous token": "P", "first token": "F", "diagonal": "D", "block": "B", "separator": "S"}
 _LETTERS |= {"uniform": "U", MIXED: "·"}
-# More tokens than this on an axis are labelled one in two, three, ...
+# With more tokens on an axis, only every second, third, ... is labelled.
 _MAX_LABELS = 64
 _TOKEN_LENGTH = 14
 
 
 def short_names(modules: list[str]) -> list[str]:
-    """What tells modules' names apart: "3", or "dec 3 cross" where there are several kinds, else the names."""
-    found = [re.search(r"\d+", name) for name in modules]
-    numbers = [match[0] if match else name for match, name in zip(found, modules)]
+    """Shorten module names to "3", or "dec 3 cross" where there are several kinds, if they stay distinct."""
+    number_matches = [re.search(r"\d+", name) for name in modules]
+    numbers = [match[0] if match else name for match, name in zip(number_matches, modules)]
     sides = [next((side[:3] for side in ("encoder", "decoder") if name.startswith(side)), "") for name in modules]
     crosses = [any(mark in name.lower() for mark in ("cross", "encdec", "encoder_attn")) for name in modules]
-    full = [" ".join(filter(None, (s, n, "cross" * c))) for s, n, c in zip(sides, numbers, crosses)]
-    return next((names for names in (numbers, full) if len(set(names)) == len(names)), list(modules))
+    full_names = [" ".join(filter(None, (s, n, "cross" * c))) for s, n, c in zip(sides, numbers, crosses)]
+    return next((names for names in (numbers, full_names) if len(set(names)) == len(names)), list(modules))
 
 
 def _tokens(tokens) -> list[str]:
-    return [t if len(t) <= _TOKEN_LENGTH else t[: _TOKEN_LENGTH - 1] + "…" for t in tokens]
+    return [token if len(token) <= _TOKEN_LENGTH else token[: _TOKEN_LENGTH - 1] + "…" for token in tokens]
 
 
 def _label_axis(axis, tokens: list[str], rotation: float, size: float = 7, most: int = _MAX_LABELS) -> None:
@@ -43,7 +43,7 @@ def _label_axis(axis, tokens: list[str], rotation: float, size: float = 7, most:
 
 @styled
 def attention_map(weights, query_tokens: list[str], key_tokens: list[str] | None = None, title: str = ""):
-    """Heat map of one head: weights (N, M), queries from top to bottom."""
+    """Draw a heat map of one head: weights (N, M), queries from top to bottom."""
     weights = np.asarray(weights, dtype=float)
     key_tokens = query_tokens if key_tokens is None else key_tokens
     _check_tokens(weights, query_tokens, key_tokens)
@@ -68,7 +68,7 @@ def _check_tokens(weights, query_tokens, key_tokens) -> None:
 
 @styled
 def maps_beside(teacher, student, tokens: list[str], title: str = "", key_tokens: list[str] | None = None):
-    """The same head of teacher and student on one scale, and student minus teacher."""
+    """Draw the same head of teacher and student on one scale, and student minus teacher."""
     from matplotlib.colors import TwoSlopeNorm
 
     maps = [np.asarray(w, dtype=float) for w in (teacher, student)]
@@ -78,9 +78,9 @@ def maps_beside(teacher, student, tokens: list[str], title: str = "", key_tokens
     width, height = (min(2.75, max(1.5, 0.09 * len(names))) for names in (key_tokens, tokens))
     figure = new_figure(3 * width + 2.0, 1.45 * height + 1.3)
     axes = figure.subplots(1, 3, sharey=True)
-    top = max(w.max(initial=0) for w in maps) or 1e-9
+    largest_weight = max(w.max(initial=0) for w in maps) or 1e-9
     for ax, weights, name in zip(axes, maps, ("teacher", "student")):
-        image = ax.imshow(weights, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        image = ax.imshow(weights, cmap="cividis", vmin=0, vmax=largest_weight, aspect="auto")
         ax.set_title(name)
     figure.colorbar(image, ax=axes[:2], shrink=0.8, pad=0.01)
     difference = maps[1] - maps[0]
@@ -98,7 +98,7 @@ def maps_beside(teacher, student, tokens: list[str], title: str = "", key_tokens
 
 @styled
 def head_maps(maps: dict, title: str = ""):
-    """Small heat maps of all heads: {module: (H, N, M)}, a row a module; each map on its own scale."""
+    """Draw small heat maps of all heads: {module: (H, N, M)}, one row per module, each map on its own scale."""
     if not maps:
         raise ValueError("maps is empty: give {module: weights (heads, queries, keys)}")
     names, count = list(maps), max(len(w) for w in maps.values())
@@ -124,7 +124,7 @@ def head_maps(maps: dict, title: str = ""):
 
 @styled
 def number_grid(grid, modules: list[str], label: str, *, diverging: bool = False, column: str = "head"):
-    """Numbers as colour and figures: a row a module, a column a head, or whatever `column` names (from 1); NaN stays
+    """Draw numbers as colours with labels: one row per module, one column per head, or per `column` (from 1); NaN stays
     empty."""
     from matplotlib.colors import TwoSlopeNorm
 
@@ -152,7 +152,7 @@ def number_grid(grid, modules: list[str], label: str, *, diverging: bool = False
 
 
 def _number(value: float) -> str:
-    """At most four characters before the sign, as room allows."""
+    """Format a number in at most four characters plus sign, to fit a cell."""
     size = abs(value)
     if size >= 100 or size == 0:
         return f"{value:.0f}"
@@ -173,7 +173,7 @@ def _grid_axes(axes, names: list[str], columns: int, column: str = "head") -> No
 
 @styled
 def pattern_grid(statistics):
-    """The dominant pattern of every head, as colour and letter; stronger ones are more solid."""
+    """Draw the dominant pattern of every head, as colour and letter; stronger ones are more opaque."""
     from matplotlib.patches import Patch, Rectangle
 
     modules = statistics.modules
@@ -199,7 +199,7 @@ def pattern_grid(statistics):
 
 @styled
 def layer_curves(statistics, teacher=None, names=("entropy", "maximum", "distance", "sparsity", "diversity")):
-    """Mean over heads, module by module, with the range of the heads shaded; the teacher's mean dashed."""
+    """Draw means over heads, module by module, with the range of the heads shaded; the teacher's mean dashed."""
     labels = {
         "entropy": "entropy (nats)", "maximum": "largest weight", "distance": "attended distance (tokens)",
         "sparsity": "sparsity (0–1)", "diversity": "head diversity (nats)",
@@ -228,14 +228,14 @@ def layer_curves(statistics, teacher=None, names=("entropy", "maximum", "distanc
 
 def _module_ticks(axes, names: list[str]) -> None:
     step = -(-len(names) // 12)
-    long = max(map(len, names)) > 3
-    axes.set_xticks(range(0, len(names), step), names[::step], fontsize=7, rotation=90 if long else 0)
+    is_long = max(map(len, names)) > 3
+    axes.set_xticks(range(0, len(names), step), names[::step], fontsize=7, rotation=90 if is_long else 0)
     axes.set_xlabel("module")
 
 
 @styled
 def curve(values: dict[str, list], modules: list[str], label: str):
-    """One line a series over the modules."""
+    """Draw one line per series over the modules."""
     figure = new_figure(max(4.0, 0.3 * len(modules) + 2.0), 2.6)
     axes = figure.subplots()
     for (name, series), colour in zip(values.items(), COLOURS):
@@ -249,7 +249,7 @@ def curve(values: dict[str, list], modules: list[str], label: str):
 
 @styled
 def head_parameters(groups: list[dict]):
-    """λ and α of every head as the conversion report's groups have them, a column of points a module."""
+    """Draw λ and α of every head in the conversion report's groups, one column of points per module."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     kinds = [k for k in ("lam", "alpha") if any(g.get(k) for g in groups)]
@@ -277,7 +277,7 @@ def head_parameters(groups: list[dict]):
 
 @styled
 def token_bars(values, tokens: list[str], label: str):
-    """One signed number of every token, as bars from top to bottom."""
+    """Draw one signed number per token, as bars from top to bottom."""
     values = np.asarray(values, dtype=float)
     if values.shape != (len(tokens),):
         raise ValueError(f"values must be one a token ({len(tokens)}), got shape {values.shape}")

@@ -1,4 +1,4 @@
-"""The report's sections on single heads: statistics, patterns, importance, and the table of all of them."""
+"""The report's sections on single heads: statistics, patterns, importance, and the table of all heads."""
 
 import math
 from statistics import fmean
@@ -11,7 +11,7 @@ from .parts import Drawing, Section, listed, number, place, plural
 
 
 def statistics_section(statistics: AttentionStatistics, teacher: AttentionStatistics | None) -> Section:
-    """Entropy, distance, collapse, diversity and the share of the keys' norms."""
+    """Build the section on entropy, distance, collapse, diversity and the share of the keys' norms."""
     names = dict(zip(statistics.modules, draw.short_names(statistics.modules)))
     heads = [h for h in statistics.heads if h.rows]
     narrow, wide = (choose(heads, key=lambda h: h.entropy) for choose in (min, max))
@@ -25,9 +25,9 @@ def statistics_section(statistics: AttentionStatistics, teacher: AttentionStatis
     ]
     collapsed = [h for h in heads if h.collapsed]
     if collapsed:
-        one = len(collapsed) == 1
+        single = len(collapsed) == 1
         words.append(
-            f"{plural(len(collapsed), 'head')} {'has' if one else 'have'} collapsed (mean entropy below 0.1 or mean "
+            f"{plural(len(collapsed), 'head')} {'has' if single else 'have'} collapsed (mean entropy below 0.1 or mean "
             f"largest weight above 0.95): {listed([place(names, h.module, h.head) for h in collapsed])}. A head may "
             "collapse on purpose, such as one that always looks at the previous token."
         )
@@ -56,11 +56,11 @@ def statistics_section(statistics: AttentionStatistics, teacher: AttentionStatis
     section.figures.append(Drawing("distance", figure, text))
     shares = [h for h in heads if h.key_norm_share is not None]
     if shares:
-        mean, most = fmean(h.key_norm_share for h in shares), max(shares, key=lambda h: h.key_norm_share)
+        mean, top = fmean(h.key_norm_share for h in shares), max(shares, key=lambda h: h.key_norm_share)
         section.words.append(
             "The part of the logits that the keys' norms alone make, which a dot product does not have, has "
-            f"{number(mean)} times the variance of the whole in the mean, and {number(most.key_norm_share)} times in "
-            f"{place(names, most.module, most.head)}. Near 0 the distance acts as a dot product."
+            f"{number(mean)} times the variance of the whole in the mean, and {number(top.key_norm_share)} times in "
+            f"{place(names, top.module, top.head)}. Near 0 the distance acts as a dot product."
         )
         figure = draw.number_grid(statistics.grid("key_norm_share"), statistics.modules, "variance ratio")
         text = "Variance of the key-norm term over that of the logits; above 1 the dot product works against it."
@@ -69,7 +69,7 @@ def statistics_section(statistics: AttentionStatistics, teacher: AttentionStatis
 
 
 def patterns_section(statistics: AttentionStatistics, teacher: AttentionStatistics | None) -> Section:
-    """Which pattern each head has."""
+    """Build the section on the pattern of each head."""
     names = dict(zip(statistics.modules, draw.short_names(statistics.modules)))
     counts = statistics.pattern_counts()
     named = {name: count for name, count in counts.items() if name != MIXED}
@@ -89,31 +89,31 @@ def patterns_section(statistics: AttentionStatistics, teacher: AttentionStatisti
         f"{NAMED_FROM['previous token']}, “uniform” {NAMED_FROM['uniform']} of the keys in use."
     )
     if teacher is not None:
-        mine = {(h.module, h.head): h.pattern for h in statistics.heads}
-        same = sum(mine.get((h.module, h.head)) == h.pattern for h in teacher.heads)
-        words.append(f"{same} of {plural(total, 'head')} have the teacher's pattern.")
+        own_patterns = {(h.module, h.head): h.pattern for h in statistics.heads}
+        num_same = sum(own_patterns.get((h.module, h.head)) == h.pattern for h in teacher.heads)
+        words.append(f"{num_same} of {plural(total, 'head')} have the teacher's pattern.")
     caption = "The dominant pattern of every head by letter and colour; the stronger, the more solid."
     return Section("Patterns", words, [Drawing("patterns", draw.pattern_grid(statistics), caption)])
 
 
 def importance_section(importance: dict[str, HeadImportance]) -> Section:
-    """Which heads the loss rests on, by each kind of measurement."""
+    """Build the section on the importance of heads to the loss, by each kind of measurement."""
     modules = list(next(iter(importance.values())).scores)
     names = dict(zip(modules, draw.short_names(modules)))
     section = Section("Which heads matter")
-    how = {
+    descriptions = {
         "gradient": "By gradient (Michel et al., 2019: how the loss changes with a factor on a head's output)",
         "ablation": "By ablation (how much the loss grows when the head gives zeros)",
     }
-    for kind, found in importance.items():
-        ranked = found.ranking()
+    for kind, scores in importance.items():
+        ranked = scores.ranking()
         top = listed([f"{place(names, module, head)} ({number(score)})" for module, head, score in ranked[:3]])
-        words = f"{how[kind]}, at a loss of {number(found.loss)} nats, the first are {top}."
+        words = f"{descriptions[kind]}, at a loss of {number(scores.loss)} nats, the first are {top}."
         if kind == "ablation":
-            helped = sum(score < 0 for *_, score in ranked)
-            words += f" Without {plural(helped, 'head')} of {len(ranked)} the loss would be lower." if helped else ""
+            count = sum(score < 0 for *_, score in ranked)
+            words += f" Without {plural(count, 'head')} of {len(ranked)} the loss would be lower." if count else ""
         section.words.append(words)
-        figure = draw.number_grid(found.grid(), modules, "nats", diverging=kind == "ablation")
+        figure = draw.number_grid(scores.grid(), modules, "nats", diverging=kind == "ablation")
         caption = (
             f"Importance by {kind}; the largest is {place(names, *ranked[0][:2])} with {number(ranked[0][2])} nats."
         )
@@ -127,8 +127,8 @@ def importance_section(importance: dict[str, HeadImportance]) -> Section:
 
 
 def rank_correlation(left: HeadImportance, right: HeadImportance) -> float:
-    """Spearman's, over all heads, without ties; 0 for fewer than two heads."""
-    orders = [{item[:2]: i for i, item in enumerate(found.ranking())} for found in (left, right)]
+    """Return Spearman's rank correlation over all heads, without ties; 0 for fewer than two heads."""
+    orders = [{item[:2]: i for i, item in enumerate(importance.ranking())} for importance in (left, right)]
     count = len(orders[0])
     if count < 2:
         return 0.0
@@ -137,13 +137,13 @@ def rank_correlation(left: HeadImportance, right: HeadImportance) -> float:
 
 
 def table_section(statistics: AttentionStatistics) -> Section:
-    """Every head in a row."""
+    """Build the table with one row per head."""
     header = "module head pattern strength entropy sparsity largest distance diversity collapsed"
     table = [header.split()]
-    for h in statistics.heads:
-        cells = (h.strength, h.entropy, h.sparsity, h.maximum, h.distance, h.diversity)
-        collapsed = "yes" if h.collapsed else f"{h.collapsed_rows:.1%} of rows"
-        table.append([h.module, str(h.head), h.pattern, *map(number, cells), collapsed])
+    for head in statistics.heads:
+        cells = (head.strength, head.entropy, head.sparsity, head.maximum, head.distance, head.diversity)
+        collapsed = "yes" if head.collapsed else f"{head.collapsed_rows:.1%} of rows"
+        table.append([head.module, str(head.head), head.pattern, *map(number, cells), collapsed])
     words = [
         "Entropy and diversity in nats, distance in tokens; sparsity is Hoyer's, 0 uniform and 1 a single key. All "
         "means are over the queries that are no padding and see at least two keys. heads.csv holds the same numbers "

@@ -1,4 +1,4 @@
-"""One HTML page that explains an analysis: self-contained, for dark and light, phone and desktop."""
+"""Render an analysis as one self-contained HTML page, for dark and light mode, phone and desktop."""
 
 from importlib.resources import files
 from statistics import fmean
@@ -11,34 +11,34 @@ from .heads import importance_section, patterns_section, statistics_section, tab
 from .parts import Example, Section, number, plural
 from .text import maps_section, tokens_section
 
-# A table with more rows, its header among them, scrolls in a box.
+# A table with more rows, including the header, scrolls in a box.
 _MOST_ROWS = 17
-# Least mean cosine of the attention outputs with the teacher's -> what the verdict calls it.
+# Least mean cosine of the attention outputs with the teacher's -> wording of the verdict.
 _CLOSENESS = ((0.99, "almost equal to"), (0.95, "close to"), (0.8, "clearly different from"))
 _FAR = "far from"
 
 
 def build_sections(analysis, example: Example | None = None) -> list[Section]:
-    """All sections of an `Analysis` in the report's order; without an example no maps."""
-    found = []
+    """Build all sections of an `Analysis` in the report's order; without an example no maps."""
+    sections = []
     if analysis.conversion:
-        found.append(conversion_section(analysis.conversion))
+        sections.append(conversion_section(analysis.conversion))
     if analysis.scorecard:
-        found.append(scorecard_section(analysis.scorecard))
+        sections.append(scorecard_section(analysis.scorecard))
     if analysis.comparison:
-        found.append(comparison_section(analysis.comparison))
-    found.append(statistics_section(analysis.statistics, analysis.teacher_statistics))
-    found.append(patterns_section(analysis.statistics, analysis.teacher_statistics))
+        sections.append(comparison_section(analysis.comparison))
+    sections.append(statistics_section(analysis.statistics, analysis.teacher_statistics))
+    sections.append(patterns_section(analysis.statistics, analysis.teacher_statistics))
     if analysis.importance:
-        found.append(importance_section(analysis.importance))
+        sections.append(importance_section(analysis.importance))
     if example is not None:
-        found += [maps_section(example), tokens_section(analysis, example)]
-    found.append(table_section(analysis.statistics))
-    return found
+        sections += [maps_section(example), tokens_section(analysis, example)]
+    sections.append(table_section(analysis.statistics))
+    return sections
 
 
 def render(analysis, sections: list[Section]) -> str:
-    """The page. Whatever comes from a model, a text or a user is escaped; nothing is loaded from elsewhere."""
+    """Render the page. All text from models, data and users is escaped; the page loads no external resources."""
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -53,18 +53,18 @@ def render(analysis, sections: list[Section]) -> str:
 
 
 def verdict(analysis) -> str:
-    """What the analysis comes to, in one sentence with its numbers."""
+    """Summarise the analysis in one sentence with its numbers."""
     card, parts = analysis.scorecard, []
-    own = next((r for r in card["rows"] if r["name"] == card.get("checkpoint")), None) if card else None
-    if own and own["ratio"] is not None:
-        better = "more is better" if card["greater_is_better"] else "less is better"
+    row = next((r for r in card["rows"] if r["name"] == card.get("checkpoint")), None) if card else None
+    if row and row["ratio"] is not None:
+        direction = "more is better" if card["greater_is_better"] else "less is better"
         parts.append(
-            f"{card['metric']} on {card['data'].get('eval')} is {own['ratio']:.3f} times the {card['ratio_to']}'s "
-            f"({better})"
+            f"{card['metric']} on {card['data'].get('eval')} is {row['ratio']:.3f} times the {card['ratio_to']}'s "
+            f"({direction})"
         )
     if analysis.comparison:
         heads, cosine = analysis.comparison.heads, fmean(analysis.comparison.output_cosine.values())
-        word = next((word for least, word in _CLOSENESS if cosine >= least), _FAR)
+        word = next((word for threshold, word in _CLOSENESS if cosine >= threshold), _FAR)
         parts.append(
             f"the attention outputs are {word} the teacher's (cosine {number(cosine)} in the mean, 1 is equal; KL of "
             f"the weights {number(fmean(h.divergence for h in heads))} nats per query, 0 is equal)"

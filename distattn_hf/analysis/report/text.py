@@ -1,4 +1,4 @@
-"""The report's sections on the first text: maps of its attention, and which tokens count."""
+"""The report's sections on the first text: its attention maps, and the importance of its tokens."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from .parts import Drawing, Example, Section, listed, number, place, plural
 
 
 def maps_section(example: Example) -> Section:
-    """All heads small, some of them large; those of the teacher beside them."""
+    """Build the section of maps: all heads small, some of them large, beside those of the teacher."""
     modules = list(example.maps)
     names = dict(zip(modules, draw.short_names(modules)))
     text = " ".join(example.tokens["encoder"])
@@ -39,21 +39,21 @@ def _large(example: Example, names: dict, module: str, head: int) -> Drawing:
     teacher = example.teacher_maps.get(module)
     if teacher is None:
         return Drawing(stem, draw.attention_map(weights, queries, keys, title), caption)
-    theirs = np.asarray(teacher["weights"][head])
-    caption += f" The largest difference from the teacher's weights is {number(float(np.abs(weights - theirs).max()))}."
-    return Drawing(stem, draw.maps_beside(theirs, weights, queries, title, keys), caption)
+    other = np.asarray(teacher["weights"][head])
+    caption += f" The largest difference from the teacher's weights is {number(float(np.abs(weights - other).max()))}."
+    return Drawing(stem, draw.maps_beside(other, weights, queries, title, keys), caption)
 
 
 def tokens_section(analysis, example: Example) -> Section:
-    """Rollout and gradient attribution of the first text."""
+    """Build the section on rollout and gradient attribution of the first text."""
     tokens = example.tokens["encoder"]
     section = Section("Which tokens count")
     if analysis.rollout is not None and len(analysis.rollout) == len(tokens):
-        reach = sorted(range(len(tokens)), key=lambda i: -analysis.rollout[i])[:3]
-        named = listed([f"“{tokens[i]}” ({analysis.rollout[i]:.1%})" for i in reach])
+        furthest = sorted(range(len(tokens)), key=lambda i: -analysis.rollout[i])[:3]
+        token_list = listed([f"“{tokens[i]}” ({analysis.rollout[i]:.1%})" for i in furthest])
         section.words.append(
             "Attention rollout (Abnar and Zuidema, 2020: heads averaged, half of each layer skips the attention) says "
-            f"how much of each token reaches the end, by attention alone. Most does of {named}."
+            f"how much of each token reaches the end, by attention alone. Most does of {token_list}."
         )
         figure = draw.attention_map(example.rollout, tokens, tokens, "rollout through all layers")
         section.figures.append(
@@ -61,11 +61,11 @@ def tokens_section(analysis, example: Example) -> Section:
         )
     if analysis.attribution is not None:
         values = analysis.attribution
-        top = sorted(range(len(tokens)), key=lambda i: -abs(values[i]))[:3]
-        named = listed([f"“{tokens[i]}” ({number(values[i])})" for i in top])
+        largest = sorted(range(len(tokens)), key=lambda i: -abs(values[i]))[:3]
+        token_list = listed([f"“{tokens[i]}” ({number(values[i])})" for i in largest])
         section.words.append(
             "Gradient × input says how much each token's embedding bears on the model's answer. Most does that of "
-            f"{named}."
+            f"{token_list}."
         )
         figure = draw.token_bars(values, tokens, "gradient × input")
         section.figures.append(Drawing("attribution", figure, "Attribution of each token, signed."))
