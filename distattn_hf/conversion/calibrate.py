@@ -26,7 +26,10 @@ from .observe import observed, teacher_attention
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
 
 
-# Nats per unit of log α: far below any divergence worth fitting.
+# ε from the plain distance (almost 0) towards the teacher, in medians of the head's distances.
+SOFTENING_GRID = (1e-3, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+# Nats per unit of log α and of log ε: far below any divergence worth fitting.
 _ALPHA_PULL = 1e-4
 
 
@@ -106,9 +109,21 @@ class Rows:
         return self._log_softmax(logits)
 
     def student_log_weights(self, group: HeadParameters) -> Tensor:
-        query, key, lam = group(self.query, self.key, "mapped")
-        lam = lam[:, None, None] if isinstance(lam, Tensor) else lam
-        return self._log_softmax(-lam * self.scaling * get_metric(group.metric).checked_distance(query, key, group.p))
+        query, key, lam, epsilon = group(self.query, self.key, "mapped")
+        lam, epsilon = (x[:, None, None] if isinstance(x, Tensor) else x for x in (lam, epsilon))
+        distances = get_metric(group.metric).checked_distance(query, key, group.p, epsilon=epsilon)
+        return self._log_softmax(-lam * self.scaling * distances)
+
+    def median_distance(self, group: HeadParameters) -> Tensor:
+        """Return the median of what ε is compared with, over kept pairs, (H,): the plain distance of the head, of
+        cosine the norms of query and key."""
+        query, key, *_ = group(self.query, self.key, "mapped")
+        metric = get_metric(group.metric)
+        if metric.scale_free:
+            return torch.cat([query, key], dim=2).norm(dim=-1).transpose(0, 1).flatten(1).median(-1).values
+        distances = metric.checked_distance(query, key, group.p)
+        kept = self.keep.expand_as(distances)
+        return torch.stack([d[k].median() for d, k in zip(distances.unbind(1), kept.unbind(1), strict=True)])
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
         if self.bias is not None:
@@ -179,21 +194,40 @@ def _match_spread(group: HeadParameters, rows: Rows) -> None:
 
 
 @torch.no_grad()
-def _choose_alpha(group: HeadParameters, rows: Rows, budget: float) -> None:
-    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
-    divergences, lambdas = [], []
-    for alpha in ALPHA_GRID:
-        group.log_alpha.fill_(math.log(alpha))
-        _match_spread(group, rows)
-        divergences.append(rows.divergence(group))
-        lambdas.append(None if group.constant_lambda is not None else group.log_lambda.clone())
-    divergences = torch.stack(divergences)
+def _choose_softening(group: HeadParameters, rows: Rows, budget: float) -> None:
+    """Per head the smallest ε of the grid that is within the budget, or within 10% of the best divergence, with α."""
+    trials = []
+    for share in SOFTENING_GRID:
+        if group.transform != "none" and not get_metric(group.metric).scale_free:
+            # ε follows the distances, which depend on α.
+            _choose_alpha(group, rows, budget, share)
+        else:
+            group.log_softening.copy_((share * rows.median_distance(group)).log())
+            _match_spread(group, rows)
+        trials.append((rows.divergence(group), _snapshot(group)))
+    divergences = torch.stack([divergence for divergence, _ in trials])
     allowed = torch.maximum(1.1 * divergences.amin(0), torch.full_like(divergences[0], budget))
     chosen = (divergences <= allowed).int().argmax(0)
-    group.log_alpha.copy_(torch.tensor(ALPHA_GRID, device=chosen.device).log()[chosen])
-    if group.constant_lambda is None:
-        heads = torch.arange(len(chosen), device=chosen.device)
-        group.log_lambda.copy_(torch.stack(lambdas)[chosen, heads])
+    for number, (_, values) in enumerate(trials):
+        _restore(group, values, chosen == number)
+
+
+@torch.no_grad()
+def _choose_alpha(group: HeadParameters, rows: Rows, budget: float, share: float | None = None) -> None:
+    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
+    trials = []
+    # With an ε beside it, every other α is enough to start from.
+    for alpha in ALPHA_GRID if share is None else ALPHA_GRID[::2]:
+        group.log_alpha.fill_(math.log(alpha))
+        if share is not None:
+            group.log_softening.copy_((share * rows.median_distance(group)).log())
+        _match_spread(group, rows)
+        trials.append((rows.divergence(group), _snapshot(group)))
+    divergences = torch.stack([divergence for divergence, _ in trials])
+    allowed = torch.maximum(1.1 * divergences.amin(0), torch.full_like(divergences[0], budget))
+    chosen = (divergences <= allowed).int().argmax(0)
+    for number, (_, values) in enumerate(trials):
+        _restore(group, values, chosen == number)
 
 
 def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOptions) -> tuple[Tensor, Tensor]:
@@ -208,8 +242,10 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
         if group.transform != "none":
             weights = data.keep.any(1).any(1).float()[:, None, :, None]
             group.shift.copy_((data.key * weights).sum((0, 2)) / weights.sum((0, 2)))
-            if not scale_free:
+            if not scale_free and not group.fits_softening:
                 _choose_alpha(group, start, options.divergence_budget)
+        if group.fits_softening:
+            _choose_softening(group, start, options.divergence_budget)
         _match_spread(group, start)
     tensors = group.fitted_tensors()
     candidates = {n: t for n, t in tensors.items() if not (scale_free and n == "log_alpha")}
@@ -260,6 +296,8 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
             if "log_alpha" in candidates:
                 # Within the budget no other term acts on a head, and α rises towards fully Euclidean.
                 loss = loss - _ALPHA_PULL * group.log_alpha.sum()
+            if "log_softening" in candidates:
+                loss = loss + _ALPHA_PULL * group.log_softening.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

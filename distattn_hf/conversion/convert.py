@@ -219,6 +219,8 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
             raise ValueError(f"mechanism='nystrom' needs init='calibrated' (landmarks come from text), got {init!r}")
         STRATEGIES.canonical(spec.landmarks)
         return spec if spec.transform is not None else replace(spec, transform="scalar")
+    if spec.softening == "fit" and init != "calibrated":
+        raise ValueError(f"softening='fit' needs init='calibrated' (ε comes from text), got {init!r}; give a number")
     if init == "exact":
         if spec.metric != "sqeuclidean":
             raise ValueError(

@@ -88,11 +88,11 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
             query = query.float()
             query = F.normalize(query, dim=-1) if soft is None else soft_normalize(query, soft[:, None, None])
         kernel = attention_decode if _eager(inputs) else _decode
-        output = kernel(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
+        output = kernel(query, key, value, coef, soft, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
         return output.to(dtype)
     key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
     kernel = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
-    output, _ = kernel(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
+    output, _ = kernel(query.float(), key, value, coef, soft, inputs.keep, bias, kind, p, inputs.is_causal)
     return output.to(dtype)
 
 
@@ -204,7 +204,7 @@ def _differentiate(ctx, grad, _):
     *grads, bias_gradient = _backward(
         grad, query, key, value, coef, soft, keep, bias, output, lse, ctx.kind, ctx.p, ctx.causal, bias_grad
     )
-    return *grads, None, bias_gradient if bias_grad else None, None, None, None
+    return *grads, None, None, bias_gradient if bias_grad else None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -79,12 +79,10 @@ class AttentionInputs:
 
     def distances(self, query: Tensor, key: Tensor, fast: bool = True) -> Tensor:
         """Return the distances (B, H, N, M) of rows of the query and columns of the key."""
-        if self.softening is None:
-            return self.metric.checked_distance(query, key, self.p, fast)
-        return self.metric.softened_distance(query, key, self.softening_column(query.dtype), self.p)
+        return self.metric.checked_distance(query, key, self.p, fast, self.softening_column(query.dtype))
 
-    def softening_column(self, dtype: torch.dtype) -> float | Tensor:
-        """Return ε as a float, or as (H, 1, 1)."""
+    def softening_column(self, dtype: torch.dtype) -> float | Tensor | None:
+        """Return ε as a float, as (H, 1, 1), or None."""
         if isinstance(self.softening, Tensor):
             return self.softening.to(dtype).clamp_min(LEAST)[:, None, None]
         return self.softening

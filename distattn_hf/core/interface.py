@@ -230,16 +230,16 @@ def attend(group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor |
     """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
     dtype, backend = value.dtype, call.backend
     if group is None:
-        metric, lam, p = get_metric("dot"), 1.0, None
+        metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
     else:
         with without_autocast(query.device.type):
-            query, key, lam = group(query, key)
+            query, key, lam, epsilon = group(query, key)
         metric, p, backend = get_metric(group.metric), group.p, backend or group.spec.backend
         if value.shape[1] != key.shape[1]:
             value = repeat_kv(value, key.shape[1] // value.shape[1])
     inputs = AttentionInputs(
         query, key, value.to(key.dtype), metric, lam, call.scaling, p,
-        call.mask, call.position_bias, call.is_causal, call.dropout_p,
+        call.mask, call.position_bias, call.is_causal, call.dropout_p, softening=epsilon,
     )  # fmt: skip
     if call.return_weights:
         output, weights = run_attention(inputs, "reference", return_weights=True)

@@ -50,8 +50,13 @@ class Metric:
         """Return the same distances without a (..., N, M, d) tensor."""
         return self.distance(query, key, p)
 
-    def checked_distance(self, query: Tensor, key: Tensor, p: float | None = None, fast: bool = True) -> Tensor:
-        """Return `fast_distance`, or `distance`; raises `ValueError` where a user's own metric gives no distances."""
+    def checked_distance(self, query: Tensor, key: Tensor, p=None, fast: bool = True, epsilon=None) -> Tensor:
+        """Return `fast_distance`, or `distance`, or with an ε `softened_distance`.
+
+        Raises `ValueError` where a user's own metric gives no distances.
+        """
+        if epsilon is not None:
+            return self.softened_distance(query, key, epsilon, p)
         distances = (self.fast_distance if fast else self.distance)(query, key, p)
         if self is not BUILT_IN.get(self.name):
             check_distances(f"metric {self.name!r}", distances, query, key, signed=not self.is_distance)
