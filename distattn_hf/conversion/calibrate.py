@@ -194,8 +194,11 @@ def _match_spread(group: HeadParameters, rows: Rows) -> None:
 
 
 @torch.no_grad()
-def _choose_softening(group: HeadParameters, rows: Rows, budget: float) -> None:
-    """Per head the smallest ε of the grid that is within the budget, or within 10% of the best divergence, with α."""
+def _choose_softening(group: HeadParameters, rows: Rows, budget: float) -> dict[str, Tensor]:
+    """Set per head the smallest ε of the grid that is within the budget, or within 10% of the best divergence, and α.
+
+    Returns the values at the grid's least ε: those of the plain distance.
+    """
     trials = []
     for share in SOFTENING_GRID:
         if group.transform != "none" and not get_metric(group.metric).scale_free:
@@ -205,6 +208,12 @@ def _choose_softening(group: HeadParameters, rows: Rows, budget: float) -> None:
             group.log_softening.copy_((share * rows.median_distance(group)).log())
             _match_spread(group, rows)
         trials.append((rows.divergence(group), _snapshot(group)))
+    _take_first_allowed(group, trials, budget)
+    return trials[0][1]
+
+
+def _take_first_allowed(group: HeadParameters, trials: list[tuple[Tensor, dict[str, Tensor]]], budget: float) -> None:
+    """Set each head to the first of (divergences (H,), values) within the budget, or within 10% of the best."""
     divergences = torch.stack([divergence for divergence, _ in trials])
     allowed = torch.maximum(1.1 * divergences.amin(0), torch.full_like(divergences[0], budget))
     chosen = (divergences <= allowed).int().argmax(0)
@@ -223,15 +232,15 @@ def _choose_alpha(group: HeadParameters, rows: Rows, budget: float, share: float
             group.log_softening.copy_((share * rows.median_distance(group)).log())
         _match_spread(group, rows)
         trials.append((rows.divergence(group), _snapshot(group)))
-    divergences = torch.stack([divergence for divergence, _ in trials])
-    allowed = torch.maximum(1.1 * divergences.amin(0), torch.full_like(divergences[0], budget))
-    chosen = (divergences <= allowed).int().argmax(0)
-    for number, (_, values) in enumerate(trials):
-        _restore(group, values, chosen == number)
+    _take_first_allowed(group, trials, budget)
 
 
-def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOptions) -> tuple[Tensor, Tensor]:
-    """Fit one group of heads in place; returns its divergence (H,) in nats on held-out rows, before and after."""
+def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOptions) -> dict[str, Tensor]:
+    """Fit one group of heads in place; return its divergences (H,) in nats on held-out rows, "before" and "after".
+
+    With a fitted ε also "plain", the divergence of the plain distance with its own λ and α, and "softening_ratio", ε in
+    medians of the head's plain distances (of cosine: of its norms): 0 is the plain distance.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     report = data.draw(data.report_sequences, 2 * options.rows, generator)
     with torch.no_grad():
@@ -245,7 +254,7 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
             if not scale_free and not group.fits_softening:
                 _choose_alpha(group, start, options.divergence_budget)
         if group.fits_softening:
-            _choose_softening(group, start, options.divergence_budget)
+            plain_values = _choose_softening(group, start, options.divergence_budget)
         _match_spread(group, start)
     tensors = group.fitted_tensors()
     candidates = {n: t for n, t in tensors.items() if not (scale_free and n == "log_alpha")}
@@ -261,8 +270,14 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
             _restore(group, fallback)
             better = reached <= report.divergence(group).clamp_min(options.divergence_budget)
             _restore(group, fitted, better)
-        after = report.divergence(group)
-    return before, after
+        result = {"before": before, "after": report.divergence(group)}
+        if group.fits_softening:
+            fitted = _snapshot(group)
+            _restore(group, plain_values)
+            result["plain"] = report.divergence(group)
+            _restore(group, fitted)
+            result["softening_ratio"] = group.softening() / report.median_distance(group)
+    return result
 
 
 def _snapshot(group) -> dict[str, Tensor]:
@@ -360,8 +375,7 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
                     continue
                 data = LayerData(queries, keys, repeated_call, heads)
                 _check_sequences(data, name)
-                before, after = fit_group(group, data, options)
-                results[name].append({"before": before, "after": after})
+                results[name].append(fit_group(group, data, options))
             if options.max_error is not None:
                 results[name] = leave_exact(model, name, state, results[name], options.max_error)
             bar.update()

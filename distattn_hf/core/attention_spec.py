@@ -59,7 +59,7 @@ class AttentionSpec:
             α·(key - c). "maps" (once "linear", which is still read): also a (d, d) map on each side. "none": neither.
             None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
             sqeuclidean and l2, "maps" for every other metric).
-        softening: ε below which the distance is quadratic, of l2, l1, lp, chebyshev and cosine (the formulas: softening.py).
+        softening: ε of l2, l1, lp, chebyshev and cosine, below which the distance is quadratic (see softening.py).
             None or 0: the plain distance; a number: that ε in every head; "fit": one a head, which calibration fits
             and training trains.
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then

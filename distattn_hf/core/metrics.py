@@ -51,10 +51,7 @@ class Metric:
         return self.distance(query, key, p)
 
     def checked_distance(self, query: Tensor, key: Tensor, p=None, fast: bool = True, epsilon=None) -> Tensor:
-        """Return `fast_distance`, or `distance`, or with an ε `softened_distance`.
-
-        Raises `ValueError` where a user's own metric gives no distances.
-        """
+        """Return `fast_distance`, `distance` or `softened_distance`; raises `ValueError` for what is no distance."""
         if epsilon is not None:
             return self.softened_distance(query, key, epsilon, p)
         distances = (self.fast_distance if fast else self.distance)(query, key, p)
@@ -246,7 +243,7 @@ class Cosine(Metric):
         return 1 - torch.matmul(F.normalize(query, dim=-1), F.normalize(key, dim=-1).transpose(-1, -2))
 
     def softened_distance(self, query, key, epsilon, p=None):
-        return 1 - torch.matmul(soft_normalize(query, epsilon), soft_normalize(key, epsilon).transpose(-1, -2))
+        return -torch.matmul(soft_normalize(query, epsilon), soft_normalize(key, epsilon).transpose(-1, -2))
 
     def dot_form(self, query, key, epsilon=None):
         if epsilon is not None:
@@ -285,12 +282,10 @@ class Minkowski(Metric):
         return self._eager_distance(query, key, p)
 
     def softened_distance(self, query, key, epsilon, p=None):
-        order = self._order(p)
-        if order == 2:
+        if (order := self._order(p)) == 2:
             return BUILT_IN["l2"].softened_distance(query, key, epsilon)
         if order == 1 and self._compiled(query, key):
             # Homogeneous: at ε = 1 the kernel needs no gradient of ε.
-            epsilon = torch.as_tensor(epsilon, dtype=query.dtype)
             kind, knee = kind_of("l1", None, softened=True), 1 / query.shape[-1]
             return epsilon * self._by_kernel(query / epsilon, key / epsilon, kind, knee)
         form = {1: huber, math.inf: soft_maximum}.get(order, partial(soft_power_mean, p=order))

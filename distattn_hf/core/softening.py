@@ -6,7 +6,7 @@ With x = q - k and the knee δ = ε / d^(1/p) of one coordinate (p = 1 for l1, �
     l1         Σ_c m_c·(|x_c| - m_c/2) / δ          Huber's loss, m_c = min(|x_c|, δ)
     lp         (Σ_c (x_c² + δ²)^(p/2))^(1/p) - ε
     chebyshev  ε·log(mean_c cosh(x_c / ε))
-    cosine     1 - q·k / (√(‖q‖² + ε²)·√(‖k‖² + ε²))
+    cosine     -q·k / (√(‖q‖² + ε²)·√(‖k‖² + ε²))   (1 minus the cosine but for the 1, which would round it away)
 
 ε is in the units of the distance, and of the norms for cosine. ε -> 0 gives the distance (chebyshev: but for a constant
 of the row), ε -> ∞ a multiple of ‖q - k‖², as the lift of dot-product attention is; for cosine, of -q·k. All but cosine
