@@ -36,6 +36,9 @@ ENTRIES = {
 # How many files travel with a checkpoint of each kind, at most.
 MOST_FILES = {"converted": 32, "native": 45, "native, encoder-decoder": 46}
 
+# What files of core/ import from above, inside `try`: without the package a checkpoint's own code does without.
+AT_HOME = {"families.py": "distattn_hf.analysis.monitor", "modeling_converted.py": "distattn_hf.conversion.report"}
+
 # transformers.dynamic_module_utils.get_relative_imports: how it finds the files to copy with a modelling file.
 COPIED_BY_TRANSFORMERS = (r"^\s*from\s+\.(\S+)\s+import", r"^\s*import\s+\.(\S+)\s*$")
 
@@ -105,8 +108,7 @@ def test_a_file_can_be_read_in_one_sitting(path):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_folders_import_only_from_below(path):
     home = path.parts[0].removesuffix(".py")
-    # Monitoring stays at home: a method of models imports it inside `try`, when a user asks for it.
-    allowed = {"analysis"} if path == Path("core/families.py") else set()
+    allowed = {AT_HOME[path.name].split(".")[1]} if home == "core" and path.name in AT_HOME else set()
     for other in within_package(path) - allowed:
         assert other == home or floor(other) < floor(home), f"{path} imports {other}, which is not below it"
 
@@ -130,8 +132,8 @@ def test_core_imports_torch_transformers_the_standard_library_and_siblings(path)
         if level == 0:
             top = module.partition(".")[0]
             allowed = {"torch", "transformers"} | sys.stdlib_module_names
-            if path.name == "families.py" and module == "distattn_hf.analysis.monitor":
-                continue  # inside `try`, when a user asks for it
+            if module == AT_HOME.get(path.name):
+                continue
             if path.name.startswith("kernel_triton_"):
                 # Inside `try`, so that a checkpoint's copy does not ask for Triton: tests/core/test_triton.py.
                 allowed |= {"triton"}
