@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.inputs import ModuleCall, add_triangle
+from ..core.inputs import ModuleCall
 from ..core.interface import attend
 from ..core.metrics import get_metric
 from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import HeadParameters, NystromParameters
 from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
-from .fit import draw_rows, split_sequences
+from .fit import LayerData, Rows, row_deviation
 from .observe import observed, teacher_attention
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
@@ -94,102 +94,14 @@ class CalibrationOptions:
         return 2 if get_metric(group.metric).elementwise else 4
 
 
-@dataclass
-class Rows:
-    """Some query rows of one layer: query (B, H, n, d), key (B, H, M, d), keep and bias (B, H or 1, n, M), scaling."""
-
-    query: Tensor
-    key: Tensor
-    keep: Tensor
-    bias: Tensor | None
-    scaling: float
-
-    def teacher_log_weights(self) -> Tensor:
-        logits = self.scaling * torch.matmul(self.query, self.key.transpose(-1, -2))
-        return self._log_softmax(logits)
-
-    def student_log_weights(self, group: HeadParameters) -> Tensor:
-        query, key, lam, epsilon = group(self.query, self.key, "mapped")
-        lam, epsilon = (x[:, None, None] if isinstance(x, Tensor) else x for x in (lam, epsilon))
-        distances = get_metric(group.metric).checked_distance(query, key, group.p, epsilon=epsilon)
-        return self._log_softmax(-lam * self.scaling * distances)
-
-    def median_distance(self, group: HeadParameters) -> Tensor:
-        """Return the median of what ε is compared with, over kept pairs, (H,): the plain distance of the head, of
-        cosine the norms of query and key."""
-        query, key, *_ = group(self.query, self.key, "mapped")
-        metric = get_metric(group.metric)
-        if metric.scale_free:
-            return torch.cat([query, key], dim=2).norm(dim=-1).transpose(0, 1).flatten(1).median(-1).values
-        distances = metric.checked_distance(query, key, group.p)
-        kept = self.keep.expand_as(distances)
-        return torch.stack([d[k].median() for d, k in zip(distances.unbind(1), kept.unbind(1), strict=True)])
-
-    def _log_softmax(self, logits: Tensor) -> Tensor:
-        if self.bias is not None:
-            logits = logits + self.bias
-        return logits.masked_fill(~self.keep, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
-
-    def divergence(self, group: HeadParameters) -> Tensor:
-        """Return KL(teacher's weights ‖ student's), nats, mean over rows: (H,)."""
-        teacher = self.teacher_log_weights()
-        terms = teacher.exp() * (teacher - self.student_log_weights(group))
-        return terms.masked_fill(~self.keep, 0).sum(-1).mean((0, 2))
-
-
-class LayerData:
-    """The attention problem of one layer over the whole calibration batch; draws rows from it."""
-
-    def __init__(self, query: Tensor, key: Tensor, call: ModuleCall, heads: list[int] | None):
-        select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
-        self.query, self.key = query[:, select].float(), key[:, select].float()
-        batch, _, num_queries, _ = self.query.shape
-        num_keys = self.key.shape[-2]
-        keep = call.mask
-        keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if keep is None else keep
-        keep = keep if keep.shape[1] == 1 else keep[:, select]
-        if call.is_causal:
-            keep = add_triangle(keep, num_queries, num_keys, query.device)
-        self.keep = keep.expand(batch, keep.shape[1], num_queries, num_keys)
-        bias = call.position_bias
-        bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
-        self.bias = None if bias is None else bias.float().expand(batch, bias.shape[1], num_queries, num_keys)
-        self.scaling = call.scaling
-        # Rows worth fitting: something to choose from, and, in self-attention, no padding query.
-        valid = self.keep.any(1).sum(-1) > 1
-        if num_queries == num_keys:
-            valid = valid & self.keep.any(1).diagonal(dim1=-2, dim2=-1)
-        self.valid = valid
-        # Whole sequences are held out of the fit; the divergences reported are theirs.
-        self.fit_sequences, self.report_sequences = split_sequences(valid)
-
-    def draw(self, sequences: list[int], count: int, generator: torch.Generator) -> Rows:
-        """Draw `count` valid rows from each of `sequences` (with replacement where a sequence has fewer)."""
-        rows = draw_rows(self.valid, sequences, count, generator)
-        chosen = torch.tensor(sequences, device=self.query.device)[:, None]
-
-        def pick(tensor):
-            return tensor.transpose(1, 2)[chosen, rows].transpose(1, 2)
-
-        bias = None if self.bias is None else pick(self.bias)
-        return Rows(pick(self.query), self.key[chosen[:, 0]], pick(self.keep), bias, self.scaling)
-
-
-def _row_deviation(log_weights: Tensor, keep: Tensor) -> Tensor:
-    """Return the standard deviation of log-weights along a row over kept entries, mean over rows: (H,)."""
-    count = keep.sum(-1, keepdim=True)
-    mean = log_weights.masked_fill(~keep, 0).sum(-1, keepdim=True) / count
-    return ((log_weights - mean).masked_fill(~keep, 0).square().sum(-1) / count[..., 0]).sqrt().mean((0, 2))
-
-
 @torch.no_grad()
 def _match_spread(group: HeadParameters, rows: Rows) -> None:
     """Set λ of each head so that its logits spread along a row as the teacher's do (position bias left out)."""
     if group.constant_lambda is not None:
         return
     unbiased = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
-    teacher = _row_deviation(unbiased.teacher_log_weights(), rows.keep)
-    student = _row_deviation(unbiased.student_log_weights(group), rows.keep)
+    teacher = row_deviation(unbiased.teacher_log_weights(), rows.keep)
+    student = row_deviation(unbiased.student_log_weights(group), rows.keep)
     group.log_lambda += (teacher / student.clamp_min(1e-12)).clamp(1e-6, 1e6).log()
 
 
