@@ -144,3 +144,22 @@ def test_specs(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionSpec(**{"metric": "l2", **options})
     assert AttentionSpec("l2", softening=0).softening is None
+
+
+@every_soft
+@pytest.mark.parametrize("queries", [1, 30])
+def test_one_graph(metric, p, queries):
+    """torch.compile(fullgraph=True) gives what eager gives, the gradient of ε included."""
+    tensors = [t.requires_grad_() for t in make_tensors(queries, 30, 12).values()]
+    epsilon = torch.tensor([0.5, 3.0], requires_grad=True)
+
+    def function(query, key, value, epsilon):
+        return distance_attention(query, key, value, metric=metric, p=p, softening=epsilon, lam=1.0)
+
+    torch.compiler.reset()
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        output = run(*tensors, epsilon)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (*tensors, epsilon))))
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected.detach(), "float32_gradient")
