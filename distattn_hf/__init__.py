@@ -6,22 +6,22 @@ from pathlib import PurePath
 
 __version__ = "0.1.0"
 
-# What is imported on first use: importing the package takes little more than transformers' Auto classes do.
+# Imported on first use, so that importing the package costs little more than transformers' Auto classes.
 _MODULES = {
-    "analysis.lambda_search": ("grid_search", "optimize_lambda_parameters"),
+    "training.lambda_search": ("grid_search", "optimize_lambda_parameters"),
     "conversion.calibrate": ("CalibrationOptions",),
-    "conversion.checkpoints": ("load_checkpoint",),
+    "storage.models": ("load_checkpoint",),
     "conversion.convert": ("convert", "revert"),
     "conversion.fold": ("fold_alpha",),
     "conversion.report": ("ConversionReport",),
     "core.attention": ("distance_attention",),
-    "core.configuration_distattn": ("AttentionSpec",),
+    "core.attention_spec": ("AttentionSpec",),
     "core.configuration_native": ("DistAttnConfig", "DistAttnSeq2SeqConfig"),
     "core.encodings": ("POSITIONAL_ENCODINGS", "PositionalEncoding", "register_encoding"),
-    "core.explain": ("BackendChoice", "explain_backend"),
-    "core.layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
-    "core.layers_factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
-    "core.layers_stack": (
+    "core.backends": ("BackendChoice", "explain_backend"),
+    "layers.attention_layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
+    "layers.factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
+    "layers.blocks": (
         "DistanceDecoder",
         "DistanceDecoderLayer",
         "DistanceEncoder",
@@ -41,7 +41,7 @@ _MODULES = {
     ),
     "core.modeling_distattn_seq2seq": ("DistAttnForConditionalGeneration", "DistAttnSeq2SeqModel"),
     "core.native_layers": ("DistAttnPreTrainedModel",),
-    "core.nystrom": ("nystrom_attention",),
+    "functional.nystrom": ("nystrom_attention",),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -49,7 +49,7 @@ __all__ = ["__version__", *_LAZY]
 
 
 def _is_command_line() -> bool:
-    """Whether this process was started as `distattn` or as `python -m distattn_hf.cli`."""
+    """Return whether this process was started as `distattn` or as `python -m distattn_hf.cli`."""
     arguments = sys.orig_argv[1:]
     if "-m" in arguments:
         return arguments[arguments.index("-m") + 1 :][:1] == ["distattn_hf.cli"]
@@ -57,7 +57,7 @@ def _is_command_line() -> bool:
     return script in arguments and PurePath(script).stem == "distattn"
 
 
-# The command line answers --help and bad arguments without torch: its `start` registers when there is work to do.
+# The command line answers --help and bad arguments without torch; its `start` registers the classes later.
 if not _is_command_line():
     from .auto_classes import register_all
 
@@ -67,7 +67,7 @@ if not _is_command_line():
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    # A converted class, "DistAttn" and the name of a class of transformers.
+    # A converted class: "DistAttn" + the name of a transformers class.
     if name.startswith("DistAttn"):
         module = "configuration_distattn" if name.endswith("Config") else "modeling_converted"
         return getattr(import_module(f".core.{module}", __name__), name)

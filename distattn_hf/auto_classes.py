@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 from transformers.utils import logging
 
+from .core.attention_spec import is_newer_than_tested, version_note
 from .core.configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
@@ -12,7 +13,6 @@ from .core.configuration_distattn import (
     new_config_class_hooks,
 )
 from .core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig, config_checks
-from .core.versions import is_newer_than_tested, version_note
 
 logger = logging.get_logger(__name__)
 
@@ -79,6 +79,3 @@ def _list_class_names() -> None:
 def _register_native(config: DistAttnConfig) -> None:
     """Import the native family's models with its first config: Auto classes and the checks of a config need them."""
     from .core import modeling_distattn, modeling_distattn_seq2seq  # noqa: F401 (they register)
-    from .core.native_layers import register_native_family
-
-    register_native_family()

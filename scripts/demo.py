@@ -19,10 +19,10 @@ from transformers import (
 from transformers.utils import logging
 
 from distattn_hf import AttentionSpec, convert, load_checkpoint
-from distattn_hf.analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.report import ConversionReport
-from distattn_hf.conversion.texts import news_articles
+from distattn_hf.data.packing import pack
+from distattn_hf.data.sources import news_articles
+from distattn_hf.evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
 
 logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -66,7 +66,7 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
         texts = calibration if init == "calibrated" else None
         student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
         score = perplexity(student)
-        alpha = ConversionReport.from_dict(student.conversion_report).mean_alpha
+        alpha = student.conversion_report.mean_alpha
         note = "-" if alpha is None else f"mean α {alpha:.2f}"
         rows.append(["SmolLM2-135M (Llama)", metric, init, f"{score:.2f}", f"{score / teacher:.4f}", note])
         print("  ".join(rows[-1]), flush=True)
@@ -92,8 +92,7 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
 
 def fine_tune(student, tokenizer, texts, folder) -> None:
     """Eight steps of plain `Trainer`: enough to show that it runs, not to reach the teacher."""
-    ids = [token for text in texts for token in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
-    rows = Dataset.from_dict({"input_ids": [ids[i : i + 128] for i in range(0, 32 * 128, 128)]})
+    rows = Dataset.from_dict({"input_ids": pack(tokenizer, texts, 128, 32 * 128)[0].tolist()})
     arguments = TrainingArguments(
         str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=2e-5, report_to=[], save_strategy="no",
         logging_steps=4, use_cpu=True, disable_tqdm=True, seed=0,

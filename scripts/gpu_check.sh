@@ -46,4 +46,4 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
     paths="$PWD/$site:$paths"
 fi
 export PYTHONPATH="$paths${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m distattn_hf.experiments.gpu_check "$@"
+exec "$python" -m distattn_hf.benchmark.gpu_check "$@"

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-import typer
 from typer.testing import CliRunner
 
-from distattn_hf.cli import benchmark
+from distattn_hf.commands.command_benchmark import command as benchmark
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "experiments").glob("benchmark*.yaml"))
 
@@ -19,9 +18,7 @@ def recorded(run, config) -> tuple[dict, str]:
 
 
 def command_line(*arguments):
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(benchmark)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return CliRunner().invoke(benchmark, [str(a) for a in arguments])
 
 
 class WrongSlope(torch.autograd.Function):

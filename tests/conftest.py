@@ -1,4 +1,4 @@
-"""What every test shares: no network, and random numbers that are the same in every run."""
+"""What every test shares: its tier, no network, and random numbers that are the same in every run."""
 
 import os
 
@@ -10,6 +10,46 @@ import torch  # noqa: E402
 
 from distattn_hf import MECHANISMS, POSITIONAL_ENCODINGS  # noqa: E402
 from distattn_hf.core.metrics import METRICS  # noqa: E402
+from tests import tiers  # noqa: E402
+
+LEFT_OUT = pytest.StashKey[dict]()
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = {}
+    for tier, meaning in tiers.TIERS.items():
+        config.addinivalue_line("markers", f"{tier}: {meaning}")
+    config.addinivalue_line("markers", "slow: of transformers' common tests, which skip those themselves")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(tiers.tier_of(item.nodeid))
+
+
+def pytest_deselected(items):
+    """Keep what `-m` left out; what a caller's own `-k` leaves out is his."""
+    chosen = items[0].config.option.markexpr.split() if items else ()
+    other = [item.nodeid for item in items if tiers.tier_of(item.nodeid) not in chosen]
+    if chosen and other:
+        items[0].config.stash[LEFT_OUT] = tiers.left_out(other)
+
+
+def pytest_sessionfinish(session):
+    """Tell the process that prints: with pytest-xdist, another one than that which chose."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in tiers.lines(config.stash[LEFT_OUT]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

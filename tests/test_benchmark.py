@@ -12,14 +12,17 @@ import typer
 import yaml
 from torch.nn import functional as F
 
-from distattn_hf import cli
+from distattn_hf.benchmark import exact_check as check
+from distattn_hf.benchmark import measure
+from distattn_hf.benchmark import run as module
+from distattn_hf.benchmark.command import load_config, option_names, read_config, run_benchmark
+from distattn_hf.benchmark.exact_options import PASSES, BenchmarkConfig, parse_metric
+from distattn_hf.benchmark.plot import plot_results
+from distattn_hf.benchmark.results import provenance
+from distattn_hf.benchmark.run_exact import LEAST_MEGABYTES, ExactBenchmark
+from distattn_hf.commands import command_benchmark
 from distattn_hf.core.backends import BACKENDS, Backend
-from distattn_hf.experiments import benchmark as module
-from distattn_hf.experiments import benchmark_check as check
-from distattn_hf.experiments import benchmark_measure as measure
-from distattn_hf.experiments.benchmark_config import PASSES, BenchmarkConfig, parse_metric
-from distattn_hf.experiments.benchmark_load import load_config, option_names, read_config
-from distattn_hf.experiments.benchmark_report import provenance, write_json
+from distattn_hf.storage.folders import write_json
 from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
 from tests.tolerances import HALF_ERROR_RATIO, assert_close
 
@@ -35,7 +38,7 @@ def config(folder, **options) -> BenchmarkConfig:
 
 def run(folder, **options) -> tuple[dict, str]:
     """(the report, what was printed) of one run."""
-    return recorded(module.run_benchmark, config(folder, **options))
+    return recorded(run_benchmark, config(folder, **options))
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -124,15 +127,17 @@ def test_shipped_configs_are_valid(path):
 
 def test_every_option_is_on_the_command_line():
     names = {field.name for field in fields(BenchmarkConfig)}
-    assert set(inspect.signature(cli.benchmark).parameters) == names | {"config", "overwrite", "mechanism"}
+    assert set(inspect.signature(command_benchmark.benchmark).parameters) == names | {
+        "config",
+        "overwrite",
+        "mechanism",
+    }
 
 
 def test_the_help_says_which_mechanism_has_an_option():
     """And names, for the others, those that only their YAML files have."""
     names = {mechanism: set(option_names(mechanism)) for mechanism in ("distance", "nystrom", "native")}
-    app = typer.Typer()
-    app.command()(cli.benchmark)
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(command_benchmark.command)
     text = {option.name: option.help for option in command.params}
     for name in names["distance"]:
         assert text[name].startswith("all: " if name in names["nystrom"] else "distance: "), name
@@ -227,7 +232,7 @@ def test_half_precision_is_held_against_pytorchs(dtype, monkeypatch, tmp_path):
 
 
 def test_an_empty_check_does_not_pass():
-    assert not check.summary([])["passed"]
+    assert not module.summary([])["passed"]
 
 
 def test_the_command_exits_with_1_after_a_wrong_result(monkeypatch, tmp_path):
@@ -338,14 +343,14 @@ def test_a_case_that_fails_does_not_end_the_run(monkeypatch, tmp_path):
 def test_an_interrupted_run_keeps_what_it_has(monkeypatch, tmp_path):
     cases = []
 
-    def interrupted(case, *rest):
+    def interrupted(self, case, name):
         cases.append(case)
         if len(cases) == 3:
             raise KeyboardInterrupt
-        return run_case(case, *rest)
+        return row(self, case, name)
 
-    run_case = module.run_case
-    monkeypatch.setattr(module, "run_case", interrupted)
+    row = ExactBenchmark.row
+    monkeypatch.setattr(ExactBenchmark, "row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, passes="decode", decode_lengths="32,48,64")
     report = json.loads((tmp_path / "out" / "benchmark.json").read_text())
@@ -359,7 +364,7 @@ def test_a_full_folder_is_not_written_into(tmp_path):
     run(tmp_path, **options)
     with pytest.raises(ValueError, match="exists and is not empty; pass --overwrite"):
         run(tmp_path, **options)
-    module.run_benchmark(config(tmp_path, **options), overwrite=True, echo=lambda line: None)
+    run_benchmark(config(tmp_path, **options), overwrite=True, echo=lambda line: None)
 
 
 def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
@@ -392,7 +397,7 @@ def test_plots(tmp_path):
     for folder in (tmp_path / "out", tmp_path / "again"):
         if not folder.exists():
             folder.mkdir()
-            module.plot_results(report, folder)
+            plot_results(report, folder)
         for name in names:
             for ending, start in starts.items():
                 content = (folder / (name + ending)).read_bytes()
@@ -451,7 +456,7 @@ def test_memory_sees_a_quadratic_tensor(tmp_path):
     options = {"metrics": "cosine", "passes": "forward", "lengths": 2048, "head_sizes": 4, "backends": "reference"}
     (case,) = config(tmp_path, **options).cases()
     weights = case.heads * case.length**2 * 4 / 1e6
-    with measure.MemoryProbe(threads=1) as probe:
+    with measure.MemoryProbe(ExactBenchmark, threads=1) as probe:
         reference, sdpa, naive = (probe.measure(case, who) for who in ("ours", "sdpa", "naive"))
         assert reference > weights
         assert naive > weights
@@ -468,7 +473,7 @@ def test_memory_counts_the_output(dtype, tmp_path):
     """Also where making the inputs has left freed memory behind, in which it would find room."""
     (case,) = config(tmp_path, passes="forward", lengths=1024, heads=12, head_sizes=64, dtypes=dtype).cases()
     output = 12 * 1024 * 64 * {"float32": 4, "bfloat16": 2}[dtype] / 1e6
-    with measure.MemoryProbe(threads=1) as probe:
+    with measure.MemoryProbe(ExactBenchmark, threads=1) as probe:
         for who in ("ours", "sdpa"):
             assert probe.measure(case, who) > 0.95 * output
 
@@ -480,14 +485,14 @@ def test_memory_is_in_the_report(tmp_path):
     assert memory["ours"] > 0.2
     assert memory["sdpa"] > 0.2
     assert memory["naive"] is None
-    assert (memory["ratio"] is None) == (memory["sdpa"] < measure.LEAST_MEGABYTES)
+    assert (memory["ratio"] is None) == (memory["sdpa"] < LEAST_MEGABYTES)
     assert f"{memory['ours']:.1f}" in printed.splitlines()[-2]
 
 
 def test_a_measuring_process_that_ends_is_reported(tmp_path):
     """Also to later cases; and leaving raises nothing."""
     first, second = config(tmp_path, passes="decode", decode_lengths="32,48").cases()
-    with measure.MemoryProbe(threads=1) as probe:
+    with measure.MemoryProbe(ExactBenchmark, threads=1) as probe:
         assert isinstance(probe.measure(first, "ours"), float)
         probe._process.kill()
         probe._process.wait()

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from distattn_hf.benchmark.command import load_config, run_benchmark
+from distattn_hf.benchmark.native_options import NativeCase, NativeConfig
+from distattn_hf.benchmark.run import exit_code
+from distattn_hf.benchmark.run_native import NativeBenchmark
 from distattn_hf.core.mechanism_base import MECHANISMS
-from distattn_hf.experiments import benchmark_native as module
-from distattn_hf.experiments.benchmark import exit_code
-from distattn_hf.experiments.benchmark_load import load_config
-from distattn_hf.experiments.benchmark_native import NativeCase, NativeConfig
 from tests.benchmark_cases import CONFIGS, recorded
 
 TINY = {
@@ -51,7 +51,7 @@ def test_forms_that_do_not_exist_are_left_out():
 
 def test_every_mechanism_passes_its_check_and_is_written(tmp_path):
     config = NativeConfig(**{**TINY, "mechanisms": [*MECHANISMS, "nystrom"], "out": str(tmp_path / "out")})
-    report, printed = recorded(module.run_native_benchmark, config)
+    report, printed = recorded(run_benchmark, config)
     assert exit_code(report) == 0
     assert json.loads((tmp_path / "out/benchmark.json").read_text())["complete"]
     rows = report["results"]
@@ -70,7 +70,7 @@ def test_a_wrong_mechanism_gets_no_time(tmp_path, monkeypatch):
     attend = MECHANISMS.get("linear")._attend
     monkeypatch.setattr(MECHANISMS.get("linear"), "_attend", lambda self, call: attend(self, call) * 1.001)
     report, printed = recorded(
-        module.run_native_benchmark, NativeConfig(**{**TINY, "mechanisms": "linear", "out": str(tmp_path / "out")})
+        run_benchmark, NativeConfig(**{**TINY, "mechanisms": "linear", "out": str(tmp_path / "out")})
     )
     assert {row["status"] for row in report["results"]} == {"wrong"}
     assert "WRONG" in printed
@@ -79,7 +79,7 @@ def test_a_wrong_mechanism_gets_no_time(tmp_path, monkeypatch):
 
 def test_memory_and_gradients_are_those_of_the_case():
     case = NativeCase("local", True, "forward_backward", 4096, 1, 2, 16, "cpu", 0)
-    gradients = module.call_of(case, module.attention_of(case))()
+    gradients = NativeBenchmark.call(case, "ours")()
     assert [g.shape for g in gradients] == [torch.Size((1, 2, 4096, 16))] * 3
     # Three gradients of 0.5 MB each at least, and far less than the 134 MB of two heads' (N, M) weights.
-    assert 1.5 < module.measure_memory(case, "ours") < 60
+    assert 1.5 < NativeBenchmark.measure_memory(case, "ours") < 60

@@ -11,13 +11,13 @@ import torch
 import yaml
 from torch.nn import functional as F
 
-from distattn_hf.core.landmarks import STRATEGIES
-from distattn_hf.experiments import benchmark as command
-from distattn_hf.experiments import benchmark_nystrom as module
-from distattn_hf.experiments import benchmark_nystrom_inputs as inputs
-from distattn_hf.experiments import benchmark_nystrom_peers as peers
-from distattn_hf.experiments.benchmark_load import load_config, read_config
-from distattn_hf.experiments.benchmark_nystrom_config import NystromConfig
+from distattn_hf.benchmark import nystrom_inputs as inputs
+from distattn_hf.benchmark import nystrom_peers as peers
+from distattn_hf.benchmark import run_nystrom as module
+from distattn_hf.benchmark.command import load_config, read_config, run_benchmark
+from distattn_hf.benchmark.nystrom_options import NystromConfig
+from distattn_hf.benchmark.run import Benchmark, exit_code
+from distattn_hf.functional.landmarks import STRATEGIES
 from tests.benchmark_cases import CONFIGS, WrongSlope, command_line, recorded
 from tests.tolerances import assert_close
 
@@ -34,7 +34,7 @@ def config(folder, **options) -> NystromConfig:
 
 def run(folder, **options) -> tuple[dict, str]:
     """(the report, what was printed) of one run."""
-    return recorded(module.run_nystrom_benchmark, config(folder, **options))
+    return recorded(run_benchmark, config(folder, **options))
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -91,11 +91,11 @@ def test_shipped_configs_are_valid(path):
 def test_the_mechanism_comes_from_the_option_or_the_file(monkeypatch, tmp_path):
     asked = []
 
-    def ran(kind):
-        return lambda options, **_: asked.append((kind, options.out)) or {"results": [{"status": "ok"}]}
+    def ran(self, **_):
+        asked.append((self.about.get("mechanism", "distance"), self.config.out))
+        return {"results": [{"status": "ok"}]}
 
-    monkeypatch.setattr(command, "run_benchmark", ran("distance"))
-    monkeypatch.setattr(command, "run_nystrom_benchmark", ran("nystrom"))
+    monkeypatch.setattr(Benchmark, "run", ran)
     path = tmp_path / "some.yaml"
     path.write_text("mechanism: nystrom\nout: a")
     for arguments in (["--config", path], ["--mechanism", "nystrom", "--out", "b"], ["--out", "c"]):
@@ -138,7 +138,7 @@ def test_a_wrong_result_has_no_time(distort, causal, monkeypatch, tmp_path):
     assert not {"seconds", "times_ours", "errors", "memory"} & set(row)
     (line,) = [line for line in printed.splitlines() if line.startswith("ours")]
     assert "WRONG (error " in line
-    assert command.exit_code(report) == 1
+    assert exit_code(report) == 1
     assert json.loads((tmp_path / "out" / "benchmark.json").read_text()) == report
 
 
@@ -200,7 +200,7 @@ def test_a_run_writes_and_prints_every_row(tmp_path):
     assert report["complete"]
     assert report["provenance"]["torch"] == torch.__version__
     assert set(report["definitions"]["inputs"]) == set(inputs.KINDS)
-    assert command.exit_code(report) == 0
+    assert exit_code(report) == 0
     labels = ["ours:segment_means", "ours:kmeans", "sdpa", "transformers"]
     rows = [row for row in report["results"] if row["status"] != "yardstick"]
     assert [row["label"] for row in rows] == 8 * labels
@@ -249,7 +249,7 @@ def test_peers_that_are_not_installed_say_so(monkeypatch, tmp_path):
         assert row["status"] == "absent"
         assert f"not installed (pip install --no-deps {packages}" in row["reason"]
         assert row["reason"] in printed
-    assert command.exit_code(report) == 0
+    assert exit_code(report) == 0
 
 
 def test_a_competitor_that_fails_does_not_end_the_run(monkeypatch, tmp_path):
@@ -260,7 +260,7 @@ def test_a_competitor_that_fails_does_not_end_the_run(monkeypatch, tmp_path):
     report, printed = run(tmp_path, causal=False, lengths=48)
     assert report["complete"]
     assert "FAILED: RuntimeError: not enough memory" in printed
-    assert command.exit_code(report) == 1
+    assert exit_code(report) == 1
 
 
 def test_memory_and_plots(tmp_path):
@@ -287,7 +287,7 @@ def check_memory_errors(report, printed, reasons: dict[str, str]):
     for label, reason in reasons.items():
         assert any(label in note and note.endswith(f" at N = 48, 96: {reason}") for note in notes)
     assert len(notes) == len(set(reasons.values()))
-    assert command.exit_code(report) == 0
+    assert exit_code(report) == 0
 
 
 def test_memory_of_what_the_measuring_process_does_not_know(monkeypatch, tmp_path):

@@ -1,25 +1,48 @@
 """The command line as a user types it, on a small checkpoint folder and real files."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertTokenizerFast
 
-import distattn_hf  # noqa: F401 (registers with the Auto classes)
+from distattn_hf import cli
 from tests.conversion.models import gpt2
 
 TEXT = "\n\n".join(" ".join(["the cat sat on the mat and the dog sat on the log"] * 6) for _ in range(8))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(TEXT.split()))]
 
 
-def distattn(*arguments, check=True):
-    command = [sys.executable, "-m", "distattn_hf.cli", *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass
+class Run:
+    """What a command printed, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def distattn(*arguments, check=True) -> Run:
+    """The command line in this process, from `main` to the exit code."""
+    said, complained = io.StringIO(), io.StringIO()
+    typed = mock.patch("sys.argv", ["distattn", *map(str, arguments)])
+    with typed, redirect_stdout(said), redirect_stderr(complained), pytest.raises(SystemExit) as stopped:
+        cli.main()
+    run = Run(stopped.value.code or 0, said.getvalue(), complained.getvalue())
     assert not check or run.returncode == 0, run.stderr[-3000:]
     return run
+
+
+def in_a_process(*arguments) -> subprocess.CompletedProcess:
+    """The same as a user starts it: torch is imported by the command line, and Python ends with its exit code."""
+    command = [sys.executable, "-m", "distattn_hf.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +164,7 @@ def test_revert_gives_the_teachers_weights(folder):
             ["convert", "TEACHER", "NEW", "--spec", "x.yaml", "--p", "3"],
             "--p and --spec both say what the attention is",
         ),
-        (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "doesn't contain any data files"),
+        (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "is a folder that Dataset.save_to_disk did not make"),
         (
             ["convert", "TEACHER", "NEW", "--calibration", "TEXT", "--max-error", "0.4"],
             "--max-error 0.4 is for --mechanism",
@@ -179,7 +202,12 @@ def test_help_has_an_example(verb):
     assert "Example" in distattn(verb, "--help").stdout
 
 
-def test_a_hub_name_without_the_hub_fails_at_once():
-    run = distattn("inspect", "openai-community/gpt2", check=False)
+def test_a_process_of_its_own(folder):
+    """What it prints, and that its exit code and standard error say what is wrong: a Hub name without the Hub."""
+    run = in_a_process("inspect", folder / "l2")
+    assert run.returncode == 0
+    assert run.stdout == distattn("inspect", folder / "l2").stdout
+    run = in_a_process("inspect", "openai-community/gpt2")
     assert run.returncode == 1
-    assert "error: " in run.stderr
+    assert len([line for line in run.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "Traceback" not in run.stderr

@@ -134,6 +134,9 @@ def test_set_names_its_flags(tmp_path):
 def test_data_that_cannot_be_read_is_named_by_its_flag(places, verb):
     folder, names = places
     rest = ["--out", str(folder / "report")] if verb == "analyse" else []
-    for more, said in ((["nowhere.txt"], "--data: data file"), ([names["TABLE"], "--column", "x"], "--data: --column")):
+    for more, said in (
+        (["nowhere.txt"], "--data: data 'nowhere.txt' does not exist"),
+        ([names["TABLE"], "--column", "x"], "--data: --column"),
+    ):
         with pytest.raises(ValueError, match=said):
             app([verb, str(folder / "teacher"), *rest, "--data", *more], standalone_mode=False)

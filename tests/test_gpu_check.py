@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from distattn_hf.benchmark import gpu_check, gpu_check_cases, gpu_check_speed
+from distattn_hf.benchmark.gpu_check_cases import Case, correctness_cases
+from distattn_hf.benchmark.gpu_check_speed import Timing, measure, timings
+from distattn_hf.benchmark.gpu_check_worker import Worker, run_all
 from distattn_hf.core import backend_triton
-from distattn_hf.experiments import gpu_check, gpu_check_cases, gpu_check_speed
-from distattn_hf.experiments.gpu_check_cases import Case, correctness_cases
-from distattn_hf.experiments.gpu_check_speed import Timing, measure, timings
-from distattn_hf.experiments.gpu_check_worker import Worker, run_all
 
 ROOT = Path(__file__).parents[1]
 
 # A kernel that is slightly wrong, one that fails, and the check in the same process.
 BROKEN = """
 import sys
+from distattn_hf.benchmark import gpu_check
 from distattn_hf.core import backend_triton
-from distattn_hf.experiments import gpu_check
 
 right = backend_triton._Attention.forward
 
@@ -99,7 +99,7 @@ def test_a_process_that_dies_spoils_no_other_case(workers):
 
 
 def test_a_case_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr("distattn_hf.experiments.gpu_check_worker._START_SECONDS", 0)
+    monkeypatch.setattr("distattn_hf.benchmark.gpu_check_worker._START_SECONDS", 0)
     answers = run_stub(["hangs", "a"], timeout=3.0)
     assert [a["status"] for a in answers] == ["failed", "ok"]
     assert "no answer within 3 s" in answers[0]["reason"]
@@ -107,7 +107,7 @@ def test_a_case_that_hangs_is_ended(monkeypatch):
 
 def test_what_the_time_does_not_reach_is_said(monkeypatch):
     """Also a case that the end of the time cuts off: that is no failure of its own."""
-    monkeypatch.setattr("distattn_hf.experiments.gpu_check_worker._START_SECONDS", 0)
+    monkeypatch.setattr("distattn_hf.benchmark.gpu_check_worker._START_SECONDS", 0)
     assert run_stub(["a"], left=lambda: -1.0) == [{"status": "skipped", "reason": "time"}]
     assert run_stub(["hangs"], left=lambda: 2.0) == [{"status": "skipped", "reason": "time"}]
 

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from distattn_hf import cli
+from distattn_hf.commands import choices, flags, shared
 from distattn_hf.conversion.convert import INITS
-from distattn_hf.core import configuration_distattn as configuration
+from distattn_hf.core import attention_spec
 from distattn_hf.core.metrics import BUILT_IN
 
 
@@ -62,12 +64,12 @@ def test_bad_arguments_are_refused_without_torch(distattn, tmp_path, arguments, 
 
 
 def test_names_known_without_torch_are_those_of_the_package():
-    assert {name: metric.aliases for name, metric in BUILT_IN.items()} == cli.METRICS
-    assert cli.CHOICES == {
-        "mechanism": configuration.MECHANISMS,
+    assert {name: metric.aliases for name, metric in BUILT_IN.items()} == choices.METRICS
+    assert choices.CHOICES == {
+        "mechanism": attention_spec.MECHANISMS,
         "init": INITS,
-        "attention": configuration.ATTENTION_KINDS,
-        "transform": configuration.TRANSFORMS,
+        "attention": attention_spec.ATTENTION_KINDS,
+        "transform": attention_spec.TRANSFORMS,
     }
 
 
@@ -94,7 +96,7 @@ def test_help_is_not_cut(arguments):
 )  # fmt: skip
 def test_messages_name_flags(message, shown):
     options = ["metric", "mechanism", "init", "lam", "steps", "max_error", "exact_below", "fold_alpha", "spec_file"]
-    assert cli.as_flags(message, options) == shown
+    assert flags.as_flags(message, options) == shown
 
 
 LIGHT = """
@@ -125,7 +127,7 @@ def test_the_package_imports_no_model_until_one_is_asked_for():
 
 
 def test_ctrl_c_says_how_to_go_on(capsys):
-    with pytest.raises(cli.typer.Exit) as stopped, cli.resumable("out/run"):
+    with pytest.raises(typer.Exit) as stopped, shared.resumable("out/run"):
         raise KeyboardInterrupt
     assert stopped.value.exit_code == 130
     assert "The same command again goes on from the last checkpoint in out/run" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""What a model does: evaluation of a conversion."""
+"""What a model attends to: weights, statistics, comparisons, interventions."""

@@ -1,4 +1,4 @@
-"""The whole analysis of a checkpoint: everything is checked, then measured, drawn and written to one folder."""
+"""Analyse a checkpoint: check all inputs, then measure, draw and write the results to one folder."""
 
 import json
 import platform
@@ -9,34 +9,34 @@ from statistics import fmean
 import torch
 import transformers
 
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import current_report
-from ..conversion.pooling import read_pooling
-from ..conversion.saving import staging_folder
 from ..core.modeling_converted import DistAttnModelMixin
-from ..training.trainer import check_tokenizers
+from ..data.datasets import check_tokenizers
+from ..data.tasks import text_task_of
+from ..evaluation.scorecard import Scorecard
+from ..storage.folders import staging_folder
+from ..storage.models import load_checkpoint
+from ..storage.pooling import read_pooling
 from .comparison import Comparison, compare
-from .evaluation import model_kind
 from .export import attention_maps
 from .figure_style import require_matplotlib, save_figure
 from .importance import HeadImportance, ablation_importance, gradient_attribution, gradient_importance
-from .inputs import AnalysisOptions, TextLoss, check_texts, make_batches, token_texts
 from .intervention import resolve_heads
-from .report import build_sections, render
+from .report.page import build_sections, render
+from .report.parts import Example
 from .rollout import attention_rollout
-from .scorecard import Scorecard
-from .sections import Example
+from .samples import AnalysisOptions, TextLoss, check_texts, make_batches, token_texts
 from .statistics import AttentionStatistics, measure
 from .watch import attention_modules
 
 RESULTS = "analysis.json"
-# Heads shown with their tokens where none is asked for.
+# Number of heads shown with their tokens by default.
 _SHOWN_HEADS = 3
 
 
 @dataclass(frozen=True)
 class AnalyseOptions(AnalysisOptions):
-    """`AnalysisOptions`, and: whether heads' importance is measured and on how many tokens, how many tokens of the
+    """`AnalysisOptions`, and: whether to measure the importance of heads and on how many tokens, how many tokens of the
     first text the maps show, and which heads they show large, as {layer number or module name: [head, ...]}; None: the
     most important or most changed ones."""
 
@@ -55,9 +55,9 @@ class AnalyseOptions(AnalysisOptions):
 
 @dataclass
 class Analysis:
-    """What an analysis found; `to_dict` is what analysis.json holds.
+    """The results of an analysis; `to_dict` is the content of analysis.json.
 
-    importance: by kind, empty where it was not measured; conversion and scorecard: as they came with the checkpoint;
+    importance: by kind, empty if it was not measured; conversion and scorecard: as saved with the checkpoint;
     attribution and rollout: of the first text's tokens; notes: what could not be measured, and why.
     """
 
@@ -77,7 +77,7 @@ class Analysis:
     versions: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """A few lines for a terminal."""
+        """Summarise the analysis in a few lines for a terminal."""
         numbers = self.statistics
         lines = [
             f"{self.architecture}: {len(numbers.heads)} heads in {len(numbers.modules)} modules, over "
@@ -91,23 +91,23 @@ class Analysis:
                 f"from the teacher: KL {fmean(h.divergence for h in heads):.4f} nats per query, correlation "
                 f"{fmean(h.correlation for h in heads):.3f}"
             )
-        for kind, found in self.importance.items():
-            module, head, score = found.ranking()[0]
+        for kind, importance in self.importance.items():
+            module, head, score = importance.ranking()[0]
             lines.append(f"most important by {kind}: {module} head {head} ({score:.4f} nats)")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict:
-        """JSON-ready; `from_dict` turns it back."""
+        """Return a JSON-serialisable dict; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> "Analysis":
-        """The analysis that `to_dict` described."""
+        """Restore the analysis from `to_dict`."""
 
         def read(kind, name):
             return None if data.get(name) is None else kind.from_dict(data[name])
 
-        importance = {kind: HeadImportance.from_dict(found) for kind, found in data["importance"].items()}
+        importance = {kind: HeadImportance.from_dict(values) for kind, values in data["importance"].items()}
         return cls(**{
             **data, "statistics": read(AttentionStatistics, "statistics"), "importance": importance,
             "teacher_statistics": read(AttentionStatistics, "teacher_statistics"),
@@ -116,17 +116,17 @@ class Analysis:
 
 
 def parse_heads(texts) -> dict | None:
-    """{layer: [head, ...]} from "layer:head" strings, such as "3:5"; None for none.
+    """Parse "layer:head" strings, such as "3:5", to {layer: [head, ...]}; None if there are none.
 
     Raises `ValueError` for anything else.
     """
-    found: dict[int, list[int]] = {}
+    heads: dict[int, list[int]] = {}
     for text in texts or ():
         layer, _, head = text.partition(":")
         if not (layer.isdecimal() and head.isdecimal()):
             raise ValueError(f"heads must be layer:head with two numbers, such as 3:5, got {text!r}")
-        found.setdefault(int(layer), []).append(int(head))
-    return found or None
+        heads.setdefault(int(layer), []).append(int(head))
+    return heads or None
 
 
 def analyse(
@@ -140,11 +140,11 @@ def analyse(
 ) -> Analysis:
     """Analyse a checkpoint on texts and write report.html, analysis.json, heads.csv and figures/ to the folder `out`.
 
-    path, against: what `load_checkpoint` takes; against: a teacher to compare with.
+    path, against: as in `load_checkpoint`; against: a teacher to compare with.
 
     Raises `ValueError`, before anything is measured: empty text, an output folder that cannot be written or is not
     empty, a head that does not exist, a model without a tokenizer or attention weights, a teacher with another
-    tokenizer; `OSError` for a checkpoint that is not there.
+    tokenizer; `OSError` for a checkpoint that does not exist.
     """
     options = options or AnalyseOptions()
     texts = check_texts(texts)
@@ -169,59 +169,59 @@ def analyse(
 
 def _is_encoder(model) -> bool:
     try:
-        return model_kind(model) == "embedding"
+        return text_task_of(model) == "embedding"
     except ValueError:
-        # It has no loss, which the measurement notes.
+        # It has no loss, which `_measure_importance` notes.
         return False
 
 
 def analyse_models(
     model, tokenizer, texts, *, teacher=None, options: AnalyseOptions | None = None, names=(None, None)
 ) -> tuple[Analysis, Example]:
-    """The analysis of models in memory, and the maps of the first text, which only figures hold.
+    """Analyse models in memory; returns the analysis and the maps of the first text, which only the figures hold.
 
-    names: what the report calls the model and its teacher. Raises `ValueError` as `analyse`.
+    names: of the model and its teacher in the report. Raises `ValueError` as `analyse`.
     """
     options = options or AnalyseOptions()
-    shown = {} if options.heads is None else resolve_heads(model, options.heads)
+    shown_heads = {} if options.heads is None else resolve_heads(model, options.heads)
     if tokenizer is not None:
-        for each in (model, teacher):
-            if each is not None:
-                check_tokenizers(each, tokenizer)
+        for checked in (model, teacher):
+            if checked is not None:
+                check_tokenizers(checked, tokenizer)
     batches = make_batches(model, tokenizer, texts, options)
-    first = make_batches(model, tokenizer, texts[:1], AnalysisOptions(max_length=options.map_tokens))[0]
-    # The cheapest run comes first: a model without weights to show is refused here.
-    maps = attention_maps(model, first)
+    first_batch = make_batches(model, tokenizer, texts[:1], AnalysisOptions(max_length=options.map_tokens))[0]
+    # The cheapest run comes first, since it refuses a model without attention weights.
+    maps = attention_maps(model, first_batch)
     progress = options.progress
-    name, teacher_name = (given or (m and type(m).__name__) for given, m in zip(names, (model, teacher)))
-    found = Analysis(name, type(model).__name__, measure(model, batches, tokenizer, progress=progress), teacher_name)
-    if not any(head.rows for head in found.statistics.heads):
+    name, teacher_name = (label or (m and type(m).__name__) for label, m in zip(names, (model, teacher)))
+    analysis = Analysis(name, type(model).__name__, measure(model, batches, tokenizer, progress=progress), teacher_name)
+    if not any(head.rows for head in analysis.statistics.heads):
         raise ValueError(
             "no query of these texts saw two tokens or more, so there is nothing to say about the attention: texts or "
             "max_length are too short, or the weights are not finite"
         )
-    found.versions = {"python": platform.python_version(), "torch": torch.__version__}
-    found.versions["transformers"] = transformers.__version__
-    found.tokens = token_texts(tokenizer, first["input_ids"][0].tolist())
+    analysis.versions = {"python": platform.python_version(), "torch": torch.__version__}
+    analysis.versions["transformers"] = transformers.__version__
+    analysis.tokens = token_texts(tokenizer, first_batch["input_ids"][0].tolist())
     if isinstance(model, DistAttnModelMixin):
-        found.conversion = current_report(model).to_dict()
+        analysis.conversion = current_report(model).to_dict()
     teacher_maps = {}
     if teacher is not None:
-        found.teacher_statistics = measure(teacher, batches, tokenizer, progress=progress)
-        found.comparison = compare(model, teacher, batches, progress=progress)
-        teacher_maps = attention_maps(teacher, first)
+        analysis.teacher_statistics = measure(teacher, batches, tokenizer, progress=progress)
+        analysis.comparison = compare(model, teacher, batches, progress=progress)
+        teacher_maps = attention_maps(teacher, first_batch)
     if options.importance:
-        _measure_importance(found, model, tokenizer, texts, options)
+        _measure_importance(analysis, model, tokenizer, texts, options)
     else:
-        found.notes.append("Importance of heads was not asked for.")
-    rollout = _look_at_tokens(found, model, tokenizer, texts[0], first, options)
-    shown = shown or _heads_to_show(found)
-    example = Example(maps, teacher_maps, shown, rollout, _token_lists(model, tokenizer, first))
-    return found, example
+        analysis.notes.append("Importance of heads was not asked for.")
+    rollout = _look_at_tokens(analysis, model, tokenizer, texts[0], first_batch, options)
+    shown_heads = shown_heads or _heads_to_show(analysis)
+    example = Example(maps, teacher_maps, shown_heads, rollout, _token_lists(model, tokenizer, first_batch))
+    return analysis, example
 
 
 def _token_lists(model, tokenizer, batch: dict) -> dict[str, list[str]]:
-    """The first text's tokens: those of "encoder" (or the only part) and "decoder"."""
+    """Return the first text's tokens: those of "encoder" (or the only part) and "decoder"."""
     lists = {"encoder": token_texts(tokenizer, batch["input_ids"][0].tolist())}
     if model.config.is_encoder_decoder:
         lists["decoder"] = token_texts(tokenizer, batch["decoder_input_ids"][0].tolist())
@@ -235,20 +235,20 @@ def _measure_importance(found: Analysis, model, tokenizer, texts, options: Analy
     try:
         loss = TextLoss(model, tokenizer, texts, settings)
     except ValueError as error:
-        # A model without a loss is still worth looking at.
+        # A model without a loss is still analysed.
         found.notes.append(f"Importance of heads was not measured: {error}.")
         return
     if not attention_modules(model):
         found.notes.append("Importance of heads was not measured: the model's heads cannot be changed one by one.")
         return
-    for measured in (gradient_importance, ablation_importance):
-        result = measured(model, loss, progress=options.progress)
+    for measure_kind in (gradient_importance, ablation_importance):
+        result = measure_kind(model, loss, progress=options.progress)
         found.importance[result.kind] = result
 
 
 def _look_at_tokens(found: Analysis, model, tokenizer, text: str, first: dict, options: AnalyseOptions):
     rollout = attention_rollout(model, first)[0].cpu()
-    # Where a causal model predicts the next token, its last row counts; where a text is read as a whole, the mean.
+    # The last row for causal models, which predict the next token from it; the mean row for others.
     causal = bool((rollout.triu(1) == 0).all())
     found.rollout = (rollout[-1] if causal else rollout.mean(0)).tolist()
     try:
@@ -259,21 +259,21 @@ def _look_at_tokens(found: Analysis, model, tokenizer, text: str, first: dict, o
 
 
 def _heads_to_show(found: Analysis) -> dict[str, list[int]]:
-    """The heads furthest from the teacher, else those whose loss matters most, else the strongest patterns."""
+    """Return the heads furthest from the teacher, else the most important ones, else those of strongest pattern."""
     if found.comparison is not None:
         ranked = [(h.module, h.head) for h in sorted(found.comparison.heads, key=lambda h: -h.divergence)]
     elif "ablation" in found.importance:
         ranked = [item[:2] for item in found.importance["ablation"].ranking()]
     else:
         ranked = [(h.module, h.head) for h in sorted(found.statistics.heads, key=lambda h: -h.strength)]
-    chosen: dict[str, list[int]] = {}
+    heads_by_module: dict[str, list[int]] = {}
     for module, head in ranked[:_SHOWN_HEADS]:
-        chosen.setdefault(module, []).append(head)
-    return chosen
+        heads_by_module.setdefault(module, []).append(head)
+    return heads_by_module
 
 
 def write_analysis(analysis: Analysis, example: Example, folder: Path) -> list[Path]:
-    """Write report.html, analysis.json, heads.csv and figures/ into a folder; returns the files."""
+    """Write report.html, analysis.json, heads.csv and figures/ to a folder; returns the files."""
     sections = build_sections(analysis, example)
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How the figures of an analysis are drawn, saved, and put into a page."""
+"""Style of the figures of an analysis, and how to save them or inline them in a page."""
 
 import html
 import io
@@ -6,19 +6,19 @@ import re
 from functools import wraps
 from pathlib import Path
 
-# Text and lines are drawn in this colour, which `inline_svg` turns into the page's own.
+# Colour of text and lines, which `inline_svg` replaces by the page's own.
 INK = "#010203"
 _RC = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.facecolor": "none", "figure.facecolor": "none", "font.size": 9, "axes.titlesize": 10,
     "svg.fonttype": "path", "svg.hashsalt": "distattn", "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
-# Okabe and Ito (2008); the colour of the ink is left out.
+# Okabe and Ito (2008) without black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 
 def require_matplotlib() -> None:
-    """Raise `ValueError` saying what to install."""
+    """Raise `ValueError` with the install command if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -26,7 +26,7 @@ def require_matplotlib() -> None:
 
 
 def styled(function):
-    """Draw in this file's style, whatever the user's is."""
+    """Decorate a drawing function to use this file's style instead of the user's."""
 
     @wraps(function)
     def draw(*args, **kwargs):
@@ -40,7 +40,7 @@ def styled(function):
 
 
 def new_figure(width: float, height: float):
-    """An empty figure, in inches, that needs no display."""
+    """Return an empty figure, size in inches, that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def new_figure(width: float, height: float):
 
 
 def save_figure(figure, stem: str | Path) -> list[Path]:
-    """Write stem.svg and stem.png on white ground; returns both."""
+    """Write stem.svg and stem.png on a white background; returns both paths."""
     import matplotlib
 
     stem = Path(stem)
@@ -63,7 +63,7 @@ def save_figure(figure, stem: str | Path) -> list[Path]:
 
 
 def inline_svg(figure, label: str) -> str:
-    """The figure as an <svg> element for HTML: no ground of its own, the page's text colour, no addresses in it."""
+    """Return the figure as an <svg> element for HTML: transparent, in the page's text colour, without URLs."""
     import matplotlib
 
     buffer = io.StringIO()

@@ -1,4 +1,4 @@
-"""How much each head matters to the loss, by gradient and by taking it out, and which tokens an answer rests on."""
+"""Importance of heads to the loss, by gradient and by ablation, and of tokens to the output."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .inputs import TextLoss, check_texts, make_batches
 from .intervention import replaced_heads
+from .samples import TextLoss, check_texts, make_batches
 from .watch import attention_modules, forward, no_weights, watched
 
 
 @dataclass
 class HeadImportance:
-    """One number of each head, a list a module, and the loss in nats that they are about.
+    """One score per head, a list per module, and the loss in nats that they refer to.
 
     kind: "gradient": Σ over texts x of |∂loss/∂ξ_x|, ξ_x a factor of 1 on the head's output in text x (Michel et al.,
-    Are sixteen heads really better than one?, 2019). "ablation": how much the loss grows without the head.
+    Are sixteen heads really better than one?, 2019). "ablation": the increase of the loss without the head.
     """
 
     kind: str
@@ -24,28 +24,28 @@ class HeadImportance:
     scores: dict[str, list[float]] = field(default_factory=dict)
 
     def ranking(self) -> list[tuple[str, int, float]]:
-        """(module, head, score) of all heads, the most important first."""
-        found = [(name, head, score) for name, row in self.scores.items() for head, score in enumerate(row)]
-        return sorted(found, key=lambda item: -item[2])
+        """Return (module, head, score) of all heads, the most important first."""
+        scored_heads = [(name, head, score) for name, row in self.scores.items() for head, score in enumerate(row)]
+        return sorted(scored_heads, key=lambda item: -item[2])
 
     def grid(self) -> list[list[float]]:
-        """A row a module, filled up with NaN."""
+        """Return one row of scores per module, padded with NaN."""
         width = max(map(len, self.scores.values()), default=0)
         return [row + [float("nan")] * (width - len(row)) for row in self.scores.values()]
 
     def to_dict(self) -> dict:
-        """JSON-ready; `from_dict` turns it back."""
+        """Return a JSON-serialisable dict; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> "HeadImportance":
-        """The importance that `to_dict` described."""
+        """Restore the importance from `to_dict`."""
         return cls(**data)
 
 
 def gradient_importance(model, loss: TextLoss, *, progress: bool = False) -> HeadImportance:
-    """Importance of every head from one forward and backward pass over the loss's texts; no parameter's gradient is
-    touched.
+    """Measure the importance of every head by one forward and backward pass over the loss's texts, without changing the
+    gradients of parameters.
 
     Raises `ValueError` for a model without attention weights.
     """
@@ -63,11 +63,11 @@ def gradient_importance(model, loss: TextLoss, *, progress: bool = False) -> Hea
         for value, weight in loss(model):
             if not gates:
                 raise no_weights(model, "has attention modules, but none went through the attention interface")
-            found = torch.autograd.grad(value * weight, [g for _, g in gates], allow_unused=True)
-            for (name, ones), gradient in zip(gates, found, strict=True):
+            gradients = torch.autograd.grad(value * weight, [g for _, g in gates], allow_unused=True)
+            for (name, ones), gradient in zip(gates, gradients, strict=True):
                 gradient = torch.zeros_like(ones) if gradient is None else gradient
-                added = gradient.double().abs().sum((0, 2, 3)).cpu()
-                scores[name] = scores[name] + added if name in scores else added
+                increment = gradient.double().abs().sum((0, 2, 3)).cpu()
+                scores[name] = scores[name] + increment if name in scores else increment
             total += float(value.detach()) * weight
             gates.clear()
             bar.update()
@@ -79,46 +79,46 @@ def gradient_importance(model, loss: TextLoss, *, progress: bool = False) -> Hea
 def ablation_importance(
     model, loss: TextLoss, *, replacement: str = "zero", means=None, progress: bool = False
 ) -> HeadImportance:
-    """How much the loss grows when each head alone is replaced: one pass over the texts a head."""
+    """Measure how much the loss grows when each head alone is replaced: one pass over the texts per head."""
     model.eval()
-    found = attention_modules(model)
-    if not found:
+    modules = attention_modules(model)
+    if not modules:
         raise no_weights(model, "does not follow transformers' attention interface")
-    if unknown := [name for name, entry in found.items() if entry["num_heads"] is None]:
+    if unknown := [name for name, entry in modules.items() if entry["num_heads"] is None]:
         raise ValueError(f"cannot tell the number of heads of {unknown[0]!r}")
-    before = loss.value(model)
-    result = HeadImportance("ablation", before, {name: [] for name in found})
-    count = sum(entry["num_heads"] for entry in found.values())
+    baseline = loss.value(model)
+    result = HeadImportance("ablation", baseline, {name: [] for name in modules})
+    count = sum(entry["num_heads"] for entry in modules.values())
     with tqdm(total=count, desc="importance by ablation", disable=not progress, leave=False) as bar:
-        for name, entry in found.items():
+        for name, entry in modules.items():
             for head in range(entry["num_heads"]):
                 with replaced_heads(model, {name: [head]}, replacement, means):
-                    result.scores[name].append(loss.value(model) - before)
+                    result.scores[name].append(loss.value(model) - baseline)
                 bar.update()
     return result
 
 
 def gradient_attribution(model, tokenizer, text: str, *, target: int | None = None, max_length: int = 512) -> dict:
-    """How much each token of a text bears on what the model gives, as gradient × input of its embedding.
+    """Measure how much each token of a text contributes to the output, as gradient × input of its embedding.
 
     The score is the log-probability of token `target` at the last position (causal models; None: the likeliest one), or
     the negative cross-entropy of the text given itself (encoder-decoders), the mean log-probability of the text's own
     tokens (masked models), or, without a head, ½‖mean hidden state‖². Returns {"tokens" (ids), "values" (N,): signed,
     "score"}. Raises `ValueError` for an empty text or a model without input embeddings.
     """
-    from .evaluation import model_kind
-    from .inputs import AnalysisOptions
+    from ..data.tasks import TASKS, text_task_of
+    from .samples import AnalysisOptions
 
     text = check_texts(text)[0]
-    kind = model_kind(model)
+    task = text_task_of(model)
     batch = make_batches(model, tokenizer, [text], AnalysisOptions(max_length=max_length))[0]
     model.eval()
-    seen: list[Tensor] = []
+    embeddings: list[Tensor] = []
 
     def keep(module, arguments, output):
-        if not seen:
-            seen.append(output.detach().requires_grad_(True))
-            return seen[0]
+        if not embeddings:
+            embeddings.append(output.detach().requires_grad_(True))
+            return embeddings[0]
         return output
 
     source = model.get_encoder() if model.config.is_encoder_decoder else model
@@ -126,16 +126,16 @@ def gradient_attribution(model, tokenizer, text: str, *, target: int | None = No
     try:
         with torch.enable_grad():
             output = forward(model, batch)
-            if kind == "embedding":
+            if task == "embedding":
                 score = 0.5 * output.last_hidden_state.float().mean(1).square().sum()
             else:
                 rows = output.logits.float().log_softmax(-1)[0]
-                if kind == "causal-lm":
+                if TASKS[task].shifted:
                     score = rows[-1, int(rows[-1].argmax()) if target is None else target]
                 else:
                     score = rows.gather(-1, batch["input_ids"][0, :, None]).mean()
-            gradient = torch.autograd.grad(score, seen[0])[0]
+            gradient = torch.autograd.grad(score, embeddings[0])[0]
     finally:
         hook.remove()
-    values = (gradient * seen[0]).sum(-1)[0].detach().double()
+    values = (gradient * embeddings[0]).sum(-1)[0].detach().double()
     return {"tokens": batch["input_ids"][0].tolist(), "values": values.tolist(), "score": float(score.detach())}

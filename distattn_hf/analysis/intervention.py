@@ -1,4 +1,4 @@
-"""Change what single heads give, while a block of code runs or for good, and measure what that does to the loss."""
+"""Change the output of single heads, temporarily or permanently, and measure the effect on the loss."""
 
 import copy
 from collections.abc import Mapping
@@ -11,53 +11,53 @@ from transformers.pytorch_utils import Conv1D
 from .watch import attention_modules, forward, no_weights, watched
 
 REPLACEMENTS = ("zero", "uniform", "mean")
-# The config's note of the heads that `prune_heads` took out.
+# Config field with the heads that `prune_heads` removed.
 PRUNED = "pruned_attention_heads"
 
 
 def resolve_heads(model, heads: Mapping) -> dict[str, list[int]]:
-    """{module name: heads} from {layer number or module name: heads}.
+    """Resolve {layer number or module name: heads} to {module name: heads}.
 
     A layer number stands for all attention modules of that layer. Raises `ValueError` for a layer, module or head that
     does not exist, and for an empty selection.
     """
-    found = attention_modules(model)
-    if not found:
+    modules = attention_modules(model)
+    if not modules:
         raise no_weights(model, "does not follow transformers' attention interface")
-    chosen: dict[str, list[int]] = {}
+    resolved: dict[str, list[int]] = {}
     for key, numbers in heads.items():
-        names = [n for n, entry in found.items() if key in (n, entry["layer"])]
+        names = [n for n, entry in modules.items() if key in (n, entry["layer"])]
         if not names:
-            layers = sorted({e["layer"] for e in found.values() if e["layer"] is not None})
-            raise ValueError(f"there is no layer or module {key!r}; layers are {layers}, modules {', '.join(found)}")
+            layers = sorted({e["layer"] for e in modules.values() if e["layer"] is not None})
+            raise ValueError(f"there is no layer or module {key!r}; layers are {layers}, modules {', '.join(modules)}")
         for name in names:
-            count = found[name]["num_heads"]
+            count = modules[name]["num_heads"]
             for head in numbers:
                 if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < (count or 0):
                     raise ValueError(f"there is no head {head!r} in {name!r}, which has heads 0 to {(count or 0) - 1}")
-            chosen[name] = sorted({*chosen.get(name, []), *numbers})
-    if not any(chosen.values()):
+            resolved[name] = sorted({*resolved.get(name, []), *numbers})
+    if not any(resolved.values()):
         raise ValueError("heads names no head; give {layer number or module name: [head, ...]}")
-    return chosen
+    return resolved
 
 
 @contextmanager
 def replaced_heads(model, heads: Mapping, replacement: str = "zero", means: dict[str, Tensor] | None = None):
-    """While it is open, the outputs of some heads are replaced.
+    """Replace the outputs of some heads within the context.
 
     replacement: "zero"; "uniform": the mean value vector of the keys that a query may see; "mean": the head's mean
     output over a data set, `means` as from `mean_outputs`. Raises `ValueError` for another name or missing means.
     """
-    chosen = resolve_heads(model, heads)
+    heads_by_module = resolve_heads(model, heads)
     if replacement not in REPLACEMENTS:
         raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
-    if replacement == "mean" and (missing := [n for n in chosen if n not in (means or {})]):
+    if replacement == "mean" and (missing := [name for name in heads_by_module if name not in (means or {})]):
         raise ValueError(f"replacement 'mean' needs means of {missing[0]!r}; see mean_outputs")
 
     def change(call):
-        if call.name not in chosen:
+        if call.name not in heads_by_module:
             return None
-        output, index = call.output.clone(), chosen[call.name]
+        output, index = call.output.clone(), heads_by_module[call.name]
         if replacement == "zero":
             output[:, index] = 0.0
         elif replacement == "mean":
@@ -72,7 +72,7 @@ def replaced_heads(model, heads: Mapping, replacement: str = "zero", means: dict
 
 
 def _uniform(call, head: int) -> Tensor:
-    """The mean of the values (B, N, d_v) that each query may see; zeros where it sees none."""
+    """Return the mean (B, N, d_v) of the values that each query may see; zeros where it sees none."""
     value, parts = call.value[:, head], []
     num_queries, step = call.shape[2], max(1, 2**22 // max(1, call.shape[0] * call.shape[3]))
     for start in range(0, num_queries, step):
@@ -85,8 +85,8 @@ def _uniform(call, head: int) -> Tensor:
 
 @torch.no_grad()
 def mean_outputs(model, batches: list[dict]) -> dict[str, Tensor]:
-    """Each module's mean attention output over the queries that are no padding: {module: (H, d_v)}."""
-    from .inputs import padding_of
+    """Return each module's mean attention output over the queries that are not padding: {module: (H, d_v)}."""
+    from .samples import padding_of
 
     sums: dict[str, list] = {}
     for batch in batches:
@@ -104,22 +104,22 @@ def mean_outputs(model, batches: list[dict]) -> dict[str, Tensor]:
 
 
 def loss_without(model, loss, heads: Mapping, replacement: str = "zero", means=None) -> dict[str, float]:
-    """{"before", "after", "increase"} of a loss (`inputs.TextLoss`), in nats, when some heads are replaced."""
+    """Return {"before", "after", "increase"} of a loss (`samples.TextLoss`), in nats, when some heads are replaced."""
     model.eval()
-    before = loss.value(model)
+    baseline = loss.value(model)
     with replaced_heads(model, heads, replacement, means):
-        after = loss.value(model)
-    return {"before": before, "after": after, "increase": after - before}
+        changed = loss.value(model)
+    return {"before": baseline, "after": changed, "increase": changed - baseline}
 
 
 def output_projections(model, batch: dict) -> dict[str, tuple[nn.Module, int]]:
-    """{module: (the layer that reads the heads' outputs side by side, head size d_v)}, found by running the model.
+    """Return {module: (the layer that reads the heads' concatenated outputs, head size d_v)}, by running the model.
 
-    Raises `ValueError` for a module whose outputs go through something else first.
+    Raises `ValueError` for a module whose outputs go through another operation first.
     """
     model.eval()
     waiting: dict[str, Tensor] = {}
-    found: dict[str, tuple[nn.Module, int]] = {}
+    projections: dict[str, tuple[nn.Module, int]] = {}
 
     def note(call):
         waiting[call.name] = call.output.transpose(1, 2).flatten(2)
@@ -127,9 +127,9 @@ def output_projections(model, batch: dict) -> dict[str, tuple[nn.Module, int]]:
 
     def look(module, arguments):
         for name, output in list(waiting.items()):
-            given = arguments[0]
-            if given.numel() == output.numel() and torch.equal(given.reshape(output.shape), output):
-                found[name] = module, sizes[name]
+            received = arguments[0]
+            if received.numel() == output.numel() and torch.equal(received.reshape(output.shape), output):
+                projections[name] = module, sizes[name]
                 del waiting[name]
 
     sizes: dict[str, int] = {}
@@ -147,11 +147,11 @@ def output_projections(model, batch: dict) -> dict[str, tuple[nn.Module, int]]:
             f"{type(model).__name__}: the outputs of {next(iter(waiting))!r} do not go straight into a linear layer, "
             "so its heads cannot be pruned"
         )
-    return found
+    return projections
 
 
 def _probe(model) -> dict:
-    """A little input that sends something other than zeros through every layer."""
+    """Return a small input that makes the activations of every layer nonzero."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, 9, device=model.device)[None] % vocabulary
     batch = {"input_ids": ids}
@@ -162,31 +162,31 @@ def _probe(model) -> dict:
 
 @torch.no_grad()
 def prune_heads(model, heads: Mapping, batch: dict | None = None):
-    """A copy of the model without some heads; `model` stays as it is.
+    """Return a copy of the model without some heads; `model` is not changed.
 
     The columns of the output projection that read these heads are set to zero: the same function as removing them, in
-    every architecture, with every shape as it was, so that the copy saves, loads and generates as any other
-    checkpoint (removing them physically would need each architecture's config to know how many heads each layer has).
-    No time is saved. config.pruned_attention_heads notes which heads are gone. batch: an input to find the projections
+    every architecture, with unchanged shapes, so that the copy saves, loads and generates like any other checkpoint
+    (removing them physically would need each architecture's config to hold the number of heads of each layer). It
+    does not save time. config.pruned_attention_heads records the pruned heads. batch: an input to find the projections
     with; None: eight tokens.
 
     Raises `ValueError` for a head that does not exist, and a module whose outputs do not go straight into a linear
     layer.
     """
-    chosen = resolve_heads(model, heads)
+    heads_by_module = resolve_heads(model, heads)
     pruned = copy.deepcopy(model).eval()
     projections = output_projections(pruned, batch or _probe(pruned))
-    if missing := [name for name in chosen if name not in projections]:
+    if missing := [name for name in heads_by_module if name not in projections]:
         raise ValueError(f"{missing[0]!r} did not run on this input; give a batch on which it does")
-    for name, numbers in chosen.items():
+    for name, numbers in heads_by_module.items():
         layer, size = projections[name]
         columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in numbers]).to(layer.weight.device)
         if isinstance(layer, Conv1D):
             layer.weight[columns] = 0.0
         else:
             layer.weight[:, columns] = 0.0
-    noted = {name: list(numbers) for name, numbers in (getattr(pruned.config, PRUNED, None) or {}).items()}
-    for name, numbers in chosen.items():
-        noted[name] = sorted({*noted.get(name, []), *numbers})
-    setattr(pruned.config, PRUNED, noted)
+    pruned_heads = {name: list(numbers) for name, numbers in (getattr(pruned.config, PRUNED, None) or {}).items()}
+    for name, numbers in heads_by_module.items():
+        pruned_heads[name] = sorted({*pruned_heads.get(name, []), *numbers})
+    setattr(pruned.config, PRUNED, pruned_heads)
     return pruned

@@ -1,8 +1,8 @@
-"""What a head looks at, as one of six patterns that have names, each with a strength from 0 to 1.
+"""Classify what a head attends to as one of six named patterns, each with a strength from 0 to 1.
 
 For "previous token", "first token", "diagonal", "block" and "separator" the strength is (s - c) / (1 - c), at least 0:
-s is the mean weight that queries give to the keys of the pattern, c what a uniform head would give them. No key belongs
-to two patterns. "uniform" is the mean of exp(entropy) / n, the share of the n keys in use. Patterns weaker than
+s is the mean weight that queries give to the keys of the pattern, c that of a uniform head. No key belongs to two
+patterns. "uniform" is the mean of exp(entropy) / n, the share of the n keys in use. Patterns weaker than
 `NAMED_FROM` give no name; a head without one is "mixed". After the kinds of heads of Clark et al., What does BERT look
 at? (2019), and Kovaleva et al., Revealing the dark secrets of BERT (2019).
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 PATTERNS = ("previous token", "first token", "diagonal", "block", "separator", "uniform")
 MIXED = "mixed"
-# A strength must reach this to give a head its name. Half-used rows are common, so "uniform" asks for more.
+# Least strength that names a head. Half-used rows are common, so "uniform" needs more.
 NAMED_FROM = {**dict.fromkeys(PATTERNS, 0.3), "uniform": 0.5}
-# Rows this near the first token have no previous token apart from it.
+# The previous token of rows this near the first token is the first one.
 _FIRST_ROWS = 2
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the keys of each pattern are: first (B,), separators (B, M) bool or None, segments (B, M)."""
+    """Positions of the keys of each pattern: first (B,), separators (B, M) bool or None, segments (B, M)."""
 
     first: Tensor
     separators: Tensor | None
@@ -30,7 +30,7 @@ class Places:
 
     @classmethod
     def of(cls, key_keep: Tensor, separators: Tensor | None) -> "Places":
-        """From which keys are no padding (B, M) and which of them separate: a segment ends with its separator."""
+        """Find the places from masks (B, M) of keys without padding and of separators; a separator ends its segment."""
         first = key_keep.int().argmax(-1)
         if separators is None:
             return cls(first, None, None)
@@ -41,10 +41,10 @@ class Places:
 def pattern_masses(
     weights: Tensor, keep: Tensor, start: int, places: Places, is_self: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """({pattern: (weight on its keys (B, H, n), how many of the keys these are)}, which rows count (B, 1, n)).
+    """Return ({pattern: (weight on its keys (B, H, n), its share of the keys)}, which rows count (B, 1, n)).
 
     weights (B, H, n, M) of queries start, start + 1, ...; keep broadcastable. Cross-attention has no diagonal, no
-    previous token and no segments in common. A row counts that is two or more tokens behind the first.
+    previous token and no shared segments. Rows count from two tokens after the first on.
     """
     batch, heads, num_queries, num_keys = weights.shape
     device = weights.device
@@ -59,28 +59,28 @@ def pattern_masses(
     else:
         counted = torch.ones(batch, 1, num_queries, dtype=torch.bool, device=device)
     if places.separators is not None:
-        other = ~torch.stack([m.expand(batch, num_queries, num_keys) for m in masks.values()]).any(0)
+        unclaimed = ~torch.stack([m.expand(batch, num_queries, num_keys) for m in masks.values()]).any(0)
         separators = places.separators[:, None, :]
-        masks["separator"] = separators & other
+        masks["separator"] = separators & unclaimed
         if is_self:
-            mine = places.segments[:, start : start + num_queries, None] == places.segments[:, None, :]
-            masks["block"] = mine & other & ~separators
+            same_segment = places.segments[:, start : start + num_queries, None] == places.segments[:, None, :]
+            masks["block"] = same_segment & unclaimed & ~separators
     total = keep.sum(-1).clamp_min(1)
-    found = {}
+    masses = {}
     for name, mask in masks.items():
         mask = mask[:, None]
         share = (mask & keep).sum(-1) / total
-        found[name] = ((weights * mask).sum(-1), share.expand(batch, heads, num_queries))
-    return found, counted
+        masses[name] = ((weights * mask).sum(-1), share.expand(batch, heads, num_queries))
+    return masses, counted
 
 
 def pattern_strength(mass: float, chance: float) -> float:
-    """(s - c) / (1 - c), at least 0; 0 where every key belongs to the pattern."""
+    """Return (s - c) / (1 - c), at least 0; 0 where every key belongs to the pattern."""
     return max(0.0, (mass - chance) / (1 - chance)) if chance < 1 - 1e-9 else 0.0
 
 
 def dominant_pattern(strengths: dict[str, float]) -> tuple[str, float]:
-    """(name, strength) of the strongest pattern that reaches `NAMED_FROM`; "mixed" and the largest where none does."""
+    """Return (name, strength) of the strongest pattern that reaches `NAMED_FROM`; if none, "mixed" and the largest."""
     named = {name: value for name, value in strengths.items() if value >= NAMED_FROM[name]}
     if not named:
         return MIXED, max(strengths.values(), default=0.0)

@@ -1,4 +1,4 @@
-"""What every head's attention looks like over a data set, added up block by block: no map is kept."""
+"""Statistics of every head's attention over a data set, accumulated block by block without storing maps."""
 
 import math
 from collections import Counter
@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW_NUMBERS, row_statistics
-from .inputs import SeparatorFinder, key_ids, padding_of
+from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW_NUMBERS, row_statistics
 from .patterns import PATTERNS, Places, dominant_pattern, pattern_masses, pattern_strength
+from .samples import SeparatorFinder, key_ids, padding_of
 from .watch import run_watched
 
 
 @dataclass
 class HeadStatistics:
-    """One head of one module; means over its rows, which are the queries that are no padding and see two keys or more.
+    """One head of one module; means over its rows: the queries that are not padding and see two keys or more.
 
     entropy (nats), sparsity (Hoyer), maximum and distance (tokens): see `core.statistics.RowStatistics`.
     diversity: mean divergence KL(head's row ‖ mean row of the module's heads) in nats, from 0 (all alike) to ln H.
-    pattern, strength: the strongest of `patterns`, see `patterns.py`. collapsed: entropy < 0.1 or maximum > 0.95, in
-    the mean; collapsed_rows: the share of single rows. key_norm_share: Σ_i Var_j(t_ij) / Σ_i Var_j(logit_ij) over the
+    pattern, strength: the strongest of `patterns`, see `patterns.py`. collapsed: mean entropy < 0.1 or mean maximum
+    > 0.95; collapsed_rows: the share of single rows. key_norm_share: Σ_i Var_j(t_ij) / Σ_i Var_j(logit_ij) over the
     kept keys j, with t_ij the term in ‖k_j‖² (`maps._key_norms`); above 1 where the dot product works against the norm;
     None where the logits have none. Rows without a counted one: all zero.
     """
@@ -46,7 +46,7 @@ class HeadStatistics:
 
 @dataclass
 class AttentionStatistics:
-    """Statistics of all heads of a model over `num_texts` texts of `num_tokens` tokens, padding left out."""
+    """Statistics of all heads of a model over `num_texts` texts of `num_tokens` tokens, without padding."""
 
     model: str
     num_texts: int = 0
@@ -60,38 +60,38 @@ class AttentionStatistics:
         return list(dict.fromkeys(head.module for head in self.heads))
 
     def of(self, module: str) -> list[HeadStatistics]:
-        """The heads of a module; raises `ValueError` for one that is not there."""
-        if found := [head for head in self.heads if head.module == module]:
-            return found
+        """Return the heads of a module; raises `ValueError` for an unknown one."""
+        if heads := [head for head in self.heads if head.module == module]:
+            return heads
         raise ValueError(f"module must be one of {', '.join(self.modules)}, got {module!r}")
 
     def grid(self, name: str) -> list[list[float]]:
-        """One number of each head: a row a module, filled up with NaN; None becomes NaN. Raises for another name."""
+        """Return field `name` of each head, a row per module; None and padding are NaN. Raises `ValueError`."""
         numbers = [f.name for f in fields(HeadStatistics) if f.name not in ("module", "kind", "pattern", "patterns")]
         if name not in numbers:
             raise ValueError(f"name must be one of {', '.join(numbers)}, got {name!r}")
         rows = [[getattr(head, name) for head in self.of(module)] for module in self.modules]
         width = max(map(len, rows), default=0)
-        rows = [[math.nan if v is None else float(v) for v in row] for row in rows]
+        rows = [[math.nan if value is None else float(value) for value in row] for row in rows]
         return [row + [math.nan] * (width - len(row)) for row in rows]
 
     def pattern_counts(self) -> dict[str, int]:
-        """How many heads have each pattern, most first."""
+        """Return how many heads have each pattern, most frequent first."""
         return dict(Counter(head.pattern for head in self.heads).most_common())
 
     def to_dict(self) -> dict:
-        """JSON-ready; `from_dict` turns it back."""
+        """Return a JSON-serialisable dict; `from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict) -> "AttentionStatistics":
-        """The statistics that `to_dict` described; raises `ValueError` for another version."""
+        """Restore the statistics from `to_dict`; raises `ValueError` for another version."""
         if data.get("version") != 1:
             raise ValueError(f"statistics version must be 1, got {data.get('version')!r}")
         return cls(**{**data, "heads": [HeadStatistics(**head) for head in data["heads"]]})
 
     def to_frame(self):
-        """A pandas frame, a row a head; each pattern's strength in a column of its own."""
+        """Return a pandas DataFrame with one row per head; each pattern's strength has its own column."""
         import pandas
 
         rows = [{k: v for k, v in asdict(head).items() if k != "patterns"} for head in self.heads]
@@ -108,18 +108,18 @@ class _Sums:
         self.values: dict[str, Tensor] = {}
 
     def add(self, name: str, tensor: Tensor, counted: Tensor) -> None:
-        """Add (B, H, n) where counted (B, 1 or H, n)."""
+        """Add the entries of (B, H, n) where `counted` (B, 1 or H, n) is True."""
         total = torch.where(counted, tensor, 0.0).double().sum((0, 2)).cpu()
         self.values[name] = self.values[name] + total if name in self.values else total
 
     def mean(self, name: str, head: int, count: str = "rows") -> float:
-        """The mean over what `count` counts; 0 where that is nothing."""
-        total = float(self.values[count][head])
-        return float(self.values[name][head]) / total if total else 0.0
+        """Return the mean over the number in `count`; 0 if that is 0."""
+        denominator = float(self.values[count][head])
+        return float(self.values[name][head]) / denominator if denominator else 0.0
 
 
 class StatisticsCollector:
-    """Takes attention calls one after another and adds up their statistics (`measure` runs a model for it)."""
+    """Accumulates the statistics of attention calls (`measure` runs a model for it)."""
 
     def __init__(self, model, tokenizer=None):
         self.model = model
@@ -127,7 +127,7 @@ class StatisticsCollector:
         self.sums: dict[str, _Sums] = {}
 
     def add(self, call, batch: dict) -> None:
-        """Add one call of a batch."""
+        """Add one attention call of a batch."""
         query_keep, key_keep = padding_of(self.model, call, batch)
         ids = key_ids(self.model, call, batch)
         separators = None if self.separators is None or ids is None else self.separators(ids)
@@ -137,15 +137,15 @@ class StatisticsCollector:
             stop = rows.start + rows.weights.shape[2]
             positions = torch.arange(rows.start, stop, device=rows.weights.device)
             keep = rows.keep & key_keep[:, None, None, :]
-            found = row_statistics(rows.weights, keep, positions)
-            counted = found.counted(query_keep[:, None, rows.start : stop])
-            ones = torch.ones_like(found.entropy)
+            row_values = row_statistics(rows.weights, keep, positions)
+            counted = row_values.counted(query_keep[:, None, rows.start : stop])
+            ones = torch.ones_like(row_values.entropy)
             sums.add("rows", ones, counted)
             for name in ROW_NUMBERS:
-                sums.add(name, getattr(found, name), counted)
-            sums.add("collapsed_rows", found.collapsed.to(ones.dtype), counted)
-            sums.add("diversity", _apart_from_mean(rows.weights, found.entropy), counted)
-            self._add_patterns(sums, rows, keep, places, found, counted)
+                sums.add(name, getattr(row_values, name), counted)
+            sums.add("collapsed_rows", row_values.collapsed.to(ones.dtype), counted)
+            sums.add("diversity", _apart_from_mean(rows.weights, row_values.entropy), counted)
+            self._add_patterns(sums, rows, keep, places, row_values, counted)
             if rows.key_norms is not None:
                 sums.add("key_norm_variance", _variance(rows.key_norms, keep), counted)
                 sums.add("logit_variance", _variance(rows.logits, keep), counted)
@@ -161,7 +161,7 @@ class StatisticsCollector:
         sums.add("uniform", found.entropy.exp() / found.num_keys.clamp_min(1), counted)
 
     def result(self, num_texts: int, num_tokens: int) -> AttentionStatistics:
-        """The means so far."""
+        """Return the statistics so far."""
         name = self.model.config.name_or_path or type(self.model).__name__
         heads = [
             _head(module, sums, head) for module, sums in self.sums.items() for head in range(len(sums.values["rows"]))
@@ -192,22 +192,22 @@ def _head(module: str, sums: _Sums, head: int) -> HeadStatistics:
 
 
 def _apart_from_mean(weights: Tensor, entropy: Tensor) -> Tensor:
-    """KL(row ‖ mean row), (B, H, n): its mean over heads is the Jensen-Shannon divergence (Lin, 1991)."""
+    """Return KL(row ‖ mean row), (B, H, n): its mean over heads is the Jensen-Shannon divergence (Lin, 1991)."""
     mean = weights.mean(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return -entropy - (weights * mean.log()).sum(-1)
 
 
 def _variance(values: Tensor, keep: Tensor) -> Tensor:
-    """Variance along the last axis over the kept entries, (B, H, n)."""
+    """Return the variance along the last axis over the kept entries, (B, H, n)."""
     count = keep.sum(-1, keepdim=True).clamp_min(1)
     mean = values.masked_fill(~keep, 0.0).sum(-1, keepdim=True) / count
     return ((values - mean).masked_fill(~keep, 0.0).square().sum(-1, keepdim=True) / count)[..., 0]
 
 
 def measure(model, batches: list[dict], tokenizer=None, *, progress: bool = False) -> AttentionStatistics:
-    """Statistics of every head of `model` over tokenised batches.
+    """Measure statistics of every head of `model` over tokenised batches.
 
-    tokenizer: tells separators apart, without which the patterns "separator" and "block" are left out.
+    tokenizer: identifies separators, without which the patterns "separator" and "block" are left out.
     Raises `ValueError` for a model without attention weights, or no batch.
     """
     if not batches:

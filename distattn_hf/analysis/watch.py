@@ -1,8 +1,9 @@
-"""Run a model and see every attention call it makes, or change what one gives; the model itself is left as it is."""
+"""Observe every attention call of a model, or replace its output, without changing the model itself."""
 
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 
 import torch
@@ -13,32 +14,32 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..core.attention import without_autocast
 from ..core.discovery import argument_names, base_prefix, find_attention_modules, locate
 from ..core.interface import (
-    LINEAR_EAGER_IMPLEMENTATION,
-    LINEAR_IMPLEMENTATION,
+    IMPLEMENTATIONS,
+    NYSTROM_EAGER_IMPLEMENTATION,
+    NYSTROM_IMPLEMENTATION,
     attend,
     attend_groups,
+    exact_call,
+    read_call,
     refuse_unsupported,
 )
-from ..core.linear import nystrom_forward, written_out
-from ..core.masks import add_bias, split_mask
-from ..core.modeling_converted import IMPLEMENTATIONS
 from ..core.native_attention import DistAttnAttention
+from ..core.nystrom_heads import nystrom_forward, write_out
 from ..core.parameters import DistanceAttentionState
-from ..core.relative_bias import as_tensor, bias_behind
-from .maps import AttentionCall, StoredCall
+from .weights import AttentionCall, StoredCall
 
-_LINEAR = (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
-# Other implementations (flash, flex) take masks of their own; while a model is watched it runs sdpa instead.
+_NYSTROM = (NYSTROM_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION)
+# Other implementations (flash, flex) use other masks; a watched model runs sdpa instead of them.
 _KNOWN = ("sdpa", "eager", *IMPLEMENTATIONS)
 
 
 def no_weights(model, why: str) -> ValueError:
-    """The error for a model that has no attention weights to show."""
+    """Return the error for a model without attention weights."""
     return ValueError(f"no attention weights available from this model: {type(model).__name__} {why}")
 
 
 def attention_modules(model) -> dict[str, dict]:
-    """`find_attention_modules`, and those of the native family, unless a mechanism of its own runs some of them."""
+    """Return `find_attention_modules`, or the native family's modules; {} if a native mechanism runs one of them."""
     native = {name: m for name, m in model.named_modules() if isinstance(m, DistAttnAttention)}
     if not native:
         return find_attention_modules(model)
@@ -57,7 +58,7 @@ def attention_modules(model) -> dict[str, dict]:
 
 
 def forward(model, batch: dict, **options):
-    """model(**batch) without a cache of keys."""
+    """Return model(**batch) without a KV cache."""
     accepted = argument_names(type(model))
     if ("use_cache" in accepted or "kwargs" in accepted) and hasattr(model.config.get_text_config(), "use_cache"):
         options["use_cache"] = False
@@ -66,28 +67,28 @@ def forward(model, batch: dict, **options):
 
 @contextmanager
 def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
-    """Have `watcher(call)` called for every attention call of `model`, call.output set.
+    """Call `watcher(call)` for every attention call of `model` within the context, with call.output set.
 
-    Where it gives a tensor (B, H, N, d_v), that takes the output's place. Works through transformers' attention
-    interface: while this is open, the function under the model's implementation name is wrapped; the masks stay those
-    that the model makes for it. A converted module is observed through its state.
+    A tensor (B, H, N, d_v) that it returns replaces the output. Works through transformers' attention interface: within
+    the context, the function under the model's implementation name is wrapped; the model makes the same masks as for
+    it. A converted module is observed through its state.
 
     Raises:
-        ValueError: where no module follows the interface, and in the forward pass for an argument whose effect on the
-            weights is not known (sinks, sparse selection).
+        ValueError: if no module follows the interface, and in the forward pass for an argument whose effect on the
+            weights is unknown (sinks, sparse selection).
     """
-    found = attention_modules(model)
-    modules = {locate(model, name): (name, entry) for name, entry in found.items()}
+    entries = attention_modules(model)
+    modules = {locate(model, name): (name, entry) for name, entry in entries.items()}
     if not modules:
         raise no_weights(model, "does not follow transformers' attention interface")
     configs = {id(m.config): m.config for m in modules if getattr(m, "config", None) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    implementations = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         if config._attn_implementation not in _KNOWN:
             config._attn_implementation_internal = "sdpa"
     overridden = ALL_ATTENTION_FUNCTIONS._local_mapping
     names = {config._attn_implementation for config in configs.values()}
-    kept = {name: overridden[name] for name in names if name in overridden}
+    earlier_overrides = {name: overridden[name] for name in names if name in overridden}
     for name in names:
         original = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         overridden[name] = _wrapper(name, original, modules, watcher)
@@ -96,18 +97,18 @@ def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
     finally:
         for name in names:
             del overridden[name]
-        overridden.update(kept)
+        overridden.update(earlier_overrides)
         for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+            config._attn_implementation_internal = implementations[key]
 
 
 def _wrapper(implementation: str, original, modules: dict, watcher: Callable):
     def run(module, query, key, value, attention_mask, *args, **kwargs):
         function = original or sys.modules[type(module).__module__].eager_attention_forward
         if args:
-            # Eager functions take scaling first, others dropout.
-            given = signature(function).bind(module, query, key, value, attention_mask, *args, **kwargs).arguments
-            kwargs = {**given.pop("kwargs", {}), **dict(list(given.items())[5:])}
+            # By position, eager functions take scaling first, others dropout.
+            bound = signature(function).bind(module, query, key, value, attention_mask, *args, **kwargs).arguments
+            kwargs = {**bound.pop("kwargs", {}), **dict(list(bound.items())[5:])}
         if module not in modules:
             return function(module, query, key, value, attention_mask, **kwargs)
         name, entry = modules[module]
@@ -121,68 +122,59 @@ def _wrapper(implementation: str, original, modules: dict, watcher: Callable):
         call = _untouched(implementation, module, name, entry, query, key, value, attention_mask, kwargs)
         output, weights = function(module, query, key, value, attention_mask, **kwargs)
         call.output = output.transpose(1, 2)
-        changed = watcher(call)
-        return output if changed is None else changed.transpose(1, 2).contiguous(), weights
+        replacement = watcher(call)
+        return output if replacement is None else replacement.transpose(1, 2).contiguous(), weights
 
     return run
 
 
 def _observer(name: str, entry: dict, watcher: Callable):
-    """Runs a converted module's attention as it would run unobserved, and shows it."""
+    """Return an observer that runs a converted module's attention as unobserved and passes the call to `watcher`."""
 
     def observe(state, query, key, value, call):
         observer, state.observer = state.observer, None
-        options = {**call, "return_weights": False}
+        call = replace(call, return_weights=False)
         try:
             if state.is_nystrom:
                 with without_autocast(query.device.type):
-                    output = nystrom_forward(state, query, key, value, options, attend)[0]
+                    output = nystrom_forward(state, query, key, value, call, attend)[0]
             else:
-                output = attend_groups(state, query, key, value, options)[0]
+                output = attend_groups(state, query, key, value, call)[0]
         finally:
             state.observer = observer
-        seen = AttentionCall(
-            name, entry["layer"], entry["kind"], query, key, value, call["scaling"], call["mask"],
-            call["position_bias"], call["is_causal"], state.parts(), output=output,
+        observed_call = AttentionCall(
+            name, entry["layer"], entry["kind"], query, key, value, call.scaling, call.mask,
+            call.position_bias, call.is_causal, state.parts(), output=output,
         )  # fmt: skip
-        changed = watcher(seen)
-        return output if changed is None else changed
+        replacement = watcher(observed_call)
+        return output if replacement is None else replacement
 
     return observe
 
 
 def _untouched(implementation, module, name, entry, query, key, value, mask, kwargs) -> AttentionCall:
-    """The call of a module with dot-product attention."""
+    """Return the call of a module with dot-product attention."""
     softcap = kwargs.get("softcap")
     refuse_unsupported(module, {n: v for n, v in kwargs.items() if n != "softcap"})
+    nystrom = implementation in _NYSTROM
+    call = read_call(module, query, mask, kwargs, nystrom=nystrom)
+    if nystrom:
+        call = write_out(call, query.shape[2], key.shape[2], query.device)
+    if implementation == "eager":  # its mask is always written out
+        call = replace(call, is_causal=False)
+    call = exact_call(call, query, key)
     groups = query.shape[1] // key.shape[1]
-    is_causal = kwargs.get("is_causal")
-    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    position_bias = kwargs.get("position_bias")
-    if implementation in _LINEAR:
-        position_bias = as_tensor(bias_behind(position_bias), query.shape[2], key.shape[2])
-        mask = written_out(mask, query.shape[2], key.shape[2], is_causal, query.device)
-    # transformers' own rule: the flag counts only without a mask and for more than one query.
-    is_causal = is_causal and mask is None and query.shape[2] > 1 and implementation != "eager"
-    shape = (*query.shape[:3], key.shape[2])
-    keep, bias = split_mask(mask, shape)
-    if position_bias is not None:
-        open_entries, position_bias = split_mask(position_bias, shape)
-        if open_entries is not None:
-            keep = open_entries if keep is None else keep & open_entries
-    scaling = kwargs.get("scaling")
     return AttentionCall(
-        name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups),
-        query.shape[-1] ** -0.5 if scaling is None else float(scaling), keep, add_bias(position_bias, bias), is_causal,
-        [(list(range(query.shape[1])), None)], softcap,
+        name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups), call.scaling,
+        call.mask, call.position_bias, call.is_causal, [(list(range(query.shape[1])), None)], softcap,
     )  # fmt: skip
 
 
 def run_watched(model, batch: dict, watcher: Callable[[AttentionCall], None]) -> None:
-    """One forward pass without gradients whose attention calls `watcher` sees, of any model that has weights.
+    """Run one forward pass without gradients and pass its attention calls to `watcher`, for any model with weights.
 
-    Models that do not follow transformers' attention interface are asked for output_attentions=True, whole maps at
-    once. Raises `ValueError` where that gives none either.
+    Models that do not follow transformers' attention interface run with output_attentions=True, which returns whole
+    maps. Raises `ValueError` where that returns none either.
     """
     model.eval()
     with torch.no_grad():
@@ -190,20 +182,20 @@ def run_watched(model, batch: dict, watcher: Callable[[AttentionCall], None]) ->
             for call in _stored_calls(model, batch):
                 watcher(call)
             return
-        seen = []
+        call_names = []
 
         def watch(call):
-            seen.append(call.name)
+            call_names.append(call.name)
             watcher(call)
 
         with watched(model, watch):
             forward(model, batch)
-    if not seen:
+    if not call_names:
         raise no_weights(model, "has attention modules, but none went through the attention interface")
 
 
 def _stored_calls(model, batch: dict):
-    """The maps that a model gives by itself."""
+    """Return the maps that a model returns with output_attentions=True, as calls."""
     why = "does not follow transformers' attention interface and gives none with output_attentions=True"
     try:
         outputs = forward(model, batch, output_attentions=True)
@@ -211,30 +203,30 @@ def _stored_calls(model, batch: dict):
         raise no_weights(model, f"{why} ({error})") from None
     padding = batch.get("attention_mask")
     decoder = batch.get("decoder_attention_mask")
-    found = []
+    calls = []
     for field, kind, keys in (
         ("attentions", "self", padding),
         ("encoder_attentions", "self", padding),
         ("decoder_attentions", "self", decoder),
         ("cross_attentions", "cross", padding),
     ):
-        for number, weights in enumerate(getattr(outputs, field, None) or ()):
+        for index, weights in enumerate(getattr(outputs, field, None) or ()):
             if isinstance(weights, Tensor) and weights.dim() == 4:
                 if bool((weights < 0).any()):
                     raise no_weights(model, f"gives negative numbers in {field}, which are no weights")
-                fits = keys is not None and keys.shape[-1] == weights.shape[-1]
-                mask = keys.bool()[:, None, None, :] if fits else None
-                found.append(StoredCall(f"{field}.{number}", number, kind, weights, mask))
-    if not found:
+                mask_fits = keys is not None and keys.shape[-1] == weights.shape[-1]
+                mask = keys.bool()[:, None, None, :] if mask_fits else None
+                calls.append(StoredCall(f"{field}.{index}", index, kind, weights, mask))
+    if not calls:
         raise no_weights(model, why)
-    return found
+    return calls
 
 
 def capture(model, batch: dict) -> dict[str, AttentionCall]:
-    """Every attention call of one forward pass by module name: queries, keys, values and outputs, but no weights yet.
+    """Capture every attention call of one forward pass by module name: queries, keys, values, outputs; no weights yet.
 
-    A module that runs more than once is noted with its last call. Raises `ValueError` as `run_watched`.
+    A module that runs more than once keeps its last call. Raises `ValueError` as `run_watched`.
     """
-    found: dict[str, AttentionCall] = {}
-    run_watched(model, batch, lambda call: found.__setitem__(call.name, call))
-    return found
+    calls: dict[str, AttentionCall] = {}
+    run_watched(model, batch, lambda call: calls.__setitem__(call.name, call))
+    return calls

@@ -1,1 +1,1 @@
-"""From checkpoint to converted model: plan, check, calibrate, convert, revert, report."""
+"""From a checkpoint to a converted model: plan, check, calibrate, convert, revert, report."""

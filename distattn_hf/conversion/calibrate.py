@@ -7,20 +7,20 @@ so only one layer's activations are kept, and it works for every architecture.
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.inputs import ModuleCall, add_triangle
 from ..core.interface import attend
-from ..core.linear import nystrom_forward
-from ..core.masks import causal_keep
 from ..core.metrics import get_metric
+from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import HeadParameters, NystromParameters
 from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
+from .fit import draw_rows, split_sequences
 from .observe import observed, teacher_attention
-from .rows import draw_rows, split_sequences
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
@@ -32,10 +32,10 @@ _ALPHA_PULL = 1e-4
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How the fit runs. The defaults take one to a few minutes for 135M parameters on two cores.
+    """Options of the fit. The defaults take one to a few minutes for 135M parameters on two cores.
 
     Args:
-        steps: Adam steps per layer; None: 100, and 200 for `transform="linear"`.
+        steps: Adam steps per layer; None: 100, and 200 for `transform="maps"`.
         learning_rate: its initial value; it falls to zero along a cosine.
         rows: query positions drawn per step from each sequence.
         sequences: sequences drawn per step; None: 4, and 2 for metrics without a matmul form (l1, lp, chebyshev).
@@ -79,13 +79,13 @@ class CalibrationOptions:
             raise ValueError(f"divergence_budget must be >= 0 nats, got {self.divergence_budget!r}")
 
     def steps_for(self, group: HeadParameters) -> int:
-        """Adam steps for one group of heads: maps have d² values a head and take longer."""
+        """Return the Adam steps for one group of heads: maps have d² values a head and take longer."""
         if self.steps is not None:
             return self.steps
-        return 200 if group.transform == "linear" or isinstance(group, NystromParameters) else 100
+        return 200 if group.transform == "maps" or isinstance(group, NystromParameters) else 100
 
     def sequences_for(self, group: HeadParameters) -> int:
-        """Sequences drawn per step for one group of heads."""
+        """Return the sequences drawn per step for one group of heads."""
         if self.sequences is not None:
             return self.sequences
         return 2 if get_metric(group.metric).elementwise else 4
@@ -116,7 +116,7 @@ class Rows:
         return logits.masked_fill(~self.keep, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
 
     def divergence(self, group: HeadParameters) -> Tensor:
-        """KL(teacher's weights ‖ student's), nats, mean over rows: (H,)."""
+        """Return KL(teacher's weights ‖ student's), nats, mean over rows: (H,)."""
         teacher = self.teacher_log_weights()
         terms = teacher.exp() * (teacher - self.student_log_weights(group))
         return terms.masked_fill(~self.keep, 0).sum(-1).mean((0, 2))
@@ -125,21 +125,21 @@ class Rows:
 class LayerData:
     """The attention problem of one layer over the whole calibration batch; draws rows from it."""
 
-    def __init__(self, query: Tensor, key: Tensor, call: dict, heads: list[int] | None):
+    def __init__(self, query: Tensor, key: Tensor, call: ModuleCall, heads: list[int] | None):
         select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
         self.query, self.key = query[:, select].float(), key[:, select].float()
         batch, _, num_queries, _ = self.query.shape
         num_keys = self.key.shape[-2]
-        keep = call["mask"]
+        keep = call.mask
         keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if keep is None else keep
         keep = keep if keep.shape[1] == 1 else keep[:, select]
-        if call["is_causal"]:
-            keep = keep & causal_keep(num_queries, num_keys, query.device)
+        if call.is_causal:
+            keep = add_triangle(keep, num_queries, num_keys, query.device)
         self.keep = keep.expand(batch, keep.shape[1], num_queries, num_keys)
-        bias = call["position_bias"]
+        bias = call.position_bias
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
         self.bias = None if bias is None else bias.float().expand(batch, bias.shape[1], num_queries, num_keys)
-        self.scaling = call["scaling"]
+        self.scaling = call.scaling
         # Rows worth fitting: something to choose from, and, in self-attention, no padding query.
         valid = self.keep.any(1).sum(-1) > 1
         if num_queries == num_keys:
@@ -149,7 +149,7 @@ class LayerData:
         self.fit_sequences, self.report_sequences = split_sequences(valid)
 
     def draw(self, sequences: list[int], count: int, generator: torch.Generator) -> Rows:
-        """`count` valid rows from each of `sequences` (with replacement where a sequence has fewer)."""
+        """Draw `count` valid rows from each of `sequences` (with replacement where a sequence has fewer)."""
         rows = draw_rows(self.valid, sequences, count, generator)
         chosen = torch.tensor(sequences, device=self.query.device)[:, None]
 
@@ -161,7 +161,7 @@ class LayerData:
 
 
 def _row_deviation(log_weights: Tensor, keep: Tensor) -> Tensor:
-    """Standard deviation of log-weights along a row over the kept entries, mean over rows: (H,)."""
+    """Return the standard deviation of log-weights along a row over kept entries, mean over rows: (H,)."""
     count = keep.sum(-1, keepdim=True)
     mean = log_weights.masked_fill(~keep, 0).sum(-1, keepdim=True) / count
     return ((log_weights - mean).masked_fill(~keep, 0).square().sum(-1) / count[..., 0]).sqrt().mean((0, 2))
@@ -172,15 +172,15 @@ def _match_spread(group: HeadParameters, rows: Rows) -> None:
     """Set λ of each head so that its logits spread along a row as the teacher's do (position bias left out)."""
     if group.constant_lambda is not None:
         return
-    bare = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
-    teacher = _row_deviation(bare.teacher_log_weights(), rows.keep)
-    student = _row_deviation(bare.student_log_weights(group), rows.keep)
+    unbiased = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
+    teacher = _row_deviation(unbiased.teacher_log_weights(), rows.keep)
+    student = _row_deviation(unbiased.student_log_weights(group), rows.keep)
     group.log_lambda += (teacher / student.clamp_min(1e-12)).clamp(1e-6, 1e6).log()
 
 
 @torch.no_grad()
 def _choose_alpha(group: HeadParameters, rows: Rows, budget: float) -> None:
-    """Per head the largest α of the grid that is within the budget, or within 10% of the best divergence."""
+    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
     divergences, lambdas = [], []
     for alpha in ALPHA_GRID:
         group.log_alpha.fill_(math.log(alpha))
@@ -258,7 +258,7 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
             rows = data.draw([data.fit_sequences[i] for i in order], options.rows, generator)
             loss = rows.divergence(group).clamp_min(options.divergence_budget).sum()
             if "log_alpha" in candidates:
-                # Within the budget nothing else pulls on a head, and α rises towards fully Euclidean.
+                # Within the budget no other term acts on a head, and α rises towards fully Euclidean.
                 loss = loss - _ALPHA_PULL * group.log_alpha.sum()
             optimizer.zero_grad()
             loss.backward()
@@ -276,7 +276,7 @@ class _AllFittedError(Exception):
 
 
 def _count_uses(model, batch) -> dict[str, int]:
-    """How often one forward pass runs each converted module: more than once where layers share it (ALBERT)."""
+    """Count how often one forward pass runs each converted module: more than once where layers share it (ALBERT)."""
     uses: dict[str, int] = {}
     names = {state: name for name, state in model.attention_states.items()}
 
@@ -313,14 +313,14 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
         if len(seen[name]) == uses[name]:
             queries, keys, values = (torch.cat(tensors) for tensors in zip(*seen.pop(name), strict=True))
             results[name] = []
-            everything = _repeated(call, uses[name])
+            repeated_call = _repeated(call, uses[name])
             for group, heads in zip(state.groups, state.head_lists, strict=True):
                 if isinstance(group, NystromParameters):
-                    data = NystromData(queries, keys, values, everything, heads)
+                    data = NystromData(queries, keys, values, repeated_call, heads)
                     _check_sequences(data, name)
                     results[name].append(fit_nystrom(group, data, options))
                     continue
-                data = LayerData(queries, keys, everything, heads)
+                data = LayerData(queries, keys, repeated_call, heads)
                 _check_sequences(data, name)
                 before, after = fit_group(group, data, options)
                 results[name].append({"before": before, "after": after})
@@ -330,8 +330,8 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
             if len(results) == len(names):
                 raise _AllFittedError
             if state.is_nystrom:
-                # What it loses, the layers above are fitted on.
-                return nystrom_forward(state, query, key, value, {**call, "backend": None}, attend)[0]
+                # The layers above are fitted on the far field's output, errors included.
+                return nystrom_forward(state, query, key, value, replace(call, backend=None), attend)[0]
         return teacher_attention(query, key, value, call)
 
     try:
@@ -346,10 +346,10 @@ def _check_sequences(data, name: str) -> None:
         raise ValueError(f"calibration: no sequence reaches {name!r} with two or more visible keys")
 
 
-def _repeated(call: dict, times: int) -> dict:
-    """The call's masks for `times` uses of a module, stacked along the batch."""
+def _repeated(call: ModuleCall, times: int) -> ModuleCall:
+    """Return the call's masks for `times` uses of a module, stacked along the batch."""
 
     def repeat(tensor):
         return tensor if tensor is None or tensor.shape[0] == 1 else tensor.repeat(times, 1, 1, 1)
 
-    return {**call, "mask": repeat(call["mask"]), "position_bias": repeat(call["position_bias"])}
+    return replace(call, mask=repeat(call.mask), position_bias=repeat(call.position_bias))

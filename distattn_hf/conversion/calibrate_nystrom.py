@@ -1,14 +1,16 @@
-"""Fit the far field of linear attention to the teacher's: landmarks, and the weights of keys at them."""
+"""Fit the far field of Nyström attention to the teacher's: landmarks, and the weights of keys at them."""
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..core.landmarks import select_landmarks
-from ..core.linear import key_padding
-from ..core.masks import causal_keep
+from ..core.inputs import ModuleCall, causal_keep
+from ..core.nystrom_heads import key_padding
 from ..core.parameters import NystromParameters
-from .rows import draw_rows, split_sequences
-from .texts import length_for, longest_row
+from ..data.batches import length_for, longest_row
+from ..functional.landmarks import select_landmarks
+from .fit import draw_rows, split_sequences
 
 # Keys per head that landmarks are chosen from.
 _POINTS = 4096
@@ -24,17 +26,17 @@ _SHARPNESS = 0.125
 class NystromData:
     """Query, key and value (B, H, N or M, d) of a layer over the calibration batch, and which rows are worth a fit."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: dict, heads: list[int] | None):
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, heads: list[int] | None):
         select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
         self.query, self.key, self.value = (t[:, select].float() for t in (query, key, value))
-        bias = call["position_bias"]
+        bias = call.position_bias
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
-        self.call = {**call, "return_weights": False, "position_bias": bias}
+        self.call = replace(call, return_weights=False, position_bias=bias)
         batch, _, num_queries, _ = query.shape
         num_keys = key.shape[2]
-        self.keep = key_padding(call["mask"], query, num_keys)
+        self.keep = key_padding(call.mask, query, num_keys)
         seen = self.keep[:, None]
-        if call["is_causal"]:
+        if call.is_causal:
             seen = seen & causal_keep(num_queries, num_keys, key.device)
         # Rows with something to choose from; in self-attention, no padding query.
         self.valid = (seen.sum(-1) > 1).expand(batch, num_queries)
@@ -45,7 +47,7 @@ class NystromData:
 
 @torch.no_grad()
 def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> None:
-    """Start values: the strategy's landmarks among the keys, and for each key the nearest of them."""
+    """Set start values: the strategy's landmarks among the keys, and for each key the nearest of them."""
     spec, generator = group.spec, torch.Generator().manual_seed(seed)
     items = data.fit_sequences
     keep = data.keep[items] & (data.keep[items].cumsum(-1) > spec.num_sinks)
@@ -56,7 +58,7 @@ def choose_landmarks(group: NystromParameters, data: NystromData, seed: int) -> 
     points = points[torch.randperm(len(points), generator=generator)[:_POINTS]].transpose(0, 1)
     lam = group.lam()
     lam = float(lam.mean()) if isinstance(lam, Tensor) else lam
-    weight = lam * data.call["scaling"]
+    weight = lam * data.call.scaling
     landmarks = select_landmarks(points, spec.num_landmarks, spec.landmarks, scaling=2 * weight, seed=seed)
     # Points lie this far from their landmark, per coordinate; the softmax over landmarks decides on that scale.
     variance = torch.cdist(points, landmarks).amin(-1).square().mean(-1) / points.shape[-1]
@@ -110,7 +112,7 @@ def _descend(group, data: NystromData, options, steps: int) -> None:
 
 
 def _loss(group, data: NystromData, items: list[int], count: int, generator) -> Tensor:
-    """Relative error of the outputs plus a little divergence, summed over heads, at some rows of some sequences."""
+    """Return outputs' relative error plus a little divergence, summed over heads, at some rows of some sequences."""
     problem = _Rows(group, data, items, draw_rows(data.valid, items, count, generator))
     return (problem.output_error() + _DIVERGENCE_WEIGHT * problem.divergence()).sum()
 
@@ -127,38 +129,38 @@ class _Rows:
         relative = torch.arange(num_keys, device=rows.device) - rows[..., None]  # (b, n, M)
         keep = data.keep[items]
         seen = keep[:, None].expand_as(relative)
-        if call["is_causal"]:
+        if call.is_causal:
             seen = seen & (relative <= 0)
-        window = 0 if call["is_cross"] else spec.window_size
-        sinks = 0 if call["is_cross"] else spec.num_sinks
+        window = 0 if call.is_cross else spec.window_size
+        sinks = 0 if call.is_cross else spec.num_sinks
         exact = (relative.abs() < window) | (keep & (keep.cumsum(-1) <= sinks))[:, None]
         self.seen, self.exact = seen[:, None], (exact & seen)[:, None]
-        bias = call["position_bias"]
+        bias = call.position_bias
         bias = 0.0 if bias is None else bias[0].float()[:, rows].transpose(0, 1)
-        logits = call["scaling"] * query @ key.transpose(-1, -2) + bias
+        logits = call.scaling * query @ key.transpose(-1, -2) + bias
         self.teacher = logits.masked_fill(~self.seen, float("-inf"))
-        query, key, far_query, far_key = group(query, key, "features", scaling=call["scaling"])
-        top = far_query.amax(-1, keepdim=True).detach()
-        far = ((far_query - top).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + top
+        query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
+        row_maximum = far_query.amax(-1, keepdim=True).detach()
+        far = ((far_query - row_maximum).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + row_maximum
         near = query @ key.transpose(-1, -2)
         self.student = (torch.where(self.exact, near, far) + bias).masked_fill(~self.seen, float("-inf"))
 
     def divergence(self, student: Tensor | None = None) -> Tensor:
-        """KL(teacher ‖ student) in nats, mean over rows: (H,)."""
+        """Return KL(teacher ‖ student) in nats, mean over rows: (H,)."""
         teacher, student = self.teacher.log_softmax(-1), (self.student if student is None else student).log_softmax(-1)
         terms = (teacher.exp() * (teacher - student)).masked_fill(~self.seen, 0.0)
         return terms.sum(-1).mean((0, 2))
 
     def output_error(self, student: Tensor | None = None) -> Tensor:
-        """‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
+        """Return ‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
         teacher = self.teacher.softmax(-1) @ self.value
         student = (self.student if student is None else student).softmax(-1) @ self.value
         return (teacher - student).square().sum((0, 2, 3)) / teacher.square().sum((0, 2, 3)).clamp_min(1e-12)
 
 
 def _figures(group, data: NystromData) -> dict[str, Tensor]:
-    """Over all valid rows of the held-out sequences."""
-    found: dict[str, list[Tensor]] = {}
+    """Compute the figures of `fit_nystrom` over all valid rows of the held-out sequences."""
+    results: dict[str, list[Tensor]] = {}
     for i in data.report_sequences:
         rows = data.valid[i].nonzero()[:, 0][None]
         problem = _Rows(group, data, [i], rows)
@@ -172,13 +174,13 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
         if gap is not None:
             figures["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().mean((0, 2))
         for name, value in figures.items():
-            found.setdefault(name, []).append(value)
-    return {name: torch.stack(values).mean(0) for name, values in found.items()}
+            results.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean(0) for name, values in results.items()}
 
 
 @torch.no_grad()
 def leave_exact(model, name: str, state, results: list[dict], max_error: float) -> list[dict]:
-    """Take the Nyström heads that are further off than `max_error` out of a module; returns the others' figures.
+    """Leave Nyström heads with an error above `max_error` out of a module; returns the others' figures.
 
     They keep dot-product attention; a group that has none left goes.
     """
@@ -187,27 +189,27 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
         group = state.groups[number]
         if not isinstance(group, NystromParameters):
             continue
-        fine = results[number]["output_error"] <= max_error
-        if bool(fine.all()):
+        is_fitted = results[number]["output_error"] <= max_error
+        if bool(is_fitted.all()):
             continue
-        if not bool(fine.any()):
+        if not bool(is_fitted.any()):
             for grouped in (state.groups, state.head_lists, entries, results):
                 del grouped[number]
             continue
         heads = state.head_lists[number] or range(state.num_heads)
-        kept = [head for head, good in zip(heads, fine.tolist(), strict=True) if good]
+        kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
         smaller = NystromParameters(group.spec, len(kept), group.head_dim)
         smaller.to(group.landmarks)
         for key, tensor in smaller.fitted_tensors().items():
-            tensor.copy_(group.fitted_tensors()[key][fine])
+            tensor.copy_(group.fitted_tensors()[key][is_fitted])
         state.groups[number], state.head_lists[number] = smaller, kept
         entries[number]["heads"] = kept
-        results[number] = {key: values[fine] for key, values in results[number].items()}
+        results[number] = {key: values[is_fitted] for key, values in results[number].items()}
     return results
 
 
 def exact_span(model, *, exact_below: bool = True) -> int | None:
-    """Up to how many tokens every Nyström head sees all keys exactly, by sinks and window or by `exact_below`.
+    """Return up to how many tokens every Nyström head sees all keys exactly, by sinks and window or `exact_below`.
 
     None for a model without a far field.
     """
@@ -230,7 +232,7 @@ def _near_span(spec, module) -> int:
 
 
 def far_field_warnings(student, batch: dict[str, Tensor]) -> list[str]:
-    """What a fit on `batch` says nothing about, and an exact part that leaves no position to the far field."""
+    """Return warnings of what a fit on `batch` does not cover, and of an exact part that leaves no far field."""
     warnings, longest = [], longest_row(batch)
     span = exact_span(student, exact_below=False)
     if span is not None and 0 < longest <= span:

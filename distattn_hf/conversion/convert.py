@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core.configuration_distattn import BLOCK_VERSION, AttentionSpec, config_class_for
+from ..core.attention_spec import BLOCK_VERSION, AttentionSpec
+from ..core.configuration_distattn import config_class_for
 from ..core.discovery import find_attention_modules, locate, max_positions, select_modules
-from ..core.landmarks import STRATEGIES
-from ..core.linear import SHORT_TEXT
+from ..core.interface import IMPLEMENTATIONS
 from ..core.metrics import get_metric
-from ..core.modeling_converted import IMPLEMENTATIONS, DistAttnModelMixin, model_class_for
-from ..core.options import check_backend
+from ..core.modeling_converted import DistAttnModelMixin, model_class_for
+from ..core.nystrom_heads import SHORT_TEXT
+from ..core.parameters import check_backend
+from ..data.batches import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
+from ..data.config import parse_specs
+from ..functional.landmarks import STRATEGIES
+from ..storage.companions import Source, describe_source
+from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate
 from .calibrate_nystrom import far_field_warnings
-from .checkpoints import check_weights, rebuild
-from .companions import Source, describe_source
 from .report import ConversionReport, GroupReport
-from .specs import parse_specs
-from .texts import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ def convert(
     layers=None,
     options: CalibrationOptions | None = None,
 ) -> PreTrainedModel:
-    """A converted copy of a pretrained model; the model itself is not touched and shares nothing with the copy.
+    """Return a converted copy of a pretrained model; the model itself is not touched and shares nothing with the copy.
 
     Args:
         model: any `PreTrainedModel` whose attention goes through transformers' attention interface.
@@ -59,7 +61,7 @@ def convert(
 
     Returns:
         The converted model, a `DistAttn<...>` class, in the mode (train or eval) the model is in, with a
-        `ConversionReport` as a dict in `model.conversion_report`.
+        `ConversionReport` in `model.conversion_report`.
 
     Raises:
         ValueError: before anything is built, naming the field or the module: unknown metric, p < 1, λ <= 0, a layer or
@@ -118,13 +120,13 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     if Path(name := str(model.config.name_or_path or "-")).is_dir():
         report.source = describe_source(Source(name))
     report.seconds = round(time.perf_counter() - start, 2)
-    student.conversion_report = report.to_dict()
+    student.conversion_report = report
     student.converted_from = model.config.name_or_path
     return student
 
 
 def _hub_name(model) -> str | None:
-    """The name a model was loaded by, unless that is a folder, which says nothing elsewhere."""
+    """Return the name a model was loaded by, unless that is a folder, which means nothing on another machine."""
     name = str(model.config.name_or_path or "")
     return (
         name if name and name.count("/") <= 1 and not name.startswith((".", "~")) and not Path(name).exists() else None
@@ -132,7 +134,7 @@ def _hub_name(model) -> str | None:
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
-    """The original model again: its class, its config, bit-identical pretrained weights, dot-product attention.
+    """Rebuild the original model: its class, its config, bit-identical pretrained weights, dot-product attention.
 
     Weights changed by fine-tuning after the conversion stay changed. Raises `ValueError` for a model that was not
     converted, or whose queries `fold_alpha` has scaled.
@@ -190,7 +192,7 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
 
 
 def _inside(model) -> str:
-    """What to convert in place of a wrapper of a model, such as a SentenceTransformer, in words and code."""
+    """Describe, in words and code, the model to convert inside a wrapper such as a SentenceTransformer."""
     if hasattr(model, "merge_and_unload"):
         return "; convert model.merge_and_unload(), and train adapters on the converted model"
     name = next((n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None)
@@ -198,20 +200,20 @@ def _inside(model) -> str:
         return f"; convert model.{name}, and wrap the converted model"
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         if isinstance(module, PreTrainedModel):
-            place = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
-            return f", which holds one: convert that alone, {place} = convert({place}, ...)"
+            attribute = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            return f", which holds one: convert that alone, {attribute} = convert({attribute}, ...)"
     return ""
 
 
 def _exact_below(config) -> int:
-    """Up to where Nyström queries attend exactly unless a spec says it."""
+    """Return the number of keys up to which Nyström queries attend exactly unless a spec sets it."""
     longest = max_positions(config.get_text_config(decoder=config.is_encoder_decoder))
     # Where no text is longer, nothing would be left of the conversion.
     return SHORT_TEXT if longest is not None and longest > SHORT_TEXT else 0
 
 
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
-    """The spec with what its initialisation implies written out."""
+    """Return the spec with the settings that its initialisation implies."""
     if spec.mechanism == "nystrom":
         if init != "calibrated":
             raise ValueError(f"mechanism='nystrom' needs init='calibrated' (landmarks come from text), got {init!r}")
@@ -234,7 +236,7 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
 
 
 def _check_modules(model, modules: dict) -> None:
-    """What would go wrong later, before anything is built."""
+    """Raise `ValueError`, before anything is built, for what would fail later."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"weight {name!r} of the checkpoint holds NaN or infinite values")
@@ -317,13 +319,13 @@ def _like(new: PreTrainedModel, old: PreTrainedModel) -> PreTrainedModel:
     for name, buffer in new.named_buffers():
         if name in buffers and buffers[name].shape == buffer.shape:
             buffer.copy_(buffers[name])
-    theirs = dict(old.named_parameters())
+    old_parameters = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
-        if name in theirs:
-            parameter.requires_grad_(theirs[name].requires_grad)
-            if parameter.dtype != theirs[name].dtype:
+        if name in old_parameters:
+            parameter.requires_grad_(old_parameters[name].requires_grad)
+            if parameter.dtype != old_parameters[name].dtype:
                 # Loading applies one dtype and the class's exceptions; the model may have been cast otherwise since.
-                parameter.data = theirs[name].detach().clone()
+                parameter.data = old_parameters[name].detach().clone()
     if old.is_activation_checkpointing:
         new.activation_checkpointing_enable()
     if old.can_generate():
@@ -367,14 +369,14 @@ def _numbers(values: Tensor | list[float] | None) -> list[float] | None:
 
 
 def current_report(model: PreTrainedModel) -> ConversionReport:
-    """The report of a converted model with λ and α as they are now; divergences are those of the conversion.
+    """Return a converted model's report with current λ and α; divergences are those of the conversion.
 
     Raises `ValueError` for a model that was not converted.
     """
     if not isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is not a converted model")
     block = model.config.distattn
-    saved = ConversionReport.from_dict(model.conversion_report) if model.conversion_report else None
+    saved = model.conversion_report
     divergences: dict[str, list[dict]] = {}
     for group in saved.groups if saved else ():
         measured = {"before": group.divergence_before, "after": group.divergence_after}

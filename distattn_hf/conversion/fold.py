@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..core.discovery import find_attention_modules, locate, select_modules
 from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin
 from ..core.parameters import HeadParameters, NystromParameters
-from .checkpoints import check_weights
+from ..storage.models import check_weights
 
 _QUERY = ("q_proj", "query", "q", "q_lin", "query_proj", "to_q", "q_attn")
 _NORMS = ("q_norm", "q_layernorm", "query_norm", "query_ln", "q_ln")
@@ -25,7 +25,7 @@ _NORMS = ("q_norm", "q_layernorm", "query_norm", "query_ln", "q_ln")
 
 @torch.no_grad()
 def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a converted model with α = 1 in every head that has α, and the same outputs.
+    """Return a copy of a converted model with α = 1 in every head that has α, and the same outputs.
 
     What changes with it: the queries' weights are not the teacher's any more, so `revert` and attention transfer that
     takes the student's own queries for the teacher's are refused. q·k has another temperature, the distance has not.
@@ -44,7 +44,7 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
         for heads, group in state.parts():
             if group is None or not _has_alpha(group, name):
                 continue
-            if group.transform == "linear":
+            if group.transform == "maps":
                 group.query_map.div_(group.log_alpha.exp()[:, None, None])
                 group.key_map.mul_(group.log_alpha.exp()[:, None, None])
             else:
@@ -82,12 +82,12 @@ def check_foldable(model: PreTrainedModel, specs: Sequence[AttentionSpec]) -> No
 
 
 def _has_alpha(group: HeadParameters, name: str) -> bool:
-    """Whether there is an α to move; raises `ValueError` where it cannot be moved."""
+    """Return whether there is an α to move; raises `ValueError` where it cannot be moved."""
     if isinstance(group, NystromParameters):
         raise ValueError(f"{name!r} has Nyström attention, whose landmarks were fitted with α: it cannot be moved")
     if group.transform == "none" or get_metric(group.metric).scale_free:
         return False
-    if group.transform != "linear":
+    if group.transform != "maps":
         _check_scaling(name, group.metric, group.constant_lambda)
     return True
 
@@ -100,7 +100,7 @@ def _check_scaling(name: str, metric: str, constant_lambda: float | None) -> Non
 
 
 def _query_layer(model, name: str) -> tuple[nn.Module, int]:
-    """(the layer that makes the queries of a module, how many of its outputs they are)."""
+    """Return (the layer that makes the queries of a module, how many of its outputs they are)."""
     module = locate(model, name)
     if norm := next((n for n in _NORMS if isinstance(getattr(module, n, None), nn.Module)), None):
         raise ValueError(f"{name!r} normalises its queries ({norm}), so α cannot be moved into their projection")

@@ -1,4 +1,4 @@
-"""What a conversion did, layer by layer and head by head: printable, and JSON beside the checkpoint."""
+"""The report of a conversion, by layer and head: printable, and JSON beside the checkpoint."""
 
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
@@ -74,36 +74,40 @@ class ConversionReport:
         """Nats per query, mean over heads, after the fit."""
         return self._mean("divergence_after")
 
+    def __getitem__(self, name: str):
+        """Return an entry of `to_dict`, which is what models held in place of this object before."""
+        return self.to_dict()[name]
+
     def to_dict(self) -> dict:
-        """A JSON-ready dict that `from_dict` turns back into an equal report."""
+        """Return a JSON-serialisable dict that `from_dict` turns back into an equal report."""
         return {**asdict(self), "mean_alpha": self.mean_alpha}
 
     @classmethod
     def from_dict(cls, data: dict) -> "ConversionReport":
-        """The report that `to_dict` described."""
+        """Return the report that `to_dict` described."""
         data = {k: v for k, v in data.items() if k != "mean_alpha"}
         return cls(**{**data, "groups": [GroupReport(**g) for g in data["groups"]]})
 
     def table(self, per_head: bool = False) -> str:
-        """A table for a terminal: a line per group of heads, or per head.
+        """Return a table for a terminal: a line per group of heads, or per head.
 
         With Nyström attention also how far the outputs are off, relatively: of sinks and window alone, and as fitted.
         """
         lines = [f"{'module':<42} {'attention':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
-        linear = any(g.output_error for g in self.groups)
-        if linear:
+        has_nystrom = any(part.output_error for part in self.groups)
+        if has_nystrom:
             lines[0] += f" {'window off':>10} {'off':>10}"
-        for g in self.groups:
-            picks = [[i] for i in range(len(g.heads))] if per_head else [range(len(g.heads))]
+        for part in self.groups:
+            picks = [[i] for i in range(len(part.heads))] if per_head else [range(len(part.heads))]
             for pick in picks:
-                label = str(g.heads[pick[0]]) if per_head else self._count(g)
-                cells = [_cell(v, pick) for v in (g.lam, g.alpha, g.divergence_before, g.divergence_after)]
+                label = str(part.heads[pick[0]]) if per_head else self._count(part)
+                cells = [_cell(v, pick) for v in (part.lam, part.alpha, part.divergence_before, part.divergence_after)]
                 lines.append(
-                    f"{g.module[-42:]:<42} {g.attention[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
+                    f"{part.module[-42:]:<42} {part.attention[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
                     f"{cells[2]:>10} {cells[3]:>10}"
                 )
-                if linear:
-                    lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (g.window_error, g.output_error))
+                if has_nystrom:
+                    lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (part.window_error, part.output_error))
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines += self._legend()
@@ -112,7 +116,7 @@ class ConversionReport:
         return "\n".join(lines)
 
     def _legend(self) -> list[str]:
-        """What the table's columns are, for those that have values."""
+        """Return what the table's columns are, for those that have values."""
         lines = []
         if self.mean_divergence_after is not None:
             lines.append(
@@ -129,14 +133,14 @@ class ConversionReport:
         return lines
 
     def _count(self, group: GroupReport) -> str:
-        """How many heads a group has; of how many, where some of the module keep dot-product attention."""
+        """Return how many heads a group has; of how many, where some of the module keep dot-product attention."""
         exact = self.exact_heads.get(group.module)
         if not exact:
             return str(len(group.heads))
         return f"{len(group.heads)}/{len(exact) + sum(len(g.heads) for g in self.groups if g.module == group.module)}"
 
     def summary(self) -> str:
-        """One line: what was converted and what the fit left."""
+        """Return one line: what was converted and what the fit left."""
         modules = len({group.module for group in self.groups})
         parts = [f"{self.base_architecture}: {modules} attention modules, init={self.init}"]
         if self.unconverted:
@@ -147,8 +151,8 @@ class ConversionReport:
             parts.append(f"mean α {self.mean_alpha:.3f}")
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
-            when = " at the conversion (λ or α have changed since)" if self.changed_since else ""
-            parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{when}")
+            note = " at the conversion (λ or α have changed since)" if self.changed_since else ""
+            parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")
             parts.append(
@@ -162,5 +166,5 @@ class ConversionReport:
 
 
 def _cell(values, pick) -> str:
-    """The mean of the picked values, or a dash."""
+    """Return the mean of the picked values, or a dash."""
     return "-" if values is None else f"{fmean(values[i] for i in pick):.4g}"

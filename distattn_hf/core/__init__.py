@@ -1,1 +1,1 @@
-"""What travels with a checkpoint: metrics, backends, the attention interface, config and model classes."""
+"""The part that is copied beside a checkpoint: metrics, backends, attention interface, config and model classes."""

@@ -1,4 +1,4 @@
-"""The one entry to exact distance attention: check the inputs, pick a backend, run it."""
+"""The entry point of exact distance attention: check the inputs, choose a backend, run it."""
 
 import math
 from contextlib import nullcontext
@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .backends import choose_backend, validate_backend
-from .inputs import HALF, AttentionInputs
-from .masks import add_bias, split_mask
+from .inputs import HALF, AttentionInputs, merge_masks
 from .metrics import get_metric
 from .reference import reference_attention
 
@@ -34,7 +33,7 @@ def distance_attention(
     backend: str = "auto",
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
+    """Compute attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
 
     Args:
         query: (B, H, N, d).
@@ -78,7 +77,6 @@ def distance_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
     shape = (batch, heads, num_queries, key.shape[-2])
-    keep, bias = split_mask(mask, shape)
     if position_bias is not None:
         if not position_bias.is_floating_point():
             raise ValueError(f"position_bias must be a floating-point tensor, got {position_bias.dtype}")
@@ -90,10 +88,7 @@ def distance_attention(
             raise ValueError(
                 f"position_bias of shape {tuple(position_bias.shape)} does not broadcast to (B, H, N, M)={shape}"
             ) from None
-        # A bias may mask, too: -inf and the dtype's minimum mean "masked" here as they do in a mask.
-        open_entries, position_bias = split_mask(position_bias, shape)
-        keep = open_entries if keep is None else keep & open_entries
-        bias = add_bias(position_bias, bias)
+    keep, bias = merge_masks(mask, position_bias, shape)
     inputs = AttentionInputs(query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p)
     return run_attention(inputs, backend, return_weights)
 
@@ -101,8 +96,8 @@ def distance_attention(
 def run_attention(
     inputs: AttentionInputs, backend: str = "auto", return_weights: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`distance_attention` for inputs that are known to be right: converted models come here at every layer."""
-    # Distances and softmax are a full-precision island: autocast would take the matmuls inside back to half.
+    """Run `distance_attention` on inputs that are already checked; converted models call this at every layer."""
+    # Distances and softmax need full precision: autocast would run their matmuls in half precision.
     with without_autocast(inputs.query.device.type):
         if return_weights:
             if backend not in ("auto", "reference"):
@@ -116,7 +111,7 @@ def run_attention(
 
 
 def _say_what_dropout_costs(inputs: AttentionInputs) -> None:
-    """Name the remedy, once a metric, where only dropout keeps "auto" from a fused kernel."""
+    """Warn, once per metric, where only dropout keeps "auto" from a fused kernel, and say the remedy."""
     kernel = choose_backend("auto", replace(inputs, dropout_p=0.0)).name
     if kernel != "chunked":
         logger.warning_once(
@@ -127,7 +122,7 @@ def _say_what_dropout_costs(inputs: AttentionInputs) -> None:
 
 
 def without_autocast(device: str):
-    """A context without autocast; nothing at all where there is none, which is quicker."""
+    """Return a context without autocast; a null context, which is quicker, where autocast is not active."""
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if active else nullcontext()
 

@@ -1,31 +1,30 @@
-"""Any metric, with memory linear in N: queries in blocks, each block's weights recomputed in the backward pass."""
+"""Backend for any metric, with memory linear in N: blocks of queries, whose weights the backward pass recomputes."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .inputs import AttentionInputs
-from .masks import causal_keep, masked_softmax
+from .inputs import AttentionInputs, add_triangle, masked_softmax
 
-# Entries of one block of weights, over batch and heads: 8 MiB in float32, which two cores' caches still like.
+# Entries of one block of weights, over batch and heads: 8 MiB in float32, which fits the caches of two cores.
 _BLOCK_ENTRIES = 2**21
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """This backend runs everything."""
+    """Return None: this backend runs all inputs."""
     return None
 
 
 def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Rows start:stop of something broadcastable to (B, H, N, M)."""
+    """Return rows start:stop of a tensor broadcastable to (B, H, N, M), or None."""
     if tensor is None or tensor.shape[-2] == 1:
         return tensor
     return tensor[..., start:stop, :]
 
 
 def chunked_attention(inputs: AttentionInputs) -> Tensor:
-    """softmax(-λ·scaling·distance(q, k) + bias)·v, one block of queries at a time. Returns (B, H, N, d_v)."""
+    """Compute softmax(-λ·scaling·distance(q, k) + bias)·v block by block of queries. Returns (B, H, N, d_v)."""
     dtype = inputs.value.dtype
     needs_grad = inputs.needs_grad()
     inputs = inputs.written_out()
@@ -39,8 +38,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
         if bias is not None:
             logits = logits + bias.to(logits.dtype)
         if inputs.is_causal:
-            triangle = causal_keep(query.shape[-2], key.shape[-2], query.device, offset=start)
-            keep = triangle if keep is None else keep & triangle
+            keep = add_triangle(keep, query.shape[-2], key.shape[-2], query.device, offset=start)
         weights = masked_softmax(logits, None if keep is None else keep.expand_as(logits))
         if inputs.dropout_p > 0:
             weights = F.dropout(weights, inputs.dropout_p)
@@ -69,7 +67,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
 
 
 def _columns(tensor: Tensor | None, seen: int) -> Tensor | None:
-    """The first `seen` columns of something broadcastable to (B, H, N, M)."""
+    """Return the first `seen` columns of a tensor broadcastable to (B, H, N, M), or None."""
     if tensor is None or tensor.shape[-1] == 1:
         return tensor
     return tensor[..., :seen]

@@ -5,7 +5,8 @@ import re
 import torch
 from torch import Tensor
 
-from .cpp_library import (
+from .inputs import AttentionInputs
+from .kernel_cpp_library import (
     attention_backward,
     attention_decode,
     attention_forward,
@@ -14,15 +15,14 @@ from .cpp_library import (
     transformed,
     unavailable,
 )
-from .inputs import AttentionInputs
 from .metrics import BUILT_IN
 
-# Up to this many queries (times the query heads that share a key head) read the keys where they lie.
+# Up to this many queries (times the query heads that share a key head) read the keys in place.
 _FEW_QUERIES = 16
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """Why this backend cannot run `inputs`, or None when it can."""
+    """Return why this backend cannot run `inputs`, or None when it can."""
     metric, device, dtype = inputs.metric, inputs.query.device, inputs.query.dtype
     if device.type != "cpu":
         return f"runs on the CPU only, the tensors are on {device}"
@@ -41,7 +41,7 @@ def unsupported(inputs: AttentionInputs) -> str | None:
 
 
 def declined(inputs: AttentionInputs) -> str | None:
-    """Why "auto" takes another backend although this one can run, or None."""
+    """Return why "auto" takes another backend although this one can run, or None."""
     if inputs.metric.name == "dot":
         return "plain dot-product attention is left to PyTorch"
     if inputs.metric.name != "sqeuclidean" or few_queries(inputs) or inputs.is_causal or inputs.needs_grad():
@@ -56,12 +56,12 @@ def _depends_on_query(tensor: Tensor | None) -> bool:
 
 
 def few_queries(inputs: AttentionInputs) -> bool:
-    """Whether this is a decoding step: so few queries that reading the keys is the work."""
+    """Return whether this is a decoding step: so few queries that reading the keys dominates the cost."""
     return inputs.query.shape[2] * inputs.groups <= _FEW_QUERIES and not inputs.needs_grad()
 
 
 def cpp_attention(inputs: AttentionInputs) -> Tensor:
-    """softmax(-λ·scaling·distance(q, k) + bias)·v by the compiled kernels. Returns (B, H, N, d_v)."""
+    """Compute softmax(-λ·scaling·distance(q, k) + bias)·v by the compiled kernels. Returns (B, H, N, d_v)."""
     query, key, value, dtype = inputs.query, inputs.key, inputs.value, inputs.value.dtype
     heads = query.shape[1]
     if 0 in query.shape or 0 in key.shape or 0 in value.shape:
@@ -82,17 +82,17 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
     if few_queries(inputs):
         if inputs.metric.name == "cosine":
             query = torch.nn.functional.normalize(query.float(), dim=-1)
-        run = attention_decode if _eager(inputs) else _decode
-        output = run(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
+        kernel = attention_decode if _eager(inputs) else _decode
+        output = kernel(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
         return output.to(dtype)
     key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
-    run = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
-    output, _ = run(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
+    kernel = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
+    output, _ = kernel(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
     return output.to(dtype)
 
 
 def _eager(inputs: AttentionInputs) -> bool:
-    """Whether plain tensors are computed now: then the kernels are called without the operators' overhead."""
+    """Return whether plain tensors are computed now, so that kernels can be called without the operators' overhead."""
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
     return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, lam)
 
@@ -165,8 +165,8 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
-    like = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, coef)]
-    return *like, bias.new_empty(bias.shape if bias_grad else 0) if bias is not None else query.new_empty(0)
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, coef)]
+    return *gradients, bias.new_empty(bias.shape if bias_grad else 0) if bias is not None else query.new_empty(0)
 
 
 def _save(ctx, inputs, output):

@@ -23,12 +23,12 @@ _LARGEST_DIM = 256
 
 
 def _interpreting() -> bool:
-    """Whether Triton runs kernels in Python; the variable counts if it was set before Triton's first import."""
+    """Return whether Triton runs kernels in Python; the variable counts if set before Triton's first import."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def unsupported(inputs: AttentionInputs) -> str | None:
-    """Why this backend cannot run `inputs`, or None when it can."""
+    """Return why this backend cannot run `inputs`, or None when it can."""
     if type(inputs.metric) not in _KERNEL_METRICS:
         return f"metric {inputs.metric.name!r} has no Triton kernel (built-in {', '.join(_KERNEL_METRICS.values())} do)"
     if inputs.dropout_p > 0:
@@ -50,12 +50,12 @@ def unsupported(inputs: AttentionInputs) -> str | None:
 
 
 def declined(inputs: AttentionInputs) -> str | None:
-    """Why "auto" takes another backend although this one can run, or None."""
+    """Return why "auto" takes another backend although this one can run, or None."""
     return "interpreted kernels are slow" if inputs.query.device.type == "cpu" else None
 
 
 def triton_attention(inputs: AttentionInputs) -> Tensor:
-    """softmax(-λ·scaling·distance(q, k) + bias)·v in fused kernels. Returns (B, H, N, d_v) in value's dtype.
+    """Compute softmax(-λ·scaling·distance(q, k) + bias)·v in fused kernels: (B, H, N, d_v) in value's dtype.
 
     Distances, logits and sums are in float32. Kept for the backward pass: the inputs, the output in float32, and one
     log-sum-exp per row; no (N, M) tensor, except that a bias which needs a gradient costs a float32 (B, H, N, M) one.
@@ -72,7 +72,7 @@ def triton_attention(inputs: AttentionInputs) -> Tensor:
 
 
 def _kernel_metric(inputs: AttentionInputs) -> tuple[str, float | None]:
-    """(name, p) as the kernels know them: "l1", "lp" and "chebyshev" go by coordinates, "l2" goes by matmul.
+    """Return (name, p) as the kernels know them: "l1", "lp", "chebyshev" by coordinates, "l2" by matmul.
 
     Tensor cores multiply half precision exactly. Float32 has no such product, and without it q·k is hardly faster than
     the coordinates, which lose no digits where q ≈ k and need no shared memory.
@@ -84,42 +84,42 @@ def _kernel_metric(inputs: AttentionInputs) -> tuple[str, float | None]:
 
 
 def _tile(metric: str, head_dim: int, value_dim: int, owner: str = "queries") -> dict[str, int]:
-    """Rows of a tile (BLOCK_N queries, BLOCK_M keys) and warps; `owner` says which of the two a program keeps.
+    """Return a tile's sizes (BLOCK_N queries, BLOCK_M keys) and warps; `owner` says which of the two a program keeps.
 
     Chosen by the compiler's count of registers and shared memory for sm_80. The loops over coordinates want many
     entries per thread, the sums of values (d_v wide) and the matmul (d wide) leave fewer.
     """
     if metric == "l2":
-        widest = max(head_dim, value_dim)
-        own = stream = 32 if widest <= 128 else 16
-        warps = 4 if widest <= 64 else 8
+        largest_dim = max(head_dim, value_dim)
+        owned = stream = 32 if largest_dim <= 128 else 16
+        warps = 4 if largest_dim <= 64 else 8
     elif value_dim <= 64:
-        own, stream, warps = 64, 32, 4
+        owned, stream, warps = 64, 32, 4
     else:
-        own = stream = 32 if value_dim <= 128 else 16
+        owned = stream = 32 if value_dim <= 128 else 16
         warps = 4
     if owner == "keys":
-        own, stream = stream, own
-    return {"BLOCK_N": own, "BLOCK_M": stream, "num_warps": warps}
+        owned, stream = stream, owned
+    return {"BLOCK_N": owned, "BLOCK_M": stream, "num_warps": warps}
 
 
 def _power_of_two(size: int) -> int:
-    """The next power of two, at least 16, which is the least that tl.dot takes."""
+    """Return the next power of two, at least 16, the minimum of tl.dot."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _by_coordinates(tensor: Tensor) -> Tensor:
-    """(B, H, N, d) stored as (B, H, d, N), so that one coordinate of neighbouring rows is one contiguous read."""
+    """Lay (B, H, N, d) out as (B, H, d, N), so that a coordinate of neighbouring rows is one contiguous read."""
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """Triton 3.7's interpreter multiplies the bits of bfloat16 as if they were integers, so it gets float32."""
+    """Convert bfloat16 to float32 for Triton 3.7's interpreter, which multiplies its bits as if they were integers."""
     return tensor.float() if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 else tensor
 
 
 def _strides(tensor: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of something broadcastable to (B, H, N, M), 0 along its axes of size 1 and where it is None."""
+    """Return strides of a tensor broadcastable to (B, H, N, M), 0 along its axes of size 1 and where it is None."""
     if tensor is None:
         return (0, 0, 0, 0)
     return tensor.expand(shape).stride()
@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, slope, bias, keep, metric, p, is_causal):
-        from .triton_forward import forward_kernel
+        from .kernel_triton_forward import forward_kernel
 
         out = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32)
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        from .triton_backward import key_kernel, query_kernel
+        from .kernel_triton_backward import key_kernel, query_kernel
 
         query, key, value, slope, bias, keep, out, lse = ctx.saved_tensors
         (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape
@@ -158,7 +158,7 @@ class _Attention(torch.autograd.Function):
         grad_query = grad_key = grad_value = grad_slope = grad_bias = None
         with _on(query.device):
             if needs_query or needs_slope or needs_bias:
-                # The kernels add up gradients of queries and keys coordinate by coordinate, so these are laid out so.
+                # The kernels add gradients of queries and keys coordinate by coordinate, so these are stored that way.
                 grad_query = out.new_zeros(batch, heads, head_dim, num_queries)
                 grad_slope = out.new_zeros(batch, heads, num_queries)
                 if needs_bias:
@@ -187,18 +187,18 @@ class _Attention(torch.autograd.Function):
 
 
 def _on(device: torch.device):
-    """Triton launches on the current GPU, which need not be the one that holds the tensors."""
+    """Make `device` the current GPU: Triton launches on that one, which need not hold the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[int, ...], dict]:
-    """What all kernels take: (the tensors they read, strides and sizes, compile-time options)."""
+    """Return what all kernels take: (the tensors they read, strides and sizes, compile-time options)."""
     (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape
     query, key, value = _readable(query), _readable(key), _readable(value)
     if ctx.metric != "l2":
         query, key = _by_coordinates(query), _by_coordinates(key)
     shape = (batch, heads, num_queries, num_keys)
-    # A pointer that is not read must still be one.
+    # Unused pointer arguments must still be valid tensors.
     tensors = (
         query,
         key,

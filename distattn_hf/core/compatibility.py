@@ -1,4 +1,4 @@
-"""What this code relies on in transformers: checked once, and the one name that its versions do not agree on."""
+"""Check once what this code needs from transformers, and resolve the cache's name, in which its versions differ."""
 
 import inspect
 import warnings
@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .versions import version_note
+from .attention_spec import version_note
 
 # "past_key_values" up to 5.23, "cache" from 5.24 on: of models, their modules and their outputs.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -74,8 +74,8 @@ def given_cache(arguments: dict[str, Any]) -> Any:
 
     Raises `ValueError` for what stands under a cache's name and is no transformers `Cache`.
     """
-    if (found := next((value for value in arguments.values() if isinstance(value, Cache)), None)) is not None:
-        return found
+    if (cache := next((value for value in arguments.values() if isinstance(value, Cache)), None)) is not None:
+        return cache
     for name in CACHE_NAMES:
         if arguments.get(name) is not None:
             raise ValueError(

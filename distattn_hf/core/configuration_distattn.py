@@ -1,16 +1,13 @@
-"""What a conversion is, in a form that travels with the checkpoint: `AttentionSpec` and the config classes.
+"""The config classes of converted models: a transformers config with a `distattn` block that says what was converted.
 
 A config class `DistAttn<Base>Config` exists for every base config of transformers. They are made on first use by the
 module's `__getattr__`, so importing this file imports no model.
 """
 
-import math
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 import transformers
@@ -18,278 +15,22 @@ from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
+from .attention_spec import OPTIONS, AttentionSpec, change_specs, parse_block
+
 logger = logging.get_logger(__name__)
 
-BLOCK_VERSION = 1
 MODEL_TYPE_PREFIX = "distattn_"
 CLASS_PREFIX = "DistAttn"
-TRANSFORMS = ("none", "scalar", "linear")
-MECHANISMS = ("distance", "nystrom")
-ATTENTION_KINDS = ("self", "cross")
-# Each option that no fit depends on, and the mechanism that has it.
-OPTIONS = {"exact_below": "nystrom", "window_size": "nystrom", "backend": "distance"}
-# Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-# The metric sqeuclidean and its aliases.
-SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-# exact_below: None stays, which `convert` decides.
-_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None}
 
 # Called with every config class that is made. The package adds its registration with the Auto classes.
 new_config_class_hooks: list[Callable[[type[PreTrainedConfig]], None]] = []
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """Which attention takes the place of dot-product attention, and where.
-
-    Logits are -λ_h·scaling·dist(T_q q, T_k (k - c)) with `scaling` the model's own (1/√d for most, 1 for T5).
-
-    Args:
-        metric: name of a registered metric or an alias ("l2", "l1", "sqeuclidean", "lp", "cosine", "chebyshev", ...).
-        mechanism: "distance" (exact), or "nystrom" (linear time, metric "sqeuclidean" only): the fields from
-            `num_landmarks` on are its own.
-        p: order of "lp", p >= 1; None for every other metric.
-        lam: λ > 0 at the start, for all heads. None: the metric's default, or what calibration fits.
-        learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
-        transform: the freedoms dot-product attention has and a distance has not, per head. "scalar": query / α and
-            α·(key - c). "linear": also a (d, d) map on each side. "none": query and key as they are.
-            None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
-            sqeuclidean and l2, "linear" for every other metric).
-        lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
-            Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
-            then approximates the teacher's own softmax, and False for "distance".
-        layers: which layers: None (all), a list of indices, a pattern ("0-5", "0,2,4-7", or a glob on module names
-            such as "encoder.*"), or a type of the model's `config.layer_types`: "full_attention", "sliding_attention"
-            or "chunked_attention".
-        heads: which query heads: None (all) or a list of indices; the others keep dot-product attention.
-        attention: None (all), "self" or "cross".
-        backend: "auto", "cpp", "sdpa", "triton", "chunked" or "reference".
-        num_landmarks: m >= 1, landmarks per head; the state of a causal head is m·(d_v + 1) numbers. Default 64.
-        landmarks: the strategy that chooses them before they are fitted (see `select_landmarks`). Default "kmeans".
-        window_size: keys seen exactly: the last ones, the query's own included, when causal; those at a smaller
-            distance in both directions otherwise. None in cross-attention. Default 64.
-        num_sinks: first tokens seen exactly by every later query. Default 4.
-        exact_below: a query that may see at most so many keys (padding not counted) attends to all of them exactly; a
-            cache keeps that many keys before it takes its constant size. 0: none does. None: `convert` decides, 2,048
-            where the model takes longer texts (exact attention loses nothing there, for some time and memory), else 0;
-            without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
-            by `convert`, and when a model is built.
-    """
-
-    metric: str = "sqeuclidean"
-    mechanism: str = "distance"
-    p: float | None = None
-    lam: float | None = None
-    learnable_lambda: bool = True
-    transform: str | None = None
-    lift: bool | None = None
-    layers: tuple[int, ...] | str | None = None
-    heads: tuple[int, ...] | None = None
-    attention: str | None = None
-    backend: str = "auto"
-    num_landmarks: int | None = None
-    landmarks: str | None = None
-    window_size: int | None = None
-    num_sinks: int | None = None
-    exact_below: int | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.metric, str) or not self.metric:
-            raise ValueError(f"metric must be a metric's name (str), got {self.metric!r}")
-        if self.mechanism not in MECHANISMS:
-            raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}")
-        if self.p is not None:
-            if not _is_number(self.p) or not 1 <= self.p < math.inf:
-                raise ValueError(f"p must be a finite number >= 1, got {self.p!r}")
-            object.__setattr__(self, "p", float(self.p))
-        if self.lam is not None:
-            if not _is_number(self.lam) or not 0 < self.lam < math.inf:
-                raise ValueError(f"lam (λ) must be a positive finite number, got {self.lam!r}")
-            object.__setattr__(self, "lam", float(self.lam))
-        if self.transform is not None and self.transform not in TRANSFORMS:
-            raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or None, got {self.transform!r}")
-        if self.lift is None:
-            # For another metric, `_check_nystrom` says what is wrong.
-            object.__setattr__(self, "lift", self.mechanism == "nystrom" and self.metric in SQUARED_NAMES)
-        for name in ("learnable_lambda", "lift"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.lift and self.metric not in SQUARED_NAMES:
-            raise ValueError(f"lift=True needs metric 'sqeuclidean', got {self.metric!r}")
-        if self.attention is not None and self.attention not in ATTENTION_KINDS:
-            raise ValueError(f"attention must be 'self', 'cross' or None (both), got {self.attention!r}")
-        if not isinstance(self.backend, str):
-            raise ValueError(f"backend must be a backend's name (str), got {self.backend!r}")
-        for name in ("layers", "heads"):
-            object.__setattr__(self, name, _indices(name, getattr(self, name), pattern_allowed=name == "layers"))
-        self._check_nystrom()
-
-    def _check_nystrom(self):
-        for name, default in _NYSTROM_DEFAULTS.items():
-            value = getattr(self, name)
-            if self.mechanism != "nystrom":
-                if value is not None:
-                    raise ValueError(f"{name} belongs to mechanism='nystrom', got {name}={value!r} with 'distance'")
-                continue
-            if value is None:
-                object.__setattr__(self, name, value := default)
-            if name == "exact_below" and value is None:
-                continue
-            least = 1 if name == "num_landmarks" else 0
-            if name == "landmarks":
-                if not isinstance(value, str) or not value:
-                    raise ValueError(f"landmarks must be a strategy's name (str), got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if self.mechanism != "nystrom":
-            return
-        if self.metric not in SQUARED_NAMES:
-            raise ValueError(f"mechanism='nystrom' needs metric 'sqeuclidean' (a Gaussian kernel), got {self.metric!r}")
-        if self.backend != "auto":
-            raise ValueError(f"backend must be 'auto' with mechanism='nystrom', got {self.backend!r}")
-        if self.transform == "linear":
-            raise ValueError("transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'linear'")
-        if self.lift and (self.lam not in (None, 0.5) or self.transform not in (None, "none")):
-            raise ValueError(
-                f"mechanism='nystrom' with lift=True sets lam=0.5 and transform='none', got lam={self.lam!r}, "
-                f"transform={self.transform!r}"
-            )
-        if self.lift:
-            for name, value in (("lam", 0.5), ("learnable_lambda", False), ("transform", "none")):
-                object.__setattr__(self, name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict that `from_dict` turns back into an equal spec."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
-        """The spec described by `data`; raises `ValueError` for a key that is not a field."""
-        known = [f.name for f in fields(cls)]
-        if not isinstance(data, dict):
-            raise ValueError(f"an AttentionSpec in a config must be a dict like {{'metric': 'l2'}}, got {data!r}")
-        if unknown := sorted(set(data) - set(known)):
-            raise ValueError(f"unknown AttentionSpec field {unknown[0]!r}; expected one of {', '.join(known)}")
-        return cls(**data)
-
-    def matches_layer(self, layer: int | None, name: str, layer_type: str = "full_attention") -> bool:
-        """Whether this spec's `layers` selects the attention module `name` of layer number `layer` and its type."""
-        if self.layers is None:
-            return True
-        if self.layers in LAYER_TYPES:
-            return layer_type == self.layers
-        if isinstance(self.layers, tuple):
-            return layer in self.layers
-        return layer_pattern_matches(self.layers, layer, name)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _indices(field: str, value, pattern_allowed: bool):
-    if isinstance(value, str) and re.fullmatch(r"[\d\s,-]+", value):
-        # Numbers are meant, so this is no glob that happens to match nothing.
-        numbers = numeric_pattern(value)
-        if not numbers:
-            raise ValueError(f"{field} must be numbers and ranges such as '0-2,5', got {value!r}")
-        return value if pattern_allowed else tuple(sorted(numbers))
-    if value is None or (pattern_allowed and isinstance(value, str) and value):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,)
-    pattern = "a pattern such as '0-5' or 'encoder.*'" if pattern_allowed else "numbers such as '0-5'"
-    kinds = f"a list of indices >= 0 or {pattern}"
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{field} must be None, {kinds}, got {value!r}")
-    value = tuple(value)
-    if not value or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value):
-        raise ValueError(f"{field} must be None, {kinds} (not empty), got {list(value)!r}")
-    return tuple(sorted(set(value)))
-
-
-def numeric_pattern(pattern: str) -> set[int] | None:
-    """{0, 1, 2, 5} for "0-2,5"; None when the pattern is not made of numbers and ranges."""
-    if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", pattern):
-        return None
-    chosen: set[int] = set()
-    for part in pattern.split(","):
-        first, _, last = part.partition("-")
-        chosen.update(range(int(first), int(last or first) + 1))
-    return chosen
-
-
-def layer_pattern_matches(pattern: str, layer: int | None, name: str) -> bool:
-    """Whether a number pattern ("0-5") holds `layer`, or a glob ("encoder.*") matches the module name."""
-    numbers = numeric_pattern(pattern)
-    return layer in numbers if numbers is not None else fnmatchcase(name, pattern)
-
-
-def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Check the `distattn` block of a config; raises `ValueError` naming the key. Returns it in canonical form.
-
-    Keys: version; specs (list of `AttentionSpec` dicts); modules (None: chosen when the model is built; otherwise
-    {attention module's name relative to the base model: {"num_heads", "head_dim", "kind", "layer",
-    "groups": [{"spec": index, "heads": None or list}]}}); fallback (attention implementation of what is not converted);
-    init; queries_scaled (True where `fold_alpha` has changed query projections, else absent).
-    """
-    if block is None:
-        return None
-    if not isinstance(block, dict):
-        raise ValueError(f"distattn must be a dict, got {type(block).__name__}")
-    allowed = {"version", "specs", "modules", "fallback", "init", "queries_scaled"}
-    if unknown := sorted(set(block) - allowed):
-        raise ValueError(f"unknown key {unknown[0]!r} in the distattn block; expected {', '.join(sorted(allowed))}")
-    version = block.get("version", BLOCK_VERSION)
-    if version != BLOCK_VERSION:
-        raise ValueError(
-            f"this checkpoint's distattn block has version {version!r}, this distattn_hf reads {BLOCK_VERSION}; "
-            "install a matching release of distattn_hf"
-        )
-    specs = [s if isinstance(s, AttentionSpec) else AttentionSpec.from_dict(s) for s in block.get("specs") or []]
-    if not specs:
-        raise ValueError("the distattn block holds no specs; give at least one AttentionSpec")
-    return {
-        "version": BLOCK_VERSION,
-        "specs": [spec.to_dict() for spec in specs],
-        "modules": block.get("modules"),
-        "fallback": block.get("fallback") or "sdpa",
-        "init": block.get("init") or "plain",
-        **({"queries_scaled": True} if block.get("queries_scaled") else {}),
-    }
-
-
-def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[AttentionSpec]:
-    """Return the specs with the options that their mechanism has.
-
-    Raises `ValueError` for an option that a fit depends on, that none of the specs has, or whose value cannot be; and
-    for a window_size below what the far field was fitted beside.
-    """
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
-        having = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
-        if not having:
-            raise ValueError(f"{name}={value!r} belongs to mechanism={OPTIONS[name]!r}, which this model does not have")
-        if value is None:
-            raise ValueError(f"{name} must have a value, got None")
-        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in having)):
-            raise ValueError(
-                f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
-                "`distattn adapt` trains a model to a smaller one"
-            )
-    return [replace(spec, **{n: v for n, v in options.items() if OPTIONS[n] == spec.mechanism}) for spec in specs]
-
-
 class NamesWhatIsUnused:
-    """Mixin before `PreTrainedConfig`: an argument of `from_pretrained` that nothing would use does not go unsaid.
+    """Mixin before `PreTrainedConfig` that reports arguments of `from_pretrained` that nothing would use.
 
-    It is refused by the class itself, and said in a warning where an Auto class loads the config: that may be on behalf
-    of a tokenizer, whose arguments are among them.
+    The class itself raises `ValueError`; where an Auto class loads the config there is a warning, as the arguments may
+    be a tokenizer's.
     """
 
     @classmethod
@@ -305,7 +46,7 @@ class NamesWhatIsUnused:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """The config in a dict, with what is given beside it set."""
+        """Return the config in a dict, with the fields in `kwargs` set."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         if return_unused:
@@ -316,14 +57,14 @@ class NamesWhatIsUnused:
 
     @classmethod
     def describe_unknown(cls, name: str) -> str:
-        """What to say of a field that there is not: the nearest ones that there are."""
+        """Return an error message for an unknown field: the fields with the nearest names."""
         known = {*(f.name for f in fields(cls)), *cls.attribute_map, *cls.settable()}
-        close = get_close_matches(name, sorted(known), n=3)
-        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(close)}?" if close else "")
+        nearest = get_close_matches(name, sorted(known), n=3)
+        return f"{cls.__name__} has no field {name!r}" + (f"; did you mean {', '.join(nearest)}?" if nearest else "")
 
     @classmethod
     def settable(cls) -> tuple[str, ...]:
-        """Names that `from_pretrained` takes and that are no fields."""
+        """Return names that `from_pretrained` takes and that are no fields."""
         return ()
 
 
@@ -331,7 +72,34 @@ def _unused_names(unused: dict[str, Any]) -> list[str]:
     return sorted(name for name in unused if not name.startswith("_"))
 
 
-class DistAttnConfigMixin(NamesWhatIsUnused):
+class OwnAttentionMixin(NamesWhatIsUnused):
+    """What the configs of both families share. `peft_type`: the model type whose PEFT target modules apply."""
+
+    # Attention returns true weights whatever the implementation: `output_attentions` asks for no other one.
+    @property
+    def output_attentions(self):
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value):
+        self._output_attentions = value
+
+    def validate(self):
+        """Run transformers' checks but the one that refuses weights to all but the eager implementation."""
+        for validator in self.__class_validators__:
+            if validator.__name__ != "validate_output_attentions":
+                validator(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as a dict; PEFT, if imported, learns of our model types here, as it reads them from it."""
+        constants = sys.modules.get("peft.utils.constants")
+        for name, table in list(vars(constants).items()) if constants is not None else ():
+            if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and self.peft_type in table:
+                table.setdefault(self.model_type, table[self.peft_type])
+        return super().to_dict()
+
+
+class DistAttnConfigMixin(OwnAttentionMixin):
     """Adds the `distattn` block to a config of transformers; everything else is the base config's own.
 
     An option that needs no fit (`OPTIONS`) is taken by `from_pretrained`, as that of the models takes it.
@@ -339,24 +107,27 @@ class DistAttnConfigMixin(NamesWhatIsUnused):
 
     @classmethod
     def settable(cls) -> tuple[str, ...]:
-        """The options of the attention, but for a name that the base model's config has: that is its own."""
+        """Return the options of the attention, but for names that the base model's config has as its own."""
         return tuple(name for name in OPTIONS if not hasattr(cls, name))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """The config in a dict, with what is given beside it set: fields, and options of the attention."""
-        chosen = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
-        found = super().from_dict(config_dict, **kwargs)
-        if chosen:
+        """Return the config in a dict, with the fields and attention options in `kwargs` set."""
+        options = {name: kwargs.pop(name) for name in cls.settable() if name in kwargs}
+        result = super().from_dict(config_dict, **kwargs)
+        if options:
             # A backend's name is checked where backends are known: when a model is built.
-            config = found[0] if isinstance(found, tuple) else found
-            specs = change_specs(config.attention_specs, chosen)
+            config = result[0] if isinstance(result, tuple) else result
+            specs = change_specs(config.attention_specs, options)
             config.distattn = {**(config.distattn or {}), "specs": [spec.to_dict() for spec in specs]}
-        return found
+        return result
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as transformers does. The class that a folder names is ours, also where the base model of a head class,
-        which is of transformers' own class, was saved alone: that class would read it as dot-product attention."""
+        """Save as transformers does, and name our class in the config.
+
+        Also where a head class's base model, of transformers' own class, was saved alone: that class would read the
+        checkpoint as dot-product attention.
+        """
         names = list(self.architectures or ())
         plain = [name for name in names if isinstance(getattr(transformers, name, None), type)]
         if plain:
@@ -372,43 +143,14 @@ class DistAttnConfigMixin(NamesWhatIsUnused):
         super().__post_init__(**kwargs)
         self.distattn = block
 
-    # The attention function returns true weights, so `output_attentions` asks for no other implementation.
-    @property
-    def output_attentions(self):
-        return self._output_attentions
-
-    @output_attentions.setter
-    def output_attentions(self, value):
-        self._output_attentions = value
-
-    def validate(self):
-        """The base class's checks, but for the one that refuses weights to all but the eager implementation."""
-        for validator in self.base_config_class.__class_validators__:
-            if validator.__name__ != "validate_output_attentions":
-                validator(self)
-
-    def to_dict(self):
-        """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""
-        share_peft_targets(self.model_type)
-        return super().to_dict()
-
     @property
     def attention_specs(self) -> list[AttentionSpec]:
         """The specs of the `distattn` block, as objects."""
         return [AttentionSpec.from_dict(s) for s in (self.distattn or {}).get("specs", [])]
 
 
-def share_peft_targets(model_type: str) -> None:
-    """Let an imported PEFT choose for "distattn_<base>" the target modules it chooses for the base model type."""
-    constants = sys.modules.get("peft.utils.constants")
-    base_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
-    for name, table in list(vars(constants).items()) if constants is not None else ():
-        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and base_type in table:
-            table.setdefault(model_type, table[base_type])
-
-
 def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The config class with a `distattn` block that extends `base`, made once."""
+    """Return the config class with a `distattn` block that extends `base`, made once."""
     name = CLASS_PREFIX + base.__name__
     if name not in globals():
         namespace = {
@@ -419,6 +161,7 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             "distattn": None,
             "model_type": MODEL_TYPE_PREFIX + base.model_type,
             "base_config_class": base,
+            "peft_type": base.model_type,
             "_auto_class": "AutoConfig",
         }
         globals()[name] = type(name, (DistAttnConfigMixin, base), namespace)
@@ -428,7 +171,7 @@ def config_class_for(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 
 def auto_classes() -> dict[str, type]:
-    """The Auto classes of models by name."""
+    """Return the Auto classes of models by name."""
     from transformers.models.auto import modeling_auto
 
     return {
@@ -441,13 +184,13 @@ def auto_classes() -> dict[str, type]:
 
 
 def listed_classes(auto_class: type, model_type: str) -> tuple[str, ...]:
-    """Names of the model classes an Auto class lists for a model type of transformers."""
+    """Return names of the model classes an Auto class lists for a model type of transformers."""
     names = auto_class._model_mapping._model_mapping.get(model_type, ())
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def auto_map_of(config_class: type[PreTrainedConfig], base_name: str) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the family.
+    """Return config.auto_map: where trust_remote_code finds the config and every head class of the family.
 
     base_name: the class of transformers that the saved model extends; what its Auto classes name is that one.
     """

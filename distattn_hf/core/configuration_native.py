@@ -1,8 +1,7 @@
-"""Configs of the native family, in which attention mechanism, metric and positional encoding are choices."""
+"""Configs of the native family, which name attention mechanism, metric and positional encoding."""
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,7 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
-from .configuration_distattn import AttentionSpec, NamesWhatIsUnused
+from .attention_spec import AttentionSpec
+from .configuration_distattn import OwnAttentionMixin
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ _ELSEWHERE = {
 config_checks: list[Callable[["DistAttnConfig"], None]] = []
 
 
-class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
+class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
     """A Transformer encoder (`is_decoder=False`) or causal decoder (`is_decoder=True`) to train from scratch.
 
     Args:
@@ -97,6 +97,8 @@ class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
     attribute_map = _ALIASES
     default_theta = 10000.0
     _auto_class = "AutoConfig"
+    # Its layers have Llama's names.
+    peft_type = "llama"
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -153,32 +155,15 @@ class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
         """Size of one head."""
         return self.hidden_size // self.num_attention_heads
 
-    # The attention modules return true weights whatever the implementation, or say why they cannot.
-    @property
-    def output_attentions(self):
-        return self._output_attentions
-
-    @output_attentions.setter
-    def output_attentions(self, value):
-        self._output_attentions = value
-
-    def validate_output_attentions(self):
-        """Nothing to check: see `output_attentions`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as a dict. PEFT reads the model type from it, so this is where PEFT learns of ours."""
-        _share_peft_targets(self.model_type)
-        return super().to_dict()
-
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """The config in a dict; names that this version does not know are left out with a warning."""
+        """Return the config in a dict; unknown names are left out with a warning."""
         cls._check_names_agree(kwargs)
         return super().from_dict(cls._known_part(config_dict), **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file):
-        """The config in a JSON file, as `from_dict` reads it."""
+        """Return the config in a JSON file, as `from_dict` reads it."""
         return cls(**cls._known_part(cls._dict_from_json_file(json_file)))
 
     @classmethod
@@ -190,24 +175,24 @@ class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
                 "and are left out; a newer version may have written them"
             )
         # Older versions kept whatever they did not know, other names of fields included, and built by the fields.
-        both = sorted(name for name, field in cls.attribute_map.items() if {name, field} <= set(config_dict))
-        if ignored := [name for name in both if config_dict[name] != config_dict[cls.attribute_map[name]]]:
+        doubled = sorted(name for name, field in cls.attribute_map.items() if {name, field} <= set(config_dict))
+        if ignored := [name for name in doubled if config_dict[name] != config_dict[cls.attribute_map[name]]]:
             logger.warning(
                 f"{', '.join(map(repr, ignored))} of this {cls.__name__} are other names of fields that it has, too, "
                 "with other values: the fields count"
             )
-        return {name: value for name, value in config_dict.items() if name not in unknown and name not in both}
+        return {name: value for name, value in config_dict.items() if name not in unknown and name not in doubled}
 
     @classmethod
     def _knows(cls, name: str) -> bool:
         if name.startswith("_") or name in _OF_TRANSFORMERS or name in cls.attribute_map:
             return True
-        own = getattr(cls, name, None)
-        return name in {f.name for f in fields(cls)} or (isinstance(own, property) and own.fset is not None)
+        attribute = getattr(cls, name, None)
+        return name in {f.name for f in fields(cls)} or (isinstance(attribute, property) and attribute.fset is not None)
 
     @classmethod
     def describe_unknown(cls, name: str) -> str:
-        """What to say of a field that there is not: the nearest ones that there are, or where to have the thing."""
+        """Return an error message for an unknown field: the nearest names, or where to set it instead."""
         if name in _ELSEWHERE:
             return f"{cls.__name__} has no field {name!r}: {_ELSEWHERE[name]}"
         common = {f.name for f in fields(PreTrainedConfig)}
@@ -215,21 +200,23 @@ class DistAttnConfig(NamesWhatIsUnused, PreTrainedConfig):
         known |= {alias: f"{alias} ({field})" for alias, field in cls.attribute_map.items()}
         options = [f.name for f in fields(AttentionSpec) if f.name not in (*_NOT_OPTIONS, *known)]
         known |= {option: f"mechanism_options={{{option!r}: ...}}" for option in options}
-        close = [known[match] for match in get_close_matches(name, known, n=3)]
-        hint = f"did you mean {', '.join(close)}?" if close else f"its fields are {', '.join(known.values())}"
+        nearest = [known[match] for match in get_close_matches(name, known, n=3)]
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else f"its fields are {', '.join(known.values())}"
         return f"{cls.__name__} has no field {name!r}; {hint}"
 
     def _by_own_names(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What is left of `given` once aliases are fields; raises `ValueError` for a name that means nothing."""
-        rest = {}
+        """Set the fields that `given` names by alias and return the rest; raises `ValueError` for a name that means
+        nothing.
+        """
+        unaliased = {}
         for name, value in given.items():
             if not self._knows(name):
                 raise ValueError(self.describe_unknown(name))
             if name not in self.attribute_map:
-                rest[name] = value
+                unaliased[name] = value
                 continue
             setattr(self, self.attribute_map[name], value)
-        return rest
+        return unaliased
 
     @classmethod
     def _check_names_agree(cls, given: dict[str, Any]) -> None:
@@ -334,7 +321,7 @@ class DistAttnSeq2SeqConfig(DistAttnConfig):
         super().__post_init__(**kwargs)
 
     def part(self, is_decoder: bool) -> "DistAttnSeq2SeqConfig":
-        """The config of the encoder or the decoder: a copy."""
+        """Return a copy of the config for the encoder or the decoder."""
         config = copy.deepcopy(self)
         config.is_decoder = is_decoder
         if is_decoder:
@@ -344,27 +331,27 @@ class DistAttnSeq2SeqConfig(DistAttnConfig):
         return config
 
     def cross_choice(self) -> tuple[str, str | None, dict]:
-        """(mechanism, metric, options) of cross-attention."""
+        """Return (mechanism, metric, options) of cross-attention."""
         if self.cross_mechanism is None:
             return self.mechanism, self.metric, self.mechanism_options
         return self.cross_mechanism, self.cross_metric, self.cross_options or {}
 
 
 def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec | None:
-    """The spec of "distance" or "nystrom" with these options; None for every other mechanism.
+    """Return the spec of "distance" or "nystrom" with these options; None for every other mechanism.
 
     Raises `ValueError` for an option that the mechanism does not have, or a value it cannot take.
     """
     if mechanism not in SPEC_MECHANISMS:
         return None
-    if taken := sorted(set(options) & set(_NOT_OPTIONS)):
-        raise ValueError(f"mechanism_options: {taken[0]!r} is no option of mechanism {mechanism!r}")
+    if field_names := sorted(set(options) & set(_NOT_OPTIONS)):
+        raise ValueError(f"mechanism_options: {field_names[0]!r} is no option of mechanism {mechanism!r}")
     defaults = {"lift": False, "transform": "none"}
     return AttentionSpec.from_dict({**defaults, **options, "mechanism": mechanism, "metric": metric})
 
 
 def check_integer(name: str, value, optional: bool = False) -> None:
-    """Raise `ValueError` for what is no integer >= 1 (None is allowed where it is optional)."""
+    """Raise `ValueError` for anything but an integer >= 1 (None is allowed where it is optional)."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -372,14 +359,6 @@ def check_integer(name: str, value, optional: bool = False) -> None:
 
 
 def check_number(name: str, value, allowed: str, holds: Callable[[float], bool]) -> None:
-    """Raise `ValueError` for what is no number, or one for which `holds` is false."""
+    """Raise `ValueError` for anything but a number for which `holds` is true."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
         raise ValueError(f"{name} must be a number, {allowed}; got {value!r}")
-
-
-def _share_peft_targets(model_type: str) -> None:
-    """Let an imported PEFT choose for ours the target modules it chooses for Llama, whose names our layers have."""
-    constants = sys.modules.get("peft.utils.constants")
-    for name, table in list(vars(constants).items()) if constants is not None else ():
-        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and "llama" in table:
-            table.setdefault(model_type, table["llama"])

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import nn
 
-from .configuration_distattn import AttentionSpec, numeric_pattern
+from .attention_spec import AttentionSpec, numeric_pattern
 
 _HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "num_attn_heads")
 _HEAD_SIZE_NAMES = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "d_head", "dim_head")
@@ -14,7 +14,7 @@ _CROSS_MARKS = ("cross", "encdec", "encoder_attn")
 
 
 def follows_interface(module: nn.Module) -> bool:
-    """Whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
+    """Return whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
@@ -22,12 +22,12 @@ def follows_interface(module: nn.Module) -> bool:
 
 @lru_cache
 def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what `forward` takes, in order, without self."""
+    """Return the names of the arguments of `forward`, in order, without self."""
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 def base_prefix(model: nn.Module) -> str:
-    """The prefix of the base model's names inside `model` ("transformer." in GPT2LMHeadModel, "" in GPT2Model)."""
+    """Return the base model's prefix in `model` ("transformer." in GPT2LMHeadModel, "" in GPT2Model)."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
@@ -42,7 +42,7 @@ def _first(names, *holders) -> int | None:
 
 
 def _shape(module: nn.Module) -> tuple[int | None, int | None]:
-    """(number of query heads, head size) from the module's own attributes, then its config's."""
+    """Return (number of query heads, head size) from the module's own attributes, then its config's."""
     config = getattr(module, "config", None)
     heads = _first(_HEAD_COUNT_NAMES, module, config)
     size = _first(_HEAD_SIZE_NAMES, module)
@@ -53,7 +53,7 @@ def _shape(module: nn.Module) -> tuple[int | None, int | None]:
 
 
 def _layer_type(module: nn.Module, kind: str, layer: int | None) -> str:
-    """Which keys the model's masks leave to a module: a type as in transformers' `config.layer_types`."""
+    """Return which keys the model's masks leave to a module: a type as in transformers' `config.layer_types`."""
     config = getattr(module, "config", None)
     types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", layer)
     if kind == "cross":
@@ -61,25 +61,25 @@ def _layer_type(module: nn.Module, kind: str, layer: int | None) -> str:
     if types and isinstance(index, int) and index < len(types):
         return types[index]
     # Without types all layers are alike (Mistral).
-    for name, found in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
+    for name, layer_type in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")):
         if getattr(module, name, None) or getattr(config, name, None):
-            return found
+            return layer_type
     return "full_attention"
 
 
 def max_positions(config) -> int | None:
-    """How many tokens a text of the model may have; None where its config does not say."""
+    """Return how many tokens the model's texts may have; None where its config does not say."""
     return _first(("max_position_embeddings",), config)
 
 
 def find_attention_modules(model: nn.Module) -> dict[str, dict]:
-    """{name relative to the base model: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
+    """Return {base-relative name: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
 
     "layer" is the first number in the name; "kind" is "self" or "cross"; "type" is that of transformers'
     `config.layer_types`. Unknown shapes are None.
     """
     prefix = base_prefix(model)
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         if not follows_interface(module):
             continue
@@ -87,18 +87,18 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
         cross = getattr(module, "is_cross_attention", False) is True or any(m in name.lower() for m in _CROSS_MARKS)
         heads, size = _shape(module)
         kind, layer = "cross" if cross else "self", int(number[1]) if number else None
-        found[name.removeprefix(prefix)] = {
+        modules[name.removeprefix(prefix)] = {
             "layer": layer,
             "kind": kind,
             "type": _layer_type(module, kind, layer),
             "num_heads": heads,
             "head_dim": size,
         }
-    return found
+    return modules
 
 
 def locate(model: nn.Module, name: str) -> nn.Module | None:
-    """The module with this base-relative name, or None when this head class does not have it."""
+    """Return the module with this base-relative name, or None when this head class does not have it."""
     for candidate in (base_prefix(model) + name, name):
         try:
             return model.get_submodule(candidate)
@@ -108,7 +108,7 @@ def locate(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> dict[str, dict]:
-    """The modules a list of specs applies to, each with its groups of heads: the `modules` part of the config block.
+    """Return the modules that specs apply to, with their groups of heads: `modules` of the config block.
 
     Raises `ValueError` when a spec selects nothing, names a layer or head that does not exist, when two specs claim the
     same head, or when a Nyström spec claims heads that do not see all keys.
@@ -137,7 +137,7 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
             if spec.mechanism == "nystrom":
                 _refuse_pattern(name, candidates)
             entry = chosen.setdefault(name, {**candidates[name], "groups": []})
-            # The model's config says it, and may change.
+            # The model's config holds the type, and may change.
             entry.pop("type", None)
             if entry["num_heads"] is None:
                 raise ValueError(f"cannot tell the number of heads of {name!r}; leave it out with layers=...")
@@ -159,12 +159,12 @@ def _refuse_pattern(name: str, candidates: dict[str, dict]) -> None:
     kind = candidates[name]["type"]
     if "sliding" not in kind and "chunked" not in kind:
         return
-    full = sorted({entry["layer"] for entry in candidates.values() if entry["type"] == "full_attention"})
+    full_layers = sorted({entry["layer"] for entry in candidates.values() if entry["type"] == "full_attention"})
     raise ValueError(
         f"layers: {name!r} has {kind}, which mechanism='nystrom' cannot honour: its far field is a sum over all keys. "
         + (
-            f"Use layers='full_attention' or layers={full}; exact metrics take every layer"
-            if full
+            f"Use layers='full_attention' or layers={full_layers}; exact metrics take every layer"
+            if full_layers
             else "This model has no layer of full_attention; exact metrics take every layer. Where its texts are no "
             "longer than its window, set config.sliding_window = None before converting"
         )
@@ -172,10 +172,10 @@ def _refuse_pattern(name: str, candidates: dict[str, dict]) -> None:
 
 
 def _claim(name: str, entry: dict, heads: list[int] | None) -> None:
-    everything = set(range(entry["num_heads"]))
+    all_heads = set(range(entry["num_heads"]))
     for group in entry["groups"]:
-        both = (everything if heads is None else set(heads)) & (
-            everything if group["heads"] is None else set(group["heads"])
+        both = (all_heads if heads is None else set(heads)) & (
+            all_heads if group["heads"] is None else set(group["heads"])
         )
         if both:
             raise ValueError(f"heads: two specs claim head {min(both)} of {name!r}; give them separate layers or heads")

@@ -1,4 +1,4 @@
-"""Positional encodings by name: added to the embeddings, turning query and key, or a bias on the logits."""
+"""Positional encodings by name: added to the embeddings, rotating query and key, or a bias on the logits."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ POSITIONAL_ENCODINGS = Registry("positional encoding")
 
 
 def register_encoding(name: str, aliases: tuple[str, ...] = ()):
-    """Class decorator: make a `PositionalEncoding` usable by `name`; raises `ValueError` for a name that is taken."""
+    """Register a `PositionalEncoding` class under `name` (decorator); raises `ValueError` for a taken name."""
 
     def register(kind: type["PositionalEncoding"]) -> type["PositionalEncoding"]:
         if not isinstance(kind, type) or not issubclass(kind, PositionalEncoding):
@@ -25,10 +25,10 @@ def register_encoding(name: str, aliases: tuple[str, ...] = ()):
 
 
 class PositionalEncoding(nn.Module):
-    """What a model knows of the order of its tokens; a subclass overrides the one method it is about.
+    """Base class of positional encodings; a subclass overrides one of `embed`, `rotation` and `bias`.
 
     is_bias: it adds to the logits, so the mechanism must be able to take a bias. extrapolates: what happens beyond the
-    lengths seen in training, in words. Cross-attention knows no order: its keys belong to another sequence.
+    lengths seen in training, in words. Cross-attention has no positions: its keys belong to another sequence.
     """
 
     name: str
@@ -37,7 +37,7 @@ class PositionalEncoding(nn.Module):
 
     @classmethod
     def from_config(cls, config) -> "PositionalEncoding":
-        """The encoding that a native config asks for."""
+        """Return the encoding that a native config asks for."""
         return cls()
 
     @classmethod
@@ -45,15 +45,15 @@ class PositionalEncoding(nn.Module):
         """Raise `ValueError` for a native config in which this encoding is impossible."""
 
     def embed(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
-        """Embeddings (B, N, D) with positions (B or 1, N) in them."""
+        """Add positions (B or 1, N) to embeddings (B, N, D)."""
         return hidden_states
 
     def rotation(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin), each (B or 1, N, d), by which query and key are turned; None: they are not."""
+        """Return (cos, sin), each (B or 1, N, d), that rotate query and key; None for no rotation."""
         return None
 
     def bias(self, num_queries: int, num_keys: int, past: int | Tensor = 0, device=None) -> Tensor | None:
-        """(1, H, N, M), added to the logits of queries that have `past` keys before the first; None: nothing is."""
+        """Return a bias (1, H, N, M) for queries that have `past` keys before the first; None for none."""
         return None
 
 
@@ -82,8 +82,8 @@ class SinusoidalEncoding(PositionalEncoding):
         # An odd size has one sine more than cosines.
         exponent = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
         angle = position_ids[..., None].float() * 10000.0**-exponent
-        waves = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :size]
-        return hidden_states + waves.to(hidden_states.dtype)
+        position_embeddings = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., :size]
+        return hidden_states + position_embeddings.to(hidden_states.dtype)
 
 
 @register_encoding("learned")
@@ -186,8 +186,8 @@ class RelativeEncoding(PositionalEncoding):
         return self.lazy_bias(past, device).written_out(num_queries, num_keys)
 
     def lazy_bias(self, past: int, device=None) -> RelativeBias:
-        """The same as a function of the distance, for attention that never writes (N, M) entries."""
-        # An offloaded weight has no device to speak of.
+        """Return the bias as a function of the distance, for attention that never writes (N, M) entries."""
+        # The weight's own device is the meta device where it is offloaded.
         device = self.relative_attention_bias.weight.device if device is None else device
         return RelativeBias(self, past, self.relative_attention_bias, device)
 
@@ -198,7 +198,7 @@ class AlibiEncoding(PositionalEncoding):
 
     slope_h = 2^(-8h/H), h = 1..H, for H a power of two; otherwise those of the power of two below, then every other one
     of that above. No parameters. Bidirectional: the same on both sides.
-    Length extrapolation: what it was made for; causal models keep their quality well beyond the training length.
+    Length extrapolation: designed for it; causal models keep their quality well beyond the training length.
     """
 
     is_bias = True
@@ -213,10 +213,10 @@ class AlibiEncoding(PositionalEncoding):
         return cls(config.num_attention_heads)
 
     def slopes(self) -> list[float]:
-        """One slope > 0 per head."""
+        """Return one slope > 0 per head."""
         below = 2 ** (self.num_heads.bit_length() - 1)
-        first = [2.0 ** (-8 * (h + 1) / below) for h in range(below)]
-        between = [2.0 ** (-4 * (h + 1) / below) for h in range(0, 2 * below, 2)]
+        first = [2.0 ** (-8 * (head + 1) / below) for head in range(below)]
+        between = [2.0 ** (-4 * (head + 1) / below) for head in range(0, 2 * below, 2)]
         return (first + between)[: self.num_heads]
 
     def bias(self, num_queries, num_keys, past=0, device=None):

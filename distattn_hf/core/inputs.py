@@ -1,6 +1,7 @@
-"""One attention problem, checked and in canonical form: what every backend receives."""
+"""The inputs of one attention call, as a module passes them and in the canonical form of the backends, and masks."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,29 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
+class ModuleCall:
+    """What a module passes to its attention beside query, key and value.
+
+    mask: True = keep. Of exact attention broadcastable to (B, H, N, M); of Nyström attention (B or 1, 1, 1, M), which
+    keys are no padding. position_bias: added to the logits, broadcastable to (B, H, N, M), or a
+    `relative_bias.RelativeBias` that is not yet written out. is_causal: query i sees keys j <= i, counted from the
+    start of both in exact attention and from the end in Nyström attention. scaling: the factor beside λ. backend: in
+    place of each spec's own. return_weights: the weights (B, H, N, M) are wanted, too.
+    """
+
+    scaling: float
+    mask: Tensor | None = None
+    position_bias: Any = None
+    is_causal: bool = False
+    is_cross: bool = False
+    dropout_p: float = 0.0
+    backend: str | None = None
+    return_weights: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
-    """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_kv, M, d_v), and all that shapes their attention.
+    """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_kv, M, d_v), and all that determines their attention.
 
     logits = -λ_h·scaling·distance(q, k) + bias, over the entries that `keep` and `is_causal` leave.
 
@@ -40,30 +62,117 @@ class AttentionInputs:
         return self.query.shape[1] // self.key.shape[1]
 
     def needs_grad(self) -> bool:
-        """Whether autograd will ask for a gradient of any tensor here."""
+        """Return whether autograd will ask for a gradient of any tensor here."""
         if self.assumed_grad is not None:
             return self.assumed_grad
         tensors = (self.query, self.key, self.value, self.bias, self.lam)
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
-        """λ as a float, or as (H, 1, 1) so that it multiplies (B, H, N, M)."""
+        """Return λ as a float, or as (H, 1, 1) so that it multiplies (B, H, N, M)."""
         if isinstance(self.lam, Tensor):
             return self.lam.to(self.query.dtype)[:, None, None]
         return self.lam
 
     def in_full_precision(self) -> "AttentionInputs":
-        """The same problem with half-precision tensors raised to float32; float32 and float64 stay as they are."""
+        """Return these inputs with half-precision tensors raised to float32; float32 and float64 stay."""
         if not {self.query.dtype, self.key.dtype} & set(HALF):
             return self
         names = ("query", "key", "value", "bias")
         return replace(self, **{n: None if (t := getattr(self, n)) is None else t.float() for n in names})
 
     def written_out(self) -> "AttentionInputs":
-        """The same problem in at least float32, with the key heads repeated for each of their query heads."""
+        """Return these inputs in at least float32, with key heads repeated for each of their query heads."""
         inputs = self.in_full_precision()
         if self.groups == 1:
             return inputs
         return replace(
             inputs, **{n: getattr(inputs, n).repeat_interleave(self.groups, dim=1) for n in ("key", "value")}
         )
+
+
+# -------------------------------------------------------------------------------------------------- masks
+
+
+def split_mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Split a mask into (keep, bias), both broadcastable to (B, H, N, M), or None where they hold nothing.
+
+    Accepted: bool (True = keep); integer 0/1; float (added to the logits; values at or below half the dtype's minimum,
+    -inf included, mean "masked"). Rank 2 is a padding mask (B, M), rank 3 is (B, N, M), rank 4 is (B, H, N, M).
+    A last axis longer than M is cut to its first M columns, as transformers' own attention functions do.
+
+    Raises `ValueError` when the shape cannot be broadcast.
+    """
+    if mask is None:
+        return None, None
+    if mask.dim() == 2:
+        mask = mask[:, None, None, :]
+    elif mask.dim() == 3:
+        mask = mask[:, None, :, :]
+    elif mask.dim() != 4:
+        raise ValueError(f"mask must have rank 2 (B, M), 3 (B, N, M) or 4 (B, H, N, M), got shape {tuple(mask.shape)}")
+    if mask.shape[-1] > shape[-1]:
+        mask = mask[..., : shape[-1]]
+    for axis, name in enumerate("BHNM"):
+        if mask.shape[axis] not in (1, shape[axis]):
+            raise ValueError(
+                f"mask of shape {tuple(mask.shape)} does not broadcast to (B, H, N, M)={tuple(shape)}: axis {name}"
+            )
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        return mask != 0, None
+    keep = mask > torch.finfo(mask.dtype).min / 2
+    return keep, torch.where(keep, mask, torch.zeros_like(mask))
+
+
+def surely(condition: Tensor) -> bool:
+    """Return whether a bool tensor of one entry is True; False under torch.compile, where reading it breaks the graph.
+
+    For shortcuts: what follows must be right either way.
+    """
+    return not torch.compiler.is_compiling() and bool(condition)
+
+
+def causal_keep(num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
+    """Return (N, M) bool, True where key j <= query i + offset: the top-left triangle, as in PyTorch's `is_causal`."""
+    rows = torch.arange(num_queries, device=device)[:, None] + offset
+    return rows >= torch.arange(num_keys, device=device)[None, :]
+
+
+def add_triangle(keep: Tensor | None, num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
+    """Combine `keep` with the causal triangle, broadcastable to (B, H, N, M)."""
+    triangle = causal_keep(num_queries, num_keys, device, offset)[None, None]
+    return triangle if keep is None else keep & triangle
+
+
+def merge_masks(
+    mask: Tensor | None, position_bias: Tensor | None, shape: tuple[int, int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (keep, bias) of a mask (see `split_mask`) and a position bias: broadcastable to (B, H, N, M) or None.
+
+    A bias may mask, too (T5 adds its mask to it): -inf and the dtype's minimum mean there what they do in a mask.
+    """
+    keep, bias = split_mask(mask, shape)
+    if position_bias is not None:
+        open_entries, position_bias = split_mask(position_bias, shape)
+        keep = open_entries if keep is None else keep & open_entries
+        bias = add_bias(position_bias, bias)
+    return keep, bias
+
+
+def add_bias(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the sum of two optional additive biases."""
+    if left is None or right is None:
+        return left if right is None else right
+    return left + right
+
+
+def masked_softmax(logits: Tensor, keep: Tensor | None) -> Tensor:
+    """Compute the row softmax over kept entries; a row with none is all zeros, with zero gradients, never NaN."""
+    if keep is None:
+        return logits.softmax(dim=-1)
+    has_keys = keep.any(dim=-1, keepdim=True)
+    logits = logits.masked_fill(~keep, float("-inf"))
+    weights = torch.where(has_keys, logits, torch.zeros_like(logits)).softmax(dim=-1)
+    return torch.where(keep, weights, torch.zeros_like(weights))

@@ -1,6 +1,8 @@
 """The attention function and the mask function that transformers calls for converted models."""
 
 import sys
+import zlib
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,25 +11,86 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
-from .inputs import AttentionInputs
-from .linear import join_heads, nystrom_forward, padding_mask, written_out
-from .masks import add_bias, split_mask
+from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
 from .metrics import get_metric
+from .nystrom_heads import join_heads, nystrom_forward, padding_mask, write_out
 from .parameters import DistanceAttentionState
 from .relative_bias import as_tensor, bias_behind, of_heads
 
-IMPLEMENTATION = "distattn"
-EAGER_IMPLEMENTATION = "distattn_eager"
+logger = logging.get_logger(__name__)
+
+
+def _own(name: str) -> str:
+    """Return `name`; in the code that came with a checkpoint, with what tells it from other checkpoints' code."""
+    package = __name__.rpartition(".")[0]
+    # transformers' tables are the process's: of two checkpoints' code the later would run the earlier one's models.
+    return f"{name}_{zlib.crc32(package.encode()):08x}" if package.startswith("transformers_modules.") else name
+
+
+IMPLEMENTATION = _own("distattn")
+EAGER_IMPLEMENTATION = _own("distattn_eager")
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
-FULL_MASK_IMPLEMENTATION = "distattn_full_mask"
-# For models in which some attention is linear: causal and bidirectional masks say which keys are padding and no more.
-LINEAR_IMPLEMENTATION = "distattn_linear"
-LINEAR_EAGER_IMPLEMENTATION = "distattn_linear_eager"
+FULL_MASK_IMPLEMENTATION = _own("distattn_full_mask")
+# For models in which some heads are Nyström's: causal and bidirectional masks say which keys are padding and no more.
+NYSTROM_IMPLEMENTATION = _own("distattn_nystrom")
+NYSTROM_EAGER_IMPLEMENTATION = _own("distattn_nystrom_eager")
+IMPLEMENTATIONS = (
+    IMPLEMENTATION,
+    EAGER_IMPLEMENTATION,
+    FULL_MASK_IMPLEMENTATION,
+    NYSTROM_IMPLEMENTATION,
+    NYSTROM_EAGER_IMPLEMENTATION,
+)
+
+_ALLOWED_IMPLEMENTATIONS = {
+    **dict.fromkeys((None, "sdpa", "distattn", "distattn_full_mask", "distattn_nystrom"), IMPLEMENTATION),
+    **dict.fromkeys((IMPLEMENTATION, FULL_MASK_IMPLEMENTATION, NYSTROM_IMPLEMENTATION), IMPLEMENTATION),
+    **dict.fromkeys(("eager", "distattn_eager", "distattn_nystrom_eager"), EAGER_IMPLEMENTATION),
+    **dict.fromkeys((EAGER_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION), EAGER_IMPLEMENTATION),
+    # What Nyström's were called before.
+    "distattn_linear": IMPLEMENTATION,
+    "distattn_linear_eager": EAGER_IMPLEMENTATION,
+}
+
+
+def resolve_implementation(requested, supports_sdpa: bool = True, nystrom: bool = False) -> str:
+    """Return our attention function for the requested one; raises `ValueError` for one that is not possible.
+
+    None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
+    would silently put dot-product attention back.
+    """
+    if isinstance(requested, dict):
+        requested = requested.get("", None)
+    if requested not in _ALLOWED_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation={requested!r} is not available for distance attention; use None or 'sdpa' (the "
+            "backend of each AttentionSpec) or 'eager' (the reference)"
+        )
+    chosen = _ALLOWED_IMPLEMENTATIONS[requested]
+    if nystrom:
+        if not supports_sdpa:
+            raise ValueError(
+                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
+            )
+        return NYSTROM_IMPLEMENTATION if chosen == IMPLEMENTATION else NYSTROM_EAGER_IMPLEMENTATION
+    return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
+
+
+def say_what_sdpa_means(requested, model) -> None:
+    """Warn, once, whoever asks a model of ours for "sdpa" that it gives no dot-product attention."""
+    if "sdpa" in (requested, requested.get("") if isinstance(requested, dict) else None):
+        logger.warning_once(
+            f"{type(model).__name__}: attn_implementation='sdpa' stands here for the attention that the config "
+            "says, by the backend of each AttentionSpec, as by default; it is not dot-product attention. To run a "
+            "metric by PyTorch's scaled_dot_product_attention, where it can, set AttentionSpec(backend='sdpa')"
+        )
+
 
 # Arguments of transformers' attention calls that change the result and that no distance backend computes.
 _REFUSED = {
@@ -51,39 +114,66 @@ def refuse_unsupported(module: nn.Module, arguments: dict) -> None:
 
 
 def weights_requested(arguments: dict) -> bool:
-    """Whether the caller wants attention weights: by argument, or through transformers' output capturing."""
+    """Return whether the caller wants attention weights: by argument, or through transformers' output capturing."""
     if arguments.get("output_attentions"):
         return True
     collector = _active_collector.get()
     return bool(collector) and any("attentions" in name for name in collector)
 
 
-def _fallback_forward(module, query, key, value, attention_mask, *, fallback, want_weights, **kwargs):
-    """Attention of a module that was not converted: what the base model would have run."""
+def read_call(module, query, mask, arguments: dict, *, reference: bool = False, nystrom: bool = False) -> ModuleCall:
+    """Collect what transformers passes to an attention function into one call; of a `nystrom` implementation mask and
+    bias are not written out (see `padding_mask` and `RelativeBias`).
+    """
+    scaling, is_causal, bias = (arguments.get(name) for name in ("scaling", "is_causal", "position_bias"))
+    state = getattr(module, "distattn", None)
+    return ModuleCall(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        mask=mask,
+        position_bias=bias_behind(bias) if nystrom else bias,
+        is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        is_cross=isinstance(state, DistanceAttentionState) and state.is_cross,
+        dropout_p=arguments.get("dropout") or 0.0,
+        backend="reference" if reference else None,
+        return_weights=weights_requested(arguments),
+    )
+
+
+def causal_by_flag(call: ModuleCall, num_queries: int) -> bool:
+    """Apply transformers' own rule: the flag counts only without a mask and for more than one query."""
+    return call.is_causal and call.mask is None and num_queries > 1
+
+
+def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
+    """Return a call with its mask written out, as exact attention takes it: causality decided, mask and bias merged."""
+    bias = call.position_bias
+    if bias is not None and bias.shape[-1] > key.shape[2]:
+        bias = bias[..., : key.shape[2]]
+    keep, bias = merge_masks(call.mask, bias, (*query.shape[:3], key.shape[2]))
+    return replace(call, mask=keep, position_bias=bias, is_causal=causal_by_flag(call, query.shape[2]))
+
+
+def _unconverted(module, query, key, value, call: ModuleCall, arguments: dict):
+    """Run the attention of a module that was not converted, as the base model would."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if want_weights or fallback == "eager" or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+    needs_eager = any(arguments.get(name) is not None for name in ("softcap", "s_aux"))
+    if call.return_weights or call.backend == "reference" or needs_eager:
         if eager is None:
             raise ValueError(f"{type(module).__name__} has no eager attention that could return weights")
-        return eager(module, query, key, value, _additive(attention_mask, module, query, key, kwargs), **kwargs)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return eager(module, query, key, value, _additive(call, query, key), **arguments)
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, call.mask, **arguments)
 
 
-def _additive(mask, module, query, key, kwargs) -> Tensor | None:
-    """The float mask an eager attention expects, from the bool (or absent) one of our mask function."""
-    if mask is None and _is_causal(module, query, mask, kwargs.get("is_causal")):
-        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()[None, None]
+def _additive(call: ModuleCall, query: Tensor, key: Tensor) -> Tensor | None:
+    """Return the float mask an eager attention expects, from the bool (or absent) one of our mask function."""
+    mask = call.mask
+    if causal_by_flag(call, query.shape[2]):
+        mask = add_triangle(None, query.shape[2], key.shape[2], query.device)
     if mask is None or mask.dtype != torch.bool:
         return mask
     # Eager attention has its softmax in float32, where float64's least number would be -inf, and a masked row NaN.
     least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, least)
-
-
-def _is_causal(module, query, attention_mask, is_causal) -> bool:
-    """transformers' own rule: the flag counts only without a mask and for more than one query."""
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    return query.shape[2] > 1 and attention_mask is None and bool(is_causal)
 
 
 def _check_heads(module, state, query) -> None:
@@ -94,104 +184,51 @@ def _check_heads(module, state, query) -> None:
         )
 
 
-def _call(query, mask, position_bias, is_causal, want_weights, reference, kwargs) -> dict:
-    """What attention needs beside query, key and value."""
-    scaling = kwargs.get("scaling")
-    return {
-        "scaling": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        "mask": mask,
-        "position_bias": position_bias,
-        "is_causal": is_causal,
-        "dropout_p": kwargs.get("dropout") or 0.0,
-        "backend": "reference" if reference else None,
-        "return_weights": want_weights,
-    }
-
-
-def _observed(state, query, key, value, call) -> Tensor:
-    """What a conversion that looks at this module puts in place of its attention's output."""
+def _observed(state, query, key, value, call: ModuleCall) -> Tensor:
+    """Return what the observer of a conversion in progress puts in place of the attention's output."""
     groups = query.shape[1] // key.shape[1]
     return state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call)
 
 
-def _nystrom(state, query, key, value, call) -> tuple[Tensor, Tensor | None]:
-    call = {**call, "is_cross": state.is_cross, "is_causal": call["is_causal"] and not state.is_cross}
+def _nystrom(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+    call = replace(call, is_causal=call.is_causal and not state.is_cross)
     if state.observer is not None:
-        call["position_bias"] = as_tensor(call["position_bias"], query.shape[2], key.shape[2])
+        call = replace(call, position_bias=as_tensor(call.position_bias, query.shape[2], key.shape[2]))
         return _observed(state, query, key, value, call), None
     with without_autocast(query.device.type):
         return nystrom_forward(state, query, key, value, call, attend)
 
 
-def _forward(
-    module, query, key, value, attention_mask, *, reference, kwargs, linear=False
-) -> tuple[Tensor, Tensor | None]:
-    state: DistanceAttentionState | None = getattr(module, "distattn", None)
-    want_weights = weights_requested(kwargs)
-    converted = isinstance(state, nn.Module)
-    if linear:
-        is_causal = kwargs.get("is_causal")
-        is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        position_bias = bias_behind(kwargs.get("position_bias"))
-        if converted and state.is_nystrom:
-            refuse_unsupported(module, kwargs)
-            _check_heads(module, state, query)
-            call = _call(query, attention_mask, position_bias, is_causal, want_weights, reference, kwargs)
-            output, weights = _nystrom(state, query, key, value, call)
-            return output.transpose(1, 2).contiguous(), weights
-        if "position_bias" in kwargs:
-            kwargs = {**kwargs, "position_bias": as_tensor(position_bias, query.shape[2], key.shape[2])}
-        attention_mask = written_out(attention_mask, query.shape[2], key.shape[2], is_causal, query.device)
-    if not converted:
-        fallback = "eager" if reference else "sdpa"
-        return _fallback_forward(
-            module, query, key, value, attention_mask, fallback=fallback, want_weights=want_weights, **kwargs
-        )
-    refuse_unsupported(module, kwargs)
-    _check_heads(module, state, query)
-    is_causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
-    if is_causal and key.shape[2] > query.shape[2]:
+def _exact(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+    if causal_by_flag(call, query.shape[2]) and key.shape[2] > query.shape[2]:
         # Prefill into an empty static cache: the keys behind the queries are not filled yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    position_bias = kwargs.get("position_bias")
-    if position_bias is not None and position_bias.shape[-1] > key.shape[2]:
-        position_bias = position_bias[..., : key.shape[2]]
-    shape = (*query.shape[:3], key.shape[2])
-    keep, bias = split_mask(attention_mask, shape)
-    if position_bias is not None:
-        # A bias may mask, too (T5 adds its mask to it).
-        open_entries, position_bias = split_mask(position_bias, shape)
-        keep = open_entries if keep is None else keep & open_entries
-    call = _call(query, keep, add_bias(position_bias, bias), is_causal, want_weights, reference, kwargs)
+    call = exact_call(call, query, key)
     if state.observer is not None:
-        output, weights = _observed(state, query, key, value, call), None
-    else:
-        output, weights = attend_groups(state, query, key, value, call)
-    return output.transpose(1, 2).contiguous(), weights
+        return _observed(state, query, key, value, call), None
+    return attend_groups(state, query, key, value, call)
 
 
-def attend_groups(state, query, key, value, call) -> tuple[Tensor, Tensor | None]:
+def attend_groups(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
     """Run each group of heads by its own spec and the rest by dot product; (B, H, N, d_v) and weights or None."""
-    call = dict(call)
-    backend = call.pop("backend")
     parts = state.parts()
     if len(parts) == 1:
-        return attend(parts[0][1], query, key, value, call, backend)
+        return attend(parts[0][1], query, key, value, call)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     results = []
     for heads, group in parts:
         index = torch.tensor(heads, device=query.device)
-        selected = dict(call, **{name: of_heads(call[name], index) for name in ("mask", "position_bias")})
-        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], selected, backend)))
+        group_call = replace(call, mask=of_heads(call.mask, index), position_bias=of_heads(call.position_bias, index))
+        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], group_call)))
     return join_heads(results)
 
 
-def attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | None]:
-    """Exact attention of one group of heads, or dot product where there is none."""
-    dtype, want_weights = value.dtype, call["return_weights"]
+def attend(group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+    """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
+    dtype, backend = value.dtype, call.backend
     if group is None:
         metric, lam, p = get_metric("dot"), 1.0, None
     else:
@@ -201,21 +238,13 @@ def attend(group, query, key, value, call, backend) -> tuple[Tensor, Tensor | No
         if value.shape[1] != key.shape[1]:
             value = repeat_kv(value, key.shape[1] // value.shape[1])
     inputs = AttentionInputs(
-        query,
-        key,
-        value.to(key.dtype),
-        metric,
-        lam,
-        call["scaling"],
-        p,
-        call["mask"],
-        call["position_bias"],
-        call["is_causal"],
-        call["dropout_p"],
-    )
-    result = run_attention(inputs, "reference" if want_weights else validate_backend(backend or "auto"), want_weights)
-    output, weights = result if want_weights else (result, None)
-    return output.to(dtype), None if weights is None else weights.to(dtype)
+        query, key, value.to(key.dtype), metric, lam, call.scaling, p,
+        call.mask, call.position_bias, call.is_causal, call.dropout_p,
+    )  # fmt: skip
+    if call.return_weights:
+        output, weights = run_attention(inputs, "reference", return_weights=True)
+        return output.to(dtype), weights.to(dtype)
+    return run_attention(inputs, validate_backend(backend or "auto")).to(dtype), None
 
 
 def distattn_attention_forward(
@@ -230,23 +259,36 @@ def distattn_attention_forward(
     position_bias=None,
     *,
     reference=False,
-    linear=False,
+    nystrom=False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function of converted models, by each spec's backend. Returns ((B, N, H, d_v), weights or None).
+    """Run attention of converted models by each spec's backend. Returns ((B, N, H, d_v), weights or None).
 
-    It takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
-    (`attn_implementation="eager"`). linear: of models with Nyström attention, which get padding masks only (see
+    Takes what transformers' `sdpa_attention_forward` takes, also by position. reference: by the readable reference
+    (`attn_implementation="eager"`). nystrom: of models with Nyström attention, which get padding masks only (see
     `padding_mask`); with reference, quadratic in time and memory.
     """
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-    # Without those left out: what an unconverted module's attention takes for them is its own affair.
+    # Those not given stay out, so that an unconverted module's attention uses its own defaults.
     kwargs.update({name: value for name, value in given.items() if value is not None})
-    return _forward(module, query, key, value, attention_mask, reference=reference, kwargs=kwargs, linear=linear)
+    call = read_call(module, query, attention_mask, kwargs, reference=reference, nystrom=nystrom)
+    state: DistanceAttentionState | None = getattr(module, "distattn", None)
+    converted = isinstance(state, nn.Module)
+    by_landmarks = nystrom and converted and state.is_nystrom
+    if nystrom and not by_landmarks:
+        call = write_out(call, query.shape[2], key.shape[2], query.device)
+    if not converted:
+        if "position_bias" in kwargs:
+            kwargs["position_bias"] = call.position_bias
+        return _unconverted(module, query, key, value, call, kwargs)
+    refuse_unsupported(module, kwargs)
+    _check_heads(module, state, query)
+    output, weights = (_nystrom if by_landmarks else _exact)(state, query, key, value, call)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def _full_mask(*args, **kwargs):
-    """transformers' bool mask, never left to the `is_causal` flag."""
+    """Return transformers' bool mask, never left to the `is_causal` flag."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
@@ -255,8 +297,8 @@ for _name, _options, _mask in (
     (IMPLEMENTATION, {}, sdpa_mask),
     (FULL_MASK_IMPLEMENTATION, {}, _full_mask),
     (EAGER_IMPLEMENTATION, {"reference": True}, _full_mask),
-    (LINEAR_IMPLEMENTATION, {"linear": True}, padding_mask),
-    (LINEAR_EAGER_IMPLEMENTATION, {"reference": True, "linear": True}, padding_mask),
+    (NYSTROM_IMPLEMENTATION, {"nystrom": True}, padding_mask),
+    (NYSTROM_EAGER_IMPLEMENTATION, {"reference": True, "nystrom": True}, padding_mask),
 ):
     AttentionInterface.register(_name, partial(distattn_attention_forward, **_options))
     AttentionMaskInterface.register(_name, _mask)

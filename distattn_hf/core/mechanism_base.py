@@ -1,4 +1,4 @@
-"""What every attention mechanism of the native family shares: its options, the checks, the call and true weights."""
+"""Base class of the native family's attention mechanisms: options, checks, the call and true weights."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import without_autocast
-from .masks import causal_keep, masked_softmax
+from .inputs import causal_keep, masked_softmax
 from .registry import Registry
 
 MECHANISMS = Registry("mechanism")
 
 
 def register_mechanism(name: str, aliases: tuple[str, ...] = ()):
-    """Class decorator: make a `Mechanism` usable by `name`; raises `ValueError` for a name that is taken."""
+    """Register a `Mechanism` class under `name` (decorator); raises `ValueError` for a name that is taken."""
 
     def register(kind: type["Mechanism"]) -> type["Mechanism"]:
         if not isinstance(kind, type) or not issubclass(kind, Mechanism):
@@ -46,7 +46,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Call:
-    """One problem in at least float32, checked: query (B, H, N, d), key (B, H, M, d), value (B, H, M, d_v).
+    """Checked inputs of one call in at least float32: query (B, H, N, d), key (B, H, M, d), value (B, H, M, d_v).
 
     keep (B, M) bool, True for a real key, or None for all; bias (B or 1, H, N, M) or None. Causal: the last N of the M
     keys are the queries' own. scaling: what the caller gave, None where it gave nothing.
@@ -73,7 +73,7 @@ class Call:
         return self.query * (self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling)
 
     def seen(self) -> Tensor:
-        """What causality and padding leave, (B or 1, 1, N, M) bool."""
+        """Return which keys causality and padding leave, (B or 1, 1, N, M) bool."""
         shape = (self.query.shape[2], self.key.shape[2])
         device = self.query.device
         seen = torch.ones(shape, dtype=torch.bool, device=device)
@@ -82,7 +82,7 @@ class Call:
         return seen[None, None] if self.keep is None else seen & self.keep[:, None, None]
 
     def drop(self, weights: Tensor) -> Tensor:
-        """Dropout of weights (or of what stands for them), where it is asked for."""
+        """Apply dropout to weights (or to what stands for them), where it is asked for."""
         return F.dropout(weights, self.dropout_p) if self.dropout_p > 0 else weights
 
 
@@ -158,7 +158,7 @@ class Mechanism(nn.Module):
         position_bias: Tensor | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output (B, H, N, d_v) in value's dtype, weights (B, H, N, M) before dropout, or None).
+        """Return (output (B, H, N, d_v) in value's dtype, weights (B, H, N, M) before dropout, or None).
 
         Args:
             query: (B, H, N, d). key: (B, H, M, d). value: (B, H, M, d_v). Grouped key heads are repeated by the caller.
@@ -196,17 +196,17 @@ class Mechanism(nn.Module):
         return output, weights
 
     def reset_parameters(self) -> None:
-        """Set parameters and buffers to their first values; mechanisms without any have nothing to do."""
+        """Set parameters and buffers to their initial values; does nothing for mechanisms without any."""
 
     def _build(self) -> None:
         """Check options against each other, and make parameters and buffers."""
 
     def _attend(self, call: Call) -> Tensor:
-        """The output (B, H, N, d_v)."""
+        """Return the output (B, H, N, d_v)."""
         raise NotImplementedError
 
     def _weights(self, call: Call) -> Tensor:
-        """The weights (B, H, N, M) that `_attend` stands for, written out: softmax over what a query sees."""
+        """Return the weights (B, H, N, M) that `_attend` applies, written out: softmax over what a query sees."""
         logits = call.scaled_query @ call.key.mT
         if call.bias is not None:
             logits = logits + call.bias
@@ -214,7 +214,7 @@ class Mechanism(nn.Module):
         return masked_softmax(logits, seen.expand_as(logits))
 
     def _visible(self, call: Call) -> Tensor:
-        """Which keys each query looks at, causality and padding aside, broadcastable to (B, H, N, M) bool."""
+        """Return which keys each query looks at, causality and padding aside, broadcastable to (B, H, N, M) bool."""
         raise NotImplementedError
 
     def _check_call(self, query, key, value, keep, is_causal, is_cross, scaling, dropout_p, bias) -> None:
@@ -237,8 +237,8 @@ class Mechanism(nn.Module):
                 f"key {tuple(key.shape)} and value {tuple(value.shape)} must agree in batch, heads and length"
             )
         if not is_cross and (num_queries > num_keys if is_causal else num_queries != num_keys):
-            wanted = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
-            raise ValueError(f"self-attention needs {wanted}, got {num_queries} queries and {num_keys} keys")
+            expected_keys = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
+            raise ValueError(f"self-attention needs {expected_keys}, got {num_queries} queries and {num_keys} keys")
         if keep is not None and (keep.dtype != torch.bool or keep.shape != (batch, num_keys)):
             raise ValueError(
                 f"keep must be bool of shape (B, M)={(batch, num_keys)}, got {keep.dtype} of shape {tuple(keep.shape)}"

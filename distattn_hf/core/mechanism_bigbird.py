@@ -38,7 +38,7 @@ class BigBirdAttention(Mechanism):
     }
 
     def random_blocks(self, num_blocks: Tensor, count: int) -> Tensor:
-        """(B, H, count, num_random_blocks) numbers below num_blocks (B,), the same for the same arguments and seed."""
+        """Draw numbers below num_blocks (B,): (B, H, count, num_random_blocks), fixed by arguments and seed."""
 
         def numbers(size, factor):
             return torch.arange(size, device=num_blocks.device) * factor
@@ -52,22 +52,22 @@ class BigBirdAttention(Mechanism):
         return (mixed * num_blocks[:, None, None, None]) >> 32
 
     def _plan(self, call: Call) -> tuple[Tensor, Tensor]:
-        """(block numbers (B or 1, H, blocks, A), which of them are there and not there before)."""
+        """Return (block numbers (B or 1, H, blocks, A), which of them exist and are no repeats)."""
         size, length, device = self.block_size, call.query.shape[2], call.query.device
         count = -(-length // size)
         ends = torch.tensor([length], device=device)
         if call.keep is not None:
             places = torch.arange(1, length + 1, device=device)
             ends = (places * call.keep).amax(-1).clamp(min=1)
-        random = self.random_blocks((ends + size - 1) // size, count)
-        own = torch.arange(count, device=device)[:, None]
-        around = own + torch.arange(-self.window_blocks, self.window_blocks + 1, device=device)
-        first = torch.arange(self.num_global_blocks, device=device).expand(count, -1)
-        fixed = torch.cat([first, around], dim=-1).expand(*random.shape[:2], -1, -1)
-        blocks = torch.cat([fixed, random], dim=-1)
+        random_blocks = self.random_blocks((ends + size - 1) // size, count)
+        own_blocks = torch.arange(count, device=device)[:, None]
+        window_blocks = own_blocks + torch.arange(-self.window_blocks, self.window_blocks + 1, device=device)
+        global_blocks = torch.arange(self.num_global_blocks, device=device).expand(count, -1)
+        fixed = torch.cat([global_blocks, window_blocks], dim=-1).expand(*random_blocks.shape[:2], -1, -1)
+        blocks = torch.cat([fixed, random_blocks], dim=-1)
         exists = (blocks >= 0) & (blocks < count)
-        same = (blocks[..., :, None] == blocks[..., None, :]).tril(-1).any(-1)
-        return blocks.clamp(0, count - 1), exists & ~same
+        repeated = (blocks[..., :, None] == blocks[..., None, :]).tril(-1).any(-1)
+        return blocks.clamp(0, count - 1), exists & ~repeated
 
     def _attend(self, call):
         size, (batch, heads, length, _), device = self.block_size, call.query.shape, call.query.device
@@ -80,7 +80,7 @@ class BigBirdAttention(Mechanism):
             return F.pad(tensor, (0, 0, 0, fill)).unflatten(2, (count, size))
 
         def chosen(tensor):
-            """(B, H, blocks, A·b, x) from (B, H, N, x)."""
+            """Return (B, H, blocks, A·b, x) from (B, H, N, x)."""
             return cut(tensor)[item, head, blocks].flatten(3, 4)
 
         keep = call.keep if call.keep is not None else torch.ones(1, length, dtype=torch.bool, device=device)
@@ -91,8 +91,8 @@ class BigBirdAttention(Mechanism):
             inside = torch.arange(size, device=device)
             query_at = (torch.arange(count, device=device)[:, None] * size + inside).clamp(max=length - 1)
             key_at = (blocks[..., None] * size + inside).flatten(3).clamp(max=length - 1)
-            which = torch.zeros_like(item) if len(call.bias) == 1 else item
-            logits = logits + call.bias[which[..., None], head[..., None], query_at[..., None], key_at[..., None, :]]
+            index = torch.zeros_like(item) if len(call.bias) == 1 else item
+            logits = logits + call.bias[index[..., None], head[..., None], query_at[..., None], key_at[..., None, :]]
         output = attend(logits, seen[..., None, :], chosen(call.value), call.drop).flatten(2, 3)[:, :, :length]
 
         first = min(length, self.num_global_blocks * size)

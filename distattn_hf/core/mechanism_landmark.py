@@ -1,4 +1,4 @@
-"""Sparse attention with landmarks: a query attends to the few blocks of keys whose landmarks suit it best.
+"""Sparse attention with landmarks: a query attends to the few blocks of keys whose landmarks match it best.
 
 Written here and not taken from a library, because a checkpoint must load with torch and transformers alone.
 """
@@ -20,7 +20,7 @@ _ENTRIES = 2**22
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Which blocks each query looks at: blocks and exists (B, H, N, k + 1), keep (B, H, blocks, b), and the rest."""
+    """The blocks each query attends to: blocks and exists (B, H, N, k + 1), keep (B, H, blocks, b), and the rest."""
 
     blocks: Tensor
     exists: Tensor
@@ -31,30 +31,30 @@ class _Chosen:
     seed: int
 
     def parts(self, size: int) -> list[slice]:
-        """Queries to work on at a time, when keys and values have so many entries each at most."""
+        """Split the queries into slices to work on at a time, for keys and values of `size` entries each."""
         batch, heads, length, chosen = self.blocks.shape
         rows = max(1, _ENTRIES // (batch * heads * chosen * self.keep.shape[-1] * size))
         return [slice(start, start + rows) for start in range(0, length, rows)]
 
     def index(self, part: slice) -> Tensor:
-        """Rows of a table (B·H·blocks, ...), for the queries of a part and their k + 1 blocks, flat."""
+        """Return row numbers of a table (B·H·blocks, ...), flat, for the queries of a part and their k + 1 blocks."""
         batch, heads, count, _ = self.keep.shape
         head = torch.arange(batch * heads, device=self.keep.device).view(batch, heads, 1, 1)
         return (head * count + self.blocks[:, :, part]).flatten()
 
     def gather(self, tensor: Tensor, part: slice) -> Tensor:
-        """(B, H, n, (k + 1)·b, x) from (B, H, blocks, b, x)."""
+        """Return (B, H, n, (k + 1)·b, x) from (B, H, blocks, b, x)."""
         rows = tensor.flatten(0, 2).flatten(1).index_select(0, self.index(part))
         return rows.view(*self.blocks[:, :, part].shape[:3], -1, *tensor.shape[4:])
 
     def attend(self, part: slice, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, H, n, d_v) of the queries of a part; key and value gathered; bias (B or 1, H, n, M)."""
+        """Return (B, H, n, d_v) of the queries of a part; key and value gathered; bias (B or 1, H, n, M)."""
         size, device = self.keep.shape[-1], self.keep.device
         key_at = (self.blocks[:, :, part, :, None] * size + torch.arange(size, device=device)).flatten(3)
         seen = self.gather(self.keep, part) & self.exists[:, :, part].repeat_interleave(size, dim=-1)
         if self.is_causal:
-            place = torch.arange(self.blocks.shape[2], device=device)[part] + self.before
-            seen = seen & (key_at <= place[:, None])
+            query_positions = torch.arange(self.blocks.shape[2], device=device)[part] + self.before
+            seen = seen & (key_at <= query_positions[:, None])
         logits = (query[..., None, :] @ key.mT).squeeze(-2)
         if bias is not None:
             logits = logits + bias.expand(len(query), -1, -1, -1).gather(-1, key_at.clamp(max=bias.shape[-1] - 1))
@@ -95,17 +95,17 @@ class _GatheredAttention(torch.autograd.Function):
             leaves = [None if t is None else t.detach().requires_grad_() for t in _of_part(*tensors, chosen, part)]
             with torch.enable_grad():
                 output = chosen.attend(part, *leaves)
-            found = torch.autograd.grad(output, [t for t in leaves if t is not None], gradient[:, :, part])
-            query[:, :, part] = found[0]
-            for table, rows in zip(tables, found[1:3]):
+            part_gradients = torch.autograd.grad(output, [t for t in leaves if t is not None], gradient[:, :, part])
+            query[:, :, part] = part_gradients[0]
+            for table, rows in zip(tables, part_gradients[1:3]):
                 table.index_add_(0, chosen.index(part), rows.reshape(-1, table.shape[-1]))
             if bias is not None:
-                bias[:, :, part] = found[3]
+                bias[:, :, part] = part_gradients[3]
         return query, key, value, bias, None
 
 
 def _of_part(query, key, value, bias, chosen: _Chosen, part: slice) -> tuple:
-    """Query, key, value and bias of the queries of a part."""
+    """Return query, key, value and bias of the queries of a part."""
     of_bias = None if bias is None else bias[:, :, part]
     return query[:, :, part], chosen.gather(key, part), chosen.gather(value, part), of_bias
 
@@ -134,17 +134,17 @@ class LandmarkAttention(Mechanism):
     options = {"block_size": Option(16), "num_blocks": Option(4), "num_candidates": Option(256, minimum=2)}
 
     def _blocks(self, tensor: Tensor) -> Tensor:
-        """(B, H, M, x) -> (B, H, blocks, b, x), filled with zeros."""
+        """Reshape (B, H, M, x) to (B, H, blocks, b, x), filled with zeros."""
         fill = -tensor.shape[2] % self.block_size
         return F.pad(tensor, (0, 0, 0, fill)).unflatten(2, (-1, self.block_size))
 
     def _own(self, call: Call) -> Tensor:
-        """(N,): the block of each query."""
+        """Return the block of each query, (N,)."""
         return (torch.arange(call.query.shape[2], device=call.query.device) + call.before) // self.block_size
 
     @torch.no_grad()
     def _choose(self, call: Call) -> tuple[Tensor, Tensor]:
-        """(block numbers (B, H, N, k + 1), own last; which of them are there)."""
+        """Return (block numbers (B, H, N, k + 1), own last; which of them exist)."""
         key = self._blocks(call.key)
         keep = call.keep if call.keep is not None else torch.ones_like(call.key[:, 0, :, 0], dtype=torch.bool)
         keep = self._blocks(keep[:, None, :, None].to(key.dtype))
@@ -158,21 +158,21 @@ class LandmarkAttention(Mechanism):
         # Together, so many queries meet at most twice as many candidates as one of them does.
         reach = behind + ahead
         rows = max(1, min(reach * self.block_size, _ENTRIES // (2 * call.query.shape[0] * self.num_heads * reach)))
-        for first, query, mine in zip(range(0, len(own), rows), call.query.split(rows, dim=2), own.split(rows)):
-            ends = (call.before + first, call.before + first + len(mine) - 1)
-            start = max(0, ends[0] // self.block_size - behind)
-            stop = min(count, ends[1] // self.block_size + ahead + 1)
-            offset = torch.arange(start, stop, device=own.device) - mine[:, None]
+        for first, query, own_part in zip(range(0, len(own), rows), call.query.split(rows, dim=2), own.split(rows)):
+            part_ends = (call.before + first, call.before + first + len(own_part) - 1)
+            start = max(0, part_ends[0] // self.block_size - behind)
+            stop = min(count, part_ends[1] // self.block_size + ahead + 1)
+            offset = torch.arange(start, stop, device=own.device) - own_part[:, None]
             candidate = (offset >= -behind) & (offset <= ahead) & (offset != 0)
             scores = query @ landmarks[:, :, start:stop].mT
             scores = scores.masked_fill(~(candidate & real[:, :, None, start:stop]), float("-inf"))
             best = scores.topk(min(self.num_blocks, stop - start), dim=-1)
             fill = (0, self.num_blocks - best.indices.shape[-1])
-            there = F.pad(best.values > float("-inf"), fill, value=False)
-            blocks = torch.where(there, F.pad(best.indices, fill) + start, 0)
-            mine = mine[:, None].expand(*blocks.shape[:3], 1)
-            chosen.append(torch.cat([blocks, mine], dim=-1))
-            exists.append(torch.cat([there, torch.ones_like(mine, dtype=torch.bool)], dim=-1))
+            is_candidate = F.pad(best.values > float("-inf"), fill, value=False)
+            blocks = torch.where(is_candidate, F.pad(best.indices, fill) + start, 0)
+            own_part = own_part[:, None].expand(*blocks.shape[:3], 1)
+            chosen.append(torch.cat([blocks, own_part], dim=-1))
+            exists.append(torch.cat([is_candidate, torch.ones_like(own_part, dtype=torch.bool)], dim=-1))
         return torch.cat(chosen, dim=2), torch.cat(exists, dim=2)
 
     def _attend(self, call):

@@ -17,7 +17,7 @@ class FeatureAttention(Mechanism):
     """weight(i, j) ∝ φ(q_i)·φ(k_j), φ > 0 in R^m: output_i = φ(q_i)·S / φ(q_i)·z, S = Σ_j φ(k_j)v_jᵀ, z = Σ_j φ(k_j).
 
     Causal: S and z are running sums, of which one in every `_BLOCK` queries is kept. Rows of weights sum to 1. Dropout
-    drops features of the query, as weights never exist one by one; there is no position bias for the same reason.
+    drops features of the query, as single weights are never computed; there is no position bias for the same reason.
     """
 
     cross = True
@@ -25,9 +25,9 @@ class FeatureAttention(Mechanism):
     memory = "O((N + M)·(m + d)), causal with m·d for every 64 queries besides"
 
     def _features(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(φ(q) (B, H, N, m) up to a factor per query, φ(k)/exp(s) (B, H, M, m), s (B, H, M) without gradient or None).
+        """Return φ(q) (B, H, N, m) up to a factor per query, φ(k)/exp(s) (B, H, M, m), s (B, H, M) or None.
 
-        s keeps exponents small; None: φ needs no such thing.
+        s, without gradient, keeps exponents small; None: φ needs none.
         """
         raise NotImplementedError
 
@@ -53,7 +53,7 @@ class FeatureAttention(Mechanism):
         return weights / torch.where(total != 0, total, 1.0)
 
     def _kept_features(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`_features` with those of padding at zero."""
+        """Return `_features` with those of padding at zero."""
         query, key, scale = self._features(call)
         if call.keep is not None:
             keep = call.keep[:, None]
@@ -76,12 +76,12 @@ class LinearAttention(FeatureAttention):
 
 
 def _finite(scale: Tensor) -> Tensor:
-    """The scale with a number where no key is seen, so that differences of it are never NaN."""
+    """Return the scale with a number where no key is seen, so that differences of it are never NaN."""
     return scale.clamp(min=torch.finfo(scale.dtype).min)
 
 
 def _summary(key: Tensor, scale: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(Σ_j φ(k_j)v_jᵀ/exp(top) (..., m, d_v), top (..., 1, 1)) over keys (..., M, m)."""
+    """Return (Σ_j φ(k_j)v_jᵀ/exp(top) (..., m, d_v), top (..., 1, 1)) over keys (..., M, m)."""
     if scale is None:
         return key.mT @ value, None
     # A decoding step or a first block has no keys before it.
@@ -91,13 +91,13 @@ def _summary(key: Tensor, scale: Tensor | None, value: Tensor) -> tuple[Tensor, 
 
 
 def _sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tensor) -> Tensor:
-    """φ(q)·Σ_j φ(k_j)v_jᵀ over all keys, up to a factor per head."""
+    """Return φ(q)·Σ_j φ(k_j)v_jᵀ over all keys, up to a factor per head."""
     return query @ _summary(key, scale, value)[0]
 
 
 def _running_sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tensor) -> Tensor:
-    """φ(q_i)·Σ_{j ≤ i} φ(k_j)v_jᵀ, up to a factor per query; the last N of M keys are the queries' own."""
-    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    """Return φ(q_i)·Σ_{j ≤ i} φ(k_j)v_jᵀ, up to a factor per query; the last N of M keys are the queries' own."""
+    length, num_past = query.shape[2], key.shape[2] - query.shape[2]
     count = -(-length // _BLOCK)
     width = min(_BLOCK, length)
 
@@ -107,23 +107,23 @@ def _running_sums(query: Tensor, key: Tensor, scale: Tensor | None, value: Tenso
 
     scales = (None, None)
     if scale is not None:
-        scales = scale[..., :before], blocks(scale[..., before:, None], float("-inf")).squeeze(-1)
-    state, top = _summary(key[:, :, :before], scales[0], value[:, :, :before])
-    query, key, value = blocks(query), blocks(key[:, :, before:]), blocks(value[:, :, before:])
-    own, own_top = _summary(key, scales[1], value)
+        scales = scale[..., :num_past], blocks(scale[..., num_past:, None], float("-inf")).squeeze(-1)
+    state, top = _summary(key[:, :, :num_past], scales[0], value[:, :, :num_past])
+    query, key, value = blocks(query), blocks(key[:, :, num_past:]), blocks(value[:, :, num_past:])
+    block_state, own_top = _summary(key, scales[1], value)
     weights = query @ key.mT
     seen = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
     if scale is None:
-        states = torch.cat([state[:, :, None], own[:, :, :-1]], dim=2).cumsum(2)
+        states = torch.cat([state[:, :, None], block_state[:, :, :-1]], dim=2).cumsum(2)
         return (query @ states + (weights * seen) @ value).flatten(2, 3)[:, :, :length]
 
     states, tops = [state], [top]
     # `unbind`, unlike indexing, has a gradient that costs no more than the whole, however many blocks there are.
-    for state, top in zip(own.unbind(2)[:-1], own_top.unbind(2)[:-1]):
+    for state, top in zip(block_state.unbind(2)[:-1], own_top.unbind(2)[:-1]):
         tops.append(torch.maximum(tops[-1], top))
         states.append(states[-1] * (tops[-2] - tops[-1]).exp() + state * (top - tops[-1]).exp())
     states, tops = torch.stack(states, dim=2), torch.stack(tops, dim=2)
-    # The largest scale among the keys up to each query: one taken over more would tell of the future.
+    # The largest scale among the keys up to each query: one over more keys would leak the future.
     highest = torch.maximum(tops, _finite(scales[1].cummax(-1).values)[..., None])
     shifted = (scales[1][..., None, :] - highest).masked_fill(~seen, float("-inf"))
     summed = (query @ states) * (tops - highest).exp() + (weights * shifted.exp()) @ value

@@ -34,12 +34,12 @@ class LinformerAttention(Mechanism):
             setattr(self, name, nn.Parameter(torch.empty(self.rank, self.max_length)))
 
     def reset_parameters(self):
-        """E and F from N(0, 1/rank)."""
+        """Draw E and F from N(0, 1/rank)."""
         for projection in (self.key_projection, self.value_projection):
             initialization.normal_(projection, std=self.rank**-0.5)
 
     def _projections(self, call) -> tuple[Tensor, Tensor]:
-        """(softmax over the projected keys (B, H, N, rank), F without padding (B or 1, 1, rank, M))."""
+        """Return (softmax over the projected keys (B, H, N, rank), F without padding (B or 1, 1, rank, M))."""
         length = call.key.shape[2]
         if length > self.max_length:
             raise ValueError(f"mechanism 'linformer' takes at most max_length={self.max_length} keys, got {length}")
@@ -47,7 +47,7 @@ class LinformerAttention(Mechanism):
         key_rows, value_rows = (p[None, None, :, :length].to(call.key.dtype) for p in projections)
         if call.keep is not None:
             keep = call.keep[:, None, None]
-            # A query that sees nothing gets zeros by its values alone.
+            # A query that sees nothing gets zeros because its values are zeros.
             key_rows, value_rows = key_rows * keep, value_rows * keep
         return (call.scaled_query @ (key_rows @ call.key).mT).softmax(-1), value_rows
 

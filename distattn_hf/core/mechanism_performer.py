@@ -44,7 +44,7 @@ class PerformerAttention(FeatureAttention):
         self._known_calls: int | None = None
 
     def reset_parameters(self):
-        """The first draw."""
+        """Make the first draw of features."""
         self._known_calls = None
         initialization.zeros_(self.draws)
         initialization.zeros_(self.calls)
@@ -85,7 +85,7 @@ class PerformerAttention(FeatureAttention):
 
 
 def orthogonal_features(num_features: int, size: int, seed: int) -> Tensor:
-    """(m, d): rows of random orthogonal matrices, as long as vectors from N(0, I) are."""
+    """Return (m, d): rows of random orthogonal matrices, with the lengths of N(0, I) vectors."""
     generator = torch.Generator().manual_seed(seed)
     count = -(-num_features // size)
     gaussian = torch.randn(count, size, size, generator=generator, dtype=torch.float64, device="cpu")

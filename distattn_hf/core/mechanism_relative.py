@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from .masks import masked_softmax
+from .inputs import masked_softmax
 from .mechanism_base import Call, Mechanism, Option, register_mechanism
 
 
@@ -29,12 +29,12 @@ class RelativeAttention(Mechanism):
             setattr(self, name, nn.Parameter(torch.empty(2 * self.max_distance + 1, self.head_dim)))
 
     def reset_parameters(self):
-        """Embeddings from N(0, 0.02²), as transformers' own start."""
+        """Draw the embeddings from N(0, 0.02²), as transformers does."""
         for embedding in (self.key_embedding, self.value_embedding):
             initialization.normal_(embedding, std=0.02)
 
     def _relative(self, call: Call) -> Tensor:
-        """(N, M): which row of the embeddings a pair uses."""
+        """Return (N, M): which row of the embeddings a pair uses."""
         query = torch.arange(call.query.shape[2], device=call.query.device) + call.before
         relative = torch.arange(call.key.shape[2], device=call.query.device) - query[:, None]
         return relative.clamp(-self.max_distance, self.max_distance) + self.max_distance
@@ -42,8 +42,8 @@ class RelativeAttention(Mechanism):
     def _weights(self, call):
         query, relative = call.scaled_query, self._relative(call)
         logits = query @ call.key.mT
-        by_distance = query @ self.key_embedding.to(query.dtype).mT
-        logits = logits + by_distance.gather(-1, relative.expand_as(logits))
+        distance_logits = query @ self.key_embedding.to(query.dtype).mT
+        logits = logits + distance_logits.gather(-1, relative.expand_as(logits))
         if call.bias is not None:
             logits = logits + call.bias
         return masked_softmax(logits, call.seen().expand_as(logits))
@@ -55,6 +55,6 @@ class RelativeAttention(Mechanism):
                 f"{call.value.shape[-1]}"
             )
         weights = call.drop(self._weights(call))
-        by_distance = weights.new_zeros(*weights.shape[:3], 2 * self.max_distance + 1)
-        by_distance = by_distance.scatter_add(-1, self._relative(call).expand_as(weights), weights)
-        return weights @ call.value + by_distance @ self.value_embedding.to(weights.dtype)
+        distance_weights = weights.new_zeros(*weights.shape[:3], 2 * self.max_distance + 1)
+        distance_weights = distance_weights.scatter_add(-1, self._relative(call).expand_as(weights), weights)
+        return weights @ call.value + distance_weights @ self.value_embedding.to(weights.dtype)

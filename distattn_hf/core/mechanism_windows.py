@@ -29,7 +29,7 @@ class Part:
 
 
 def merge(parts: list[Part]) -> Tensor:
-    """The output of attention to the keys of all parts, which share none; queries that see nothing get zeros."""
+    """Return the attention output over the keys of all parts, which share none; queries that see nothing get zeros."""
     top = torch.stack([part.top for part in parts]).amax(0)
     factors = [(part.top - top).exp() for part in parts]
     total = sum(part.total * factor for part, factor in zip(parts, factors))
@@ -37,13 +37,13 @@ def merge(parts: list[Part]) -> Tensor:
 
 
 def attend(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
-    """softmax(logits (..., N, L) over what is seen)·value (..., L, d_v); queries that see nothing get zeros."""
+    """Compute softmax(logits (..., N, L) over `seen`)·value (..., L, d_v); queries that see nothing get zeros."""
     weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
     return (drop(weights) @ value).masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
 
 def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Part:
-    """The part that logits (..., N, L), those of them that are seen, and value (..., L, d_v) make; `drop`: dropout."""
+    """Return the part of logits (..., N, L), `seen` (which of them count) and value (..., L, d_v); `drop`: dropout."""
     logits = logits.masked_fill(~seen, float("-inf"))
     top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - top).exp()
@@ -51,7 +51,7 @@ def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], 
 
 
 def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tuple[Tensor, Tensor, Tensor, Callable]:
-    """(logits, seen, value, back) of the keys 0, dilation, ..., (window_size - 1)·dilation behind a query.
+    """Return (logits, seen, value, back) of the keys 0, dilation, ..., (window_size - 1)·dilation behind a query.
 
     Bidirectional: also ahead. Only keys at least `beyond` away. `back` puts rows in the order of the queries again.
     Queries and keys are sorted by position modulo dilation: within one class a dilated window is a window. Each block
@@ -65,7 +65,7 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
     width = -(-rows // count)
     local = reach + width + ahead
     # Keys are moved so that the first query of a class stands `reach` after its first key.
-    left = reach * dilation - call.before
+    left_padding = reach * dilation - call.before
 
     def queries(tensor):
         tensor = F.pad(tensor, (0, 0, 0, count * width * dilation - length))
@@ -73,7 +73,7 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
 
     def around(tensor):
         size = (count * width + reach + ahead) * dilation
-        tensor = F.pad(tensor, (0, 0, left, size - left - tensor.shape[2]))
+        tensor = F.pad(tensor, (0, 0, left_padding, size - left_padding - tensor.shape[2]))
         return tensor.unflatten(2, (-1, dilation)).transpose(2, 3).unfold(3, local, width)
 
     # (C, L): key's class position minus query's.
@@ -88,7 +88,7 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
         start = torch.arange(count, device=device)[:, None] * width
         remainder = torch.arange(dilation, device=device)[:, None, None]
         query_at = (start + torch.arange(width, device=device)) * dilation + remainder
-        key_at = (start + torch.arange(local, device=device)) * dilation + remainder - left
+        key_at = (start + torch.arange(local, device=device)) * dilation + remainder - left_padding
         query_at, key_at = query_at.clamp(max=length - 1), key_at.clamp(0, call.key.shape[2] - 1)
         logits = logits + call.bias[:, :, query_at[..., :, None], key_at[..., None, :]]
 
@@ -99,7 +99,7 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
 
 
 def distances(call: Call) -> Tensor:
-    """(N, M): how many positions lie between each query and each key."""
+    """Return how many positions lie between each query and each key, (N, M)."""
     query = torch.arange(call.query.shape[2], device=call.query.device) + call.before
     return (query[:, None] - torch.arange(call.key.shape[2], device=call.query.device)).abs()
 
@@ -120,8 +120,8 @@ class LocalAttention(Mechanism):
     options = {"window_size": Option(128), "dilation": Option(1)}
 
     def _attend(self, call):
-        *problem, back = windows(call, self.window_size, self.dilation)
-        return back(attend(*problem, call.drop))
+        *problem, to_query_order = windows(call, self.window_size, self.dilation)
+        return to_query_order(attend(*problem, call.drop))
 
     def _visible(self, call):
         distance = distances(call)
@@ -147,9 +147,9 @@ class StridedAttention(Mechanism):
     def _attend(self, call):
         parts = []
         for size, dilation, beyond in ((self.window_size, 1, 0), (self.num_strides + 1, self.stride, self.window_size)):
-            *problem, back = windows(call, size, dilation, beyond)
+            *problem, to_query_order = windows(call, size, dilation, beyond)
             part = weigh(*problem, call.drop)
-            parts.append(Part(back(part.summed), back(part.total), back(part.top)))
+            parts.append(Part(to_query_order(part.summed), to_query_order(part.total), to_query_order(part.top)))
         return merge(parts)
 
     def _visible(self, call):

@@ -1,4 +1,4 @@
-"""The attention mechanisms of the native family, by name: a comparison of two changes one word of a config."""
+"""Imports the attention mechanisms of the native family, which register by name; a config names the one it uses."""
 
 from .mechanism_base import MECHANISMS, Mechanism, Option, register_mechanism
 from .mechanism_bigbird import BigBirdAttention

@@ -1,4 +1,4 @@
-"""What a distance of the user's own must be: of the right shape, not negative, and without parameters of its own."""
+"""Checks of a user's own distance: right shape, not negative, and without parameters of its own."""
 
 import math
 from functools import partial
@@ -7,9 +7,9 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch import Tensor, nn
 
-from .cpp_library import readable
+from .kernel_cpp_library import readable
 
-# A distance worked out as ‖q‖² + ‖k‖² - 2q·k or 1 - cos may come out this much below 0: of the largest, or anyway.
+# ‖q‖² + ‖k‖² - 2q·k or 1 - cos may round to this much below 0: relative to the largest, or absolute.
 _ROUNDING, _LEAST = 1e-3, 1e-4
 # How far to look into what a function refers to: function -> bound object -> list -> module.
 _DEPTH = 5
@@ -22,8 +22,8 @@ def check_distances(source: str, distances: Tensor, query: Tensor, key: Tensor, 
     """
     expected = (*torch.broadcast_shapes(query.shape[:-2], key.shape[:-2]), query.shape[-2], key.shape[-2])
     if not isinstance(distances, Tensor) or tuple(distances.shape) != expected:
-        got = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
-        raise ValueError(f"{source} must return distances of shape {expected}, got {got}")
+        received = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
+        raise ValueError(f"{source} must return distances of shape {expected}, got {received}")
     if not distances.numel() or not readable(distances):
         return
     least, largest = (float(end) for end in distances.detach().aminmax())
@@ -38,7 +38,7 @@ def check_distances(source: str, distances: Tensor, query: Tensor, key: Tensor, 
 
 
 def holds_parameters(thing) -> bool:
-    """Whether a function or object refers to something that trains: a tensor with a gradient, a module with parameters.
+    """Return whether a function or object refers to a tensor with a gradient or a module with parameters.
 
     Looked through are closures, defaults, globals that a function names, bound objects, attributes and containers.
     """
@@ -56,7 +56,7 @@ def holds_parameters(thing) -> bool:
 
 
 def _parts(thing) -> list:
-    """What a function, object or container refers to."""
+    """Return what a function, object or container refers to."""
     if isinstance(thing, Tensor | nn.Module | type | ModuleType):
         return []
     if isinstance(thing, dict):
@@ -69,15 +69,15 @@ def _parts(thing) -> list:
         return [thing.__self__, thing.__func__]
     if isinstance(thing, FunctionType):
         named = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
-        given = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-        return [*map(_content, thing.__closure__ or ()), *named, *given]
+        argument_defaults = [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        return [*map(_content, thing.__closure__ or ()), *named, *argument_defaults]
     # A method says what it refers to as a function does.
     methods = [value for value in vars(type(thing)).values() if isinstance(value, FunctionType)]
     return [*getattr(thing, "__dict__", {}).values(), *methods]
 
 
 def _content(cell):
-    """What a closure's cell holds; None where it is still to be filled."""
+    """Return what a closure's cell holds; None where it is not filled yet."""
     try:
         return cell.cell_contents
     except ValueError:

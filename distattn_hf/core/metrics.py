@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
+from .kernel_cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
 from .metric_checks import check_distances, holds_parameters
 from .registry import Registry
 
@@ -21,7 +21,7 @@ _NORM_EPSILON = 1e-12
 
 
 class Metric:
-    """One distance. A subclass gives `distance`; the rest has defaults that are right but slower."""
+    """Base class of distances. A subclass gives `distance`; the rest has defaults that are correct but slower."""
 
     name: str = ""
     aliases: tuple[str, ...] = ()
@@ -37,25 +37,25 @@ class Metric:
     elementwise: bool = False
     # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
     # cosine, which forgets the norms, gains most from them.
-    preferred_transform: str = "linear"
+    preferred_transform: str = "maps"
 
     def distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
-        """Distances (..., N, M), written as the definition: slow, readable, the oracle of the fast forms."""
+        """Return distances (..., N, M) by the definition: slow, readable, the reference of the fast forms."""
         raise NotImplementedError
 
     def fast_distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:
-        """The same distances without a (..., N, M, d) tensor."""
+        """Return the same distances without a (..., N, M, d) tensor."""
         return self.distance(query, key, p)
 
     def checked_distance(self, query: Tensor, key: Tensor, p: float | None = None, fast: bool = True) -> Tensor:
-        """`fast_distance`, or `distance`; raises `ValueError` where a metric of the user's own gives no distances."""
+        """Return `fast_distance`, or `distance`; raises `ValueError` where a user's own metric gives no distances."""
         distances = (self.fast_distance if fast else self.distance)(query, key, p)
         if self is not BUILT_IN.get(self.name):
             check_distances(f"metric {self.name!r}", distances, query, key, signed=not self.is_distance)
         return distances
 
     def dot_form(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float]:
-        """(q', k', key_bias or None, factor) with -distance = factor·q'·k' + key_bias + (a constant of the row).
+        """Return (q', k', key_bias or None, factor) with -distance = factor·q'·k' + key_bias + (a constant of the row).
 
         A metric that overrides this runs by scaled_dot_product_attention. key_bias is (..., M).
         """
@@ -67,15 +67,15 @@ class Metric:
         return type(self).dot_form is not Metric.dot_form
 
     def temperature(self, head_dim: int, p: float | None = None) -> float:
-        """Standard deviation of the distance along a row, for q and k from N(0, I_d)."""
+        """Return the standard deviation of the distance along a row, for q and k from N(0, I_d)."""
         return _measured_temperature(self, head_dim, p)
 
     def default_lambda(self, head_dim: int, scaling: float, p: float | None = None) -> float:
-        """λ that gives -λ·scaling·distance unit deviation along a row, for q and k from N(0, I_d)."""
+        """Return the λ that gives -λ·scaling·distance unit deviation along a row, for q and k from N(0, I_d)."""
         return 1.0 / (scaling * self.temperature(head_dim, p))
 
     def validate(self, p: float | None) -> float | None:
-        """Check the order `p` that came with this metric; only `lp` takes one."""
+        """Check and return the order `p` given with this metric; only `lp` takes one."""
         if p is not None:
             raise ValueError(f"p={p!r} was given with metric {self.name!r}; only 'lp' takes an order p")
         return None
@@ -83,7 +83,7 @@ class Metric:
 
 @lru_cache(maxsize=256)
 def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> float:
-    """Row deviation of the distance between 256 queries and 1,024 keys drawn from N(0, I_d) with a fixed seed."""
+    """Measure the row deviation of distances of 256 queries, 1,024 keys from N(0, I_d) with a fixed seed."""
     # transformers builds models on the meta device and in the checkpoint's dtype: neither may reach this measurement.
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
@@ -96,14 +96,14 @@ def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> flo
 
 
 def _pairwise_difference(query: Tensor, key: Tensor, reduce) -> Tensor:
-    """reduce(q_i - k_j) over the last axis, in blocks of queries so that (..., N, M, d) never exists at once."""
+    """Apply reduce(q_i - k_j) over the last axis, by blocks of queries: (..., N, M, d) never exists at once."""
     block = max(1, 2**24 // max(1, key.numel()))
     rows = [reduce(query[..., i : i + block, None, :] - key[..., None, :, :]) for i in range(0, query.shape[-2], block)]
     return torch.cat(rows, dim=-2) if rows else query.new_zeros(*query.shape[:-1], key.shape[-2])
 
 
 def _squared_distance(query: Tensor, key: Tensor) -> Tensor:
-    """‖q‖² + ‖k‖² - 2q·k. Each entry depends on its own query and key alone, so a masked key changes no bit of others.
+    """Compute ‖q‖² + ‖k‖² - 2q·k; an entry depends on its own query and key only, so masked keys change no other.
 
     (Moving both by the mean key first would lose fewer digits where q ≈ k, at the price of that property.)
     """
@@ -112,7 +112,7 @@ def _squared_distance(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _cdist(query: Tensor, key: Tensor, p: float) -> Tensor:
-    """`torch.cdist` over any number of (broadcastable) leading axes."""
+    """Apply `torch.cdist` over any number of (broadcastable) leading axes."""
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
     query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
     return torch.cdist(query.contiguous(), key.contiguous(), p=p, compute_mode="donot_use_mm_for_euclid_dist")
@@ -136,7 +136,7 @@ class _CompiledDistance(torch.autograd.Function):
 
 
 class _ShareAmongLargest(torch.autograd.Function):
-    """max|q-k| as it is; the gradient is divided by the number of coordinates that reach the maximum.
+    """max|q-k|, with its gradient divided by the number of coordinates that reach the maximum.
 
     `torch.cdist` gives each of them the whole gradient. Half precision has many such ties: without this, 5% of the
     gradient of bfloat16 vectors is wrong.
@@ -181,7 +181,7 @@ class SquaredEuclidean(Metric):
 class LiftedSquaredEuclidean(Metric):
     """‖[q, 0] - [k, √(R²-‖k‖²)]‖² with R = max‖k‖: equals ‖q‖² + R² - 2q·k, that is dot-product attention.
 
-    What `init="exact"` uses. R depends on the keys, but only through a constant of the row.
+    Used by `init="exact"`. R depends on the keys, but only through a constant of the row.
     """
 
     name, rotation_invariant = "lifted_sqeuclidean", True
@@ -268,7 +268,7 @@ class Minkowski(Metric):
         return self._eager_distance(query, key, p)
 
     def _compiled(self, query, key) -> bool:
-        """Whether the CPU kernels compute these distances; torch.compile has no graph for them and takes cdist."""
+        """Return whether the CPU kernels compute these distances; torch.compile has no graph for them, takes cdist."""
         tensors = (query, key)
         return (
             all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
@@ -319,7 +319,7 @@ class DotProduct(Metric):
 
 
 class FunctionMetric(Metric):
-    """The user's own: any function (query (..., N, d), key (..., M, d)) -> distances (..., N, M)."""
+    """A user's own metric: any function (query (..., N, d), key (..., M, d)) -> distances (..., N, M)."""
 
     def __init__(self, name, function, *, aliases=(), rotation_invariant=False):
         self.name, self.function, self.aliases = name, function, tuple(aliases)
@@ -337,7 +337,7 @@ for _metric in BUILT_IN.values():
 
 
 def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotation_invariant=False, overwrite=False):
-    """Make a distance usable by name in `AttentionSpec(metric=name)` and `distance_attention(metric=name)`.
+    """Register a distance by name, for `AttentionSpec(metric=name)` and `distance_attention(metric=name)`.
 
     Args:
         name: the metric's name, used in configs and saved checkpoints.
@@ -363,13 +363,13 @@ def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotatio
     if not isinstance(metric, Metric):
         metric = FunctionMetric(name, metric, aliases=aliases, rotation_invariant=rotation_invariant)
     METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)
-    # Models look their metric up by `metric.name`: a subclass of a built-in one must not answer to its parent's name.
+    # Models look their metric up by `metric.name`: a subclass of a built-in one must not keep its parent's name.
     metric.name = name
     return metric
 
 
 def get_metric(name: str) -> Metric:
-    """The metric registered under `name` or an alias; raises `ValueError` listing what exists."""
+    """Return the metric registered under `name` or an alias; raises `ValueError` listing the known ones."""
     try:
         return METRICS.get(name)
     except ValueError as error:

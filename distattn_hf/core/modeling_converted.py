@@ -14,88 +14,32 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
-from .cache import RefusesAssistance, use_nystrom_cache
+from .attention_spec import OPTIONS, AttentionSpec
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
     MODEL_TYPE_PREFIX,
-    OPTIONS,
-    AttentionSpec,
     auto_classes,
     auto_map_of,
     config_class_for,
     listed_classes,
 )
 from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
-from .interface import (
-    EAGER_IMPLEMENTATION,
-    FULL_MASK_IMPLEMENTATION,
-    IMPLEMENTATION,
-    LINEAR_EAGER_IMPLEMENTATION,
-    LINEAR_IMPLEMENTATION,
-)
-from .loading import KeepsLoadedWeights
-from .monitor import Monitored
-from .options import check_backend, set_options, with_options
-from .parameters import DistanceAttentionState
+from .families import Heads, KeepsLoadedWeights, Monitored, register_models
+from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
+from .nystrom_cache import RefusesAssistance, use_nystrom_cache
+from .parameters import DistanceAttentionState, check_backend, set_options, with_options
 from .relative_bias import give_relative_bias, has_relative_bias
-
-logger = logging.get_logger(__name__)
 
 REPORT_NAME = "distattn_report.json"
 
-_ALLOWED_IMPLEMENTATIONS = {
-    None: IMPLEMENTATION,
-    "sdpa": IMPLEMENTATION,
-    IMPLEMENTATION: IMPLEMENTATION,
-    FULL_MASK_IMPLEMENTATION: IMPLEMENTATION,
-    "eager": EAGER_IMPLEMENTATION,
-    EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
-    LINEAR_IMPLEMENTATION: IMPLEMENTATION,
-    LINEAR_EAGER_IMPLEMENTATION: EAGER_IMPLEMENTATION,
-}
-IMPLEMENTATIONS = (*dict.fromkeys(_ALLOWED_IMPLEMENTATIONS.values()), FULL_MASK_IMPLEMENTATION)
-IMPLEMENTATIONS += (LINEAR_IMPLEMENTATION, LINEAR_EAGER_IMPLEMENTATION)
-
-
-def resolve_implementation(requested, supports_sdpa: bool = True, linear: bool = False) -> str:
-    """Our attention function for what the user asked for; raises `ValueError` for what cannot be had.
-
-    None and "sdpa" (transformers' default) run each spec's own backend, "eager" the readable reference. Any other name
-    would silently put dot-product attention back.
-    """
-    if isinstance(requested, dict):
-        requested = requested.get("", None)
-    if requested not in _ALLOWED_IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation={requested!r} is not available for distance attention; use None or 'sdpa' (the "
-            "backend of each AttentionSpec) or 'eager' (the reference)"
-        )
-    chosen = _ALLOWED_IMPLEMENTATIONS[requested]
-    if linear:
-        if not supports_sdpa:
-            raise ValueError(
-                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
-            )
-        return LINEAR_IMPLEMENTATION if chosen == IMPLEMENTATION else LINEAR_EAGER_IMPLEMENTATION
-    return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
-
-
-def say_what_sdpa_means(requested, model) -> None:
-    """Tell, once, who asks a model of ours for "sdpa" that it gives no dot-product attention."""
-    if "sdpa" in (requested, requested.get("") if isinstance(requested, dict) else None):
-        logger.warning_once(
-            f"{type(model).__name__}: attn_implementation='sdpa' stands here for the attention that the config "
-            "says, by the backend of each AttentionSpec, as by default; it is not dot-product attention. To run a "
-            "metric by PyTorch's scaled_dot_product_attention, where it can, set AttentionSpec(backend='sdpa')"
-        )
-
 
 def _same(before: list[float] | None, now: list[float] | None) -> bool:
-    """Whether numbers are equal but for the six digits that a report has."""
+    """Return whether numbers are equal to the six digits of a report."""
     if before is None or now is None:
         return before is now
     return len(before) == len(now) and all(
@@ -123,8 +67,8 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         super().__init__(config, *args, **kwargs)
 
     def _resolve(self, requested, config) -> str:
-        linear = any(spec.mechanism == "nystrom" for spec in config.attention_specs)
-        return resolve_implementation(requested, self._supports_sdpa, linear)
+        has_nystrom = any(spec.mechanism == "nystrom" for spec in config.attention_specs)
+        return resolve_implementation(requested, self._supports_sdpa, has_nystrom)
 
     def post_init(self):
         # All modules exist now and none is initialised or placed yet: the last moment to add ours.
@@ -149,14 +93,14 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """What transformers' own class answers: for custom code it would leave out part of the initialisation.
+        """Return what the base class does: for custom code transformers would leave out part of the initialisation.
 
-        What custom code needs instead, that its initialisation changes nothing loaded, `KeepsLoadedWeights` sees to.
+        `KeepsLoadedWeights` does what custom code needs instead: its initialisation changes nothing loaded.
         """
         return cls.base_class.is_custom_code()
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """transformers' own, for None, "sdpa" and "eager" (see `resolve_implementation`)."""
+        """Set the implementation as transformers does: None, "sdpa" or "eager" (see `resolve_implementation`)."""
         implementation = self._resolve(attn_implementation, self.config)
         say_what_sdpa_means(attn_implementation, self)
         super().set_attn_implementation(implementation, *args, **kwargs)
@@ -169,22 +113,22 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
             with open(f"{path}.tmp", "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
             os.replace(f"{path}.tmp", path)
-        found = super().save_pretrained(save_directory, *args, **kwargs)
+        result = super().save_pretrained(save_directory, *args, **kwargs)
         if not self.config.name_or_path:
             # Now it has a name, which adapters made from here on refer to.
             self.name_or_path = self.config.name_or_path = str(save_directory)
-        return found
+        return result
 
     def set_attention_options(self, **options) -> None:
-        """Set what no fit depends on, in the modules and in the config, so that `save_pretrained` keeps it.
+        """Set options that no fit depends on, in modules and config, so that `save_pretrained` keeps them.
 
         exact_below and window_size (no smaller than it is) of Nyström specs, backend of the others (see
         `AttentionSpec`). Caches that were begun before cannot go on. Raises `ValueError`, before anything is changed,
         for any other name, a value that cannot be, and an option that no spec of the model has.
         """
         groups = [group for state in self.attention_states.values() for group in state.groups]
-        mine = [{n: v for n, v in options.items() if OPTIONS.get(n) == group.spec.mechanism} for group in groups]
-        changed = [with_options([group.spec], own)[0] for group, own in zip(groups, mine, strict=True)]
+        choices = [{n: v for n, v in options.items() if OPTIONS.get(n) == group.spec.mechanism} for group in groups]
+        changed = [with_options([group.spec], choice)[0] for group, choice in zip(groups, choices, strict=True)]
         set_options(self.config, options)
         for group, spec in zip(groups, changed, strict=True):
             group.spec = spec
@@ -194,41 +138,52 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         """Load as the base class does; options of `set_attention_options` are taken, too (`exact_below=2048`)."""
         # A name that the base model's config has is its own.
         chosen = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs and not hasattr(cls.config_class, name)}
-        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
         if chosen:
             model.set_attention_options(**chosen)
         if pretrained_model_name_or_path is not None:
             names = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             model._report_source = (str(pretrained_model_name_or_path), options)
-        return found
+        return result
 
     @property
-    def conversion_report(self) -> dict | None:
-        """What the conversion did, as a dict: set by `convert`, read from the checkpoint afterwards; None if absent."""
+    def conversion_report(self):
+        """The `distattn_hf.ConversionReport` of `convert`, afterwards of the checkpoint; None if absent.
+
+        Without the package, in a checkpoint's own code, the dict that its `to_dict` gave.
+        """
+        if (data := self._report_data()) is None:
+            return None
+        try:
+            from distattn_hf.conversion.report import ConversionReport
+        except ImportError:
+            return data
+        return ConversionReport.from_dict(data)
+
+    @conversion_report.setter
+    def conversion_report(self, report):
+        self._conversion_report = report if report is None or isinstance(report, dict) else report.to_dict()
+
+    def _report_data(self) -> dict | None:
         if self._conversion_report is None and self._report_source is not None:
             source, options = self._report_source
             self._report_source = None
             try:
-                found = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **options)
+                path = cached_file(source, REPORT_NAME, _raise_exceptions_for_missing_entries=False, **options)
             except OSError:
-                # The folder it was loaded from is gone since, or the Hub is.
-                found = None
-            if found is not None:
-                with open(found, encoding="utf-8") as file:
+                # The folder it was loaded from no longer exists, or the Hub cannot be reached.
+                path = None
+            if path is not None:
+                with open(path, encoding="utf-8") as file:
                     self._conversion_report = json.load(file)
         return self._conversion_report
 
-    @conversion_report.setter
-    def conversion_report(self, report: dict | None):
-        self._conversion_report = report
-
     def report_as_it_is(self) -> dict | None:
-        """`conversion_report` with λ and α as they are now; "changed_since" says whether they have changed."""
-        if self.conversion_report is None:
+        """Return `conversion_report` as a dict, with λ and α of now; "changed_since" says whether they changed."""
+        if (report := copy.deepcopy(self._report_data())) is None:
             return None
-        report = copy.deepcopy(self.conversion_report)
         values = {
             (name, tuple(range(state.num_heads) if heads is None else heads)): group.reported_values()
             for name, state in self.attention_states.items()
@@ -236,13 +191,13 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         }
         changed = bool(report.get("changed_since"))
         for entry in report["groups"]:
-            for name, now in values.get((entry["module"], tuple(entry["heads"])), {}).items():
-                changed = changed or not _same(entry.get(name), now)
-                entry[name] = now
+            for name, current_values in values.get((entry["module"], tuple(entry["heads"])), {}).items():
+                changed = changed or not _same(entry.get(name), current_values)
+                entry[name] = current_values
         return {**report, "changed_since": changed}
 
     def attention_modules(self) -> dict[str, nn.Module]:
-        """The converted attention modules by base-relative name."""
+        """Return the converted attention modules by base-relative name."""
         return {name: locate(self, name) for name in self.attention_states}
 
     @property
@@ -266,7 +221,7 @@ def _own_scaling(module: nn.Module) -> float | None:
 
 
 def _check_implementation(module: nn.Module, arguments) -> None:
-    """Forward pre-hook of converted attention modules: another implementation would silently run dot product."""
+    """Refuse another implementation, which would run dot product (forward pre-hook of converted modules)."""
     implementation = module.config._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -307,7 +262,7 @@ def attach_states(model: PreTrainedModel) -> None:
             module.register_forward_pre_hook(_check_implementation)
             if module.distattn.is_nystrom and entry["kind"] == "self" and getattr(module, "is_causal", False):
                 module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
-                # Its cache does not go back, which transformers asks before it assists a generation.
+                # Its cache cannot be cropped, which transformers checks before assisted generation.
                 model._is_stateful = True
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
@@ -332,7 +287,7 @@ def _refuse_new_layers(model, specs, modules) -> None:
 
 
 def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The converted class that extends `base`, made once, with the config class that goes with it."""
+    """Return the converted class that extends `base`, made once, with its config class."""
     name = CLASS_PREFIX + base.__name__
     # Making a config class registers its family, this class included: first that, then look.
     config_class = config_class_for(base.config_class)
@@ -354,7 +309,7 @@ def model_class_for(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
-    """Names of the Auto classes that list `base` for its config."""
+    """Return names of the Auto classes that list `base` for its config."""
     names = []
     for auto_name, auto_class in auto_classes().items():
         if base.__name__ in listed_classes(auto_class, base.config_class.model_type):
@@ -362,20 +317,27 @@ def auto_class_names(base: type[PreTrainedModel]) -> list[str]:
     return names
 
 
-def register_family(base_model_type: str) -> type:
-    """Register one family's config and head classes with the Auto classes; returns the config class."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+def heads_of(base_config: type[PreTrainedConfig]) -> Heads:
+    """Return the converted classes of all that the Auto classes list for a config class of transformers."""
+    heads = {}
+    for auto_name, auto_class in auto_classes().items():
+        listed = listed_classes(auto_class, base_config.model_type)
+        if names := [name for name in listed if hasattr(transformers, name)]:
+            heads[auto_name] = tuple(model_class_for(getattr(transformers, name)) for name in names)
+    return heads
 
+
+def register_family(base_model_type: str) -> type[PreTrainedConfig]:
+    """Register one family's config and head classes with the Auto classes; returns the config class."""
     base_config = CONFIG_MAPPING[base_model_type]
     config_class = config_class_for(base_config)
     AutoConfig.register(MODEL_TYPE_PREFIX + base_model_type, config_class, exist_ok=True)
-    for auto_class in auto_classes().values():
-        names = listed_classes(auto_class, base_model_type)
-        classes = tuple(model_class_for(getattr(transformers, n)) for n in names if hasattr(transformers, n))
-        classes = tuple(c for c in classes if c.config_class is config_class)
-        if classes:
-            mapping = auto_class._model_mapping
-            mapping.register(config_class, classes[0] if len(classes) == 1 else classes, exist_ok=True)
+    heads = {}
+    for auto_name, classes in heads_of(base_config).items():
+        # Some types list classes of another config, such as that of their text part.
+        if own_classes := tuple(kind for kind in classes if kind.config_class is config_class):
+            heads[auto_name] = own_classes
+    register_models(config_class, heads)
     return config_class
 
 

@@ -1,6 +1,7 @@
 """The native family: encoders and causal decoders to train from scratch, with any mechanism and positional encoding."""
 
 from types import SimpleNamespace
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +30,23 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnLayer, DistAttnPreTrainedModel, check_arguments, make_norm, register_models
+from .native_layers import (
+    CallArguments,
+    DistAttnLayer,
+    DistAttnPreTrainedModel,
+    check_arguments,
+    make_norm,
+    register_heads,
+)
 
 
 def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Tensor, device) -> Tensor:
-    """Positions (B or 1, N) of the last N tokens: padding, wherever it stands, is not counted."""
+    """Return positions (B or 1, N) of the last N tokens: padding, wherever it stands, is not counted."""
     index = torch.arange(num_queries, device=device) + past
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return index[None]
-    counted = attention_mask.long().cumsum(-1) - 1
-    return counted.clamp(min=0)[:, index.clamp(max=counted.shape[1] - 1)]
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.clamp(min=0)[:, index.clamp(max=positions.shape[1] - 1)]
 
 
 def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor = 0) -> None:
@@ -58,17 +66,17 @@ def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, 
 
     transformers takes each start for a document of its own where neither mask nor cache is given, and nowhere else.
     """
-    apart = attention_mask is None and cache is None
-    if position_ids is None or position_ids.shape[-1] == 1 or apart or torch.compiler.is_compiling():
+    separates_documents = attention_mask is None and cache is None
+    if position_ids is None or position_ids.shape[-1] == 1 or separates_documents or torch.compiler.is_compiling():
         return
     kept = torch.ones_like(position_ids, dtype=torch.bool)
     if isinstance(attention_mask, Tensor):
-        if attention_mask.dim() == 4:  # says itself who sees whom
+        if attention_mask.dim() == 4:  # the mask itself says which tokens see each other
             return
         kept = attention_mask[:, -position_ids.shape[-1] :].bool()
-    before = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
-    now = position_ids[:, 1:]
-    if bool((kept[:, 1:] & ((before > now) | (now == 0) & (before >= 0))).any()):
+    earlier_max = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
+    positions = position_ids[:, 1:]
+    if bool((kept[:, 1:] & ((earlier_max > positions) | (positions == 0) & (earlier_max >= 0))).any()):
         raise ValueError(
             "position_ids start anew within a row (packed documents), which keeps documents apart only without "
             "attention_mask and cache: leave out attention_mask and past_key_values, and pass use_cache=False"
@@ -82,6 +90,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         "hidden_states": DistAttnLayer,
         "attentions": OutputRecorder(DistAttnAttention, index=1, layer_name="self_attn"),
     }
+    _output_class = BaseModelOutputWithPast
 
     def __init__(self, config: DistAttnConfig):
         super().__init__(config)
@@ -108,23 +117,23 @@ class DistAttnModel(DistAttnPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
+        """Return hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
 
         position_ids that start anew within a row mark documents of their own (packing): a causal model keeps them apart
         where neither attention_mask nor cache is given (use_cache=False), and refuses them otherwise; an encoder never
         keeps them apart.
         """
         cache = one_cache(past_key_values, cache)
-        if stray := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
-            raise ValueError(f"{stray[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
+        if misnamed := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+            raise ValueError(f"{misnamed[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
         arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         hidden_states = self._run(**arguments, **kwargs)
-        return BaseModelOutputWithPast(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
+        return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
     def _prepare(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> dict:
-        """What all layers get, and the embeddings."""
+        """Return what all layers get, and the embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -135,8 +144,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = self._new_cache()
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        past = 0 if own is None else own.get_seq_length()
+        self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        past = 0 if self_cache is None else self_cache.get_seq_length()
         num_queries, device = inputs_embeds.shape[1], inputs_embeds.device
         # Static caches count in a tensor that the layers will change.
         past = past.clone() if isinstance(past, Tensor) else past
@@ -144,13 +153,13 @@ class DistAttnModel(DistAttnPreTrainedModel):
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
-            check_documents(position_ids, attention_mask, own)
-            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: own})
+            check_documents(position_ids, attention_mask, self_cache)
+            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: self_cache})
         else:
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
             position_ids = positions_of(attention_mask, num_queries, past, device)
-        num_keys = num_queries if own is None else own.get_mask_sizes(num_queries, 0)[0]
+        num_keys = num_queries if self_cache is None else self_cache.get_mask_sizes(num_queries, 0)[0]
         return {
             "hidden_states": self.dropout(self.positions.embed(inputs_embeds, position_ids)),
             "position_bias": self._bias(num_queries, num_keys, past, device),
@@ -178,12 +187,12 @@ class DistAttnModel(DistAttnPreTrainedModel):
 
 def _require_decoder(model_class: str, config: DistAttnConfig, wanted: bool) -> None:
     if config.is_decoder is not wanted:
-        why = "predicts the next token from those before" if wanted else "fills gaps from both sides"
-        raise ValueError(f"{model_class} {why} and needs is_decoder={wanted} in its config, got {config.is_decoder}")
+        task = "predicts the next token from those before" if wanted else "fills gaps from both sides"
+        raise ValueError(f"{model_class} {task} and needs is_decoder={wanted} in its config, got {config.is_decoder}")
 
 
 class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
-    """The next token from those before; raises `ValueError` unless config.is_decoder."""
+    """Predicts the next token from those before; raises `ValueError` unless config.is_decoder."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -206,19 +215,12 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> CausalLMOutputWithPast:
-        """Logits (B, N, vocab_size), and the mean loss of labels (B, N), which are shifted here; -100 is left out."""
+        """Return logits (B, N, vocab_size), and the mean loss of labels (B, N), shifted here; -100 is left out."""
         cache = one_cache(past_key_values, cache)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        arguments = {"inputs_embeds": inputs_embeds, "use_cache": use_cache, "cache": cache, **kwargs}
+        outputs = self.model(input_ids, attention_mask, position_ids, **arguments)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -229,7 +231,7 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
 
 
 class DistAttnForMaskedLM(DistAttnPreTrainedModel):
-    """The tokens under the masks, from both sides; raises `ValueError` where config.is_decoder."""
+    """Predicts masked tokens from both sides; raises `ValueError` where config.is_decoder."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -248,16 +250,10 @@ class DistAttnForMaskedLM(DistAttnPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> MaskedLMOutput:
-        """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        """Return logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
@@ -266,24 +262,24 @@ class DistAttnForMaskedLM(DistAttnPreTrainedModel):
 
 
 class DistAttnForSequenceClassification(GenericForSequenceClassification, DistAttnPreTrainedModel):
-    """A label for each text, read from its last token that is not padding."""
+    """Predicts a label for each text from its last token that is not padding."""
 
     # Its loss is a mean over the batch it gets, which Trainer must know to accumulate gradients.
     accepts_loss_kwargs = False
 
 
 class DistAttnForTokenClassification(GenericForTokenClassification, DistAttnPreTrainedModel):
-    """A label for each token."""
+    """Predicts a label for each token."""
 
     accepts_loss_kwargs = False
 
 
 class DistAttnForQuestionAnswering(GenericForQuestionAnswering, DistAttnPreTrainedModel):
-    """First and last token of the answer."""
+    """Predicts the first and last token of the answer."""
 
 
 class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
-    """Which of C texts fits best: each is read alone and scored from its last token that is not padding."""
+    """Scores C texts, each read alone, from the last token that is not padding."""
 
     def __init__(self, config: DistAttnConfig):
         super().__init__(config)
@@ -302,40 +298,38 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> MultipleChoiceModelOutput:
-        """Logits (B, C) of input_ids (B, C, N), and the mean loss of labels (B,).
+        """Return logits (B, C) of input_ids (B, C, N), and the mean loss of labels (B,).
 
         Without an attention_mask the last token is read.
         """
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
+        model_inputs = input_ids if input_ids is not None else inputs_embeds
+        if model_inputs is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        batch, choices, length = given.shape[:3]
+        batch, choices, length = model_inputs.shape[:3]
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         flat = {name: None if t is None else t.reshape(-1, length) for name, t in named.items()}
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.flatten(0, 1)
         outputs = self.model(**flat, inputs_embeds=inputs_embeds, **kwargs)
-        last = torch.full((batch * choices,), length - 1, device=given.device)
+        last = torch.full((batch * choices,), length - 1, device=model_inputs.device)
         if flat["attention_mask"] is not None:
-            last = (flat["attention_mask"].long() * torch.arange(length, device=given.device)).argmax(-1)
-        rows = torch.arange(batch * choices, device=given.device)
+            last = (flat["attention_mask"].long() * torch.arange(length, device=model_inputs.device)).argmax(-1)
+        rows = torch.arange(batch * choices, device=model_inputs.device)
         pooled = outputs.last_hidden_state[rows, last]
         logits = self.score(self.dropout(pooled)).view(batch, choices)
         loss = None if labels is None else fixed_cross_entropy(logits, labels, num_items_in_batch)
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
-register_models(
+register_heads(
     DistAttnConfig,
-    {
-        "AutoModel": DistAttnModel,
-        "AutoModelForCausalLM": DistAttnForCausalLM,
-        "AutoModelForMaskedLM": DistAttnForMaskedLM,
-        "AutoModelForSequenceClassification": DistAttnForSequenceClassification,
-        "AutoModelForTokenClassification": DistAttnForTokenClassification,
-        "AutoModelForQuestionAnswering": DistAttnForQuestionAnswering,
-        "AutoModelForMultipleChoice": DistAttnForMultipleChoice,
-    },
+    AutoModel=DistAttnModel,
+    AutoModelForCausalLM=DistAttnForCausalLM,
+    AutoModelForMaskedLM=DistAttnForMaskedLM,
+    AutoModelForSequenceClassification=DistAttnForSequenceClassification,
+    AutoModelForTokenClassification=DistAttnForTokenClassification,
+    AutoModelForQuestionAnswering=DistAttnForQuestionAnswering,
+    AutoModelForMultipleChoice=DistAttnForMultipleChoice,
 )

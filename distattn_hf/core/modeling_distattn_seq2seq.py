@@ -1,5 +1,7 @@
 """The native encoder-decoder: cross-attention and self-attention by any mechanism that has the form."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -14,18 +16,17 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
 from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnSeq2SeqConfig
 from .modeling_distattn import DistAttnModel, check_padding_mask
 from .native_attention import DistAttnAttention
-from .native_layers import DistAttnPreTrainedModel, register_models
+from .native_layers import CallArguments, DistAttnPreTrainedModel, register_heads
 
 
 class DistAttnDecoder(DistAttnModel):
-    """A causal decoder that also looks at an encoder's output."""
+    """A causal decoder with cross-attention to an encoder's output."""
 
     config_class = DistAttnSeq2SeqConfig
     _has_cross_attention = True
@@ -34,54 +35,38 @@ class DistAttnDecoder(DistAttnModel):
         "cross_attentions": OutputRecorder(DistAttnAttention, index=1, layer_name="cross_attn"),
     }
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Hidden states (B, N, D), given those of the encoder (B, M, D) and which of them are padding (B, M)."""
-        cache = one_cache(past_key_values, cache)
+    _output_class = BaseModelOutputWithPastAndCrossAttentions
+
+    def _run(self, hidden_states, position_bias, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
+        """Pass the layers the encoder's hidden states (B, M, D) and its padding mask (B, M), too."""
         if encoder_hidden_states is None:
             raise ValueError("a decoder of an encoder-decoder model needs encoder_hidden_states")
+        cache = kwargs[CACHE_NAME]
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
                 "past_key_values of an encoder-decoder model must be an EncoderDecoderCache, which has room for the "
                 f"encoder's keys, too; got {type(cache).__name__}"
             )
-        arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         check_padding_mask("encoder_attention_mask", encoder_attention_mask, encoder_hidden_states)
-        encoder_mask = create_bidirectional_mask(
+        kwargs["encoder_attention_mask"] = create_bidirectional_mask(
             config=self.config,
-            inputs_embeds=arguments["hidden_states"],
+            inputs_embeds=hidden_states,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
-        hidden_states = self._run(
-            **arguments, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_mask, **kwargs
-        )
-        return BaseModelOutputWithPastAndCrossAttentions(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
+        return super()._run(hidden_states, position_bias, encoder_hidden_states, **kwargs)
 
     def _new_cache(self):
         return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
 
 
 class _Seq2Seq(DistAttnPreTrainedModel):
-    """What both encoder-decoder classes share."""
+    """Base class of both encoder-decoder classes."""
 
     config_class = DistAttnSeq2SeqConfig
 
     def resize_token_embeddings(self, *args, **kwargs):
-        """transformers' own, for the decoder's embeddings, too, where they are not the encoder's."""
+        """Resize as transformers does, the decoder's embeddings, too, where they are not the encoder's."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if not self.config.tie_word_embeddings:
             self.get_decoder().resize_token_embeddings(*args, **kwargs)
@@ -89,7 +74,7 @@ class _Seq2Seq(DistAttnPreTrainedModel):
 
 
 class DistAttnSeq2SeqModel(_Seq2Seq):
-    """Encoder and decoder; they share their embeddings where config.tie_word_embeddings."""
+    """Encoder and decoder, with shared embeddings where config.tie_word_embeddings."""
 
     _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
 
@@ -120,9 +105,9 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> Seq2SeqModelOutput:
-        """The decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
+        """Return the decoder's hidden states (B, N, D) for decoder_input_ids (B, N), given input_ids (B, M)."""
         cache = one_cache(past_key_values, cache)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -153,7 +138,7 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
 
 
 class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
-    """The next token of an answer to a text."""
+    """Predicts the next token of an answer to a text."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
 
@@ -164,7 +149,7 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Labels (B, N) one to the right, from the start token on."""
+        """Shift labels (B, N) one to the right, beginning with the start token."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
             raise ValueError(f"labels need decoder_start_token_id and pad_token_id, got {start!r} and {pad!r}")
@@ -185,9 +170,9 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[CallArguments],
     ) -> Seq2SeqLMOutput:
-        """Logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out.
+        """Return logits (B, N, vocab_size), and the mean loss of labels (B, N); -100 is left out.
 
         Without decoder inputs the labels are shifted to the right and become those. num_items_in_batch: how many labels
         the loss is a mean over, where the batch is a part of one (transformers' Trainer says it).
@@ -212,11 +197,10 @@ class DistAttnForConditionalGeneration(_Seq2Seq, GenerationMixin):
         if labels is not None:
             flat = logits.flatten(0, 1).float(), labels.flatten().to(logits.device)
             loss = fixed_cross_entropy(*flat, num_items_in_batch)
-        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **rest)
+        other_outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **other_outputs)
 
 
-register_models(
-    DistAttnSeq2SeqConfig,
-    {"AutoModel": DistAttnSeq2SeqModel, "AutoModelForSeq2SeqLM": DistAttnForConditionalGeneration},
+register_heads(
+    DistAttnSeq2SeqConfig, AutoModel=DistAttnSeq2SeqModel, AutoModelForSeq2SeqLM=DistAttnForConditionalGeneration
 )

@@ -1,4 +1,4 @@
-"""The attention module of the native family, whose mechanism the config names, and which choices go together."""
+"""The native family's attention module, whose mechanism the config names, and checks of which choices fit."""
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import logging
 
-from .cache import use_nystrom_cache
 from .compatibility import one_cache
 from .configuration_native import SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
 from .encodings import POSITIONAL_ENCODINGS
-from .interface import IMPLEMENTATION, weights_requested
+from .inputs import split_mask
+from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
 from .mechanisms import MECHANISMS
 from .metrics import METRICS, get_metric
-from .modeling_converted import IMPLEMENTATIONS, resolve_implementation
+from .nystrom_cache import use_nystrom_cache
 from .parameters import DistanceAttentionState
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ _WITH_WEIGHTS = ("eager", "sdpa", *IMPLEMENTATIONS)
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, position_bias=None, **kwargs
 ) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention written out: ((B, N, H, d), weights (B, H, N, M)); masks and biases are added."""
+    """Run dot-product attention written out: ((B, N, H, d), weights (B, H, N, M)); masks and biases are added."""
     key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
     logits = query @ key.mT * scaling
     for addend in (position_bias, attention_mask):
@@ -40,12 +40,12 @@ def eager_attention_forward(
 
 
 def attention_choice(config: DistAttnConfig, is_cross: bool) -> tuple[str, str | None, dict]:
-    """(mechanism, metric, options) of a config's self- or cross-attention."""
+    """Return (mechanism, metric, options) of a config's self- or cross-attention."""
     return config.cross_choice() if is_cross else (config.mechanism, config.metric, config.mechanism_options)
 
 
 def known_mechanisms() -> str:
-    """The names that a config's `mechanism` may have, for error messages."""
+    """Return the names that a config's `mechanism` may have, for error messages."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
     return f"{', '.join(names)}; or a metric: {METRICS.describe()}"
 
@@ -72,7 +72,7 @@ def check_choices(config: DistAttnConfig) -> None:
 
 
 def _canonical(field: str, mechanism: str, metric: str | None) -> tuple[str, str | None]:
-    """(mechanism, metric) in canonical names."""
+    """Return (mechanism, metric) in canonical names."""
     name = mechanism.lower()
     if name != "dot" and name not in SPEC_MECHANISMS:
         if name in MECHANISMS:
@@ -91,7 +91,7 @@ def _canonical(field: str, mechanism: str, metric: str | None) -> tuple[str, str
 
 
 def _check_form(config, encoding, is_cross: bool, is_causal: bool) -> None:
-    """Raise `ValueError` where one kind of attention cannot be had with this mechanism and encoding."""
+    """Raise `ValueError` where one kind of attention is not possible with this mechanism and encoding."""
     mechanism, metric, options = attention_choice(config, is_cross)
     has_bias = encoding.is_bias and not is_cross
     try:
@@ -137,13 +137,13 @@ config_checks.append(check_choices)
 
 
 def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bool):
-    """transformers' attention function for a model of this family; raises `ValueError` for what cannot be had.
+    """Return transformers' attention function for this family; raises `ValueError` for one that is not possible.
 
     crosses: the model has cross-attention, too.
     """
-    used = {attention_choice(config, is_cross)[0] for is_cross in ((False, True) if crosses else (False,))}
-    if used != {"dot"}:
-        return resolve_implementation(requested, linear=bool(used - {"dot", "distance"}))
+    mechanisms = {attention_choice(config, is_cross)[0] for is_cross in ((False, True) if crosses else (False,))}
+    if mechanisms != {"dot"}:
+        return resolve_implementation(requested, nystrom=bool(mechanisms - {"dot", "distance"}))
     if requested in IMPLEMENTATIONS:
         return "eager" if "eager" in requested else "sdpa"
     takes_bias = requested in (None, "eager", "sdpa", "flex_attention")
@@ -156,23 +156,83 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
     return requested
 
 
-class DistAttnAttention(nn.Module):
-    """Multi-head attention of hidden states (B, N, D), among themselves or to another sequence (B, M, D)."""
+class AttentionHeads(nn.Module):
+    """Projections to heads and back, rotary positions, and a cache of keys and values; subclasses put attention
+    between.
+
+    The native models' attention is one, and so is each of the package's layers for PyTorch.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, layer_idx: int, bias: bool, key_value_size=None, key_value_heads=None
+    ):
+        super().__init__()
+        self.num_heads, self.head_dim, self.layer_idx = num_heads, hidden_size // num_heads, layer_idx
+        self.num_key_value_groups = num_heads // (key_value_heads or num_heads)
+        inputs, outputs = key_value_size or hidden_size, num_heads // self.num_key_value_groups * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.k_proj = nn.Linear(inputs, outputs, bias=bias)
+        self.v_proj = nn.Linear(inputs, outputs, bias=bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def _project(self, hidden_states, key_value_states, position_embeddings, cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query (B, H, N, d), and key and value (B, H_kv, M, d) of all tokens so far or of another sequence."""
+        query = self._heads(self.q_proj, hidden_states)
+        cross = isinstance(cache, EncoderDecoderCache) and key_value_states is not None
+        if cross and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return query, layer.keys, layer.values
+        key_value_inputs = hidden_states if key_value_states is None else key_value_states
+        key, value = self._heads(self.k_proj, key_value_inputs), self._heads(self.v_proj, key_value_inputs)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cross:
+            cache.is_updated[self.layer_idx] = True
+            return query, *cache.cross_attention_cache.update(key, value, self.layer_idx)
+        if cache is not None:
+            self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            key, value = self._extend(self_cache, key, value)
+        return query, key, value
+
+    def _heads(self, projection: nn.Linear, states: Tensor) -> Tensor:
+        """Project states to (B, heads, length, d)."""
+        return projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to the cache and return keys and values of all tokens so far."""
+        return cache.update(key, value, self.layer_idx)
+
+    def _by_mechanism(self, query, key, value, mask, **call) -> tuple[Tensor, Tensor | None]:
+        """Return (output (B, H, N, d), weights or None) of the module's mechanism; `call` as its forward takes it."""
+        keep = padding_alone(self.mechanism.name, mask, query, key.shape[2])
+        key, value = (repeat_kv(tensor, self.num_key_value_groups) for tensor in (key, value))
+        return self.mechanism(query, key, value, keep=keep, is_causal=self.is_causal, **call)
+
+
+def padding_alone(mechanism: str, mask: Tensor | None, query: Tensor, num_keys: int) -> Tensor | None:
+    """Return (B, M) bool from a mask of padding only; raises `ValueError` for any other mask."""
+    if mask is None:
+        return None
+    keep, bias = split_mask(mask, (*query.shape[:3], num_keys))
+    if bias is not None or keep.shape[1:3] != (1, 1):
+        raise ValueError(
+            f"mechanism {mechanism!r} takes a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}; "
+            "padding is bool or integers"
+        )
+    return keep[:, 0, 0].expand(len(query), num_keys)
+
+
+class DistAttnAttention(AttentionHeads):
+    """Multi-head attention of hidden states (B, N, D), to themselves or to another sequence (B, M, D)."""
 
     def __init__(self, config: DistAttnConfig, layer_idx: int, is_cross: bool = False):
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        super().__init__(config.hidden_size, heads, layer_idx, config.attention_bias, key_value_heads=kv_heads)
+        self.config = config
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_cross_attention = is_cross
         self.is_causal = config.is_decoder and not is_cross
-        key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         mechanism, metric, options = attention_choice(config, is_cross)
         self.mechanism = None
         if mechanism in SPEC_MECHANISMS:
@@ -197,55 +257,31 @@ class DistAttnAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(output (B, N, D), weights (B, H, N, M) where they are asked for)."""
+        """Return (output (B, N, D), weights (B, H, N, M) where they are asked for)."""
         cache = one_cache(past_key_values, cache)
-        query = self._heads(self.q_proj, hidden_states)
-        key_value = self._computed_before(key_value_states, cache)
-        if key_value is None:
-            source = hidden_states if key_value_states is None else key_value_states
-            key, value = self._heads(self.k_proj, source), self._heads(self.v_proj, source)
-            if position_embeddings is not None:
-                query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            key_value = self._remember(key, value, key_value_states, cache)
-        output, weights = self._attend(query, *key_value, attention_mask, position_bias, kwargs)
+        heads = self._project(hidden_states, key_value_states, position_embeddings, cache)
+        output, weights = self._attend(*heads, attention_mask, position_bias, kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def _heads(self, projection: nn.Linear, hidden_states: Tensor) -> Tensor:
-        """(B, heads, length, d)."""
-        return projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _computed_before(self, other, cache) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of another sequence where the cache has them."""
-        if other is None or not isinstance(cache, EncoderDecoderCache) or not cache.is_updated.get(self.layer_idx):
-            return None
-        layer = cache.cross_attention_cache.layers[self.layer_idx]
-        return layer.keys, layer.values
-
-    def _remember(self, key, value, other, cache) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens so far."""
-        if isinstance(cache, EncoderDecoderCache):
-            if other is not None:
-                cache.is_updated[self.layer_idx] = True
-            cache = cache.self_attention_cache if other is None else cache.cross_attention_cache
-        return (key, value) if cache is None else cache.update(key, value, self.layer_idx)
-
     def _attend(self, query, key, value, mask, position_bias, kwargs) -> tuple[Tensor, Tensor | None]:
-        """((B, N, H, d), weights or None) by the mechanism's module or by transformers' attention interface."""
+        """Return ((B, N, H, d), weights or None) by the mechanism's module or by transformers' attention interface."""
         dropout_p = self.attention_dropout if self.training else 0.0
-        implementation, wanted = self.config._attn_implementation, weights_requested(kwargs)
-        ours = self.mechanism is not None or hasattr(self, "distattn")
-        if ours and implementation not in IMPLEMENTATIONS:
+        implementation, return_weights = self.config._attn_implementation, weights_requested(kwargs)
+        uses_own_attention = self.mechanism is not None or hasattr(self, "distattn")
+        if uses_own_attention and implementation not in IMPLEMENTATIONS:
             raise ValueError(
                 f"config._attn_implementation was set to {implementation!r}, which would run dot-product attention in "
                 "place of the config's mechanism; call set_attn_implementation('sdpa' or 'eager') on the model"
             )
         if self.mechanism is not None:
-            return self._by_mechanism(query, key, value, mask, position_bias, dropout_p, wanted)
-        if wanted and implementation not in _WITH_WEIGHTS:
+            call = {"is_cross": self.is_cross_attention, "position_bias": position_bias, "dropout_p": dropout_p}
+            output, weights = self._by_mechanism(query, key, value, mask, return_weights=return_weights, **call)
+            return output.transpose(1, 2), weights
+        if return_weights and implementation not in _WITH_WEIGHTS:
             raise ValueError(
                 f"output_attentions: attn_implementation={implementation!r} returns no weights; use 'sdpa' or 'eager'"
             )
-        if wanted and implementation == "sdpa":
+        if return_weights and implementation == "sdpa":
             implementation = IMPLEMENTATION  # the same attention, written out where weights are asked for
         if position_bias is not None:
             kwargs = {**kwargs, "position_bias": position_bias}
@@ -253,22 +289,3 @@ class DistAttnAttention(nn.Module):
                 kwargs["position_bias"] = position_bias.to(query.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attend(self, query, key, value, mask, dropout=dropout_p, scaling=self.scaling, **kwargs)
-
-    def _by_mechanism(self, query, key, value, mask, position_bias, dropout_p, wanted):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[1:3] != (1, 1)):
-            raise ValueError(
-                f"mechanism {self.mechanism.name!r} takes a padding mask (B, M), got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}"
-            )
-        output, weights = self.mechanism(
-            query,
-            repeat_kv(key, self.num_key_value_groups),
-            repeat_kv(value, self.num_key_value_groups),
-            keep=None if mask is None else mask[:, 0, 0].expand(len(query), -1),
-            is_causal=self.is_causal,
-            is_cross=self.is_cross_attention,
-            dropout_p=dropout_p,
-            position_bias=position_bias,
-            return_weights=wanted,
-        )
-        return output.transpose(1, 2), weights

@@ -5,26 +5,24 @@ from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import TransformersKwargs
 
-from .cache import RefusesAssistance
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
-from .loading import KeepsLoadedWeights
+from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
+from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
-from .modeling_converted import IMPLEMENTATIONS, say_what_sdpa_means
-from .monitor import Monitored
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
+from .nystrom_cache import RefusesAssistance
 from .parameters import HeadParameters
 
 
 def make_norm(config: DistAttnConfig) -> nn.Module:
-    """The config's kind of normalisation."""
+    """Return a normalisation layer of the config's kind."""
     kind = {"layer_norm": nn.LayerNorm, "rms_norm": LlamaRMSNorm}[config.norm_type]
     return kind(config.hidden_size, eps=config.norm_eps)
 
@@ -34,16 +32,16 @@ class DistAttnMLP(nn.Module):
 
     def __init__(self, config: DistAttnConfig):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(size, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        size, intermediate_size, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, intermediate_size, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         up = self.up_proj(hidden_states)
-        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return self.down_proj(inner)
+        intermediate = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        return self.down_proj(intermediate)
 
 
 class DistAttnLayer(GradientCheckpointingLayer):
@@ -73,7 +71,7 @@ class DistAttnLayer(GradientCheckpointingLayer):
         use_cache: bool | None = None,
         **kwargs,
     ) -> Tensor:
-        """Hidden states (B, N, D) -> (B, N, D). What gradients flow through comes by position (see transformers)."""
+        """Map hidden states (B, N, D) -> (B, N, D). What gradients flow through is positional (see transformers)."""
         # Under transformers' own name, by which gradient checkpointing and offloading know it.
         kwargs[CACHE_NAME] = one_cache(past_key_values, cache)
         hidden_states = self._add(
@@ -97,30 +95,35 @@ class DistAttnLayer(GradientCheckpointingLayer):
         return self._add(self.mlp, self.mlp_norm, hidden_states)
 
     def _add(self, part: nn.Module, norm: nn.Module, hidden_states: Tensor, **arguments) -> Tensor:
-        """x + f(norm(x)), or norm(x + f(x))."""
+        """Return x + f(norm(x)), or norm(x + f(x))."""
         output = part(norm(hidden_states) if self.pre_norm else hidden_states, **arguments)
         total = hidden_states + self.dropout(output[0] if isinstance(output, tuple) else output)
         return total if self.pre_norm else norm(total)
 
 
-# What may come with a call, or do something only in a part of the model: layers, losses, generation, output classes.
-_CALL_NAMES = {
-    *inspect.signature(DistAttnLayer.forward).parameters,
-    *TransformersKwargs.__annotations__,
-    *("cache_position", "return_dict", "ignore_index", "shift_labels", "token_type_ids"),
-}
+class CallArguments(TransformersKwargs, total=False):
+    """Keyword arguments beside those a forward names: of losses, output classes, generation and tokenizers."""
+
+    ignore_index: int
+    shift_labels: Tensor
+    return_dict: bool
+    cache_position: Tensor
+    token_type_ids: Tensor
+
+
+_CALL_NAMES = {*inspect.signature(DistAttnLayer.forward).parameters, *CallArguments.__annotations__}
 # Attention functions that take no arguments of their own; one that somebody registered may.
 _WITHOUT_ARGUMENTS = (None, "eager", "sdpa", "flex_attention", *IMPLEMENTATIONS)
 
 
 def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
-    """Raise `ValueError` for an argument of a call that would do nothing, or not what it says."""
+    """Raise `ValueError` for an argument of a call that would have no effect, or not the one it says."""
     given = {name: value for name, value in arguments.items() if value is not None}
     unknown = [name for name in given if name not in _CALL_NAMES]
     if unknown and model.config._attn_implementation in _WITHOUT_ARGUMENTS:
         known = {*_CALL_NAMES, *inspect.signature(model.forward).parameters, "labels"}
-        close = get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ", which would do nothing"
+        suggestions = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {suggestions[0]!r}?" if suggestions else ", which would do nothing"
         raise ValueError(f"{type(model).__name__} takes no argument {unknown[0]!r}{hint}")
     config, is_causal = model.config, given.get("is_causal")
     # transformers makes the mask that the flag asks for where the model is a decoder; all its attention gets the flag.
@@ -141,8 +144,12 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
         )
 
 
+# {model type: its head classes}, filled by the modelling files.
+NATIVE_HEADS: dict[str, Heads] = {}
+
+
 class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, PreTrainedModel):
-    """What every class of the native family inherits."""
+    """Base class of the native family."""
 
     config_class = DistAttnConfig
     base_model_prefix = "model"
@@ -164,14 +171,14 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         if type(config) not in AutoModel._model_mapping and type(config).__name__ == self.config_class.__name__:
             # A checkpoint's own code: transformers imports its config file and its modelling file as two packages, and
             # its heads ask AutoModel for the base model of a config.
-            register_models(type(config), _REGISTERED[config.model_type])
+            register_models(type(config), NATIVE_HEADS[config.model_type])
         super().__init__(config, *args, **kwargs)
 
     def post_init(self):
         # λ and landmarks stay in float32 when the model is loaded in half precision.
         if any(isinstance(module, HeadParameters) for module in self.modules()):
             self._keep_in_fp32_modules_strict = {"distattn"}
-        # Its cache does not go back, which transformers asks before it assists a generation.
+        # Its cache cannot be cropped, which transformers checks before assisted generation.
         self._is_stateful = any(
             module.is_causal and getattr(module, "distattn", None) is not None and module.distattn.is_nystrom
             for module in self.attention_modules().values()
@@ -179,14 +186,14 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         super().post_init()
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False):
-        """transformers' check of an implementation, after ours: mechanisms of our own run by our own functions."""
+        """Check an implementation as transformers does, after ours: own mechanisms run by own functions."""
         requested = resolve_native_implementation(requested_attention, self.config, self._has_cross_attention)
         if not is_init_check and requested in IMPLEMENTATIONS:
             say_what_sdpa_means(requested_attention, self)
         return super().get_correct_attn_implementation(requested, is_init_check)
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Raise `ValueError`: transformers would log an error of its thread and hand back empty texts."""
+        """Raise `ValueError`: transformers would log an error of its thread and return empty texts."""
         raise ValueError(f"continuous batching (generate_batch) is not implemented for {type(self).__name__}")
 
     def _init_weights(self, module):
@@ -195,43 +202,22 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
             module.reset_parameters()
 
     def attention_modules(self) -> dict[str, nn.Module]:
-        """All attention modules by name."""
+        """Return all attention modules by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, DistAttnAttention)}
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: for custom code transformers would leave out part of the initialisation (see `KeepsLoadedWeights`)."""
+        """Return False: transformers would initialise custom code only in part (see `KeepsLoadedWeights`)."""
         return False
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        self.config.auto_map = auto_map_for(self.config)
+        self.config.auto_map = auto_map_for(self, NATIVE_HEADS[self.config.model_type])
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-# {model type: {Auto class's name: model class}}
-_REGISTERED: dict[str, dict[str, type[PreTrainedModel]]] = {}
-
-
-def register_models(config_class: type[DistAttnConfig], classes: dict[str, type[PreTrainedModel]]) -> None:
-    """Let the Auto classes (by name) find these model classes for a config class."""
-    for auto_name, model_class in classes.items():
-        model_class._auto_class = auto_name
-        getattr(modeling_auto, auto_name).register(config_class, model_class, exist_ok=True)
-    _REGISTERED[config_class.model_type] = classes
-
-
-def register_native_family() -> None:
-    """Let AutoConfig know the family's model types, and name its classes where transformers lists its own by task.
-
-    Trainer (label smoothing), the pipelines and others ask those lists by class name what a model is.
-    """
-    for model_type, classes in _REGISTERED.items():
-        AutoConfig.register(model_type, next(iter(classes.values())).config_class, exist_ok=True)
-        for auto_name, model_class in classes.items():
-            getattr(modeling_auto, auto_name)._model_mapping._model_mapping[model_type] = model_class.__name__
-
-
-def auto_map_for(config: DistAttnConfig) -> dict[str, str]:
-    """config.auto_map: where trust_remote_code finds the config and every head class of the family."""
-    classes = {"AutoConfig": type(config), **_REGISTERED[config.model_type]}
-    return {name: f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}" for name, kind in classes.items()}
+def register_heads(config_class: type[DistAttnConfig], **kinds: type[PreTrainedModel]) -> None:
+    """Register head classes of the native family by the name of their Auto class."""
+    for auto_name, kind in kinds.items():
+        kind._auto_class = auto_name
+    NATIVE_HEADS[config_class.model_type] = {auto_name: (kind,) for auto_name, kind in kinds.items()}
+    register_models(config_class, NATIVE_HEADS[config_class.model_type])

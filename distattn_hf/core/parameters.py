@@ -1,12 +1,14 @@
-"""What a conversion adds to an attention module: λ and the per-head maps of query and key."""
+"""The parameters a conversion adds to an attention module: λ and the per-head maps of query and key."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from .configuration_distattn import AttentionSpec
+from .attention_spec import AttentionSpec, change_specs
+from .backends import validate_backend
 from .metrics import get_metric
 
 
@@ -15,7 +17,7 @@ class HeadParameters(nn.Module):
 
     transform "none":   q, k
     transform "scalar": q / α_h, α_h·(k - c_h)
-    transform "linear": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
+    transform "maps": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
     Shapes: log_lambda (H,), log_alpha (H,), shift (H, d), query_map and key_map (H, d, d).
 
@@ -49,12 +51,12 @@ class HeadParameters(nn.Module):
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
-        if self.transform == "linear":
+        if self.transform == "maps":
             self.query_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
             self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
 
     def reset_parameters(self, scaling: float | None = None) -> None:
-        """λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own."""
+        """Set λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own."""
         if self.constant_lambda is None:
             lam = self.spec.lam
             if lam is None:
@@ -64,26 +66,26 @@ class HeadParameters(nn.Module):
         if self.transform != "none":
             initialization.zeros_(self.log_alpha)
             initialization.zeros_(self.shift)
-        if self.transform == "linear":
+        if self.transform == "maps":
             for weight in (self.query_map, self.key_map):
                 initialization.copy_(weight, torch.eye(self.head_dim).expand(self.num_heads, -1, -1))
 
     def forward(self, query: Tensor, key: Tensor, what: str = "fold", **arguments) -> tuple:
-        """The result of the method `what`: "fold", "mapped", or "features" of Nyström heads."""
+        """Return the result of the method `what`: "fold", "mapped", or "features" of Nyström heads."""
         return getattr(self, what)(query, key, **arguments)
 
     def fitted_tensors(self) -> dict[str, Tensor]:
-        """Everything calibration sets, by name: the parameters, and λ also where it is a buffer."""
+        """Return all tensors that calibration sets, by name: the parameters, and λ also where it is a buffer."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def lam(self) -> float | Tensor:
-        """λ: a constant, or (H,) in at least float32."""
+        """Return λ: a constant, or (H,) in at least float32."""
         if self.constant_lambda is not None:
             return self.constant_lambda
         return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
 
     def reported_values(self) -> dict[str, list[float] | None]:
-        """{"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none.
+        """Return {"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none.
 
         Empty where the parameters are not here (on the meta device, or cut up over processes).
         """
@@ -92,28 +94,28 @@ class HeadParameters(nn.Module):
         if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
-        found = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
+        reported = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
         if self.transform != "none" and not get_metric(self.metric).scale_free:
-            found["alpha"] = self.log_alpha.float().exp().tolist()
-        return {name: values and [round(value, 6) for value in values] for name, values in found.items()}
+            reported["alpha"] = self.log_alpha.float().exp().tolist()
+        return {name: values and [round(value, 6) for value in values] for name, values in reported.items()}
 
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Query (B, H, N, d) and key (B, H, M, d) as the distance sees them, in at least float32."""
+        """Map query (B, H, N, d) and key (B, H, M, d) to what the distance is taken of, in at least float32."""
         if self.transform == "none":
             return query, key
         dtype = torch.promote_types(query.dtype, torch.float32)
         alpha = self.log_alpha.to(dtype).exp()[:, None, None]
         query, key = query.to(dtype), key.to(dtype) - self.shift.to(dtype)[:, None, :]
-        if self.transform == "linear":
+        if self.transform == "maps":
             query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
         return query / alpha, key * alpha
 
     def mapped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-        """(query, key, λ): those of `map`, and `lam`."""
+        """Return (query, key, λ) of `map` and `lam`."""
         return *self.map(query, key), self.lam()
 
     def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-        """(query, key, λ) that give the logits of `map` and `lam`, with as little as possible done to the keys.
+        """Return (query, key, λ) that give the logits of `map` and `lam`, with as little as possible done to keys.
 
         dist(q·Q/α, α·(k - c)·K) = α^degree·dist(q·Q/α² + c·K, k·K) for distances of differences: all but K goes to the
         query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
@@ -122,20 +124,20 @@ class HeadParameters(nn.Module):
         if self.transform == "none":
             return query, key, self.lam()
         groups = query.shape[1] // key.shape[1]
-        if groups > 1 and (degree is None or self.transform == "linear"):
+        if groups > 1 and (degree is None or self.transform == "maps"):
             key = key.repeat_interleave(groups, dim=1)
         if degree is None:
             return self.mapped(query, key)
         dtype = torch.promote_types(query.dtype, torch.float32)
         factor, shift, lam = self._folded(dtype, degree)
         query = query.to(dtype)
-        if self.transform == "linear":
+        if self.transform == "maps":
             key_map = self.key_map.to(dtype)
             query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
         return torch.addcmul(shift, query, factor), key, lam
 
     def _folded(self, dtype: torch.dtype, degree: int) -> tuple[Tensor, Tensor, float | Tensor]:
-        """(1/α² as (H, 1, 1), c as (H, 1, d), λ·α^degree)."""
+        """Return (1/α² as (H, 1, 1), c as (H, 1, d), λ·α^degree)."""
         # Few operations: a decoding step runs this in every layer, and each costs microseconds whatever its size.
         log_alpha = self.log_alpha.to(dtype)
         if self.constant_lambda is None:
@@ -149,7 +151,7 @@ class HeadParameters(nn.Module):
 
 
 class NystromParameters(HeadParameters):
-    """The far field of a group of heads whose attention is linear: landmarks, and weights of each key at them.
+    """The far field of a group of Nyström heads: landmarks, and weights of each key at them.
 
     q and k as `HeadParameters.map` gives them, w = λ·scaling:
     exp(2w·q·k) ≈ Σ_a exp(2w·q·landmarks_a + landmark_bias_a)·β_a(k)
@@ -171,7 +173,7 @@ class NystromParameters(HeadParameters):
         self.key_gain = nn.Parameter(torch.empty(self.num_heads, self.head_dim, dtype=dtype))
 
     def reset_parameters(self, scaling: float | None = None) -> None:
-        """Landmarks from N(0, I), each key to those nearest; the rest as in `HeadParameters`."""
+        """Draw landmarks from N(0, I), each key to those nearest; the rest as in `HeadParameters`."""
         super().reset_parameters(scaling)
         initialization.normal_(self.landmarks)
         initialization.copy_(self.interpolation_map, self.landmarks.detach() * (scaling or self.head_dim**-0.5))
@@ -179,7 +181,7 @@ class NystromParameters(HeadParameters):
             initialization.zeros_(bias)
 
     def features(self, query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(query, key, far_query, far_key) of `HybridInputs` from the model's query and key, in at least float32."""
+        """Return (query, key, far_query, far_key) of `HybridInputs` for the model's query and key, at least float32."""
         dtype = torch.promote_types(query.dtype, torch.float32)
         query, key = self.map(query.to(dtype), key.to(dtype))
         lam = self.lam()
@@ -198,7 +200,7 @@ class NystromParameters(HeadParameters):
 
 
 def parameters_for(spec: AttentionSpec, num_heads: int, head_dim: int | None) -> HeadParameters:
-    """The parameters that a spec's mechanism needs."""
+    """Return the parameters that a spec's mechanism needs."""
     kind = NystromParameters if spec.mechanism == "nystrom" else HeadParameters
     return kind(spec, num_heads, head_dim)
 
@@ -224,13 +226,37 @@ class DistanceAttentionState(nn.Module):
 
     @property
     def is_nystrom(self) -> bool:
-        """Whether some heads' attention is linear."""
+        """Whether some heads use Nyström attention."""
         return any(isinstance(group, NystromParameters) for group in self.groups)
 
     def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
-        """(heads, their parameters); heads that no spec covers come last, with None: dot-product attention."""
-        everything = range(self.num_heads)
-        parts = [(list(everything if h is None else h), g) for h, g in zip(self.head_lists, self.groups, strict=True)]
+        """Return (heads, their parameters); heads of no spec come last, with None: dot-product attention."""
+        all_heads = range(self.num_heads)
+        parts = [(list(all_heads if h is None else h), g) for h, g in zip(self.head_lists, self.groups, strict=True)]
         converted = {head for heads, _ in parts for head in heads}
-        rest = [head for head in everything if head not in converted]
-        return [*parts, (rest, None)] if rest else parts
+        unclaimed_heads = [head for head in all_heads if head not in converted]
+        return [*parts, (unclaimed_heads, None)] if unclaimed_heads else parts
+
+
+# ------------------------------------------------------ options that no fit depends on: set on a converted model
+
+
+def check_backend(spec: AttentionSpec) -> None:
+    """Raise `ValueError` for a backend that does not exist or cannot run the spec's metric."""
+    metric = get_metric(spec.metric)
+    if validate_backend(spec.backend) == "sdpa" and not metric.has_dot_form:
+        raise ValueError(f"backend 'sdpa' cannot run metric {metric.name!r}: it has no dot-product form; use 'auto'")
+
+
+def with_options(specs: list[AttentionSpec], options: dict[str, Any]) -> list[AttentionSpec]:
+    """Return `change_specs` of the specs; an impossible backend raises `ValueError`, too."""
+    changed = change_specs(specs, options)
+    for spec in changed:
+        check_backend(spec)
+    return changed
+
+
+def set_options(config, options: dict[str, Any]) -> None:
+    """Set options in the `distattn` block of a converted model's config; raises as `with_options`, before that."""
+    specs = with_options(config.attention_specs, options)
+    config.distattn = {**config.distattn, "specs": [spec.to_dict() for spec in specs]}

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 
 class Registry:
-    """A case-insensitive name -> object table with aliases.
+    """A case-insensitive table of objects by name, with aliases.
 
     Args:
         kind: what the entries are, in the singular; it appears in error messages ("unknown metric 'l7'").
@@ -18,17 +18,17 @@ class Registry:
     def register(self, name: str, entry: object, *, aliases: tuple[str, ...] = (), overwrite: bool = False) -> object:
         """Add `entry` under `name` and `aliases`; raises `ValueError` for a taken name unless `overwrite`."""
         names = [name.lower(), *(alias.lower() for alias in aliases)]
-        taken = [n for n in names if n in self._entries or n in self._aliases]
-        if taken and not overwrite:
-            raise ValueError(f"{self.kind} {taken[0]!r} is already registered; pass overwrite=True to replace it")
-        for taken_name in taken:
+        taken_names = [n for n in names if n in self._entries or n in self._aliases]
+        if taken_names and not overwrite:
+            raise ValueError(f"{self.kind} {taken_names[0]!r} is already registered; pass overwrite=True to replace it")
+        for taken_name in taken_names:
             self._aliases.pop(taken_name, None)
         self._entries[names[0]] = entry
         self._aliases.update(dict.fromkeys(names[1:], names[0]))
         return entry
 
     def canonical(self, name: str) -> str:
-        """The canonical name for `name` or one of its aliases; raises `ValueError` listing what exists."""
+        """Return the canonical name for `name` or one of its aliases; raises `ValueError` listing the known ones."""
         if not isinstance(name, str):
             raise ValueError(f"{self.kind} must be a name (str), got {name!r}; expected one of {self.describe()}")
         key = name.lower()
@@ -38,11 +38,11 @@ class Registry:
         return key
 
     def get(self, name: str):
-        """The entry registered under `name` or an alias of it."""
+        """Return the entry registered under `name` or an alias of it."""
         return self._entries[self.canonical(name)]
 
     def describe(self) -> str:
-        """The names with their aliases, for error messages and help texts."""
+        """Return the names with their aliases, for error messages and help texts."""
         parts = []
         for name in self._entries:
             aliases = [alias for alias, target in self._aliases.items() if target == name]

@@ -1,4 +1,4 @@
-"""T5's relative position bias as a function of the distance, so that linear attention never writes it out as (N, M)."""
+"""T5's relative position bias as a function of the distance, which Nyström attention never writes out as (N, M)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .compatibility import given_cache
 from .discovery import argument_names
-from .hybrid import WindowBias
+from .nystrom_hybrid import WindowBias
 
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """The bias that a T5 attention module would add, not yet written out; `past` keys come before the first query.
+    """The bias that a T5 attention module would add, in lazy form; `past` keys come before the first query.
 
     look_up: buckets (...) -> the bias of all heads (..., H). device: where. heads: which of them; None: all.
     """
@@ -27,12 +27,12 @@ class RelativeBias:
 
     @classmethod
     def from_module(cls, module: nn.Module, past: int, device: torch.device) -> "RelativeBias":
-        """That of a T5 attention module, whose weights are read here: while later layers run they may be elsewhere."""
+        """Make the bias of a T5 attention module; its weights are read now, as they may be elsewhere later."""
         table = module.relative_attention_bias(torch.arange(module.relative_attention_num_buckets, device=device))
         return cls(module, past, partial(_rows, table), device)
 
     def of(self, heads: Tensor) -> "RelativeBias":
-        """That of some heads."""
+        """Return the bias of some heads."""
         return replace(self, heads=heads if self.heads is None else self.heads[heads])
 
     def _buckets(self, relative: Tensor) -> Tensor:
@@ -41,20 +41,20 @@ class RelativeBias:
         return m._relative_position_bucket(relative, bidirectional=not m.is_decoder, **sizes)
 
     def at(self, relative: Tensor) -> Tensor:
-        """The bias (H, ...) at relative positions (...), key's minus query's."""
+        """Return the bias (H, ...) at relative positions (...), key's minus query's."""
         values = self.look_up(self._buckets(relative)).movedim(-1, 0)
         return values if self.heads is None else values[self.heads]
 
     def written_out(self, num_queries: int, num_keys: int) -> Tensor:
-        """(1, H, N, M)."""
+        """Return the bias as a tensor (1, H, N, M)."""
         query, key = (torch.arange(n, device=self.device) for n in (num_queries, num_keys))
         return self.at(key - query[:, None] - self.past)[None]
 
     def window(self, window_size: int, num_keys: int, is_causal: bool) -> WindowBias:
-        """The bias as a table; raises `ValueError` where it is not constant from window_size on, within num_keys."""
-        furthest = max(num_keys - 1, window_size)
-        ends = self._buckets(torch.tensor([-furthest, -window_size, window_size, furthest])).tolist()
-        if ends[0] != ends[1] or (not is_causal and ends[2] != ends[3]):
+        """Return the bias as a table; raises `ValueError` unless it is constant from window_size on, in num_keys."""
+        largest = max(num_keys - 1, window_size)
+        end_buckets = self._buckets(torch.tensor([-largest, -window_size, window_size, largest])).tolist()
+        if end_buckets[0] != end_buckets[1] or (not is_causal and end_buckets[2] != end_buckets[3]):
             raise ValueError(_TOO_SMALL.format(window_size))
         table = self.at(torch.arange(-window_size, window_size + 1, device=self.device))
         table = table if table.dtype == torch.float64 else table.float()
@@ -73,7 +73,7 @@ _ATTRIBUTE = "distattn_bias"
 
 
 def give_relative_bias(module: nn.Module, args, kwargs):
-    """Forward pre-hook of T5's attention modules: a placeholder, which later layers share, in place of the (N, M) bias.
+    """Pass T5's attention a placeholder, shared by later layers, in place of the (N, M) bias (forward pre-hook).
 
     The attention function takes the real one from it by `bias_behind`.
     """
@@ -90,13 +90,13 @@ def give_relative_bias(module: nn.Module, args, kwargs):
 
 
 def has_relative_bias(module: nn.Module) -> bool:
-    """Whether an attention module makes its position bias the way T5 does, and takes one that was made before."""
+    """Return whether an attention module makes its position bias the way T5 does, and takes one made before."""
     needed = ("has_relative_attention_bias", "_relative_position_bucket", "compute_bias", "q")
     return all(hasattr(module, name) for name in needed) and "position_bias" in argument_names(type(module))
 
 
 def bias_behind(position_bias: Tensor | None) -> Tensor | RelativeBias | None:
-    """What a placeholder stands for, or the tensor itself; raises `RuntimeError` for a placeholder that lost it."""
+    """Return what a placeholder stands for, or the tensor itself; raises `RuntimeError` where that is lost."""
     if position_bias is None or hasattr(position_bias, _ATTRIBUTE):
         return getattr(position_bias, _ATTRIBUTE, None)
     if position_bias.numel() == 1 and bool(position_bias.isnan().any()):
@@ -108,14 +108,14 @@ def bias_behind(position_bias: Tensor | None) -> Tensor | RelativeBias | None:
 
 
 def as_tensor(bias: Tensor | RelativeBias | None, num_queries: int, num_keys: int) -> Tensor | None:
-    """The bias (1, H, N, M) of the first N queries on the first M keys."""
+    """Return the bias (1, H, N, M) of the first N queries on the first M keys."""
     if isinstance(bias, RelativeBias):
         return bias.written_out(num_queries, num_keys)
     return bias if bias is None else bias[:, :, :num_queries, :num_keys]
 
 
 def of_heads(tensor: Tensor | RelativeBias | None, index: Tensor) -> Tensor | RelativeBias | None:
-    """Some heads of a mask or bias (B, H or 1, N, M)."""
+    """Return some heads of a mask or bias (B, H or 1, N, M)."""
     if isinstance(tensor, RelativeBias):
         return tensor.of(index)
     return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, index]
@@ -124,7 +124,7 @@ def of_heads(tensor: Tensor | RelativeBias | None, index: Tensor) -> Tensor | Re
 def window_bias(
     position_bias: Tensor | RelativeBias | None, window_size: int, num_keys: int, is_causal: bool
 ) -> WindowBias | None:
-    """A bias (1, H, N, M) as a function of the relative position; None where it is zero everywhere.
+    """Return a bias (1, H, N, M) as a function of the relative position; None where it is zero everywhere.
 
     Raises `ValueError` where it is not constant from window_size on.
     """

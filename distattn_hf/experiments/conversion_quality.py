@@ -9,42 +9,41 @@ import time
 import torch
 from transformers.utils import logging
 
-from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
-from ..conversion.report import ConversionReport
-from ..conversion.texts import news_articles
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
+from ..data.sources import news_articles
+from ..evaluation.score import EvaluationOptions, TokenScores, embedding_agreement, evaluate_model
+from ..storage.models import load_checkpoint
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev")
-# Tokens IgLM's own generation forbids, and the end of a sequence.
+# Tokens that IgLM's own generation forbids, and the end token.
 _FORBIDDEN, _END = [0, 1, *range(25, 33)], 2
 
 
 def sample_sequences(model, tokenizer, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """`count` antibody sequences from IgLM itself at temperature 1, padded on the right: its package has no data."""
+    """Sample `count` antibody sequences from IgLM at temperature 1, padded on the right: its package has no data."""
     torch.manual_seed(seed)
     chains = tokenizer.convert_tokens_to_ids(["[HEAVY]", "[LIGHT]"])
     species = tokenizer.convert_tokens_to_ids(["[HUMAN]", "[MOUSE]", "[RABBIT]", "[CAMEL]"])
-    start = torch.tensor([[chains[i % 2], species[i % 4]] for i in range(count)])
+    start = torch.tensor([[chains[index % 2], species[index % 4]] for index in range(count)])
     ids = model.generate(
         start, attention_mask=torch.ones_like(start), max_length=150, do_sample=True, top_k=0, eos_token_id=_END,
-        pad_token_id=0, bad_words_ids=[[i] for i in _FORBIDDEN],
+        pad_token_id=0, bad_words_ids=[[index] for index in _FORBIDDEN],
     )  # fmt: skip
-    ended = ((ids == _END).cumsum(-1) - (ids == _END).int()) > 0
-    return {"input_ids": ids.masked_fill(ended, 0), "attention_mask": (~ended).long()}
+    after_end = ((ids == _END).cumsum(-1) - (ids == _END).int()) > 0
+    return {"input_ids": ids.masked_fill(after_end, 0), "attention_mask": (~after_end).long()}
 
 
 @torch.no_grad()
 def batch_perplexity(model, batch) -> float:
-    """Perplexity per real token of one padded batch."""
-    logits = model(**batch).logits[:, :-1]
-    labels = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).exp())
+    """Return the perplexity per token of one padded batch, without padding."""
+    sums = TokenScores("causal-lm")
+    sums.add(model(**batch).logits, batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+    return sums.scores()["perplexity"]
 
 
 def iglm():
-    """(model, tokenizer, calibration, score function): perplexity on 64 sequences, calibrated on 48 others."""
+    """Return (model, tokenizer, calibration, score function): perplexity on 64 sequences, calibrated on 48 others."""
     model, tokenizer = load_checkpoint("iglm")
     calibration = [sample_sequences(model, tokenizer, 48, seed=0)]
     held_out = sample_sequences(model, tokenizer, 64, seed=1)
@@ -52,27 +51,27 @@ def iglm():
 
 
 def minilm():
-    """Mean reciprocal rank, title to article, on the last 300 articles; calibrated on titles and texts of the first."""
+    """Score the mean reciprocal rank, title to article, on the last 300 articles; calibrated on the first 48."""
     model, tokenizer = load_checkpoint("minilm")
     articles = news_articles()
-    pairs = [(a["title"], a["text"]) for a in articles[-300:]]
-    calibration = [text for a in articles[:48] for text in (a["title"], a["text"])]
+    pairs = [(article["title"], article["text"]) for article in articles[-300:]]
+    calibration = [text for article in articles[:48] for text in (article["title"], article["text"])]
     options = EvaluationOptions(progress=False)
 
     def score(candidate):
-        found = evaluate_model(candidate, tokenizer, [], pairs=pairs, options=options)
-        cosine = embedding_agreement(candidate, model, tokenizer, [p[1] for p in pairs[:64]], options)
-        return {"mrr": found["mrr"], "cosine": cosine}
+        scores = evaluate_model(candidate, tokenizer, [], pairs=pairs, options=options)
+        cosine = embedding_agreement(candidate, model, tokenizer, [pair[1] for pair in pairs[:64]], options)
+        return {"mrr": scores["mrr"], "cosine": cosine}
 
     return model, tokenizer, calibration, score
 
 
 def smollm2(max_tokens: int = 4096):
-    """Perplexity at 512 tokens on articles from the 3,001st on; calibrated on 8,192 tokens of the first 200."""
+    """Score perplexity at 512 tokens on articles from the 3,001st on; calibrated on 8,192 tokens of the first 200."""
     model, tokenizer = load_checkpoint("smollm2-135m")
-    texts = [a["text"] for a in news_articles()]
+    texts = [article["text"] for article in news_articles()]
     options = EvaluationOptions(max_length=512, max_tokens=max_tokens, progress=False)
-    return model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options)
+    return (model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options))
 
 
 def main(names: list[str]) -> None:
@@ -90,10 +89,10 @@ def main(names: list[str]) -> None:
             texts = calibration if init == "calibrated" else None
             student = convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer)
             seconds = time.perf_counter() - start
-            found = score(student)
-            ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
-            summary = ConversionReport.from_dict(student.conversion_report).summary()
-            print(f"{metric:<12} {init:<11} {found} ratio {ratios} {seconds:.0f} s  {summary}", flush=True)
+            scores = score(student)
+            ratios = {name: round(value / teacher[name], 4) for name, value in scores.items()}
+            summary = student.conversion_report.summary()
+            print(f"{metric:<12} {init:<11} {scores} ratio {ratios} {seconds:.0f} s  {summary}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..analysis.evaluation import model_kind
+from ..benchmark.measure import spread
+from ..benchmark.results import provenance
 from ..conversion.calibrate import CalibrationOptions
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert, revert
-from ..core.configuration_distattn import AttentionSpec
-from .benchmark_measure import spread
-from .benchmark_report import provenance, write_json
+from ..core.attention_spec import AttentionSpec
+from ..data.tasks import text_task_of
+from ..storage.folders import write_json
+from ..storage.models import load_checkpoint
 from .long_text import cache_bytes, seconds_per_token
 
 # Largest difference of logits, relative to the largest logit, in float32.
@@ -30,14 +31,14 @@ RESULTS = "exact_below.json"
 
 
 def random_ids(model, length: int, seed: int = 0) -> torch.Tensor:
-    """(1, length) token ids."""
+    """Draw random token ids (1, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (1, length), generator=generator)
 
 
 def make_pair(model, exact_below: int) -> tuple[dict, torch.nn.Module]:
-    """({"exact_below": student, "zero": the same one with exact_below=0}, teacher) of a model, converted or not."""
-    if model_kind(model) != "causal-lm":
+    """Return ({"exact_below": student, "zero": a copy with exact_below=0}, teacher) of a model, converted or not."""
+    if text_task_of(model) != "causal-lm":
         raise ValueError(f"{type(model).__name__} is no causal language model, so it has no cache to measure")
     if hasattr(model, "attention_states"):
         student, teacher = model, revert(model)
@@ -45,64 +46,65 @@ def make_pair(model, exact_below: int) -> tuple[dict, torch.nn.Module]:
         spec, options = AttentionSpec(mechanism="nystrom"), CalibrationOptions(steps=2, progress=False)
         calibration = [{"input_ids": random_ids(model, 256, seed)} for seed in range(2)]
         student, teacher = convert(model, spec, calibration=calibration, options=options), model
-    other = copy.deepcopy(student)
+    zero_student = copy.deepcopy(student)
     student.set_attention_options(exact_below=exact_below)
-    other.set_attention_options(exact_below=0)
-    return {"exact_below": student.eval(), "zero": other.eval()}, teacher.eval()
+    zero_student.set_attention_options(exact_below=0)
+    return {"exact_below": student.eval(), "zero": zero_student.eval()}, teacher.eval()
 
 
 @torch.no_grad()
 def check(models: dict, teacher, length: int) -> dict:
-    """{"length", "error", "error_of_zero", "bound"}: up to `length` keys attention is exact, in prefill and after it.
+    """Check that attention is exact up to `length` keys, in prefill and after it.
 
-    Raises `ValueError` where it is not, and where exact_below changes nothing, so that the ratios would say nothing.
+    Returns {"length", "error", "error_of_zero", "bound"}. Raises `ValueError` if it is not, and if exact_below changes
+    nothing, so that the ratios would be meaningless.
     """
     ids = random_ids(teacher, length)
 
     def logits(model):
-        first = model(ids[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
-        return torch.cat([first.logits, last.logits], dim=1).double()
+        prefill = model(ids[:, :-1], use_cache=True)
+        step = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
+        return torch.cat([prefill.logits, step.logits], dim=1).double()
 
     expected = logits(teacher)
     errors = {n: float((logits(m) - expected).abs().max() / expected.abs().max()) for n, m in models.items()}
-    found = {"length": length, "error": errors["exact_below"], "error_of_zero": errors["zero"], "bound": TOLERANCE}
-    if not found["error"] <= TOLERANCE:
+    result = {"length": length, "error": errors["exact_below"], "error_of_zero": errors["zero"], "bound": TOLERANCE}
+    if not result["error"] <= TOLERANCE:
         raise ValueError(
-            f"exact_below is not exact at {length} keys: logits are off by {found['error']:.2g} (relative)"
+            f"exact_below is not exact at {length} keys: logits are off by {result['error']:.2g} (relative)"
         )
-    if not found["error_of_zero"] > TOLERANCE:
+    if not result["error_of_zero"] > TOLERANCE:
         raise ValueError(f"at {length} keys exact_below=0 is exact, too: check at more than window and sinks hold")
-    return found
+    return result
 
 
 @torch.no_grad()
 def measure(models: dict, length: int, pairs: int, steps: int) -> dict:
-    """Seconds of a prefill and of a token after it, each with its ratio to exact_below=0, and bytes of the cache."""
+    """Measure seconds of a prefill and of a token after it, each with its ratio to exact_below=0, and cache bytes."""
     ids = random_ids(models["zero"], length)
     names, samples, sizes = list(models), [], {}
-    for turn in range(pairs + 1):
-        random.Random(turn).shuffle(names)
-        taken = {}
+    for round_number in range(pairs + 1):
+        random.Random(round_number).shuffle(names)
+        timing = {}
         for name in names:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             output = models[name](ids, use_cache=True, logits_to_keep=1)
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             sizes[name] = cache_bytes(output.past_key_values)
             token = output.logits[:, -1:].argmax(-1)
             step = seconds_per_token(models[name], output.past_key_values, token, steps)
-            taken[name] = {"prefill": seconds, "decode": step}
-        if turn:  # the first pair warms up
-            samples.append(taken)
-    found = {"length": length, "pairs": pairs, "cache_bytes": sizes}
+            timing[name] = {"prefill": seconds, "decode": step}
+        if round_number:  # The first pair warms up.
+            samples.append(timing)
+    result = {"length": length, "pairs": pairs, "cache_bytes": sizes}
     for job in ("prefill", "decode"):
-        found[job] = {name: spread([taken[name][job] for taken in samples]) for name in models}
-        found[job]["ratio"] = spread([taken["exact_below"][job] / taken["zero"][job] for taken in samples])
-    return found
+        result[job] = {name: spread([timing[name][job] for timing in samples]) for name in models}
+        result[job]["ratio"] = spread([timing["exact_below"][job] / timing["zero"][job] for timing in samples])
+    return result
 
 
 def line(entry: dict) -> str:
-    """One length as a line of the table."""
+    """Format one length as a line of the table."""
     ratios = [entry[job]["ratio"] for job in ("prefill", "decode")]
     sizes = [entry["cache_bytes"][name] / 1e6 for name in ("exact_below", "zero")]
     return f"{entry['length']:>7}  " + "  ".join(

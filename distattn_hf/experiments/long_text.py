@@ -7,8 +7,6 @@ FOLDER is a causal model converted by mechanism="nystrom". The document: news ar
 
 import argparse
 import copy
-import json
-import math
 import os
 import statistics
 import time
@@ -17,16 +15,20 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..analysis.scorecard import without_far_field
-from ..conversion.checkpoints import load_checkpoint
-from ..conversion.texts import read_texts, start_tokens, token_stream
-from ..core.cache import NystromLayer
+from ..analysis.figure_style import new_figure, save_figure, styled
+from ..core.nystrom_cache import NystromLayer
+from ..data.packing import start_tokens, token_stream
+from ..data.sources import read_texts
+from ..evaluation.score import TokenScores
+from ..evaluation.scorecard import without_far_field
+from ..storage.folders import write_json
+from ..storage.models import load_checkpoint
 
 CHUNK = 1024
 
 
 def document(tokenizer, tokens: int) -> torch.Tensor:
-    """(1, tokens) ids of articles that no calibration saw, beginning as the tokenizer begins a text."""
+    """Return ids (1, tokens) of articles that no calibration used, with the tokenizer's start tokens."""
     texts = read_texts("news", split="test")
     ids = start_tokens(tokenizer, texts)
     ids += token_stream(tokenizer, texts, tokens)
@@ -36,60 +38,62 @@ def document(tokenizer, tokens: int) -> torch.Tensor:
 
 
 def cache_bytes(cache) -> int:
-    """Bytes of keys, values and states that a cache holds."""
+    """Return the bytes of keys, values and states in a cache."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, NystromLayer):
             total += layer.nbytes()
         else:
-            total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
+            total += sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values))
     return total
 
 
 @torch.no_grad()
 def seconds_per_token(model, cache, token: torch.Tensor, steps: int) -> float:
-    """Median over greedy steps that go on from a copy of the cache; the first one is not counted."""
-    cache, found = copy.deepcopy(cache), []
+    """Return the median over greedy steps from a copy of the cache, without the first step."""
+    cache, seconds = copy.deepcopy(cache), []
     for _ in range(steps + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 @torch.no_grad()
 def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK, steps: int = 0) -> list[dict]:
-    """One entry per chunk: {"end", "perplexity" of the chunk's tokens, "seconds", "cache_bytes"}.
+    """Read the ids chunk by chunk; returns per chunk {"end", "perplexity" of its tokens, "seconds", "cache_bytes"}.
 
     With `steps`, also "seconds_per_token" of so many generated ones, where `end` is a power of two times the chunk.
     """
-    found, cache, last = [], None, None
+    entries, cache, last = [], None, None
     for start in range(0, ids.shape[1], chunk):
-        begun = time.perf_counter()
-        piece = ids[:, start : start + chunk]
-        output = model(piece, past_key_values=cache, use_cache=True)
-        seconds, cache = time.perf_counter() - begun, output.past_key_values
+        started = time.perf_counter()
+        chunk_ids = ids[:, start : start + chunk]
+        output = model(chunk_ids, past_key_values=cache, use_cache=True)
+        seconds, cache = time.perf_counter() - started, output.past_key_values
         # The first token of a chunk is predicted by the last logits of the one before.
-        logits = output.logits[:, :-1] if last is None else torch.cat([last, output.logits[:, :-1]], dim=1)
-        target = piece[:, 1:] if last is None else piece
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+        sums = TokenScores("causal-lm")
+        logits = output.logits if last is None else torch.cat([last, output.logits], dim=1)
+        sums.add(logits, ids[:, max(start - 1, 0) : start + chunk])
         last = output.logits[:, -1:]
-        end = start + piece.shape[1]
-        entry = {"end": end, "perplexity": math.exp(loss), "seconds": seconds, "cache_bytes": cache_bytes(cache)}
+        end = start + chunk_ids.shape[1]
+        entry = {
+            "end": end,
+            "perplexity": sums.scores()["perplexity"],
+            "seconds": seconds,
+            "cache_bytes": cache_bytes(cache),
+        }
         if steps and (count := end // chunk) & (count - 1) == 0:
             entry["seconds_per_token"] = seconds_per_token(model, cache, last.argmax(-1), steps)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
+@styled
 def plot(results: dict[str, list[dict]], path: Path) -> None:
-    """Perplexity and seconds of each chunk against the position."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    """Plot perplexity and seconds of each chunk against the position, as SVG and PNG."""
+    figure = new_figure(9, 3.5)
+    axes = figure.subplots(1, 2)
     for name, entries in results.items():
         ends = [entry["end"] for entry in entries]
         for axis, key in zip(axes, ("perplexity", "seconds"), strict=True):
@@ -97,11 +101,8 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     axes[0].set(yscale="log", xlabel="position (tokens)", ylabel=f"perplexity of the last {CHUNK} tokens")
     axes[1].set(xlabel="position (tokens)", ylabel=f"seconds for {CHUNK} tokens", ylim=(0, None))
     axes[0].legend()
-    for suffix in ("svg", "png"):
-        temporary = path.with_suffix(f".tmp.{suffix}")
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path.with_suffix(f".{suffix}"))
-    pyplot.close(figure)
+    for file in save_figure(figure, path.with_name(f".{path.name}")):
+        os.replace(file, file.with_name(file.name[1:]))
 
 
 def main() -> None:
@@ -128,9 +129,7 @@ def main() -> None:
             step = f" {entry['seconds_per_token'] * 1e3:7.1f} ms/token" if "seconds_per_token" in entry else ""
             print(f"{name:<22} {entry['end']:>7} {entry['perplexity']:9.2f} {entry['seconds']:7.2f} s "
                   f"{entry['cache_bytes']:>12,} bytes{step}", flush=True)  # fmt: skip
-        temporary = options.out / "long_text.json.tmp"
-        temporary.write_text(json.dumps({"chunk": CHUNK, "results": results}, indent=1), encoding="utf-8")
-        os.replace(temporary, options.out / "long_text.json")
+        write_json(options.out / "long_text.json", {"chunk": CHUNK, "results": results})
     plot(results, options.out / "long_text")
 
 

@@ -12,9 +12,9 @@ import torch
 from transformers.utils import logging
 
 from ..conversion.calibrate import CalibrationOptions
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
+from ..storage.models import load_checkpoint
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1")
 PREFILL_TOKENS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 1024, 512, 32, 9
@@ -27,7 +27,7 @@ def _seconds(run, model) -> float:
 
 
 def model_speed(models: dict, vocabulary: int, rounds: int = ROUNDS) -> dict[str, dict[str, list[float]]]:
-    """{"prefill" or "generate": {model's name: seconds of each round}}; the order within a round is random."""
+    """Return {"prefill" or "generate": {model's name: seconds of each round}}; the order within a round is random."""
     ids = torch.randint(100, vocabulary, (1, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
     prompt = ids[:, :PROMPT_TOKENS]
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
@@ -35,26 +35,26 @@ def model_speed(models: dict, vocabulary: int, rounds: int = ROUNDS) -> dict[str
         "prefill": lambda model: model(ids, use_cache=True, logits_to_keep=1),
         "generate": lambda model: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options),
     }
-    order, found = list(models), {job: {name: [] for name in models} for job in jobs}
+    order, seconds_by_job = list(models), {job: {name: [] for name in models} for job in jobs}
     with torch.no_grad():
-        for turn in range(rounds + 1):
-            random.Random(turn).shuffle(order)
+        for round_number in range(rounds + 1):
+            random.Random(round_number).shuffle(order)
             for job, run in jobs.items():
                 for name in order:
                     seconds = _seconds(run, models[name])
-                    if turn:  # the first round warms up
-                        found[job][name].append(seconds)
-    return found
+                    if round_number:  # The first round warms up.
+                        seconds_by_job[job][name].append(seconds)
+    return seconds_by_job
 
 
 def main(names: list[str]) -> None:
-    """Print the median seconds of each model and its ratio to the untouched one, paired round by round."""
+    """Print the median seconds of each model and its ratio to the unconverted one, paired by round."""
     if not names:
         raise SystemExit(__doc__)
     logging.set_verbosity_error()
     teacher, tokenizer = load_checkpoint(names[0])
     models = {"untouched": teacher.eval()}
-    # Speed does not depend on how well the fit went: two steps give every parameter that a calibrated model has.
+    # Speed does not depend on the quality of the fit: two steps give all parameters of a calibrated model.
     options = CalibrationOptions(steps=2, sequences=2)
     text = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
     for metric in names[1:] or METRICS:
@@ -62,10 +62,10 @@ def main(names: list[str]) -> None:
         models[metric] = convert(teacher, spec, calibration=text, tokenizer=tokenizer, options=options).eval()
     for job, times in model_speed(models, teacher.config.vocab_size).items():
         for name, seconds in times.items():
-            ratios = sorted(mine / theirs for mine, theirs in zip(seconds, times["untouched"], strict=True))
+            ratios = sorted(own / reference for own, reference in zip(seconds, times["untouched"], strict=True))
             spread = f"{ratios[len(ratios) // 10]:.3f} to {ratios[-1 - len(ratios) // 10]:.3f}"
-            middle = f"{statistics.median(seconds):7.3f} s  x {statistics.median(ratios):.3f}"
-            print(f"{job:<9} {name:<12} {middle}  ({spread})")
+            medians = f"{statistics.median(seconds):7.3f} s  x {statistics.median(ratios):.3f}"
+            print(f"{job:<9} {name:<12} {medians}  ({spread})")
 
 
 if __name__ == "__main__":

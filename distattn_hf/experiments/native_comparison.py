@@ -1,4 +1,4 @@
-"""`compare`: one training from scratch with several choices in its config, several seeds each: a table and a figure."""
+"""`compare`: train from scratch with several choices in the config, several seeds each; write a table and a figure."""
 
 import json
 import os
@@ -8,26 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.figure_style import COLOURS, new_figure, save_figure, styled
-from ..analysis.scorecard import METRICS
-from ..training.arguments import override, read_mapping
-from ..training.scratch import ScratchConfig, parse_scratch_config, read_scratch_config
-from ..training.stages import refuse_unknown
-from .benchmark_report import write_atomically, write_json
-from .from_scratch import train_from_scratch
+from ..data.config import override, read_mapping, refuse_unknown
+from ..data.tasks import TASKS
+from ..storage.folders import write_atomically, write_json
+from ..training.arguments_scratch import ScratchConfig, parse_scratch_config, read_scratch_config
+from ..training.from_scratch import train_from_scratch
 
 RESULTS, TABLE, FIGURE = "comparison.json", "comparison.md", "comparison"
 
 
 @dataclass
 class Comparison:
-    """What is compared: runs {choice: [config of each seed]}, and where the results go."""
+    """The runs to compare, {choice: [config of each seed]}, and the folder of the results."""
 
     runs: dict[str, list[ScratchConfig]]
     output_dir: Path
 
 
 def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Comparison:
-    """The comparison in a YAML file: {base, set, choices: {name: {set, seeds}}, seeds, output_dir}.
+    """Read a comparison from a YAML file: {base, set, choices: {name: {set, seeds}}, seeds, output_dir}.
 
     base: a config of `distattn train`; set: overrides of it for all runs, then for one choice ("model.mechanism: l1").
     Overrides given here (key=value) are for all runs. Every config is checked before the first run.
@@ -39,10 +38,10 @@ def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     for name, kind in (("base", str), ("choices", dict), ("output_dir", str)):
         if not isinstance(values.get(name), kind) or not values[name]:
             raise ValueError(f"{name} must be a {'mapping' if kind is dict else 'path'}, got {values.get(name)!r}")
-    out, runs = values["output_dir"], {}
+    output_dir, runs = values["output_dir"], {}
     _check_settings("set", values.get("set"))
     for text in [t for t in overrides if t.partition("=")[0] == "output_dir"]:
-        out = text.partition("=")[2]
+        output_dir = text.partition("=")[2]
     if seed := next((t for t in overrides if t.partition("=")[0] == "seed"), None):
         raise ValueError(f"{seed!r}: each choice has seeds of its own; set them in the file")
     overrides = [t for t in overrides if t.partition("=")[0] != "output_dir"]
@@ -55,8 +54,8 @@ def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
         if not isinstance(choice, str) or not re.fullmatch(r"[\w][\w.+-]*", choice):
             raise ValueError(f"choices: a name is made of letters, digits and . + - _, got {choice!r}")
         seeds = options.get("seeds", values.get("seeds", [0]))
-        numbers = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
-        if not numbers or not seeds or len(set(seeds)) < len(seeds):
+        all_valid = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
+        if not all_valid or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {seeds!r}")
         runs[choice] = []
         for seed in seeds:
@@ -65,18 +64,18 @@ def read_comparison(path: str | Path, overrides: list[str] | tuple[str, ...] = (
                 override(arguments, f"{key}={json.dumps(value)}")
             for text in overrides:
                 override(arguments, text)
-            arguments |= {"seed": seed, "output_dir": str(Path(out) / f"{choice}-{seed}")}
+            arguments |= {"seed": seed, "output_dir": str(Path(output_dir) / f"{choice}-{seed}")}
             runs[choice].append(parse_scratch_config(arguments))
     tasks = {config.scratch.task for configs in runs.values() for config in configs}
     if len(tasks) > 1:
         raise ValueError(
             f"choices must have one task, or their scores cannot be compared; got {', '.join(sorted(tasks))}"
         )
-    return Comparison(runs, Path(out))
+    return Comparison(runs, Path(output_dir))
 
 
 def _check_settings(name: str, settings) -> None:
-    """Raise `ValueError` for what is no mapping of overrides, or sets what the comparison itself sets."""
+    """Raise `ValueError` unless `settings` is a mapping of overrides without fields that the comparison sets."""
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"{name} must be a mapping of overrides, got {settings!r}")
     for key in ("seed", "output_dir"):
@@ -87,12 +86,12 @@ def _check_settings(name: str, settings) -> None:
 
 
 def compare(comparison: Comparison) -> dict:
-    """Train what is not trained yet and write comparison.json, .md, .svg and .png to output_dir."""
+    """Train all runs that are not finished and write comparison.json, .md, .svg and .png to output_dir."""
     results = {}
     for choice, configs in comparison.runs.items():
         for config in configs:
             results.setdefault(choice, {})[str(config.training.seed)] = train_from_scratch(config)
-            # After each run, so that one that is cut off has shown what it found.
+            # After each run, so that an interrupted comparison keeps its results.
             comparison.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(comparison.output_dir / RESULTS, results)
             write_atomically(comparison.output_dir / TABLE, (table(results) + "\n").encode())
@@ -102,40 +101,40 @@ def compare(comparison: Comparison) -> dict:
 
 
 def table(results: dict) -> str:
-    """Markdown: the score of every seed, mean and standard deviation (of one seed: none), tokens and seconds."""
+    """Format Markdown: the score of every seed, mean and standard deviation (of one seed: none), tokens, seconds."""
     task = next(iter(next(iter(results.values())).values()))["task"]
-    metric = METRICS[task][0]
+    metric = TASKS[task].metric
     lines = [
         f"| attention | {metric} | standard deviation | each seed | parameters | tokens | seconds a run |",
         "|---|---|---|---|---|---|---|",
     ]
     for choice, runs in results.items():
         scores = [run["scores"][metric] for run in runs.values()]
-        first, seconds = next(iter(runs.values())), statistics.mean(run["seconds"] for run in runs.values())
+        first_run, seconds = next(iter(runs.values())), statistics.mean(run["seconds"] for run in runs.values())
         spread = f"{statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-        each = ", ".join(f"{score:.2f}" for score in scores)
+        seed_scores = ", ".join(f"{score:.2f}" for score in scores)
         lines.append(
-            f"| {choice} | {statistics.mean(scores):.2f} | {spread} | {each} | {first['parameters']:,} | "
-            f"{first['tokens']:,} | {seconds:.0f} |"
+            f"| {choice} | {statistics.mean(scores):.2f} | {spread} | {seed_scores} | {first_run['parameters']:,} | "
+            f"{first_run['tokens']:,} | {seconds:.0f} |"
         )
     return "\n".join(lines)
 
 
 @styled
 def plot(results: dict, stem: Path) -> list[Path]:
-    """Training loss against step, a line a choice: the mean over seeds, the range between them shaded; SVG and PNG."""
+    """Plot training loss against step, one line per choice: the mean over seeds, their range shaded; SVG and PNG."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    # Line styles help where there are more choices than colours.
+    # Line styles tell choices apart when there are more of them than colours.
     styles = ("-", "--", "-.", ":")
     colours = ("#000000", *COLOURS)
-    for number, (choice, runs) in enumerate(results.items()):
+    for index, (choice, runs) in enumerate(results.items()):
         curves = [dict(map(tuple, run["curve"])) for run in runs.values()]
         steps = sorted(set.intersection(*map(set, curves)))
         values = [[curve[step] for curve in curves] for step in steps]
-        look = {"color": colours[number % len(colours)], "linestyle": styles[number % len(styles)]}
-        axes.plot(steps, [statistics.mean(v) for v in values], label=f"{choice} ({len(curves)})", **look)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=look["color"], alpha=0.15)
+        style = {"color": colours[index % len(colours)], "linestyle": styles[index % len(styles)]}
+        axes.plot(steps, [statistics.mean(v) for v in values], label=f"{choice} ({len(curves)})", **style)
+        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15)
     axes.set(xlabel="step", ylabel="training loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend(title="attention (seeds)", frameon=False)

@@ -11,72 +11,71 @@ import time
 import torch
 from transformers.utils import logging
 
-from ..analysis.evaluation import EvaluationOptions, embedding_agreement, evaluate_model
-from ..analysis.scorecard import without_far_field
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.calibrate_nystrom import leave_exact
-from ..conversion.checkpoints import load_checkpoint
 from ..conversion.convert import convert
-from ..conversion.report import ConversionReport
-from ..conversion.texts import news_articles
-from ..core.configuration_distattn import AttentionSpec
+from ..core.attention_spec import AttentionSpec
 from ..core.parameters import NystromParameters
+from ..data.sources import news_articles
+from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
+from ..evaluation.scorecard import without_far_field
+from ..storage.models import load_checkpoint
 from .conversion_quality import iglm as iglm_task
 
 
 def iglm():
-    """As `conversion_quality`: antibody sequences of up to 150 tokens."""
+    """Return the setup of `conversion_quality`: antibody sequences of up to 150 tokens."""
     return *iglm_task(), {"window_size": 16}
 
 
 def minilm():
-    """Articles of 256 to 512 tokens: cosine with the teacher's embeddings, mean reciprocal rank title to article."""
+    """Score articles of 256 to 512 tokens: cosine with the teacher's embeddings, mean reciprocal rank by title."""
     model, tokenizer = load_checkpoint("minilm")
     articles = news_articles()
-    long = [a for a in articles[3000:] if len(tokenizer(a["text"])["input_ids"]) >= 256][:300]
+    long_articles = [a for a in articles[3000:] if len(tokenizer(a["text"])["input_ids"]) >= 256][:300]
     options = EvaluationOptions(max_length=512, progress=False)
 
     def score(candidate):
-        pairs = [(a["title"], a["text"]) for a in long]
-        found = evaluate_model(candidate, tokenizer, [], pairs=pairs, options=options)
+        pairs = [(a["title"], a["text"]) for a in long_articles]
+        scores = evaluate_model(candidate, tokenizer, [], pairs=pairs, options=options)
         cosine = embedding_agreement(candidate, model, tokenizer, [text for _, text in pairs[:64]], options)
-        return {"mrr": found["mrr"], "cosine": cosine}
+        return {"mrr": scores["mrr"], "cosine": cosine}
 
     return model, tokenizer, [a["text"] for a in articles[:64]], score, {}
 
 
 def smollm2():
-    """Perplexity at 1,024 tokens on 8,192 tokens of articles from the 3,001st on; calibrated on the first 200."""
+    """Score perplexity at 1,024 tokens on 8,192 tokens of articles from the 3,001st on; calibrated on the first 200."""
     model, tokenizer = load_checkpoint("smollm2-135m")
-    texts = [a["text"] for a in news_articles()]
+    texts = [article["text"] for article in news_articles()]
     options = EvaluationOptions(max_length=1024, max_tokens=8192, progress=False)
-    return model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options), {}
+    return (model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options), {})
 
 
 @torch.no_grad()
 def limited(student, max_error: float):
-    """A copy of a Nyström model in which heads that are further off than `max_error` keep dot-product attention."""
+    """Return a copy of a Nyström model in which heads with an error above `max_error` keep dot-product attention."""
     student = copy.deepcopy(student)
     figures: dict[str, list[dict]] = {}
-    for group in ConversionReport.from_dict(student.conversion_report).groups:
+    for group in student.conversion_report.groups:
         figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
     for name, state in student.attention_states.items():
         leave_exact(student, name, state, figures[name], max_error)
     return student
 
 
-def linear_heads(student) -> int:
-    """How many heads are linear."""
+def count_nystrom_heads(student) -> int:
+    """Return the number of Nyström heads."""
     groups = (group for state in student.attention_states.values() for group in state.groups)
     return sum(group.num_heads for group in groups if isinstance(group, NystromParameters))
 
 
 def gap_closed(found: dict, control: dict, teacher: dict) -> float | None:
-    """Share of the log-perplexity between control and teacher that is won back."""
+    """Return the share of the gap in log-perplexity between control and teacher that is closed."""
     if "perplexity" not in found:
         return None
-    ours, alone, exact = (math.log(d["perplexity"]) for d in (found, control, teacher))
-    return (alone - ours) / (alone - exact)
+    student_loss, control_loss, teacher_loss = (math.log(scores["perplexity"]) for scores in (found, control, teacher))
+    return (control_loss - student_loss) / (control_loss - teacher_loss)
 
 
 def main() -> None:
@@ -94,7 +93,7 @@ def main() -> None:
     print("teacher", teacher, flush=True)
     control = None
     for count in options.landmarks:
-        # The texts are short, and what is measured is the far field.
+        # The texts are short, and the far field is to be measured.
         spec = AttentionSpec(mechanism="nystrom", num_landmarks=count, exact_below=0, **fields)
         fitted = None
         for limit in (None, *options.max_error):
@@ -102,19 +101,19 @@ def main() -> None:
             if fitted is None or options.refit:
                 fit = CalibrationOptions(steps=options.steps, max_error=limit, progress=False)
                 fitted = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=fit)
-                print(ConversionReport.from_dict(fitted.conversion_report).summary())
+                print(fitted.conversion_report.summary())
             student = fitted if limit is None or options.refit else limited(fitted, limit)
             seconds = time.perf_counter() - start
             if control is None:
                 control = score(without_far_field(student))
                 print("window only", control, flush=True)
-            found = score(student)
-            ratios = {name: round(value / teacher[name], 4) for name, value in found.items()}
-            closed = gap_closed(found, control, teacher)
-            shown = "" if closed is None else f"gap closed {closed:.3f}, "
+            scores = score(student)
+            ratios = {name: round(value / teacher[name], 4) for name, value in scores.items()}
+            share_closed = gap_closed(scores, control, teacher)
+            gap_note = "" if share_closed is None else f"gap closed {share_closed:.3f}, "
             print(
-                f"m={count} max_error={limit} {found} ratio {ratios} {shown}{linear_heads(student)} heads linear, "
-                f"{seconds:.0f} s", flush=True,
+                f"m={count} max_error={limit} {scores} ratio {ratios} {gap_note}"
+                f"{count_nystrom_heads(student)} Nyström heads, {seconds:.0f} s", flush=True,
             )  # fmt: skip
 
 

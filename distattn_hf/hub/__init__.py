@@ -1,4 +1,4 @@
-"""The Hub: a model card of measured values, a reload check before anything is uploaded, and the push itself."""
+"""Push to the Hub: a model card of measured values, a reload check before the upload, and the upload itself."""
 
 from .card import build_card
 from .push import PushResult, push

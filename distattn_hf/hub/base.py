@@ -1,4 +1,4 @@
-"""What is known of the base model: its name on the Hub, its licence and language, each with where that is from."""
+"""Metadata of the base model: its name on the Hub, its licence and language, and the source of each."""
 
 import re
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from ..conversion.companions import Source, card_metadata, describe_source
-from ..conversion.embedded import EMBEDDED
+from ..storage.companions import Source, card_metadata, describe_source
+from ..storage.embedded import EMBEDDED
 
 # The names that the embedded checkpoints have on the Hub.
 _HUB_NAMES = {
@@ -21,8 +21,8 @@ _HUB_NAMES = {
 class BaseModel:
     """The model that was converted; `hub_name` is None unless it is known to be on the Hub.
 
-    metadata holds license, license_name, license_link and language as far as they are known; source says from where,
-    or why they are not.
+    metadata holds license, license_name, license_link and language as far as they are known; source is where they come
+    from, or why they are unknown.
     """
 
     hub_name: str | None = None
@@ -32,11 +32,11 @@ class BaseModel:
 
 
 def find_base_model(named: str | None, taught: str | None, api: HfApi) -> BaseModel:
-    """Look the base model up: `named` by the user, who is believed, or `taught`, the scorecard's or report's teacher.
+    """Look the base model up: `named`, which the user gave and is trusted, or `taught`, the teacher in the checkpoint.
 
-    A folder is asked for the front matter of its README.md, an embedded checkpoint for its entry, the Hub for the rest.
-    A teacher that is none of these may have been a folder on another machine, so it is not called a Hub model.
-    Raises `ValueError` when the Hub says that it has no model of the name the user gave.
+    Metadata comes from the README.md of a folder, the table of embedded checkpoints, or else the Hub. A teacher that is
+    none of these may have been a folder on another machine, so it is not called a Hub model.
+    Raises `ValueError` when the Hub has no model of the name the user gave.
     """
     name = named or taught
     if not name:
@@ -52,17 +52,17 @@ def find_base_model(named: str | None, taught: str | None, api: HfApi) -> BaseMo
 
 
 def _from_folder(path: Path) -> BaseModel:
-    # The name of a folder on this machine says nothing to others.
-    noted = describe_source(Source(path))
-    if "license" not in noted:
+    # The name of a folder on this machine is of no use to others.
+    entry = describe_source(Source(path))
+    if "license" not in entry:
         return BaseModel(source=f"neither README.md nor LICENSE of the base model's folder {str(path)!r} says it")
-    return BaseModel(metadata=_noted_metadata(noted, ()), source=f"{noted['from']} of the folder {str(path)!r}")
+    return BaseModel(metadata=_noted_metadata(entry, ()), source=f"{entry['from']} of the folder {str(path)!r}")
 
 
 def add_noted(base: BaseModel, noted: dict | None, files: list[str]) -> None:
-    """Fill in the licence that the conversion noted of its source, where the base model's is not known otherwise.
+    """Fill in the licence that the conversion recorded of its source, if the base model's is not known otherwise.
 
-    files: of the converted folder, for a link to one of them.
+    files: of the converted folder, as possible targets of the licence link.
     """
     if noted and "license" in noted and "license" not in base.metadata:
         base.metadata = {**_noted_metadata(noted, files), **base.metadata}
@@ -81,7 +81,7 @@ def _noted_metadata(noted: dict, files) -> dict:
 
 
 def _from_hub(name: str, believed: bool, api: HfApi) -> BaseModel:
-    unknown = BaseModel(name if believed else None, name if believed else None)
+    base = BaseModel(name if believed else None, name if believed else None)
     try:
         info = api.model_info(name, timeout=10)
     except (HTTPError, OSError, ValueError) as error:
@@ -90,8 +90,8 @@ def _from_hub(name: str, believed: bool, api: HfApi) -> BaseModel:
                 f"base_model={name!r} is neither a folder, nor an embedded checkpoint ({', '.join(EMBEDDED)}), nor a "
                 f"model that {api.endpoint} shows you"
             ) from None
-        unknown.source = f"{name!r} could not be looked up at {api.endpoint}: {type(error).__name__}"
-        return unknown
+        base.source = f"{name!r} could not be looked up at {api.endpoint}: {type(error).__name__}"
+        return base
     metadata = card_metadata(info.card_data.to_dict() if info.card_data else {})
     link = metadata.get("license_link")
     if link and "://" not in link:
@@ -100,7 +100,7 @@ def _from_hub(name: str, believed: bool, api: HfApi) -> BaseModel:
 
 
 def license_metadata(license: str) -> dict:
-    """Front matter for a licence: its identifier, or "other" with a name where it is a phrase and no identifier."""
+    """Return front matter for a licence: its identifier, or "other" with a name where it is a phrase."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", license):
         return {"license": license.lower()}
     return {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-")}

@@ -1,9 +1,10 @@
-"""The model card: model_cards/template.md filled from the checkpoint's report and scorecard, and nothing else."""
+"""Build the model card: card_template.md, filled from the checkpoint's report and scorecard only."""
 
 import hashlib
 import math
 import re
 from importlib import metadata
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
@@ -15,10 +16,7 @@ from ..conversion.report import ConversionReport
 from .base import BaseModel, add_noted, find_base_model, license_metadata
 from .folder import ConvertedFolder, read_folder, read_results
 
-_TEMPLATE = "model_cards/template.md"
-_INSTALLED_TEMPLATE = "share/distattn_hf/template.md"
-
-# Rows of the scorecard that can be the checkpoint in the folder, the last step first.
+# Rows of the scorecard that may be the checkpoint in the folder, the last step first.
 _STEPS = ("task", "distillation", "transfer", "calibrated", "plain")
 _ROW_LABELS = {
     "teacher": "base model, as published",
@@ -46,24 +44,24 @@ def build_card(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> ModelCard:
-    """The model card of a converted checkpoint folder, for the repository `repo` ("owner/name").
+    """Build the model card of a converted checkpoint folder, for the repository `repo` ("owner/name").
 
     Args:
-        license: the licence's identifier on the Hub; None takes the base model's, or what the conversion noted of it.
-        base_model: a Hub name, a folder (its README.md is read), or an embedded checkpoint; None takes the scorecard's
-            teacher, or what the report names, where that is known to be one of these.
+        license: the licence's identifier on the Hub; None takes the base model's, or that recorded at the conversion.
+        base_model: a Hub name, a folder (its README.md is read), or an embedded checkpoint; None takes the teacher of
+            the scorecard or the report, where that is known to be one of these.
         results: a JSON file of the owner's own results (see `read_results`).
         token, endpoint: for looking the base model up, as in `push`.
 
     Raises:
-        ValueError: what `read_folder` raises; the licence is neither given nor known from the base model.
+        ValueError: as `read_folder`; the licence is neither given nor known from the base model.
     """
     validate_repo_id(repo)
     folder = read_folder(path)
     scorecard = folder.scorecard or {}
-    taught = scorecard.get("teacher") or (folder.report and folder.report.base_model)
-    owners = read_results(results) if results is not None else []
-    base = find_base_model(base_model, taught, HfApi(endpoint=endpoint, token=token))
+    teacher = scorecard.get("teacher") or (folder.report and folder.report.base_model)
+    owner_results = read_results(results) if results is not None else []
+    base = find_base_model(base_model, teacher, HfApi(endpoint=endpoint, token=token))
     if folder.report:
         add_noted(base, folder.report.source, folder.files)
     if license is not None:
@@ -74,43 +72,34 @@ def build_card(
             "base model with base_model"
         )
     data = _metadata(folder, repo, base)
-    # Not ModelCard.from_template, which renders a name that the template misspells as nothing.
+    # Not ModelCard.from_template, which silently renders undefined names as empty.
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(read_template())
-    return sign(ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base, owners))))
+    return sign(ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base, owner_results))))
 
 
 def read_template() -> str:
-    """The text of model_cards/template.md, from the repository or from where the wheel put it.
-
-    Raises `ValueError` when it is in neither place.
-    """
-    beside = Path(__file__).resolve().parents[2] / _TEMPLATE
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
-    for file in metadata.files("distattn_hf") or ():
-        if file.as_posix().endswith(_INSTALLED_TEMPLATE):
-            return Path(file.locate()).read_text(encoding="utf-8")
-    raise ValueError(f"the card's template is missing: neither {_TEMPLATE} nor {_INSTALLED_TEMPLATE} is installed")
+    """Return the text of card_template.md, which is part of the package."""
+    return files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")
 
 
 def sign(card: ModelCard) -> ModelCard:
-    """Put a last line with a digest of all before it, by which `is_unedited` knows the card again."""
+    """Append a line with a digest of the card, by which `is_unedited` recognises it."""
     card.text += _SIGNATURE_TEXT.format(_digest(str(card)))
     return card
 
 
 def is_unedited(text: str) -> bool:
-    """Whether a README.md was made by a program and not touched since: by `build_card`, or by transformers' push."""
-    if found := _SIGNATURE.search(text):
-        return found.group(1) == _digest(text[: found.start()])
+    """Return whether a README.md is as a program wrote it, unedited: `build_card`, or transformers' push_to_hub."""
+    if signature := _SIGNATURE.search(text):
+        return signature.group(1) == _digest(text[: signature.start()])
     card = ModelCard(text, ignore_metadata_errors=True)
-    # transformers.utils.hub.create_and_tag_model_card
+    # From transformers.utils.hub.create_and_tag_model_card.
     sentence = (
         "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
         "automatically generated."
     )
-    blank = ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=sentence)
-    return card.text.strip() == blank.text.strip()
+    generated = ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=sentence)
+    return card.text.strip() == generated.text.strip()
 
 
 def _digest(text: str) -> str:
@@ -149,29 +138,29 @@ def _attention_tags(config: dict) -> list[str]:
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether a data set's name can only be one of the Hub's: owner/name, no file ending, nothing here by that name."""
+    """Return whether a data set's name can only be the Hub's: owner/name, no file suffix, no such local path."""
     return bool(re.fullmatch(r"[\w-]+/[\w.-]+", name)) and not Path(name).suffix and not Path(name).exists()
 
 
 def _public(name: str) -> str:
-    """A data set's name without the folders of the machine it was on."""
+    """Return a data set's name without local folders."""
     return name if _is_hub_name(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def own_row(scorecard: dict | None) -> dict | None:
-    """The row of the checkpoint in the folder: the one the scorecard names as `checkpoint`, or the last step it has."""
+    """Return the row of the folder's checkpoint: the one that the scorecard names as `checkpoint`, or its last step."""
     rows = {row["name"]: row for row in (scorecard or {}).get("rows", ())}
     return next((rows[name] for name in ((scorecard or {}).get("checkpoint"), *_STEPS) if name in rows), None)
 
 
 def _results(folder: ConvertedFolder) -> list[EvalResult]:
-    """The model index: this checkpoint's own finite metrics, as the scorecard has them."""
+    """Return the model index: this checkpoint's own finite metrics from the scorecard."""
     row, scorecard = own_row(folder.scorecard), folder.scorecard
     evaluated_on = ((scorecard or {}).get("data") or {}).get("eval")
     if row is None or not evaluated_on:
         return []
     name = _public(evaluated_on)
-    measured = row.get("metrics") or {scorecard["metric"]: row["score"]}
+    metrics = row.get("metrics") or {scorecard["metric"]: row["score"]}
     return [
         EvalResult(
             task_type=folder.pipeline_tag or scorecard["task"],
@@ -181,7 +170,7 @@ def _results(folder: ConvertedFolder) -> list[EvalResult]:
             metric_name=metric.replace("_", " "),
             metric_value=value,
         )
-        for metric, value in measured.items()
+        for metric, value in metrics.items()
         if math.isfinite(value)
     ]
 
@@ -190,7 +179,7 @@ def _results(folder: ConvertedFolder) -> list[EvalResult]:
 
 
 def contents(folder: ConvertedFolder, repo: str, base: BaseModel, results: list[dict] = ()) -> dict:
-    """What the template shows; every value is None or empty where nothing was measured."""
+    """Return the values of the template; each is None or empty where nothing was measured."""
     block, report, scorecard = folder.config["distattn"], folder.report, folder.scorecard
     row, data = own_row(scorecard), (scorecard or {}).get("data") or {}
     return {
@@ -223,7 +212,7 @@ def contents(folder: ConvertedFolder, repo: str, base: BaseModel, results: list[
 
 
 def _attention_text(config: dict) -> str:
-    """The kinds of attention in words, with the numbers that make them."""
+    """Describe the kinds of attention in words, with their parameters."""
     parts = []
     for spec in config["distattn"]["specs"]:
         if spec.get("mechanism") == "nystrom":
@@ -239,18 +228,18 @@ def _attention_text(config: dict) -> str:
 
 
 def _package_link() -> str:
-    """The package's name, with the address that its own metadata gives, if they give one."""
+    """Return the package's name, as a link if its metadata has an address."""
     try:
-        stated = metadata.metadata("distattn_hf")
+        package_metadata = metadata.metadata("distattn_hf")
     except metadata.PackageNotFoundError:
         return "`distattn_hf`"
-    urls = [url.partition(",")[2].strip() for url in stated.get_all("Project-URL") or ()]
-    address = next((url for url in [stated.get("Home-page"), *urls] if url and "://" in url), None)
+    urls = [url.partition(",")[2].strip() for url in package_metadata.get_all("Project-URL") or ()]
+    address = next((url for url in [package_metadata.get("Home-page"), *urls] if url and "://" in url), None)
     return f"[`distattn_hf`]({address})" if address else "`distattn_hf`"
 
 
 def _owners_table(results: list[dict]) -> str | None:
-    """The owner's results as they were given; columns that no entry has are left out."""
+    """Format the owner's results as given, without the columns that no entry has; None for no results."""
     columns = [name for name in ("base", "note") if any(entry.get(name) is not None for entry in results)]
     rows = []
     for entry in results:
@@ -268,7 +257,7 @@ def _exact_heads(report: ConversionReport | None) -> int:
 
 
 def _loss_table(report: ConversionReport) -> str | None:
-    """One line per group of heads, means over its heads; columns that nothing was measured for are left out."""
+    """Format one line per group of heads, means over its heads, without the columns that were not measured."""
     columns = {
         "λ": "lam",
         "α": "alpha",
@@ -289,12 +278,12 @@ def _loss_table(report: ConversionReport) -> str | None:
 def _score_table(scorecard: dict) -> str:
     counts = {k: v for k, v in _COUNTS.items() if any(row.get(k) for row in scorecard["rows"])}
     ratio = any(row.get("ratio") is not None for row in scorecard["rows"])
-    own = own_row(scorecard)
+    checkpoint_row = own_row(scorecard)
     reference = "ratio to the base model" + (" so trained" if scorecard.get("ratio_to") == "teacher_finetuned" else "")
     rows = []
     for row in scorecard["rows"]:
         label = _ROW_LABELS.get(row["name"], row["name"])
-        cells = [f"**{label} (this checkpoint)**" if row is own else label, f"{row['score']:.4g}"]
+        cells = [f"**{label} (this checkpoint)**" if row is checkpoint_row else label, f"{row['score']:.4g}"]
         if ratio:
             cells.append("-" if row.get("ratio") is None else f"{row['ratio']:.3f}")
         rows.append(cells + ["-" if not row.get(k) else f"{row[k]:,.0f}" for k in counts])

@@ -1,30 +1,25 @@
-"""A converted checkpoint as a folder: what it says about itself, and which of its files belong on the Hub."""
+"""Read a converted checkpoint's folder: its config and reports, and which of its files belong on the Hub."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..conversion.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
 from ..conversion.report import ConversionReport
 from ..core.modeling_converted import REPORT_NAME
+from ..data.config import is_number
+from ..data.tasks import TASKS
+from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
 
 SCORECARD_NAME = "distattn_scorecard.json"
 
-# Auto classes from the most to the least telling, with the Hub's name of the task. Sequence-to-sequence has none any
-# more: the Hub and transformers 5 dropped text2text-generation.
+# Auto classes with the Hub's name of their task; AutoModel, the least specific, comes last.
 PIPELINE_TAGS = {
-    "AutoModelForCausalLM": "text-generation",
-    "AutoModelForMaskedLM": "fill-mask",
-    "AutoModelForSeq2SeqLM": None,
-    "AutoModelForSequenceClassification": "text-classification",
-    "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForImageClassification": "image-classification",
-    "AutoModel": None,
-}
+} | {task.auto_class: task.pipeline_tag for task in TASKS.values()}
 
-# Field of an owner's result -> (its kind, whether it must be there).
+# Field of an owner's result -> (its type, whether it is required).
 _RESULT = {
     "dataset": (str, True), "metric": (str, True), "value": (float, True), "base": (float, False), "note": (str, False),
 }  # fmt: skip
@@ -32,7 +27,7 @@ _RESULT = {
 
 @dataclass
 class ConvertedFolder:
-    """The parts of a converted checkpoint that the card and the checks need; `read_folder` makes one."""
+    """The parts of a converted checkpoint that the card and the checks need, from `read_folder`."""
 
     path: Path
     config: dict
@@ -45,19 +40,19 @@ class ConvertedFolder:
 
     @property
     def pipeline_tag(self) -> str | None:
-        """The Hub's name of the task, None where it has none."""
+        """The Hub's name of the task, or None."""
         if self.is_sentence_transformer:
             return "sentence-similarity"
         return PIPELINE_TAGS.get(self.auto_class)
 
     @property
     def is_sentence_transformer(self) -> bool:
-        """Whether sentence-transformers finds its modules here."""
+        """Whether the folder holds sentence-transformers' modules.json."""
         return MODULES in self.files
 
     @property
     def preparation(self) -> tuple[str, str] | None:
-        """(the Auto class that prepares the model's inputs, what it is called); None where there is none here."""
+        """(the Auto class that prepares the model's inputs, its name in code), or None."""
         if "processor_config.json" in self.files:
             return "AutoProcessor", "processor"
         if "tokenizer_config.json" in self.files:
@@ -96,9 +91,9 @@ def read_folder(path: str | Path) -> ConvertedFolder:
             f"folder {str(path)!r}: config.json names no Auto class for architectures={config.get('architectures')!r} "
             "in auto_map; save the model again with its save_pretrained"
         )
-    found, links = list_files(path)
-    files = [name for name in found if goes_to_the_hub(name)]
-    reasons = {name: "" for name in found if name not in files} | {name: f" ({why})" for name, why in links.items()}
+    names, links = list_files(path)
+    files = [name for name in names if goes_to_the_hub(name)]
+    reasons = {name: "" for name in names if name not in files} | {name: f" ({why})" for name, why in links.items()}
     _check_weights(path, files, reasons)
     _check_modules(path, files, reasons)
     left_out = [f"{name}{why}" for name, why in sorted(reasons.items())]
@@ -131,7 +126,7 @@ def _check_modules(path: Path, files: list[str], left_out: dict[str, str]) -> No
     if MODULES not in files:
         return
     for module in filter(None, (entry.get("path") for entry in _read_json(path / MODULES, list))):
-        # Normalize has no file of its own, and so no folder where nothing keeps empty ones.
+        # Normalize has no files, so its folder may not exist: look for files left out instead.
         for name, why in left_out.items():
             if not f"{name}/".startswith(f"{module}/"):
                 continue
@@ -158,8 +153,8 @@ def _read_json(file: Path, kind: type = dict):
 
 
 def read_results(file: str | Path) -> list[dict]:
-    """What a model's owner measured, for the card: a JSON list of objects with "dataset" and "metric" (text), "value"
-    (a number), and, if wanted, "base" (the base model's value, a number) and "note" (text).
+    """Read the results that a model's owner measured: a JSON list of objects with "dataset", "metric" (text), "value"
+    (a number), and, optionally, "base" (the base model's value, a number) and "note" (text).
 
     Raises `ValueError` naming the file, the entry and the field.
     """
@@ -169,18 +164,18 @@ def read_results(file: str | Path) -> list[dict]:
     results = _read_json(file, list)
     if not results:
         raise ValueError(f"{str(file)!r} must name at least one result, got an empty list")
-    for number, entry in enumerate(results):
-        where = f"{str(file)!r}: entry {number}"
+    for index, entry in enumerate(results):
+        label = f"{str(file)!r}: entry {index}"
         if not isinstance(entry, dict):
-            raise ValueError(f"{where} must be an object, got {entry!r}")
+            raise ValueError(f"{label} must be an object, got {entry!r}")
         if unknown := sorted(set(entry) - set(_RESULT)):
-            raise ValueError(f"{where} has an unknown field {unknown[0]!r}; allowed are {', '.join(_RESULT)}")
+            raise ValueError(f"{label} has an unknown field {unknown[0]!r}; allowed are {', '.join(_RESULT)}")
         for name, (kind, required) in _RESULT.items():
             value = entry.get(name)
             if value is None and not required:
                 continue
             if not (_is_number(value) if kind is float else isinstance(value, str) and value.strip()):
-                raise ValueError(f"{where}: {name} must be {'a number' if kind is float else 'text'}, got {value!r}")
+                raise ValueError(f"{label}: {name} must be {'a number' if kind is float else 'text'}, got {value!r}")
     return results
 
 
@@ -194,7 +189,7 @@ def _read_report(path: Path, files: list[str]) -> ConversionReport | None:
 
 
 def _read_scorecard(path: Path, files: list[str]) -> dict | None:
-    """The scores that training wrote; raises `ValueError` for a field of the wrong kind, so that none is guessed."""
+    """Read the scorecard that training wrote, if any; raises `ValueError` for a field of the wrong type."""
     file = path / SCORECARD_NAME
     if SCORECARD_NAME not in files:
         return None
@@ -206,15 +201,15 @@ def _read_scorecard(path: Path, files: list[str]) -> dict | None:
             raise ValueError(f"{str(file)!r}: {key} must be a string, got {card.get(key)!r}")
     if not isinstance(card.get("rows"), list):
         raise ValueError(f"{str(file)!r}: rows must be a list, got {card.get('rows')!r}")
-    for number, row in enumerate(card["rows"]):
+    for index, row in enumerate(card["rows"]):
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or not _is_number(row.get("score")):
-            raise ValueError(f"{str(file)!r}: rows[{number}] must have a name and a number as score, got {row!r}")
+            raise ValueError(f"{str(file)!r}: rows[{index}] must have a name and a number as score, got {row!r}")
         for name, value in (row.get("metrics") or {}).items():
             if not _is_number(value):
-                raise ValueError(f"{str(file)!r}: rows[{number}].metrics[{name!r}] must be a number, got {value!r}")
+                raise ValueError(f"{str(file)!r}: rows[{index}].metrics[{name!r}] must be a number, got {value!r}")
     return card
 
 
 def _is_number(value) -> bool:
     # No `math.isnan`: a JSON integer may be too large for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return is_number(value) and value == value

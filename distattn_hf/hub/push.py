@@ -1,4 +1,4 @@
-"""Push a converted checkpoint: check, reload, card, then one commit. What fails a check never reaches the Hub."""
+"""Push a converted checkpoint: check, reload, card, then one commit. Nothing that fails a check is uploaded."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.files import CARD_NAME
+from ..storage.files import CARD_NAME
 from .card import build_card, is_unedited
 from .folder import ConvertedFolder, read_folder
 from .reload import check_reload
@@ -17,7 +17,7 @@ from .reload import check_reload
 
 @dataclass
 class PushResult:
-    """What `push` did: the commit's address (None for a dry run), the card, the files, and what to know about them."""
+    """The result of `push`: the commit's URL (None for a dry run), the card, the files, and notes on them."""
 
     url: str | None
     card: str
@@ -42,9 +42,9 @@ def push(
 ) -> PushResult:
     """Upload a converted checkpoint folder to the Hub in one commit, with a model card, after a reload check.
 
-    The folder itself is never written to. Hidden files, pickles, training's own leavings and links out of the folder
-    (see `list_files`) stay behind. A README.md in the folder is uploaded as it is, and one in the repository is kept,
-    unless `overwrite_card`, or unless `build_card` or transformers wrote it and nobody edited it since.
+    The folder itself is never written to. Hidden files, pickles, training checkpoints and links out of the folder (see
+    `list_files`) are not uploaded. A README.md in the folder is uploaded as it is, and one in the repository is kept,
+    unless `overwrite_card` is set, or `build_card` or transformers wrote it and nobody has edited it since.
 
     Args:
         path: the folder that `save_pretrained` wrote; the check runs the Python files in it.
@@ -56,12 +56,12 @@ def push(
         commit_message: None for "Upload <class> with distattn_hf".
         results: a JSON file of your own results (see `read_results`), which the card shows as yours.
         overwrite_card: replace a README.md that somebody wrote or edited.
-        dry_run: do all checks and make the card, create and upload nothing.
+        dry_run: do all checks and build the card, but create and upload nothing.
         endpoint: None takes HF_ENDPOINT or the Hub.
 
     Raises:
         ValueError: the folder, the licence or the reload check is not in order, or the repository is public.
-        OSError: the Hub refused, or could not be reached; says at which step. The repository has all files or none.
+        OSError: the Hub refused, or could not be reached; names the step. The repository has all files or none.
     """
     validate_repo_id(repo)
     if repo.count("/") != 1:
@@ -72,7 +72,7 @@ def push(
         notes.append(f"left out of the upload: {', '.join(folder.left_out)}")
     files = {name: folder.path / name for name in folder.files if name != CARD_NAME}
     with tempfile.TemporaryDirectory(prefix="distattn_push_") as staging:
-        # Only what will be uploaded, so that a file left out is missed now.
+        # Only the files to upload, so that the check fails if one that is left out is needed.
         for name, file in files.items():
             (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
             os.symlink(file.resolve(), Path(staging) / name)
@@ -94,28 +94,28 @@ def _local_card(folder: ConvertedFolder) -> str | None:
 def choose_card(
     folder, repo, overwrite_card, license, base_model, token, endpoint, results=None
 ) -> tuple[str, list[str]]:
-    """The folder's README.md where somebody wrote or edited it, a new card otherwise; and notes for the user."""
-    written = _local_card(folder)
-    if written is not None and not overwrite_card and not is_unedited(written):
+    """Return the folder's README.md where somebody wrote or edited it, else a new card; and notes for the user."""
+    own_card = _local_card(folder)
+    if own_card is not None and not overwrite_card and not is_unedited(own_card):
         if results is not None:
             raise ValueError(
                 f"results={str(results)!r} go into a new card, but somebody wrote {CARD_NAME} of the folder; write "
                 "them there, or replace it by overwrite_card"
             )
-        return written, [f"{CARD_NAME} of the folder is uploaded as it is; overwrite_card replaces it"]
-    given = {"license": license, "base_model": base_model, "results": results}
-    return str(build_card(folder.path, repo, **given, token=token, endpoint=endpoint)), []
+        return own_card, [f"{CARD_NAME} of the folder is uploaded as it is; overwrite_card replaces it"]
+    card_options = {"license": license, "base_model": base_model, "results": results}
+    return str(build_card(folder.path, repo, **card_options, token=token, endpoint=endpoint)), []
 
 
 class Upload:
-    """The steps on the Hub, each of which says where it failed, without the token."""
+    """The steps on the Hub; the error of a failed one names the step and never shows the token."""
 
     def __init__(self, api: HfApi, repo: str, token: str | None):
         self.api, self.repo = api, repo
         self.secret = token or get_token()
 
     def run(self, result: PushResult, files: dict, private: bool, revision, message: str, keep_remote_card: bool):
-        """Create what is missing, then commit everything at once; fills in `result`."""
+        """Create the repository and branch if missing, then make one commit; fills in `result`."""
         api, repo = self.api, self.repo
         self.step("creating the repository", api.create_repo, repo, private=private or None, exist_ok=True)
         if private and not self.step("reading the repository", api.model_info, repo).private:
@@ -123,15 +123,15 @@ class Upload:
         if revision is not None:
             self.step("creating the branch", api.create_branch, repo, branch=revision, exist_ok=True)
         additions = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
-        remote = self.step("reading the repository's card", self._remote_card, revision)
-        if keep_remote_card and remote is not None and not is_unedited(remote):
-            result.card, result.files = remote, sorted(files)
+        remote_card = self.step("reading the repository's card", self._remote_card, revision)
+        if keep_remote_card and remote_card is not None and not is_unedited(remote_card):
+            result.card, result.files = remote_card, sorted(files)
             result.notes.append(
                 f"{CARD_NAME} of the repository was kept: somebody wrote it; overwrite_card replaces it"
             )
         else:
             additions.append(CommitOperationAdd(CARD_NAME, result.card.encode()))
-        # Not upload_folder: with Xet it commits in batches and splits a batch that fails, which can leave half a model.
+        # Not upload_folder: with Xet it commits in batches and splits failed ones, which can leave half a model.
         commit = self.step("uploading", api.create_commit, repo, additions, commit_message=message, revision=revision)
         result.url = commit.commit_url
 
@@ -144,7 +144,7 @@ class Upload:
             return Path(file).read_text(encoding="utf-8")
 
     def step(self, doing: str, function, *args, **kwargs):
-        """Call the Hub; raises `OSError` with what was being done, the status and the server's words."""
+        """Call the Hub; raises `OSError` with the step, the status and the server's message."""
         try:
             return function(*args, **kwargs)
         except (HTTPError, OSError, RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The check before an upload: the folder loads offline, both ways that its users will, with equal logits."""
+"""Check before an upload that the folder loads offline, with and without the package, with equal logits."""
 
 import os
 import subprocess
@@ -65,19 +65,19 @@ save_file({n: t.clone().contiguous() for n, t in found.items()}, out)
 
 
 def check_reload(path: str | Path, auto_class: str) -> None:
-    """Load the folder in two fresh offline processes and compare what the models answer to one fixed input, bit by bit.
+    """Load the folder in two fresh offline processes and compare the models' outputs for one fixed input, bit by bit.
 
-    It runs the Python files in the folder. Modules are copied to a cache of its own, so that a file the folder lacks is
-    missed here. Raises `ValueError` saying which way failed and why, or which output differs.
+    It runs the Python files in the folder. Modules are copied to a separate cache, so that the check fails if the
+    folder lacks a file. Raises `ValueError` saying which way failed and why, or which output differs.
     """
     path = Path(path).absolute()
-    answers = {}
+    outputs = {}
     with tempfile.TemporaryDirectory(prefix="distattn_reload_") as scratch:
         for way in tqdm(WAYS, desc="reload check", disable=None, leave=False):
             out = Path(scratch) / f"{way}.safetensors"
             _load(path, auto_class, way, out, Path(scratch) / f"modules_{way}")
-            answers[way] = load_file(out)
-    first, second = answers.values()
+            outputs[way] = load_file(out)
+    first, second = outputs.values()
     if not first or first.keys() != second.keys():
         raise ValueError(f"reload check: the outputs are {sorted(first)} {WAYS['package']}, but {sorted(second)} "
                          f"{WAYS['remote']}")  # fmt: skip
@@ -92,19 +92,19 @@ def check_reload(path: str | Path, auto_class: str) -> None:
 def _load(path: Path, auto_class: str, way: str, out: Path, modules: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(modules), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    # The parent may have found the package by its working directory.
+    # The parent may have imported the package from its working directory.
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", _LOADER, str(path), auto_class, way, str(out)]
-    run = subprocess.run(
+    process = subprocess.run(
         command, env=environment, cwd=out.parent, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
-    if run.returncode != 0:
-        raise ValueError(f"reload check: loading {WAYS[way]} failed: {_reason(run.stderr, run.returncode)}")
+    if process.returncode != 0:
+        raise ValueError(f"reload check: loading {WAYS[way]} failed: {_reason(process.stderr, process.returncode)}")
 
 
 def _reason(stderr: str, returncode: int) -> str:
-    """The exception of a traceback, which may go on over several lines, without the traceback."""
+    """Return the exception message at the end of a traceback, which may span several lines."""
     lines = stderr.rstrip().splitlines()
-    last = max((i for i, line in enumerate(lines) if line.startswith(("  ", "Traceback"))), default=-1)
-    return " ".join(line.strip() for line in lines[last + 1 :])[:600] or f"exit status {returncode}"
+    last_frame = max((i for i, line in enumerate(lines) if line.startswith(("  ", "Traceback"))), default=-1)
+    return " ".join(line.strip() for line in lines[last_frame + 1 :])[:600] or f"exit status {returncode}"

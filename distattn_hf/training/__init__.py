@@ -1,1 +1,1 @@
-"""Training: arguments, data, objectives, the Trainer subclass and the Accelerate loop."""
+"""Training: arguments, objectives, the Trainer subclass, adaptation and training from scratch."""

@@ -1,20 +1,32 @@
-"""One YAML file for an adaptation: which model, which stages, which data, and transformers' `TrainingArguments`."""
+"""The YAML config of an adaptation: model, stages, data, and transformers' `TrainingArguments`."""
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from ..conversion.convert import INITS
-from ..conversion.specs import parse_specs, read_specs
-from ..conversion.yaml_file import parse_yaml, read_yaml
-from ..core.configuration_distattn import AttentionSpec
-from .data import DataArguments
-from .objectives import STAGES, TASKS
-from .schedules import is_number
-from .stages import StageOptions, check_exact, refuse_unknown
+from ..core.attention_spec import AttentionSpec
+from ..data.config import (
+    check_numbers,
+    field_names,
+    is_integer,
+    is_number,
+    parse_kinds,
+    parse_specs,
+    read_mapping,
+    read_specs,
+    refuse_unknown,
+)
+from ..data.datasets import DataArguments
+from ..data.tasks import TASKS
+from .annealing import AnnealingOptions
+from .objectives import STAGES
 
+TRAIN = ("attention", "attention+qk", "all", "lora")
+GROUPS = ("attention", "qk", "rest")
 CONTROLS = ("plain", "window_only", "no_attention")
 FINETUNED = "teacher_finetuned"
 
@@ -25,14 +37,14 @@ class ModelArguments:
 
     Args:
         teacher: Hub name, folder or embedded checkpoint ("minilm", "smollm2-135m", "iglm").
-        task: one of `TASKS`; None: what the teacher's head is for.
+        task: one of `TASKS`; None: that of the teacher's head.
         student: folder or Hub name of a converted checkpoint; None: the teacher is converted as `spec` says.
         spec: fields of an `AttentionSpec`, a metric's name, a list of these, or a YAML file with such fields.
         init: "calibrated", "exact" or "plain".
         fold_alpha: move α into the query projections after the conversion (`distattn_hf.fold_alpha`).
         calibration_data: text for the fit, as `distattn convert --calibration`; None: the training data.
-        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`. Like all of the
-            conversion's, they say nothing about a given student.
+        calibration_steps, calibration_tokens, calibration_length, max_error: of `CalibrationOptions`. Like all options
+            of the conversion, they have no effect on a given student.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -76,25 +88,109 @@ def _specs(spec) -> list[AttentionSpec] | None:
         return None
     is_file = isinstance(spec, str) and ("." in spec or "/" in spec or Path(spec).is_file())
     specs = read_specs(spec) if is_file else parse_specs(spec)
-    # What trains and is scored is what lies beyond exact_below, unless the file says otherwise.
-    unsaid = [s.mechanism == "nystrom" and s.exact_below is None for s in specs]
-    return [replace(s, exact_below=0) if missing else s for s, missing in zip(specs, unsaid, strict=True)]
+    # Nyström attention trains and is scored at every length, unless the file sets exact_below.
+    not_set = [parsed.mechanism == "nystrom" and parsed.exact_below is None for parsed in specs]
+    return [
+        replace(parsed, exact_below=0) if use_default else parsed
+        for parsed, use_default in zip(specs, not_set, strict=True)
+    ]
+
+
+@dataclass
+class StageOptions:
+    """How one stage trains.
+
+    Args:
+        train: "attention" (λ, α, shift, maps, landmarks), "attention+qk" (also the query and key projections), "all" or
+            "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
+        learning_rates: {"attention", "qk", "rest": rate}; a missing group takes TrainingArguments.learning_rate.
+            Adapters belong to "rest".
+        temperature, hidden_weight, task_weight, dropout: of `Distillation`; > 0, >= 0, in [0, 1], True or False.
+        anneal: fields of `AnnealingOptions`.
+        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets are names, or a pattern for whole names; None:
+            peft's defaults for the model.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    train: str | None = None
+    learning_rates: dict = field(default_factory=dict)
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    task_weight: float = 0.0
+    dropout: bool = False
+    anneal: dict = field(default_factory=dict)
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_targets: list[str] | str | None = None
+
+    def __post_init__(self):
+        if self.train is not None and self.train not in TRAIN:
+            raise ValueError(f"train must be one of {', '.join(TRAIN)} or None, got {self.train!r}")
+        for name in ("learning_rates", "anneal"):
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, {})
+            elif not isinstance(value, dict):
+                raise ValueError(f"{name} must be a mapping, got {value!r}")
+        refuse_unknown(self.learning_rates, GROUPS, "learning_rates")
+        for name, rate in self.learning_rates.items():
+            if not is_number(rate) or not rate >= 0:
+                raise ValueError(
+                    f"learning_rates.{name} must be a number >= 0 (in YAML 1.0e-3, not 1e-3), got {rate!r}"
+                )
+        refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
+        self.annealing = AnnealingOptions(**self.anneal)
+        self.anneals = self.annealing.active
+        for name, allowed, is_valid in (
+            ("temperature", "a finite number > 0", lambda number: number > 0),
+            ("hidden_weight", "a finite number >= 0", lambda number: number >= 0),
+            ("task_weight", "a number in [0, 1]", lambda number: 0 <= number <= 1),
+        ):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value) or not is_valid(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if not isinstance(self.dropout, bool):
+            raise ValueError(f"dropout must be True or False, got {self.dropout!r}")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if not is_integer(value, 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        targets = [self.lora_targets] if isinstance(self.lora_targets, str) else self.lora_targets
+        if targets is not None and (
+            not isinstance(targets, list) or not targets or not all(t and isinstance(t, str) for t in targets)
+        ):
+            raise ValueError(
+                f"lora_targets must be a list of module names, a pattern or None, got {self.lora_targets!r}"
+            )
+
+    def trains(self, stage: str) -> str:
+        """Return what trains in `stage`; raises `ValueError` for what gets no gradient in attention transfer."""
+        if self.train is None:
+            return "attention" if stage == "transfer" else "all"
+        if stage == "transfer" and self.train in ("all", "lora"):
+            raise ValueError(
+                f"train={self.train!r} does not go with stage 'transfer', which has no gradients beyond 'attention' or "
+                "'attention+qk'; set stage_options.transfer.train"
+            )
+        return self.train
 
 
 @dataclass
 class AdaptationArguments(StageOptions):
-    """Which stages run, with which options, and what the scorecard compares.
+    """Which stages run, with which options, and which models the scorecard compares.
 
     Args:
         stages: some of "transfer", "distillation", "task", in the order in which they run.
         stage_options: {stage: {field: value}}: fields of `StageOptions` or `TrainingArguments` for one stage alone.
         teacher_finetuned: also fine-tune the teacher on the same data for as many steps as all stages together (or as
-            stage_options.teacher_finetuned says), and compare with that.
+            stage_options.teacher_finetuned sets), and compare with it.
         controls: some of "plain" (swapped, no fit), "window_only" (Nyström without its far field) and "no_attention".
         pair_columns: [query, passage], two columns of the evaluation data, for retrieval; encoders only.
         max_pairs: how many of the last pairs to use.
 
-    Beside these, the fields of `StageOptions` are what all stages share.
+    In addition, the fields of `StageOptions` apply to all stages.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -121,41 +217,27 @@ class AdaptationArguments(StageOptions):
         if not isinstance(self.stage_options, dict):
             raise ValueError(f"stage_options must be a mapping, got {self.stage_options!r}")
         refuse_unknown(self.stage_options, [*STAGES, FINETUNED], "stage_options")
-        known = _names(StageOptions) | _names(TrainingArguments) - {"output_dir"}
+        option_names = field_names(StageOptions) | field_names(TrainingArguments) - {"output_dir"}
         for stage, options in self.stage_options.items():
             if not isinstance(options, dict):
                 raise ValueError(f"stage_options.{stage} must be a mapping, got {options!r}")
-            refuse_unknown(options, known, f"stage_options.{stage}")
-            _check_numbers(options, f"stage_options.{stage}.")
+            refuse_unknown(options, option_names, f"stage_options.{stage}")
+            check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
 
     def options_for(self, stage: str) -> StageOptions:
-        """The options of one stage: what is shared, with the stage's own in place; mappings are merged."""
-        shared = {f.name: getattr(self, f.name) for f in fields(StageOptions)}
-        own = {k: v for k, v in self.stage_options.get(stage, {}).items() if k in shared}
-        if "learning_rates" in own:
-            own["learning_rates"] = {**shared["learning_rates"], **own["learning_rates"]}
-        return StageOptions(**{**shared, **own})
-
-
-def _names(kind) -> set[str]:
-    return {f.name for f in fields(kind) if f.init}
-
-
-def _check_numbers(values: dict, where: str = "") -> None:
-    """Raise `ValueError` for 2.5 steps or a rate of "abc": transformers takes them, and trips over them later."""
-    for entry in (entry for entry in fields(TrainingArguments) if entry.name in values):
-        value = values[entry.name]
-        if entry.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{where}{entry.name} must be an integer, got {value!r}")
-        if entry.type is float and not is_number(value):
-            raise ValueError(f"{where}{entry.name} must be a number, got {value!r}")
+        """Return the options of one stage: its own override the shared ones; learning_rates are merged."""
+        shared = {entry.name: getattr(self, entry.name) for entry in fields(StageOptions)}
+        stage_values = {key: value for key, value in self.stage_options.get(stage, {}).items() if key in shared}
+        if "learning_rates" in stage_values:
+            stage_values["learning_rates"] = {**shared["learning_rates"], **stage_values["learning_rates"]}
+        return StageOptions(**{**shared, **stage_values})
 
 
 @dataclass
 class AdaptationConfig:
-    """All arguments of an adaptation; `values` is what the file and the command line said."""
+    """All arguments of an adaptation; `values` holds them as the file and the command line gave them."""
 
     model: ModelArguments
     adaptation: AdaptationArguments
@@ -164,35 +246,29 @@ class AdaptationConfig:
     values: dict
 
     def training_for(self, stage: str) -> TrainingArguments:
-        """transformers' arguments of one stage: its own in place of the shared ones, output in a folder of its own."""
-        known = _names(TrainingArguments)
-        shared = {k: v for k, v in self.values.items() if k in known}
-        own = {k: v for k, v in self.adaptation.stage_options.get(stage, {}).items() if k in known}
-        return TrainingArguments(**{**shared, **own, "output_dir": str(Path(self.training.output_dir) / stage)})
+        """Return the `TrainingArguments` of one stage: its own override the shared ones; output in a subfolder."""
+        names = field_names(TrainingArguments)
+        shared = {key: value for key, value in self.values.items() if key in names}
+        stage_values = {
+            key: value for key, value in self.adaptation.stage_options.get(stage, {}).items() if key in names
+        }
+        # The scorecard needs the number of tokens, so they are counted unless the file says otherwise.
+        arguments = {"include_num_input_tokens_seen": "non_padding", **shared, **stage_values}
+        return TrainingArguments(**{**arguments, "output_dir": str(Path(self.training.output_dir) / stage)})
 
 
 def read_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
-    """The arguments in a YAML file, with `key=value` overrides (dots for nested keys: spec.metric=l1).
+    """Read the arguments from a YAML file, with `key=value` overrides (dots for nested keys: spec.metric=l1).
 
     Raises `ValueError` for a file that is absent or no YAML mapping, an unknown key (with the closest names), or a
     value that a field does not take.
     """
-    values = read_mapping(path, "config")
-    for text in overrides:
-        override(values, text)
-    return parse_config(values)
+    return parse_config(path, overrides)
 
 
-def read_mapping(path: str | Path, name: str) -> dict:
-    """The mapping in a YAML file, which errors call `name`; raises `ValueError` where there is none."""
-    values = _as_meant(read_yaml(path, name))
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} {str(Path(path))!r} must hold a mapping of arguments, got {type(values).__name__}")
-    return values
-
-
-def parse_config(values: dict) -> AdaptationConfig:
-    """The arguments in a mapping; raises as `read_config`."""
+def parse_config(source: dict | str | Path, overrides: list[str] | tuple[str, ...] = ()) -> AdaptationConfig:
+    """Read the arguments from a mapping or a file; raises as `read_config`."""
+    values = source if isinstance(source, dict) else read_mapping(source, "config", overrides)
     if "model" in values and "teacher" not in values:
         raise ValueError("the config has a model and no teacher: it is for `distattn train`, not `distattn adapt`")
     kinds = (ModelArguments, AdaptationArguments, DataArguments, TrainingArguments)
@@ -201,22 +277,8 @@ def parse_config(values: dict) -> AdaptationConfig:
     return config
 
 
-def parse_kinds(values: dict, kinds: tuple[type, ...], required: tuple[str, ...]) -> tuple:
-    """One object of each dataclass from a mapping; raises `ValueError` for unknown, missing and mistyped values."""
-    refuse_unknown(values, set().union(*map(_names, kinds)))
-    for name in required:
-        if not values.get(name):
-            raise ValueError(f"{name} must be given, got {values.get(name)!r}")
-    _check_numbers(values)
-    try:
-        # Two kinds have a `seed`: one value serves both.
-        return HfArgumentParser(kinds, conflict_handler="resolve").parse_dict(values)
-    except TypeError as error:
-        raise ValueError(f"a value has the wrong type: {error}") from error
-
-
 def _check(config: AdaptationConfig) -> None:
-    """What can be wrong between fields, before anything is loaded."""
+    """Check combinations of fields before anything is loaded; raises `ValueError`."""
     adaptation, model = config.adaptation, config.model
     for stage in adaptation.stages:
         options = adaptation.options_for(stage)
@@ -250,32 +312,32 @@ def _check(config: AdaptationConfig) -> None:
         raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
 
 
-def override(values: dict, assignment: str) -> None:
-    """Set what `assignment` ("spec.metric=l1", dots for nested keys) says; raises `ValueError` where there is no such
-    place."""
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override must be key=value, got {assignment!r}")
-    *parents, last = key.split(".")
-    place = values
-    for number, name in enumerate(parents):
-        place = place.setdefault(name, {}) if isinstance(place, dict) else place[int(name)]
-        if not isinstance(place, dict | list):
-            where = ".".join(parents[: number + 1])
-            raise ValueError(f"override {assignment!r}: {where!r} is {place!r}, which has no fields")
-    value = _as_meant(parse_yaml(text, f"override {assignment!r}"), last)
-    if isinstance(place, list):
-        if not last.isdigit() or int(last) >= len(place):
-            raise ValueError(f"override {assignment!r}: {'.'.join(parents)!r} is a list of {len(place)}, give an index")
-        place[int(last)] = value
-    else:
-        place[last] = value
+def check_exact(specs, stage: str, max_length: int) -> None:
+    """Raise `ValueError` where rows of max_length tokens never reach the landmarks of a Nyström spec of `specs`."""
+    for spec in specs:
+        if stage != "transfer" and spec.mechanism == "nystrom" and (spec.exact_below or 0) >= max_length:
+            raise ValueError(
+                f"stage {stage!r} would train no landmark: rows have at most max_length={max_length} tokens, and the "
+                f"spec's exact_below={spec.exact_below} takes exact attention for all of them; set exact_below=0 while "
+                "adapting, or a greater max_length"
+            )
 
 
-def _as_meant(value, key: str = ""):
-    """`save_strategy: no` means "no", where YAML 1.1 reads False."""
-    if isinstance(value, dict):
-        return {name: _as_meant(entry, str(name)) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_as_meant(entry) for entry in value]
-    return "no" if value is False and key.endswith("_strategy") else value
+def refuse_others(config: AdaptationConfig, honoured: set[str], orders) -> None:
+    """Raise `ValueError` for TrainingArguments outside `honoured` and row orders that a plain loop does not support."""
+    defaults = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    if config.data.streaming:
+        raise ValueError("streaming=True: this loop does not do that; `distattn adapt` does")
+    stages = config.adaptation.stage_options
+    for prefix, settings in (("", config.values), *((f"stage_options.{name}.", stages[name]) for name in stages)):
+        for name, value in settings.items():
+            if name == "train_sampling_strategy":
+                if value not in orders:
+                    raise ValueError(
+                        f"{prefix}{name} must be one of {', '.join(orders)} in this loop, got {value!r}; `distattn "
+                        "adapt` takes it"
+                    )
+            elif name in defaults and name not in honoured and value != defaults[name]:
+                raise ValueError(f"{prefix}{name}={value!r}: this loop does not do that; `distattn adapt` does")
+            if prefix and name in ("bf16", "fp16", "use_cpu") and value != getattr(config.training, name):
+                raise ValueError(f"{prefix}{name}={value!r}: all stages of this loop share it; set {name} itself")

@@ -1,11 +1,12 @@
-"""What a stage of the adaptation minimises: attention transfer, distillation, or the task's own loss.
+"""The losses of the adaptation's stages: attention transfer, distillation, or the task's own loss.
 
 Attention transfer follows LoLCATs (Zhang et al., 2024): each layer learns the teacher's attention outputs on the
-teacher's own inputs. Nothing is handed from layer to layer with a gradient, so no graph through the model is built.
+teacher's own inputs. No gradient flows between layers, so no graph through the model is built.
 """
 
 import inspect
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,41 +14,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..conversion.observe import observed, teacher_attention
-from ..conversion.texts import shift_right
 from ..core.attention import without_autocast
+from ..core.inputs import ModuleCall
 from ..core.interface import attend, attend_groups
-from ..core.linear import nystrom_forward
-from .data import TASKS
+from ..core.nystrom_heads import nystrom_forward
+from ..data.batches import forward_inputs, label_loss, query_mask
+from ..data.tasks import TASKS
 
 STAGES = ("transfer", "distillation", "task")
-# Rows of logits whose divergence is computed at once; the backward pass computes them again.
+# Rows of logits whose divergence is computed at once; the backward pass recomputes them.
 _ROWS = 1024
 
 
-def forward_inputs(model, inputs: dict) -> dict:
-    """The inputs without labels: decoder inputs are made from them where the model would do so itself."""
-    inputs = dict(inputs)
-    labels = inputs.pop("labels", None)
-    if labels is not None and model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = shift_right(model, labels)
-    return inputs
-
-
-def query_mask(name: str, is_cross: bool, inputs: dict, encoder_decoder: bool) -> Tensor | None:
-    """Which queries (B, N) of the attention module `name` are no padding; None where the batch does not say."""
-    if not encoder_decoder or not (is_cross or "decoder" in name):
-        return inputs.get("attention_mask")
-    if inputs.get("decoder_attention_mask") is not None:
-        return inputs["decoder_attention_mask"]
-    labels = inputs.get("labels")
-    return None if labels is None else labels != -100
-
-
 def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
-    """Σ_n ‖student - teacher‖² / Σ_n ‖teacher‖² over the valid queries n of a sequence, mean over sequences: (H,).
+    """Return Σ_n ‖student - teacher‖² / Σ_n ‖teacher‖² over a sequence's valid queries n, mean over sequences: (H,).
 
-    student and teacher (B, H, N, d_v), valid (B, N) or None. A ratio a sequence, so that the error of a batch is the
-    mean over its parts. Sequences without a valid query do not count.
+    student and teacher (B, H, N, d_v), valid (B, N) or None. One ratio per sequence, so that the error of a batch is
+    the mean over its parts. Sequences without a valid query do not count.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
     difference, norm = ((student.to(dtype) - teacher.to(dtype)).square().sum(-1), teacher.to(dtype).square().sum(-1))
@@ -58,20 +41,19 @@ def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
     return ratio.sum(0) / (valid.sum(-1) > 0).sum().clamp_min(1)
 
 
-def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: dict) -> Tensor:
-    """A converted module's own attention of one observed call without dropout: (B, H, N, d_v)."""
-    call = {**call, "dropout_p": 0.0, "backend": None, "return_weights": False}
+def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:
+    """Compute a converted module's own attention for one observed call, without dropout: (B, H, N, d_v)."""
+    call = replace(call, dropout_p=0.0, backend=None, return_weights=False)
     if state.is_nystrom:
         observer = state.observer
-        # While it is observed a module takes no exact shortcut. Nor may it in the backward pass, where `recomputed`
-        # runs this again without an observer.
+        # An observed module takes no exact shortcut. It must not take one in the backward pass either, where
+        # `recomputed` runs this again without an observer.
         state.observer = observer or student_attention
         try:
             with without_autocast(query.device.type):
                 return nystrom_forward(state, query, key, value, call, attend)[0]
         finally:
             state.observer = observer
-    call.pop("is_cross", None)
     return attend_groups(state, query, key, value, call)[0]
 
 
@@ -83,11 +65,11 @@ class AttentionTransfer:
         teacher: None where only the attention submodules train: the student's own query, key and value are then the
             teacher's. Where query and key projections train, a frozen converted model with the teacher's weights
             (`frozen_copy`), which runs first on each batch.
-        recompute: compute each layer's attention again in the backward pass instead of keeping what it needs.
+        recompute: recompute each layer's attention in the backward pass instead of storing its intermediates.
 
     Every layer gets the teacher's attention output of the layer below, detached: gradients reach a layer's own
     attention parameters and, where they train, its query and key projections. A module that several layers share counts
-    once for each use.
+    once per use.
 
     Raises:
         ValueError: a student without converted modules, or, without a teacher, one whose other parameters train.
@@ -104,15 +86,15 @@ class AttentionTransfer:
                 "its query projections (fold_alpha): its query projections are not the teacher's; set train: "
                 "attention+qk"
             )
-        training = [n for n, p in student.named_parameters() if p.requires_grad and ".distattn." not in f".{n}"]
-        if teacher is None and training:
+        trainable = [n for n, p in student.named_parameters() if p.requires_grad and ".distattn." not in f".{n}"]
+        if teacher is None and trainable:
             raise ValueError(
-                f"attention transfer without a frozen teacher trains attention parameters only, but {training[0]!r} "
-                f"requires gradients ({len(training)} such parameters)"
+                f"attention transfer without a frozen teacher trains attention parameters only, but {trainable[0]!r} "
+                f"requires gradients ({len(trainable)} such parameters)"
             )
 
     def __call__(self, model: nn.Module, inputs: dict) -> Tensor:
-        """The loss of one batch. `model` is the student, or what wraps it (DDP); dropout is off, as in the teacher."""
+        """Return the loss of one batch. `model`: the student or its wrapper (DDP); dropout off, as in the teacher."""
         model.eval()
         arguments = self._arguments(inputs)
         targets = None if self.teacher is None else self._record(arguments)
@@ -123,8 +105,8 @@ class AttentionTransfer:
 
     def _arguments(self, inputs: dict) -> dict:
         accepted = inspect.signature(self.student.forward).parameters
-        extra = {"use_cache": False, "logits_to_keep": 1, "return_dict": True}
-        return {**forward_inputs(self.student, inputs), **{k: v for k, v in extra.items() if k in accepted}}
+        options = {"use_cache": False, "logits_to_keep": 1, "return_dict": True}
+        return {**forward_inputs(self.student, inputs), **{k: v for k, v in options.items() if k in accepted}}
 
     def _observer(self, inputs, targets, losses):
         encoder_decoder = self.student.config.is_encoder_decoder
@@ -153,7 +135,7 @@ class AttentionTransfer:
 
     @torch.no_grad()
     def _record(self, arguments: dict) -> list[Tensor]:
-        """The teacher's attention outputs on this batch, in the order in which the modules run."""
+        """Return the teacher's attention outputs on this batch, in the order in which the modules run."""
         outputs: list[Tensor] = []
 
         def record(state, query, key, value, call):
@@ -187,7 +169,7 @@ def _layer_loss(state, query, key, value, call, target, valid) -> Tensor:
 
 
 def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T²·KL(softmax(teacher / T) ‖ softmax(student / T)) in nats, summed over rows; both (rows, classes)."""
+    """Return T²·KL(softmax(teacher / T) ‖ softmax(student / T)) in nats, summed over rows; both (rows, classes)."""
     total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
     for pair in zip(student.split(_ROWS), teacher.split(_ROWS), strict=True):
         if torch.is_grad_enabled() and len(student) > _ROWS:
@@ -203,22 +185,16 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
-def label_loss(logits: Tensor, labels: Tensor, count) -> Tensor:
-    """Cross-entropy in nats of logits (..., classes) and labels (...), -100 left out: the sum over labels / count."""
-    logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels.flatten().to(logits.device), reduction="sum", ignore_index=-100) / count
-
-
 class Distillation:
     """The loss of distillation: the teacher's predictions, its hidden states, and the labels.
 
     (1 - task_weight)·T²·KL(teacher ‖ student) + task_weight·CE(student, labels)
     + hidden_weight·mean over layers of MSE(student's, teacher's hidden states)
 
-    KL and CE are means over the positions that have a label (all, where there are no labels and no padding). Task
-    "embedding" has neither; there it is 1 - cosine + MSE of the last hidden states, mean over tokens that are no
-    padding. `dropout` False takes the student as it is used, as the teacher is (gradient checkpointing, which only
-    works in training mode, keeps dropout on).
+    KL and CE are means over the positions that have a label (without labels: over all that are not padding). Task
+    "embedding" has neither; its loss is 1 - cosine + MSE of the last hidden states, mean over tokens that are not
+    padding. `dropout` False puts the student in eval mode, like the teacher (except under gradient checkpointing, which
+    only works in training mode, so dropout stays on).
 
     Raises:
         ValueError: for an option out of range, or a head without a distribution (regression).
@@ -227,13 +203,13 @@ class Distillation:
     def __init__(
         self, teacher, task: str, *, temperature=1.0, hidden_weight=0.0, task_weight=0.0, dropout: bool = False
     ):
-        for name, value, fine, allowed in (
+        for name, value, is_valid, allowed in (
             ("temperature", temperature, temperature > 0, "> 0"),
             ("hidden_weight", hidden_weight, hidden_weight >= 0, ">= 0"),
             ("task_weight", task_weight, 0 <= task_weight <= 1, "in [0, 1]"),
             ("task", task, task in TASKS, f"one of {', '.join(TASKS)}"),
         ):
-            if not fine:
+            if not is_valid:
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
         if task == "sequence-classification" and teacher.config.problem_type in (
             "regression",
@@ -246,13 +222,13 @@ class Distillation:
         self.temperature, self.hidden_weight, self.task_weight = temperature, hidden_weight, task_weight
 
     def __call__(self, model: nn.Module, inputs: dict, num_items=None) -> tuple[Tensor, object]:
-        """(loss, the student's output). num_items: positions with a label in the whole batch of which this is a part;
-        None: in this one."""
+        """Return (loss, the student's output). num_items: positions with a label in the whole batch that `inputs` is
+        part of; None: those in `inputs`."""
         arguments = forward_inputs(self.teacher, inputs)
         arguments["output_hidden_states"] = bool(self.hidden_weight)
         if "use_cache" in inspect.signature(self.teacher.forward).parameters:
             arguments["use_cache"] = False
-        if not self.dropout and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        if not self.dropout and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             model.eval()
         with torch.no_grad():
             target = self.teacher(**arguments)
@@ -292,29 +268,29 @@ class Distillation:
         names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
         total, layers = 0.0, 0
         for name in names:
-            mine, theirs = getattr(output, name, None), getattr(target, name, None)
-            if mine is None:
+            student_states, teacher_states = getattr(output, name, None), getattr(target, name, None)
+            if student_states is None:
                 continue
             encoder_decoder = self.teacher.config.is_encoder_decoder
             mask = query_mask("decoder" if name.startswith("decoder") else "", False, inputs, encoder_decoder)
-            # The first is the embedding, which no attention has touched.
-            for one, other in zip(mine[1:], theirs[1:], strict=True):
-                total, layers = total + masked_error(one, other, mask), layers + 1
+            # The first hidden state is the embedding, before any attention.
+            for student_state, teacher_state in zip(student_states[1:], teacher_states[1:], strict=True):
+                total, layers = total + masked_error(student_state, teacher_state, mask), layers + 1
         if not layers:
             raise ValueError(f"hidden_weight={self.hidden_weight} needs a model that returns hidden states")
         return total / layers
 
 
 def masked_error(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean squared difference of (B, N, width) over width and over the tokens that `mask` (B, N) keeps."""
+    """Return the mean squared difference of (B, N, width) over width and over the tokens that `mask` (B, N) keeps."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     error = (student.to(dtype) - teacher.to(dtype)).square().mean(-1)
     return error.mean() if mask is None else (error * mask).sum() / mask.sum().clamp_min(1)
 
 
 def encoder_distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    """1 - cosine, plus mean squared difference, of the last hidden states (B, N, width), a mean over each sequence's
-    tokens that are no padding, then over sequences."""
+    """Return 1 - cosine + mean squared difference of the last hidden states (B, N, width): the mean over the tokens of
+    a sequence that are not padding, then over sequences."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(dtype), teacher.to(dtype)
     distance = 1 - F.cosine_similarity(student, teacher, dim=-1) + (student - teacher).square().mean(-1)

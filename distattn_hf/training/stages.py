@@ -1,122 +1,34 @@
-"""One stage of an adaptation: what trains at which rate, what is minimised, what is annealed. Both drivers use it."""
+"""One stage of an adaptation: trainable parameters, learning rates, loss and annealing, for both drivers."""
 
 import copy
-import math
 import re
 import warnings
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
+from ..conversion.convert import current_report
+from ..core.configuration_distattn import MODEL_TYPE_PREFIX
 from ..core.discovery import base_prefix
-from .objectives import STAGES, TASKS, AttentionTransfer, Distillation, label_loss
-from .schedules import Annealing, AnnealingOptions, is_number
+from ..data.batches import label_loss
+from ..data.datasets import TaskData
+from ..data.tasks import TASKS
+from .annealing import Annealing
+from .arguments import StageOptions, check_exact
+from .objectives import STAGES, AttentionTransfer, Distillation
 
-TRAIN = ("attention", "attention+qk", "all", "lora")
-GROUPS = ("attention", "qk", "rest")
-_SHOWN_KEYS = 30
-# What transformers' attention modules call the layers that make query and key; fused ones make value, too.
+# Names of the query and key projections in transformers' attention modules; fused ones also compute value.
 _QUERY_KEY = re.compile(
     r"(q|k|query|key|q_proj|k_proj|q_lin|k_lin|q_norm|k_norm|query_proj|key_proj|q_layernorm|k_layernorm|to_q|to_k|c_attn"
     r"|q_attn|qkv|qkv_proj|Wqkv|in_proj|query_key_value|query_ln|key_ln)"
 )
 
 
-@dataclass
-class StageOptions:
-    """How one stage trains.
-
-    Args:
-        train: "attention" (λ, α, shift, maps, landmarks), "attention+qk" (also the query and key projections), "all" or
-            "lora" (attention and adapters). None: "attention" in attention transfer, "all" in the other stages.
-        learning_rates: {"attention", "qk", "rest": rate}; what is not given takes TrainingArguments.learning_rate.
-            Adapters belong to "rest".
-        temperature, hidden_weight, task_weight, dropout: of `Distillation`; > 0, >= 0, in [0, 1], True or False.
-        anneal: fields of `AnnealingOptions`.
-        lora_r, lora_alpha, lora_targets: of peft's LoraConfig; targets are names, or a pattern for whole names; None:
-            those peft knows for the model.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-
-    train: str | None = None
-    learning_rates: dict = field(default_factory=dict)
-    temperature: float = 1.0
-    hidden_weight: float = 0.0
-    task_weight: float = 0.0
-    dropout: bool = False
-    anneal: dict = field(default_factory=dict)
-    lora_r: int = 8
-    lora_alpha: int = 16
-    lora_targets: list[str] | str | None = None
-
-    def __post_init__(self):
-        if self.train is not None and self.train not in TRAIN:
-            raise ValueError(f"train must be one of {', '.join(TRAIN)} or None, got {self.train!r}")
-        for name in ("learning_rates", "anneal"):
-            value = getattr(self, name)
-            if value is None:
-                setattr(self, name, {})
-            elif not isinstance(value, dict):
-                raise ValueError(f"{name} must be a mapping, got {value!r}")
-        refuse_unknown(self.learning_rates, GROUPS, "learning_rates")
-        for name, rate in self.learning_rates.items():
-            if not is_number(rate) or not rate >= 0:
-                raise ValueError(
-                    f"learning_rates.{name} must be a number >= 0 (in YAML 1.0e-3, not 1e-3), got {rate!r}"
-                )
-        refuse_unknown(self.anneal, [f.name for f in fields(AnnealingOptions)], "anneal")
-        self.annealing = AnnealingOptions(**self.anneal)
-        for name, allowed, fine in (
-            ("temperature", "a finite number > 0", lambda v: v > 0),
-            ("hidden_weight", "a finite number >= 0", lambda v: v >= 0),
-            ("task_weight", "a number in [0, 1]", lambda v: 0 <= v <= 1),
-        ):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value) or not fine(value):
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        if not isinstance(self.dropout, bool):
-            raise ValueError(f"dropout must be True or False, got {self.dropout!r}")
-        for name in ("lora_r", "lora_alpha"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        targets = [self.lora_targets] if isinstance(self.lora_targets, str) else self.lora_targets
-        if targets is not None and (
-            not isinstance(targets, list) or not targets or not all(t and isinstance(t, str) for t in targets)
-        ):
-            raise ValueError(
-                f"lora_targets must be a list of module names, a pattern or None, got {self.lora_targets!r}"
-            )
-
-    def trains(self, stage: str) -> str:
-        """What trains in `stage`; raises `ValueError` for what attention transfer gives no gradient."""
-        if self.train is None:
-            return "attention" if stage == "transfer" else "all"
-        if stage == "transfer" and self.train in ("all", "lora"):
-            raise ValueError(
-                f"train={self.train!r} does not go with stage 'transfer', which has no gradients beyond 'attention' or "
-                "'attention+qk'; set stage_options.transfer.train"
-            )
-        return self.train
-
-
-def refuse_unknown(given, known, where: str = "") -> None:
-    """Raise `ValueError` for the first key of `given` that is not in `known`, with the closest names."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            close = get_close_matches(str(name), known, n=3)
-            shown = sorted(known)[:_SHOWN_KEYS] + ["..."] * (len(known) > _SHOWN_KEYS)
-            hint = f"did you mean {', '.join(close)}?" if close else f"expected one of {', '.join(shown)}"
-            raise ValueError(f"unknown key {name!r}{f' in {where}' if where else ''}; {hint}")
-
-
 def group_of(name: str, student) -> str:
-    """The group of a parameter of `student` by its name: "attention", "qk" or "rest"."""
+    """Return the group of a parameter of `student` by its name: "attention", "qk" or "rest"."""
     dotted = f".{name}"
     if ".distattn." in dotted:
         return "attention"
@@ -131,33 +43,61 @@ def group_of(name: str, student) -> str:
 
 
 def set_trainable(student, train: str, task: str) -> None:
-    """Let exactly the parameters of `train` require gradients.
+    """Make exactly the parameters of `train` require gradients.
 
     Raises `ValueError` where "attention+qk" finds no query or key projection, or nothing is left to train.
     """
     groups = {name: group_of(name, student) for name, _ in student.named_parameters()}
-    chosen = {"attention": {"attention"}, "attention+qk": {"attention", "qk"}, "lora": {"attention"}}.get(train)
+    trained_groups = {"attention": {"attention"}, "attention+qk": {"attention", "qk"}, "lora": {"attention"}}.get(train)
     if train == "attention+qk" and "qk" not in groups.values():
         example = next(iter(student.attention_states))
         children = sorted({n.split(".")[0] for n, _ in dict(student.named_modules())[example].named_children()})
         raise ValueError(f"train='attention+qk': no query or key projection known by name; {example!r} has {children}")
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(chosen is None or groups[name] in chosen)
+        parameter.requires_grad_(trained_groups is None or groups[name] in trained_groups)
         if task == "embedding" and re.search(r"(^|\.)pooler\.", name):
-            # The loss is on token embeddings, so it would never get a gradient, which DDP takes for an error.
+            # The loss is on token embeddings, so the pooler would never get a gradient, which DDP treats as an error.
             parameter.requires_grad_(False)
 
 
+def check_pair(teacher, student) -> None:
+    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
+
+    Names the first parameter or the config field that differs.
+    """
+    base = getattr(student, "base_class", None)
+    if base is None:
+        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
+    family = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if base.config_class.model_type != family:
+        raise ValueError(
+            f"teacher and student are of different families: {type(teacher).__name__} (model_type {family!r}) and "
+            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
+        )
+    if not isinstance(teacher, base):
+        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
+    student_shapes = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
+    for name, parameter in teacher.named_parameters():
+        if student_shapes.pop(name, None) != tuple(parameter.shape):
+            shape = dict(student.named_parameters()).get(name)
+            raise ValueError(
+                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
+                f"{None if shape is None else tuple(shape.shape)} in the student"
+            )
+    if student_shapes:
+        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(student_shapes))!r}")
+
+
 def frozen_copy(student, teacher):
-    """A converted model like `student` with the weights of `teacher`, frozen: the one that goes first in transfer.
+    """Return a copy of `student` with the weights of `teacher`, frozen: the reference model of attention transfer.
 
     Raises `ValueError` for a teacher whose parameters are not the student's.
     """
     frozen = copy.deepcopy(student).requires_grad_(False).eval()
     missing, unexpected = frozen.load_state_dict(teacher.state_dict(), strict=False)
     missing = [name for name in missing if ".distattn." not in f".{name}"]
-    if wrong := [*missing, *unexpected]:
-        raise ValueError(f"teacher and student differ in {wrong[0]!r} ({len(wrong)} parameters)")
+    if mismatched := [*missing, *unexpected]:
+        raise ValueError(f"teacher and student differ in {mismatched[0]!r} ({len(mismatched)} parameters)")
     return frozen
 
 
@@ -167,11 +107,12 @@ class Stage:
     Args:
         name: "transfer", "distillation" or "task".
         student: a converted model (any model, in stage "task").
-        teacher: the model it came from; frozen, and needed by distillation, and by transfer that trains projections.
+        teacher: the model it was converted from; gets frozen. Needed by distillation, and by transfer that trains query
+            and key projections.
         task: one of `TASKS`.
-        recompute: save memory in attention transfer, where gradient checkpointing has nothing to save.
+        recompute: as in `AttentionTransfer`, where gradient checkpointing would save no memory.
 
-    `model` is what trains: the student, or a PeftModel around it.
+    `model` is the one to train: the student, or a PeftModel around it.
     """
 
     def __init__(self, name: str, student, teacher, task: str, options: StageOptions, *, recompute: bool = False):
@@ -185,9 +126,10 @@ class Stage:
         self.converted = hasattr(student, "attention_states")
         self.trains = options.trains(name) if self.converted else "all"
         set_trainable(student, self.trains, task) if self.converted else student.requires_grad_(True)
-        anneals = options.annealing.active and self.converted
+        anneals = options.anneals and self.converted
         self.annealing = Annealing(student, options.annealing) if anneals else None
         self.model = self._with_adapters() if self.trains == "lora" else student
+        self.parameter_groups(self.model, 0.0, 0.0, ())  # raises where none is left to train
         self.objective = None
         if teacher is not None and name != "task":
             teacher.requires_grad_(False).eval()
@@ -209,28 +151,28 @@ class Stage:
 
         options = self.options
         config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=options.lora_targets)
-        own = [p for n, p in self.student.named_parameters() if p.requires_grad]
+        attention_parameters = [p for n, p in self.student.named_parameters() if p.requires_grad]
         model = get_peft_model(self.student, config)
         # peft freezes all but the adapters.
-        for parameter in own:
+        for parameter in attention_parameters:
             parameter.requires_grad_(True)
         return model
 
     @property
     def has_output(self) -> bool:
-        """Whether `loss` comes with predictions for labels."""
+        """Whether `loss` also returns predictions for labels."""
         return self.name != "transfer" and self.task != "embedding"
 
     @property
     def counts_items(self) -> bool:
-        """Whether the loss is a mean over labels, of which a step counts all in all its parts."""
+        """Whether the loss is a mean over labels, so that a step must count those of all its micro-batches."""
         config = self.student.config
         if self.task == "sequence-classification" and config.num_labels == 1:
             return False
         return self.has_output and config.problem_type in (None, "single_label_classification")
 
     def loss(self, model: nn.Module, inputs: dict, num_items=None) -> tuple[torch.Tensor, object]:
-        """(loss, model output or None) of one batch; `model` is `self.model` or what wraps it."""
+        """Return (loss, model output or None) of one batch; `model` is `self.model` or its wrapper."""
         if self.name == "transfer":
             return self.objective(model, inputs), None
         if self.name == "distillation":
@@ -238,30 +180,41 @@ class Stage:
         if num_items is None or not self.counts_items:
             output = model(**inputs)
             return output.loss, output
-        if self.task == "causal-lm":
+        if TASKS[self.task].shifted:
             output = model(**inputs, num_items_in_batch=num_items)
             return output.loss, output
-        # These models take num_items_in_batch without a word and return the mean over their own part.
+        # These models accept num_items_in_batch but ignore it, and return the mean over their own micro-batch.
         output = model(**inputs)
         return label_loss(output.logits, inputs["labels"], num_items), output
 
     def place(self, device) -> None:
-        """Move the frozen teacher to where the student trains."""
+        """Move the frozen teacher to the student's device."""
         teacher = getattr(self.objective, "teacher", None)
         if teacher is not None:
             teacher.to(device)
 
-    def parameter_groups(self, model: nn.Module, learning_rate: float, weight_decay: float, decayed) -> list[dict]:
-        """Optimizer groups {"name", "params", "lr", "weight_decay"} of the trainable parameters of `model`.
+    def prepare(self, data: TaskData, size: int, device, count: int = 4) -> None:
+        """Prepare annealing on the first `count` batches of `size` rows, the same in every run.
 
-        decayed: names of the parameters that weight decay is for. It never is for attention parameters: it would pull
-        λ towards 1, where most metrics are uniform, and maps towards 0.
+        A data loader would give other rows, and advance the generator that shuffles the training rows.
+        """
+        if self.annealing is not None and self.annealing.needs_batches:
+            rows = list(islice(data.train, count * size))
+            batches = [data.collator(rows[first_row : first_row + size]) for first_row in range(0, len(rows), size)]
+            self.student.to(device)
+            self.annealing.prepare([{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches])
+
+    def parameter_groups(self, model: nn.Module, learning_rate: float, weight_decay: float, decayed) -> list[dict]:
+        """Return optimizer groups {"name", "params", "lr", "weight_decay"} of the trainable parameters of `model`.
+
+        decayed: names of the parameters that get weight decay. Attention parameters never do: it would pull λ towards
+        1, where most metrics are uniform, and maps towards 0.
         """
         groups: dict[tuple[str, bool], list] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 kind = group_of(_plain(name), self.student) if self.converted else "rest"
-                # In transfer the value part of fused projections gets no gradient, and is to stay what it is.
+                # In transfer the value part of fused projections gets no gradient and must not change.
                 decays = kind != "attention" and self.name != "transfer" and name in decayed
                 groups.setdefault((kind, decays), []).append(parameter)
         if not groups:
@@ -276,68 +229,66 @@ class Stage:
             for (kind, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
         ]
 
+    def make_optimizer(self, arguments: TrainingArguments):
+        """Return the optimizer that `Trainer` would make; weight decay leaves λ, α and maps alone."""
+        decayed = set(Trainer.get_decay_parameter_names(None, self.model))
+        groups = self.parameter_groups(self.model, arguments.learning_rate, arguments.weight_decay, decayed)
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, self.model)
+        return optimizer_class(groups, **options)
+
     def trained_parameters(self) -> int:
-        """How many numbers train."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        """Return the number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def finish(self):
-        """The student as it is after the stage, adapters merged, all parameters trainable again."""
+        """Return the trained student: adapters merged, all parameters trainable again, conversion report updated."""
         student = self.model.merge_and_unload() if self.trains == "lora" else self.student
+        if self.converted and student.conversion_report:
+            student.conversion_report = current_report(student)
         return student.requires_grad_(True).eval()
-
-
-def check_exact(specs, stage: str, max_length: int) -> None:
-    """Raise `ValueError` where rows of max_length tokens never reach the landmarks of a Nyström spec of `specs`."""
-    for spec in specs:
-        if stage != "transfer" and spec.mechanism == "nystrom" and (spec.exact_below or 0) >= max_length:
-            raise ValueError(
-                f"stage {stage!r} would train no landmark: rows have at most max_length={max_length} tokens, and the "
-                f"spec's exact_below={spec.exact_below} takes exact attention for all of them; set exact_below=0 while "
-                "adapting, or a greater max_length"
-            )
 
 
 def check_stages(student, teacher, task: str, options: dict[str, StageOptions], max_length: int) -> None:
     """Raise the `ValueError` that a stage of `options`, {stage: its options}, would raise, before any of them trains.
 
-    `student` is the converted model that the first stage would get. It is used up: it goes to the meta device.
-    max_length: tokens in a row of data, at most.
+    `student` is the converted model that the first stage would get. It cannot be used afterwards: it is moved to the
+    meta device. max_length: largest number of tokens in a row of data.
     """
+    check_pair(teacher, student)
     student = student.to("meta")
     groups = [group for state in student.attention_states.values() for group in state.groups]
-    for name, chosen in options.items():
+    for name, stage_options in options.items():
         check_exact([group.spec for group in groups], name, max_length)
         with warnings.catch_warnings():
-            # That nothing is copied to the meta device.
+            # A warning that copying to the meta device does nothing.
             warnings.simplefilter("ignore")
-            # Adapters are put into the model in place.
-            stage = Stage(name, copy.deepcopy(student), teacher, task, chosen)
-        stage.parameter_groups(stage.model, 0.0, 0.0, ())
-        target = chosen.annealing
+            # A copy, since adapters are inserted in place.
+            Stage(name, copy.deepcopy(student), teacher, task, stage_options)
+        target = stage_options.annealing
         for group in groups:
             if group.spec.mechanism == "nystrom":
-                wanted = {"window_size": target.window_size, "num_landmarks": target.num_landmarks}
-                group.spec = replace(group.spec, **{k: v for k, v in wanted.items() if v is not None})
+                annealed = {"window_size": target.window_size, "num_landmarks": target.num_landmarks}
+                group.spec = replace(group.spec, **{k: v for k, v in annealed.items() if v is not None})
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, PEFT, compile) put before and into it."""
-    for part in ("module.", "_orig_mod.", "base_model.model."):
-        name = name.removeprefix(part)
+    """Return a parameter's name without the parts that wrappers (DDP, PEFT, compile) add."""
+    for affix in ("module.", "_orig_mod.", "base_model.model."):
+        name = name.removeprefix(affix)
     return name.replace(".base_layer.", ".")
 
 
 @torch.no_grad()
 def attention_means(student) -> dict[str, float]:
-    """Mean λ and α over the heads of each metric: {"lambda/l2": ..., "alpha/l2": ...}; empty where they are sharded."""
-    found: dict[str, list] = {}
+    """Return mean λ and α over the heads of each metric: {"lambda/l2": ..., "alpha/l2": ...}; empty if sharded."""
+    values_by_name: dict[str, list] = {}
     for state in student.attention_states.values():
         for group in state.groups:
             if not group.reported_values():
                 continue
             lam = group.lam()
             if isinstance(lam, torch.Tensor):
-                found.setdefault(f"lambda/{group.metric}", []).append(lam.float().flatten())
+                values_by_name.setdefault(f"lambda/{group.metric}", []).append(lam.float().flatten())
             if group.transform != "none":
-                found.setdefault(f"alpha/{group.metric}", []).append(group.log_alpha.float().exp().flatten())
-    return {name: float(torch.cat(values).mean()) for name, values in found.items()}
+                values_by_name.setdefault(f"alpha/{group.metric}", []).append(group.log_alpha.float().exp().flatten())
+    return {name: float(torch.cat(values).mean()) for name, values in values_by_name.items()}

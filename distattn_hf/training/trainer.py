@@ -1,6 +1,7 @@
-"""`AdaptationTrainer`: transformers' `Trainer` over one `Stage`, and the checks before anything trains."""
+"""`AdaptationTrainer`: transformers' `Trainer` for one `Stage`, with checks before training starts."""
 
 import errno
+import gc
 import os
 import shutil
 import time
@@ -8,12 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..core.configuration_distattn import MODEL_TYPE_PREFIX
-from .checkpoints import check_space, last_checkpoint
-from .schedules import AnnealingCallback
+from ..data.datasets import TaskData, check_data
+from ..storage.runs import RunFolder, check_space, last_checkpoint
+from .annealing import AnnealingCallback
 from .stages import Stage, attention_means
 
 _BESIDE_ADAPTER = "distattn_parameters.safetensors"
@@ -21,71 +22,26 @@ _SECONDS = "seconds.txt"
 
 
 class NonFiniteLossError(ValueError):
-    """The loss became NaN or infinite; no step was made with it."""
+    """The loss became NaN or infinite; the optimizer made no step with it."""
 
 
-def check_pair(teacher, student) -> None:
-    """Raise `ValueError` unless `student` is `teacher` with other attention: same class, same parameters.
-
-    Names the first parameter or the config field that differs.
-    """
-    base = getattr(student, "base_class", None)
-    if base is None:
-        raise ValueError(f"student must be a converted model, got {type(student).__name__}")
-    theirs = teacher.config.model_type.removeprefix(MODEL_TYPE_PREFIX)
-    if base.config_class.model_type != theirs:
-        raise ValueError(
-            f"teacher and student are of different families: {type(teacher).__name__} (model_type {theirs!r}) and "
-            f"{type(student).__name__} (made from {base.config_class.model_type!r})"
-        )
-    if not isinstance(teacher, base):
-        raise ValueError(f"teacher must be a {base.__name__}, as the student was, got {type(teacher).__name__}")
-    mine = {n: tuple(p.shape) for n, p in student.named_parameters() if ".distattn." not in f".{n}"}
-    for name, parameter in teacher.named_parameters():
-        if mine.pop(name, None) != tuple(parameter.shape):
-            shape = dict(student.named_parameters()).get(name)
-            raise ValueError(
-                f"teacher and student differ in size: {name!r} is {tuple(parameter.shape)} in the teacher and "
-                f"{None if shape is None else tuple(shape.shape)} in the student"
-            )
-    if mine:
-        raise ValueError(f"teacher and student differ in size: the teacher has no {next(iter(mine))!r}")
-
-
-def check_tokenizers(model, tokenizer, other=None) -> None:
-    """Raise `ValueError` for a tokenizer with more tokens than `model`, or with another vocabulary than `other`."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (count := len(tokenizer)) > rows:
-        raise ValueError(f"tokenizer has {count} tokens but {type(model).__name__} embeds {rows}: not its tokenizer")
-    if other is None:
-        return
-    mine, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if mine != theirs:
-        different = next(t for t in sorted({*mine, *theirs}) if mine.get(t) != theirs.get(t))
-        raise ValueError(
-            f"teacher and student have tokenizers with different vocabularies ({len(mine)} and {len(theirs)} tokens): "
-            f"{different!r} is {mine.get(different)} and {theirs.get(different)}"
-        )
-
-
-def check_data(name: str, dataset) -> None:
-    """Raise `ValueError` for a data set without a single example, also a streamed one."""
-    if dataset is None:
-        raise ValueError(f"{name} must be a data set, got None")
-    empty = len(dataset) == 0 if hasattr(dataset, "__len__") else next(iter(dataset), None) is None
-    if empty:
-        raise ValueError(f"{name} is empty: it holds no example (is every text shorter than what is asked for?)")
+def num_steps(arguments: TrainingArguments, dataset) -> int:
+    """Return how many optimizer steps a training takes."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    rows = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    return max(1, int(arguments.num_train_epochs * len(dataset) / rows))
 
 
 class AdaptationTrainer(Trainer):
-    """`Trainer` for one stage of an adaptation; everything of `TrainingArguments` works as ever.
+    """`Trainer` for one stage of an adaptation; all of `TrainingArguments` works as usual.
 
     Args:
-        stage: what trains, what is minimised, what is annealed. Its `model` is trained.
+        stage: defines the trainable parameters, the loss and the annealing. Its `model` is trained.
         args, and everything else: as in `Trainer`.
 
     Raises:
-        ValueError: an empty data set; annealing or transfer under FSDP or DeepSpeed; while training, a loss that is
+        ValueError: an empty data set; annealing or transfer under FSDP or DeepSpeed; during training, a loss that is
             not finite (`NonFiniteLossError`, with the step and the last good checkpoint).
         OSError: no space for a checkpoint, found before it is written; what was saved before stays.
     """
@@ -98,7 +54,7 @@ class AdaptationTrainer(Trainer):
                 f"label_smoothing_factor={args.label_smoothing_factor} is for stage 'task'; set stage_options.task"
             )
         if stage.name == "transfer" and args.activation_checkpointing:
-            # There is no graph through the model to save; what a layer keeps for itself can be computed again.
+            # There is no graph through the model to save memory on; a layer's own intermediates can be recomputed.
             stage.objective.recompute = True
             args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
@@ -106,7 +62,7 @@ class AdaptationTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start one process each with accelerate launch or torchrun"
             )
         if not torch.accelerator.is_available():
-            args.dataloader_pin_memory = False  # there is nowhere to copy to, and torch warns of it at every start
+            args.dataloader_pin_memory = False  # nothing to copy to, and torch would warn
         super().__init__(stage.model, args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
         if stage.name == "transfer" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -125,23 +81,23 @@ class AdaptationTrainer(Trainer):
             self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = stage.counts_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The stage's loss."""
+        """Return the stage's loss."""
         if self._own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self.stage.loss(model, inputs, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP takes the mean over processes of what is a share of the whole batch's sum.
+            # DDP averages over processes, but each loss is already divided by the labels of the whole batch.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
-        """As in `Trainer`, with mean λ and α of each metric beside a loss."""
+        """Log as `Trainer` does, with mean λ and α of each metric beside a loss."""
         if self.stage.converted and "loss" in logs:
             logs.update({name: round(value, 6) for name, value in attention_means(self.stage.student).items()})
         super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A step; raises `NonFiniteLossError` before the optimizer moves."""
+        """Run a training step; raises `NonFiniteLossError` before the optimizer steps."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss).all()):
             raise NonFiniteLossError(
@@ -151,11 +107,11 @@ class AdaptationTrainer(Trainer):
         return loss
 
     def _last_good(self) -> str:
-        found = last_checkpoint(self.args.output_dir)
-        return f"the last good checkpoint is {str(found)!r}" if found else "no checkpoint was saved before"
+        checkpoint = last_checkpoint(self.args.output_dir)
+        return f"the last good checkpoint is {str(checkpoint)!r}" if checkpoint else "no checkpoint was saved before"
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As in `Trainer`; in transfer, and for encoders, there is only a loss."""
+        """Predict as `Trainer` does; in transfer, and for encoders, there is only a loss."""
         if self._own_loss or self.stage.has_output:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -164,7 +120,7 @@ class AdaptationTrainer(Trainer):
         return loss.detach(), None, None
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):
-        """transformers' choice of optimizer, with the stage's parameter groups."""
+        """Return transformers' choice of optimizer, with the stage's parameter groups."""
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if not {"params", "model", "optimizer_dict"} & kwargs.keys():
             model = self.model if model is None else model
@@ -172,11 +128,22 @@ class AdaptationTrainer(Trainer):
             kwargs["params"] = self.stage.parameter_groups(model, args.learning_rate, args.weight_decay, decayed)
         return optimizer, kwargs
 
+    def announce(self, say, start) -> None:
+        """Report that the stage begins from checkpoint `start` or resumes; a few steps later, how long it may take."""
+        name, steps = Path(self.args.output_dir).name, num_steps(self.args, self.train_dataset)
+        checkpoint = last_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            say(f"stage {name} begins: {steps:,} steps from {start}")
+        else:
+            remaining = steps - int(checkpoint.name.rpartition("-")[2])
+            say(f"stage {name} goes on from {checkpoint}: {remaining:,} of {steps:,} steps are left")
+        self.add_callback(_Estimate(name, steps, say))
+
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in `Trainer`; True resumes from the last complete checkpoint, and starts anew where there is none."""
+        """Train as `Trainer` does; True resumes from the last complete checkpoint, if any, or else starts anew."""
         if resume_from_checkpoint is True:
-            found = last_checkpoint(self.args.output_dir)
-            resume_from_checkpoint = None if found is None else str(found)
+            checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
         self._started, self._seconds_before = time.perf_counter(), 0.0
         if resume_from_checkpoint:
             file = Path(resume_from_checkpoint) / _SECONDS
@@ -185,7 +152,7 @@ class AdaptationTrainer(Trainer):
 
     @property
     def seconds(self) -> float:
-        """How long training has taken; of a run that was cut off, up to the checkpoint it went on from."""
+        """How long training has taken; of an interrupted run, up to the checkpoint it resumed from."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def _save_checkpoint(self, model, trial):
@@ -206,12 +173,64 @@ class AdaptationTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.stage.trains == "lora" and self.args.should_save:
-            # An adapter's folder holds the adapter alone.
-            own = {n: p.detach().contiguous() for n, p in self.stage.student.named_parameters() if ".distattn." in n}
-            save_file(own, os.path.join(output_dir or self.args.output_dir, _BESIDE_ADAPTER))
+            # peft saves the adapter alone.
+            attention_parameters = {
+                n: p.detach().contiguous() for n, p in self.stage.student.named_parameters() if ".distattn." in n
+            }
+            save_file(attention_parameters, os.path.join(output_dir or self.args.output_dir, _BESIDE_ADAPTER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = os.path.join(resume_from_checkpoint, _BESIDE_ADAPTER)
         if os.path.isfile(path):
             self.stage.student.load_state_dict(load_file(path), strict=False)
+
+
+class _Estimate(TrainerCallback):
+    """A callback that reports once how long a training may take, from the time of its first steps."""
+
+    def __init__(self, name: str, steps: int, say, after: int = 3):
+        self.name, self.steps, self.say, self.after = name, steps, say, after
+        self.began = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Start the clock after the first step, which includes one-time work; report a few steps later."""
+        if self.began is None:
+            self.began = (state.global_step, time.perf_counter())
+        elif state.global_step == self.began[0] + self.after:
+            pace, left = (time.perf_counter() - self.began[1]) / self.after, self.steps - state.global_step
+            if left > 0:
+                self.say(
+                    f"stage {self.name}: {pace:.2g} s a step, about {_duration(pace * left)} for the {left:,} left"
+                )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def train_stage(stage: Stage, arguments, data: TaskData, tokenizer, run: RunFolder, before, say) -> None:
+    """Train one stage from the checkpoint `before`, or resume its own last one, and save the trained student."""
+    set_seed(arguments.seed)
+    trainer = AdaptationTrainer(
+        stage,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+    )
+    stage.prepare(data, arguments.per_device_train_batch_size, trainer.args.device)
+    trained = stage.trained_parameters()
+    trainer.announce(say, before)
+    trainer.train(resume_from_checkpoint=True)
+    if trainer.is_world_process_zero():
+        spent = {"tokens": int(trainer.state.num_input_tokens_seen), "seconds": round(trainer.seconds, 1)}
+        spent["trained_parameters"] = trained
+        final = Path(arguments.output_dir) / "final"
+        run.save(stage.finish(), tokenizer, final, spent=spent, before=Path(before))
+    trainer.accelerator.wait_for_everyone()
+    del trainer
+    gc.collect()

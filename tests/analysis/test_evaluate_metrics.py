@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from distattn_hf.analysis.evaluate_metrics import AttentionFidelity, Perplexity, Retrieval
-from distattn_hf.analysis.evaluation import retrieval_scores
+from distattn_hf.evaluation.score import retrieval_scores
+from distattn_hf.evaluation.task_metrics import AttentionFidelity, Perplexity, Retrieval
 
 # float32 sums of up to a hundred terms, against float64.
 CLOSE = {"rel": 1e-5}
@@ -155,7 +155,7 @@ def test_retrieval_against_numpy_and_the_function_of_the_evaluation():
 
 
 def test_retrieval_in_parts_is_retrieval_at_once(monkeypatch):
-    from distattn_hf.analysis import evaluate_metrics
+    from distattn_hf.evaluation import task_metrics as evaluate_metrics
 
     queries, passages = torch.randn(50, 8), torch.randn(50, 8)
     whole = Retrieval().compute(predictions=queries, references=passages)
@@ -219,7 +219,7 @@ def refuse(*arguments, **options):
     raise AssertionError("a packaged metric asked for the network")
 socket.socket.connect = socket.getaddrinfo = refuse
 import numpy as np, torch
-from distattn_hf.analysis.evaluate_metrics import Perplexity, Retrieval
+from distattn_hf.evaluation.task_metrics import Perplexity, Retrieval
 rank, mode, cache = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 generator = torch.Generator().manual_seed(rank)
 logits = torch.randn(4, 6, 9, generator=generator)

@@ -11,9 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.analysis.comparison import NUM_BUCKETS, Comparison, compare, row_correlation
 from distattn_hf.analysis.export import to_bertviz
-from distattn_hf.analysis.inputs import AnalysisOptions, TextLoss, make_batches
 from distattn_hf.analysis.intervention import prune_heads, replaced_heads
 from distattn_hf.analysis.rollout import attention_rollout
+from distattn_hf.analysis.samples import AnalysisOptions, TextLoss, make_batches
 from distattn_hf.analysis.statistics import measure
 from distattn_hf.analysis.watch import capture, watched
 from tests.analysis.models import letter_tokenizer

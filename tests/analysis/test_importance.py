@@ -13,8 +13,8 @@ from distattn_hf.analysis.importance import (
     gradient_attribution,
     gradient_importance,
 )
-from distattn_hf.analysis.inputs import AnalysisOptions, TextLoss
 from distattn_hf.analysis.intervention import PRUNED, loss_without, mean_outputs, prune_heads, replaced_heads
+from distattn_hf.analysis.samples import AnalysisOptions, TextLoss
 from distattn_hf.analysis.watch import capture, watched
 from tests.analysis.models import PREVIOUS, hand_built, letter_tokenizer
 from tests.conversion.models import FAMILIES, bert, gpt2, token_batch

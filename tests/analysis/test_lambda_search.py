@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.analysis.evaluation import EvaluationOptions, evaluate_model
-from distattn_hf.analysis.lambda_search import grid_search, optimize_lambda_parameters
+from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
+from distattn_hf.training.lambda_search import grid_search, optimize_lambda_parameters
 from tests.fixtures.load import gpt2_english
 
 TEXTS = Path("tests/fixtures/gpt2-english/heldout.txt").read_text(encoding="utf-8").split("\n\n")

@@ -10,10 +10,10 @@ from transformers.utils import logging
 
 from distattn_hf import load_checkpoint
 from distattn_hf.analysis.analyse import AnalyseOptions
-from distattn_hf.analysis.evaluation import EvaluationOptions, compare_models, describe_scores, embed
-from distattn_hf.analysis.inputs import TextLoss
-from distattn_hf.cli import evaluate
-from distattn_hf.conversion.pooling import POOLINGS, read_pooling
+from distattn_hf.analysis.samples import TextLoss
+from distattn_hf.commands.command_evaluate import evaluate
+from distattn_hf.evaluation.score import EvaluationOptions, compare_models, describe_scores, embed
+from distattn_hf.storage.pooling import POOLINGS, read_pooling
 from tests.conversion.test_companions import TEXTS, sentence_transformer
 
 PAIRS = ["the cat sat. on the mat", "dog ran. far away the", "home dog. the mat sat sat"]
@@ -87,7 +87,7 @@ def test_each_model_is_pooled_in_its_own_way(tmp_path):
     model, tokenizer = load_checkpoint(sentence_transformer(tmp_path / "teacher", "cls_token"))
     both = {"a": (model, tokenizer), "b": (model, tokenizer)}
     options = EvaluationOptions(progress=False)
-    with CaptureLogger(logging.get_logger("distattn_hf.analysis.evaluation")) as log:
+    with CaptureLogger(logging.get_logger("distattn_hf.evaluation.score")) as log:
         found = compare_models(both, PAIRS, options, {"a": "cls", "b": "mean"})
     assert "different ways: a by cls, b by mean" in log.out
     assert found["a"]["embedding_cosine"] < 0.999

@@ -11,7 +11,6 @@ import pytest
 from typer.testing import CliRunner
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.analysis import figures as draw
 from distattn_hf.analysis.analyse import (
     AnalyseOptions,
     Analysis,
@@ -21,12 +20,13 @@ from distattn_hf.analysis.analyse import (
     write_analysis,
 )
 from distattn_hf.analysis.figure_style import inline_svg, save_figure
-from distattn_hf.analysis.report import build_sections, render
-from distattn_hf.analysis.scorecard import Scorecard
-from distattn_hf.analysis.section_heads import rank_correlation
+from distattn_hf.analysis.report import figures as draw
+from distattn_hf.analysis.report.heads import rank_correlation
+from distattn_hf.analysis.report.page import build_sections, render
 from distattn_hf.analysis.statistics import measure
 from distattn_hf.cli import app
-from distattn_hf.conversion.saving import staging_folder
+from distattn_hf.evaluation.scorecard import Scorecard
+from distattn_hf.storage.folders import staging_folder
 from tests.analysis.models import hand_built, letter_tokenizer
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.fixtures.load import GPT2_ENGLISH

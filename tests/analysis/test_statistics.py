@@ -8,11 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.analysis.inputs import make_batches
 from distattn_hf.analysis.patterns import PATTERNS
+from distattn_hf.analysis.samples import make_batches
 from distattn_hf.analysis.statistics import AttentionStatistics, measure
 from distattn_hf.analysis.watch import capture
-from distattn_hf.core.statistics import row_statistics
+from distattn_hf.functional.row_statistics import row_statistics
 from tests.analysis.models import FIRST, PREVIOUS, UNIFORM, hand_built, letter_tokenizer
 from tests.conversion.models import FAMILIES, token_batch
 from tests.tolerances import assert_close
@@ -166,7 +166,7 @@ def test_streaming_over_batches_is_one_batch():
 
 
 def test_blocks_of_queries_are_one_block(monkeypatch):
-    from distattn_hf.analysis import maps
+    from distattn_hf.analysis import weights as maps
 
     model = FAMILIES["gpt2"]().double()
     batch = token_batch(model, padded=True)

@@ -15,7 +15,8 @@ from transformers import (
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.texts import calibration_batch, read_texts
+from distattn_hf.data.batches import calibration_batch
+from distattn_hf.data.sources import read_texts
 from tests.conversion.models import bert, gpt2, llama, t5, token_batch
 
 QUICK = CalibrationOptions(steps=3, progress=False)
@@ -90,13 +91,13 @@ def test_texts_of_files_and_saved_data_sets(tmp_path):
     DatasetDict(test=rows).save_to_disk(tmp_path / "splits")
     for name, split in (("rows.tsv", "train"), ("saved", "train"), ("splits", "test")):
         assert read_texts(str(tmp_path / name), split=split) == ["a cat", "null"]
-    with pytest.raises(ValueError, match="has no split 'train'; it has test"):
+    with pytest.raises(ValueError, match="split must be one of test for .*, got 'train'"):
         read_texts(str(tmp_path / "splits"))
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="broken.json' cannot be read"):
         read_texts(str(tmp_path / "broken.json"))
     (tmp_path / "rows.xml").write_text("<a/>")
-    with pytest.raises(ValueError, match="is of unknown kind '.xml'; allowed are .txt"):
+    with pytest.raises(ValueError, match="is of unknown kind '.xml'; give a file \\(.txt"):
         read_texts(str(tmp_path / "rows.xml"))
 
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoModel, BertModel, BertTokenizerFast
 
 from distattn_hf import AttentionSpec, convert, load_checkpoint, revert
-from distattn_hf.conversion.companions import Source
-from distattn_hf.conversion.saving import save_checkpoint
 from distattn_hf.hub import build_card
 from distattn_hf.hub.folder import read_folder
 from distattn_hf.hub.push import choose_card
+from distattn_hf.storage.companions import Source
+from distattn_hf.storage.folders import save_checkpoint
 from tests.conversion.models import bert
 
 WORDS = [

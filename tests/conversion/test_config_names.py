@@ -110,7 +110,7 @@ def test_the_base_model_of_a_head_class_saves_as_a_converted_one(family, tmp_pat
             assert torch.equal(loaded.eval()(**batch).last_hidden_state, expected)
     found = read_folder(tmp_path)
     assert (found.architecture, found.auto_class) == (f"DistAttn{type(base).__name__}", "AutoModel")
-    assert {"modeling_converted.py", "configuration_distattn.py", "options.py"} <= set(found.files)
+    assert {"modeling_converted.py", "configuration_distattn.py", "attention_spec.py"} <= set(found.files)
     # Saving the whole afterwards says what the whole is.
     student.save_pretrained(tmp_path / "whole")
     assert type(load_checkpoint(tmp_path / "whole")[0]) is type(student)

@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_checkpoint, revert
-from distattn_hf.conversion.saving import save_checkpoint
-from distattn_hf.conversion.texts import calibration_batch
+from distattn_hf.data.batches import calibration_batch
+from distattn_hf.storage.folders import save_checkpoint
 from tests.conversion.models import bert, gpt2, llama, token_batch
 from tests.fixtures.load import gpt2_english
 
@@ -27,7 +27,7 @@ from tests.fixtures.load import gpt2_english
         ({"heads": "first"}, "heads must be None, a list of indices >= 0 or numbers such as '0-5', got 'first'"),
         ({"heads": "2-0"}, "heads must be numbers and ranges such as '0-2,5', got '2-0'"),
         ({"layers": "0-"}, "layers must be numbers and ranges such as '0-2,5', got '0-'"),
-        ({"transform": "affine"}, "transform must be one of none, scalar, linear"),
+        ({"transform": "affine"}, "transform must be one of none, scalar, maps"),
         ({"mechanism": "magic"}, "mechanism must be one of distance"),
         ({"attention": "both"}, "attention must be"),
         ({"metric": "l2", "lift": True}, "lift=True needs metric 'sqeuclidean'"),
@@ -40,7 +40,7 @@ def test_spec(fields, message):
 
 
 def test_spec_json_round_trip_and_unknown_field():
-    spec = AttentionSpec("lp", p=3, layers="0-5", heads=[2, 0], lam=1.5, transform="linear")
+    spec = AttentionSpec("lp", p=3, layers="0-5", heads=[2, 0], lam=1.5, transform="maps")
     assert AttentionSpec.from_dict(spec.to_dict()) == spec
     assert AttentionSpec(heads="0-2,5") == AttentionSpec(heads=[0, 1, 2, 5])
     with pytest.raises(ValueError, match="unknown AttentionSpec field 'metrik'; expected one of metric"):
@@ -190,11 +190,9 @@ def test_quantised_and_meta_weights():
 
 
 def test_rotary_positions_warn_for_metrics_that_rotation_changes():
-    from distattn_hf.conversion.report import ConversionReport
 
     reports = {
-        metric: ConversionReport.from_dict(convert(llama(), AttentionSpec(metric), init="plain").conversion_report)
-        for metric in ("l1", "l2")
+        metric: convert(llama(), AttentionSpec(metric), init="plain").conversion_report for metric in ("l1", "l2")
     }
     assert "not invariant under rotation" in reports["l1"].warnings[0]
     assert reports["l2"].warnings == []

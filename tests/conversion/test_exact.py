@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distattn_hf import AttentionSpec, convert, revert
 from tests.conversion.models import FAMILIES, token_batch
@@ -27,6 +28,18 @@ def test_logits_equal_the_teachers(family, padded):
     assert (got - expected).abs().max() <= EXACT_LOGITS
     # The test has teeth only if attention matters to these logits.
     assert (control - expected).abs().max() > 100 * EXACT_LOGITS
+
+
+def test_a_bias_that_hides_every_key_gives_zero():
+    """T5 adds its mask to its bias: what is as low as its dtype goes hides, and is not one more number."""
+    student = convert(FAMILIES["t5"](), AttentionSpec("l2"), init="plain")
+    module, tensor = next(iter(student.attention_modules().values())), torch.randn(1, 4, 3, 8)
+    bias = torch.zeros(1, 4, 3, 3)
+    bias[:, :, 1] = torch.finfo(bias.dtype).min
+    attention = ALL_ATTENTION_FUNCTIONS[student.config._attn_implementation]
+    output, _ = attention(module, tensor, tensor, tensor, None, scaling=1.0, is_causal=False, position_bias=bias)
+    assert bool((output[:, 1] == 0).all())
+    assert bool((output[:, 0] != 0).all())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

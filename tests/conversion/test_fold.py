@@ -74,7 +74,7 @@ def test_the_report_and_what_the_queries_were_are_kept():
         Stage("transfer", folded, gpt2(), "causal-lm", StageOptions())
     Stage("transfer", folded, gpt2(), "causal-lm", StageOptions(train="attention+qk"))
     # Maps take α themselves, and the teacher's weights stay.
-    mapped = fold_alpha(converted(gpt2(), AttentionSpec("l1", transform="linear")))
+    mapped = fold_alpha(converted(gpt2(), AttentionSpec("l1", transform="maps")))
     assert all(torch.equal(t, dict(gpt2().named_parameters())[n]) for n, t in revert(mapped).named_parameters())
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.core.cache import NystromLayer
+from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.tolerances import CACHED_LOGITS
 
 from .models import SPECIAL, VOCAB, token_batch

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaModel, initialization
 
 from distattn_hf import AttentionSpec, DistAttnForCausalLM, convert, revert
-from distattn_hf.core.loading import loaded_kept
+from distattn_hf.core.families import loaded_kept
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.native.choices import make_model
 
@@ -64,7 +64,7 @@ def same(model, again) -> bool:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_a_subclass_of_a_converted_class(tmp_path, family, tied, write):
-    student = convert(FAMILIES[family](tie_word_embeddings=tied), AttentionSpec("l2", transform="linear"), init="plain")
+    student = convert(FAMILIES[family](tie_word_embeddings=tied), AttentionSpec("l2", transform="maps"), init="plain")
     student.save_pretrained(tmp_path)
     again, info = own_class(type(student), write).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
@@ -74,7 +74,7 @@ def test_a_subclass_of_a_converted_class(tmp_path, family, tied, write):
 
 
 def test_a_subclass_of_a_converted_base_model(tmp_path):
-    student = convert(FAMILIES["llama"](LlamaModel), AttentionSpec("l2", transform="linear"), init="plain")
+    student = convert(FAMILIES["llama"](LlamaModel), AttentionSpec("l2", transform="maps"), init="plain")
     student.save_pretrained(tmp_path)
     again, info = own_class(type(student)).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

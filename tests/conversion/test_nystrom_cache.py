@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from distattn_hf import AttentionSpec
-from distattn_hf.core.cache import NystromLayer
+from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.conversion.models import VOCAB, token_batch
 from tests.conversion.nystrom_cases import (
     DECODERS,

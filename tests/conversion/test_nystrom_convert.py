@@ -8,7 +8,6 @@ from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.conversion.calibrate_nystrom import leave_exact
 from distattn_hf.conversion.convert import current_report
-from distattn_hf.conversion.report import ConversionReport
 from tests.conversion.models import FAMILIES, SPECIAL, VOCAB, gpt2, llama, t5, token_batch
 from tests.conversion.nystrom_cases import (
     EVERY_FAMILY,
@@ -99,7 +98,7 @@ def test_other_initialisations_are_refused(init):
     [
         ({"metric": "l2"}, "mechanism='nystrom' needs metric 'sqeuclidean'.*got 'l2'"),
         ({"backend": "sdpa"}, "backend must be 'auto' with mechanism='nystrom', got 'sdpa'"),
-        ({"transform": "linear"}, "transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'linear'"),
+        ({"transform": "maps"}, "transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'maps'"),
         ({"lift": True, "lam": 0.7}, "lift=True sets lam=0.5 and transform='none', got lam=0.7"),
         ({"lift": True, "transform": "scalar"}, "lift=True sets lam=0.5.*transform='scalar'"),
         ({"num_landmarks": 0}, "num_landmarks must be an integer >= 1, got 0"),
@@ -204,7 +203,7 @@ def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path)
     limit = min(errors) * 1.001
     options = CalibrationOptions(steps=2, progress=False, max_error=limit)
     student = convert(teacher, nystrom(9), calibration=batches, options=options)
-    report = ConversionReport.from_dict(student.conversion_report)
+    report = student.conversion_report
     assert report.groups[0].heads == [errors.index(min(errors))]
     assert report.groups[0].output_error == [min(errors)]
     linear = {group.module: group.heads for group in report.groups}

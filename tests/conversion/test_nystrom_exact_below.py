@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.conversion.saving import change_options
+from distattn_hf.storage.folders import change_options
 from tests.tolerances import assert_close
 
 from .models import bert, gpt2, llama, t5, token_batch
@@ -165,7 +165,7 @@ def llama_of(positions):
 
 def test_short_texts_without_it_are_said_to_lose_where_texts_can_be_longer(caplog):
     message = "where exact attention loses nothing"
-    logger = logging.getLogger("distattn_hf.core.linear")
+    logger = logging.getLogger("distattn_hf.core.nystrom_heads")
     batch = token_batch(gpt2(), 20)
     # At 2,048 positions, exact_below=2048 would undo the conversion.
     for positions, limit, count in ((4096, 0, 1), (4096, 30, 0), (2048, 0, 0)):
@@ -326,7 +326,7 @@ def test_training_that_reaches_no_landmark_is_said(caplog):
     for training in (False, True):
         warning_once.cache_clear()
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="distattn_hf.core.linear"):
+        with caplog.at_level(logging.WARNING, logger="distattn_hf.core.nystrom_heads"):
             student.train(training)(**batch)
         assert ("no landmark is trained" in caplog.text) == training
 

@@ -7,7 +7,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache
 
-from distattn_hf.core.cache import NystromLayer
+from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.conversion.models import VOCAB, gpt2, token_batch
 from tests.conversion.nystrom_cases import (
     DECODERS,

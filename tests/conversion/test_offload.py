@@ -24,7 +24,7 @@ NYSTROM = {"mechanism": "nystrom", "num_landmarks": 4, "window_size": 8, "num_si
 SPECS = {
     **{name: {"metric": name, "transform": "scalar"} for name in METRICS if "dot" not in name},
     "lp": {"metric": "lp", "p": 3.0, "transform": "scalar"},
-    "maps": {"metric": "l2", "transform": "linear"},
+    "maps": {"metric": "l2", "transform": "maps"},
     "one lambda": {"metric": "l1", "lam": 0.7, "learnable_lambda": False},
     "fixed lambdas": {"metric": "l2", "learnable_lambda": False},
     "some heads": {"metric": "l2", "heads": (0, 3)},

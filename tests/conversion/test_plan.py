@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, convert, register_metric
-from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.core.metrics import METRICS
 from tests.conversion.models import FAMILIES, bert, gpt2, llama, t5, token_batch
 from tests.tolerances import EXACT_LOGITS
@@ -22,7 +21,7 @@ def test_layers(layers, expected):
 def test_layers_argument_applies_to_specs_that_name_none():
     student = convert(gpt2(), AttentionSpec("l2"), init="plain", layers=[1])
     assert list(student.attention_states) == ["h.1.attn"]
-    report = ConversionReport.from_dict(student.conversion_report)
+    report = student.conversion_report
     assert report.unconverted == ["h.0.attn"]
 
 
@@ -80,7 +79,7 @@ def test_calibration_helps_every_metric(metric):
     batches = [token_batch(teacher, length=32, seed=seed) for seed in range(6)]
     spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
     student = convert(teacher, spec, calibration=batches)
-    report = ConversionReport.from_dict(student.conversion_report)
+    report = student.conversion_report
     assert report.mean_divergence_after < 0.8 * report.mean_divergence_before
     for group in report.groups:
         assert all(after <= before + 1e-6 for before, after in zip(group.divergence_before, group.divergence_after))
@@ -110,7 +109,7 @@ def test_divergence_in_the_report_is_that_of_the_weights():
         expected = teacher(**held_out, output_attentions=True).attentions[0]
         got = student(**held_out, output_attentions=True).attentions[0]
     divergence = (expected * (expected.log() - got.log())).sum(-1).mean((0, 2))
-    reported = torch.tensor(ConversionReport.from_dict(student.conversion_report).groups[0].divergence_after)
+    reported = torch.tensor(student.conversion_report.groups[0].divergence_after)
     # The report draws 128 rows a sequence with replacement from 24: the same mean up to sampling noise.
     torch.testing.assert_close(reported, divergence, rtol=0.35, atol=5e-4)
 

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.analysis.watch import watched
-from distattn_hf.core.modeling_converted import IMPLEMENTATIONS
+from distattn_hf.core.interface import IMPLEMENTATIONS
 from distattn_hf.core.native_attention import eager_attention_forward
 from tests.conversion.models import bert, gpt2, llama, token_batch
 from tests.native.choices import make_model
@@ -21,9 +21,9 @@ NYSTROM = AttentionSpec(mechanism="nystrom", num_landmarks=4, window_size=4, num
 
 def attention_of(name: str):
     """(a converted attention module, one that was left, the function registered under a name)."""
-    spec = NYSTROM if "linear" in name else AttentionSpec("l2")
+    spec = NYSTROM if "nystrom" in name else AttentionSpec("l2")
     teacher = gpt2()
-    options = {"calibration": [token_batch(teacher)]} if "linear" in name else {"init": "plain"}
+    options = {"calibration": [token_batch(teacher)]} if "nystrom" in name else {"init": "plain"}
     student = convert(teacher, spec, layers=[0], **options)
     return student.transformer.h[0].attn, student.transformer.h[1].attn, ALL_ATTENTION_FUNCTIONS[name]
 
@@ -37,7 +37,7 @@ def padding(name: str, length: int = 9):
     keep = torch.ones(2, 1, 1, length, dtype=torch.bool)
     keep[0, ..., -2:] = False
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return keep if "linear" in name else keep & causal
+    return keep if "nystrom" in name else keep & causal
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

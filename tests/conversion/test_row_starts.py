@@ -7,11 +7,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.analysis.evaluation import EvaluationOptions, evaluate_model
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.texts import calibration_batch, start_tokens
+from distattn_hf.data.batches import calibration_batch
+from distattn_hf.data.datasets import DataArguments, build_data
+from distattn_hf.data.packing import start_tokens
+from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
 from distattn_hf.experiments import long_text
-from distattn_hf.training.data import DataArguments, build_data
 from tests.conversion.models import bert, gpt2, t5
 
 TEXTS = ["abcdefg", "hij", "a", "jihgfedcba", "bbbb"] * 3
@@ -80,6 +81,15 @@ def test_a_tokenizer_that_reads_texts_differently_beside_special_tokens_is_refus
 def test_calibration_rows_of_a_decoder(sort):
     batch = calibration_batch(gpt2(), ["abcdefghij"] * 9, letters(sort), max_length=12, max_tokens=48)
     assert batch["input_ids"].tolist() == rows_of(["abcdefghij"] * 9, 12, STARTS[sort])[:4]
+
+
+def test_calibration_rows_follow_the_seed_alone():
+    first, again, other = (
+        calibration_batch(gpt2(), TEXTS, letters("none (GPT-2)"), max_length=12, seed=seed)["input_ids"].tolist()
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
 
 
 @EVERY_SORT

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, DistAttnConfig, DistAttnForCausalLM, convert
-from distattn_hf.analysis import evaluation
-from distattn_hf.analysis.evaluation import warn_without_far_keys
-from distattn_hf.analysis.scorecard import without_far_field
-from distattn_hf.core import attention, modeling_converted
-from distattn_hf.core.cpp_library import unavailable
+from distattn_hf.core import attention, interface
+from distattn_hf.core.kernel_cpp_library import unavailable
+from distattn_hf.evaluation import score as evaluation
+from distattn_hf.evaluation.score import warn_without_far_keys
+from distattn_hf.evaluation.scorecard import without_far_field
 from tests.conversion.models import bert, gpt2, t5, token_batch
 from tests.conversion.nystrom_cases import converted, nystrom
 
@@ -22,7 +22,7 @@ def native(mechanism):
 def said(monkeypatch):
     """What the loggers were given."""
     found = []
-    for logger in (attention.logger, modeling_converted.logger, evaluation.logger):
+    for logger in (attention.logger, interface.logger, evaluation.logger):
         for name in ("warning", "warning_once"):
             monkeypatch.setattr(logger, name, found.append)
     return found

@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.conversion.specs import parse_specs, read_specs
-from distattn_hf.conversion.yaml_file import parse_yaml
-from distattn_hf.experiments.benchmark_load import read_config as read_benchmark
-from distattn_hf.training.arguments import read_mapping
+from distattn_hf.benchmark.command import read_config as read_benchmark
+from distattn_hf.data.config import parse_specs, parse_yaml, read_mapping, read_specs
 from tests.conversion.models import gpt2
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "attention").glob("*.yaml"))

@@ -52,7 +52,7 @@ def test_quantised_teachers(teacher):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("spec", [AttentionSpec("l2", transform="linear"), AttentionSpec(
+@pytest.mark.parametrize("spec", [AttentionSpec("l2", transform="maps"), AttentionSpec(
     mechanism="nystrom", num_landmarks=4, window_size=8)], ids=["maps", "nystrom"])  # fmt: skip
 def test_the_way_that_works(tmp_path, family, spec):
     from torchao import quantization

@@ -10,8 +10,8 @@ from torch import Tensor
 from distattn_hf import distance_attention
 from distattn_hf.core import backend_chunked
 from distattn_hf.core.backends import BACKENDS
-from distattn_hf.core.cpp_library import unavailable
 from distattn_hf.core.inputs import AttentionInputs
+from distattn_hf.core.kernel_cpp_library import unavailable
 from distattn_hf.core.metrics import METRICS, get_metric
 
 # A metric that needs an order p is tested with these: one below 2, one above.
@@ -82,10 +82,21 @@ def _cases(**problem) -> list[Case]:
 CASES = _cases(grad=True)
 
 every_metric = pytest.mark.parametrize(("metric", "p"), METRIC_CASES, ids=[metric_id(c) for c in METRIC_CASES])
+FLOAT64_CASES = _cases(grad=True, dtype=torch.float64)
+DECODING_CASES = _cases(queries=1)
+
+
+def _but_the_reference(cases: list[Case]):
+    """All but the judge itself, which test_oracle.py holds against Python loops."""
+    return pytest.mark.parametrize("case", [case for case in cases if case.backend != "reference"], ids=str)
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_float64_case = pytest.mark.parametrize("case", _cases(grad=True, dtype=torch.float64), ids=str)
+every_backend = _but_the_reference(CASES)
+every_float64_case = pytest.mark.parametrize("case", FLOAT64_CASES, ids=str)
+every_float64_backend = _but_the_reference(FLOAT64_CASES)
 every_dropout_case = pytest.mark.parametrize("case", _cases(grad=True, dropout=0.1), ids=str)
-every_decoding_case = pytest.mark.parametrize("case", _cases(queries=1), ids=str)
+every_decoding_backend = _but_the_reference(DECODING_CASES)
 
 
 def make_tensors(
@@ -106,6 +117,33 @@ def make_tensors(
         "key": torch.randn(batch, key_heads, num_keys, head_dim).to(dtype),
         "value": torch.randn(batch, key_heads, num_keys, value_dim).to(dtype),
     }
+
+
+def lambdas(heads: int) -> Tensor:
+    return torch.linspace(0.5, 1.5, heads)
+
+
+def some(*shape: int) -> Tensor:
+    """A mask (True: keep) that hides 3 in 10, never the first key."""
+    keep = torch.rand(*shape) < 0.7
+    keep[..., 0] = True
+    return keep
+
+
+def padded(batch: int, keys: int) -> Tensor:
+    """(B, M) as a tokenizer gives it: item 0 is padded on the left, item 1 on the right."""
+    mask = torch.ones(batch, keys, dtype=torch.long)
+    mask[0, :4] = 0
+    mask[1, -5:] = 0
+    return mask
+
+
+def with_empty_rows(batch: int, queries: int, keys: int, first: int) -> Tensor:
+    """(B, 1, N, M): query 3 of item 0 sees nothing, and in item 1 no query from `first` on."""
+    keep = some(batch, 1, queries, keys)
+    keep[0, :, 3] = False
+    keep[1, :, first:] = False
+    return keep
 
 
 def upstream_gradient(output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from distattn_hf import distance_attention
 from distattn_hf.core.backends import BACKENDS, Backend, validate_backend
-from distattn_hf.core.cpp_library import unavailable
+from distattn_hf.core.kernel_cpp_library import unavailable
 
 from .cases import METRIC_CASES, Case, every_metric, make_tensors, metric_id, needs_compiler, runs
 

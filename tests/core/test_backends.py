@@ -1,11 +1,24 @@
-"""Every metric on every backend against the float64 reference: output and all gradients, over shapes and masks."""
+"""Every backend against the float64 reference, output and all gradients, over a pairwise table of what a call holds."""
+
+from itertools import product
 
 import pytest
 import torch
 
 from tests.tolerances import assert_close
 
-from .cases import Case, evaluate, every_case, make_tensors
+from .cases import (
+    Case,
+    evaluate,
+    every_backend,
+    every_case,
+    every_float64_backend,
+    lambdas,
+    make_tensors,
+    padded,
+    some,
+    with_empty_rows,
+)
 
 SHAPES = {
     "length 1": {"num_queries": 1},
@@ -18,141 +31,133 @@ SHAPES = {
 }
 
 # More queries than one block of 16 holds, M != N, and an odd head size.
-BATCH, HEADS, QUERIES, KEYS = 2, 2, 37, 23
+BATCH, HEADS, QUERIES, KEYS = 2, 4, 37, 23
 MIN = torch.finfo(torch.float32).min
-
-
-def _keep(*shape, share=0.7):
-    keep = torch.rand(*shape) < share
-    keep[..., 0] = True
-    return keep
 
 
 def _additive(keep, masked):
     return torch.where(keep, torch.randn(keep.shape), torch.tensor(masked))
 
 
-def _padding():
-    """(B, M): item 0 padded on the left, item 1 on the right."""
-    padding = torch.ones(BATCH, KEYS, dtype=torch.long)
-    padding[0, :4] = 0
-    padding[1, 18:] = 0
-    return padding
+def empty_rows():
+    return with_empty_rows(BATCH, QUERIES, KEYS, 20)
 
 
-def _empty_rows():
-    keep = _keep(BATCH, 1, QUERIES, KEYS)
-    keep[0, :, 3] = False
-    keep[1, :, 20:] = False
-    return keep
-
-
-# name -> options of distance_attention
+# What a backend may be handed; test_oracle.py and test_masks.py say what each form of a mask means.
 MASKS = {
-    "bool (B,1,N,M)": lambda: {"mask": _keep(BATCH, 1, QUERIES, KEYS)},
-    "bool (B,H,N,M)": lambda: {"mask": _keep(BATCH, HEADS, QUERIES, KEYS)},
-    "bool (1,1,N,M)": lambda: {"mask": _keep(1, 1, QUERIES, KEYS)},
-    "bool (B,N,M)": lambda: {"mask": _keep(BATCH, QUERIES, KEYS)},
-    "bool (B,1,N,longer than M)": lambda: {"mask": _keep(BATCH, 1, QUERIES, KEYS + 9)},
-    "bool (B,M)": lambda: {"mask": _padding().bool()},
-    "int (B,M)": lambda: {"mask": _padding()},
-    "float, -inf": lambda: {"mask": _additive(_keep(BATCH, 1, QUERIES, KEYS), -torch.inf)},
-    "float, finfo.min": lambda: {"mask": _additive(_keep(BATCH, HEADS, QUERIES, KEYS), MIN)},
-    "float, finite": lambda: {"mask": _additive(_keep(BATCH, 1, 1, KEYS), -3.0)},
-    "float64": lambda: {"mask": _additive(_keep(BATCH, 1, QUERIES, KEYS), -torch.inf).double()},
-    "causal": lambda: {"is_causal": True},
-    "causal + padding": lambda: {"is_causal": True, "mask": _padding()},
-    "causal + bool": lambda: {"is_causal": True, "mask": _keep(BATCH, HEADS, QUERIES, KEYS)},
-    "causal + float": lambda: {"is_causal": True, "mask": _additive(_keep(BATCH, 1, QUERIES, KEYS), -torch.inf)},
-    "empty rows, bool": lambda: {"mask": _empty_rows()},
-    "empty rows, -inf": lambda: {"mask": _additive(_empty_rows(), -torch.inf)},
-    "empty rows, finfo.min": lambda: {"mask": _additive(_empty_rows(), MIN)},
-    "everything masked": lambda: {"mask": torch.zeros(BATCH, 1, QUERIES, KEYS, dtype=torch.bool)},
+    "none": lambda: None,
+    "padding": lambda: padded(BATCH, KEYS),
+    "bool (B,1,N,longer than M)": lambda: some(BATCH, 1, QUERIES, KEYS + 9),
+    "bool (B,H,N,M)": lambda: some(BATCH, HEADS, QUERIES, KEYS),
+    "bool (1,1,N,M)": lambda: some(1, 1, QUERIES, KEYS),
+    "float (B,1,N,M), -inf": lambda: _additive(some(BATCH, 1, QUERIES, KEYS), -torch.inf),
+    "float64 (B,1,1,M), finite": lambda: _additive(some(BATCH, 1, 1, KEYS), -3.0).double(),
+    "empty rows": empty_rows,
+    "empty rows, finfo.min": lambda: _additive(empty_rows(), MIN),
+    "everything masked": lambda: torch.zeros(BATCH, 1, QUERIES, KEYS, dtype=torch.bool),
 }
-
 BIASES = {
     "(1,H,N,M)": (1, HEADS, QUERIES, KEYS),
     "(B,1,1,M)": (BATCH, 1, 1, KEYS),
     "(1,H,1,1)": (1, HEADS, 1, 1),
     "(B,H,N,1)": (BATCH, HEADS, QUERIES, 1),
 }
+LAMBDAS = ("default", "number", "per head")
+KEY_HEADS = (4, 2, 1)
+
+# (mask, causal, bias, λ, heads of the keys), found by a search.
+TABLE = [
+    ("none", False, None, "per head", 4),
+    ("none", True, "(B,H,N,1)", "default", 2),
+    ("padding", False, None, "number", 2),
+    ("padding", True, "(1,H,1,1)", "default", 4),
+    ("bool (B,1,N,longer than M)", False, "(1,H,1,1)", "per head", 2),
+    ("bool (B,1,N,longer than M)", True, None, "default", 4),
+    ("bool (B,H,N,M)", False, "(B,1,1,M)", "per head", 1),
+    ("bool (B,H,N,M)", True, None, "number", 2),
+    ("bool (1,1,N,M)", False, None, "number", 1),
+    ("bool (1,1,N,M)", True, "(1,H,N,M)", "per head", 2),
+    ("float (B,1,N,M), -inf", False, None, "number", 1),
+    ("float (B,1,N,M), -inf", True, "(B,1,1,M)", "default", 4),
+    ("float64 (B,1,1,M), finite", False, "(1,H,N,M)", "number", 1),
+    ("float64 (B,1,1,M), finite", True, None, "per head", 2),
+    ("empty rows", False, None, "number", 4),
+    ("empty rows", True, "(1,H,1,1)", "number", 1),
+    ("empty rows, finfo.min", False, "(B,H,N,1)", "per head", 4),
+    ("empty rows, finfo.min", True, None, "number", 1),
+    ("everything masked", False, None, "default", 1),
+    ("everything masked", True, "(1,H,1,1)", "default", 2),
+]
+every_row = pytest.mark.parametrize("row", TABLE, ids=lambda row: ", ".join(str(each) for each in row))
 
 
-def check_against_reference(case: Case, tensors: dict, **options) -> dict:
-    """Output and gradients in float32 against the reference's in float64, which test_oracle.py checks by loops."""
+def test_the_table_holds_every_pair():
+    """All but bias by mask, λ and key heads, of which a bias or none has every one."""
+    masks, causal, biases, lambdas_, heads = zip(*TABLE)
+    given = [bias is not None for bias in biases]
+    pairs = [(masks, causal), (masks, given), (lambdas_, causal), (heads, causal), (lambdas_, heads)]
+    pairs += [(given, lambdas_), (given, heads)]
+    for left, right in pairs:
+        assert set(zip(left, right)) == set(product(set(left), set(right)))
+    assert {pair for pair in zip(biases, causal) if pair[0]} == set(product(BIASES, (False, True)))
+    assert set(masks) == set(MASKS)
+    assert (set(lambdas_), set(heads)) == (set(LAMBDAS), set(KEY_HEADS))
+
+
+def call_of(row) -> tuple[dict, dict]:
+    """(tensors that are differentiated, the other options) of one row of the table."""
+    mask, is_causal, bias, lam, key_heads = row
+    tensors = make_tensors(QUERIES, KEYS, 9, 6, batch=BATCH, heads=HEADS, key_heads=key_heads)
+    if bias:
+        tensors["position_bias"] = torch.randn(BIASES[bias])
+    if lam == "per head":
+        tensors["lam"] = lambdas(HEADS)
+    return tensors, {"mask": MASKS[mask](), "is_causal": is_causal, **({"lam": 0.7} if lam == "number" else {})}
+
+
+def check_against_reference(case: Case, tensors: dict, dtype=torch.float32, **options) -> None:
+    """Output and gradients in `dtype` against the reference's in float64, which test_oracle.py checks by loops."""
     expected = evaluate(case.reference, tensors, torch.float64, **options)
-    actual = evaluate(case, tensors, **options)
+    actual = evaluate(case, tensors, dtype, **options)
     for name, value in expected.items():
-        assert actual[name].dtype == torch.float32, name
-        assert_close(actual[name], value, "float32_forward" if name == "output" else "float32_gradient", name)
-    return actual
+        assert actual[name].dtype == dtype, name
+        kind = "float32_forward" if name == "output" else "float32_gradient"
+        assert_close(actual[name], value, "float64" if dtype == torch.float64 else kind, name)
 
 
-def lambdas(heads: int) -> torch.Tensor:
-    return torch.linspace(0.5, 1.5, heads)
+@every_backend
+@every_row
+def test_every_pair_of_choices(case, row):
+    tensors, options = call_of(row)
+    check_against_reference(case, tensors, **options)
 
 
-@every_case
+# A mask and a bias, causal and not, one λ for all and one a head.
+@every_float64_backend
+@pytest.mark.parametrize("row", [TABLE[6], TABLE[9], TABLE[15]], ids=lambda row: ", ".join(str(each) for each in row))
+def test_in_float64(case, row):
+    tensors, options = call_of(row)
+    check_against_reference(case, tensors, torch.float64, **options)
+
+
+@every_backend
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_with_default_lambda(case, shape):
-    check_against_reference(case, make_tensors(**SHAPES[shape]))
-
-
-@every_case
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_causal_with_lambda_per_head(case, shape):
+def test_shapes(case, shape):
     tensors = make_tensors(**SHAPES[shape])
-    check_against_reference(case, {**tensors, "lam": lambdas(tensors["query"].shape[1])}, is_causal=True)
+    if causal := list(SHAPES).index(shape) % 2 == 1:
+        tensors["lam"] = lambdas(tensors["query"].shape[1])
+    check_against_reference(case, tensors, is_causal=causal)
 
 
 @every_case
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks_with_lambda_per_head(case, mask):
-    tensors = make_tensors(QUERIES, KEYS, 9, 6, batch=BATCH, heads=HEADS)
-    check_against_reference(case, {**tensors, "lam": lambdas(HEADS)}, **MASKS[mask]())
-
-
-@every_case
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks_with_a_number_for_lambda_and_a_bias(case, mask):
-    tensors = make_tensors(QUERIES, KEYS, 9, 6, batch=BATCH, heads=HEADS)
-    bias = torch.randn(1, HEADS, QUERIES, KEYS)
-    check_against_reference(case, {**tensors, "position_bias": bias}, lam=0.7, **MASKS[mask]())
-
-
-@every_case
-@pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_biases(case, bias, is_causal):
-    tensors = make_tensors(QUERIES, KEYS, 9, 6, batch=BATCH, heads=HEADS)
-    check_against_reference(case, {**tensors, "position_bias": torch.randn(BIASES[bias])}, is_causal=is_causal)
-
-
-@every_case
-@pytest.mark.parametrize("mask", ["empty rows, bool", "empty rows, -inf", "empty rows, finfo.min"])
-def test_empty_rows_give_zero(case, mask):
+def test_empty_rows_give_zero(case):
     """Also for their queries' gradients; equality with the reference alone would allow both to be wrong."""
-    result = evaluate(case, make_tensors(QUERIES, KEYS, 9, batch=BATCH, heads=HEADS), **MASKS[mask]())
+    result = evaluate(case, make_tensors(QUERIES, KEYS, 9, batch=BATCH, heads=HEADS), mask=empty_rows())
     for rows in (result["output"], result["query"]):
         assert bool((rows[0, :, 3] == 0).all())
         assert bool((rows[1, :, 20:] == 0).all())
         assert bool((rows[0, :, 4] != 0).any())
     assert all(bool(t.isfinite().all()) for t in result.values())
-
-
-@every_case
-@pytest.mark.parametrize("heads", [(6, 1), (6, 2), (6, 3)], ids=str)
-def test_head_h_uses_key_head_h_over_group(case, heads):
-    """Grouped keys equal keys written out once per query head, and their gradient is the sum over the group."""
-    heads, key_heads = heads
-    group = heads // key_heads
-    tensors = make_tensors(20, 11, 8, heads=heads, key_heads=key_heads)
-    written_out = {n: t if n == "query" else t[:, torch.arange(heads) // group] for n, t in tensors.items()}
-    expected, actual = evaluate(case.reference, written_out, torch.float64), evaluate(case, tensors)
-    for name in ("key", "value"):
-        expected[name] = expected[name].unflatten(1, (key_heads, group)).sum(2)
-    for name, value in expected.items():
-        assert_close(actual[name], value, "float32_gradient", name)
 
 
 @every_case
@@ -174,7 +179,7 @@ def test_non_contiguous_inputs(case):
         assert_close(actual, value, "float32_gradient")
 
 
-@every_case
+@every_backend
 @pytest.mark.parametrize("head_dim", [8, 64])
 def test_some_keys_equal_the_query(case, head_dim):
     """Zero distances, where a root has no slope; the gradient there is the subgradient 0, as in the reference."""
@@ -186,6 +191,17 @@ def test_some_keys_equal_the_query(case, head_dim):
     for name, value in expected.items():
         kind = "float32_forward" if name == "output" else "float32_gradient"
         assert_close(actual[name], value, "float32_l2_coinciding" if rounded_root else kind, name)
+
+
+# By the kernels in float32, and in float64, of which there are none, by PyTorch's operations.
+@every_float64_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties(case, dtype):
+    """Whole numbers: equal coordinates have slope 0, and those that reach the maximum share its gradient."""
+    tensors = {name: tensor.round() for name, tensor in make_tensors(20, 9, 7).items()}
+    if case.metric == "cosine":
+        tensors["query"][..., 0] = tensors["key"][..., 0] = 1.0  # never the zero vector
+    check_against_reference(case, tensors, dtype)
 
 
 @every_case
@@ -210,7 +226,7 @@ def test_no_queries(case):
 def test_inputs_stay_as_they_were(case):
     tensors = make_tensors(20, 20, 8)
     before = {name: t.clone() for name, t in tensors.items()}
-    mask = _additive(_keep(2, 1, 20, 20), -torch.inf)
+    mask = _additive(some(2, 1, 20, 20), -torch.inf)
     mask_before = mask.clone()
     case(**tensors, mask=mask, is_causal=True, position_bias=torch.randn(1, 2, 20, 20))
     for name, value in before.items():

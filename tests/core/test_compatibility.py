@@ -12,9 +12,10 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
-from distattn_hf.core import compatibility, versions
-from distattn_hf.core.cache import NystromLayer, use_nystrom_cache
+from distattn_hf.core import compatibility
+from distattn_hf.core.attention_spec import NEWEST_TESTED, OLDEST_TESTED
 from distattn_hf.core.compatibility import CACHE_NAME, cache_of, check_transformers, given_cache, one_cache
+from distattn_hf.core.nystrom_cache import NystromLayer, use_nystrom_cache
 from tests.conversion.models import VOCAB
 from tests.conversion.nystrom_cases import student_of
 from tests.native.choices import CAUSAL, make_model, tokens
@@ -79,7 +80,7 @@ def test_a_cache_is_found_by_its_kind():
 def test_a_cache_that_is_not_found_is_an_error_and_not_a_full_cache(family, monkeypatch):
     """As when transformers hides the cache from the hook: the keys of earlier tokens arrive all the same."""
     student = student_of(family)
-    monkeypatch.setattr("distattn_hf.core.cache.given_cache", lambda arguments: None)
+    monkeypatch.setattr("distattn_hf.core.nystrom_cache.given_cache", lambda arguments: None)
     ids = torch.randint(3, VOCAB, (1, 12))
     with pytest.raises(RuntimeError, match="a cache that was not found.*tested with transformers"):
         student.generate(ids, max_new_tokens=3, do_sample=False)
@@ -107,7 +108,7 @@ def test_the_cache_name_is_the_installed_one():
     assert CACHE_NAME in inspect.signature(transformers.LlamaModel.forward).parameters
 
 
-@pytest.mark.parametrize(("version", "warned"), [("5.25.0", True), ("5.23.0", False), (versions.NEWEST_TESTED, False)])
+@pytest.mark.parametrize(("version", "warned"), [("5.25.0", True), ("5.23.0", False), (NEWEST_TESTED, False)])
 def test_a_newer_transformers_is_warned_of_at_import(version, warned):
     code = f"import transformers; transformers.__version__ = {version!r}; import distattn_hf"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -119,7 +120,7 @@ def test_what_is_declared_is_what_is_tested():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     declared = next(line for line in setup["options"]["install_requires"].split("\n") if "transformers" in line)
-    oldest, newest = versions.OLDEST_TESTED, versions.NEWEST_TESTED
+    oldest, newest = OLDEST_TESTED, NEWEST_TESTED
     major, minor, _ = newest.split(".")
     assert declared == f"transformers>={oldest.removesuffix('.0')},<{major}.{int(minor) + 1}"
     pinned = (ROOT / "scripts/constraints.txt").read_text().split()

@@ -5,12 +5,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distattn_hf import distance_attention
-from distattn_hf.core import backend_sdpa, sdpa_cosine
+from distattn_hf.core import backend_sdpa
 from tests.tolerances import assert_close
 
-from .cases import Case, evaluate, make_tensors, upstream_gradient
+from .cases import Case, evaluate, lambdas, make_tensors, upstream_gradient
 from .oracles import loop_attention
-from .test_backends import BATCH, BIASES, HEADS, KEYS, MASKS, QUERIES, check_against_reference, lambdas
+from .test_backends import BATCH, BIASES, HEADS, KEYS, QUERIES, call_of, check_against_reference, every_row
 
 COSINE = Case("cosine", None, "sdpa")
 SHAPES = {
@@ -26,7 +26,7 @@ SHAPES = {
 def parts(monkeypatch):
     """What each call of PyTorch's kernels got, in order: ("forward" or "backward", sequences, query heads)."""
     calls = []
-    monkeypatch.setattr(sdpa_cosine, "_LEAST_LOGITS", 0)
+    monkeypatch.setattr(backend_sdpa, "_LEAST_LOGITS", 0)
 
     def recording(name, kernel):
         def run(*tensors, **options):
@@ -36,33 +36,37 @@ def parts(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(sdpa_cosine, "_FLASH", recording("forward", sdpa_cosine._FLASH))
-    monkeypatch.setattr(sdpa_cosine, "_FLASH_BACKWARD", recording("backward", sdpa_cosine._FLASH_BACKWARD))
+    monkeypatch.setattr(backend_sdpa, "_FLASH", recording("forward", backend_sdpa._FLASH))
+    monkeypatch.setattr(backend_sdpa, "_FLASH_BACKWARD", recording("backward", backend_sdpa._FLASH_BACKWARD))
     return calls
 
 
 @pytest.fixture(params=[1, 40, 80], ids="{} rows".format)
 def small_parts(request, monkeypatch, parts):
     """Parts of at least so many query rows: one head each, some heads (the last part has fewer), some sequences."""
-    monkeypatch.setattr(sdpa_cosine, "_PART_ROWS", request.param)
-    monkeypatch.setattr(sdpa_cosine, "_PART_LOGITS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_ROWS", request.param)
+    monkeypatch.setattr(backend_sdpa, "_PART_LOGITS", 1)
     yield parts
     assert {name for name, *_ in parts} >= {"forward"}, "another path ran"
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(small_parts, shape, is_causal):
-    tensors = make_tensors(**SHAPES[shape])
+def test_shapes(small_parts, shape):
+    tensors, is_causal = make_tensors(**SHAPES[shape]), list(SHAPES).index(shape) % 2 == 1
     tensors["lam"] = lambdas(tensors["query"].shape[1])
     check_against_reference(COSINE, tensors, is_causal=is_causal)
     assert {name for name, *_ in small_parts} == {"forward", "backward"}
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_masks(small_parts, mask):
-    tensors = make_tensors(QUERIES, KEYS, 9, batch=BATCH, heads=HEADS)
-    check_against_reference(COSINE, {**tensors, "lam": lambdas(HEADS)}, **MASKS[mask]())
+@pytest.mark.parametrize("small_parts", [40], indirect=True)
+@every_row
+def test_every_pair_of_choices(small_parts, row):
+    """A bias comes without a gradient, as the kernel has none, and values as wide as the keys."""
+    tensors, options = call_of(row)
+    tensors["value"] = torch.randn(*tensors["key"].shape)
+    if "position_bias" in tensors:
+        options["position_bias"] = tensors.pop("position_bias")
+    check_against_reference(COSINE, tensors, **options)
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -145,22 +149,22 @@ def test_parts_follow_the_rows(parts):
 
 
 def test_grouped_heads_stay_together(parts, monkeypatch):
-    monkeypatch.setattr(sdpa_cosine, "_PART_ROWS", 1)
-    monkeypatch.setattr(sdpa_cosine, "_PART_LOGITS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_ROWS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_LOGITS", 1)
     COSINE(**make_tensors(10, 8, 8, batch=2, heads=6, key_heads=2))
     assert parts == [("forward", 1, 3)] * 4
 
 
 def test_a_backward_part_has_a_head_for_each_thread(parts, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(sdpa_cosine, "_PART_ROWS", 1)
-    monkeypatch.setattr(sdpa_cosine, "_PART_LOGITS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_ROWS", 1)
+    monkeypatch.setattr(backend_sdpa, "_PART_LOGITS", 1)
     evaluate(COSINE, make_tensors(10, 8, 8, batch=2, heads=6))
     assert parts == [("forward", 1, 1)] * 12 + [("backward", 1, 3)] * 4
 
 
 def test_few_logits_take_the_other_path(parts, monkeypatch):
-    monkeypatch.setattr(sdpa_cosine, "_LEAST_LOGITS", 2 * 2 * 20 * 20)
+    monkeypatch.setattr(backend_sdpa, "_LEAST_LOGITS", 2 * 2 * 20 * 20)
     COSINE(**make_tensors(20))
     assert len(parts) == 1
     COSINE(**make_tensors(20, 19))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from distattn_hf import nystrom_attention
-from distattn_hf.core import nystrom
-from distattn_hf.core.cpp_library import unavailable
+from distattn_hf.core.kernel_cpp_library import unavailable
+from distattn_hf.functional import nystrom
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"CPU kernels: {unavailable()}")

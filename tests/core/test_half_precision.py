@@ -38,8 +38,9 @@ def pytorch_errors(tensors: dict, options: dict) -> dict[str, tuple[float, float
 
 
 @every_case
-@DTYPES
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.bfloat16, "full"), (torch.float16, "causal"), (torch.bfloat16, "masked")], ids=str
+)
 def test_error_is_within_twice_pytorchs(case, dtype, options):
     """Truth is the float64 reference on the same rounded inputs; the yardstick is PyTorch's error on them."""
     tensors, options = make_tensors(40, head_dim=32, dtype=dtype), OPTIONS[options]
@@ -105,8 +106,7 @@ def test_autocast_training_step_is_close_to_float32(case):
 
 
 @every_case
-@DTYPES
-@pytest.mark.parametrize("scale", [30.0, 200.0])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 30.0), (torch.float16, 200.0), (torch.bfloat16, 200.0)])
 def test_large_activations_stay_finite(case, dtype, scale):
     """‖q‖² of large activations overflows float16 (65,504) and the distances must not be formed in it."""
     tensors = make_tensors(20, head_dim=64, dtype=dtype)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distattn_hf.core import hybrid
-from distattn_hf.core.hybrid import HybridInputs, WindowBias, hybrid_attention
+from distattn_hf.core import nystrom_hybrid as hybrid
+from distattn_hf.core.nystrom_hybrid import HybridInputs, WindowBias, hybrid_attention
 from distattn_hf.core.reference import reference_hybrid
 from tests.tolerances import STANDARD_ERRORS, assert_close
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from distattn_hf import nystrom_attention
-from distattn_hf.core import hybrid
-from distattn_hf.core.cpp_library import unavailable
-from distattn_hf.core.hybrid import HybridInputs, hybrid_attention
-from distattn_hf.core.hybrid_cpu import runs
+from distattn_hf.core import nystrom_hybrid as hybrid
+from distattn_hf.core.kernel_cpp_hybrid import cpp_supports
+from distattn_hf.core.kernel_cpp_library import unavailable
+from distattn_hf.core.nystrom_hybrid import HybridInputs, hybrid_attention
 from tests.core.test_hybrid import ROWS, in_chunks, naive, padding, problem
 from tests.tolerances import assert_close
 
@@ -23,8 +23,8 @@ SETTINGS = [(0, 0), (0, 3), (1, 0), (5, 3), (64, 4), (66, 1), (150, 2), (300, 3)
 def taken(monkeypatch):
     """How often the kernel ran."""
     calls = []
-    kernel = hybrid.fused
-    monkeypatch.setattr(hybrid, "fused", lambda *arguments: calls.append(1) or kernel(*arguments))
+    kernel = hybrid.cpp_hybrid_attention
+    monkeypatch.setattr(hybrid, "cpp_hybrid_attention", lambda *arguments: calls.append(1) or kernel(*arguments))
     return calls
 
 
@@ -128,17 +128,19 @@ def test_logarithms_of_any_size(taken):
 
 def test_what_the_kernel_leaves_to_pytorch():
     x, exact = single(5, 3, 20)
-    assert runs(x)
-    assert not runs(exact), "float64"
-    assert not runs(replace(x, is_causal=False))
-    assert not runs(replace(x, dropout_p=0.1))
-    assert not runs(problem(True, 5, 0, True, 20)), "a bias"
+    assert cpp_supports(x)
+    assert not cpp_supports(exact), "float64"
+    assert not cpp_supports(replace(x, is_causal=False))
+    assert not cpp_supports(replace(x, dropout_p=0.1))
+    assert not cpp_supports(problem(True, 5, 0, True, 20)), "a bias"
     learning = replace(x, key=x.key.clone().requires_grad_())
-    assert not runs(learning)
+    assert not cpp_supports(learning)
     with torch.no_grad():
-        assert runs(learning)
+        assert cpp_supports(learning)
     with torch.device("meta"):
-        assert not runs(replace(x, **{name: torch.empty_like(getattr(x, name), device="meta") for name in TENSORS}))
+        assert not cpp_supports(
+            replace(x, **{name: torch.empty_like(getattr(x, name), device="meta") for name in TENSORS})
+        )
 
 
 @pytest.mark.parametrize("window", [0, 4])

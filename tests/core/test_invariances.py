@@ -18,8 +18,7 @@ def exactness(case) -> str:
 
 
 @every_case
-@pytest.mark.parametrize("where", PADDING)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("where", "is_causal"), [("left", True), ("right", False), ("middle", True)])
 def test_padding_tokens_change_nothing(case, where, is_causal):
     """Other keys and values in the padding of item 0: no row of either item may notice."""
     tensors = make_tensors(LENGTH, head_dim=16)
@@ -49,7 +48,7 @@ def test_padding_tokens_get_no_gradient(case):
 
 
 @every_case
-@pytest.mark.parametrize("cut", [1, 16, 25])
+@pytest.mark.parametrize("cut", [16, 25])
 def test_the_future_changes_nothing_before_it(case, cut):
     tensors = make_tensors(LENGTH, head_dim=16)
     before = case(**tensors, is_causal=True)

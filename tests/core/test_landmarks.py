@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distattn_hf.core import landmarks
-from distattn_hf.core.landmarks import STRATEGIES, register_landmark_strategy, select_landmarks
+from distattn_hf.functional import landmarks
+from distattn_hf.functional.landmarks import STRATEGIES, register_landmark_strategy, select_landmarks
 from tests.tolerances import STANDARD_ERRORS, assert_close
 
 every_strategy = pytest.mark.parametrize("strategy", list(STRATEGIES))

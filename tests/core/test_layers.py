@@ -8,14 +8,14 @@ import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from distattn_hf.core.layers import DistanceAttentionConfig, DistanceBasedAttention
-from distattn_hf.core.layers_factory import (
+from distattn_hf.core.mechanisms import MECHANISMS
+from distattn_hf.core.metrics import METRICS, get_metric
+from distattn_hf.layers.attention_layers import DistanceAttentionConfig, DistanceBasedAttention
+from distattn_hf.layers.factory import (
     AttentionFactory,
     PositionalEncodingFactory,
     create_distance_attention,
 )
-from distattn_hf.core.mechanisms import MECHANISMS
-from distattn_hf.core.metrics import METRICS, get_metric
 from tests.tolerances import STANDARD_ERRORS, assert_close
 
 from .cases import every_metric

@@ -7,23 +7,25 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache
 
+from distattn_hf.core.configuration_native import DistAttnConfig
 from distattn_hf.core.encodings import POSITIONAL_ENCODINGS
-from distattn_hf.core.layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
-from distattn_hf.core.layers_factory import (
-    AttentionFactory,
-    MechanismAttention,
-    PositionalEncodingFactory,
-    create_distance_attention,
-)
-from distattn_hf.core.layers_stack import (
+from distattn_hf.core.mechanisms import MECHANISMS
+from distattn_hf.core.metrics import METRICS
+from distattn_hf.core.native_attention import AttentionHeads, DistAttnAttention
+from distattn_hf.layers.attention_layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
+from distattn_hf.layers.blocks import (
     DistanceDecoder,
     DistanceDecoderLayer,
     DistanceEncoder,
     DistanceEncoderLayer,
     MultiHeadDistanceAttention,
 )
-from distattn_hf.core.mechanisms import MECHANISMS
-from distattn_hf.core.metrics import METRICS
+from distattn_hf.layers.factory import (
+    AttentionFactory,
+    MechanismAttention,
+    PositionalEncodingFactory,
+    create_distance_attention,
+)
 from tests.tolerances import assert_close
 
 from .test_layers import HEADS, SIZE, Stretched, layer_of, naive, states
@@ -144,6 +146,28 @@ def test_attention_factory(name):
     if name != "relative":
         assert_close(output, layer.o_proj((weights @ value).transpose(1, 2).flatten(2)), "float64")
     assert bool((weights[0, ..., 4:] == 0).all())
+
+
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "local"])
+def test_layers_have_the_heads_of_the_native_models(mechanism):
+    """One class projects, turns and remembers for both, and a layer's state dict fits its native twin's."""
+    sizes = {"hidden_size": SIZE, "num_attention_heads": HEADS, "attention_bias": True, "is_decoder": True}
+    native = DistAttnAttention(DistAttnConfig(mechanism=mechanism, **sizes), layer_idx=0).double().eval()
+    native.config._attn_implementation = "eager" if mechanism == "dot" else "distattn"
+    layer = AttentionFactory.create(
+        mechanism, SIZE, HEADS, is_causal=True, **({"lam": 1.0} if mechanism == "dot" else {})
+    )
+    layer.double().eval()
+    assert isinstance(layer, AttentionHeads)
+    names = [name for name, _ in AttentionHeads(SIZE, HEADS, 0, True).named_parameters()]
+    assert set(names) <= {*layer.state_dict()} & {*native.state_dict()}
+    native.load_state_dict({name: layer.state_dict()[name] for name in names}, strict=False)
+    rotary = PositionalEncodingFactory.create("rotary", SIZE, HEADS)
+    x = states(7)
+    turn = rotary.rotation(x, torch.arange(7)[None])
+    mask = torch.zeros(1, 1, 7, 7).masked_fill(~torch.ones(7, 7).tril().bool(), float("-inf")).double()
+    expected = native(x, None if mechanism == "local" else mask, position_embeddings=turn)[0]
+    assert_close(layer(x, position_embeddings=turn), expected, "float32_forward")
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distattn_hf.core.masks import add_bias, causal_keep, masked_softmax, split_mask
+from distattn_hf.core.inputs import add_bias, causal_keep, masked_softmax, split_mask
 from tests.tolerances import assert_close
 
 B, H, N, M = SHAPE = (2, 3, 4, 5)

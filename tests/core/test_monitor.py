@@ -19,7 +19,7 @@ from distattn_hf import (
     DistAttnForCausalLM,
     convert,
 )
-from distattn_hf.core.monitor import PerformanceMonitor
+from distattn_hf.analysis.monitor import PerformanceMonitor
 
 
 class Sleepy(nn.Module):

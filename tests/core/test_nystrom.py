@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from distattn_hf import distance_attention, nystrom_attention
-from distattn_hf.core.hybrid import WindowBias
-from distattn_hf.core.landmarks import select_landmarks
+from distattn_hf.core.nystrom_hybrid import WindowBias
+from distattn_hf.functional.landmarks import select_landmarks
 from tests.tolerances import HALF_ERROR_RATIO, assert_close
 
 from .cases import evaluate, make_tensors

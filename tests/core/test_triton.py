@@ -18,13 +18,12 @@ from transformers.dynamic_module_utils import get_imports
 
 from distattn_hf.core import backend_triton
 from distattn_hf.core.backend_triton import triton_attention, unsupported
-from distattn_hf.core.inputs import AttentionInputs
-from distattn_hf.core.masks import split_mask
+from distattn_hf.core.inputs import AttentionInputs, split_mask
 from distattn_hf.core.metrics import FunctionMetric, Manhattan, get_metric
 from distattn_hf.core.reference import reference_attention
 from tests.tolerances import HALF_ERROR_RATIO, LINEAR_GROWTH, assert_close
 
-from .cases import evaluate, make_tensors
+from .cases import evaluate, lambdas, make_tensors, padded, some, with_empty_rows
 from .test_half_precision import errors, pytorch_errors
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -60,32 +59,12 @@ SHAPES = {
 BATCH, HEADS, QUERIES, KEYS = 2, 2, 20, 36
 
 
-def _keep(*shape):
-    keep = torch.rand(*shape) < 0.7
-    keep[..., 0] = True
-    return keep
-
-
-def _empty_rows():
-    keep = _keep(BATCH, 1, QUERIES, KEYS)
-    keep[0, :, 3] = False
-    keep[1, :, 11:] = False
-    return keep
-
-
-def _padding():
-    padding = torch.ones(BATCH, KEYS, dtype=torch.long)
-    padding[0, :4] = 0
-    padding[1, 18:] = 0
-    return padding
-
-
 MASKS = {
-    "padding": lambda: {"mask": _padding()},
-    "per head": lambda: {"mask": _keep(BATCH, HEADS, QUERIES, KEYS)},
+    "padding": lambda: {"mask": padded(BATCH, KEYS)},
+    "per head": lambda: {"mask": some(BATCH, HEADS, QUERIES, KEYS)},
     "causal": lambda: {"is_causal": True},
-    "causal + mask": lambda: {"is_causal": True, "mask": _keep(BATCH, 1, QUERIES, KEYS)},
-    "empty rows": lambda: {"mask": _empty_rows()},
+    "causal + mask": lambda: {"is_causal": True, "mask": some(BATCH, 1, QUERIES, KEYS)},
+    "empty rows": lambda: {"mask": with_empty_rows(BATCH, QUERIES, KEYS, 11)},
     "everything masked": lambda: {"mask": torch.zeros(1, 1, QUERIES, KEYS, dtype=torch.bool)},
 }
 
@@ -135,10 +114,6 @@ def check(kernel: str, tensors: dict, tolerance: str | None = None, **options) -
     return actual
 
 
-def lambdas(heads: int) -> torch.Tensor:
-    return torch.linspace(0.5, 1.5, heads)
-
-
 class TestKernels:
     __test__ = INTERPRETING or DEVICE == "cuda"
 
@@ -168,7 +143,11 @@ class TestKernels:
 
     @one_of_each_kind
     def test_empty_rows_give_zero(self, kernel):
-        result = check(kernel, make_tensors(QUERIES, KEYS, 5, batch=BATCH, heads=HEADS), mask=_empty_rows())
+        result = check(
+            kernel,
+            make_tensors(QUERIES, KEYS, 5, batch=BATCH, heads=HEADS),
+            mask=with_empty_rows(BATCH, QUERIES, KEYS, 11),
+        )
         for rows in (result["output"], result["query"]):
             assert bool((rows[0, :, 3] == 0).all())
             assert bool((rows[1, :, 11:] == 0).all())
@@ -180,7 +159,7 @@ class TestKernels:
         """Both per-head λ and the mask go with the query head, keys and values with its group."""
         heads, key_heads = heads
         tensors = make_tensors(20, 11, 4, batch=BATCH, heads=heads, key_heads=key_heads)
-        check(kernel, {**tensors, "lam": lambdas(heads)}, mask=_keep(BATCH, heads, 20, 11))
+        check(kernel, {**tensors, "lam": lambdas(heads)}, mask=some(BATCH, heads, 20, 11))
 
     @one_of_each_kind
     def test_non_contiguous_inputs(self, kernel):
@@ -418,8 +397,8 @@ class _NoGPU:
 
 
 def _kernels():
-    from distattn_hf.core.triton_backward import key_kernel, query_kernel
-    from distattn_hf.core.triton_forward import forward_kernel
+    from distattn_hf.core.kernel_triton_backward import key_kernel, query_kernel
+    from distattn_hf.core.kernel_triton_forward import forward_kernel
 
     return [("forward", forward_kernel, "queries"), ("query", query_kernel, "queries"), ("key", key_kernel, "keys")]
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 import distattn_hf
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.analysis.scorecard import Scorecard
+from distattn_hf.evaluation.scorecard import Scorecard
 from distattn_hf.hub import build_card
 from distattn_hf.hub.base import BaseModel
 from distattn_hf.hub.card import contents, is_unedited, own_row, read_template
@@ -94,7 +94,7 @@ def test_every_number_of_the_report_is_in_the_card(tmp_path):
     calibration = [token_batch(teacher, seed=s) for s in range(2)]
     student = convert(teacher, AttentionSpec("l2", layers=[1]), calibration=calibration, options=options)
     student.save_pretrained(tmp_path)
-    report = distattn_hf.ConversionReport.from_dict(student.conversion_report)
+    report = student.conversion_report
     text = build_card(tmp_path, "user/x", license="mit").text
     assert "1 attention modules converted, 1 left as they were" in text
     assert f"mean α {report.mean_alpha:.3g}" in text
@@ -218,7 +218,7 @@ def test_every_branch_of_the_template_renders(folder):
         template.render(card_data="license: mit", **{k: v for k, v in known.items() if k != "nystrom"})
 
 
-def test_an_installed_wheel_has_the_template(tmp_path):
+def test_an_installed_wheel_has_the_templates(tmp_path):
     """Built from a copy, as building writes into the source tree, and read where no repository is beside it."""
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "tests", "build", "out")
@@ -227,7 +227,9 @@ def test_an_installed_wheel_has_the_template(tmp_path):
     offline = ["--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "wheel", *offline, "-w", tmp_path, source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    assert any(name.endswith("share/distattn_hf/template.md") for name in zipfile.ZipFile(wheel).namelist())
+    assert {"distattn_hf/hub/card_template.md", "distattn_hf/analysis/report/page.html"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
     prefix = tmp_path / "prefix"
     install = [*pip, "install", *offline, "--ignore-installed", "--prefix", prefix, wheel]
     subprocess.run(install, check=True, capture_output=True)
@@ -239,7 +241,7 @@ def test_an_installed_wheel_has_the_template(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, site], capture_output=True, text=True, check=True, cwd=tmp_path)
     where, _, text = run.stdout.partition("\n")
     assert Path(where).is_relative_to(prefix)
-    assert text.strip() == (ROOT / "model_cards" / "template.md").read_text(encoding="utf-8").strip()
+    assert text.strip() == (ROOT / "distattn_hf" / "hub" / "card_template.md").read_text(encoding="utf-8").strip()
 
 
 def test_results_of_the_owner_are_shown_as_theirs(folder, tmp_path):

@@ -8,7 +8,6 @@ from transformers.models.auto import modeling_auto
 
 import distattn_hf
 from distattn_hf import DistAttnConfig
-from distattn_hf.core.native_layers import auto_map_for
 from tests.common.cases import CommonTests
 from tests.common.testers import TextModelTester
 from tests.common.upstream import ConfigTester, modeling
@@ -60,7 +59,7 @@ class NativeTests(CommonTests):
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 assert type(AutoConfig.from_pretrained(folder)) is type(model.config)
-                name = next(n for n, ref in auto_map_for(model.config).items() if ref.endswith(type(model).__name__))
+                name = next(n for n, ref in model.config.auto_map.items() if ref.endswith(type(model).__name__))
                 loaded = getattr(modeling_auto, name).from_pretrained(folder)
                 assert type(loaded) is type(model)
                 torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -156,8 +156,12 @@ def test_input_is_checked():
         causal(input_ids=tokens(), inputs_embeds=torch.zeros(3, 12, 16))
     with pytest.raises(ValueError, match="an encoder keeps no cache"):
         encoder.model(tokens(), past_key_values=causal(tokens(), use_cache=True).past_key_values)
+    decoder = make_model("dot", "rotary", "cross").model.decoder
     with pytest.raises(ValueError, match="needs encoder_hidden_states"):
-        make_model("dot", "rotary", "cross").model.decoder(tokens())
+        decoder(tokens())
+    for kind, more in ((causal, {}), (decoder, {"encoder_hidden_states": torch.zeros(3, 5, 16)})):
+        with pytest.raises(ValueError, match="'memory' holds a cache, which DistAttn.* takes as"):
+            kind(tokens(), memory=DynamicCache(), **more)
     with pytest.raises(ValueError, match="must be an EncoderDecoderCache.*; got DynamicCache"):
         make_model("dot", "rotary", "cross")(
             input_ids=tokens(), decoder_input_ids=tokens(), past_key_values=DynamicCache()
@@ -199,8 +203,8 @@ def test_implementation_requests():
     for mechanism, names in {
         "dot": ("sdpa", "eager"),
         "l2": ("distattn", "distattn_eager"),
-        "nystrom": ("distattn_linear", "distattn_linear_eager"),
-        "linear": ("distattn_linear", "distattn_linear_eager"),
+        "nystrom": ("distattn_nystrom", "distattn_nystrom_eager"),
+        "linear": ("distattn_nystrom", "distattn_nystrom_eager"),
     }.items():
         model = make_model(mechanism, "rotary", "causal")
         assert model.config._attn_implementation == names[0]

@@ -1,4 +1,4 @@
-"""A saved native model loads bit-equal: in this process, and in a fresh one with the package and without it."""
+"""A saved native model loads bit-equal; tests/test_fresh_process.py loads some in a process of its own."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from distattn_hf.core.native_layers import auto_map_for
-from tests.conversion.test_save_load import LOADER
+from distattn_hf.core.families import auto_map_for
+from distattn_hf.core.native_layers import NATIVE_HEADS
 from tests.tolerances import assert_close
 from tests.without_package import HIDE_PACKAGE
 
@@ -49,27 +49,6 @@ def test_auto_classes_load_it_bit_equal(tmp_path, mechanism, form):
         assert_close(loaded(**batch).logits, model(**batch).logits, "equal")
 
 
-# A process takes seconds to start: no more than one of each kind.
-@pytest.mark.parametrize(
-    ("mechanism", "encoding", "form", "mode"),
-    [
-        ("l2", "relative", "causal", "package"),
-        ("performer", "sinusoidal", "bidirectional", "remote"),
-        ("nystrom", "rotary", "cross", "remote"),
-    ],
-)
-def test_fresh_process(tmp_path, monkeypatch, mechanism, encoding, form, mode):
-    model, batch = trained(mechanism, encoding, form)
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.save((batch, model(**batch).logits), tmp_path / "expected.pt")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", LOADER, str(tmp_path), AUTO[form].__name__, mode]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    result = [line for line in run.stdout.splitlines() if line.startswith("RESULT")]
-    assert result == [f"RESULT True True {type(model).__name__}"], run.stderr[-2000:]
-
-
 GENERIC_HEAD = (
     HIDE_PACKAGE
     + """
@@ -93,12 +72,22 @@ def test_a_head_that_transformers_makes_loads_without_the_package(tmp_path, monk
     assert run.stdout.splitlines()[-1:] == ["RESULT DistAttnForSequenceClassification"], run.stderr[-2000:]
 
 
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom"])
+def test_a_config_that_asks_for_weights_is_saved_and_loaded(tmp_path, mechanism):
+    """transformers refuses to save such a config unless the implementation is "eager"."""
+    model = make_model(mechanism, "rotary", "causal")
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(loaded(tokens()).attentions) == model.config.num_hidden_layers
+
+
 def test_every_class_is_in_the_auto_map(tmp_path):
     for form in FORMS:
         model, _ = trained("dot", "none", form)
         model.save_pretrained(tmp_path / form)
         auto_map = json.loads((tmp_path / form / "config.json").read_text())["auto_map"]
-        assert auto_map == auto_map_for(model.config)
+        assert auto_map == auto_map_for(model, NATIVE_HEADS[model.config.model_type])
         for reference in auto_map.values():
             module, _, name = reference.partition(".")
             assert f"class {name}(" in (tmp_path / form / f"{module}.py").read_text()

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification
 
-from distattn_hf.core.cache import NystromLayer
+from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.tolerances import HALF_ERROR_RATIO, TOLERANCES, assert_close
 
 from .choices import CAUSAL, HAS, VOCAB, make_config, make_model, tokens

@@ -5,11 +5,9 @@ import torch
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.report import ConversionReport
 from distattn_hf.experiments import conversion_quality
 from tests.tolerances import EXACT_LOGITS
 
-pytestmark = pytest.mark.slow
 QUIET = CalibrationOptions(progress=False)
 
 
@@ -82,7 +80,7 @@ def test_smollm2_perplexity(smollm2, metric, allowed):
     options = CalibrationOptions(progress=False, steps=50)
     student = convert(model, AttentionSpec(metric), calibration=calibration, tokenizer=tokenizer, options=options)
     assert score(student)["perplexity"] / teacher <= allowed
-    assert 0 < ConversionReport.from_dict(student.conversion_report).mean_alpha <= 1
+    assert 0 < student.conversion_report.mean_alpha <= 1
 
 
 @pytest.mark.xdist_group("smollm2")

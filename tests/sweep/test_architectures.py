@@ -1,4 +1,4 @@
-"""The exact conversion on architectures of every kind; the full list is in RESULTS.txt, made by architectures.py."""
+"""The exact conversion on architectures of every kind; the full list is in RESULTS.txt."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from transformers.models.auto import configuration_auto
 
 from distattn_hf.core import modeling_converted
-from tests.sweep.architectures import sweep_one
+from distattn_hf.experiments.architectures import sweep_one
 
 RESULTS = Path(__file__).parent / "RESULTS.txt"
 

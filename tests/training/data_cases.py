@@ -10,7 +10,8 @@ from transformers import (
     T5Config,
 )
 
-from distattn_hf.training.data import TASKS, DataArguments, build_data
+from distattn_hf.data.datasets import DataArguments, build_data
+from distattn_hf.data.tasks import TASKS
 
 LETTERS = "abcdefghij"
 TEXTS = ["abc", "de", "fghij", "a", "jihgfedcba", "bb"]
@@ -64,7 +65,7 @@ class propagating:
     """transformers' loggers do not pass on what they say, and caplog listens at the root."""
 
     def __init__(self, caplog):
-        self.caplog, self.logger = caplog, logging.getLogger("distattn_hf.training.data")
+        self.caplog, self.logger = caplog, logging.getLogger("distattn_hf.data.datasets")
 
     def __enter__(self):
         self.logger.addHandler(self.caplog.handler)

@@ -15,8 +15,8 @@ NYSTROM = {"mechanism": "nystrom", "num_landmarks": 4, "window_size": 8, "num_si
 CASES = {
     "scalar": ("llama", {"metric": "l2", "transform": "scalar"}, False, False),
     "scalar, units of heads": ("llama", {"metric": "l2", "transform": "scalar"}, True, False),
-    "maps": ("llama", {"metric": "l2", "transform": "linear"}, True, False),
-    "maps, checkpointing": ("gpt2", {"metric": "l2", "transform": "linear"}, True, True),
+    "maps": ("llama", {"metric": "l2", "transform": "maps"}, True, False),
+    "maps, checkpointing": ("gpt2", {"metric": "l2", "transform": "maps"}, True, True),
     "nystrom": ("llama", NYSTROM, True, False),
     "nystrom, exact below": ("llama", {**NYSTROM, "exact_below": 12}, True, False),
     "nystrom, position bias": ("t5", NYSTROM, True, False),

@@ -12,12 +12,16 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.analysis.scorecard import METRICS, Scorecard, no_attention, score_model, without_far_field
 from distattn_hf.conversion.convert import current_report
-from distattn_hf.experiments import adapt as module
-from distattn_hf.experiments.adapt import adapt, task_of
+from distattn_hf.data.datasets import build_data
+from distattn_hf.data.tasks import TASKS, task_of
+from distattn_hf.evaluation import scorecard
+from distattn_hf.evaluation.score import score_model
+from distattn_hf.evaluation.scorecard import Scorecard, no_attention, without_far_field
+from distattn_hf.training import adapt as module
+from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import parse_config
-from distattn_hf.training.data import build_data
+from distattn_hf.training.trainer import AdaptationTrainer
 from tests.conversion.models import CLASSIFIER, bert, gpt2, llama, t5
 from tests.training.rows import checkpoint, text_file, values
 
@@ -25,7 +29,7 @@ from tests.training.rows import checkpoint, text_file, values
 def test_it_says_what_it_does_and_keeps_what_resuming_needs(tmp_path, monkeypatch):
     given = values(tmp_path, gpt2(), stages=["transfer", "distillation"], max_steps=8, save_steps=2)
     said, out = [], tmp_path / "run"
-    original = module.AdaptationTrainer.training_step
+    original = AdaptationTrainer.training_step
 
     def interrupted(trainer, *arguments, **options):
         if trainer.stage.name == "distillation" and trainer.state.global_step == 5:
@@ -33,7 +37,7 @@ def test_it_says_what_it_does_and_keeps_what_resuming_needs(tmp_path, monkeypatc
         return original(trainer, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.AdaptationTrainer, "training_step", interrupted)
+        patched.setattr(AdaptationTrainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             adapt(parse_config(given), say=said.append)
     assert any(line.startswith("conversion begins") for line in said)
@@ -82,8 +86,8 @@ def test_stages_one_after_another(tmp_path, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("done again")
 
-    for name in ("AdaptationTrainer", "convert", "score_model"):
-        monkeypatch.setattr(module, name, never)
+    for place, name in ((module, "train_stage"), (module, "first_student"), (scorecard, "score_model")):
+        monkeypatch.setattr(place, name, never)
     again = adapt(parse_config({**given, "logging_steps": 5}))
     assert again.to_dict() == card.to_dict()
     with pytest.raises(ValueError, match="holds a run with learning_rate=0.001, now 0.002 .1 arguments differ"):
@@ -334,7 +338,7 @@ def test_tasks_have_a_metric():
     assert [task_of(m) for m in (gpt2(), bert(), t5(), bert(CLASSIFIER), bert(BertModel))] == [
         "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "embedding",
     ]  # fmt: skip
-    assert {METRICS[task][0] for task in METRICS} == {"perplexity", "accuracy", "mrr"}
+    assert {task.metric for task in TASKS.values()} == {"perplexity", "accuracy", "mrr"}
 
 
 def test_the_command_line(tmp_path, capsys, monkeypatch):

@@ -5,7 +5,7 @@ import yaml
 
 from distattn_hf import AttentionSpec
 from distattn_hf.training.arguments import parse_config, read_config
-from distattn_hf.training.scratch import read_scratch_config
+from distattn_hf.training.arguments_scratch import read_scratch_config
 from distattn_hf.training.stages import StageOptions
 
 LEAST = {"teacher": "minilm", "spec": {"metric": "l1"}, "train_data": "news", "output_dir": "out/x", "use_cpu": True}

@@ -7,9 +7,9 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from distattn_hf.conversion.specs import read_specs
+from distattn_hf.data.config import read_specs
 from distattn_hf.training.arguments import read_config
-from distattn_hf.training.scratch import read_scratch_config
+from distattn_hf.training.arguments_scratch import read_scratch_config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))

@@ -13,8 +13,8 @@ from transformers import (
     BertConfig,
 )
 
-from distattn_hf.conversion.texts import read_texts
-from distattn_hf.training import sources
+from distattn_hf.data import sources
+from distattn_hf.data.sources import read_texts
 from tests.training.data_cases import (
     LETTERS,
     TEXTS,

@@ -6,7 +6,7 @@ from transformers import (
     GPT2Config,
 )
 
-from distattn_hf.training.data import DataArguments, build_data
+from distattn_hf.data.datasets import DataArguments, build_data
 from tests.training.data_cases import BOTH, CONFIGS, DECODER, build, make_tokenizer, texts
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -12,7 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from distattn_hf.training.data import DataArguments
+from distattn_hf.data.datasets import DataArguments
 from tests.training.data_cases import (
     DECODER,
     TEXTS,

@@ -10,13 +10,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from distattn_hf.analysis.evaluation import evaluate_model
-from distattn_hf.conversion.checkpoints import load_checkpoint
-from distattn_hf.experiments import from_scratch
-from distattn_hf.experiments.from_scratch import train_from_scratch
+from distattn_hf.data.tokenizer import byte_level_bpe
+from distattn_hf.evaluation.score import evaluate_model
 from distattn_hf.experiments.native_comparison import compare, read_comparison, table
-from distattn_hf.training.learned_tokenizer import byte_level_bpe
-from distattn_hf.training.scratch import parse_scratch_config, read_scratch_config
+from distattn_hf.storage.models import load_checkpoint
+from distattn_hf.training import from_scratch
+from distattn_hf.training.arguments_scratch import parse_scratch_config, read_scratch_config
+from distattn_hf.training.from_scratch import train_from_scratch
 
 ROOT = Path(__file__).parents[2]
 TEXT = str(ROOT / "tests/fixtures/gpt2-english/heldout.txt")

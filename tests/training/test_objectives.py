@@ -10,11 +10,11 @@ from transformers import AlbertConfig, AlbertModel, BertModel
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.conversion.calibrate_nystrom import leave_exact
+from distattn_hf.data.batches import label_loss
 from distattn_hf.training.objectives import (
     AttentionTransfer,
     Distillation,
     encoder_distance,
-    label_loss,
     logits_divergence,
     relative_error,
 )

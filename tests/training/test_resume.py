@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distattn_hf.analysis.scorecard import Scorecard
-from distattn_hf.experiments.adapt import adapt
+from distattn_hf.evaluation.scorecard import Scorecard
+from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import parse_config
 from tests.conversion.models import gpt2
 from tests.training.rows import values
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, signal, sys
 import distattn_hf.training.trainer as module
-from distattn_hf.experiments.adapt import adapt
+from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import read_config
 
 where, stage, step = sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -116,7 +116,7 @@ def test_killed_between_training_and_saving_the_student(tmp_path, whole, monkeyp
     shutil.copytree(expected / "calibrated", tmp_path / "run" / "calibrated")
     with monkeypatch.context() as patched:
         # They go with the stage's result, which is about to be missing.
-        patched.setattr("distattn_hf.experiments.adapt.remove_checkpoints", lambda folder: None)
+        patched.setattr("distattn_hf.storage.runs.remove_checkpoints", lambda folder: None)
         adapt(parse_config({**config, "output_dir": str(tmp_path / "run")}))
     for path in ("distillation/final", "student"):
         shutil.rmtree(tmp_path / "run" / path)
@@ -156,6 +156,7 @@ def test_the_accelerate_loop_resumes_and_agrees_with_the_trainer(tmp_path, monke
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy must be one of random, sequential"),
         ({"stage_options": {"transfer": {"train_sampling_strategy": "group_by_length"}}}, "transfer.train_sampling_st"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True: this loop does not do that"),
+        ({"streaming": True}, "streaming=True: this loop does not do that"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0: this loop"),
         ({"stage_options": {"distillation": {"bf16": True}}}, "stage_options.distillation.bf16=True: all stages"),
     ],
@@ -168,29 +169,45 @@ def test_the_accelerate_loop_refuses_what_it_does_not_do(changes, message, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_the_accelerate_loop_streams_data_that_ends_early(tmp_path, monkeypatch):
-    """Streamed rows come in the order of the data, again and again: the same weights as without, resumed or not."""
+def test_the_accelerate_loop_goes_through_the_data_again(tmp_path, monkeypatch):
+    """In whole steps an epoch, the last one of fewer batches, and from where it stopped in the fourth epoch."""
     config = values(tmp_path, gpt2(), stages=["distillation"], train_sampling_strategy="sequential", max_steps=12,
                     max_train_samples=14, gradient_accumulation_steps=2, save_steps=5, calibration_steps=1)  # fmt: skip
 
-    def run(folder, streaming, stop=None):
+    def run(folder, stop=None):
         path = tmp_path / f"{folder}.yaml"
-        path.write_text(yaml.safe_dump({**config, "output_dir": str(tmp_path / folder), "streaming": streaming}))
+        path.write_text(yaml.safe_dump({**config, "output_dir": str(tmp_path / folder)}))
         if folder != "whole" and not (tmp_path / folder).exists():
             shutil.copytree(tmp_path / "whole" / "calibrated", tmp_path / folder / "calibrated")
         loop(monkeypatch, path, stop)
 
-    run("whole", False)
-    run("streamed", True)
+    run("whole")
     with pytest.raises(KeyboardInterrupt):
-        run("cut", True, stop=8)  # 4 batches of 14 rows are 2 steps, so it was in the fourth epoch
-    run("cut", True)
-    whole, *others = (tmp_path / f / "distillation" for f in ("whole", "streamed", "cut"))
-    assert len(json.loads((whole / "losses.json").read_text())) == 12
-    expected = load_file(whole / "final" / "model.safetensors")
-    for folder in others:
-        found = load_file(folder / "final" / "model.safetensors")
-        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), folder
+        run("cut", stop=8)
+    assert [path.name for path in (tmp_path / "cut" / "distillation").iterdir()] == ["checkpoint-5"]
+    run("cut")
+    assert not list((tmp_path / "cut").rglob("checkpoint-*"))
+    whole, cut = (tmp_path / f / "distillation" for f in ("whole", "cut"))
+    assert len(json.loads((cut / "losses.json").read_text())) == 12
+    assert json.loads((cut / "losses.json").read_text()) == json.loads((whole / "losses.json").read_text())
+    expected, found = (load_file(folder / "final" / "model.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+
+
+def test_a_run_of_the_other_driver_or_of_an_older_version_is_refused(tmp_path, monkeypatch):
+    config = values(tmp_path, gpt2(), stages=["distillation"], max_steps=4, calibration_steps=1)
+    path, folder = tmp_path / "c.yaml", tmp_path / "run" / "distillation"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(KeyboardInterrupt):
+        loop(monkeypatch, path, stop=3)
+    with pytest.raises(ValueError, match=r"checkpoint-2' was saved by scripts/adapt_accelerate.py: go on with that"):
+        adapt(parse_config(config))
+    (folder / "checkpoint-2" / "loop_state.json").rename(folder / "checkpoint-2" / "trainer_state.json")
+    with pytest.raises(ValueError, match=r"checkpoint-2' was saved by transformers' Trainer"):
+        loop(monkeypatch, path)
+    (folder / "checkpoint-2").rename(folder / "state-2")
+    with pytest.raises(ValueError, match="state-2' is of an unfinished run of an older version"):
+        loop(monkeypatch, path)
 
 
 def test_the_accelerate_loop_rounds_epochs_up(tmp_path, monkeypatch):
@@ -198,16 +215,6 @@ def test_the_accelerate_loop_rounds_epochs_up(tmp_path, monkeypatch):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     loop(monkeypatch, tmp_path / "c.yaml")
     assert len(json.loads((tmp_path / "run" / "transfer" / "losses.json").read_text())) == 1
-
-
-def test_the_accelerate_loop_ends_where_there_is_no_row(tmp_path):
-    class Empty(list):
-        def set_epoch(self, epoch):
-            assert epoch == 0
-
-    steps = runpy.run_path(SCRIPT)["steps_from"](Empty(), 2, 0, None)
-    with pytest.raises(ValueError, match="train_data gave no row in epoch 1"):
-        next(steps)
 
 
 def test_the_accelerate_loop_refuses_what_adapt_refuses(tmp_path, monkeypatch):
@@ -221,7 +228,6 @@ def test_the_accelerate_loop_refuses_what_adapt_refuses(tmp_path, monkeypatch):
 
     late = {"distillation": {"train": "lora", "lora_targets": ["nope"]}}
     refused("nope", stages=["transfer", "distillation"], stage_options=late)
-    refused("max_steps must be > 0 with streaming=True", streaming=True, max_steps=-1)
     assert not list((tmp_path / "run").glob("*/final"))
     path.write_text(yaml.safe_dump(config))
     loop(monkeypatch, path)

@@ -8,7 +8,7 @@ import torch
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.conversion.observe import observed, teacher_attention
-from distattn_hf.training.schedules import (
+from distattn_hf.training.annealing import (
     Annealing,
     AnnealingOptions,
     fading,

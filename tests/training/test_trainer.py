@@ -9,15 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertModel, GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.training import checkpoints
-from distattn_hf.training.stages import Stage, StageOptions
-from distattn_hf.training.trainer import (
-    AdaptationTrainer,
-    NonFiniteLossError,
-    check_data,
-    check_pair,
-    check_tokenizers,
-)
+from distattn_hf.data.datasets import check_data, check_tokenizers
+from distattn_hf.storage import runs as checkpoints
+from distattn_hf.training.stages import Stage, StageOptions, check_pair
+from distattn_hf.training.trainer import AdaptationTrainer, NonFiniteLossError
 from tests.conversion.models import CLASSIFIER, FAMILIES, VOCAB, bert, gpt2, llama, t5
 from tests.training.rows import collate, rows
 

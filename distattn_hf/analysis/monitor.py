@@ -1,0 +1,158 @@
+"""An opt-in monitor of attention modules: time, memory and weight statistics; no overhead while it is off."""
+
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
+
+from ..core.discovery import argument_names
+from ..functional.row_statistics import ROW_NUMBERS, row_statistics
+
+
+class PerformanceMonitor:
+    """Monitors modules by forward hooks until `stop`.
+
+    Args:
+        modules: {name: attention module}, whose forward gives (output, weights or None, ...) or the output alone.
+        statistics: ask each module for its weights (output_attentions=True, slow for most mechanisms) and record
+            mean entropy, sparsity, largest weight and attended distance of their rows.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], statistics: bool = False):
+        self.statistics = statistics
+        # Running calls by module and thread, as stacks since a module may call itself.
+        self._open: dict[tuple[str, int], list[tuple]] = {}
+        self._stats: dict[str, dict] = {name: _empty() for name in modules}
+        self._handles = []
+        for name, module in modules.items():
+            self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(partial(self._after, name), always_call=True))
+
+    # Bound methods, so that the hooks of a copied or pickled model count for the copy.
+    def _before(self, name: str, module, arguments, keywords):
+        token, injected = None, False
+        if self.statistics:
+            if "output_attentions" in argument_names(type(module)):
+                injected = not keywords.get("output_attentions")
+                keywords = {**keywords, "output_attentions": True}
+            # Modules of transformers models compute weights where a collector is active.
+            token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
+        device = _device(module)
+        _synchronise(device)
+        calls = self._open.setdefault((name, threading.get_ident()), [])
+        calls.append((time.perf_counter(), _mark_memory(device), token, injected))
+        return arguments, keywords
+
+    def _after(self, name: str, module, arguments, output):
+        device = _device(module)
+        _synchronise(device)
+        started, memory_before, token, injected = self._open[name, threading.get_ident()].pop()
+        if token is not None:
+            _active_collector.reset(token)
+        if output is None:  # The module raised.
+            return None
+        stats = self._stats[name]
+        stats["calls"] += 1
+        stats["seconds"] += time.perf_counter() - started
+        peak = _peak_memory(device)
+        if memory_before is not None and peak is not None:
+            stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - memory_before)
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if self.statistics and isinstance(weights, Tensor) and weights.dim() == 4:
+            _add_rows(stats, weights.detach())
+        # The caller of a layer that returns weights only on request gets what it asked for.
+        return output[0] if injected and getattr(module, "gives_weights_on_request", False) else None
+
+    def stats(self) -> dict[str, dict]:
+        """Return {module name: numbers} of the calls so far.
+
+        calls; seconds, of all calls; seconds_per_call; peak_bytes, the largest rise of memory in one call: on CUDA
+        allocated memory, on Linux resident memory (which misses memory that PyTorch had freed and reuses), elsewhere
+        None. With statistics also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the
+        rows that see more than one key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95;
+        None without weights. Keys of weight 0 count as unseen.
+        """
+        numbers = {}
+        for name, stats in self._stats.items():
+            calls, rows = stats["calls"], stats["rows"]
+            numbers[name] = {
+                "calls": calls,
+                "seconds": stats["seconds"],
+                "seconds_per_call": stats["seconds"] / calls if calls else None,
+                "peak_bytes": stats["peak_bytes"],
+            }
+            if self.statistics:
+                sums = {n: stats["sums"][n] / rows if rows else None for n in (*ROW_NUMBERS, "collapsed")}
+                numbers[name] |= sums
+        return numbers
+
+    def reset(self) -> None:
+        """Reset all counts."""
+        self._stats = {name: _empty() for name in self._stats}
+
+    def stop(self) -> None:
+        """Remove the hooks; the counts stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _empty() -> dict:
+    return {
+        "calls": 0,
+        "seconds": 0.0,
+        "peak_bytes": None,
+        "rows": 0,
+        "sums": dict.fromkeys((*ROW_NUMBERS, "collapsed"), 0.0),
+    }
+
+
+def _add_rows(stats: dict, weights: Tensor) -> None:
+    rows = row_statistics(weights, keep=weights > 0)
+    counted = rows.counted()
+    stats["rows"] += int(counted.sum())
+    for name in (*ROW_NUMBERS, "collapsed"):
+        stats["sums"][name] += float(getattr(rows, name)[counted].double().sum())
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _mark_memory(device: torch.device) -> int | None:
+    """Reset the high-water mark and return the bytes in use; None where it cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident_bytes("VmRSS")
+    except (OSError, KeyError):
+        return None
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return resident_bytes("VmHWM")
+    except (OSError, KeyError):
+        return None
+
+
+def resident_bytes(name: str) -> int:
+    """Return the kernel's count of resident memory: "VmRSS" now, "VmHWM" the peak since the last reset. Linux only.
+
+    Raises `OSError` or `KeyError` elsewhere.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(dict(line.split(":", 1) for line in lines if ":" in line)[name].split()[0])

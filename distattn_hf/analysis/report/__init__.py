@@ -1,0 +1,1 @@
+"""One HTML page of an analysis: its sections and figures."""

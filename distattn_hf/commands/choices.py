@@ -1,0 +1,67 @@
+"""Checks of options that need no torch: names of choices, and ranges of numbers."""
+
+from .flags import flag
+
+# The registered metrics and their aliases, and other choices, without torch (tests/test_startup.py compares them).
+METRICS = {
+    "sqeuclidean": ("squared_l2", "l2_squared"),
+    "l2": ("euclidean",),
+    "l1": ("manhattan", "cityblock"),
+    "lp": ("minkowski",),
+    "cosine": (),
+    "chebyshev": ("linf",),
+    "lifted_sqeuclidean": (),
+    "dot": (),
+}
+CHOICES = {
+    "mechanism": ("distance", "nystrom"),
+    "init": ("exact", "calibrated", "plain"),
+    "attention": ("self", "cross"),
+    "transform": ("none", "scalar", "maps"),
+}
+# Least values of the numbers; p and λ are checked separately.
+LEAST = {
+    "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
+    "max_tokens": 1, "max_length": 1, "max_texts": 1,
+}  # fmt: skip
+
+
+def check_choices(**values) -> None:
+    """Raise `ValueError`, without torch, for a name that no option takes, and for a number out of its range."""
+    metric = values.pop("metric", None)
+    if metric is not None and metric.lower() not in {
+        *METRICS,
+        *(alias for names in METRICS.values() for alias in names),
+    }:
+        if metric.lower() in CHOICES["mechanism"]:
+            raise ValueError(f"--metric {metric!r} is a mechanism and not a metric; give --mechanism {metric.lower()}")
+        usual = {name: aliases for name, aliases in METRICS.items() if name not in ("lifted_sqeuclidean", "dot")}
+        known = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in usual.items())
+        raise ValueError(
+            f"unknown metric {metric!r}; --metric is one of {known}. A metric of your own must be registered, so it is "
+            "converted from Python"
+        )
+    order = values.get("p")
+    if metric is not None and order is not None and metric.lower() not in ("lp", *METRICS["lp"]):
+        raise ValueError(f"--p {order:g} was given with --metric {metric}; only lp takes an order")
+    if metric is not None and order is None and metric.lower() in ("lp", *METRICS["lp"]):
+        raise ValueError(f"--metric {metric} needs its order: give --p, a number >= 1")
+    squared = metric is None or metric.lower() in ("sqeuclidean", *METRICS["sqeuclidean"])
+    for name, value in (("mechanism", "nystrom"), ("init", "exact")):
+        if values.get(name) == value and not squared:
+            raise ValueError(f"{flag(name)} {value} needs --metric sqeuclidean, got {metric}")
+    for name, value in values.items():
+        if value is None:
+            continue
+        if (name, value) == ("transform", "linear"):
+            continue  # what "maps" was called before
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{flag(name)} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+        if name in LEAST and value < LEAST[name]:
+            raise ValueError(f"{flag(name)} must be an integer >= {LEAST[name]}, got {value}")
+        if name == "seed" and not 0 <= value < 2**63:
+            raise ValueError(f"--seed must be an integer >= 0 of at most 63 bits, got {value}")
+        if name == "p" and not 1 <= value < float("inf"):
+            raise ValueError(f"--p must be a finite number >= 1, got {value:g}")
+        if name in ("lam", "max_error") and not 0 < value < float("inf"):
+            raise ValueError(f"{flag(name)} must be a positive finite number, got {value:g}")

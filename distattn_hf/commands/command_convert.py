@@ -1,0 +1,139 @@
+"""`distattn convert`: a pretrained checkpoint with another attention."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .choices import check_choices
+from .flags import as_flags, given, option_names, reading
+from .shared import DATA, Column, Overwrite, SourceArgument, begin
+
+command = typer.Typer()
+
+
+# Options of `convert` that a spec file replaces.
+OF_SPEC = (
+    "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "layers", "heads", "attention",
+    "p", "lam", "transform",
+)  # fmt: skip
+
+
+@command.command(
+    epilog="Examples:  distattn convert minilm out/minilm-l2 --metric l2 --calibration news   |   "
+    "distattn convert openai-community/gpt2 out/gpt2-exact --metric sqeuclidean --init exact   |   "
+    "distattn convert smollm2-135m out/smol-l1 --metric l1 --transform maps --layers 0-9 --calibration my.txt"
+)
+def convert(
+    context: typer.Context,
+    source: SourceArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    spec_file: Annotated[
+        Path | None, typer.Option("--spec", help="A YAML or JSON file with one AttentionSpec or a list (a mixed plan).")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="sqeuclidean, l2, l1, lp, cosine, chebyshev or an alias.")
+    ] = "sqeuclidean",
+    mechanism: Annotated[
+        str, typer.Option(help="distance (exact), or nystrom: linear in time, constant memory per generated token.")
+    ] = "distance",
+    num_landmarks: Annotated[int | None, typer.Option(help="nystrom: landmarks per head. Default: 64.")] = None,
+    window_size: Annotated[int | None, typer.Option(help="nystrom: keys seen exactly. Default: 64.")] = None,
+    num_sinks: Annotated[int | None, typer.Option(help="nystrom: first tokens seen exactly. Default: 4.")] = None,
+    exact_below: Annotated[
+        int | None,
+        typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 2048, or 0."),
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help="calibrated, exact (sqeuclidean only) or plain (the control).")
+    ] = "calibrated",
+    calibration: Annotated[str | None, typer.Option(help=f"Text for --init calibrated. {DATA}")] = None,
+    column: Column = None,
+    layers: Annotated[
+        str | None, typer.Option(help="'0-5', '0,2,4', a glob on names, or full_attention. Default: all.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="'0-3' or '0,2'. Default: all.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Only 'self' or only 'cross' attention. Default: both.")] = None,
+    p: Annotated[float | None, typer.Option(help="Order of the lp metric, p >= 1.")] = None,
+    lam: Annotated[
+        float | None, typer.Option(help="λ at the start, which --init calibrated fits anew. Default: the metric's own.")
+    ] = None,
+    transform: Annotated[str | None, typer.Option(help="none, scalar or maps. Default: see AttentionSpec.")] = None,
+    fold_alpha: Annotated[
+        bool, typer.Option("--fold-alpha", help="Move α into the query projections: plain distances, α = 1.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, maps 200.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
+    overwrite: Overwrite = False,
+    per_head: Annotated[bool, typer.Option("--per-head", help="Print a line for every head.")] = False,
+):
+    """Convert a pretrained checkpoint to distance attention.
+
+    Whatever else lies beside the source's weights and does not depend on the attention goes along (the pooling of a
+    sentence-transformers model, a processor, a licence); what was left behind is said.
+    """
+    if spec_file is not None and (conflicting := given(context, OF_SPEC)):
+        raise ValueError(f"{conflicting[0]} and --spec both say what the attention is; leave one of them out")
+    check_choices(
+        metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
+        num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
+        max_error=max_error, steps=steps, seed=seed,
+    )  # fmt: skip
+    if init == "calibrated" and calibration is None:
+        raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
+    if init != "calibrated" and (unused := given(context, ("calibration", "column", "steps", "seed"))):
+        raise ValueError(f"{unused[0]} is for the fit of --init calibrated; --init {init} fits nothing, leave it out")
+    from ..storage.folders import check_output
+
+    check_output(out, overwrite)
+    begin(source)
+    from ..conversion import convert as conversion
+    from ..conversion import fold
+    from ..conversion.calibrate import CalibrationOptions
+    from ..core.attention_spec import AttentionSpec
+    from ..data.config import read_specs
+    from ..data.sources import read_texts
+    from ..storage.companions import Source, describe_source
+    from ..storage.folders import save_checkpoint
+    from ..storage.models import load_checkpoint
+
+    if spec_file is not None:
+        with reading("spec_file"):
+            spec = read_specs(spec_file)
+    else:
+        spec = AttentionSpec(
+            metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
+            heads=heads,
+            num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
+        )  # fmt: skip
+    texts = None
+    if init == "calibrated":
+        with reading("calibration", "column"):
+            texts = read_texts(calibration, column=column)
+    model, tokenizer = load_checkpoint(source)
+    source_files = Source(source)
+    if fold_alpha:
+        fold.check_foldable(model, [spec] if isinstance(spec, AttentionSpec) else spec)
+    options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
+    student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
+    student = fold.fold_alpha(student) if fold_alpha else student
+    report = student.conversion_report
+    if report.source is None:
+        report.source = describe_source(source_files)
+        student.conversion_report = report
+    left_behind = save_checkpoint(student, tokenizer, out, overwrite=overwrite, source=source_files)
+    for line in report.table(per_head).splitlines():
+        # The other lines are the report's own and keep its names.
+        print(as_flags(line, option_names(context.command)) if line.startswith("warning: ") else line)
+    _print_left(source, left_behind)
+    print(f"saved to {out}")
+
+
+def _print_left(source: str, left: list[str]) -> None:
+    """Print which files of a source were not copied."""
+    if left:
+        listed = left if len(left) <= 8 else [*left[:8], f"{len(left) - 8} more"]
+        print(f"left behind in {source}: {', '.join(listed)}")

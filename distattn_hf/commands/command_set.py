@@ -1,0 +1,34 @@
+"""`distattn set`: options that need no fit, on a converted checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .flags import flag
+
+command = typer.Typer()
+
+
+@command.command("set", epilog="Example:  distattn set out/smollm2-nystrom --exact-below 2048")
+def set_options(
+    path: Annotated[Path, typer.Argument(help="The folder of a converted checkpoint; its config.json is changed.")],
+    exact_below: Annotated[
+        int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. 0: none.")
+    ] = None,
+    window_size: Annotated[
+        int | None, typer.Option(help="nystrom: keys seen exactly; no fewer than the conversion had.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="distance: auto, cpp, sdpa, triton, chunked or reference.")
+    ] = None,
+):
+    """Set what needs no fit on a converted checkpoint."""
+    from ..storage.folders import change_options
+
+    options = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
+    changes = {name: value for name, value in options.items() if value is not None}
+    if not changes:
+        raise ValueError(f"nothing to set; give one of {', '.join(map(flag, options))}")
+    change_options(path, **changes)
+    print(f"changed {path / 'config.json'}")

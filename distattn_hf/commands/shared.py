@@ -1,0 +1,60 @@
+"""Shared by the verbs: common arguments, and the steps before and around their work.
+
+No module of this folder may import torch at the top: help and refused arguments must not wait for it. Whatever needs
+it is imported where it is used, after `start`.
+"""
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SOURCE = "A Hub name, a folder, or an embedded checkpoint: minilm, smollm2-135m, iglm, iglm-s."
+DATA = "A .txt, .json, .jsonl, .csv, .tsv or .parquet file, 'news', or a data set's Hub name."
+
+SourceArgument = Annotated[str, typer.Argument(help=SOURCE)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
+Column = Annotated[str | None, typer.Option(help="The text column of the data set.")]
+
+
+def start() -> None:
+    """Import torch and transformers, which takes seconds, and register all classes, once the arguments are checked."""
+    from transformers.utils import logging as transformers_logging
+
+    from ..auto_classes import register_all
+
+    register_all()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def begin(*sources: str | None) -> None:
+    """Check that `sources` may be models, then `start`."""
+    from ..storage.embedded import check_source
+
+    for source in filter(None, sources):
+        check_source(source)
+    start()
+
+
+def check_config(path: Path) -> None:
+    """Raise `ValueError` for a missing file."""
+    if not path.is_file():
+        raise ValueError(f"config {str(path)!r} does not exist")
+
+
+def say(text: str) -> None:
+    """Print progress to standard error, apart from results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def resumable(output_dir):
+    """Handle Ctrl-C within the context: say how to resume, and exit with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"\nstopped. The same command again goes on from the last checkpoint in {output_dir}")
+        raise typer.Exit(130) from None

@@ -1,0 +1,185 @@
+"""Parts that the Triton kernels share: the distances of one tile, their gradients, and the masked logits.
+
+Importing this file needs Triton. All pointers to vectors are blocks of pointers to their first coordinates.
+"""
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the Triton backend needs the package triton") from error
+
+# Logits are kept in base 2, because exp2 is what the hardware has.
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# As in metrics.Euclidean: below this ‖q-k‖² is rounding noise, and its root has slope 0.
+NORM_EPSILON = tl.constexpr(1e-12)
+
+
+@triton.jit
+def power(x, P: tl.constexpr):
+    """Return x^P for x >= 0, without logarithms where a few products and a root are enough."""
+    if P == 0.5:
+        result = tl.sqrt(x)
+    elif P == 1.0:
+        result = x
+    elif P == 1.5:
+        result = x * tl.sqrt(x)
+    elif P == 2.0:
+        result = x * x
+    elif P == 2.5:
+        result = x * x * tl.sqrt(x)
+    elif P == 3.0:
+        result = x * x * x
+    elif P == 4.0:
+        result = (x * x) * (x * x)
+    else:
+        result = tl.where(x > 0, tl.exp2(P * tl.log2(tl.where(x > 0, x, 1.0))), 0.0)
+    return result
+
+
+@triton.jit
+def coordinate_distance(
+    a_ptrs,
+    a_stride,
+    a_inside,
+    b_ptrs,
+    b_stride,
+    b_inside,
+    METRIC: tl.constexpr,
+    P: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Return (Σ_c|a_c - b_c|^P)^(1/P) or max_c|a_c - b_c|, (BLOCK_A, BLOCK_B), and how many c reach the maximum.
+
+    One coordinate at a time: only the tile itself is held in registers, whatever the head size. Each step reads one
+    number per row and per column, contiguous ones if the vectors are stored coordinate by coordinate.
+    """
+    distance = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    count = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for c in range(HEAD_DIM):
+        a = tl.load(a_ptrs + c * a_stride, mask=a_inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptrs + c * b_stride, mask=b_inside, other=0.0).to(tl.float32)
+        difference = tl.abs(a[:, None] - b[None, :])
+        if METRIC == "chebyshev":
+            count = tl.where(difference > distance, 1.0, count + tl.where(difference == distance, 1.0, 0.0))
+            distance = tl.maximum(distance, difference)
+        elif METRIC == "l1":
+            distance += difference
+        else:
+            distance += power(difference, P)
+    if METRIC == "lp":
+        distance = power(distance, 1.0 / P)
+    return distance, count
+
+
+@triton.jit
+def add_coordinate_gradient(
+    gradient_ptrs,
+    gradient_stride,
+    own_ptrs,
+    own_stride,
+    own_inside,
+    other_ptrs,
+    other_stride,
+    other_inside,
+    weight,
+    distance,
+    METRIC: tl.constexpr,
+    P: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Add Σ_other weight·∂distance/∂own_c to gradient[own, c]; weight and distance are (other, own).
+
+    The sums run over axis 0, which a thread mostly holds itself. They are added up in memory, as registers cannot be
+    indexed by c. The rows belong to this program alone, and always to the same thread of it, so that the order of the
+    additions is fixed, atomic or not; atomic ones do without barriers and without waiting for the old value.
+    """
+    if METRIC == "lp":
+        inverse = tl.where(distance > 0, 1.0 / tl.where(distance > 0, distance, 1.0), 0.0)
+    for c in range(HEAD_DIM):
+        own = tl.load(own_ptrs + c * own_stride, mask=own_inside, other=0.0).to(tl.float32)
+        other = tl.load(other_ptrs + c * other_stride, mask=other_inside, other=0.0).to(tl.float32)
+        difference = own[None, :] - other[:, None]
+        if METRIC == "l1":
+            size = weight
+        elif METRIC == "lp":
+            # The ratio is at most 1, so that no power of it overflows.
+            size = weight * power(tl.abs(difference) * inverse, P - 1.0)
+        else:
+            size = tl.where(tl.abs(difference) == distance, weight, 0.0)
+        slope = tl.where(difference > 0, size, tl.where(difference < 0, -size, 0.0))
+        tl.atomic_add(gradient_ptrs + c * gradient_stride, tl.sum(slope, axis=0), mask=own_inside, sem="relaxed")
+
+
+@triton.jit
+def load_rows(ptrs, stride, inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Return (rows, BLOCK_DIM) in the tensor's own dtype, with zeros outside."""
+    columns = tl.arange(0, BLOCK_DIM)
+    return tl.load(
+        ptrs[:, None] + columns[None, :] * stride, mask=inside[:, None] & (columns[None, :] < DIM), other=0.0
+    )
+
+
+@triton.jit
+def matmul_distance(a, b):
+    """Return ‖a_i - b_j‖ by ‖a‖² + ‖b‖² - 2a·b, clamped as in Euclidean.fast_distance; a and b share a dtype."""
+    a_wide, b_wide = a.to(tl.float32), b.to(tl.float32)
+    squared = tl.sum(a_wide * a_wide, axis=1)[:, None] + tl.sum(b_wide * b_wide, axis=1)[None, :]
+    # Products of half-precision numbers are exact in float32, in which they are summed.
+    squared -= 2.0 * tl.dot(a, tl.trans(b), input_precision="ieee")
+    return tl.sqrt(tl.maximum(squared, NORM_EPSILON))
+
+
+@triton.jit
+def add_matmul_gradient(gradient, own, other, weight, distance, PRECISION: tl.constexpr):
+    """Return gradient (own, dim) + Σ_other weight·∂distance/∂own; weight and distance are (other, own).
+
+    With w = weight/distance, Σ w·(own - other) = own·Σw - wᵀ·other.
+    """
+    # The clamp has slope 0: a distance at its lower end passes nothing on.
+    weight = tl.where(distance * distance > 1.0001 * NORM_EPSILON, weight / distance, 0.0)
+    gradient += own.to(tl.float32) * tl.sum(weight, axis=0)[:, None]
+    return gradient - weighted_sum(weight, other, PRECISION)
+
+
+@triton.jit
+def weighted_sum(weight, rows, PRECISION: tl.constexpr):
+    """Return weightᵀ (n, m) · rows (m, dim); weights stay in float32, half precision would lose their accuracy."""
+    return tl.dot(tl.trans(weight), rows.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def masked_logits(
+    distance,
+    queries,
+    keys,
+    slope,
+    keep_ptr,
+    keep_stride_n,
+    keep_stride_m,
+    bias_ptr,
+    bias_stride_n,
+    bias_stride_m,
+    num_queries,
+    num_keys,
+    IS_CAUSAL: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Return (-slope·distance + bias)·log2(e), -inf where masked; `queries` and `keys` are indices that broadcast."""
+    # A mask of 46,341² entries has offsets beyond int32.
+    far_queries, far_keys = queries.to(tl.int64), keys.to(tl.int64)
+    kept = (queries < num_queries) & (keys < num_keys)
+    if IS_CAUSAL:
+        kept = kept & (keys <= queries)
+    logits = -slope * distance
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + far_queries * bias_stride_n + far_keys * bias_stride_m, mask=kept, other=0.0)
+        logits += bias.to(tl.float32)
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + far_queries * keep_stride_n + far_keys * keep_stride_m, mask=kept, other=0)
+        kept = kept & (keep != 0)
+    return tl.where(kept, logits * LOG2_E, float("-inf"))

@@ -1,0 +1,1 @@
+"""Score models on a task, and compare the scores in a table."""

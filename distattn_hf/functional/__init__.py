@@ -1,0 +1,1 @@
+"""Functions that are not copied beside a checkpoint: Nyström attention, landmarks, statistics of weights."""

@@ -1,0 +1,1 @@
+"""Distance attention as PyTorch layers."""

@@ -1,0 +1,192 @@
+"""Attention layers and positional encodings by name: distances, and whatever is in the registries."""
+
+from dataclasses import fields
+
+import torch
+
+from ..core.attention import without_autocast
+from ..core.configuration_native import DistAttnConfig, spec_of
+from ..core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding
+from ..core.inputs import ModuleCall
+from ..core.mechanisms import MECHANISMS
+from ..core.metrics import METRICS
+from ..core.native_attention import padding_alone
+from ..core.nystrom_heads import hybrid_inputs
+from ..core.nystrom_hybrid import hybrid_attention
+from ..core.parameters import NystromParameters
+from ..core.reference import reference_hybrid
+from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, ProjectedAttention
+
+
+class MechanismAttention(ProjectedAttention):
+    """Multi-head attention by a mechanism of the registry, projected; called as `DistanceBasedAttention`.
+
+    attention_mask: (B, M) bool or integers, or None: mechanisms know padding and causality, and no other mask.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        key_value_size: int | None = None,
+        max_length: int | None = None,
+        layer_idx: int = 0,
+        **options,
+    ):
+        kind = MECHANISMS.get(name)
+        kind.check_options(max_length=max_length, **options)
+        if is_causal:
+            kind.check(is_causal=True)
+        # The checks of sizes and dropout are those of a distance layer.
+        config = DistanceAttentionConfig(hidden_size, num_heads, key_value_size=key_value_size, dropout=dropout)
+        super().__init__(
+            hidden_size, num_heads, is_causal=is_causal, bias=bias, key_value_size=key_value_size, layer_idx=layer_idx
+        )
+        self.dropout = config.dropout
+        self.mechanism = kind(num_heads, config.head_dim, max_length=max_length, **options)
+
+    def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
+        call = {"is_cross": is_cross, "position_bias": position_bias, "return_weights": output_attentions}
+        return self._by_mechanism(query, key, value, mask, dropout_p=self.dropout if self.training else 0.0, **call)
+
+
+class NystromAttention(ProjectedAttention):
+    """Multi-head Nyström attention in linear time: exact nearby, landmarks beyond; projected.
+
+    Options are those of `AttentionSpec` with mechanism "nystrom": num_landmarks, window_size, num_sinks, lam, ...
+    attention_mask: (B, M) bool or integers, or None. past_key_values is refused: its keys would have to be sums, as in
+    the native models' cache. output_attentions is quadratic.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        is_causal: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        key_value_size: int | None = None,
+        layer_idx: int = 0,
+        **options,
+    ):
+        spec = spec_of("nystrom", "sqeuclidean", options)
+        if spec.exact_below:
+            raise ValueError(f"a Nyström layer has no exact_below, got {spec.exact_below}; models have it")
+        config = DistanceAttentionConfig(hidden_size, num_heads, key_value_size=key_value_size, dropout=dropout)
+        super().__init__(
+            hidden_size, num_heads, is_causal=is_causal, bias=bias, key_value_size=key_value_size, layer_idx=layer_idx
+        )
+        self.dropout = config.dropout
+        self.distattn = NystromParameters(spec, num_heads, config.head_dim)
+
+    def _extend(self, cache, key, value):
+        raise ValueError("a Nyström layer takes no past_key_values; the native models generate with it")
+
+    def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
+        keep = padding_alone("nystrom", mask, query, key.shape[2])
+        if keep is None:
+            keep = torch.ones(len(query), key.shape[2], dtype=torch.bool, device=query.device)
+        dropout_p = self.dropout if self.training else 0.0
+        call = ModuleCall(self.head_dim**-0.5, None, position_bias, self.is_causal, is_cross, dropout_p)
+        with without_autocast(query.device.type):
+            inputs = hybrid_inputs(self.distattn, query, key, value, keep, call, key.shape[2])
+            output = hybrid_attention(inputs)[0].to(value.dtype)
+            weights = reference_hybrid(inputs)[1].to(value.dtype) if output_attentions else None
+        return output, weights
+
+
+def create_distance_attention(
+    hidden_size: int, num_heads: int, metric: str = "l2", *, layer_idx: int = 0, **options
+) -> DistanceBasedAttention:
+    """Create a `DistanceBasedAttention`; options are the fields of `DistanceAttentionConfig`.
+
+    Raises:
+        ValueError: for a field that does not exist or a value that is not allowed.
+    """
+    known = [field.name for field in fields(DistanceAttentionConfig)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"a distance-attention layer has no option {unknown[0]!r}; its options are: {', '.join(known)}"
+        )
+    config = DistanceAttentionConfig(hidden_size=hidden_size, num_heads=num_heads, metric=metric, **options)
+    return DistanceBasedAttention(config, layer_idx)
+
+
+class AttentionFactory:
+    """Attention layers by the name of a metric or mechanism."""
+
+    @staticmethod
+    def create(name: str, hidden_size: int, num_heads: int, **options) -> ProjectedAttention:
+        """Create a layer (B, N, E) -> (B, N, E) by a metric ("l2", "cosine", "dot", ...) or mechanism ("local", ...).
+
+        Options: those of `DistanceAttentionConfig` for a metric, else of `MechanismAttention` and the mechanism, or of
+        `NystromAttention`.
+
+        Raises:
+            ValueError: for an unknown name, listing what exists, or an option that the layer does not have.
+        """
+        if isinstance(name, str) and name.lower() == "nystrom":
+            return NystromAttention(hidden_size, num_heads, **options)
+        if name in METRICS:
+            return create_distance_attention(hidden_size, num_heads, name, **options)
+        if name in MECHANISMS:
+            return MechanismAttention(name, hidden_size, num_heads, **options)
+        raise ValueError(
+            f"unknown attention {name!r}; expected a metric ({METRICS.describe()}) or a mechanism "
+            f"(nystrom, {MECHANISMS.describe()})"
+        )
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names that `create` knows."""
+        return [*METRICS, "nystrom", *MECHANISMS]
+
+
+class PositionalEncodingFactory:
+    """Positional encodings by name."""
+
+    # Fields of the native config that belong to one encoding.
+    options = ("rope_parameters", "relative_attention_num_buckets", "relative_attention_max_distance")
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        max_length: int = 2048,
+        is_causal: bool = False,
+        **options,
+    ) -> PositionalEncoding:
+        """Create an encoding for layers of E = hidden_size and H = num_heads; use the method that it implements.
+
+        `embed(x, position_ids)` adds to embeddings; `rotation(x, position_ids)` gives a layer's `position_embeddings`;
+        `bias(num_queries, num_keys, past)` gives a layer's `position_bias`. max_length: of "learned".
+
+        Raises:
+            ValueError: for an unknown name, an option that does not exist, or an encoding impossible at these sizes.
+        """
+        name = POSITIONAL_ENCODINGS.canonical(name)
+        unknown = sorted(set(options) - set(cls.options))
+        if unknown:
+            raise ValueError(f"an encoding has no option {unknown[0]!r}; the options are: {', '.join(cls.options)}")
+        config = DistAttnConfig(
+            hidden_size=hidden_size, num_attention_heads=num_heads, max_position_embeddings=max_length,
+            positional_encoding=name, is_decoder=is_causal, **options,
+        )  # fmt: skip
+        kind = POSITIONAL_ENCODINGS.get(name)
+        kind.check(config)
+        return kind.from_config(config)
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the names that `create` knows."""
+        return list(POSITIONAL_ENCODINGS)

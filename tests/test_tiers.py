@@ -1,0 +1,38 @@
+"""The table of tiers, against the tests there are."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.tiers import TABLE, TIERS, left_out, lines, tier_of
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("entry", TABLE)
+def test_every_entry_names_a_test_that_is_there(entry):
+    path, _, name = entry.partition("::")
+    assert (ROOT / path).exists()
+    if name:
+        names = [node.name for node in ast.parse((ROOT / path).read_text()).body if hasattr(node, "name")]
+        assert any(each.startswith(name) for each in names)
+    assert TABLE[entry] in TIERS
+
+
+def test_the_longest_entry_decides():
+    assert tier_of("tests/core/test_masks.py::test_no_mask_says_nothing") == "unit"
+    assert tier_of("tests/core/test_triton.py::TestCompiler::test_kernels_compile_without_a_gpu[80]") == "system"
+    assert tier_of("tests/conversion/test_save_load.py::test_config_and_report_travel") == "model"
+
+
+def test_what_is_left_out_is_said():
+    counts = left_out(["tests/hub/test_push.py::a", "tests/hub/test_push.py::b", "tests/quality/test_quality.py::c"])
+    said = lines(counts)
+    assert [line.split(" (")[0] for line in said] == ["left out of system", "left out of quality"]
+    assert said[0].endswith(": 2 tests: hub/test_push.py 2")
+
+
+def test_every_tier_has_its_command():
+    script = (ROOT / "scripts" / "test.sh").read_text()
+    assert all(tier in script for tier in TIERS)

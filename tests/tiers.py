@@ -1,0 +1,79 @@
+"""What runs when: the one table that says which tier each test is in, and what a run says of those it leaves out.
+
+    bash scripts/test.sh           unit and model: what a change of the code can break, in minutes
+    bash scripts/test.sh all       and system: other processes, other libraries' own tests, compilers
+    bash scripts/test.sh quality   quality: real checkpoints
+
+A test is in the tier of the longest entry that its name begins with: a folder, a file, or a file and a function.
+"""
+
+from collections import Counter
+
+TIERS = {
+    "unit": "one function or kernel at a time, without a model",
+    "model": "tiny models: conversion, training, analysis, the command line, in this process",
+    "system": "fresh processes, the Hub, two processes, transformers' common tests, compile and export",
+    "quality": "real checkpoints keep their quality",
+}
+
+TABLE = {
+    "tests/": "model",
+    "tests/core/": "unit",
+    "tests/quality/": "quality",
+    # Whole models.
+    "tests/core/test_compatibility.py": "model",
+    "tests/core/test_layers_stack.py": "model",
+    "tests/core/test_monitor.py": "model",
+    "tests/core/test_register_metric.py": "model",
+    # transformers' own tests, and one architecture of every kind.
+    "tests/common/": "system",
+    "tests/native/test_common_causal.py": "system",
+    "tests/native/test_common_encoder.py": "system",
+    "tests/native/test_common_seq2seq.py": "system",
+    "tests/sweep/": "system",
+    # Processes of their own: saved and loaded, with and without the package; killed and resumed; two at once.
+    "tests/test_fresh_process.py": "system",
+    "tests/fixtures/": "system",
+    "tests/hub/test_push.py": "system",
+    "tests/hub/test_card.py::test_an_installed_wheel": "system",
+    "tests/conversion/test_save_load.py::test_importing_the_package_imports_no_model_file": "system",
+    "tests/native/test_save_load.py::test_a_head_that_transformers_makes_loads_without_the_package": "system",
+    "tests/core/test_compatibility.py::test_a_newer_transformers_is_warned_of_at_import": "system",
+    "tests/test_startup.py": "system",
+    "tests/test_gpu_check.py": "system",
+    "tests/test_lm_eval.py": "system",
+    "tests/training/test_distributed.py": "system",
+    "tests/training/test_resume.py": "system",
+    "tests/training/test_sharded.py": "system",
+    # Compilers: PyTorch's, Triton's (and its interpreter), C++.
+    "tests/conversion/test_nystrom_compile.py": "system",
+    "tests/core/test_cosine_memory.py::test_one_graph": "system",
+    "tests/core/test_cpp.py::test_one_graph": "system",
+    "tests/core/test_cpp.py::test_two_processes_build_at_the_same_time": "system",
+    "tests/core/test_cpp.py::test_a_folder_that_cannot_be_written_is_no_obstacle": "system",
+    "tests/core/test_cpp.py::test_without_a_compiler": "system",
+    "tests/core/test_cpp.py::test_with_a_compiler_that_fails": "system",
+    "tests/core/test_triton.py::TestCompiler": "system",
+    "tests/core/test_triton.py::test_kernels_in_the_interpreter": "system",
+}
+
+
+def tier_of(name: str) -> str:
+    """Return the tier of a test's name ("tests/core/test_masks.py::test_no_mask")."""
+    return TABLE[max((entry for entry in TABLE if name.startswith(entry)), key=len)]
+
+
+def left_out(names) -> dict[str, int]:
+    """Count tests by tier and file, as "tier: file"."""
+    return dict(Counter(f"{tier_of(name)}: {name.partition('::')[0]}" for name in names))
+
+
+def lines(counts: dict[str, int]) -> list[str]:
+    """Say what was left out, a line a tier with its files, each with its number of tests."""
+    told = []
+    for tier, meaning in TIERS.items():
+        files = {key.removeprefix(f"{tier}: "): n for key, n in sorted(counts.items()) if key.startswith(f"{tier}: ")}
+        if files:
+            each = ", ".join(f"{file.removeprefix('tests/')} {n}" for file, n in files.items())
+            told.append(f"left out of {tier} ({meaning}): {sum(files.values())} tests: {each}")
+    return told
