@@ -30,6 +30,7 @@ EXACT |= {
     "sqeuclidean lifted": AttentionSpec("sqeuclidean", lift=True),
     "heads apart": [AttentionSpec("l1", heads=[0]), AttentionSpec("cosine", heads=[2, 3])],
     "one layer": AttentionSpec("l2", layers=[1]),
+    **{f"{metric} softened": AttentionSpec(metric, softening=3.0) for metric in ("l2", "l1", "chebyshev", "cosine")},
 }
 NYSTROM = {
     "nystrom": nystrom(5),

@@ -35,6 +35,7 @@ BAD = {
     "--p": (["0.5", "nan", "x"], ("--metric", "lp", *PLAIN)),
     "--lam": (["0", "-1", "nan", "x"], PLAIN),
     "--transform": (["square", ""], PLAIN),
+    "--softening": (["-1", "x", "nan", ""], ("--metric", "l2", *PLAIN)),
     "--steps": (["-1", "x"], ("--calibration", "TEXT")),
     "--seed": (["x", "-99999999999999999999", "99999999999999999999"], ("--calibration", "TEXT")),
 }

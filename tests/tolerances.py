@@ -18,6 +18,12 @@ TOLERANCES = {
     "float64": Tolerance(1e-11, 1e-11, "2.2e-16 rounding, over sums of at most 200 terms of size 1 to 100"),
     "float32_forward": Tolerance(1e-5, 1e-5, "6e-8 rounding in distances of size 1 to 100, then λ·scaling, then exp"),
     "float32_gradient": Tolerance(2e-5, 3e-5, "as forward; each entry also sums over up to 130 queries or keys"),
+    "float32_softening_gradient": Tolerance(
+        2e-4, 2e-4, "sums over all queries and keys of one head, where the parts of ε's gradient by q, k and λ cancel"
+    ),
+    "float32_softened": Tolerance(
+        0.0, 3e-6, "relative to the largest: 6e-8 rounding in six operations of a softened distance"
+    ),
     "float32_l2_coinciding": Tolerance(
         5e-3, 5e-3, "√(‖q‖²+‖k‖²-2q·k) at q = k is the root of a rounding error: √6e-8·‖q‖ instead of 0"
     ),

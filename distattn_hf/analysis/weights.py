@@ -121,19 +121,20 @@ class AttentionCall:
         """Return (start, stop, keep) -> (weights, logits, key norm term or None) for heads with exact attention."""
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         query, key = self.query[:, index].to(dtype), self.key[:, index].to(dtype)
-        metric, lam, p = get_metric("dot"), 1.0, None
+        metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
         if group is not None:
-            query, key, lam = group(query, key, "mapped")
+            query, key, lam, epsilon = group(query, key, "mapped")
+            epsilon = epsilon[:, None, None] if isinstance(epsilon, Tensor) else epsilon
             metric, p = get_metric(group.metric), group.p
         weight = self.scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
         bias = of_heads(self.position_bias, index)
-        squared = key.square().sum(-1)[:, :, None] if metric.name in _EUCLIDEAN else None
+        squared = key.square().sum(-1)[:, :, None] if metric.name in _EUCLIDEAN and epsilon is None else None
         if metric.has_dot_form:
-            left, right, key_bias, factor = metric.dot_form(query, key)
+            left, right, key_bias, factor = metric.dot_form(query, key, *(() if epsilon is None else (epsilon,)))
 
         def logits_of(start, stop):
             if not metric.has_dot_form:
-                return -weight * metric.checked_distance(query[:, :, start:stop], key, p)
+                return -weight * metric.checked_distance(query[:, :, start:stop], key, p, epsilon=epsilon)
             logits = factor * left[:, :, start:stop] @ right.mT
             return weight * (logits if key_bias is None else logits + key_bias[:, :, None])
 

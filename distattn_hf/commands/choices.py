@@ -1,5 +1,7 @@
 """Checks of options that need no torch: names of choices, and ranges of numbers."""
 
+import math
+
 from .flags import flag
 
 # The registered metrics and their aliases, and other choices, without torch (tests/test_startup.py compares them).
@@ -24,6 +26,19 @@ LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
     "max_tokens": 1, "max_length": 1, "max_texts": 1,
 }  # fmt: skip
+
+
+def read_softening(value: str | None) -> float | str | None:
+    """Return ε as `AttentionSpec` takes it; raises `ValueError` for anything but a number >= 0 and "fit"."""
+    if value is None or value == "fit":
+        return value
+    try:
+        epsilon = float(value)
+    except ValueError:
+        epsilon = math.nan
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"--softening must be a finite number >= 0 or fit, got {value!r}")
+    return epsilon
 
 
 def check_choices(**values) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import check_choices
+from .choices import check_choices, read_softening
 from .flags import as_flags, given, option_names, reading
 from .shared import DATA, Column, Overwrite, SourceArgument, begin
 
@@ -15,7 +15,7 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "layers", "heads", "attention",
-    "p", "lam", "transform",
+    "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
@@ -62,6 +62,10 @@ def convert(
         float | None, typer.Option(help="λ at the start, which --init calibrated fits anew. Default: the metric's own.")
     ] = None,
     transform: Annotated[str | None, typer.Option(help="none, scalar or maps. Default: see AttentionSpec.")] = None,
+    softening: Annotated[
+        str | None,
+        typer.Option(help="ε below which the distance is quadratic: a number, or fit (one a head). Default: 0, plain."),
+    ] = None,
     fold_alpha: Annotated[
         bool, typer.Option("--fold-alpha", help="Move α into the query projections: plain distances, α = 1.")
     ] = False,
@@ -82,6 +86,7 @@ def convert(
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
         max_error=max_error, steps=steps, seed=seed,
     )  # fmt: skip
+    epsilon = read_softening(softening)
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
     if init != "calibrated" and (unused := given(context, ("calibration", "column", "steps", "seed"))):
@@ -106,7 +111,7 @@ def convert(
     else:
         spec = AttentionSpec(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
-            heads=heads,
+            heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
         )  # fmt: skip
     texts = None

@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.inputs import ModuleCall, add_triangle
+from ..core.inputs import ModuleCall
 from ..core.interface import attend
 from ..core.metrics import get_metric
 from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import HeadParameters, NystromParameters
 from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
-from .fit import draw_rows, split_sequences
+from .fit import LayerData, Rows, row_deviation
 from .observe import observed, teacher_attention
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
 
 
-# Nats per unit of log α: far below any divergence worth fitting.
+# ε from the plain distance (almost 0) towards the teacher, in medians of the head's distances.
+SOFTENING_GRID = (1e-3, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+# Nats per unit of log α and of log ε: far below any divergence worth fitting.
 _ALPHA_PULL = 1e-4
 
 
@@ -91,113 +94,65 @@ class CalibrationOptions:
         return 2 if get_metric(group.metric).elementwise else 4
 
 
-@dataclass
-class Rows:
-    """Some query rows of one layer: query (B, H, n, d), key (B, H, M, d), keep and bias (B, H or 1, n, M), scaling."""
-
-    query: Tensor
-    key: Tensor
-    keep: Tensor
-    bias: Tensor | None
-    scaling: float
-
-    def teacher_log_weights(self) -> Tensor:
-        logits = self.scaling * torch.matmul(self.query, self.key.transpose(-1, -2))
-        return self._log_softmax(logits)
-
-    def student_log_weights(self, group: HeadParameters) -> Tensor:
-        query, key, lam = group(self.query, self.key, "mapped")
-        lam = lam[:, None, None] if isinstance(lam, Tensor) else lam
-        return self._log_softmax(-lam * self.scaling * get_metric(group.metric).checked_distance(query, key, group.p))
-
-    def _log_softmax(self, logits: Tensor) -> Tensor:
-        if self.bias is not None:
-            logits = logits + self.bias
-        return logits.masked_fill(~self.keep, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
-
-    def divergence(self, group: HeadParameters) -> Tensor:
-        """Return KL(teacher's weights ‖ student's), nats, mean over rows: (H,)."""
-        teacher = self.teacher_log_weights()
-        terms = teacher.exp() * (teacher - self.student_log_weights(group))
-        return terms.masked_fill(~self.keep, 0).sum(-1).mean((0, 2))
-
-
-class LayerData:
-    """The attention problem of one layer over the whole calibration batch; draws rows from it."""
-
-    def __init__(self, query: Tensor, key: Tensor, call: ModuleCall, heads: list[int] | None):
-        select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
-        self.query, self.key = query[:, select].float(), key[:, select].float()
-        batch, _, num_queries, _ = self.query.shape
-        num_keys = self.key.shape[-2]
-        keep = call.mask
-        keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if keep is None else keep
-        keep = keep if keep.shape[1] == 1 else keep[:, select]
-        if call.is_causal:
-            keep = add_triangle(keep, num_queries, num_keys, query.device)
-        self.keep = keep.expand(batch, keep.shape[1], num_queries, num_keys)
-        bias = call.position_bias
-        bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
-        self.bias = None if bias is None else bias.float().expand(batch, bias.shape[1], num_queries, num_keys)
-        self.scaling = call.scaling
-        # Rows worth fitting: something to choose from, and, in self-attention, no padding query.
-        valid = self.keep.any(1).sum(-1) > 1
-        if num_queries == num_keys:
-            valid = valid & self.keep.any(1).diagonal(dim1=-2, dim2=-1)
-        self.valid = valid
-        # Whole sequences are held out of the fit; the divergences reported are theirs.
-        self.fit_sequences, self.report_sequences = split_sequences(valid)
-
-    def draw(self, sequences: list[int], count: int, generator: torch.Generator) -> Rows:
-        """Draw `count` valid rows from each of `sequences` (with replacement where a sequence has fewer)."""
-        rows = draw_rows(self.valid, sequences, count, generator)
-        chosen = torch.tensor(sequences, device=self.query.device)[:, None]
-
-        def pick(tensor):
-            return tensor.transpose(1, 2)[chosen, rows].transpose(1, 2)
-
-        bias = None if self.bias is None else pick(self.bias)
-        return Rows(pick(self.query), self.key[chosen[:, 0]], pick(self.keep), bias, self.scaling)
-
-
-def _row_deviation(log_weights: Tensor, keep: Tensor) -> Tensor:
-    """Return the standard deviation of log-weights along a row over kept entries, mean over rows: (H,)."""
-    count = keep.sum(-1, keepdim=True)
-    mean = log_weights.masked_fill(~keep, 0).sum(-1, keepdim=True) / count
-    return ((log_weights - mean).masked_fill(~keep, 0).square().sum(-1) / count[..., 0]).sqrt().mean((0, 2))
-
-
 @torch.no_grad()
 def _match_spread(group: HeadParameters, rows: Rows) -> None:
     """Set λ of each head so that its logits spread along a row as the teacher's do (position bias left out)."""
     if group.constant_lambda is not None:
         return
     unbiased = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
-    teacher = _row_deviation(unbiased.teacher_log_weights(), rows.keep)
-    student = _row_deviation(unbiased.student_log_weights(group), rows.keep)
+    teacher = row_deviation(unbiased.teacher_log_weights(), rows.keep)
+    student = row_deviation(unbiased.student_log_weights(group), rows.keep)
     group.log_lambda += (teacher / student.clamp_min(1e-12)).clamp(1e-6, 1e6).log()
 
 
 @torch.no_grad()
-def _choose_alpha(group: HeadParameters, rows: Rows, budget: float) -> None:
-    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
-    divergences, lambdas = [], []
-    for alpha in ALPHA_GRID:
-        group.log_alpha.fill_(math.log(alpha))
-        _match_spread(group, rows)
-        divergences.append(rows.divergence(group))
-        lambdas.append(None if group.constant_lambda is not None else group.log_lambda.clone())
-    divergences = torch.stack(divergences)
+def _choose_softening(group: HeadParameters, rows: Rows, budget: float) -> dict[str, Tensor]:
+    """Set per head the smallest ε of the grid that is within the budget, or within 10% of the best divergence, and α.
+
+    Returns the values at the grid's least ε: those of the plain distance.
+    """
+    trials = []
+    for share in SOFTENING_GRID:
+        if group.transform != "none" and not get_metric(group.metric).scale_free:
+            # ε follows the distances, which depend on α.
+            _choose_alpha(group, rows, budget, share)
+        else:
+            group.log_softening.copy_((share * rows.median_distance(group)).log())
+            _match_spread(group, rows)
+        trials.append((rows.divergence(group), _snapshot(group)))
+    _take_first_allowed(group, trials, budget)
+    return trials[0][1]
+
+
+def _take_first_allowed(group: HeadParameters, trials: list[tuple[Tensor, dict[str, Tensor]]], budget: float) -> None:
+    """Set each head to the first of (divergences (H,), values) within the budget, or within 10% of the best."""
+    divergences = torch.stack([divergence for divergence, _ in trials])
     allowed = torch.maximum(1.1 * divergences.amin(0), torch.full_like(divergences[0], budget))
     chosen = (divergences <= allowed).int().argmax(0)
-    group.log_alpha.copy_(torch.tensor(ALPHA_GRID, device=chosen.device).log()[chosen])
-    if group.constant_lambda is None:
-        heads = torch.arange(len(chosen), device=chosen.device)
-        group.log_lambda.copy_(torch.stack(lambdas)[chosen, heads])
+    for number, (_, values) in enumerate(trials):
+        _restore(group, values, chosen == number)
 
 
-def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOptions) -> tuple[Tensor, Tensor]:
-    """Fit one group of heads in place; returns its divergence (H,) in nats on held-out rows, before and after."""
+@torch.no_grad()
+def _choose_alpha(group: HeadParameters, rows: Rows, budget: float, share: float | None = None) -> None:
+    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
+    trials = []
+    # With an ε beside it, every other α is enough to start from.
+    for alpha in ALPHA_GRID if share is None else ALPHA_GRID[::2]:
+        group.log_alpha.fill_(math.log(alpha))
+        if share is not None:
+            group.log_softening.copy_((share * rows.median_distance(group)).log())
+        _match_spread(group, rows)
+        trials.append((rows.divergence(group), _snapshot(group)))
+    _take_first_allowed(group, trials, budget)
+
+
+def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOptions) -> dict[str, Tensor]:
+    """Fit one group of heads in place; return its divergences (H,) in nats on held-out rows, "before" and "after".
+
+    With a fitted ε also "plain", the divergence of the plain distance with its own λ and α, and "softening_ratio", ε in
+    medians of the head's plain distances (of cosine: of its norms): 0 is the plain distance.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     report = data.draw(data.report_sequences, 2 * options.rows, generator)
     with torch.no_grad():
@@ -208,8 +163,10 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
         if group.transform != "none":
             weights = data.keep.any(1).any(1).float()[:, None, :, None]
             group.shift.copy_((data.key * weights).sum((0, 2)) / weights.sum((0, 2)))
-            if not scale_free:
+            if not scale_free and not group.fits_softening:
                 _choose_alpha(group, start, options.divergence_budget)
+        if group.fits_softening:
+            plain_values = _choose_softening(group, start, options.divergence_budget)
         _match_spread(group, start)
     tensors = group.fitted_tensors()
     candidates = {n: t for n, t in tensors.items() if not (scale_free and n == "log_alpha")}
@@ -225,8 +182,14 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
             _restore(group, fallback)
             better = reached <= report.divergence(group).clamp_min(options.divergence_budget)
             _restore(group, fitted, better)
-        after = report.divergence(group)
-    return before, after
+        result = {"before": before, "after": report.divergence(group)}
+        if group.fits_softening:
+            fitted = _snapshot(group)
+            _restore(group, plain_values)
+            result["plain"] = report.divergence(group)
+            _restore(group, fitted)
+            result["softening_ratio"] = group.softening() / report.median_distance(group)
+    return result
 
 
 def _snapshot(group) -> dict[str, Tensor]:
@@ -260,6 +223,8 @@ def _descend(group, candidates, data, options, steps, generator) -> None:
             if "log_alpha" in candidates:
                 # Within the budget no other term acts on a head, and α rises towards fully Euclidean.
                 loss = loss - _ALPHA_PULL * group.log_alpha.sum()
+            if "log_softening" in candidates:
+                loss = loss + _ALPHA_PULL * group.log_softening.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -322,8 +287,7 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
                     continue
                 data = LayerData(queries, keys, repeated_call, heads)
                 _check_sequences(data, name)
-                before, after = fit_group(group, data, options)
-                results[name].append({"before": before, "after": after})
+                results[name].append(fit_group(group, data, options))
             if options.max_error is not None:
                 results[name] = leave_exact(model, name, state, results[name], options.max_error)
             bar.update()

@@ -26,7 +26,7 @@ from ..storage.companions import Source, describe_source
 from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate
 from .calibrate_nystrom import far_field_warnings
-from .report import ConversionReport, GroupReport
+from .report import MEASURED, ConversionReport, GroupReport
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,8 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
             raise ValueError(f"mechanism='nystrom' needs init='calibrated' (landmarks come from text), got {init!r}")
         STRATEGIES.canonical(spec.landmarks)
         return spec if spec.transform is not None else replace(spec, transform="scalar")
+    if spec.softening == "fit" and init != "calibrated":
+        raise ValueError(f"softening='fit' needs init='calibrated' (ε comes from text), got {init!r}; give a number")
     if init == "exact":
         if spec.metric != "sqeuclidean":
             raise ValueError(
@@ -356,7 +358,8 @@ def _report(base_class, student, modules, divergences, init, warnings) -> Conver
                     **values,
                     divergence_before=_numbers(measured.get("before")),
                     divergence_after=_numbers(measured.get("after")),
-                    **{name: _numbers(measured.get(name)) for name in ("window_error", "output_error", "rows_off")},
+                    divergence_plain=_numbers(measured.get("plain")),
+                    **{name: _numbers(measured.get(name)) for name in MEASURED},
                 )
             )
     return report
@@ -380,7 +383,8 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     divergences: dict[str, list[dict]] = {}
     for group in saved.groups if saved else ():
         measured = {"before": group.divergence_before, "after": group.divergence_after}
-        measured |= {name: getattr(group, name) for name in ("window_error", "output_error", "rows_off")}
+        measured["plain"] = group.divergence_plain
+        measured |= {name: getattr(group, name) for name in MEASURED}
         divergences.setdefault(group.module, []).append(measured)
     # A model made from a config names no modules: its specs choose them.
     modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)

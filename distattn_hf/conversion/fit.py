@@ -1,7 +1,13 @@
 """The rows of the calibration batch that a fit draws from, and those that it is judged on."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ..core.inputs import ModuleCall, add_triangle
+from ..core.metrics import get_metric
+from ..core.parameters import HeadParameters
 
 
 def split_sequences(valid: Tensor) -> tuple[list[int], list[int]]:
@@ -18,3 +24,91 @@ def draw_rows(valid: Tensor, sequences: list[int], count: int, generator: torch.
     """Draw positions of valid rows, (len(sequences), count), with replacement."""
     rows = [torch.multinomial(valid[i].float().cpu(), count, replacement=True, generator=generator) for i in sequences]
     return torch.stack(rows).to(valid.device)
+
+
+@dataclass
+class Rows:
+    """Some query rows of one layer: query (B, H, n, d), key (B, H, M, d), keep and bias (B, H or 1, n, M), scaling."""
+
+    query: Tensor
+    key: Tensor
+    keep: Tensor
+    bias: Tensor | None
+    scaling: float
+
+    def teacher_log_weights(self) -> Tensor:
+        logits = self.scaling * torch.matmul(self.query, self.key.transpose(-1, -2))
+        return self._log_softmax(logits)
+
+    def student_log_weights(self, group: HeadParameters) -> Tensor:
+        query, key, lam, epsilon = group(self.query, self.key, "mapped")
+        lam, epsilon = (x[:, None, None] if isinstance(x, Tensor) else x for x in (lam, epsilon))
+        distances = get_metric(group.metric).checked_distance(query, key, group.p, epsilon=epsilon)
+        return self._log_softmax(-lam * self.scaling * distances)
+
+    def median_distance(self, group: HeadParameters) -> Tensor:
+        """Return the median of what ε is compared with, over kept pairs, (H,): the plain distance of the head, of
+        cosine the norms of query and key."""
+        query, key, *_ = group(self.query, self.key, "mapped")
+        metric = get_metric(group.metric)
+        if metric.scale_free:
+            return torch.cat([query, key], dim=2).norm(dim=-1).transpose(0, 1).flatten(1).median(-1).values
+        distances = metric.checked_distance(query, key, group.p)
+        kept = self.keep.expand_as(distances)
+        return torch.stack([d[k].median() for d, k in zip(distances.unbind(1), kept.unbind(1), strict=True)])
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits.masked_fill(~self.keep, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
+
+    def divergence(self, group: HeadParameters) -> Tensor:
+        """Return KL(teacher's weights ‖ student's), nats, mean over rows: (H,)."""
+        teacher = self.teacher_log_weights()
+        terms = teacher.exp() * (teacher - self.student_log_weights(group))
+        return terms.masked_fill(~self.keep, 0).sum(-1).mean((0, 2))
+
+
+class LayerData:
+    """The attention problem of one layer over the whole calibration batch; draws rows from it."""
+
+    def __init__(self, query: Tensor, key: Tensor, call: ModuleCall, heads: list[int] | None):
+        select = slice(None) if heads is None else torch.tensor(heads, device=query.device)
+        self.query, self.key = query[:, select].float(), key[:, select].float()
+        batch, _, num_queries, _ = self.query.shape
+        num_keys = self.key.shape[-2]
+        keep = call.mask
+        keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device) if keep is None else keep
+        keep = keep if keep.shape[1] == 1 else keep[:, select]
+        if call.is_causal:
+            keep = add_triangle(keep, num_queries, num_keys, query.device)
+        self.keep = keep.expand(batch, keep.shape[1], num_queries, num_keys)
+        bias = call.position_bias
+        bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
+        self.bias = None if bias is None else bias.float().expand(batch, bias.shape[1], num_queries, num_keys)
+        self.scaling = call.scaling
+        # Rows worth fitting: something to choose from, and, in self-attention, no padding query.
+        valid = self.keep.any(1).sum(-1) > 1
+        if num_queries == num_keys:
+            valid = valid & self.keep.any(1).diagonal(dim1=-2, dim2=-1)
+        self.valid = valid
+        # Whole sequences are held out of the fit; the divergences reported are theirs.
+        self.fit_sequences, self.report_sequences = split_sequences(valid)
+
+    def draw(self, sequences: list[int], count: int, generator: torch.Generator) -> Rows:
+        """Draw `count` valid rows from each of `sequences` (with replacement where a sequence has fewer)."""
+        rows = draw_rows(self.valid, sequences, count, generator)
+        chosen = torch.tensor(sequences, device=self.query.device)[:, None]
+
+        def pick(tensor):
+            return tensor.transpose(1, 2)[chosen, rows].transpose(1, 2)
+
+        bias = None if self.bias is None else pick(self.bias)
+        return Rows(pick(self.query), self.key[chosen[:, 0]], pick(self.keep), bias, self.scaling)
+
+
+def row_deviation(log_weights: Tensor, keep: Tensor) -> Tensor:
+    """Return the standard deviation of log-weights along a row over kept entries, mean over rows: (H,)."""
+    count = keep.sum(-1, keepdim=True)
+    mean = log_weights.masked_fill(~keep, 0).sum(-1, keepdim=True) / count
+    return ((log_weights - mean).masked_fill(~keep, 0).square().sum(-1) / count[..., 0]).sqrt().mean((0, 2))

@@ -52,6 +52,8 @@ def fold_alpha(model: PreTrainedModel) -> PreTrainedModel:
                 factors[heads] = (-2 * group.log_alpha).exp()
                 _scale_queries(student, name, factors)
                 group.log_lambda.add_(get_metric(group.metric).degree * group.log_alpha)
+                if group.fits_softening:
+                    group.log_softening.sub_(group.log_alpha)
                 student.config.distattn["queries_scaled"] = True
             group.log_alpha.zero_()
             folded = True
@@ -75,7 +77,8 @@ def check_foldable(model: PreTrainedModel, specs: Sequence[AttentionSpec]) -> No
         if metric.scale_free or spec.lift or transform != "scalar":
             continue
         for name in select_modules(candidates, [spec]):
-            _check_scaling(name, spec.metric, spec.lam if spec.learnable_lambda is False else None)
+            constants = {"λ": spec.lam if spec.learnable_lambda is False else None}
+            _check_scaling(name, spec.metric, constants | {"ε": None if spec.softening == "fit" else spec.softening})
             _query_layer(model, name)
     if all(get_metric(spec.metric).scale_free or spec.transform == "none" or spec.lift for spec in specs):
         raise ValueError("fold_alpha: no spec has α; cosine and transform='none' have none")
@@ -88,15 +91,18 @@ def _has_alpha(group: HeadParameters, name: str) -> bool:
     if group.transform == "none" or get_metric(group.metric).scale_free:
         return False
     if group.transform != "maps":
-        _check_scaling(name, group.metric, group.constant_lambda)
+        _check_scaling(name, group.metric, {"λ": group.constant_lambda, "ε": group.constant_softening})
     return True
 
 
-def _check_scaling(name: str, metric: str, constant_lambda: float | None) -> None:
+def _check_scaling(name: str, metric: str, constants: dict[str, float | None]) -> None:
     if get_metric(metric).degree is None:
         raise ValueError(f"{name!r} has metric {metric!r}, of which no degree is known, so α cannot be moved")
-    if constant_lambda is not None:
-        raise ValueError(f"{name!r} has a fixed λ={constant_lambda:g} for all heads, which cannot take each one's α")
+    for symbol, constant in constants.items():
+        if constant is not None:
+            raise ValueError(
+                f"{name!r} has a fixed {symbol}={constant:g} for all heads, which cannot take each one's α"
+            )
 
 
 def _query_layer(model, name: str) -> tuple[nn.Module, int]:

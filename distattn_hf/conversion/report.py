@@ -3,10 +3,16 @@
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
+# What calibration measures of a group of heads under these names, beside divergences.
+MEASURED = ("softening_ratio", "window_error", "output_error", "rows_off")
+
 
 @dataclass
 class GroupReport:
     """One group of heads; divergence_* are KL(teacher's weights ‖ student's) in nats per query, None if not measured.
+
+    Softened distances: softening is ε, softening_ratio ε over the median of the head's plain distances (of cosine: of
+    its norms), divergence_plain the divergence of the plain distance.
 
     Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
@@ -20,6 +26,9 @@ class GroupReport:
     heads: list[int]
     lam: list[float]
     alpha: list[float] | None = None
+    softening: list[float] | None = None
+    softening_ratio: list[float] | None = None
+    divergence_plain: list[float] | None = None
     divergence_before: list[float] | None = None
     divergence_after: list[float] | None = None
     window_error: list[float] | None = None
@@ -97,6 +106,9 @@ class ConversionReport:
         has_nystrom = any(part.output_error for part in self.groups)
         if has_nystrom:
             lines[0] += f" {'window off':>10} {'off':>10}"
+        has_softening = any(part.softening for part in self.groups)
+        if has_softening:
+            lines[0] += f" {'ε':>9} {'ε/median':>9} {'KL plain':>10}"
         for part in self.groups:
             picks = [[i] for i in range(len(part.heads))] if per_head else [range(len(part.heads))]
             for pick in picks:
@@ -108,6 +120,9 @@ class ConversionReport:
                 )
                 if has_nystrom:
                     lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (part.window_error, part.output_error))
+                if has_softening:
+                    cells = [_cell(v, pick) for v in (part.softening, part.softening_ratio, part.divergence_plain)]
+                    lines[-1] += f" {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}"
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines += self._legend()
@@ -122,6 +137,11 @@ class ConversionReport:
             lines.append(
                 "KL: of the student's attention weights from the teacher's, in nats per query (0: equal); before: with "
                 "the metric's default λ and no fit; after: as fitted"
+            )
+        if self._mean("softening_ratio") is not None:
+            lines.append(
+                "ε: below it the distance is quadratic; ε/median: in medians of the head's plain distances, of cosine "
+                "in medians of its norms (0: the plain distance); KL plain: of the plain distance, with its own λ and α"
             )
         if self._mean("output_error") is not None:
             lines.append(

@@ -13,6 +13,7 @@ from .backends import choose_backend, validate_backend
 from .inputs import HALF, AttentionInputs, merge_masks
 from .metrics import get_metric
 from .reference import reference_attention
+from .softening import LEAST, check_softening
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +33,7 @@ def distance_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
     return_weights: bool = False,
+    softening: float | Tensor = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
 
@@ -51,6 +53,8 @@ def distance_attention(
         dropout_p: dropout on the weights, applied whenever it is > 0.
         backend: "auto", "cpp", "sdpa", "triton", "chunked" or "reference" (see `explain_backend`). An explicit one that
             cannot run raises.
+        softening: ε >= 0, one number or a tensor (H,): below it the distance is quadratic (the formulas: softening.py).
+            0: the plain distance.
         return_weights: also return the weights (B, H, N, M), before dropout; runs the reference backend.
 
     Returns:
@@ -64,7 +68,7 @@ def distance_attention(
     backend = validate_backend(backend)
     _check_shapes(query, key, value)
     named = {"key": key, "value": value, "lam": lam, "mask": mask, "position_bias": position_bias}
-    for name, tensor in named.items():
+    for name, tensor in {**named, "softening": softening}.items():
         # A kernel would read an address of another device.
         if isinstance(tensor, Tensor) and tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
@@ -76,6 +80,7 @@ def distance_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
+    softening = check_softening(metric, softening, heads)
     shape = (batch, heads, num_queries, key.shape[-2])
     if position_bias is not None:
         if not position_bias.is_floating_point():
@@ -89,7 +94,9 @@ def distance_attention(
                 f"position_bias of shape {tuple(position_bias.shape)} does not broadcast to (B, H, N, M)={shape}"
             ) from None
     keep, bias = merge_masks(mask, position_bias, shape)
-    inputs = AttentionInputs(query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p)
+    inputs = AttentionInputs(
+        query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p, softening=softening
+    )
     return run_attention(inputs, backend, return_weights)
 
 
@@ -97,17 +104,32 @@ def run_attention(
     inputs: AttentionInputs, backend: str = "auto", return_weights: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run `distance_attention` on inputs that are already checked; converted models call this at every layer."""
+    dtype = inputs.value.dtype
     # Distances and softmax need full precision: autocast would run their matmuls in half precision.
     with without_autocast(inputs.query.device.type):
+        if isinstance(inputs.softening, Tensor) and inputs.softening.requires_grad:
+            inputs = unit_softening(inputs)
         if return_weights:
             if backend not in ("auto", "reference"):
                 raise ValueError(f"return_weights needs backend 'reference' or 'auto', got {backend!r}")
             output, weights = reference_attention(inputs.written_out())
-            return output.to(inputs.value.dtype), weights
+            return output.to(dtype), weights
         chosen = choose_backend(backend, inputs)
         if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
             _say_what_dropout_costs(inputs)
-        return chosen.run(inputs).to(inputs.value.dtype)
+        return chosen.run(inputs).to(dtype)
+
+
+def unit_softening(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the same problem with every ε at 1, so that no backend needs the gradient of ε: autograd has it.
+
+    f(q - k, ε) = ε·f(q/ε - k/ε, 1): λ takes the factor. Cosine, which has none, leaves λ.
+    """
+    scale = inputs.softening.to(torch.promote_types(inputs.softening.dtype, torch.float32)).clamp_min(LEAST)
+    inputs, column = inputs.written_out(), scale[:, None, None]
+    lam = inputs.lam if inputs.metric.scale_free else inputs.lam * scale
+    query, key = (tensor / column.to(tensor.dtype) for tensor in (inputs.query, inputs.key))
+    return replace(inputs, query=query, key=key, lam=lam, softening=1.0)
 
 
 def _say_what_dropout_costs(inputs: AttentionInputs) -> None:

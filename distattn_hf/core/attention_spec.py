@@ -59,6 +59,9 @@ class AttentionSpec:
             α·(key - c). "maps" (once "linear", which is still read): also a (d, d) map on each side. "none": neither.
             None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
             sqeuclidean and l2, "maps" for every other metric).
+        softening: ε of l2, l1, lp, chebyshev and cosine, below which the distance is quadratic (see softening.py).
+            None or 0: the plain distance; a number: that ε in every head; "fit": one a head, which calibration fits
+            and training trains.
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
             Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
             then approximates the teacher's own softmax, and False for "distance".
@@ -89,6 +92,7 @@ class AttentionSpec:
     lam: float | None = None
     learnable_lambda: bool = True
     transform: str | None = None
+    softening: float | str | None = None
     lift: bool | None = None
     layers: tuple[int, ...] | str | None = None
     heads: tuple[int, ...] | None = None
@@ -117,6 +121,14 @@ class AttentionSpec:
             object.__setattr__(self, "transform", "maps")
         if self.transform is not None and self.transform not in TRANSFORMS:
             raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or None, got {self.transform!r}")
+        if self.softening is not None and self.softening != "fit":
+            if not _is_number(self.softening) or not 0 <= self.softening < math.inf:
+                raise ValueError(f"softening (ε) must be a finite number >= 0, 'fit' or None, got {self.softening!r}")
+            object.__setattr__(self, "softening", float(self.softening) or None)
+        if self.softening is not None and self.metric in SQUARED_NAMES:
+            raise ValueError(
+                f"softening must be None or 0 with metric {self.metric!r} (quadratic already), got {self.softening!r}"
+            )
         if self.lift is None:
             # For another metric, `_check_nystrom` says what is wrong.
             object.__setattr__(self, "lift", self.mechanism == "nystrom" and self.metric in SQUARED_NAMES)

@@ -34,7 +34,7 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
     lam = inputs.lambda_column()
 
     def attend(query, key, value, keep, bias, lam, start):
-        logits = -lam * inputs.scaling * inputs.metric.checked_distance(query, key, inputs.p)
+        logits = -lam * inputs.scaling * inputs.distances(query, key)
         if bias is not None:
             logits = logits + bias.to(logits.dtype)
         if inputs.is_causal:

@@ -4,9 +4,11 @@ import re
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .inputs import AttentionInputs
 from .kernel_cpp_library import (
+    KINDS,
     attention_backward,
     attention_decode,
     attention_forward,
@@ -16,6 +18,7 @@ from .kernel_cpp_library import (
     unavailable,
 )
 from .metrics import BUILT_IN
+from .softening import soft_normalize
 
 # Up to this many queries (times the query heads that share a key head) read the keys in place.
 _FEW_QUERIES = 16
@@ -28,9 +31,9 @@ def unsupported(inputs: AttentionInputs) -> str | None:
         return f"runs on the CPU only, the tensors are on {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in float32, the tensors are {dtype}"
-    kind = kind_of(metric.name, inputs.p)
+    kind = kind_of(metric.name, inputs.p, inputs.softening is not None)
     if kind is None or BUILT_IN.get(metric.name) is not metric:
-        return f"no kernel for metric {metric.name!r}"
+        return f"no kernel for metric {metric.name!r}{'' if inputs.softening is None else ' softened'}"
     if metric.name in ("cosine", "dot") and not few_queries(inputs):
         return f"metric {metric.name!r} has a kernel for at most {_FEW_QUERIES} queries without gradients"
     if inputs.dropout_p > 0:
@@ -78,23 +81,40 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
         else torch.full((heads,), float(inputs.lam), dtype=torch.float32, device="cpu")
     )
     coef = lam.float() * inputs.scaling
-    kind, p = kind_of(inputs.metric.name, inputs.p), inputs.p or 0.0
+    kind, p = kind_of(inputs.metric.name, inputs.p, inputs.softening is not None), inputs.p or 0.0
+    soft = _soft(inputs)
     if few_queries(inputs):
         if inputs.metric.name == "cosine":
-            query = torch.nn.functional.normalize(query.float(), dim=-1)
+            query = query.float()
+            query = F.normalize(query, dim=-1) if soft is None else soft_normalize(query, soft[:, None, None])
         kernel = attention_decode if _eager(inputs) else _decode
-        output = kernel(query, key, value, coef, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
+        output = kernel(query, key, value, coef, soft, inputs.keep, inputs.bias, kind, p, inputs.is_causal)
         return output.to(dtype)
     key, value, bias = key.float(), value.float(), None if inputs.bias is None else inputs.bias.float()
     kernel = attention_forward if _eager(inputs) and not inputs.needs_grad() else _forward
-    output, _ = kernel(query.float(), key, value, coef, inputs.keep, bias, kind, p, inputs.is_causal)
+    output, _ = kernel(query.float(), key, value, coef, soft, inputs.keep, bias, kind, p, inputs.is_causal)
     return output.to(dtype)
+
+
+def _soft(inputs: AttentionInputs) -> Tensor | None:
+    """Return (H,) in float32: ε of each head, of l1 the knee δ = ε / d of a coordinate; None for the plain distance."""
+    if inputs.softening is None:
+        return None
+    epsilon = inputs.softening_column(torch.float32)
+    heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
+    if isinstance(epsilon, Tensor):
+        epsilon = epsilon[:, 0, 0]
+    else:
+        epsilon = torch.full((heads,), epsilon, dtype=torch.float32, device="cpu")
+    by_coordinate = kind_of(inputs.metric.name, inputs.p) == KINDS["l1"]
+    return epsilon / head_dim if by_coordinate else epsilon
 
 
 def _eager(inputs: AttentionInputs) -> bool:
     """Return whether plain tensors are computed now, so that kernels can be called without the operators' overhead."""
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
-    return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, lam)
+    soft = inputs.softening if isinstance(inputs.softening, Tensor) else None
+    return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, lam, soft)
 
 
 # Operators of their own, so that torch.compile keeps one graph around them. A copy of this file that transformers loads
@@ -102,7 +122,7 @@ def _eager(inputs: AttentionInputs) -> bool:
 _NAMESPACE = "distattn_" + re.sub(r"\W", "_", __name__)
 
 
-def _decode_fake(query, key, value, coef, keep, bias, kind, p, causal):
+def _decode_fake(query, key, value, coef, soft, keep, bias, kind, p, causal):
     return query.new_empty(*query.shape[:3], value.shape[-1], dtype=torch.float32)
 
 
@@ -112,13 +132,14 @@ def _decode(
     key: Tensor,
     value: Tensor,
     coef: Tensor,
+    soft: Tensor | None,
     keep: Tensor | None,
     bias: Tensor | None,
     kind: int,
     p: float,
     causal: bool,
 ) -> Tensor:
-    return attention_decode(query, key, value, coef, keep, bias, kind, p, causal)
+    return attention_decode(query, key, value, coef, soft, keep, bias, kind, p, causal)
 
 
 _decode.register_fake(_decode_fake)
@@ -130,17 +151,18 @@ def _forward(
     key: Tensor,
     value: Tensor,
     coef: Tensor,
+    soft: Tensor | None,
     keep: Tensor | None,
     bias: Tensor | None,
     kind: int,
     p: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    return attention_forward(query, key, value, coef, keep, bias, kind, p, causal)
+    return attention_forward(query, key, value, coef, soft, keep, bias, kind, p, causal)
 
 
 @_forward.register_fake
-def _(query, key, value, coef, keep, bias, kind, p, causal):
+def _(query, key, value, coef, soft, keep, bias, kind, p, causal):
     return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3])
 
 
@@ -151,6 +173,7 @@ def _backward(
     key: Tensor,
     value: Tensor,
     coef: Tensor,
+    soft: Tensor | None,
     keep: Tensor | None,
     bias: Tensor | None,
     output: Tensor,
@@ -160,28 +183,28 @@ def _backward(
     causal: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return attention_backward(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad)
+    return attention_backward(grad, query, key, value, coef, soft, keep, bias, output, lse, kind, p, causal, bias_grad)
 
 
 @_backward.register_fake
-def _(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
+def _(grad, query, key, value, coef, soft, keep, bias, output, lse, kind, p, causal, bias_grad):
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value, coef)]
     return *gradients, bias.new_empty(bias.shape if bias_grad else 0) if bias is not None else query.new_empty(0)
 
 
 def _save(ctx, inputs, output):
-    query, key, value, coef, keep, bias, ctx.kind, ctx.p, ctx.causal = inputs
-    ctx.save_for_backward(query, key, value, coef, keep, bias, *output)
+    query, key, value, coef, soft, keep, bias, ctx.kind, ctx.p, ctx.causal = inputs
+    ctx.save_for_backward(query, key, value, coef, soft, keep, bias, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
-    query, key, value, coef, keep, bias, output, lse = ctx.saved_tensors
-    bias_grad = bias is not None and ctx.needs_input_grad[5]
+    query, key, value, coef, soft, keep, bias, output, lse = ctx.saved_tensors
+    bias_grad = bias is not None and ctx.needs_input_grad[6]
     *grads, bias_gradient = _backward(
-        grad, query, key, value, coef, keep, bias, output, lse, ctx.kind, ctx.p, ctx.causal, bias_grad
+        grad, query, key, value, coef, soft, keep, bias, output, lse, ctx.kind, ctx.p, ctx.causal, bias_grad
     )
-    return *grads, None, bias_gradient if bias_grad else None, None, None, None
+    return *grads, None, None, bias_gradient if bias_grad else None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -39,6 +39,8 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     if not is_plain and not _on_cuda(inputs):
         # Half precision would round the norms, and is no faster on the CPU; the plain form is left as it is.
         inputs = inputs.in_full_precision()
+    if isinstance(inputs.softening, Tensor) and inputs.groups > 1:
+        inputs = inputs.written_out()  # a key is normalised by the ε of each query head
     work_dtype = inputs.value.dtype
     query, key = inputs.query, inputs.key
     mask, is_causal = _merge_mask(inputs, work_dtype)
@@ -46,7 +48,8 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         return cosine_in_parts(inputs, mask, is_causal).to(dtype)
     if not is_plain:
         query, key = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key))
-    query, key, key_bias, factor = inputs.metric.dot_form(query, key)
+    softened = () if inputs.softening is None else (inputs.softening_column(query.dtype),)
+    query, key, key_bias, factor = inputs.metric.dot_form(query, key, *softened)
     scale, lam = inputs.scaling, inputs.lam
     if isinstance(lam, Tensor):
         lam = lam.to(query.dtype)[:, None, None]
@@ -172,7 +175,8 @@ def cosine_in_parts(inputs: AttentionInputs, mask: Tensor | None, is_causal: boo
     lam = lam.to(query.dtype) if isinstance(lam, Tensor) else query.new_full(query.shape[1:2], lam)
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
-    arguments = (query, inputs.key, inputs.value, lam[:, None, None], mask, inputs.scaling, is_causal)
+    epsilon = 0.0 if inputs.softening is None else inputs.softening_column(query.dtype)
+    arguments = (query, inputs.key, inputs.value, lam[:, None, None], mask, inputs.scaling, is_causal, epsilon)
     return _CosineAttention.apply(*arguments) if inputs.needs_grad() else _forward(*arguments)[0]
 
 
@@ -198,11 +202,17 @@ def _mask_of(mask: Tensor | None, part: tuple) -> Tensor | None:
     return mask[tuple(p if size > 1 else slice(None) for p, size in zip(part, mask.shape))]
 
 
-def _norm(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min_(_LEAST_NORM)
+def _norm(vectors: Tensor, epsilon: float | Tensor, heads: slice) -> Tensor:
+    """Return √(‖x‖² + ε²), (..., 1), of the vectors of `heads`."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    if isinstance(epsilon, Tensor):
+        norm = torch.hypot(norm, epsilon[heads])
+    elif epsilon:
+        norm = torch.hypot(norm, norm.new_tensor(epsilon))
+    return norm.clamp_min_(_LEAST_NORM)
 
 
-def _forward(query, key, value, lam, mask, scaling, is_causal) -> tuple[Tensor, Tensor]:
+def _forward(query, key, value, lam, mask, scaling, is_causal, epsilon=0.0) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     logsumexp, unit_key = query.new_empty(query.shape[:3]), None
     for query_part, key_part in _parts(query, key):
@@ -210,8 +220,8 @@ def _forward(query, key, value, lam, mask, scaling, is_causal) -> tuple[Tensor, 
         if unit_key is None or unit_key.shape != k.shape:
             unit_key = torch.empty_like(k, memory_format=torch.contiguous_format)
         # The output's memory holds the normalised queries until the part's output is written.
-        q = torch.mul(q, lam[query_part[1]] / _norm(q), out=output[query_part])
-        k = torch.div(k, _norm(k), out=unit_key)
+        q = torch.mul(q, lam[query_part[1]] / _norm(q, epsilon, query_part[1]), out=output[query_part])
+        k = torch.div(k, _norm(k, epsilon, key_part[1]), out=unit_key)
         options = {"attn_mask": _mask_of(mask, query_part), "scale": scaling}
         output[query_part], logsumexp[query_part] = _FLASH(q, k, value[key_part], 0.0, is_causal, **options)
     return output, logsumexp
@@ -221,10 +231,10 @@ class _CosineAttention(torch.autograd.Function):
     """Saves for the backward pass what plain attention saves; normalised vectors are computed again there, by parts."""
 
     @staticmethod
-    def forward(ctx, query, key, value, lam, mask, scaling, is_causal):
-        output, logsumexp = _forward(query, key, value, lam, mask, scaling, is_causal)
+    def forward(ctx, query, key, value, lam, mask, scaling, is_causal, epsilon):
+        output, logsumexp = _forward(query, key, value, lam, mask, scaling, is_causal, epsilon)
         ctx.save_for_backward(query, key, value, lam, mask, output, logsumexp)
-        ctx.scaling, ctx.is_causal = scaling, is_causal
+        ctx.scaling, ctx.is_causal, ctx.epsilon = scaling, is_causal, epsilon
         return output
 
     @staticmethod
@@ -236,7 +246,8 @@ class _CosineAttention(torch.autograd.Function):
         # The backward kernel divides its work among threads by heads alone.
         for query_part, key_part in _parts(query, key, torch.get_num_threads()):
             q, k, weight = query[query_part], key[key_part], lam[query_part[1]]
-            q_norm, k_norm = _norm(q), _norm(k)
+            q_norm = _norm(q, ctx.epsilon, query_part[1])
+            k_norm = _norm(k, ctx.epsilon, key_part[1])
             q_grad, k_grad, grads[2][key_part] = _FLASH_BACKWARD(
                 gradient[query_part],
                 q * (weight / q_norm),
@@ -252,7 +263,7 @@ class _CosineAttention(torch.autograd.Function):
             projection = _through_norm(q_grad, q, q_norm, weight, grads[0][query_part])
             _through_norm(k_grad, k, k_norm, 1.0, grads[1][key_part])
             lam_grad[query_part[1]] += projection.sum((0, 2), keepdim=True)[0]
-        return *grads, lam_grad, None, None, None
+        return *grads, lam_grad, None, None, None, None
 
 
 def _through_norm(gradient: Tensor, x: Tensor, norm: Tensor, weight: Tensor | float, out: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     """Return why this backend cannot run `inputs`, or None when it can."""
     if type(inputs.metric) not in _KERNEL_METRICS:
         return f"metric {inputs.metric.name!r} has no Triton kernel (built-in {', '.join(_KERNEL_METRICS.values())} do)"
+    if inputs.softening is not None:
+        return "its kernels have no softened distances"
     if inputs.dropout_p > 0:
         return "its kernels have no dropout"
     for name in ("query", "key", "value"):

@@ -21,6 +21,7 @@ from .inputs import AttentionInputs
 from .metrics import get_metric
 from .reference import reference_attention
 from .registry import Registry
+from .softening import check_softening
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ def explain_backend(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     requires_grad: bool = False,
+    softening: float = 0.0,
     backend: str = "auto",
 ) -> BackendChoice:
     """Say which backend runs for these shapes, dtype and device, and why the others don't; nothing is computed.
 
     Args:
-        metric, p, is_causal, dropout_p, backend: as in `distance_attention`.
+        metric, p, is_causal, dropout_p, softening, backend: as in `distance_attention`.
         num_queries, num_keys: N and M (M = N by default). batch, heads, kv_heads: B, H, H_kv (H by default).
         head_dim, value_dim: d and d_v (d by default).
         dtype, device: of query, key and value. The device need not exist here.
@@ -117,7 +119,7 @@ def explain_backend(
             cannot run.
     """
     entry = get_metric(metric)
-    p, backend = entry.validate(p), validate_backend(backend)
+    p, backend, softening = entry.validate(p), validate_backend(backend), check_softening(entry, softening)
     num_keys = num_queries if num_keys is None else num_keys
     kv_heads, value_dim = heads if kv_heads is None else kv_heads, head_dim if value_dim is None else value_dim
     sizes = {"num_queries": num_queries, "num_keys": num_keys, "batch": batch, "heads": heads, "kv_heads": kv_heads}
@@ -146,6 +148,7 @@ def explain_backend(
             is_causal,
             dropout_p,
             assumed_grad=requires_grad,
+            softening=softening,
         )
         chosen = choose_backend(backend, inputs).name
         reasons = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .metrics import Metric
+from .softening import LEAST
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -55,6 +56,8 @@ class AttentionInputs:
     dropout_p: float = 0.0
     # What `needs_grad` answers where the tensors cannot say: they stand for a device that is not here.
     assumed_grad: bool | None = None
+    # ε of the softened form of the metric (see softening.py): > 0, a float or (H,); None: the plain distance.
+    softening: float | Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -65,7 +68,7 @@ class AttentionInputs:
         """Return whether autograd will ask for a gradient of any tensor here."""
         if self.assumed_grad is not None:
             return self.assumed_grad
-        tensors = (self.query, self.key, self.value, self.bias, self.lam)
+        tensors = (self.query, self.key, self.value, self.bias, self.lam, self.softening)
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
@@ -73,6 +76,16 @@ class AttentionInputs:
         if isinstance(self.lam, Tensor):
             return self.lam.to(self.query.dtype)[:, None, None]
         return self.lam
+
+    def distances(self, query: Tensor, key: Tensor, fast: bool = True) -> Tensor:
+        """Return the distances (B, H, N, M) of rows of the query and columns of the key."""
+        return self.metric.checked_distance(query, key, self.p, fast, self.softening_column(query.dtype))
+
+    def softening_column(self, dtype: torch.dtype) -> float | Tensor | None:
+        """Return ε as a float, as (H, 1, 1), or None."""
+        if isinstance(self.softening, Tensor):
+            return self.softening.to(dtype).clamp_min(LEAST)[:, None, None]
+        return self.softening
 
     def in_full_precision(self) -> "AttentionInputs":
         """Return these inputs with half-precision tensors raised to float32; float32 and float64 stay."""

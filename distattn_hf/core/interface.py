@@ -19,7 +19,7 @@ from .backends import validate_backend
 from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
 from .metrics import get_metric
 from .nystrom_heads import join_heads, nystrom_forward, padding_mask, write_out
-from .parameters import DistanceAttentionState
+from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import as_tensor, bias_behind, of_heads
 
 logger = logging.get_logger(__name__)
@@ -121,7 +121,15 @@ def weights_requested(arguments: dict) -> bool:
     return bool(collector) and any("attentions" in name for name in collector)
 
 
-def read_call(module, query, mask, arguments: dict, *, reference: bool = False, nystrom: bool = False) -> ModuleCall:
+def read_call(
+    module: nn.Module,
+    query: Tensor,
+    mask: Tensor | None,
+    arguments: dict,
+    *,
+    reference: bool = False,
+    nystrom: bool = False,
+) -> ModuleCall:
     """Collect what transformers passes to an attention function into one call; of a `nystrom` implementation mask and
     bias are not written out (see `padding_mask` and `RelativeBias`).
     """
@@ -153,7 +161,7 @@ def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
     return replace(call, mask=keep, position_bias=bias, is_causal=causal_by_flag(call, query.shape[2]))
 
 
-def _unconverted(module, query, key, value, call: ModuleCall, arguments: dict):
+def _unconverted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, arguments: dict):
     """Run the attention of a module that was not converted, as the base model would."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     needs_eager = any(arguments.get(name) is not None for name in ("softcap", "s_aux"))
@@ -176,7 +184,7 @@ def _additive(call: ModuleCall, query: Tensor, key: Tensor) -> Tensor | None:
     return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, least)
 
 
-def _check_heads(module, state, query) -> None:
+def _check_heads(module: nn.Module, state: DistanceAttentionState, query: Tensor) -> None:
     if query.shape[1] != state.num_heads:
         raise ValueError(
             f"{type(module).__name__} was converted with {state.num_heads} heads but calls attention with "
@@ -184,13 +192,15 @@ def _check_heads(module, state, query) -> None:
         )
 
 
-def _observed(state, query, key, value, call: ModuleCall) -> Tensor:
+def _observed(state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:
     """Return what the observer of a conversion in progress puts in place of the attention's output."""
     groups = query.shape[1] // key.shape[1]
     return state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call)
 
 
-def _nystrom(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+def _nystrom(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> tuple[Tensor, Tensor | None]:
     call = replace(call, is_causal=call.is_causal and not state.is_cross)
     if state.observer is not None:
         call = replace(call, position_bias=as_tensor(call.position_bias, query.shape[2], key.shape[2]))
@@ -199,7 +209,9 @@ def _nystrom(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor
         return nystrom_forward(state, query, key, value, call, attend)
 
 
-def _exact(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+def _exact(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> tuple[Tensor, Tensor | None]:
     if causal_by_flag(call, query.shape[2]) and key.shape[2] > query.shape[2]:
         # Prefill into an empty static cache: the keys behind the queries are not filled yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
@@ -211,7 +223,9 @@ def _exact(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor |
     return attend_groups(state, query, key, value, call)
 
 
-def attend_groups(state, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+def attend_groups(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> tuple[Tensor, Tensor | None]:
     """Run each group of heads by its own spec and the rest by dot product; (B, H, N, d_v) and weights or None."""
     parts = state.parts()
     if len(parts) == 1:
@@ -226,20 +240,22 @@ def attend_groups(state, query, key, value, call: ModuleCall) -> tuple[Tensor, T
     return join_heads(results)
 
 
-def attend(group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+def attend(
+    group: HeadParameters | None, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> tuple[Tensor, Tensor | None]:
     """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
     dtype, backend = value.dtype, call.backend
     if group is None:
-        metric, lam, p = get_metric("dot"), 1.0, None
+        metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
     else:
         with without_autocast(query.device.type):
-            query, key, lam = group(query, key)
+            query, key, lam, epsilon = group(query, key)
         metric, p, backend = get_metric(group.metric), group.p, backend or group.spec.backend
         if value.shape[1] != key.shape[1]:
             value = repeat_kv(value, key.shape[1] // value.shape[1])
     inputs = AttentionInputs(
         query, key, value.to(key.dtype), metric, lam, call.scaling, p,
-        call.mask, call.position_bias, call.is_causal, call.dropout_p,
+        call.mask, call.position_bias, call.is_causal, call.dropout_p, softening=epsilon,
     )  # fmt: skip
     if call.return_weights:
         output, weights = run_attention(inputs, "reference", return_weights=True)
@@ -248,18 +264,18 @@ def attend(group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor |
 
 
 def distattn_attention_forward(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout=0.0,
-    scaling=None,
-    is_causal=None,
-    position_bias=None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     *,
-    reference=False,
-    nystrom=False,
+    reference: bool = False,
+    nystrom: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Run attention of converted models by each spec's backend. Returns ((B, N, H, d_v), weights or None).

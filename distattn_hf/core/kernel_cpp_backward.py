@@ -22,6 +22,7 @@ static void backward(const Problem& a) {
           for (long h = kh * a.G; h < (kh + 1) * a.G; h++) {
             long bh = b * a.H + h, bk = b * key_heads + kh, sbk = (split * a.B * key_heads + bk) * a.M;
             double dcoef = 0;
+            float p = a.parameter(h);
             for (long tile = split; tile < tiles; tile += a.splits) {
               long i0 = tile * BQ, rows = std::min<long>(BQ, a.N - i0), padded = (rows + RP - 1) / RP * RP;
               memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
@@ -38,7 +39,7 @@ static void backward(const Problem& a) {
               for (long j0 = 0; j0 < last; j0 += BK) {
                 long n = std::min<long>(BK, last - j0);
                 const float* panels = a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL;
-                tile_sums<Metric>(a, q, panels, padded, n, w);
+                tile_sums<Metric>(a, q, panels, padded, n, w, h);
                 if (Metric::ties)
                   for (long c = 0; c < n; c += PANEL)
                     for (long r = 0; r < padded; r += RG)
@@ -66,12 +67,12 @@ static void backward(const Problem& a) {
                   }
                   for (long j = 0; j < n; j += W)
                     store(gradient + j, Metric::weight(-a.coef[h] * load(gradient + j),
-                                                       load((Metric::ties ? count + i * BK : distance) + j), a.p));
+                                                       load((Metric::ties ? count + i * BK : distance) + j), p));
                 }
                 const float* k = a.k + (bk * a.M + j0) * a.dp;
                 multiply_rows<true>(w, 1, BK, g, a.vp, rows, a.dv + (sbk + j0) * a.vp, a.vp, n, a.vp);
-                pull_rows<Metric>(dp, dist, BK, 1, q, k, a.dp, n, dq, rows, a.p);
-                pull_rows<Metric>(dp, dist, 1, BK, k, q, a.dp, rows, a.dk + (sbk + j0) * a.dp, n, a.p);
+                pull_rows<Metric>(dp, dist, BK, 1, q, k, a.dp, n, dq, rows, p);
+                pull_rows<Metric>(dp, dist, 1, BK, k, q, a.dp, rows, a.dk + (sbk + j0) * a.dp, n, p);
               }
               memcpy(a.dq + (bh * a.N + i0) * a.dp, dq, 4 * rows * a.dp);
             }
@@ -124,6 +125,8 @@ extern "C" int attention_backward(const Problem* a, int kind) {
     case 3: backward<L3>(*a); break;
     case 4: backward<Lp>(*a); break;
     case 5: backward<Linf>(*a); break;
+    case 8: backward<SoftL1>(*a); break;
+    case 9: backward<SoftL2>(*a); break;
     default: return 1;
   }
   return 0;
@@ -136,6 +139,7 @@ extern "C" int distance_backward(const Problem* a, int kind) {
     case 3: pairwise_backward<L3>(*a); break;
     case 4: pairwise_backward<Lp>(*a); break;
     case 5: pairwise_backward<Linf>(*a); break;
+    case 8: pairwise_backward<SoftL1>(*a); break;
     default: return 1;
   }
   return 0;

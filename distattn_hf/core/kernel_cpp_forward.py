@@ -4,20 +4,22 @@ FORWARD = r"""
 // One attention problem, as ctypes hands it over. All tensors float32 and contiguous; dp and vp are d and d_v rounded
 // up to a multiple of 16, filled with zeros; panels are keys (and values) as (M / PANEL, d, PANEL).
 struct Problem {
-  const float *q, *k, *kpanels, *v, *vpanels, *coef, *bias, *out, *lse, *dout;
+  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *out, *lse, *dout;
   const uint8_t* keep;
   float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *sums;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
   long keep_stride[4], bias_stride[4];
   float p;
+  float parameter(long h) const { return soft ? soft[h] : p; }  // of the metric: ε or δ of a head, or the order
 };
 
 // Logits of one row of a tile from its sums, in place; returns the largest. What is masked is -inf.
 template <class Metric>
 INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h, long i, long j0, long n,
                         float coef) {
+  float p = a.parameter(h);
   for (long j = 0; j < BK; j += W) {
-    vf x = Metric::finish(load(s + j), a.p);
+    vf x = Metric::finish(load(s + j), p);
     if (dist) store(dist + j, x);
     store(s + j, -coef * x);
   }
@@ -46,10 +48,11 @@ INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h,
   return largest;
 }
 template <class Metric>
-INLINE void tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums) {
+INLINE void tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
+                      long h) {
   for (long c = 0; c < n; c += PANEL)
     for (long r = 0; r < rows; r += RP)
-      pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.p);
+      pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.parameter(h));
 }
 template <class Metric>
 static void forward(const Problem& a) {
@@ -71,7 +74,7 @@ static void forward(const Problem& a) {
         long last = a.causal ? std::min(a.M, i0 + rows) : a.M;
         for (long j0 = 0; j0 < last; j0 += BK) {
           long n = std::min<long>(BK, last - j0);
-          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s);
+          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, h);
           for (long i = 0; i < rows; i++) {
             float* row = s + i * BK;
             float largest = std::max(m[i], row_logits<Metric>(a, row, nullptr, b, h, i0 + i, j0, n, a.coef[h]));
@@ -115,7 +118,7 @@ static void pairwise_forward(const Problem& a) {
         memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
         for (long j0 = 0; j0 < a.M; j0 += BK) {
           long n = std::min<long>(BK, a.M - j0);
-          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s);
+          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, bh % a.H);
           for (long i = 0; i < rows; i++) {
             for (long j = 0; j < n; j += W) store(s + i * BK + j, Metric::finish(load(s + i * BK + j), a.p));
             memcpy(a.sums + (bh * a.N + i0 + i) * a.M + j0, s + i * BK, 4 * n);
@@ -132,6 +135,8 @@ extern "C" int attention_forward(const Problem* a, int kind) {
     case 3: forward<L3>(*a); break;
     case 4: forward<Lp>(*a); break;
     case 5: forward<Linf>(*a); break;
+    case 8: forward<SoftL1>(*a); break;
+    case 9: forward<SoftL2>(*a); break;
     default: return 1;
   }
   return 0;
@@ -144,6 +149,7 @@ extern "C" int distance_forward(const Problem* a, int kind) {
     case 3: pairwise_forward<L3>(*a); break;
     case 4: pairwise_forward<Lp>(*a); break;
     case 5: pairwise_forward<Linf>(*a); break;
+    case 8: pairwise_forward<SoftL1>(*a); break;
     default: return 1;
   }
   return 0;
@@ -154,7 +160,7 @@ extern "C" int panel_width() { return PANEL; }
 DECODE = r"""
 // Few queries against many keys: keys and values are read once, where they lie, in the type they have.
 struct Decode {
-  const float *q, *coef, *bias;
+  const float *q, *coef, *soft, *bias;
   const void *k, *v;
   const uint8_t* keep;
   float *o, *partial;
@@ -215,7 +221,7 @@ INLINE void key_sums(const float* q, const typename T::type* k, long stride, lon
       s = largest_bits(acc[j]);
     else
       s = total(acc[j]);
-    if constexpr (is_cosine<Metric>) s /= std::max(sqrtf(total(norm[j])), 1e-12f);
+    if constexpr (is_cosine<Metric>) s /= std::max(sqrtf(total(norm[j]) + p * p), 1e-12f);
     sums[j] = s;
   }
 }
@@ -230,6 +236,7 @@ static void decode_as(const Decode& a) {
   mask.keep = a.keep;
   mask.causal = a.causal;
   mask.p = a.p;
+  mask.soft = a.soft;
   memcpy(mask.keep_stride, a.keep_stride, sizeof a.keep_stride);
   memcpy(mask.bias_stride, a.bias_stride, sizeof a.bias_stride);
 #pragma omp parallel num_threads(a.threads)
@@ -252,9 +259,10 @@ static void decode_as(const Decode& a) {
         for (long r = 0; r < rows; r++) {
           long h = kh * a.G + r / a.N, i = r % a.N, j = 0;
           const float* q = a.q + ((b * a.H + h) * a.N + i) * a.dp;
+          float p = mask.parameter(h);
           for (; j + COUNT <= n; j += COUNT)
-            key_sums<Metric, T, COUNT>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, a.p);
-          for (; j < n; j++) key_sums<Metric, T, 1>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, a.p);
+            key_sums<Metric, T, COUNT>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p);
+          for (; j < n; j++) key_sums<Metric, T, 1>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p);
           for (; j < BK; j++) s[j] = 0;
           float *o = partial + r * record, *m = o + a.vp, *l = m + 1;
           float largest = std::max(*m, row_logits<Metric>(mask, s, nullptr, b, h, i, j0, n, a.coef[h]));
@@ -318,6 +326,8 @@ extern "C" int attention_decode(const Decode* a, int kind, int type) {
     case 5: decode<Linf>(*a, type); break;
     case 6: decode<Cosine>(*a, type); break;
     case 7: decode<Dot>(*a, type); break;
+    case 8: decode<SoftL1>(*a, type); break;
+    case 9: decode<SoftL2>(*a, type); break;
     default: return 1;
   }
   return 0;

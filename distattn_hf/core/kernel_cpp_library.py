@@ -38,11 +38,14 @@ ALIGNMENT = 16
 # (metric, p) -> number of the metric in the C++ `switch`; lp takes the general entry unless its p has its own.
 KINDS = {"l1": 0, "sqeuclidean": 1, "l2": 2, "lp": 4, "chebyshev": 5, "cosine": 6, "dot": 7}
 _ORDERS = {1.0: 0, 2.0: 2, 3.0: 3}
+# The softened forms that have kernels (cosine's is a matter of norms).
+_SOFTENED = {0: 8, 2: 9, 6: 6}
 
 
-def kind_of(metric: str, p: float | None) -> int | None:
+def kind_of(metric: str, p: float | None, softened: bool = False) -> int | None:
     """Return the kernel's number for a metric, or None when there is no kernel."""
-    return _ORDERS.get(p, KINDS["lp"]) if metric == "lp" else KINDS.get(metric)
+    kind = _ORDERS.get(p, KINDS["lp"]) if metric == "lp" else KINDS.get(metric)
+    return _SOFTENED.get(kind) if softened else kind
 
 
 def compiler() -> list[str] | None:
@@ -173,7 +176,7 @@ _NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
 
 class _Problem(ctypes.Structure):
     _fields_ = fields(
-        "q k kpanels v vpanels coef bias out lse dout keep o l dq dk dv dcoef dbias sums",
+        "q k kpanels v vpanels coef soft bias out lse dout keep o l dq dk dv dcoef dbias sums",
         _NUMBERS,
         {"keep_stride": 4, "bias_stride": 4},
     )
@@ -181,7 +184,7 @@ class _Problem(ctypes.Structure):
 
 class _Decode(ctypes.Structure):
     _fields_ = fields(
-        "q coef bias k v keep o partial",
+        "q coef soft bias k v keep o partial",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3, "keep_stride": 4, "bias_stride": 4},
     )
@@ -200,6 +203,10 @@ FLOATS = {"dtype": torch.float32, "device": "cpu"}
 def _cut(tensor: Tensor, size: int) -> Tensor:
     """Return the first `size` entries of the last axis."""
     return tensor if tensor.shape[-1] == size else tensor[..., :size].contiguous()
+
+
+def _numbers(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
 
 
 def _sum_splits(tensor: Tensor) -> Tensor:
@@ -250,8 +257,11 @@ class _Call:
             raise RuntimeError(f"no CPU kernel {name} for metric number {numbers[0]}")
 
 
-def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
-    """Return (output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling."""
+def attention_forward(query, key, value, coef, soft, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
+    """Return (output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling.
+
+    soft (H,): ε or, of l1, δ = ε / d of the softened metric; None: p is the metric's parameter.
+    """
     call = _Call(_Problem, query, key, value.shape[-1], p)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
     lse = torch.empty(query.shape[:3], **FLOATS)
@@ -260,6 +270,7 @@ def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> t
         kpanels=_panels(key),
         v=padded_rows(value),
         coef=coef.float().contiguous(),
+        soft=_numbers(soft),
         o=output,
         l=lse,
     )
@@ -269,7 +280,7 @@ def attention_forward(query, key, value, coef, keep, bias, kind, p, causal) -> t
     return _cut(output, call.data.dv_), lse
 
 
-def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, kind, p, causal, bias_grad):
+def attention_backward(grad, query, key, value, coef, soft, keep, bias, output, lse, kind, p, causal, bias_grad):
     """Return gradients (query, key, value, coef, bias or an empty tensor), float32; bias's has the shape of bias."""
     call = _Call(_Problem, query, key, value.shape[-1], p)
     data = call.data
@@ -290,7 +301,7 @@ def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, k
     call.point(
         **rows, kpanels=_panels(key), vpanels=_panels(value), dout=padded_rows(grad), out=padded_rows(output), lse=lse
     )
-    call.point(**new, coef=coef.float().contiguous())
+    call.point(**new, coef=coef.float().contiguous(), soft=_numbers(soft))
     call.mask(keep, bias)
     bias_gradient = torch.zeros(bias.shape if bias_grad else 0, **FLOATS)
     if bias_grad:
@@ -306,7 +317,7 @@ def attention_backward(grad, query, key, value, coef, keep, bias, output, lse, k
     )
 
 
-def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Tensor:
+def attention_decode(query, key, value, coef, soft, keep, bias, kind, p, causal) -> Tensor:
     """Return the output (B, H, N, d_v), float32, for few queries; reads float32 or bfloat16 keys once, in place."""
     call = _Call(_Decode, query, key, value.shape[-1], p)
     data = call.data
@@ -319,7 +330,8 @@ def attention_decode(query, key, value, coef, keep, bias, kind, p, causal) -> Te
         data.splits = -(-4 * data.threads // units)
     output = torch.empty(data.B, data.H, data.N, data.vp, **FLOATS)
     partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2, **FLOATS)
-    call.point(q=padded_rows(query), k=key, v=value, coef=coef.float().contiguous(), o=output, partial=partial)
+    call.point(q=padded_rows(query), k=key, v=value, o=output, partial=partial)
+    call.point(coef=coef.float().contiguous(), soft=_numbers(soft))
     data.k_stride, data.v_stride = strides(key), strides(value)
     call.mask(keep, bias)
     data.causal = causal

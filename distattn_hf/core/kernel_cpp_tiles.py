@@ -36,6 +36,7 @@ INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf where(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }  // of (NaN, b): b
 // Of numbers >= 0, whose bits are ordered as they are: unlike a float comparison this keeps a NaN.
 INLINE vf largest_of(vf a, vf b) { return (vf)((vi)a > (vi)b ? (vi)a : (vi)b); }
 INLINE float largest_bits(vf x) {
@@ -132,6 +133,21 @@ INLINE vf divide(vf w, vf d) { return where(d == 0, vf{}, w / where(d == 0, spla
 struct L2 : Sq {
   INLINE vf finish(vf s, float) { return sqrtv(s); }
   INLINE vf weight(vf w, vf d, float) { return divide(w, d); }
+};
+// Softened (see softening.py): p is the knee δ of a coordinate, and ε.
+struct SoftL1 {
+  static constexpr bool ties = false;
+  INLINE vf add(vf s, vf x, float p) {
+    vf a = vabs(x), m = vmin(a, splat(p));
+    return s + m * (a - 0.5f * m);
+  }
+  INLINE vf finish(vf s, float p) { return s / p; }
+  INLINE vf weight(vf w, vf, float p) { return w / p; }
+  INLINE vf pull(vf acc, vf w, vf x, vf, float p) { return acc + w * vmax(vmin(x, splat(p)), splat(-p)); }
+};
+struct SoftL2 : Sq {
+  INLINE vf finish(vf s, float p) { return s / (sqrtv(s + p * p) + p); }
+  INLINE vf weight(vf w, vf d, float p) { return w / (d + p); }  // d + ε is the root
 };
 struct L3 {
   static constexpr bool ties = false;

@@ -37,6 +37,16 @@ def check_distances(source: str, distances: Tensor, query: Tensor, key: Tensor, 
         )
 
 
+def refuse_parameters(name: str, metric) -> None:
+    """Raise `ValueError` for a metric that refers to parameters."""
+    if holds_parameters(metric):
+        raise ValueError(
+            f"metric {name!r} refers to parameters, which no model would train or save. λ, scale and maps of each head "
+            "train by themselves; parameters of a distance belong into a layer (DistanceBasedAttention with its own "
+            "compute_distance_matrix), and constants into tensors without a gradient"
+        )
+
+
 def holds_parameters(thing) -> bool:
     """Return whether a function or object refers to a tensor with a gradient or a module with parameters.
 

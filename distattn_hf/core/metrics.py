@@ -4,15 +4,16 @@ Shapes: query (..., N, d), key (..., M, d), distances (..., N, M). Attention log
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .kernel_cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
-from .metric_checks import check_distances, holds_parameters
+from .metric_checks import check_distances, refuse_parameters
 from .registry import Registry
+from .softening import huber, plummer, soft_maximum, soft_normalize, soft_power_mean
 
 METRICS = Registry("metric")
 
@@ -33,6 +34,8 @@ class Metric:
     scale_free: bool = False
     # dist(s·q + c, s·k + c) = s^degree·dist(q, k) for all s > 0 and c; None: not so.
     degree: int | None = None
+    # Has a softened form (see softening.py), `softened_distance`.
+    softens: bool = False
     # No matmul form: N·M·d elementwise operations, so a fit draws fewer rows.
     elementwise: bool = False
     # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
@@ -47,12 +50,18 @@ class Metric:
         """Return the same distances without a (..., N, M, d) tensor."""
         return self.distance(query, key, p)
 
-    def checked_distance(self, query: Tensor, key: Tensor, p: float | None = None, fast: bool = True) -> Tensor:
-        """Return `fast_distance`, or `distance`; raises `ValueError` where a user's own metric gives no distances."""
+    def checked_distance(self, query: Tensor, key: Tensor, p=None, fast: bool = True, epsilon=None) -> Tensor:
+        """Return `fast_distance`, `distance` or `softened_distance`; raises `ValueError` for what is no distance."""
+        if epsilon is not None:
+            return self.softened_distance(query, key, epsilon, p)
         distances = (self.fast_distance if fast else self.distance)(query, key, p)
         if self is not BUILT_IN.get(self.name):
             check_distances(f"metric {self.name!r}", distances, query, key, signed=not self.is_distance)
         return distances
+
+    def softened_distance(self, query: Tensor, key: Tensor, epsilon: float | Tensor, p: float | None = None) -> Tensor:
+        """Return the distances softened by ε > 0, a number or broadcastable to (..., 1, 1): see softening.py."""
+        raise NotImplementedError
 
     def dot_form(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """Return (q', k', key_bias or None, factor) with -distance = factor·q'·k' + key_bias + (a constant of the row).
@@ -206,7 +215,7 @@ class Euclidean(Metric):
 
     name, aliases, rotation_invariant, degree = "l2", ("euclidean",), True, 1
 
-    preferred_transform = "scalar"
+    preferred_transform, softens = "scalar", True
 
     def distance(self, query, key, p=None):
         return _pairwise_difference(query, key, lambda diff: torch.linalg.vector_norm(diff, dim=-1))
@@ -215,6 +224,9 @@ class Euclidean(Metric):
         # The clamp keeps the root's slope finite where q = k (its gradient there is 0, a subgradient).
         return _squared_distance(query, key).clamp_min(_NORM_EPSILON).sqrt()
 
+    def softened_distance(self, query, key, epsilon, p=None):
+        return plummer(_squared_distance(query, key).clamp_min(0), epsilon)
+
     def temperature(self, head_dim, p=None):
         return math.sqrt(3) / 2
 
@@ -222,7 +234,7 @@ class Euclidean(Metric):
 class Cosine(Metric):
     """1 - cos(q, k)."""
 
-    name, rotation_invariant, scale_free = "cosine", True, True
+    name, rotation_invariant, scale_free, softens = "cosine", True, True, True
 
     def distance(self, query, key, p=None):
         return 1 - (F.normalize(query, dim=-1)[..., :, None, :] * F.normalize(key, dim=-1)[..., None, :, :]).sum(-1)
@@ -230,7 +242,12 @@ class Cosine(Metric):
     def fast_distance(self, query, key, p=None):
         return 1 - torch.matmul(F.normalize(query, dim=-1), F.normalize(key, dim=-1).transpose(-1, -2))
 
-    def dot_form(self, query, key):
+    def softened_distance(self, query, key, epsilon, p=None):
+        return -torch.matmul(soft_normalize(query, epsilon), soft_normalize(key, epsilon).transpose(-1, -2))
+
+    def dot_form(self, query, key, epsilon=None):
+        if epsilon is not None:
+            return soft_normalize(query, epsilon), soft_normalize(key, epsilon), None, 1.0
         return F.normalize(query, dim=-1), F.normalize(key, dim=-1), None, 1.0
 
     def temperature(self, head_dim, p=None):
@@ -240,7 +257,7 @@ class Cosine(Metric):
 class Minkowski(Metric):
     """(Σ|q-k|^p)^(1/p), p ≥ 1; subclasses fix p."""
 
-    name, aliases, elementwise, degree = "lp", ("minkowski",), True, 1
+    name, aliases, elementwise, degree, softens = "lp", ("minkowski",), True, 1, True
     order: float | None = None
 
     def _order(self, p):
@@ -261,11 +278,23 @@ class Minkowski(Metric):
 
     def fast_distance(self, query, key, p=None):
         if self._compiled(query, key):
-            lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
-            flat = [t.expand(*lead, *t.shape[-2:]).reshape(1, -1, *t.shape[-2:]) for t in (query, key)]
-            distances = _CompiledDistance.apply(*flat, kind_of(self.name, self._order(p)), self._order(p))
-            return distances.view(*lead, query.shape[-2], key.shape[-2])
+            return self._by_kernel(query, key, kind_of(self.name, self._order(p)), self._order(p))
         return self._eager_distance(query, key, p)
+
+    def softened_distance(self, query, key, epsilon, p=None):
+        if (order := self._order(p)) == 2:
+            return BUILT_IN["l2"].softened_distance(query, key, epsilon)
+        if order == 1 and self._compiled(query, key):
+            # Homogeneous: at ε = 1 the kernel needs no gradient of ε.
+            kind, knee = kind_of("l1", None, softened=True), 1 / query.shape[-1]
+            return epsilon * self._by_kernel(query / epsilon, key / epsilon, kind, knee)
+        form = {1: huber, math.inf: soft_maximum}.get(order, partial(soft_power_mean, p=order))
+        return _pairwise_difference(query, key, lambda difference: form(difference, epsilon))
+
+    def _by_kernel(self, query, key, kind, p) -> Tensor:
+        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+        flat = [t.expand(*lead, *t.shape[-2:]).reshape(1, -1, *t.shape[-2:]) for t in (query, key)]
+        return _CompiledDistance.apply(*flat, kind, p).view(*lead, query.shape[-2], key.shape[-2])
 
     def _compiled(self, query, key) -> bool:
         """Return whether the CPU kernels compute these distances; torch.compile has no graph for them, takes cdist."""
@@ -354,12 +383,7 @@ def register_metric(name: str, metric, *, aliases: tuple[str, ...] = (), rotatio
     """
     if not isinstance(metric, Metric) and not callable(metric):
         raise ValueError(f"metric must be callable or a Metric, got {type(metric).__name__}")
-    if holds_parameters(metric):
-        raise ValueError(
-            f"metric {name!r} refers to parameters, which no model would train or save. λ, scale and maps of each head "
-            "train by themselves; parameters of a distance belong into a layer (DistanceBasedAttention with its own "
-            "compute_distance_matrix), and constants into tensors without a gradient"
-        )
+    refuse_parameters(name, metric)
     if not isinstance(metric, Metric):
         metric = FunctionMetric(name, metric, aliases=aliases, rotation_invariant=rotation_invariant)
     METRICS.register(name, metric, aliases=aliases, overwrite=overwrite)

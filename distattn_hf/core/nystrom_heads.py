@@ -1,5 +1,6 @@
 """Nyström attention inside a model: from transformers' arguments to `hybrid_attention`, with or without a cache."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -10,9 +11,9 @@ from transformers.utils import logging
 
 from .attention_spec import version_note
 from .inputs import ModuleCall, add_triangle, surely
-from .nystrom_cache import layer_behind
+from .nystrom_cache import NystromLayer, layer_behind
 from .nystrom_hybrid import HybridInputs, advance, hybrid_attention
-from .parameters import NystromParameters
+from .parameters import DistanceAttentionState, NystromParameters
 from .reference import reference_hybrid
 from .relative_bias import as_tensor, of_heads, window_bias
 
@@ -58,7 +59,7 @@ def padding_mask(
     return mask[:, None, None, :]
 
 
-def write_out(call: ModuleCall, num_queries: int, num_keys: int, device) -> ModuleCall:
+def write_out(call: ModuleCall, num_queries: int, num_keys: int, device: torch.device) -> ModuleCall:
     """Return the call as exact attention needs it, from that of `padding_mask`: causal mask, bias as a tensor."""
     mask, bias = call.mask, as_tensor(call.position_bias, num_queries, num_keys)
     if call.is_causal and num_queries > 1 and (mask is None or mask.shape[2] == 1):
@@ -79,7 +80,9 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
     return mask[:, 0, 0, -length:].expand(len(query), length)
 
 
-def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple[Tensor, Tensor | None]:
+def nystrom_forward(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, attend: Callable
+) -> tuple[Tensor, Tensor | None]:
     """Run a module with Nyström heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
 
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
@@ -132,7 +135,7 @@ def nystrom_forward(state, query, key, value, call: ModuleCall, attend) -> tuple
     return join_heads(results)
 
 
-def touched(group, output: Tensor) -> Tensor:
+def touched(group: NystromParameters, output: Tensor) -> Tensor:
     """Return the output with all of a group's parameters in its graph, with gradient 0 where nothing uses them.
 
     DDP and others wait for a gradient of every parameter that trains.
@@ -143,7 +146,7 @@ def touched(group, output: Tensor) -> Tensor:
     return output + 0 * sum(unused).to(output.dtype) if unused else output
 
 
-def _check_options(layer, state) -> None:
+def _check_options(layer: NystromLayer | None, state: DistanceAttentionState) -> None:
     """Raise `ValueError` where a cache was begun with options other than the module's current ones."""
     for _, group in state.parts():
         if isinstance(group, NystromParameters):
@@ -155,7 +158,14 @@ def _check_options(layer, state) -> None:
                     )
 
 
-def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: ModuleCall) -> None:
+def _absorb(
+    state: DistanceAttentionState,
+    layer: NystromLayer | None,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    call: ModuleCall,
+) -> None:
     """Make a full cache's keys (B, H_kv, n, d) the layer's window and state, as if they had run here."""
     length = key.shape[2]
     # The state holds no bias: that of a far key depends on nothing but its side.
@@ -171,7 +181,7 @@ def _absorb(state, layer, key: Tensor, value: Tensor, keep: Tensor, call: Module
     layer.put(key, value, near_keep, far_state)
 
 
-def _depends_on_padding(state, layer, num_keys: int) -> bool:
+def _depends_on_padding(state: DistanceAttentionState, layer: NystromLayer | None, num_keys: int) -> bool:
     """Return whether only the mask's values say which queries see few keys."""
     limits = [group.spec.exact_below or 0 for _, group in state.parts() if isinstance(group, NystromParameters)]
     return any(0 < limit < num_keys for limit in limits) and not (layer is not None and layer.is_long)
@@ -184,7 +194,14 @@ def _uncompiled():
     return torch.compiler.disable(nystrom_forward)
 
 
-def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bool) -> Tensor | bool | None:
+def _sees_few(
+    state: DistanceAttentionState,
+    group: NystromParameters,
+    layer: NystromLayer | None,
+    keep: Tensor,
+    num_queries: int,
+    is_causal: bool,
+) -> Tensor | bool | None:
     """Return which of the last N queries see at most spec.exact_below keys (B, N); None for none, True for all."""
     limit, num_keys = group.spec.exact_below or 0, keep.shape[1]
     if state.observer is not None:  # a conversion fits the far field at whatever length its text has
@@ -218,7 +235,7 @@ def _sees_few(state, group, layer, keep: Tensor, num_queries: int, is_causal: bo
     return True
 
 
-def _few_rows(few: Tensor, query, key, value, keep: Tensor, call: ModuleCall, exact):
+def _few_rows(few: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, call: ModuleCall, exact):
     """Return (items (b,), output, weights) of exact attention of the batch items and first queries that `few` marks."""
     items = few.any(1).nonzero()[:, 0]
     query, key, value, keep = (t[items] for t in (query, key, value, keep))
@@ -247,7 +264,16 @@ def _put_rows(few: Tensor, exact: tuple, output: Tensor, weights: Tensor | None)
     return put(output, exact_results[0]), put(weights, exact_results[1])
 
 
-def _far_heads(group, query, key, value, keep, call: ModuleCall, num_keys: int, layer):
+def _far_heads(
+    group: NystromParameters,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    call: ModuleCall,
+    num_keys: int,
+    layer: NystromLayer | None,
+):
     """Return (output, weights or None, the next state, keep without sinks) of the Nyström heads of a module."""
     inputs = hybrid_inputs(group, query, key, value, keep, call, num_keys, layer.state if layer is not None else None)
     started = layer is not None and layer.length > query.shape[2]
@@ -270,19 +296,23 @@ def _take(tensor: Tensor, heads: list[int]) -> Tensor:
     return tensor.index_select(1, torch.tensor(heads, device=tensor.device))
 
 
-def _bias_of(bias, heads: list[int], device):
+def _bias_of(bias, heads: list[int], device: torch.device):
     """Return some heads of a position bias, if there is one."""
     return None if bias is None else of_heads(bias, torch.tensor(heads, device=device))
 
 
-def _in_full(query, key, value, heads: list[int], columns: list[int], layer) -> tuple[Tensor, Tensor, Tensor]:
+def _in_full(
+    query: Tensor, key: Tensor, value: Tensor, heads: list[int], columns: list[int], layer: NystromLayer | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key and value of some heads for exact attention: with a cache layer, from the keys it keeps."""
     if layer is not None:
         columns = [layer.full_key_heads.index(column) for column in columns]
     return _take(query, heads), _take(key, columns), _take(value, columns)
 
 
-def _exact(attend, group, query, key, value, call: ModuleCall) -> tuple[Tensor, Tensor | None]:
+def _exact(
+    attend: Callable, group: NystromParameters, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> tuple[Tensor, Tensor | None]:
     """Run exact attention of the last N of M keys' queries: causality by flag where that suffices, else by mask."""
     by_flag = call.mask is None and query.shape[2] == key.shape[2]
     call = call if by_flag else write_out(call, query.shape[2], key.shape[2], query.device)
@@ -301,7 +331,16 @@ def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[
     return torch.cat(outputs, dim=1)[:, inverse], joined
 
 
-def hybrid_inputs(group, query, key, value, keep, call: ModuleCall, num_keys: int, state=None) -> HybridInputs:
+def hybrid_inputs(
+    group: NystromParameters,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    call: ModuleCall,
+    num_keys: int,
+    state: DistanceAttentionState = None,
+) -> HybridInputs:
     """Return the inputs of a group of Nyström heads for `num_keys` keys with those in a cache; key and value have a
     head for every query head.
     """

@@ -10,16 +10,17 @@ from transformers import initialization
 from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
 from .metrics import get_metric
+from .softening import check_softening
 
 
 class HeadParameters(nn.Module):
-    """λ, α, shift c and maps of one group of heads.
+    """λ, α, shift c, maps and softening ε of one group of heads.
 
     transform "none":   q, k
     transform "scalar": q / α_h, α_h·(k - c_h)
     transform "maps": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
-    Shapes: log_lambda (H,), log_alpha (H,), shift (H, d), query_map and key_map (H, d, d).
+    Shapes: log_lambda (H,), log_alpha (H,), log_softening (H,), shift (H, d), query_map and key_map (H, d, d).
 
     Attention calls the module, `group(query, key)`, and never its methods: what loads offloaded parameters or gathers
     sharded ones does so around `forward`.
@@ -33,6 +34,10 @@ class HeadParameters(nn.Module):
         self.p = metric.validate(spec.p)
         self.num_heads, self.head_dim = num_heads, head_dim
         self.transform = spec.transform or "none"
+        if spec.softening is not None:
+            check_softening(metric, 1.0)
+        self.fits_softening = spec.softening == "fit"
+        self.constant_softening = None if self.fits_softening else spec.softening
         self.constant_lambda = spec.lam if (spec.lam is not None and not spec.learnable_lambda) else None
         # A model built in half precision keeps these in float32, as it does when it is loaded in half precision.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -48,6 +53,8 @@ class HeadParameters(nn.Module):
 
     def _add_parameters(self, dtype: torch.dtype) -> None:
         num_heads, head_dim = self.num_heads, self.head_dim
+        if self.fits_softening:
+            self.log_softening = nn.Parameter(torch.empty(num_heads, dtype=dtype))
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
@@ -63,6 +70,8 @@ class HeadParameters(nn.Module):
                 scaling = scaling or (self.head_dim or 1) ** -0.5
                 lam = get_metric(self.metric).default_lambda(self.head_dim or 64, scaling, self.p)
             initialization.constant_(self.log_lambda, math.log(lam))
+        if self.fits_softening:
+            initialization.zeros_(self.log_softening)
         if self.transform != "none":
             initialization.zeros_(self.log_alpha)
             initialization.zeros_(self.shift)
@@ -84,19 +93,28 @@ class HeadParameters(nn.Module):
             return self.constant_lambda
         return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
 
+    def softening(self) -> float | Tensor | None:
+        """Return ε: a constant, (H,) in at least float32, or None for the plain distance."""
+        if not self.fits_softening:
+            return self.constant_softening
+        return self.log_softening.to(torch.promote_types(self.log_softening.dtype, torch.float32)).exp()
+
     def reported_values(self) -> dict[str, list[float] | None]:
-        """Return {"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none.
+        """Return {"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none. With an ε
+        also "softening".
 
         Empty where the parameters are not here (on the meta device, or cut up over processes).
         """
         own = {**self._parameters, **self._buffers}
-        own = [own[name] for name in ("log_lambda", "log_alpha") if own.get(name) is not None]
+        own = [own[name] for name in ("log_lambda", "log_alpha", "log_softening") if own.get(name) is not None]
         if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
         reported = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
         if self.transform != "none" and not get_metric(self.metric).scale_free:
             reported["alpha"] = self.log_alpha.float().exp().tolist()
+        if (epsilon := self.softening()) is not None:
+            reported["softening"] = epsilon.tolist() if isinstance(epsilon, Tensor) else [epsilon] * self.num_heads
         return {name: values and [round(value, 6) for value in values] for name, values in reported.items()}
 
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,19 +128,19 @@ class HeadParameters(nn.Module):
             query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
         return query / alpha, key * alpha
 
-    def mapped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Return (query, key, λ) of `map` and `lam`."""
-        return *self.map(query, key), self.lam()
+    def mapped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor | None]:
+        """Return (query, key, λ, ε) of `map`, `lam` and `softening`."""
+        return *self.map(query, key), self.lam(), self.softening()
 
-    def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Return (query, key, λ) that give the logits of `map` and `lam`, with as little as possible done to keys.
+    def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor | None]:
+        """Return (query, key, λ, ε) that give the logits of `mapped`, with as little as possible done to keys.
 
-        dist(q·Q/α, α·(k - c)·K) = α^degree·dist(q·Q/α² + c·K, k·K) for distances of differences: all but K goes to the
-        query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
+        dist_ε(q·Q/α, α·(k - c)·K) = α^degree·dist_(ε/α)(q·Q/α² + c·K, k·K) for distances of differences: all but K goes
+        to the query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
         """
         degree = get_metric(self.metric).degree
         if self.transform == "none":
-            return query, key, self.lam()
+            return query, key, self.lam(), self.softening()
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and (degree is None or self.transform == "maps"):
             key = key.repeat_interleave(groups, dim=1)
@@ -134,7 +152,12 @@ class HeadParameters(nn.Module):
         if self.transform == "maps":
             key_map = self.key_map.to(dtype)
             query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
-        return torch.addcmul(shift, query, factor), key, lam
+        return torch.addcmul(shift, query, factor), key, lam, self._folded_softening(dtype)
+
+    def _folded_softening(self, dtype: torch.dtype) -> Tensor | None:
+        if self.fits_softening:
+            return (self.log_softening.to(dtype) - self.log_alpha.to(dtype)).exp()
+        return None if self.constant_softening is None else self.constant_softening * (-self.log_alpha.to(dtype)).exp()
 
     def _folded(self, dtype: torch.dtype, degree: int) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return (1/α² as (H, 1, 1), c as (H, 1, d), λ·α^degree)."""

@@ -12,7 +12,7 @@ from .nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
 
 def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
     """Return -λ·scaling·distance(q, k) + bias, and the kept entries: ((B, H, N, M), broadcastable bool or None)."""
-    distance = inputs.metric.checked_distance(inputs.query, inputs.key, inputs.p, fast=False)
+    distance = inputs.distances(inputs.query, inputs.key, fast=False)
     logits = -inputs.lambda_column() * inputs.scaling * distance
     if inputs.bias is not None:
         logits = logits + inputs.bias.to(logits.dtype)

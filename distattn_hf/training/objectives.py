@@ -18,6 +18,7 @@ from ..core.attention import without_autocast
 from ..core.inputs import ModuleCall
 from ..core.interface import attend, attend_groups
 from ..core.nystrom_heads import nystrom_forward
+from ..core.parameters import DistanceAttentionState
 from ..data.batches import forward_inputs, label_loss, query_mask
 from ..data.tasks import TASKS
 
@@ -41,7 +42,9 @@ def relative_error(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Te
     return ratio.sum(0) / (valid.sum(-1) > 0).sum().clamp_min(1)
 
 
-def student_attention(state, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:
+def student_attention(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> Tensor:
     """Compute a converted module's own attention for one observed call, without dropout: (B, H, N, d_v)."""
     call = replace(call, dropout_p=0.0, backend=None, return_weights=False)
     if state.is_nystrom:
@@ -111,7 +114,7 @@ class AttentionTransfer:
     def _observer(self, inputs, targets, losses):
         encoder_decoder = self.student.config.is_encoder_decoder
 
-        def observe(state, query, key, value, call):
+        def observe(state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall):
             value = value.detach()
             if targets is None:
                 query, key = query.detach(), key.detach()
@@ -138,7 +141,7 @@ class AttentionTransfer:
         """Return the teacher's attention outputs on this batch, in the order in which the modules run."""
         outputs: list[Tensor] = []
 
-        def record(state, query, key, value, call):
+        def record(state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall):
             outputs.append(teacher_attention(query, key, value, call))
             return outputs[-1]
 
@@ -150,7 +153,7 @@ class AttentionTransfer:
     def _in_output(self, losses: list[Tensor]):
         """Let the student return the loss as its output: DDP looks there for the parameters that were used."""
 
-        def add(module, arguments, output):
+        def add(module: nn.Module, arguments, output):
             if not losses:
                 raise ValueError(f"attention transfer: the batch never reached a converted module of {type(module)}")
             return {"transfer_loss": torch.stack(losses).mean()}
@@ -162,7 +165,9 @@ class AttentionTransfer:
             handle.remove()
 
 
-def _layer_loss(state, query, key, value, call, target, valid) -> Tensor:
+def _layer_loss(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, target, valid
+) -> Tensor:
     errors = relative_error(student_attention(state, query, key, value, call), target, valid)
     heads = [head for heads, group in state.parts() if group is not None for head in heads]
     return errors.mean() if len(heads) == len(errors) else errors[heads].mean()
@@ -201,7 +206,14 @@ class Distillation:
     """
 
     def __init__(
-        self, teacher, task: str, *, temperature=1.0, hidden_weight=0.0, task_weight=0.0, dropout: bool = False
+        self,
+        teacher,
+        task: str,
+        *,
+        temperature: float = 1.0,
+        hidden_weight: float = 0.0,
+        task_weight: float = 0.0,
+        dropout: bool = False,
     ):
         for name, value, is_valid, allowed in (
             ("temperature", temperature, temperature > 0, "> 0"),
@@ -221,7 +233,7 @@ class Distillation:
         self.teacher, self.task, self.dropout = teacher, task, dropout
         self.temperature, self.hidden_weight, self.task_weight = temperature, hidden_weight, task_weight
 
-    def __call__(self, model: nn.Module, inputs: dict, num_items=None) -> tuple[Tensor, object]:
+    def __call__(self, model: nn.Module, inputs: dict, num_items: Tensor | None = None) -> tuple[Tensor, object]:
         """Return (loss, the student's output). num_items: positions with a label in the whole batch that `inputs` is
         part of; None: those in `inputs`."""
         arguments = forward_inputs(self.teacher, inputs)
@@ -241,7 +253,7 @@ class Distillation:
             loss = loss + self.hidden_weight * self._hidden(output, target, inputs)
         return loss, output
 
-    def _on_logits(self, student: Tensor, teacher: Tensor, inputs: dict, num_items) -> Tensor:
+    def _on_logits(self, student: Tensor, teacher: Tensor, inputs: dict, num_items: Tensor | None) -> Tensor:
         labels = inputs.get("labels")
         if labels is None:
             mask = inputs.get("attention_mask") if self.task != "sequence-classification" else None

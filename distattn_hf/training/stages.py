@@ -280,7 +280,7 @@ def _plain(name: str) -> str:
 
 @torch.no_grad()
 def attention_means(student) -> dict[str, float]:
-    """Return mean λ and α over the heads of each metric: {"lambda/l2": ..., "alpha/l2": ...}; empty if sharded."""
+    """Return means over the heads of each metric: {"lambda/l2", "alpha/l2", "softening/l2": ...}; empty if sharded."""
     values_by_name: dict[str, list] = {}
     for state in student.attention_states.values():
         for group in state.groups:
@@ -291,4 +291,6 @@ def attention_means(student) -> dict[str, float]:
                 values_by_name.setdefault(f"lambda/{group.metric}", []).append(lam.float().flatten())
             if group.transform != "none":
                 values_by_name.setdefault(f"alpha/{group.metric}", []).append(group.log_alpha.float().exp().flatten())
+            if group.fits_softening:
+                values_by_name.setdefault(f"softening/{group.metric}", []).append(group.softening().float().flatten())
     return {name: float(torch.cat(values).mean()) for name, values in values_by_name.items()}

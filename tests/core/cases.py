@@ -25,6 +25,8 @@ def _orders(metric: str) -> tuple[float | None, ...]:
         return ORDERS
 
 
+# Of the order of the distances and norms of test tensors, so that some are softened and some are not.
+SOFTENING = 2.5
 # (metric, p) of everything registered: a new metric is in all tests by being registered.
 METRIC_CASES = [(metric, p) for metric in METRICS for p in _orders(metric)]
 
@@ -37,18 +39,35 @@ class Case:
     p: float | None
     backend: str
     blocks: bool = False
+    softening: float = 0.0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options):
         entries = 1 if self.blocks else backend_chunked._BLOCK_ENTRIES
         with mock.patch.object(backend_chunked, "_BLOCK_ENTRIES", entries):
-            return distance_attention(query, key, value, metric=self.metric, p=self.p, backend=self.backend, **options)
+            return distance_attention(
+                query,
+                key,
+                value,
+                metric=self.metric,
+                p=self.p,
+                backend=self.backend,
+                softening=self.softening,
+                **options,
+            )
 
     @property
     def reference(self) -> "Case":
-        return Case(self.metric, self.p, "reference")
+        return Case(self.metric, self.p, "reference", softening=self.softening)
 
     def __str__(self) -> str:
-        return "-".join([metric_id((self.metric, self.p)), self.backend, *(["blocks"] if self.blocks else [])])
+        return "-".join(
+            [
+                metric_id((self.metric, self.p)),
+                self.backend,
+                *(["blocks"] if self.blocks else []),
+                *(["soft"] if self.softening else []),
+            ]
+        )
 
 
 def metric_id(case: tuple[str, float | None]) -> str:
@@ -61,21 +80,32 @@ needs_compiler = pytest.mark.skipif(unavailable() is not None, reason=f"CPU kern
 
 
 def runs(
-    metric: str, p: float | None, backend: str, *, grad=False, queries=5, dtype=torch.float32, dropout=0.0
+    metric: str,
+    p: float | None,
+    backend: str,
+    *,
+    grad=False,
+    queries=5,
+    dtype=torch.float32,
+    dropout=0.0,
+    softening=0.0,
 ) -> bool:
     """Whether `backend` says that it can run `metric` for a problem of this kind."""
     query = torch.ones(1, 1, queries, 4, dtype=dtype, requires_grad=grad)
-    inputs = AttentionInputs(query, query, query, get_metric(metric), 1.0, 1.0, p, dropout_p=dropout)
+    inputs = AttentionInputs(
+        query, query, query, get_metric(metric), 1.0, 1.0, p, dropout_p=dropout, softening=softening or None
+    )
     return BACKENDS.get(backend).unsupported(inputs) is None
 
 
 def _cases(**problem) -> list[Case]:
     return [
-        Case(metric, p, backend, blocks)
+        Case(metric, p, backend, blocks, softening)
         for metric, p in METRIC_CASES
+        for softening in ((0.0, SOFTENING) if get_metric(metric).softens else (0.0,))
         for backend in BACKENDS
         for blocks in ((False, True) if backend == "chunked" else (False,))
-        if runs(metric, p, backend, **problem)
+        if runs(metric, p, backend, softening=softening, **problem)
     ]
 
 

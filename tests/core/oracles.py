@@ -43,9 +43,42 @@ HAND_COMPUTED = {
 }
 
 
-def loop_distances(metric: str, query: Tensor, key: Tensor, p: float | None) -> Tensor:
+def _huber(x: float, knee: float) -> float:
+    return x * x / (2 * knee) if abs(x) < knee else abs(x) - knee / 2
+
+
+def _soft_norm(x, epsilon: float) -> float:
+    return math.sqrt(math.fsum(a * a for a in x) + epsilon * epsilon)
+
+
+def _soft_power(q, k, epsilon: float, p: float) -> float:
+    knee = epsilon / len(q) ** (1 / p)
+    return math.fsum(((a - b) ** 2 + knee**2) ** (p / 2) for a, b in zip(q, k, strict=True)) ** (1 / p) - epsilon
+
+
+def _soft_maximum(q, k, epsilon: float) -> float:
+    return epsilon * math.log(math.fsum(math.cosh((a - b) / epsilon) for a, b in zip(q, k, strict=True)) / len(q))
+
+
+# name -> softened distance(query, key, ε, p): the formulas of softening.py.
+SOFT_ORACLES = {
+    "l2": lambda q, k, e, p: math.hypot(math.dist(q, k), e) - e,
+    "l1": lambda q, k, e, p: math.fsum(_huber(a - b, e / len(q)) for a, b in zip(q, k, strict=True)),
+    "lp": lambda q, k, e, p: _soft_power(q, k, e, p),
+    "chebyshev": lambda q, k, e, p: _soft_maximum(q, k, e),
+    "cosine": lambda q, k, e, p: 1 - _dot(q, k) / _soft_norm(q, e) / _soft_norm(k, e),
+}
+
+
+def _oracle(metric: str, softening: float):
+    if not softening:
+        return ORACLES[metric]
+    return lambda q, k, keys, p: SOFT_ORACLES[metric](q, k, softening, p)
+
+
+def loop_distances(metric: str, query: Tensor, key: Tensor, p: float | None, softening: float = 0.0) -> Tensor:
     """Distances (B, H, N, M) in float64, one pair at a time."""
-    distance = ORACLES[metric]
+    distance = _oracle(metric, softening)
     rows = [
         [[distance(q, k, keys, p) for k in keys] for q in queries]
         for queries, keys in zip(query.flatten(0, 1).tolist(), key.flatten(0, 1).tolist(), strict=True)
@@ -53,11 +86,14 @@ def loop_distances(metric: str, query: Tensor, key: Tensor, p: float | None) -> 
     return torch.tensor(rows, dtype=torch.float64).view(*query.shape[:-1], key.shape[-2])
 
 
-def loop_attention(metric, p, query, key, value, *, lam, scaling, keep=None, bias=None, is_causal=False) -> Tensor:
+def loop_attention(
+    metric, p, query, key, value, *, lam, scaling, keep=None, bias=None, is_causal=False, softening=0.0
+) -> Tensor:
     """softmax(-λ_h·scaling·distance + bias)·value in float64, one entry at a time.
 
     lam: one λ per head. keep, bias: None or (B, H, N, M). Key and value may have fewer heads than the query.
     """
+    distance = _oracle(metric, softening)
     batch, heads, num_queries, _ = query.shape
     group = heads // key.shape[1]
     output = torch.zeros(batch, heads, num_queries, value.shape[-1], dtype=torch.float64)
@@ -71,7 +107,7 @@ def loop_attention(metric, p, query, key, value, *, lam, scaling, keep=None, bia
                     if (keep is None or bool(keep[b, h, i, j])) and (not is_causal or j <= i)
                 ]
                 logits = [
-                    -lam[h] * scaling * ORACLES[metric](q, keys[j], keys, p)
+                    -lam[h] * scaling * distance(q, keys[j], keys, p)
                     + (0.0 if bias is None else float(bias[b, h, i, j]))
                     for j in seen
                 ]

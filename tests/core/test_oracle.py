@@ -11,11 +11,15 @@ from distattn_hf import distance_attention
 from distattn_hf.core.metrics import get_metric
 from tests.tolerances import assert_close
 
-from .cases import METRIC_CASES, Case, make_tensors
+from .cases import METRIC_CASES, SOFTENING, Case, make_tensors
 from .oracles import loop_attention
 
 LAMBDAS = [0.3, 0.8, 1.3, 2.1]
-REFERENCES = [Case(metric, p, "reference") for metric, p in METRIC_CASES]
+REFERENCES = [
+    Case(metric, p, "reference", softening=softening)
+    for metric, p in METRIC_CASES
+    for softening in ((0.0, SOFTENING) if get_metric(metric).softens else (0.0,))
+]
 every_reference = pytest.mark.parametrize("case", REFERENCES, ids=str)
 
 
@@ -28,7 +32,15 @@ def test_attention_equals_python_loops(case, is_causal):
     keep[0, 1, 4] = False
     bias = torch.randn(2, 4, 18, 5, dtype=torch.float64)
     expected = loop_attention(
-        case.metric, case.p, **tensors, lam=LAMBDAS, scaling=0.7, keep=keep, bias=bias, is_causal=is_causal
+        case.metric,
+        case.p,
+        **tensors,
+        lam=LAMBDAS,
+        scaling=0.7,
+        keep=keep,
+        bias=bias,
+        is_causal=is_causal,
+        softening=case.softening,
     )
     actual = case(
         **tensors,
@@ -85,7 +97,9 @@ def test_each_form_of_mask_equals_python_loops(case, form):
             keep = mask_in_full == 1
     if bias is not None:
         total = total + bias
-    expected = loop_attention(case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=0.5, keep=keep, bias=total)
+    expected = loop_attention(
+        case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=0.5, keep=keep, bias=total, softening=case.softening
+    )
     actual = case(**tensors, lam=0.9, scaling=0.5, mask=mask, position_bias=bias)
     assert_close(actual, expected, "float64")
 
@@ -94,7 +108,7 @@ def test_each_form_of_mask_equals_python_loops(case, form):
 def test_bare_attention_equals_python_loops(case):
     """Nothing but query, key, value and a plain number λ, which takes other branches than the test above."""
     tensors = make_tensors(18, 5, 3, 2, dtype=torch.float64)
-    expected = loop_attention(case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=3**-0.5)
+    expected = loop_attention(case.metric, case.p, **tensors, lam=[0.9, 0.9], scaling=3**-0.5, softening=case.softening)
     assert_close(case(**tensors, lam=0.9), expected, "float64")
 
 

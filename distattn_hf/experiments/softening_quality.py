@@ -1,0 +1,78 @@
+"""The dial from a plain distance to the teacher: what a conversion without training costs, against ε / median.
+
+python -m distattn_hf.experiments.softening_quality {iglm|minilm|smollm2} OUT.json [METRIC ...]
+
+Each metric is fitted plain, then softened under budgets of KL (nats per query): the larger the budget, the nearer to
+the plain distance the fit stays. All with transform "scalar", so without maps. The file is written after every fit, and
+a run that was cut off goes on from it.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, median
+
+from transformers.utils import logging
+
+from ..conversion.calibrate import CalibrationOptions
+from ..conversion.convert import convert
+from ..core.attention_spec import AttentionSpec
+from ..storage.folders import write_json
+from . import conversion_quality
+
+METRICS = ("l2", "cosine", "l1")
+BUDGETS = (0.004, 0.03, 0.1)
+
+
+def fit(model, tokenizer, calibration, score, metric: str, budget: float | None) -> dict:
+    """Convert, score and describe one student; budget None: the plain distance."""
+    spec = AttentionSpec(
+        metric, p=3.0 if metric == "lp" else None, transform="scalar", softening=None if budget is None else "fit"
+    )
+    options = CalibrationOptions(steps=40, progress=False, **({} if budget is None else {"divergence_budget": budget}))
+    start = time.perf_counter()
+    student = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=options)
+    seconds = time.perf_counter() - start
+    report = student.conversion_report
+    shares = [value for group in report.groups for value in group.softening_ratio or ()]
+    return {
+        "metric": metric,
+        "budget": budget,
+        "scores": score(student),
+        "softening_ratio": {"mean": fmean(shares), "median": median(shares), "max": max(shares)} if shares else None,
+        "divergence": report.mean_divergence_after,
+        "alpha": report.mean_alpha,
+        "seconds": round(seconds, 1),
+    }
+
+
+def row(result: dict, teacher: dict) -> str:
+    """Return a line for a terminal: ratios of the scores to the teacher's, and ε in medians."""
+    ratios = {name: round(value / teacher[name], 4) for name, value in result["scores"].items()}
+    share = result["softening_ratio"]
+    dial = "plain" if share is None else f"budget {result['budget']:g}, ε/median {share['median']:.2f}"
+    return f"{result['metric']:<10} {dial:<32} ratio {ratios}  KL {result['divergence']:.4f}  {result['seconds']} s"
+
+
+def main(name: str, out: Path, metrics: list[str]) -> None:
+    """Fit what the file does not hold yet, print a line for each fit and write the file."""
+    logging.set_verbosity_error()
+    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"checkpoint": name, "fits": []}
+    if results["checkpoint"] != name:
+        raise SystemExit(f"{out} holds results of {results['checkpoint']}, not of {name}")
+    model, tokenizer, calibration, score = getattr(conversion_quality, name)()
+    results["teacher"] = score(model)
+    done = {(fitted["metric"], fitted["budget"]) for fitted in results["fits"]}
+    for metric in metrics or METRICS:
+        for budget in (None, *BUDGETS):
+            if (metric, budget) not in done:
+                results["fits"].append(fit(model, tokenizer, calibration, score, metric, budget))
+                write_json(out, results)
+                print(row(results["fits"][-1], results["teacher"]), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in ("iglm", "minilm", "smollm2"):
+        raise SystemExit(__doc__)
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,165 @@
+"""Softened distances: digits and limits of their formulas, gradients of ε, and what takes no ε.
+
+The values themselves are in test_oracle.py (loops) and test_backends.py (every backend), as cases of their own.
+"""
+
+import pytest
+import torch
+
+from distattn_hf import AttentionSpec, distance_attention
+from distattn_hf.core.backends import BACKENDS
+from distattn_hf.core.metrics import METRICS, get_metric
+from distattn_hf.core.softening import check_softening
+from tests.tolerances import assert_close
+
+from .cases import METRIC_CASES, Case, make_tensors, metric_id, needs_compiler, runs
+
+SOFT = [(metric, p) for metric, p in METRIC_CASES if get_metric(metric).softens]
+every_soft = pytest.mark.parametrize(("metric", "p"), SOFT, ids=[metric_id(case) for case in SOFT])
+
+
+def vectors(count=12, size=9, dtype=torch.float64):
+    return torch.randn(count, size, dtype=torch.float64).mul(5).to(dtype), torch.randn(count + 3, size).to(dtype)
+
+
+def pairs(values):
+    """Differences along a row, in which a constant of the row cancels."""
+    return values - values[..., :1]
+
+
+@every_soft
+def test_a_small_epsilon_is_the_plain_distance(metric, p):
+    query, key = vectors()
+    plain = get_metric(metric).distance(query, key, p)
+    soft = get_metric(metric).softened_distance(query, key, 1e-9, p)
+    torch.testing.assert_close(pairs(soft), pairs(plain), rtol=0, atol=1e-7)
+
+
+@every_soft
+def test_a_large_epsilon_is_the_squared_distance(metric, p):
+    """Of cosine the dot product, to which ‖q - k‖² is equal but for norms."""
+    query, key = vectors()
+    soft = pairs(get_metric(metric).softened_distance(query, key, 1e5, p))
+    expected = -query @ key.T if metric == "cosine" else (query[:, None] - key).square().sum(-1)
+    expected = pairs(expected)
+    factor = (soft * expected).sum() / expected.square().sum()
+    assert factor > 0
+    torch.testing.assert_close(soft, factor * expected, rtol=1e-4, atol=1e-4 * float(factor * expected.abs().max()))
+
+
+@every_soft
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 0.1, 1.0, 30.0, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float32_keeps_its_digits(metric, p, epsilon, dtype):
+    """Whatever the ε, also where the two terms of a formula agree in all but their last digits."""
+    query, key = (x.to(dtype) for x in vectors())
+    exact = get_metric(metric).softened_distance(query.double(), key.double(), epsilon, p)
+    actual = get_metric(metric).softened_distance(query.float(), key.float(), epsilon, p).double()
+    largest = exact.abs().max()
+    assert_close(actual / largest, exact / largest, "float32_softened")
+
+
+@every_soft
+def test_gradcheck_of_every_epsilon(metric, p):
+    tensors = [t.requires_grad_() for t in make_tensors(4, 5, 3, heads=2, key_heads=1, dtype=torch.float64).values()]
+    epsilon = torch.tensor([0.7, 2.5], dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor([0.6, 1.4], dtype=torch.float64, requires_grad=True)
+    for backend in ("reference", "chunked"):
+
+        def run(query, key, value, epsilon, lam, backend=backend):
+            return distance_attention(
+                query, key, value, metric=metric, p=p, softening=epsilon, lam=lam, backend=backend
+            )
+
+        assert torch.autograd.gradcheck(run, (*tensors, epsilon, lam))
+
+
+@every_soft
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_each_backend_gives_the_gradient_of_epsilon(metric, p, key_heads):
+    """An ε of each head, one of them 0: output and gradients as the reference in float64."""
+    tensors = make_tensors(33, 70, 12, heads=4, key_heads=key_heads)
+    epsilon, weights = torch.tensor([0.0, 0.4, 2.0, 9.0]), torch.randn(2, 4, 33, 12)
+
+    def results(backend, dtype):
+        own = [t.to(dtype).requires_grad_() for t in (*tensors.values(), epsilon)]
+        output = distance_attention(*own[:3], metric=metric, p=p, softening=own[3], backend=backend, is_causal=True)
+        return output, *torch.autograd.grad((output * weights).sum(), own)
+
+    expected = results("reference", torch.float64)
+    for backend in [b for b in BACKENDS if b != "reference" and runs(metric, p, b, grad=True, softening=1.0)]:
+        *actual, of_epsilon = results(backend, torch.float32)
+        for found, wanted in zip(actual, expected, strict=False):
+            assert_close(found, wanted.detach(), "float32_gradient")
+        assert_close(of_epsilon, expected[-1], "float32_softening_gradient")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["l2", "l1", "cosine"])
+def test_decoding_has_an_epsilon_of_each_head(metric, dtype):
+    tensors = make_tensors(1, 70, 12, heads=4, key_heads=2, dtype=dtype)
+    epsilon = torch.tensor([0.0, 0.4, 2.0, 9.0])
+    actual = distance_attention(**tensors, metric=metric, softening=epsilon, backend="cpp")
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    expected = distance_attention(**exact, metric=metric, softening=epsilon.double(), backend="reference")
+    # Keys are read as they are, in bfloat16, too: only the output is rounded to it.
+    assert_close(actual, expected.to(dtype), "float32_forward" if dtype == torch.float32 else "autocast")
+
+
+def test_zero_is_the_plain_distance_bit_for_bit():
+    tensors = make_tensors(20, 30, 12)
+    for metric, p in SOFT:
+        plain = Case(metric, p, "auto")(**tensors)
+        assert torch.equal(distance_attention(**tensors, metric=metric, p=p, softening=0), plain)
+
+
+@pytest.mark.parametrize("metric", [metric for metric in METRICS if not get_metric(metric).softens])
+def test_metrics_without_a_softened_form_refuse_it(metric):
+    with pytest.raises(ValueError, match=f"softening must be 0 with metric '{metric}', got 2.0"):
+        distance_attention(**make_tensors(3), metric=metric, softening=2.0)
+    assert check_softening(get_metric(metric), 0) is None
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "fit", True, torch.tensor([1.0, -1.0])])
+def test_what_is_no_epsilon(value):
+    with pytest.raises(ValueError, match="softening .ε. must be a finite number >= 0"):
+        distance_attention(**make_tensors(3), metric="l2", softening=value)
+
+
+def test_shapes_of_a_tensor():
+    with pytest.raises(ValueError, match=r"softening must be a number or a tensor \(2,\), got shape \(3,\)"):
+        distance_attention(**make_tensors(3), metric="l2", softening=torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softening": -1.0}, "finite number >= 0, 'fit' or None, got -1.0"),
+        ({"softening": "fitted"}, "'fit' or None, got 'fitted'"),
+        ({"softening": 1.0, "metric": "sqeuclidean"}, "softening must be None or 0 with metric 'sqeuclidean'"),
+    ],
+)
+def test_specs(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(**{"metric": "l2", **options})
+    assert AttentionSpec("l2", softening=0).softening is None
+
+
+@every_soft
+@pytest.mark.parametrize("queries", [1, 30])
+def test_one_graph(metric, p, queries):
+    """torch.compile(fullgraph=True) gives what eager gives, the gradient of ε included."""
+    tensors = [t.requires_grad_() for t in make_tensors(queries, 30, 12).values()]
+    epsilon = torch.tensor([0.5, 3.0], requires_grad=True)
+
+    def function(query, key, value, epsilon):
+        return distance_attention(query, key, value, metric=metric, p=p, softening=epsilon, lam=1.0)
+
+    torch.compiler.reset()
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        output = run(*tensors, epsilon)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (*tensors, epsilon))))
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected.detach(), "float32_gradient")
