@@ -4,6 +4,8 @@ import sys
 from importlib import import_module
 from pathlib import PurePath
 
+from .moved import MovedModules
+
 __version__ = "0.1.0"
 
 # Imported on first use, so that importing the package costs little more than transformers' Auto classes.
@@ -46,6 +48,9 @@ _MODULES = {
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = ["__version__", *_LAZY]
+
+
+sys.meta_path.append(MovedModules())
 
 
 def _is_command_line() -> bool:

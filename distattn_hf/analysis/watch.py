@@ -81,6 +81,12 @@ def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
     modules = {locate(model, name): (name, entry) for name, entry in entries.items()}
     if not modules:
         raise no_weights(model, "does not follow transformers' attention interface")
+    for module, (name, _) in modules.items():
+        if not isinstance(state := getattr(module, "distattn", None), DistanceAttentionState | None):
+            raise ValueError(
+                f"{name!r} runs the code that came with its checkpoint ({type(state).__module__}), which the package "
+                "cannot look into; load the model after `import distattn_hf`"
+            )
     configs = {id(m.config): m.config for m in modules if getattr(m, "config", None) is not None}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():

@@ -1,6 +1,7 @@
 """The report of a conversion, by layer and head: printable, and JSON beside the checkpoint."""
 
-from dataclasses import asdict, dataclass, field
+import copy
+from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 
 # What calibration measures of a group of heads under these names, beside divergences.
@@ -39,6 +40,11 @@ class GroupReport:
     def attention(self) -> str:
         """What took the place of dot-product attention: the metric's name, or "nystrom"."""
         return "nystrom" if self.output_error else self.metric
+
+
+def _fields_of(kind: type, data: dict) -> dict:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in data.items() if name in names}
 
 
 @dataclass
@@ -83,9 +89,28 @@ class ConversionReport:
         """Nats per query, mean over heads, after the fit."""
         return self._mean("divergence_after")
 
+    # Models held the dict of `to_dict` before: it is read as that.
     def __getitem__(self, name: str):
-        """Return an entry of `to_dict`, which is what models held in place of this object before."""
+        """Return an entry of `to_dict`."""
         return self.to_dict()[name]
+
+    def keys(self):
+        """Return the names of the entries of `to_dict`."""
+        return self.to_dict().keys()
+
+    def __iter__(self):
+        return iter(self.to_dict())
+
+    def __contains__(self, name) -> bool:
+        return name in self.to_dict()
+
+    def get(self, name: str, default=None):
+        """Return an entry of `to_dict`, or `default`."""
+        return self.to_dict().get(name, default)
+
+    def items(self):
+        """Return the entries of `to_dict`."""
+        return self.to_dict().items()
 
     def to_dict(self) -> dict:
         """Return a JSON-serialisable dict that `from_dict` turns back into an equal report."""
@@ -93,9 +118,17 @@ class ConversionReport:
 
     @classmethod
     def from_dict(cls, data: dict) -> "ConversionReport":
-        """Return the report that `to_dict` described."""
-        data = {k: v for k, v in data.items() if k != "mean_alpha"}
-        return cls(**{**data, "groups": [GroupReport(**g) for g in data["groups"]]})
+        """Return the report that `to_dict` described; entries that are no fields are left out.
+
+        Raises `ValueError` for what is no report.
+        """
+        data = copy.deepcopy(data.to_dict() if isinstance(data, ConversionReport) else dict(data))
+        if missing := [name for name in ("base_architecture", "init", "groups") if name not in data]:
+            raise ValueError(
+                f"a conversion report must have {', '.join(missing)}, got only {', '.join(data) or 'nothing'}"
+            )
+        data["groups"] = [GroupReport(**_fields_of(GroupReport, group)) for group in data["groups"]]
+        return cls(**_fields_of(cls, data))
 
     def table(self, per_head: bool = False) -> str:
         """Return a table for a terminal: a line per group of heads, or per head.

@@ -4,10 +4,12 @@ A config class `DistAttn<Base>Config` exists for every base config of transforme
 module's `__getattr__`, so importing this file imports no model.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib import import_module
 from typing import Any
 
 import transformers
@@ -20,6 +22,13 @@ from .attention_spec import OPTIONS, AttentionSpec, change_specs, parse_block
 logger = logging.get_logger(__name__)
 
 MODEL_TYPE_PREFIX = "distattn_"
+# The files that hold models, and a class in each.
+_MODEL_FILES = {
+    "modeling_converted": "DistAttnModelMixin",
+    "modeling_distattn": "DistAttnModel",
+    "modeling_distattn_seq2seq": "DistAttnSeq2SeqModel",
+}
+_HERE = os.path.dirname(__file__)
 CLASS_PREFIX = "DistAttn"
 
 # Called with every config class that is made. The package adds its registration with the Auto classes.
@@ -97,6 +106,16 @@ class OwnAttentionMixin(NamesWhatIsUnused):
             if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict) and self.peft_type in table:
                 table.setdefault(self.model_type, table[self.peft_type])
         return super().to_dict()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save as transformers does; the code of models that is in the folder becomes of this version, too.
+
+        transformers copies that of the config alone, beside which older code of the models would not run.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name, kind in _MODEL_FILES.items():
+            if all(os.path.isfile(os.path.join(folder, f"{name}.py")) for folder in (save_directory, _HERE)):
+                custom_object_save(getattr(import_module(f"{__package__}.{name}"), kind), save_directory)
 
 
 class DistAttnConfigMixin(OwnAttentionMixin):

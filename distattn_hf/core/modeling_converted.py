@@ -152,7 +152,8 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
     def conversion_report(self):
         """The `distattn_hf.ConversionReport` of `convert`, afterwards of the checkpoint; None if absent.
 
-        Without the package, in a checkpoint's own code, the dict that its `to_dict` gave.
+        Without the package, in a checkpoint's own code, the dict that its `to_dict` gave. Each access makes it anew: to
+        change it, set it; a dict will do.
         """
         if (data := self._report_data()) is None:
             return None

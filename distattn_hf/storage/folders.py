@@ -80,7 +80,9 @@ def change_options(folder: str | Path, **options) -> list:
     if not options:
         raise ValueError(f"nothing to set; give one of {', '.join(OPTIONS)}")
     specs = with_options([AttentionSpec.from_dict(spec) for spec in block["specs"]], options)
-    block["specs"] = [spec.to_dict() for spec in specs]
+    for saved, spec in zip(block["specs"], specs, strict=True):
+        # Nothing else: the code in the folder may be older than this and know other words.
+        saved.update({name: getattr(spec, name) for name in options if OPTIONS[name] == spec.mechanism})
     write_atomically(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
     return specs
 

@@ -29,6 +29,16 @@ _NOTHING = (ARGUMENTS, "tokenizer")
 _MARGIN = 32 * 2**20
 
 
+def _in_todays_words(values: dict) -> dict:
+    """Return the arguments with transform "maps" where a spec says "linear", as it was called before."""
+    specs = values.get("spec")
+    renamed = [
+        {**spec, "transform": "maps"} if isinstance(spec, dict) and spec.get("transform") == "linear" else spec
+        for spec in (specs if isinstance(specs, list) else [specs])
+    ]
+    return values if specs is None else {**values, "spec": renamed if isinstance(specs, list) else renamed[0]}
+
+
 class RunFolder:
     """The folder of one run, shared by all its processes; only the main one writes.
 
@@ -59,10 +69,14 @@ class RunFolder:
         file = self.path / ARGUMENTS
         if not file.is_file() or all(path.name in _NOTHING for path in self.path.iterdir()):
             return
-        before, prefix = json.loads(file.read_text(encoding="utf-8")), f"output_dir {str(self.path)!r} holds a run with"
+        before, prefix = (
+            _in_todays_words(json.loads(file.read_text(encoding="utf-8"))),
+            f"output_dir {str(self.path)!r} holds a run with",
+        )
         has_begun = any((self.path / stage).exists() for stage in stages)
         may_differ = {*_MAY_CHANGE, *may_change, *(() if has_begun else until_begun), *(("stages",) if stages else ())}
-        changed = {k for k in {*before, *self.values} - may_differ if before.get(k) != self.values.get(k)}
+        now = _in_todays_words(self.values)
+        changed = {k for k in {*before, *now} - may_differ if before.get(k) != now.get(k)}
         if changed:
             key = min(changed)
             raise ValueError(

@@ -33,7 +33,7 @@ def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init
     model, teacher, texts = config.model, teacher.to("cpu"), None
     init = init or model.init
     if init == "plain":
-        return convert(teacher, [replace(spec, transform=None) for spec in model.specs], init=init)
+        return convert(teacher, [replace(spec, transform=None, softening=None) for spec in model.specs], init=init)
     if model.fold_alpha:
         check_foldable(teacher, model.specs)
     options = CalibrationOptions(

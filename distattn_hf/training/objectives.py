@@ -196,7 +196,8 @@ class Distillation:
     (1 - task_weight)·T²·KL(teacher ‖ student) + task_weight·CE(student, labels)
     + hidden_weight·mean over layers of MSE(student's, teacher's hidden states)
 
-    KL and CE are means over the positions that have a label (without labels: over all that are not padding). Task
+    KL and CE are means over the positions that have a label; without labels over all that are not padding, in seq2seq
+    over all. Task
     "embedding" has neither; its loss is 1 - cosine + MSE of the last hidden states, mean over tokens that are not
     padding. `dropout` False puts the student in eval mode, like the teacher (except under gradient checkpointing, which
     only works in training mode, so dropout stays on).

@@ -23,6 +23,7 @@ FLOORS = [
     ("benchmark",),
     ("experiments",),
     ("auto_classes",),
+    ("moved",),
     ("__init__",),
     ("commands",),
     ("cli",),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, distance_attention
+from distattn_hf.core import backend_sdpa
 from distattn_hf.core.backends import BACKENDS
 from distattn_hf.core.metrics import METRICS, get_metric
 from distattn_hf.core.softening import check_softening
@@ -92,6 +93,20 @@ def test_each_backend_gives_the_gradient_of_epsilon(metric, p, key_heads):
         for found, wanted in zip(actual, expected, strict=False):
             assert_close(found, wanted.detach(), "float32_gradient")
         assert_close(of_epsilon, expected[-1], "float32_softening_gradient")
+
+
+def test_cosine_in_parts_has_an_epsilon_of_each_head(monkeypatch):
+    """PyTorch's kernel gets a few heads at a time, each with its own ε."""
+    for name, value in {"_PART_ROWS": 16, "_PART_LOGITS": 1, "_LEAST_LOGITS": 1}.items():
+        monkeypatch.setattr(backend_sdpa, name, value)
+    tensors, epsilon = make_tensors(33, 70, 16, heads=4), torch.tensor([0.1, 0.7, 2.0, 9.0])
+    results = []
+    for backend, dtype in (("sdpa", torch.float32), ("reference", torch.float64)):
+        own = [t.to(dtype).requires_grad_() for t in tensors.values()]
+        output = distance_attention(*own, metric="cosine", softening=epsilon, backend=backend)
+        results.append((output, *torch.autograd.grad(output.square().sum(), own)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected.detach(), "float32_gradient")
 
 
 @needs_compiler

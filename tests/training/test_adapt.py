@@ -359,3 +359,16 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         cli.main()
     assert stopped.value.code == 1
     assert "error: unknown key 'max_stps'; did you mean max_steps" in capsys.readouterr().err
+
+
+def test_a_softened_student_trains_its_epsilon_beside_the_plain_swap(tmp_path):
+    """The control "plain" is the plain distance: without a fit there is no ε."""
+    spec = {"metric": "l1", "transform": "scalar", "softening": "fit"}
+    given = values(tmp_path, gpt2(), spec=spec, stages=["transfer"], controls=["plain"], max_steps=3)
+    card = adapt(parse_config(given))
+    assert [row.name for row in card.rows] == ["teacher", "plain", "calibrated", "transfer"]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name).attention_states["h.0.attn"].groups[0]
+        for name in ("calibrated", "transfer/final")
+    )
+    assert bool((before.log_softening != after.log_softening).all())
