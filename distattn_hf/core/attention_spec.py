@@ -126,8 +126,9 @@ class AttentionSpec:
                 raise ValueError(f"softening (ε) must be a finite number >= 0, 'fit' or None, got {self.softening!r}")
             object.__setattr__(self, "softening", float(self.softening) or None)
         if self.softening is not None and self.metric in SQUARED_NAMES:
+            where = "mechanism 'nystrom'" if self.mechanism == "nystrom" else f"metric {self.metric!r}"
             raise ValueError(
-                f"softening must be None or 0 with metric {self.metric!r} (quadratic already), got {self.softening!r}"
+                f"softening must be None or 0 with {where}, which is quadratic already, got {self.softening!r}"
             )
         if self.lift is None:
             # For another metric, `_check_nystrom` says what is wrong.

@@ -10,7 +10,7 @@ from transformers import initialization
 from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
 from .metrics import get_metric
-from .softening import check_softening
+from .softening import check_softens
 
 
 class HeadParameters(nn.Module):
@@ -35,7 +35,7 @@ class HeadParameters(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.transform = spec.transform or "none"
         if spec.softening is not None:
-            check_softening(metric, 1.0)
+            check_softens(metric, spec.softening)
         self.fits_softening = spec.softening == "fit"
         self.constant_softening = None if self.fits_softening else spec.softening
         self.constant_lambda = spec.lam if (spec.lam is not None and not spec.learnable_lambda) else None

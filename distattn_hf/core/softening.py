@@ -70,6 +70,15 @@ def _knee(difference: Tensor, epsilon: float | Tensor, p: float) -> Tensor:
     return epsilon[..., None] / difference.shape[-1] ** (1 / p)
 
 
+def check_softens(metric, softening) -> None:
+    """Raise `ValueError` for a metric that has no softened form; softening: the value that was given."""
+    if not metric.softens:
+        raise ValueError(
+            f"softening must be 0 with metric {metric.name!r}, got {softening!r}; l2, l1, lp, chebyshev and cosine "
+            "take one (sqeuclidean is quadratic already)"
+        )
+
+
 def check_softening(metric, epsilon, heads: int | None = None) -> float | Tensor | None:
     """Return ε as given, None for 0; heads: how many entries a tensor of them must have.
 
@@ -86,9 +95,5 @@ def check_softening(metric, epsilon, heads: int | None = None) -> float | Tensor
         raise ValueError(f"softening (ε) must be a finite number >= 0 or a tensor of them, got {epsilon!r}")
     if not isinstance(epsilon, Tensor) and epsilon == 0:
         return None
-    if not metric.softens:
-        raise ValueError(
-            f"softening must be 0 with metric {metric.name!r}, got {epsilon!r}; l2, l1, lp, chebyshev and cosine take "
-            "one (sqeuclidean is quadratic already)"
-        )
+    check_softens(metric, epsilon)
     return epsilon if isinstance(epsilon, Tensor) else float(epsilon)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distattn_hf import AttentionSpec, CalibrationOptions, convert, fold_alpha, revert
+from distattn_hf import (
+    AttentionSpec,
+    CalibrationOptions,
+    DistAttnConfig,
+    DistAttnForCausalLM,
+    convert,
+    fold_alpha,
+    revert,
+)
 from distattn_hf.core.metrics import METRICS, get_metric
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.tolerances import EXACT_LOGITS
@@ -98,3 +106,21 @@ def test_epsilon_trains():
 def test_a_fit_needs_text():
     with pytest.raises(ValueError, match="softening='fit' needs init='calibrated'"):
         convert(gpt2(), AttentionSpec("l2", softening="fit"), init="plain")
+
+
+@pytest.mark.parametrize("softening", [5.0, "fit"])
+def test_native_models_take_it_as_an_option(softening, tmp_path):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "is_decoder": True}
+    models = []
+    for options in ({}, {"softening": softening}):
+        torch.manual_seed(0)
+        models.append(DistAttnForCausalLM(DistAttnConfig(mechanism="l1", mechanism_options=options, **sizes)).eval())
+    ids = torch.arange(1, 13)[None]
+    plain, soft = (model(ids).logits for model in models)
+    assert not torch.allclose(plain, soft, atol=1e-4)
+    models[1].save_pretrained(tmp_path)
+    assert torch.equal(DistAttnForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, soft)
+    soft.sum().backward()
+    gradients = [p.grad for name, p in models[1].named_parameters() if name.endswith("log_softening")]
+    assert len(gradients) == (2 if softening == "fit" else 0)
+    assert all(bool((gradient != 0).all()) for gradient in gradients)

@@ -153,6 +153,7 @@ def test_shapes_of_a_tensor():
         ({"softening": -1.0}, "finite number >= 0, 'fit' or None, got -1.0"),
         ({"softening": "fitted"}, "'fit' or None, got 'fitted'"),
         ({"softening": 1.0, "metric": "sqeuclidean"}, "softening must be None or 0 with metric 'sqeuclidean'"),
+        ({"softening": "fit", "metric": "sqeuclidean", "mechanism": "nystrom"}, "None or 0 with mechanism 'nystrom'"),
     ],
 )
 def test_specs(options, message):
