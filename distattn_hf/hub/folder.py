@@ -182,9 +182,10 @@ def read_results(file: str | Path) -> list[dict]:
 def _read_report(path: Path, files: list[str]) -> ConversionReport | None:
     if REPORT_NAME not in files:
         return None
+    data = _read_json(path / REPORT_NAME)
     try:
-        return ConversionReport.from_dict(_read_json(path / REPORT_NAME))
-    except (TypeError, KeyError) as error:
+        return ConversionReport.from_dict(data)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path / REPORT_NAME)!r} is no conversion report of this version: {error}") from error
 
 
