@@ -27,14 +27,14 @@ class GroupReport:
     heads: list[int]
     lam: list[float]
     alpha: list[float] | None = None
-    softening: list[float] | None = None
-    softening_ratio: list[float] | None = None
-    divergence_plain: list[float] | None = None
     divergence_before: list[float] | None = None
     divergence_after: list[float] | None = None
     window_error: list[float] | None = None
     output_error: list[float] | None = None
     rows_off: list[float] | None = None
+    softening: list[float] | None = None
+    softening_ratio: list[float] | None = None
+    divergence_plain: list[float] | None = None
 
     @property
     def attention(self) -> str:

@@ -92,7 +92,6 @@ class AttentionSpec:
     lam: float | None = None
     learnable_lambda: bool = True
     transform: str | None = None
-    softening: float | str | None = None
     lift: bool | None = None
     layers: tuple[int, ...] | str | None = None
     heads: tuple[int, ...] | None = None
@@ -103,6 +102,7 @@ class AttentionSpec:
     window_size: int | None = None
     num_sinks: int | None = None
     exact_below: int | None = None
+    softening: float | str | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .attention_spec import version_note
 from .inputs import ModuleCall, add_triangle, surely
 from .nystrom_cache import NystromLayer, layer_behind
-from .nystrom_hybrid import HybridInputs, advance, hybrid_attention
+from .nystrom_hybrid import FarState, HybridInputs, advance, hybrid_attention
 from .parameters import DistanceAttentionState, NystromParameters
 from .reference import reference_hybrid
 from .relative_bias import as_tensor, of_heads, window_bias
@@ -339,7 +339,7 @@ def hybrid_inputs(
     keep: Tensor | None,
     call: ModuleCall,
     num_keys: int,
-    state: DistanceAttentionState = None,
+    state: FarState | None = None,
 ) -> HybridInputs:
     """Return the inputs of a group of Nyström heads for `num_keys` keys with those in a cache; key and value have a
     head for every query head.

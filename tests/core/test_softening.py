@@ -6,10 +6,10 @@ The values themselves are in test_oracle.py (loops) and test_backends.py (every 
 import pytest
 import torch
 
-from distattn_hf import AttentionSpec, distance_attention
+from distattn_hf import AttentionSpec, distance_attention, register_metric
 from distattn_hf.core import backend_sdpa
 from distattn_hf.core.backends import BACKENDS
-from distattn_hf.core.metrics import METRICS, get_metric
+from distattn_hf.core.metrics import METRICS, Euclidean, get_metric
 from distattn_hf.core.softening import check_softening
 from tests.tolerances import assert_close
 
@@ -179,3 +179,13 @@ def test_one_graph(metric, p, queries):
         results.append((output, *torch.autograd.grad(output.square().sum(), (*tensors, epsilon))))
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected.detach(), "float32_gradient")
+
+
+def test_a_subclass_with_its_own_distance_has_not_its_parents_softened_form():
+    class Doubled(Euclidean):
+        def distance(self, query, key, p=None):
+            return 2 * super().distance(query, key)
+
+    register_metric("doubled", Doubled())
+    with pytest.raises(ValueError, match="softening must be 0 with metric 'doubled'"):
+        distance_attention(**make_tensors(3), metric="doubled", softening=1.0)
