@@ -100,8 +100,7 @@ class HeadParameters(nn.Module):
         return self.log_softening.to(torch.promote_types(self.log_softening.dtype, torch.float32)).exp()
 
     def reported_values(self) -> dict[str, list[float] | None]:
-        """Return {"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none. With an ε
-        also "softening".
+        """Return {"lam", "alpha", "softening"} of each head, for reports: six digits; None where the heads have none.
 
         Empty where the parameters are not here (on the meta device, or cut up over processes).
         """
@@ -110,7 +109,8 @@ class HeadParameters(nn.Module):
         if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
-        reported = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads, "alpha": None}
+        reported = {"lam": lam.tolist() if isinstance(lam, Tensor) else [lam] * self.num_heads}
+        reported |= {"alpha": None, "softening": None}
         if self.transform != "none" and not get_metric(self.metric).scale_free:
             reported["alpha"] = self.log_alpha.float().exp().tolist()
         if (epsilon := self.softening()) is not None:

@@ -1,7 +1,7 @@
-"""Annealing: move α, the window and the landmarks of a converted model to a target while the rest trains.
+"""Annealing: move α, ε, the window and the landmarks of a converted model to a target while the rest trains.
 
 Every value is a function of (value at the start of the stage, step, steps in all), so a run that is killed and resumed
-sets the same values as one that is not. λ, which trains, moves along with α by a function of the two values of α.
+sets the same values as one that is not. λ, which trains, moves along with α and ε by a function of their two values.
 """
 
 import math
@@ -15,11 +15,15 @@ from ..conversion.observe import observed, teacher_attention
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.relative_bias import RelativeBias, has_relative_bias
+from ..core.softening import LEAST
 from ..data.batches import query_mask
 from ..data.config import is_integer, is_number
 
 # Share of its initial weight that a landmark has left when it is removed.
 _REST = 1e-12
+
+# Share of its first ε at which a head on its way to the plain distance is all but there.
+_NEARLY_PLAIN = 1e-2
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class AnnealingOptions:
     Args:
         alpha: target of α, in (0, 1]; 1 is fully Euclidean. Moves log-linearly; α does not train meanwhile, and λ of
             l2, l1, lp and chebyshev goes along so that q·k keeps its weight (see `Annealing.prepare`).
+        softening: target of each fitted ε, as a share in [0, 1) of what it is when the stage starts. Moves as α does;
+            0 goes to the plain distance, and the heads have no ε when the stage ends.
         window_size: target of the Nyström window, an integer >= 0.
         num_landmarks: target m >= 1 of the landmarks per head. The least used ones fade and are removed at the end.
         warmup, hold: fractions of the steps before anything moves, and at the end, at the target.
@@ -42,10 +48,13 @@ class AnnealingOptions:
     num_landmarks: int | None = None
     warmup: float = 0.0
     hold: float = 0.2
+    softening: float | None = None
 
     def __post_init__(self):
         if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha <= 1):
             raise ValueError(f"anneal.alpha must be in (0, 1], got {self.alpha!r}")
+        if self.softening is not None and not (is_number(self.softening) and 0 <= self.softening < 1):
+            raise ValueError(f"anneal.softening must be a share in [0, 1), got {self.softening!r}")
         for name, minimum in (("window_size", 0), ("num_landmarks", 1)):
             value = getattr(self, name)
             if value is not None and not is_integer(value, minimum):
@@ -60,7 +69,8 @@ class AnnealingOptions:
     @property
     def active(self) -> bool:
         """Whether there is anything to anneal."""
-        return any(value is not None for value in (self.alpha, self.window_size, self.num_landmarks))
+        targets = (self.alpha, self.softening, self.window_size, self.num_landmarks)
+        return any(value is not None for value in targets)
 
 
 def progress(step: int, total: int, warmup: float = 0.0, hold: float = 0.0) -> float:
@@ -72,6 +82,13 @@ def progress(step: int, total: int, warmup: float = 0.0, hold: float = 0.0) -> f
 def log_linear(start: Tensor, end: float, done: float) -> Tensor:
     """Return the log of the value at `done` in [0, 1] between start (given as its log) and end, linear in the log."""
     return start * (1 - done) + math.log(end) * done
+
+
+def softening_at(start: Tensor, share: float, done: float) -> Tensor:
+    """Return log ε at `done` in [0, 1] between start (given as its log) and `share` of it; 0 ends at (almost) 0."""
+    if share == 0 and done == 1:
+        return torch.full_like(start, math.log(LEAST))
+    return start + done * math.log(max(share, _NEARLY_PLAIN))
 
 
 def integer_linear(start: int, end: int, done: float) -> int:
@@ -95,14 +112,24 @@ class Annealing:
         self.student, self.options = student, options
         groups = [group for state in student.attention_states.values() for group in state.groups]
         self.alphas: list[tuple[HeadParameters, Tensor]] = []
-        # Squared norms of query and key, from which λ follows α.
-        self.sizes: dict[HeadParameters, tuple[Tensor, Tensor]] = {}
+        self.softened: dict[HeadParameters, Tensor] = {}
+        # Squared norms of query and key, from which λ follows α and ε.
+        self.sizes: dict[HeadParameters, tuple[Tensor, Tensor, int]] = {}
         if options.alpha is not None:
             self.alphas = [(g, g.log_alpha.detach().clone()) for g in groups if g.transform != "none"]
             if not self.alphas:
                 raise ValueError(f"anneal.alpha={options.alpha}: no converted head has α (transform 'none' everywhere)")
             for group, _ in self.alphas:
                 group.log_alpha.requires_grad_(False)
+        if options.softening is not None:
+            self.softened = {g: g.log_softening.detach().clone() for g in groups if g.fits_softening}
+            if not self.softened:
+                raise ValueError(
+                    f"anneal.softening={options.softening}: no converted head has an ε that was fitted "
+                    "(AttentionSpec(softening='fit')); a stage that drove it to 0 has left none"
+                )
+            for group in self.softened:
+                group.log_softening.requires_grad_(False)
         self.nystrom = [group for group in groups if isinstance(group, NystromParameters)]
         for name in ("window_size", "num_landmarks"):
             if getattr(options, name) is not None and not self.nystrom:
@@ -127,15 +154,17 @@ class Annealing:
 
         For a metric of degree 1 the share of q·k in a logit is λ/dist with dist² ≈ ‖q‖²/α² + α²‖k - c‖². Where α moves,
         λ is multiplied by the factor by which dist grows: otherwise α = 1 would come with a temperature many times off,
-        which takes hundreds of steps at λ's own learning rate to undo.
+        which takes hundreds of steps at λ's own learning rate to undo. Where ε moves, the same holds of
+        √(dist² + ε²), and for cosine of √(‖q‖² + ε²)·√(‖k‖² + ε²).
         """
         self._choose_landmarks(batches)
         if following := self._following():
             self.sizes = head_sizes(self.student, following, batches)
 
     def _following(self) -> list[HeadParameters]:
-        """Return the groups whose λ follows α."""
-        return [g for g, _ in self.alphas if get_metric(g.metric).degree == 1 and g.constant_lambda is None]
+        """Return the groups whose λ follows α or ε."""
+        groups = [g for g, _ in self.alphas if get_metric(g.metric).degree == 1]
+        return [g for g in dict.fromkeys([*groups, *self.softened]) if g.constant_lambda is None]
 
     def _choose_landmarks(self, batches: list[dict]) -> None:
         """Select each head's least used landmarks, by the far attention that goes through them on `batches`."""
@@ -152,49 +181,69 @@ class Annealing:
         """Set every annealed value to the one for `step` of `total`."""
         options = self.options
         done = progress(step, total, options.warmup, options.hold)
+        # Relative to the current α and ε, so that a resumed run continues from the λ of its checkpoint.
+        before = {group: self._log_size(group) for group in self.sizes}
         for group, start in self.alphas:
-            log_alpha = log_linear(start, options.alpha, done)
-            if group in self.sizes:
-                # Relative to the current α, so that a resumed run continues from the λ and α of its checkpoint.
-                group.log_lambda.add_(self._log_size(group, log_alpha) - self._log_size(group, group.log_alpha))
-            group.log_alpha.copy_(log_alpha)
+            group.log_alpha.copy_(log_linear(start, options.alpha, done))
+        for group, start in self.softened.items():
+            group.log_softening.copy_(softening_at(start, options.softening, done))
+        for group, log_size in before.items():
+            group.log_lambda.add_(self._log_size(group) - log_size)
         if options.window_size is not None:
             for group, start in zip(self.nystrom, self.windows, strict=True):
                 window = integer_linear(start, options.window_size, done)
                 group.spec = replace(group.spec, window_size=window)
-            self._write_specs("window_size")
+            self._write_specs("window_size", self.nystrom)
         for group, indices, start in self.leaving:
             # β(k) is a softmax over landmarks: a landmark whose share is 0 is gone, and the others take its keys.
             faded = start.gather(-1, indices) + fading(done)
             group.interpolation_bias.scatter_(-1, indices, faded)
 
-    def _log_size(self, group: HeadParameters, log_alpha: Tensor) -> Tensor:
-        """Return log √(‖q‖²/α² + α²‖k - c‖²) of each head, (H,)."""
-        query, key = (size.to(log_alpha) for size in self.sizes[group])
-        return 0.5 * torch.logaddexp(query.log() - 2 * log_alpha, key.log() + 2 * log_alpha)
+    def _log_size(self, group: HeadParameters) -> Tensor:
+        """Return the log of what divides q·k in a logit, of each head, (H,): of a metric of degree 1 the distance.
+
+        With δ = ε / d^(1/p) it is d^(1/p)·√(x² + δ²), where x² = (‖q‖²/α² + α²‖k - c‖²) / d.
+        """
+        *sizes, head_dim = self.sizes[group]
+        query, key = (size.log() for size in sizes)
+        metric = get_metric(group.metric)
+        epsilon = 2 * group.log_softening.to(query) if group.fits_softening else None
+        if metric.scale_free:
+            return 0.5 * (torch.logaddexp(query, epsilon) + torch.logaddexp(key, epsilon))
+        log_alpha = group.log_alpha.to(query) if group.transform != "none" else 0.0
+        squared = torch.logaddexp(query - 2 * log_alpha, key + 2 * log_alpha)
+        if epsilon is not None:
+            order = getattr(metric, "order", None) or group.p or 2.0
+            squared = torch.logaddexp(squared + (2 / order - 1) * math.log(head_dim), epsilon)
+        return 0.5 * squared
 
     def finish(self, total: int) -> None:
-        """Set the targets and remove the faded landmarks, after the last step."""
+        """Set the targets and remove faded landmarks and an ε of 0, after the last step."""
         self.apply(total, total)
         for group, indices, _ in self.leaving:
             remove_landmarks(group, indices)
         if self.leaving:
-            self._write_specs("num_landmarks")
+            self._write_specs("num_landmarks", self.nystrom)
         self.leaving = []
+        if self.options.softening == 0:
+            for group in self.softened:
+                remove_softening(group)
+            self._write_specs("softening", list(self.softened))
+            self.softened = {}
 
-    def _write_specs(self, name: str) -> None:
+    def _write_specs(self, name: str, groups: list[HeadParameters]) -> None:
         """Write field `name` of the groups' specs into the config, so that a saved checkpoint describes itself."""
         block = self.student.config.distattn
         names = {state: key for key, state in self.student.attention_states.items()}
         for state, key in names.items():
             entries = (block["modules"] or {}).get(key, {}).get("groups") or []
             for group, entry in zip(state.groups, entries, strict=False):
-                if isinstance(group, NystromParameters):
+                if group in groups:
                     block["specs"][entry["spec"]][name] = getattr(group.spec, name)
         if not block["modules"]:
             for spec in block["specs"]:
-                if spec["mechanism"] == "nystrom":
-                    spec[name] = getattr(self.nystrom[0].spec, name)
+                if spec["softening"] == "fit" if name == "softening" else spec["mechanism"] == "nystrom":
+                    spec[name] = getattr(groups[0].spec, name)
 
 
 @torch.no_grad()
@@ -220,26 +269,28 @@ def _check_window(student, window_size: int) -> None:
 
 @torch.no_grad()
 def head_sizes(student, groups: list[HeadParameters], batches: list[dict]) -> dict[HeadParameters, tuple]:
-    """Return {group: (‖q·Q‖², ‖(k - c)·K‖²)}, each (H,): medians over the tokens of a batch, mean over batches.
+    """Return {group: (‖q·Q‖², ‖(k - c)·K‖², d)}, both (H,): medians over the tokens of a batch, mean over batches.
 
     Medians, because the first tokens of a text have keys many times larger than all others. Padding is included.
     """
+    dims: dict[HeadParameters, int] = {}
     sizes_by_group: dict[HeadParameters, list[tuple[Tensor, Tensor]]] = {group: [] for group in groups}
 
     def observe(state, query, key, value, call):
         for heads, group in state.parts():
             if group in sizes_by_group:
-                alpha = group.log_alpha.exp()[:, None, None]
+                alpha = group.log_alpha.exp()[:, None, None] if group.transform != "none" else 1.0
                 query_mapped, key_mapped = group.map(query[:, heads], key[:, heads])
+                dims[group] = query.shape[-1]
                 sizes = (query_mapped * alpha).square().sum(-1), (key_mapped / alpha).square().sum(-1)
                 sizes_by_group[group].append(tuple(size.transpose(0, 1).flatten(1).median(-1).values for size in sizes))
         return teacher_attention(query, key, value, call)
 
     _run_observed(student, observe, batches)
     if unreached := [group for group, group_sizes in sizes_by_group.items() if not group_sizes]:
-        raise ValueError(f"anneal.alpha: no batch reached {len(unreached)} of the converted attention modules")
+        raise ValueError(f"anneal: no batch reached {len(unreached)} of the converted attention modules")
     return {
-        group: tuple(torch.stack(batch_sizes).mean(0).clamp_min(1e-12) for batch_sizes in zip(*group_sizes))
+        group: (*(torch.stack(batch_sizes).mean(0).clamp_min(1e-12) for batch_sizes in zip(*group_sizes)), dims[group])
         for group, group_sizes in sizes_by_group.items()
     }
 
@@ -306,6 +357,13 @@ def remove_landmarks(group: NystromParameters, indices: Tensor) -> None:
             torch.nn.Parameter(parameter[keep].reshape(shape).clone(), requires_grad=parameter.requires_grad),
         )
     group.spec = replace(group.spec, num_landmarks=count)
+
+
+def remove_softening(group: HeadParameters) -> None:
+    """Take ε out of a group of heads, whose distance is the plain one then, and update its spec."""
+    group.spec = replace(group.spec, softening=None)
+    group.fits_softening, group.constant_softening = False, None
+    del group.log_softening
 
 
 class AnnealingCallback(TrainerCallback):

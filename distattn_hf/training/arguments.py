@@ -301,6 +301,8 @@ def _check(config: AdaptationConfig) -> None:
             for name in ("window_size", "num_landmarks"):
                 if getattr(options.annealing, name) is not None:
                     raise ValueError(f"anneal.{name} needs a spec with mechanism='nystrom'")
+        if options.annealing.softening is not None and model.specs and all(s.softening != "fit" for s in model.specs):
+            raise ValueError("anneal.softening needs a spec with softening='fit'")
     if adaptation.teacher_finetuned:
         adaptation.options_for(FINETUNED)
     nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]

@@ -16,7 +16,7 @@ from ..core.discovery import base_prefix
 from ..data.batches import label_loss
 from ..data.datasets import TaskData
 from ..data.tasks import TASKS
-from .annealing import Annealing
+from .annealing import Annealing, remove_softening
 from .arguments import StageOptions, check_exact
 from .objectives import STAGES, AttentionTransfer, Distillation
 
@@ -269,6 +269,8 @@ def check_stages(student, teacher, task: str, options: dict[str, StageOptions], 
             if group.spec.mechanism == "nystrom":
                 annealed = {"window_size": target.window_size, "num_landmarks": target.num_landmarks}
                 group.spec = replace(group.spec, **{k: v for k, v in annealed.items() if v is not None})
+            if target.softening == 0 and group.fits_softening:
+                remove_softening(group)
 
 
 def _plain(name: str) -> str:

@@ -1,5 +1,6 @@
 """Annealing: the values at each step, what it does to a model, and that the end is what the schedule promised."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -233,6 +234,8 @@ def test_heads_lose_landmarks_of_their_own():
     [
         ({"alpha": 0.0}, r"anneal.alpha must be in \(0, 1\], got 0.0"),
         ({"alpha": 1.5}, r"anneal.alpha must be in \(0, 1\], got 1.5"),
+        ({"softening": 1.0}, r"anneal.softening must be a share in \[0, 1\), got 1.0"),
+        ({"softening": -0.1}, r"anneal.softening must be a share in \[0, 1\), got -0.1"),
         ({"window_size": 2.5}, "anneal.window_size must be an integer >= 0, got 2.5"),
         ({"num_landmarks": 0}, "anneal.num_landmarks must be an integer >= 1, got 0"),
         ({"alpha": 1.0, "warmup": 0.6, "hold": 0.4}, "warmup .* < 1, got 0.6"),
@@ -293,3 +296,84 @@ def test_landmark_use_of_a_decoder_takes_its_padding_from_the_labels():
     assert cross
     for group in cross:
         torch.testing.assert_close(short[group], long[group])
+
+
+def softened(metric="l2", **spec):
+    """A causal model whose heads have an ε each, and rows for it."""
+    spec = AttentionSpec(metric, p=3 if metric == "lp" else None, transform="scalar", softening="fit", **spec)
+    batches = [{k: v for k, v in collate(rows("causal-lm", 3, 20, seed)).items() if k != "labels"} for seed in (0, 1)]
+    options = CalibrationOptions(steps=2, progress=False)
+    return convert(llama(), spec, calibration=batches, options=options).eval(), batches
+
+
+def test_softening_goes_to_a_share_of_what_it_was_and_does_not_train():
+    student, _ = softened()
+    starts = [group.log_softening.detach().clone() for group in groups(student)]
+    annealing = Annealing(student, AnnealingOptions(softening=0.25, hold=0.0))
+    assert all(not group.log_softening.requires_grad for group in groups(student))
+    annealing.apply(5, 10)
+    for group, start in zip(groups(student), starts, strict=True):
+        torch.testing.assert_close(group.log_softening, start + 0.5 * math.log(0.25))
+    annealing.finish(10)
+    for group, start in zip(groups(student), starts, strict=True):
+        torch.testing.assert_close(group.log_softening, start + math.log(0.25))
+    assert student.config.distattn["specs"][0]["softening"] == "fit"
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "lp", "chebyshev", "cosine"])
+def test_without_softening_it_is_the_plain_distance(metric, tmp_path):
+    student, batches = softened(metric)
+    annealing = Annealing(student, AnnealingOptions(softening=0.0, hold=0.2))
+    annealing.prepare(batches)
+    annealing.apply(9, 10)
+    held = student(**batches[0]).logits.detach()
+    annealing.finish(10)
+    assert all(group.spec.softening is None and group.softening() is None for group in groups(student))
+    after = student(**batches[0]).logits.detach()
+    # In the last fifth of the steps it trains at an ε that is as good as none: 1e-12, where the softened lp and
+    # chebyshev keep 3e-6 of a distance of up to 100.
+    torch.testing.assert_close(after, held, rtol=1e-3, atol=1e-3)
+    assert not any("softening" in name for name in student.state_dict())
+    student.save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path).eval()
+    assert again.config.attention_specs[0].softening is None
+    assert torch.equal(again(**batches[0]).logits, after)
+    plain = convert(llama(), replace(again.config.attention_specs[0], softening=None), init="plain").eval()
+    plain.load_state_dict(student.state_dict())
+    assert torch.equal(plain(**batches[0]).logits, after)
+    # The report says what the model is now.
+    assert all(entry["softening"] is None for entry in student.report_as_it_is()["groups"])
+    with pytest.raises(ValueError, match="anneal.softening=0.5: no converted head has an ε"):
+        Annealing(student, AnnealingOptions(softening=0.5))
+
+
+@pytest.mark.parametrize("metric", ["l2", "l1", "lp", "chebyshev", "cosine"])
+def test_where_lambda_follows_softening_the_attention_stays_nearer(metric):
+    student, batches = softened(metric)
+    before = student(**batches[0]).logits.detach()
+    distances = {}
+    for follows in (True, False):
+        changed, _ = softened(metric)
+        changed.load_state_dict(student.state_dict())
+        annealing = Annealing(changed, AnnealingOptions(softening=0.0, hold=0.0))
+        assert annealing.needs_batches
+        if follows:
+            annealing.prepare(batches)
+        annealing.finish(10)
+        distances[follows] = float((changed(**batches[0]).logits.detach() - before).norm())
+    assert distances[True] < distances[False]
+
+
+def test_alpha_and_softening_together_and_a_run_that_goes_on():
+    student, batches = softened()
+    targets = AnnealingOptions(alpha=0.9, softening=0.1, hold=0.0)
+    whole, first = (Annealing(s, targets) for s in (student, copy.deepcopy(student)))
+    second = Annealing(copy.deepcopy(student), targets)
+    for run in (whole, first, second):
+        run.prepare(batches)
+    for step in range(8):
+        whole.apply(step, 8)
+        (first if step < 5 else second).apply(step, 8)
+        if step == 4:
+            second.student.load_state_dict(first.student.state_dict())
+    assert torch.equal(student(**batches[0]).logits, second.student(**batches[0]).logits)
