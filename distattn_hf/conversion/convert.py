@@ -24,7 +24,7 @@ from ..data.config import parse_specs
 from ..functional.landmarks import STRATEGIES
 from ..storage.companions import Source, describe_source
 from ..storage.models import check_weights, rebuild
-from .calibrate import CalibrationOptions, calibrate
+from .calibrate import CalibrationOptions, calibrate, fitted_defaults
 from .calibrate_nystrom import far_field_warnings
 from .report import MEASURED, ConversionReport, GroupReport
 
@@ -232,9 +232,7 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
                 f"init='exact' sets lam=0.5 and transform='none', got lam={spec.lam!r}, transform={spec.transform!r}"
             )
         return replace(spec, lift=True, lam=0.5, learnable_lambda=False, transform="none")
-    if init == "calibrated" and not spec.lift and spec.transform is None:
-        return replace(spec, transform=get_metric(spec.metric).preferred_transform)
-    return spec
+    return fitted_defaults(spec) if init == "calibrated" else spec
 
 
 def _check_modules(model, modules: dict) -> None:

@@ -18,6 +18,7 @@ from ..core.metrics import get_metric
 from ..core.modeling_converted import DistAttnModelMixin
 from ..core.parameters import HeadParameters, NystromParameters
 from ..storage.models import check_weights
+from .calibrate import fitted_defaults
 
 _QUERY = ("q_proj", "query", "q", "q_lin", "query_proj", "to_q", "q_attn")
 _NORMS = ("q_norm", "q_layernorm", "query_norm", "query_ln", "q_ln")
@@ -72,9 +73,8 @@ def check_foldable(model: PreTrainedModel, specs: Sequence[AttentionSpec]) -> No
     for spec in specs:
         if spec.mechanism == "nystrom":
             raise ValueError("fold_alpha: mechanism='nystrom' has landmarks, which are fitted with α; leave it out")
-        metric = get_metric(spec.metric)
-        transform = metric.preferred_transform if spec.transform is None else spec.transform
-        if metric.scale_free or spec.lift or transform != "scalar":
+        spec = fitted_defaults(spec)
+        if get_metric(spec.metric).scale_free or spec.lift or spec.transform != "scalar":
             continue
         for name in select_modules(candidates, [spec]):
             constants = {"λ": spec.lam if spec.learnable_lambda is False else None}

@@ -57,11 +57,11 @@ class AttentionSpec:
         learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
         transform: the freedoms dot-product attention has and a distance has not, per head. "scalar": query / α and
             α·(key - c). "maps" (once "linear", which is still read): also a (d, d) map on each side. "none": neither.
-            None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" for
-            sqeuclidean and l2, "maps" for every other metric).
+            None: what the initialisation needs ("none" for exact and plain; for calibrated, "scalar" where ε is
+            fitted and for sqeuclidean and l2, "maps" for every other metric).
         softening: ε of l2, l1, lp, chebyshev and cosine, below which the distance is quadratic (see softening.py).
-            None or 0: the plain distance; a number: that ε in every head; "fit": one a head, which calibration fits
-            and training trains.
+            0: the plain distance; a number: that ε in every head; "fit": one a head, which calibration fits and
+            training trains. None: what the initialisation needs ("fit" for calibrated, 0 for exact and plain).
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
             Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
             then approximates the teacher's own softmax, and False for "distance".
@@ -124,8 +124,8 @@ class AttentionSpec:
         if self.softening is not None and self.softening != "fit":
             if not _is_number(self.softening) or not 0 <= self.softening < math.inf:
                 raise ValueError(f"softening (ε) must be a finite number >= 0, 'fit' or None, got {self.softening!r}")
-            object.__setattr__(self, "softening", float(self.softening) or None)
-        if self.softening is not None and self.metric in SQUARED_NAMES:
+            object.__setattr__(self, "softening", float(self.softening))
+        if self.softening and self.metric in SQUARED_NAMES:
             where = "mechanism 'nystrom'" if self.mechanism == "nystrom" else f"metric {self.metric!r}"
             raise ValueError(
                 f"softening must be None or 0 with {where}, which is quadratic already, got {self.softening!r}"

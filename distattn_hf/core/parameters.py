@@ -34,10 +34,10 @@ class HeadParameters(nn.Module):
         self.p = metric.validate(spec.p)
         self.num_heads, self.head_dim = num_heads, head_dim
         self.transform = spec.transform or "none"
-        if spec.softening is not None:
+        if spec.softening:
             check_softens(metric, spec.softening)
         self.fits_softening = spec.softening == "fit"
-        self.constant_softening = None if self.fits_softening else spec.softening
+        self.constant_softening = None if self.fits_softening else spec.softening or None
         self.constant_lambda = spec.lam if (spec.lam is not None and not spec.learnable_lambda) else None
         # A model built in half precision keeps these in float32, as it does when it is loaded in half precision.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)

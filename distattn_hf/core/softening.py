@@ -70,13 +70,15 @@ def _knee(difference: Tensor, epsilon: float | Tensor, p: float) -> Tensor:
     return epsilon[..., None] / difference.shape[-1] ** (1 / p)
 
 
-def check_softens(metric, softening) -> None:
-    """Raise `ValueError` for a metric that has no softened form; softening: the value that was given.
-
-    A subclass with a distance of its own does not have its parent's softened form.
-    """
+def has_softened_form(metric) -> bool:
+    """Return whether a metric takes an ε; a subclass with a distance of its own has not its parent's softened form."""
     makers = [next(k for k in type(metric).__mro__ if name in vars(k)) for name in ("softened_distance", "distance")]
-    if not metric.softens or not issubclass(*makers):
+    return metric.softens and issubclass(*makers)
+
+
+def check_softens(metric, softening) -> None:
+    """Raise `ValueError` for a metric that has no softened form; softening: the value that was given."""
+    if not has_softened_form(metric):
         raise ValueError(
             f"softening must be 0 with metric {metric.name!r}, got {softening!r}; l2, l1, lp, chebyshev and cosine "
             "take one (sqeuclidean is quadratic already)"

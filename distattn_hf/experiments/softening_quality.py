@@ -28,7 +28,7 @@ BUDGETS = (0.004, 0.03, 0.1)
 def fit(model, tokenizer, calibration, score, metric: str, budget: float | None) -> dict:
     """Convert, score and describe one student; budget None: the plain distance."""
     spec = AttentionSpec(
-        metric, p=3.0 if metric == "lp" else None, transform="scalar", softening=None if budget is None else "fit"
+        metric, p=3.0 if metric == "lp" else None, transform="scalar", softening=0 if budget is None else "fit"
     )
     options = CalibrationOptions(steps=40, progress=False, **({} if budget is None else {"divergence_budget": budget}))
     start = time.perf_counter()

@@ -223,7 +223,7 @@ def _attention_text(config: dict) -> str:
             parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
         else:
             order = f" (p={spec['p']:g})" if spec.get("p") is not None else ""
-            softened = {None: "", "fit": " softened (one fitted ε a head)"}
+            softened = {None: "", 0: "", "fit": " softened (one fitted ε a head)"}
             dial = softened.get(spec.get("softening"), f" softened (ε = {spec.get('softening')})")
             parts.append(f"{spec['metric']}{order} distance attention{dial}")
     return " and ".join(dict.fromkeys(parts))

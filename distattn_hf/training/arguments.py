@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..conversion.calibrate import fitted_defaults
 from ..conversion.convert import INITS
 from ..core.attention_spec import AttentionSpec
 from ..data.config import (
@@ -301,8 +302,9 @@ def _check(config: AdaptationConfig) -> None:
             for name in ("window_size", "num_landmarks"):
                 if getattr(options.annealing, name) is not None:
                     raise ValueError(f"anneal.{name} needs a spec with mechanism='nystrom'")
-        if options.annealing.softening is not None and model.specs and all(s.softening != "fit" for s in model.specs):
-            raise ValueError("anneal.softening needs a spec with softening='fit'")
+        fits = model.init == "calibrated" and any(fitted_defaults(s).softening == "fit" for s in model.specs or ())
+        if options.annealing.softening is not None and model.specs and not fits:
+            raise ValueError("anneal.softening needs a spec whose ε is fitted (softening='fit', init='calibrated')")
     if adaptation.teacher_finetuned:
         adaptation.options_for(FINETUNED)
     nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]
