@@ -6,46 +6,25 @@ Same YAML, same losses, same run folder as `distattn adapt`; no scorecard and no
 TrainingArguments is refused. Run it again to go on where it stopped.
 """
 
-import math
 import sys
 from contextlib import nullcontext
-from itertools import islice
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, skip_first_batches
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from transformers import TrainerState, get_scheduler
+from transformers import get_scheduler
 
 from distattn_hf.data.datasets import row_length
 from distattn_hf.data.tasks import TASKS
 from distattn_hf.storage.folders import write_json
 from distattn_hf.storage.models import load_checkpoint
-from distattn_hf.storage.runs import LOOP_STATE, finished, last_checkpoint, remove_checkpoints
+from distattn_hf.storage.runs import LOOP_STATE, finished, remove_checkpoints
 from distattn_hf.training.adapt import load_inputs, open_run
 from distattn_hf.training.arguments import read_config, refuse_others
 from distattn_hf.training.first_student import first_student
+from distattn_hf.training.plain_loop import HONOURED, ORDERS, LoopSteps, count_steps
 from distattn_hf.training.stages import Stage, attention_means, check_stages
-
-# What this loop does as TrainingArguments says, and what changes nothing that is trained or saved at the end.
-HONOURED = {
-    *("output_dir", "seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "optim"),
-    *("gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
-    *(
-        "optim_args",
-        "optim_target_modules",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "max_grad_norm",
-        "bf16",
-        "fp16",
-    ),
-    *("use_cpu", "tf32", "activation_checkpointing", "gradient_checkpointing", "logging_steps", "save_steps"),
-    *("save_total_limit", "per_device_eval_batch_size", "report_to", "run_name", "disable_tqdm", "log_level"),
-}
-ORDERS = {"random": True, "sequential": False}
 
 
 def main() -> None:
@@ -96,67 +75,36 @@ def main() -> None:
 
 def train(accelerator, stage: Stage, arguments, data) -> list[float]:
     """Train one stage, on from its last checkpoint if there is one, and return the loss of each step."""
-    size, parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    size, shuffle = arguments.per_device_train_batch_size, ORDERS[arguments.train_sampling_strategy]
     stage.place(accelerator.device)
     stage.prepare(data, size, accelerator.device)
-    shuffle = ORDERS[arguments.train_sampling_strategy]
     loader = DataLoader(data.train, batch_size=size, shuffle=shuffle, collate_fn=data.collator)
     model, optimizer, loader = accelerator.prepare(stage.model, stage.make_optimizer(arguments), loader)
-    steps_an_epoch = math.ceil(len(loader) / parts)
-    total = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
-    options = {"scheduler_specific_kwargs": arguments.lr_scheduler_kwargs or {}}
-    warmup = arguments.get_warmup_steps(total)
-    scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, total, **options)
-    scheduler = accelerator.prepare(scheduler)
-
-    folder, state, random_state = Path(arguments.output_dir), TrainerState(max_steps=total), None
-    if checkpoint := last_checkpoint(folder, LOOP_STATE):
-        accelerator.load_state(str(checkpoint))
-        state, random_state = TrainerState.load_from_json(str(checkpoint / LOOP_STATE)), torch.get_rng_state()
-    for batches in islice(steps_from(loader, parts, state.global_step), total - state.global_step):
-        if random_state is not None:
-            # Going through the data again to where it stopped has drawn from it.
-            torch.set_rng_state(random_state)
-            random_state = None
+    total = count_steps(arguments, len(loader))
+    warmup, options = arguments.get_warmup_steps(total), arguments.lr_scheduler_kwargs or {}
+    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, total, scheduler_specific_kwargs=options)
+    schedule = accelerator.prepare(schedule)
+    steps = LoopSteps(accelerator, arguments, total)
+    for step, batches in steps.left(loader):
         if stage.annealing is not None:
-            stage.annealing.apply(state.global_step, total)
+            stage.annealing.apply(step, total)
         loss = train_step(accelerator, stage, model, batches)
-        state.global_step += 1
-        if not torch.isfinite(loss):
-            raise ValueError(f"stage {stage.name!r}: the loss is {float(loss)} at step {state.global_step}")
+        steps.note(loss, stage.name)
         if arguments.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
         optimizer.step()
-        scheduler.step()
+        schedule.step()
         optimizer.zero_grad()
-        state.log_history.append({"loss": float(loss)})
-        if state.global_step % max(int(arguments.logging_steps), 1) == 0:
+        if steps.due("logging_steps"):
             means = "  ".join(f"{key} {value:.4f}" for key, value in attention_means(stage.student).items())
-            accelerator.print(f"{stage.name} {state.global_step}/{total}  loss {float(loss):.5f}  {means}")
-        if state.global_step % max(int(arguments.save_steps), 1) == 0:
-            checkpoint = folder / f"checkpoint-{state.global_step}"
-            accelerator.save_state(str(checkpoint))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                # Last, as it says that the checkpoint is complete.
-                state.save_to_json(str(checkpoint / LOOP_STATE))
-                remove_checkpoints(folder, keep=checkpoint)
+            accelerator.print(f"{stage.name} {step + 1}/{total}  loss {float(loss):.5f}  {means}")
+        if steps.due("save_steps"):
+            steps.save()
     if stage.annealing is not None:
         stage.annealing.finish(total)
     accelerator.wait_for_everyone()
     accelerator.free_memory(model, optimizer)
-    return [entry["loss"] for entry in state.log_history]
-
-
-def steps_from(loader, parts: int, step: int):
-    """Yield the batches of each step from `step` on, again and again through the data."""
-    while True:
-        epoch, done = divmod(step, math.ceil(len(loader) / parts))
-        loader.set_epoch(epoch)
-        batches = iter(skip_first_batches(loader, done * parts) if done else loader)
-        while chunk := list(islice(batches, parts)):
-            yield chunk
-            step += 1
+    return steps.losses
 
 
 def train_step(accelerator, stage: Stage, model, batches: list[dict]) -> torch.Tensor:

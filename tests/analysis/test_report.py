@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from distattn_hf import AttentionSpec, convert
+from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.analysis.analyse import (
     AnalyseOptions,
     Analysis,
@@ -21,8 +21,10 @@ from distattn_hf.analysis.analyse import (
 )
 from distattn_hf.analysis.figure_style import inline_svg, save_figure
 from distattn_hf.analysis.report import figures as draw
+from distattn_hf.analysis.report.compared import conversion_section
 from distattn_hf.analysis.report.heads import rank_correlation
 from distattn_hf.analysis.report.page import build_sections, render
+from distattn_hf.analysis.report.parts import number
 from distattn_hf.analysis.statistics import measure
 from distattn_hf.cli import app
 from distattn_hf.evaluation.scorecard import Scorecard
@@ -243,6 +245,24 @@ def test_heads_are_read_from_the_command_line():
     assert str(result.exception) == "give either --text or --data"
 
 
+def test_the_dial_of_softened_heads(tmp_path):
+    """Each head is a line from its plain distance to what was fitted; the table says both ends."""
+    calibration = [token_batch(gpt2(), seed=seed) for seed in range(2)]
+    options = CalibrationOptions(steps=2, progress=False)
+    report = convert(gpt2(), AttentionSpec("l2"), calibration=calibration, options=options).conversion_report
+    section = conversion_section(report.to_dict())
+    assert section.table[0][-2:] == ["mean ε/median", "KL plain"]
+    assert section.table[1][-1] == number(sum(report.groups[0].divergence_plain) / 4)
+    (drawing,) = [d for d in section.figures if d.name == "softening"]
+    lines = [line for line in drawing.figure.axes[0].lines if len(line.get_xdata()) == 2]
+    ends = [(line.get_xdata()[1], *line.get_ydata()) for line in lines]
+    expected = [end for g in report.groups for end in zip(g.softening_ratio, g.divergence_plain, g.divergence_after)]
+    assert ends == [pytest.approx((ratio, max(plain, 1e-6), max(fit, 1e-6))) for ratio, plain, fit in expected]
+    assert save_figure(drawing.figure, tmp_path / "dial")
+    plain = convert(gpt2(), AttentionSpec("l2"), init="plain").conversion_report
+    assert [d.name for d in conversion_section(plain.to_dict()).figures] == ["parameters"]
+
+
 def test_figures_draw_large_and_odd_input(tmp_path):
     """Twelve by twelve heads, long token lists, formulas in tokens, NaN, a single token: drawn, within bounds."""
     generator = np.random.default_rng(0)
@@ -260,11 +280,11 @@ def test_figures_draw_large_and_odd_input(tmp_path):
         draw.attention_map([[1.0]], ["a"]),
         draw.token_bars([0.0], ["a"], "x"),
     ]
-    for number, figure in enumerate(drawn):
+    for place, figure in enumerate(drawn):
         width, height = figure.get_size_inches()
         assert width <= 13
         assert height <= 13
-        for path in save_figure(figure, tmp_path / str(number)):
+        for path in save_figure(figure, tmp_path / str(place)):
             assert path.stat().st_size > 1000
         svg = inline_svg(figure, '"label" <b>')
         assert svg.startswith('<svg role="img" aria-label="&quot;label&quot; &lt;b&gt;"')

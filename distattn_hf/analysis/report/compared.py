@@ -23,14 +23,23 @@ def conversion_section(report: dict) -> Section:
             "α says how Euclidean a head is: 1 is fully, towards 0 it becomes the teacher. The mean is "
             f"{number(alpha)}: {tendency}."
         )
+    ratios = [v for group in report.groups for v in group.softening_ratio or ()]
+    if ratios:
+        words.append(
+            "ε says below which distance a head's logits are quadratic, as the teacher's are but for norms: 0 is the "
+            f"plain distance. In medians of the head's distances it is {number(min(ratios))} to {number(max(ratios))}."
+        )
     if report.mean_divergence_after is not None:
         words.append("KL is that of the attention weights from the teacher's, in nats per query: 0 is equal.")
     words += [f"Warning: {text}" for text in report.warnings]
     section = Section("The conversion", words)
     groups = report.to_dict()["groups"]
     section.table = [["module", "attention", "heads", "mean λ", "mean α", "KL before", "KL after"]]
+    if ratios:
+        section.table[0] += ["mean ε/median", "KL plain"]
     for group in report.groups:
         means = [group.lam, group.alpha, group.divergence_before, group.divergence_after]
+        means += [group.softening_ratio, group.divergence_plain] if ratios else []
         cells = ["–" if not v else number(fmean(v)) for v in means]
         section.table.append([group.module, group.attention, str(len(group.heads)), *cells])
     if any(group["lam"] for group in groups):
@@ -40,6 +49,9 @@ def conversion_section(report: dict) -> Section:
         if alphas:
             caption += f", α from {number(min(alphas))} to {number(max(alphas))}"
         section.figures.append(Drawing("parameters", draw.head_parameters(groups), f"{caption}; a point a head."))
+    if ratios:
+        caption = "The dial: a line a head, from its plain distance (orange, left) to what was fitted (blue)."
+        section.figures.append(Drawing("softening", draw.softening_dial(groups), caption))
     return section
 
 

@@ -16,6 +16,8 @@ _LETTERS = {"previous token": "P", "first token": "F", "diagonal": "D", "block":
 _LETTERS |= {"uniform": "U", MIXED: "·"}
 # With more tokens on an axis, only every second, third, ... is labelled.
 _MAX_LABELS = 64
+# Nats below which a divergence is drawn as this, on a logarithmic axis.
+_LEAST_DIVERGENCE = 1e-6
 _TOKEN_LENGTH = 14
 
 
@@ -272,6 +274,27 @@ def head_parameters(groups: list[dict]):
         if kind == "alpha":
             ax.axhline(1.0, color=INK, linewidth=0.6, linestyle=":")
         _module_ticks(ax, short_names(modules))
+    return figure
+
+
+@styled
+def softening_dial(groups: list[dict]):
+    """Draw the divergence of every head against its ε/median: from the plain distance, at 0, to what was fitted."""
+    figure = new_figure(5.0, 3.4)
+    ax = figure.subplots()
+    # Linear up to a hundredth of the median: the plain distance, at 0, has a place on the axis.
+    ax.set_xscale("symlog", linthresh=0.01)
+    ax.set_yscale("log")
+    for group in groups:
+        ends = (group.get(name) for name in ("softening_ratio", "divergence_plain", "divergence_after"))
+        for ratio, plain, fitted in zip(*(values or () for values in ends)):
+            points = np.maximum([plain, fitted], _LEAST_DIVERGENCE)
+            ax.plot([0, ratio], points, "-", linewidth=0.5, alpha=0.4, color=COLOURS[0])
+            ax.plot([0], points[:1], "o", ms=3.5, alpha=0.8, color=COLOURS[1])
+            ax.plot([ratio], points[1:], "o", ms=3.5, alpha=0.8, color=COLOURS[0])
+    ax.set_xlim(left=-0.002)
+    ax.set_xlabel("ε in medians of the head's distances (0: the plain distance)")
+    ax.set_ylabel("KL from the teacher, nats per query")
     return figure
 
 
