@@ -19,6 +19,7 @@ from ..core.inputs import add_bias, causal_keep, masked_softmax, split_mask
 from ..core.metric_checks import check_distances
 from ..core.metrics import get_metric
 from ..core.native_attention import AttentionHeads
+from ..core.softening import check_softening
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, row_statistics
 
 
@@ -50,6 +51,8 @@ class DistanceAttentionConfig:
             attention. p: order of "lp".
         lam: λ > 0 of every head at the start; None: the metric's default, at which logits of N(0, I) vectors have unit
             deviation. learnable_lambda: whether λ trains, one per head.
+        softening: ε >= 0 of every head at the start, below which the distance is quadratic (see softening.py); 0: the
+            plain distance. learnable_softening: whether ε trains, one per head; from 0 it cannot.
         temperature: > 0; larger is nearer to uniform weights.
         dropout: of the weights (and of what a block adds to its residual), in training.
         is_causal: whether a token sees itself and earlier ones only. bias: of the projections.
@@ -87,6 +90,8 @@ class DistanceAttentionConfig:
     layer_norm_eps: float = 1e-5
     intermediate_size: int | None = None
     activation: str = "gelu"
+    softening: float = 0.0
+    learnable_softening: bool = False
 
     def __post_init__(self):
         for name in ("hidden_size", "num_heads", "key_value_size", "intermediate_size"):
@@ -95,6 +100,13 @@ class DistanceAttentionConfig:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
         metric = get_metric(self.metric)
         self.metric, self.p = metric.name, metric.validate(self.p)
+        if isinstance(self.softening, Tensor):
+            raise ValueError(
+                "softening must be a number, got a tensor; learnable_softening=True gives each head its own"
+            )
+        self.softening = check_softening(metric, self.softening) or 0.0
+        if self.learnable_softening and not self.softening:
+            raise ValueError("learnable_softening=True needs a softening > 0 to start from, got softening=0")
         self.backend = validate_backend(self.backend)
         for name in ("lam", "temperature", "logit_clip", "layer_norm_eps"):
             value = getattr(self, name)
@@ -222,12 +234,22 @@ class DistanceBasedAttention(ProjectedAttention):
             lam = get_metric(config.metric).default_lambda(self.head_dim, self.head_dim**-0.5, config.p)
         self.log_lambda = nn.Parameter(torch.full((self.num_heads,), math.log(lam)))
         self.set_learnable_lambda(config.learnable_lambda)
+        if config.softening:
+            log_softening = torch.full((self.num_heads,), math.log(config.softening))
+            self.log_softening = nn.Parameter(log_softening, requires_grad=config.learnable_softening)
         self._collapsed_heads: set[int] = set()
 
     @property
     def lam(self) -> Tensor:
         """λ > 0 of each head, (H,)."""
         return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
+
+    @property
+    def softening(self) -> float | Tensor:
+        """ε > 0 of each head, (H,); 0.0 for the plain distance."""
+        if not self.config.softening:
+            return 0.0
+        return self.log_softening.to(torch.promote_types(self.log_softening.dtype, torch.float32)).exp()
 
     def set_learnable_lambda(self, learnable: bool) -> None:
         """Let λ train, or keep it fixed; make the optimiser afterwards."""
@@ -236,9 +258,12 @@ class DistanceBasedAttention(ProjectedAttention):
     def compute_distance_matrix(self, query: Tensor, key: Tensor) -> Tensor:
         """Return distances (B, H, N, M) >= 0 of query (B, H, N, d) and key (B, H, M, d), in at least float32.
 
-        Smaller is nearer. Negative ones are refused unless the config's metric is "dot", which is no distance.
+        Smaller is nearer. Negative ones are refused unless the config's metric is "dot", which is no distance, or
+        softened cosine, which leaves out the 1 of 1 - cos.
         """
-        return get_metric(self.config.metric).checked_distance(query, key, self.config.p)
+        epsilon = self.softening
+        epsilon = epsilon.to(query.dtype)[:, None, None] if isinstance(epsilon, Tensor) else None
+        return get_metric(self.config.metric).checked_distance(query, key, self.config.p, epsilon=epsilon)
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
         config, num_queries, num_keys = self.config, query.shape[2], key.shape[2]
@@ -261,6 +286,7 @@ class DistanceBasedAttention(ProjectedAttention):
                 query, key, value, metric=config.metric, lam=self.lam, p=config.p, scaling=scaling, mask=mask,
                 position_bias=position_bias, is_causal=is_causal, dropout_p=dropout_p,
                 backend="auto" if needs_weights else config.backend, return_weights=needs_weights,
+                softening=self.softening,
             )  # fmt: skip
             output, weights = result if needs_weights else (result, None)
         if config.detect_collapse:
@@ -272,7 +298,8 @@ class DistanceBasedAttention(ProjectedAttention):
         with without_autocast(query.device.type):
             dtype = torch.promote_types(query.dtype, torch.float32)
             distance = self.compute_distance_matrix(query.to(dtype), key.to(dtype))
-            signed = not get_metric(self.config.metric).is_distance
+            metric = get_metric(self.config.metric)
+            signed = not metric.is_distance or (metric.scale_free and bool(self.config.softening))
             check_distances(f"{type(self).__name__}.compute_distance_matrix", distance, query, key, signed)
             expected = distance.shape
             logits = -self.lam[:, None, None] * scaling * distance

@@ -18,7 +18,7 @@ from distattn_hf.layers.factory import (
 )
 from tests.tolerances import STANDARD_ERRORS, assert_close
 
-from .cases import every_metric
+from .cases import METRIC_CASES, every_metric
 from .oracles import loop_attention
 
 SIZE, HEADS = 12, 3
@@ -42,13 +42,13 @@ def naive(layer, x, other=None, *, keep=None, bias=None, clip=None):
         return torch.stack([t[..., h * 4 : (h + 1) * 4] for h in range(HEADS)], dim=1).detach()
 
     query, key, value = heads(layer.q_proj, x), heads(layer.k_proj, other), heads(layer.v_proj, other)
-    lam = layer.lam.tolist()
+    lam, softening = layer.lam.tolist(), float(layer.softening[0]) if config.softening else 0.0
     shape = (*query.shape[:3], key.shape[2])
     units = torch.eye(shape[-1], dtype=torch.float64).expand(2, HEADS, -1, -1)
     weights = loop_attention(
         config.metric, config.p, query, key, units, lam=lam, scaling=1 / math.sqrt(4) / config.temperature,
         keep=None if keep is None else keep.expand(shape), bias=None if bias is None else bias.expand(shape),
-        is_causal=config.is_causal,
+        is_causal=config.is_causal, softening=softening,
     )  # fmt: skip
     if clip is not None:
         weights = torch.where(weights > 0, weights.clamp(min=weights.amax(-1, keepdim=True) * math.exp(-clip)), weights)
@@ -70,6 +70,37 @@ def test_equals_the_loops(metric, p, causal):
     assert_close(weights, expected[1], "float64")
     assert_close(weights.sum(-1), torch.ones(2, HEADS, 7, dtype=torch.float64), "float64")
     assert_close(layer(x), expected[0], "float64")
+
+
+SOFT = [case for case in METRIC_CASES if get_metric(case[0]).softens]
+
+
+@pytest.mark.parametrize(("metric", "p"), SOFT)
+@pytest.mark.parametrize("options", [{}, {"logit_clip": 0.5}], ids=["backend", "written out"])
+def test_softened_equals_the_loops(metric, p, options):
+    layer = layer_of(metric, p=p, is_causal=True, lam=1.3, softening=0.6, **options)
+    x = states(6)
+    expected = naive(layer, x, clip=options.get("logit_clip"))
+    output, weights = layer(x, output_attentions=True)
+    assert_close(output, expected[0], "float64")
+    assert_close(weights, expected[1], "float64")
+
+
+@pytest.mark.parametrize(("metric", "p"), SOFT)
+def test_softening_trains_where_it_is_asked_to(metric, p):
+    """By its gradient against finite differences; else it stays, and a plain layer has no such parameter."""
+    layer = layer_of(metric, p=p, softening=0.6, learnable_softening=True)
+    x = states(5)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.log_softening)
+    with torch.no_grad():
+        ends = []
+        for step in (-1e-5, 1e-5):
+            layer.log_softening[0] += step
+            ends.append(layer(x).square().sum())
+            layer.log_softening[0] -= step
+    assert float(gradient[0]) == pytest.approx(float(ends[1] - ends[0]) / 2e-5, rel=1e-4)
+    assert not layer_of(metric, p=p, softening=0.6).log_softening.requires_grad
+    assert "log_softening" not in layer_of(metric, p=p).state_dict()
 
 
 @every_metric

@@ -227,6 +227,12 @@ def test_positional_encoding_factory(name):
             "temperature must be a positive finite number, got 0",
         ),
         (lambda: DistanceAttentionConfig(12, 3, lam=-1.0), "lam must be a positive finite number or None, got -1.0"),
+        (
+            lambda: DistanceAttentionConfig(12, 3, "sqeuclidean", softening=1.0),
+            "softening must be 0 with metric 'sqeuclidean', got 1.0",
+        ),
+        (lambda: DistanceAttentionConfig(12, 3, softening=-1.0), r"softening \(ε\) must be a finite number >= 0"),
+        (lambda: DistanceAttentionConfig(12, 3, learnable_softening=True), "needs a softening > 0 to start from"),
         (lambda: DistanceAttentionConfig(12, 3, logit_clip=math.inf), "logit_clip must be a positive finite number or"),
         (lambda: DistanceAttentionConfig(12, 3, dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
         (lambda: DistanceAttentionConfig(12, 3, backend="cuda"), "backend"),
