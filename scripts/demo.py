@@ -66,8 +66,9 @@ def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
         texts = calibration if init == "calibrated" else None
         student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
         score = perplexity(student)
-        alpha = student.conversion_report.mean_alpha
+        alpha, ratio = student.conversion_report.mean_alpha, student.conversion_report.median_softening_ratio
         note = "-" if alpha is None else f"mean α {alpha:.2f}"
+        note += "" if ratio is None else f", ε/median {ratio:.2g}"
         rows.append(["SmolLM2-135M (Llama)", metric, init, f"{score:.2f}", f"{score / teacher:.4f}", note])
         print("  ".join(rows[-1]), flush=True)
 

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import asdict, dataclass, field, fields
-from statistics import fmean
+from statistics import fmean, median
 
 # What calibration measures of a group of heads under these names, beside divergences.
 MEASURED = ("softening_ratio", "window_error", "output_error", "rows_off")
@@ -89,6 +89,16 @@ class ConversionReport:
         """Nats per query, mean over heads, after the fit."""
         return self._mean("divergence_after")
 
+    @property
+    def softening_ratios(self) -> list[float]:
+        """ε of every softened head, in medians of its plain distances: towards 0 it is the plain distance."""
+        return [value for group in self.groups if group.softening for value in group.softening_ratio or ()]
+
+    @property
+    def median_softening_ratio(self) -> float | None:
+        """The median of `softening_ratios`; None without softened heads."""
+        return median(self.softening_ratios) if self.softening_ratios else None
+
     # Models held the dict of `to_dict` before: it is read as that.
     def __getitem__(self, name: str):
         """Return an entry of `to_dict`."""
@@ -171,7 +181,7 @@ class ConversionReport:
                 "KL: of the student's attention weights from the teacher's, in nats per query (0: equal); before: with "
                 "the metric's default λ and no fit; after: as fitted"
             )
-        if self._mean("softening_ratio") is not None:
+        if self.softening_ratios:
             lines.append(
                 "ε: below it the distance is quadratic; ε/median: in medians of the head's plain distances, of cosine "
                 "in medians of its norms (0: the plain distance); KL plain: of the plain distance, with its own λ and α"
@@ -202,6 +212,8 @@ class ConversionReport:
             parts.append(f"{sum(map(len, self.exact_heads.values()))} heads keep dot-product attention")
         if self.mean_alpha is not None:
             parts.append(f"mean α {self.mean_alpha:.3f}")
+        if (ratio := self.median_softening_ratio) is not None:
+            parts.append(f"ε/median {ratio:.2g} in the median head (0: the plain distance)")
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
             note = " at the conversion (λ or α have changed since)" if self.changed_since else ""

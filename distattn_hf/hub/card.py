@@ -263,11 +263,16 @@ def _loss_table(report: ConversionReport) -> str | None:
     columns = {
         "λ": "lam",
         "α": "alpha",
+        "ε": "softening",
+        "ε/median": "softening_ratio",
         "KL unfitted": "divergence_before",
+        "KL of the plain distance": "divergence_plain",
         "KL fitted": "divergence_after",
         "output off, sinks and window alone": "window_error",
         "output off": "output_error",
     }
+    if not report.softening_ratios:
+        columns = {k: v for k, v in columns.items() if v not in ("softening_ratio", "divergence_plain")}
     columns = {k: v for k, v in columns.items() if any(getattr(group, v) is not None for group in report.groups)}
     rows = []
     for group in report.groups:

@@ -23,8 +23,7 @@ def conversion_section(report: dict) -> Section:
             "α says how Euclidean a head is: 1 is fully, towards 0 it becomes the teacher. The mean is "
             f"{number(alpha)}: {tendency}."
         )
-    ratios = [v for group in report.groups for v in group.softening_ratio or ()]
-    if ratios:
+    if ratios := report.softening_ratios:
         words.append(
             "ε says below which distance a head's logits are quadratic, as the teacher's are but for norms: 0 is the "
             f"plain distance. In medians of the head's distances it is {number(min(ratios))} to {number(max(ratios))}."
