@@ -64,7 +64,7 @@ def convert(
     transform: Annotated[str | None, typer.Option(help="none, scalar or maps. Default: see AttentionSpec.")] = None,
     softening: Annotated[
         str | None,
-        typer.Option(help="ε below which the distance is quadratic: a number, or fit (one a head). Default: 0, plain."),
+        typer.Option(help="ε below which it is quadratic: a number, 0 (plain), or fit (default of --init calibrated)."),
     ] = None,
     fold_alpha: Annotated[
         bool, typer.Option("--fold-alpha", help="Move α into the query projections: plain distances, α = 1.")
