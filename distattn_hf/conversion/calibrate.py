@@ -130,13 +130,12 @@ def _choose_softening(group: HeadParameters, rows: Rows, budget: float) -> dict[
     Returns the values at the grid's least ε: those of the plain distance.
     """
     trials = []
+    has_alpha = group.transform != "none" and not get_metric(group.metric).scale_free
+    # ε follows the distances, which depend on α. Beside an ε, every other α is enough to start from.
+    medians = {alpha: _median_distance(group, rows, alpha) for alpha in (ALPHA_GRID[::2] if has_alpha else (None,))}
     for share in SOFTENING_GRID:
-        if group.transform != "none" and not get_metric(group.metric).scale_free:
-            # ε follows the distances, which depend on α.
-            _choose_alpha(group, rows, budget, share)
-        else:
-            group.log_softening.copy_((share * rows.median_distance(group)).log())
-            _match_spread(group, rows)
+        tried = [_try(group, rows, alpha, (share * median).log()) for alpha, median in medians.items()]
+        _take_first_allowed(group, tried, budget)
         trials.append((rows.divergence(group), _snapshot(group)))
     _take_first_allowed(group, trials, budget)
     return trials[0][1]
@@ -151,18 +150,26 @@ def _take_first_allowed(group: HeadParameters, trials: list[tuple[Tensor, dict[s
         _restore(group, values, chosen == number)
 
 
-@torch.no_grad()
-def _choose_alpha(group: HeadParameters, rows: Rows, budget: float, share: float | None = None) -> None:
-    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
-    trials = []
-    # With an ε beside it, every other α is enough to start from.
-    for alpha in ALPHA_GRID if share is None else ALPHA_GRID[::2]:
+def _median_distance(group: HeadParameters, rows: Rows, alpha: float | None) -> Tensor:
+    if alpha is not None:
         group.log_alpha.fill_(math.log(alpha))
-        if share is not None:
-            group.log_softening.copy_((share * rows.median_distance(group)).log())
-        _match_spread(group, rows)
-        trials.append((rows.divergence(group), _snapshot(group)))
-    _take_first_allowed(group, trials, budget)
+    return rows.median_distance(group)
+
+
+def _try(group: HeadParameters, rows: Rows, alpha: float | None, log_softening: Tensor | None = None):
+    """Set α and ε, where given, and λ to match; return (divergences (H,), values)."""
+    if alpha is not None:
+        group.log_alpha.fill_(math.log(alpha))
+    if log_softening is not None:
+        group.log_softening.copy_(log_softening)
+    _match_spread(group, rows)
+    return rows.divergence(group), _snapshot(group)
+
+
+@torch.no_grad()
+def _choose_alpha(group: HeadParameters, rows: Rows, budget: float) -> None:
+    """Set α of each head to the largest of the grid within the budget, or within 10% of the best divergence."""
+    _take_first_allowed(group, [_try(group, rows, alpha) for alpha in ALPHA_GRID], budget)
 
 
 def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOptions) -> dict[str, Tensor]:

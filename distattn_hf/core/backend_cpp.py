@@ -1,5 +1,6 @@
 """Fused CPU kernels for every built-in metric: online softmax, forward and backward, with memory linear in N and M."""
 
+import math
 import re
 
 import torch
@@ -8,10 +9,10 @@ from torch.nn import functional as F
 
 from .inputs import AttentionInputs
 from .kernel_cpp_library import (
-    KINDS,
     attention_backward,
     attention_decode,
     attention_forward,
+    in_knees,
     kind_of,
     readable,
     transformed,
@@ -81,8 +82,13 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
         else torch.full((heads,), float(inputs.lam), dtype=torch.float32, device="cpu")
     )
     coef = lam.float() * inputs.scaling
-    kind, p = kind_of(inputs.metric.name, inputs.p, inputs.softening is not None), inputs.p or 0.0
-    soft = _soft(inputs)
+    kind = kind_of(inputs.metric.name, inputs.p, inputs.softening is not None)
+    p = math.inf if inputs.metric.name == "chebyshev" else inputs.p or 0.0
+    soft = _epsilon(inputs)
+    if soft is not None and in_knees(kind):
+        coef, soft = coef * soft, query.shape[3] ** (1 / p) / soft
+    elif soft is not None and kind == kind_of("l1", None, softened=True):
+        soft = soft / query.shape[3]
     if few_queries(inputs):
         if inputs.metric.name == "cosine":
             query = query.float()
@@ -96,18 +102,14 @@ def cpp_attention(inputs: AttentionInputs) -> Tensor:
     return output.to(dtype)
 
 
-def _soft(inputs: AttentionInputs) -> Tensor | None:
-    """Return (H,) in float32: ε of each head, of l1 the knee δ = ε / d of a coordinate; None for the plain distance."""
+def _epsilon(inputs: AttentionInputs) -> Tensor | None:
+    """Return ε of each head, (H,) in float32, or None for the plain distance."""
     if inputs.softening is None:
         return None
     epsilon = inputs.softening_column(torch.float32)
-    heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
     if isinstance(epsilon, Tensor):
-        epsilon = epsilon[:, 0, 0]
-    else:
-        epsilon = torch.full((heads,), epsilon, dtype=torch.float32, device="cpu")
-    by_coordinate = kind_of(inputs.metric.name, inputs.p) == KINDS["l1"]
-    return epsilon / head_dim if by_coordinate else epsilon
+        return epsilon[:, 0, 0]
+    return torch.full(inputs.query.shape[1:2], epsilon, dtype=torch.float32, device="cpu")
 
 
 def _eager(inputs: AttentionInputs) -> bool:

@@ -3,8 +3,10 @@
 Nothing here imports Triton before the first call, so that the file loads where Triton is not installed.
 """
 
+import math
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -31,8 +33,6 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     """Return why this backend cannot run `inputs`, or None when it can."""
     if type(inputs.metric) not in _KERNEL_METRICS:
         return f"metric {inputs.metric.name!r} has no Triton kernel (built-in {', '.join(_KERNEL_METRICS.values())} do)"
-    if inputs.softening is not None:
-        return "its kernels have no softened distances"
     if inputs.dropout_p > 0:
         return "its kernels have no dropout"
     for name in ("query", "key", "value"):
@@ -62,27 +62,49 @@ def triton_attention(inputs: AttentionInputs) -> Tensor:
     Distances, logits and sums are in float32. Kept for the backward pass: the inputs, the output in float32, and one
     log-sum-exp per row; no (N, M) tensor, except that a bias which needs a gradient costs a float32 (B, H, N, M) one.
     """
+    metric, p = _kernel_metric(inputs)
+    if inputs.softening is not None:
+        inputs = _in_knees(inputs)
     query, key, bias, lam, heads = inputs.query, inputs.key, inputs.bias, inputs.lam, inputs.query.shape[1]
     if not isinstance(lam, Tensor):
         lam = torch.full((heads,), lam, dtype=torch.float32, device=query.device)
     if bias is not None and bias.dtype == torch.float64:
         bias = bias.float()
-    metric, p = _kernel_metric(inputs)
     return _Attention.apply(
         query, key, inputs.value, lam.float() * inputs.scaling, bias, inputs.keep, metric, p, inputs.is_causal
     )
 
 
 def _kernel_metric(inputs: AttentionInputs) -> tuple[str, float | None]:
-    """Return (name, p) as the kernels know them: "l1", "lp", "chebyshev" by coordinates, "l2" by matmul.
+    """Return (name, p) as the kernels know them: "l1", "lp", "chebyshev" by coordinates, "l2" by matmul; "soft_l1",
+    "soft_lp" (l2, too) and "soft_chebyshev" by coordinates.
 
     Tensor cores multiply half precision exactly. Float32 has no such product, and without it q·k is hardly faster than
     the coordinates, which lose no digits where q ≈ k and need no shared memory.
     """
     name, p = _KERNEL_METRICS[type(inputs.metric)], inputs.p
+    if inputs.softening is not None:
+        order = _order(inputs)
+        name = {1.0: "soft_l1", math.inf: "soft_chebyshev"}.get(order, "soft_lp")
+        return name, order if name == "soft_lp" else None
     if name == "l2" and torch.float32 in (inputs.query.dtype, inputs.key.dtype):
         return "lp", 2.0
     return ("l1", None) if name == "lp" and p == 1 else (name, p)
+
+
+def _order(inputs: AttentionInputs) -> float:
+    """Return p of a metric as one of the lp distances."""
+    return {"l1": 1.0, "l2": 2.0, "chebyshev": math.inf}.get(_KERNEL_METRICS[type(inputs.metric)], inputs.p)
+
+
+def _in_knees(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the same problem with query and key in units of the knee δ = ε / d^(1/p), and λ·ε for λ."""
+    epsilon = inputs.softening_column(torch.float32)
+    if isinstance(epsilon, Tensor):
+        inputs = inputs.written_out()
+    unit = epsilon / inputs.query.shape[-1] ** (1 / _order(inputs))
+    lam = inputs.lam * (epsilon[:, 0, 0] if isinstance(epsilon, Tensor) else epsilon)
+    return replace(inputs, query=inputs.query.float() / unit, key=inputs.key.float() / unit, lam=lam, softening=None)
 
 
 def _tile(metric: str, head_dim: int, value_dim: int, owner: str = "queries") -> dict[str, int]:
@@ -213,6 +235,7 @@ def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[
     sizes = (heads, heads // key_heads, num_queries, num_keys)
     options = {
         "METRIC": ctx.metric,
+        "SOFT": ctx.metric.startswith("soft"),
         "P": ctx.p,
         "IS_CAUSAL": ctx.is_causal,
         "HAS_KEEP": keep is not None,

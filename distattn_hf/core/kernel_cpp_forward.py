@@ -11,6 +11,7 @@ struct Problem {
   long keep_stride[4], bias_stride[4];
   float p;
   float parameter(long h) const { return soft ? soft[h] : p; }  // of the metric: ε or δ of a head, or the order
+  Softness softness(long h) const { return {p, soft ? soft[h] : 1, d}; }
 };
 
 // Logits of one row of a tile from its sums, in place; returns the largest. What is masked is -inf.
@@ -48,11 +49,15 @@ INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h,
   return largest;
 }
 template <class Metric>
-INLINE void tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
-                      long h) {
-  for (long c = 0; c < n; c += PANEL)
-    for (long r = 0; r < rows; r += RP)
-      pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.parameter(h));
+INLINE float tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
+                       long h) {
+  if constexpr (Metric::soft)
+    return soft_sums(q, a.dp, rows, panels, n, sums, a.softness(h));
+  else
+    for (long c = 0; c < n; c += PANEL)
+      for (long r = 0; r < rows; r += RP)
+        pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.parameter(h));
+  return 0;
 }
 template <class Metric>
 static void forward(const Problem& a) {
@@ -137,6 +142,7 @@ extern "C" int attention_forward(const Problem* a, int kind) {
     case 5: forward<Linf>(*a); break;
     case 8: forward<SoftL1>(*a); break;
     case 9: forward<SoftL2>(*a); break;
+    case 10: forward<Soft>(*a); break;
     default: return 1;
   }
   return 0;
@@ -150,6 +156,7 @@ extern "C" int distance_forward(const Problem* a, int kind) {
     case 4: pairwise_forward<Lp>(*a); break;
     case 5: pairwise_forward<Linf>(*a); break;
     case 8: pairwise_forward<SoftL1>(*a); break;
+    case 10: pairwise_forward<Soft>(*a); break;
     default: return 1;
   }
   return 0;
@@ -201,28 +208,34 @@ constexpr bool is_cosine = std::is_same<Metric, Cosine>::value;
 
 // Sums of one query against COUNT keys at a time, so that their latencies overlap.
 template <class Metric, class T, int COUNT>
-INLINE void key_sums(const float* q, const typename T::type* k, long stride, long d, float* sums, float p) {
-  vf acc[COUNT] = {}, norm[COUNT] = {};
-  auto add = [&](int j, vf x, vf y) __attribute__((always_inline)) {
-    if constexpr (is_dot<Metric> || is_cosine<Metric>)
-      acc[j] += x * y;
-    else
-      acc[j] = Metric::add(acc[j], x - y, p);
-    if constexpr (is_cosine<Metric>) norm[j] += y * y;
-  };
-  long c = 0;
-  for (; c + W <= d; c += W)
-    for (int j = 0; j < COUNT; j++) add(j, load(q + c), T::read(k + j * stride + c));
-  if (c < d)
-    for (int j = 0; j < COUNT; j++) add(j, load(q + c), read_upto<T>(k + j * stride + c, d - c));
-  for (int j = 0; j < COUNT; j++) {
-    float s = 0;
-    if constexpr (Metric::ties)
-      s = largest_bits(acc[j]);
-    else
-      s = total(acc[j]);
-    if constexpr (is_cosine<Metric>) s /= std::max(sqrtf(total(norm[j]) + p * p), 1e-12f);
-    sums[j] = s;
+INLINE void key_sums(const float* q, const typename T::type* k, long stride, long d, float* sums, float p,
+                     Softness soft) {
+  if constexpr (Metric::soft) {
+    auto read = [=](long j, long c) __attribute__((always_inline)) { return read_upto<T>(k + j * stride + c, d - c); };
+    soft_keys<COUNT>(q, read, soft, sums);
+  } else {
+    vf acc[COUNT] = {}, norm[COUNT] = {};
+    auto add = [&](int j, vf x, vf y) __attribute__((always_inline)) {
+      if constexpr (is_dot<Metric> || is_cosine<Metric>)
+        acc[j] += x * y;
+      else
+        acc[j] = Metric::add(acc[j], x - y, p);
+      if constexpr (is_cosine<Metric>) norm[j] += y * y;
+    };
+    long c = 0;
+    for (; c + W <= d; c += W)
+      for (int j = 0; j < COUNT; j++) add(j, load(q + c), T::read(k + j * stride + c));
+    if (c < d)
+      for (int j = 0; j < COUNT; j++) add(j, load(q + c), read_upto<T>(k + j * stride + c, d - c));
+    for (int j = 0; j < COUNT; j++) {
+      float s = 0;
+      if constexpr (Metric::ties)
+        s = largest_bits(acc[j]);
+      else
+        s = total(acc[j]);
+      if constexpr (is_cosine<Metric>) s /= std::max(sqrtf(total(norm[j]) + p * p), 1e-12f);
+      sums[j] = s;
+    }
   }
 }
 template <class Metric, class T>
@@ -236,6 +249,7 @@ static void decode_as(const Decode& a) {
   mask.keep = a.keep;
   mask.causal = a.causal;
   mask.p = a.p;
+  mask.d = a.d;
   mask.soft = a.soft;
   memcpy(mask.keep_stride, a.keep_stride, sizeof a.keep_stride);
   memcpy(mask.bias_stride, a.bias_stride, sizeof a.bias_stride);
@@ -260,9 +274,10 @@ static void decode_as(const Decode& a) {
           long h = kh * a.G + r / a.N, i = r % a.N, j = 0;
           const float* q = a.q + ((b * a.H + h) * a.N + i) * a.dp;
           float p = mask.parameter(h);
+          Softness soft = mask.softness(h);
           for (; j + COUNT <= n; j += COUNT)
-            key_sums<Metric, T, COUNT>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p);
-          for (; j < n; j++) key_sums<Metric, T, 1>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p);
+            key_sums<Metric, T, COUNT>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p, soft);
+          for (; j < n; j++) key_sums<Metric, T, 1>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p, soft);
           for (; j < BK; j++) s[j] = 0;
           float *o = partial + r * record, *m = o + a.vp, *l = m + 1;
           float largest = std::max(*m, row_logits<Metric>(mask, s, nullptr, b, h, i, j0, n, a.coef[h]));
@@ -328,6 +343,7 @@ extern "C" int attention_decode(const Decode* a, int kind, int type) {
     case 7: decode<Dot>(*a, type); break;
     case 8: decode<SoftL1>(*a, type); break;
     case 9: decode<SoftL2>(*a, type); break;
+    case 10: decode<Soft>(*a, type); break;
     default: return 1;
   }
   return 0;

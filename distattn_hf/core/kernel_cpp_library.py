@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from .kernel_cpp_backward import BACKWARD
 from .kernel_cpp_forward import DECODE, FORWARD
+from .kernel_cpp_softened import SOFTENED
 from .kernel_cpp_tiles import TILES
 
 # Exact attention. Other libraries use TILES, too, and are compiled where they are used.
-EXACT = "\n".join((TILES, FORWARD, BACKWARD, DECODE))
+EXACT = "\n".join((TILES, SOFTENED, FORWARD, BACKWARD, DECODE))
 # No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
 # time of -O2).
 _FLAGS = (
@@ -38,14 +39,19 @@ ALIGNMENT = 16
 # (metric, p) -> number of the metric in the C++ `switch`; lp takes the general entry unless its p has its own.
 KINDS = {"l1": 0, "sqeuclidean": 1, "l2": 2, "lp": 4, "chebyshev": 5, "cosine": 6, "dot": 7}
 _ORDERS = {1.0: 0, 2.0: 2, 3.0: 3}
-# The softened forms that have kernels (cosine's is a matter of norms).
-_SOFTENED = {0: 8, 2: 9, 6: 6}
+# The softened forms (cosine's is a matter of norms); those of lp and chebyshev, p = inf, are one kind.
+_SOFTENED = {0: 8, 2: 9, 3: 10, 4: 10, 5: 10, 6: 6}
 
 
 def kind_of(metric: str, p: float | None, softened: bool = False) -> int | None:
     """Return the kernel's number for a metric, or None when there is no kernel."""
     kind = _ORDERS.get(p, KINDS["lp"]) if metric == "lp" else KINDS.get(metric)
     return _SOFTENED.get(kind) if softened else kind
+
+
+def in_knees(kind: int) -> bool:
+    """Return whether a softened kind takes 1/δ of each head, and λ·ε for λ: its distances are in units of ε."""
+    return kind == _SOFTENED[KINDS["lp"]]
 
 
 def compiler() -> list[str] | None:
@@ -260,7 +266,7 @@ class _Call:
 def attention_forward(query, key, value, coef, soft, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
     """Return (output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling.
 
-    soft (H,): ε or, of l1, δ = ε / d of the softened metric; None: p is the metric's parameter.
+    soft (H,): of the softened metric ε; of l1 δ = ε / d; of lp and chebyshev 1/δ (see `in_knees`). None: not softened.
     """
     call = _Call(_Problem, query, key, value.shape[-1], p)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)

@@ -11,6 +11,9 @@ TILES = r"""
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 // One vector of the widest registers; a panel is two of them: the columns of one register tile.
 #ifdef __AVX512F__
@@ -111,15 +114,17 @@ INLINE vf root(vf x, float p) {
 
 // A metric: what one coordinate's difference x adds to the sum, the distance from the sum, and the derivative:
 // d distance / d x = weight(distance)·slope(x), with the count of maxima for chebyshev.
-struct L1 {
-  static constexpr bool ties = false;
+struct Plain {
+  // by_pair: slope(x) depends on the distance, too. soft: the tiles are those of kernel_cpp_softened.py.
+  static constexpr bool ties = false, by_pair = false, soft = false;
+};
+struct L1 : Plain {
   INLINE vf add(vf s, vf x, float) { return s + vabs(x); }
   INLINE vf finish(vf s, float) { return s; }
   INLINE vf weight(vf w, vf, float) { return w; }
   INLINE vf pull(vf acc, vf w, vf x, vf, float) { return acc + signed_by(w, x); }
 };
-struct Sq {
-  static constexpr bool ties = false;
+struct Sq : Plain {
   INLINE vf add(vf s, vf x, float) { return s + x * x; }
   INLINE vf finish(vf s, float) { return s; }
   INLINE vf weight(vf w, vf, float) { return 2.0f * w; }
@@ -135,8 +140,7 @@ struct L2 : Sq {
   INLINE vf weight(vf w, vf d, float) { return divide(w, d); }
 };
 // Softened (see softening.py): p is the knee δ of a coordinate, and ε.
-struct SoftL1 {
-  static constexpr bool ties = false;
+struct SoftL1 : Plain {
   INLINE vf add(vf s, vf x, float p) {
     vf a = vabs(x), m = vmin(a, splat(p));
     return s + m * (a - 0.5f * m);
@@ -149,8 +153,7 @@ struct SoftL2 : Sq {
   INLINE vf finish(vf s, float p) { return s / (sqrtv(s + p * p) + p); }
   INLINE vf weight(vf w, vf d, float p) { return w / (d + p); }  // d + ε is the root
 };
-struct L3 {
-  static constexpr bool ties = false;
+struct L3 : Plain {
   INLINE vf add(vf s, vf x, float) {
     vf a = vabs(x);
     return s + a * (x * x);
@@ -159,15 +162,14 @@ struct L3 {
   INLINE vf weight(vf w, vf d, float) { return divide(w, d * d); }
   INLINE vf pull(vf acc, vf w, vf x, vf, float) { return acc + w * (x * vabs(x)); }
 };
-struct Lp {
-  static constexpr bool ties = false;
+struct Lp : Plain {
   INLINE vf add(vf s, vf x, float p) { return s + powv(vabs(x), p); }
   INLINE vf finish(vf s, float p) { return root(s, p); }
   INLINE vf weight(vf w, vf d, float p) { return divide(w, powv(d, p - 1)); }
   INLINE vf pull(vf acc, vf w, vf x, vf, float p) { return acc + signed_by(w * powv(vabs(x), p - 1), x); }
 };
-struct Linf {
-  static constexpr bool ties = true;
+struct Linf : Plain {
+  static constexpr bool ties = true, by_pair = true;
   INLINE vf add(vf s, vf x, float) { return largest_of(s, vabs(x)); }
   INLINE vf finish(vf s, float) { return s; }
   INLINE vf weight(vf w, vf count, float) { return divide(w, count); }
@@ -212,8 +214,8 @@ static void multiply_rows(const float* a, long ar, long ak, const float* b, long
 }
 constexpr int RP = W == 16 ? 8 : 4, RG = W == 16 ? 4 : 2;  // rows of a register tile: pairs, gradients
 // sums[r, :] = Σ_c |q[r, c] - panel[c, :]|^p (or max) for RP rows and one panel of keys.
-template <class Metric>
-INLINE void pair_sums(const float* q, long ldq, const float* panel, long d, float* sums, long lds, float p) {
+template <class Metric, class P>
+INLINE void pair_sums(const float* q, long ldq, const float* panel, long d, float* sums, long lds, P p) {
   vf acc[RP][2] = {};
   for (long c = 0; c < d; c++) {
     vf k0 = load(panel + c * PANEL), k1 = load(panel + c * PANEL + W);
@@ -243,9 +245,9 @@ static void count_ties(const float* q, long ldq, const float* panel, long d, con
   }
 }
 // out[r, :] += Σ_k w[r, k]·slope(x[r, :] - y[k, :]); w and distance share their strides.
-template <class Metric, int R, int NV>
+template <class Metric, int R, int NV, class P>
 INLINE void pull_tile(const float* w, const float* dist, long wr, long wk, const float* x, const float* y, long ld,
-                      long n, float* out, float p) {
+                      long n, float* out, P p) {
   vf acc[R][NV], mine[R][NV];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++) {
@@ -256,16 +258,16 @@ INLINE void pull_tile(const float* w, const float* dist, long wr, long wk, const
     vf other[NV];
     for (int v = 0; v < NV; v++) other[v] = load(y + k * ld + v * W);
     for (int r = 0; r < R; r++) {
-      vf weight = splat(w[r * wr + k * wk]), d = Metric::ties ? splat(dist[r * wr + k * wk]) : vf{};
+      vf weight = splat(w[r * wr + k * wk]), d = Metric::by_pair ? splat(dist[r * wr + k * wk]) : vf{};
       for (int v = 0; v < NV; v++) acc[r][v] = Metric::pull(acc[r][v], weight, mine[r][v] - other[v], d, p);
     }
   }
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++) store(out + r * ld + v * W, acc[r][v]);
 }
-template <class Metric>
+template <class Metric, class P>
 static void pull_rows(const float* w, const float* dist, long wr, long wk, const float* x, const float* y, long ld,
-                      long n, float* out, long rows, float p) {
+                      long n, float* out, long rows, P p) {
   for (long c = 0; c < ld; c += PANEL) {
     bool wide = ld - c >= PANEL;
     long r = 0;

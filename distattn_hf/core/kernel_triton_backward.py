@@ -17,6 +17,7 @@ from .kernel_triton_tile import (
     load_rows,
     masked_logits,
     matmul_distance,
+    soft_coordinate_distance,
     weighted_sum,
 )
 
@@ -60,6 +61,7 @@ def query_kernel(
     num_queries,
     num_keys,
     METRIC: tl.constexpr,
+    SOFT: tl.constexpr,
     P: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
@@ -110,19 +112,13 @@ def query_kernel(
         if METRIC == "l2":
             k = load_rows(k_ptrs, k_stride_d, key_inside, HEAD_DIM, BLOCK_D)
             distance = matmul_distance(k, q)
+        elif SOFT:
+            distance, count, reached = soft_coordinate_distance(
+                k_ptrs, k_stride_d, key_inside, q_ptrs, q_stride_d, query_inside, METRIC, P, HEAD_DIM, BLOCK_M, BLOCK_N
+            )
         else:
-            distance, count = coordinate_distance(
-                k_ptrs,
-                k_stride_d,
-                key_inside,
-                q_ptrs,
-                q_stride_d,
-                query_inside,
-                METRIC,
-                P,
-                HEAD_DIM,
-                BLOCK_M,
-                BLOCK_N,
+            distance, count, reached = coordinate_distance(
+                k_ptrs, k_stride_d, key_inside, q_ptrs, q_stride_d, query_inside, METRIC, P, HEAD_DIM, BLOCK_M, BLOCK_N
             )
         logits = masked_logits(
             distance,
@@ -156,7 +152,7 @@ def query_kernel(
         if METRIC == "l2":
             grad_q = add_matmul_gradient(grad_q, q, k, grad_distance, distance, PRECISION)
         else:
-            if METRIC == "chebyshev":
+            if METRIC == "chebyshev" or METRIC == "soft_chebyshev":
                 grad_distance = grad_distance / count
             add_coordinate_gradient(
                 grad_q_ptrs,
@@ -168,7 +164,7 @@ def query_kernel(
                 k_stride_d,
                 key_inside,
                 grad_distance,
-                distance,
+                reached,
                 METRIC,
                 P,
                 HEAD_DIM,
@@ -222,6 +218,7 @@ def key_kernel(
     num_queries,
     num_keys,
     METRIC: tl.constexpr,
+    SOFT: tl.constexpr,
     P: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
@@ -270,8 +267,22 @@ def key_kernel(
             if METRIC == "l2":
                 q = load_rows(q_ptrs, q_stride_d, query_inside, HEAD_DIM, BLOCK_D)
                 distance = matmul_distance(q, k)
+            elif SOFT:
+                distance, count, reached = soft_coordinate_distance(
+                    q_ptrs,
+                    q_stride_d,
+                    query_inside,
+                    k_ptrs,
+                    k_stride_d,
+                    key_inside,
+                    METRIC,
+                    P,
+                    HEAD_DIM,
+                    BLOCK_N,
+                    BLOCK_M,
+                )
             else:
-                distance, count = coordinate_distance(
+                distance, count, reached = coordinate_distance(
                     q_ptrs,
                     q_stride_d,
                     query_inside,
@@ -311,7 +322,7 @@ def key_kernel(
             if METRIC == "l2":
                 grad_k = add_matmul_gradient(grad_k, k, q, grad_distance, distance, PRECISION)
             else:
-                if METRIC == "chebyshev":
+                if METRIC == "chebyshev" or METRIC == "soft_chebyshev":
                     grad_distance = grad_distance / count
                 add_coordinate_gradient(
                     grad_k_ptrs,
@@ -323,7 +334,7 @@ def key_kernel(
                     q_stride_d,
                     query_inside,
                     grad_distance,
-                    distance,
+                    reached,
                     METRIC,
                     P,
                     HEAD_DIM,

@@ -9,7 +9,13 @@ try:
 except ImportError as error:
     raise ImportError("the Triton backend needs the package triton") from error
 
-from .kernel_triton_tile import coordinate_distance, load_rows, masked_logits, matmul_distance
+from .kernel_triton_tile import (
+    coordinate_distance,
+    load_rows,
+    masked_logits,
+    matmul_distance,
+    soft_coordinate_distance,
+)
 
 
 @triton.jit
@@ -47,6 +53,7 @@ def forward_kernel(
     num_queries,
     num_keys,
     METRIC: tl.constexpr,
+    SOFT: tl.constexpr,
     P: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
@@ -92,19 +99,13 @@ def forward_kernel(
         if METRIC == "l2":
             k = load_rows(k_ptrs, k_stride_d, key_inside, HEAD_DIM, BLOCK_D)
             distance = matmul_distance(q, k)
+        elif SOFT:
+            distance, _, _ = soft_coordinate_distance(
+                q_ptrs, q_stride_d, query_inside, k_ptrs, k_stride_d, key_inside, METRIC, P, HEAD_DIM, BLOCK_N, BLOCK_M
+            )
         else:
-            distance, _ = coordinate_distance(
-                q_ptrs,
-                q_stride_d,
-                query_inside,
-                k_ptrs,
-                k_stride_d,
-                key_inside,
-                METRIC,
-                P,
-                HEAD_DIM,
-                BLOCK_N,
-                BLOCK_M,
+            distance, _, _ = coordinate_distance(
+                q_ptrs, q_stride_d, query_inside, k_ptrs, k_stride_d, key_inside, METRIC, P, HEAD_DIM, BLOCK_N, BLOCK_M
             )
         logits = masked_logits(
             distance,

@@ -39,6 +39,96 @@ def power(x, P: tl.constexpr):
 
 
 @triton.jit
+def log1p(t):
+    """Return log(1 + t), t >= 0, with the digits of a small t."""
+    above = 1.0 + t
+    step = above - 1.0
+    return tl.where(step == 0, t, tl.log(above) * (t / tl.where(step == 0, 1.0, step)))
+
+
+@triton.jit
+def power_excess(t, P: tl.constexpr):
+    """Return (1 + t)^P - 1, t >= 0, with the digits of a small t."""
+    if P == 0.5:
+        result = t / (tl.sqrt(1.0 + t) + 1.0)
+    elif P == 1.0:
+        result = t
+    else:
+        z = P * log1p(t)
+        near = z * (1.0 + z * (0.5 + z * (0.16666667 + z * (0.041666667 + z * (0.0083333333 + z * 0.0013888889)))))
+        result = tl.where(z < 0.35, near, tl.exp(z) - 1.0)
+    return result
+
+
+@triton.jit
+def soft_coordinate_distance(
+    a_ptrs,
+    a_stride,
+    a_inside,
+    b_ptrs,
+    b_stride,
+    b_inside,
+    METRIC: tl.constexpr,
+    P: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Return the softened distance in units of ε, of u = a - b in units of the knee, (BLOCK_A, BLOCK_B).
+
+    soft_l1 mean_c(m·(|u_c| - m/2)), m = min(|u_c|, 1); soft_lp (mean_c (1 + u_c²)^(P/2))^(1/P) - 1; soft_chebyshev
+    log(mean_c cosh u_c). Also what the slopes need: of soft_chebyshev, whose slopes are a softmax,
+    Σ_c 2·cosh(u_c)·e^(-max|u|) and max|u|; of the others nothing (0) and the distance.
+    """
+    largest = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    count = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    if METRIC != "soft_l1":
+        # No power and no exponential is taken of more than the ratio to the largest, so that none overflows.
+        for c in range(HEAD_DIM):
+            a = tl.load(a_ptrs + c * a_stride, mask=a_inside, other=0.0).to(tl.float32)
+            b = tl.load(b_ptrs + c * b_stride, mask=b_inside, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(a[:, None] - b[None, :]))
+    unit = tl.maximum(largest, 1.0)
+    knee = 1.0 / unit
+    for c in range(HEAD_DIM):
+        a = tl.load(a_ptrs + c * a_stride, mask=a_inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptrs + c * b_stride, mask=b_inside, other=0.0).to(tl.float32)
+        size = tl.abs(a[:, None] - b[None, :])
+        if METRIC == "soft_l1":
+            inner = tl.minimum(size, 1.0)
+            total += inner * (size - 0.5 * inner)
+        elif METRIC == "soft_lp":
+            ratio = size * knee
+            square = ratio * ratio
+            if P == 2.0:
+                total += square
+            elif P == 3.0:
+                root = tl.sqrt(square + knee * knee)
+                total += square * (root + knee * knee / (root + knee))
+            else:
+                far = power(square + knee * knee, 0.5 * P) - power(knee, P)
+                total += tl.where(largest <= 1.0, power_excess(square, 0.5 * P), far)
+        else:
+            square = tl.minimum(size * size, 1.0)
+            total += square * (0.5 + square * (0.041666667 + square * (0.0013888889 + square * 2.4801587e-5)))
+            count += tl.exp(size - largest) + tl.exp(-size - largest)
+    if METRIC == "soft_l1":
+        distance = total / HEAD_DIM
+    elif METRIC == "soft_lp":
+        mean = total / HEAD_DIM
+        far = power(mean + power(knee, P), 1.0 / P) * unit - 1.0
+        distance = tl.where(largest <= 1.0, power_excess(mean, 1.0 / P), far)
+    else:
+        far = largest + tl.log(tl.maximum(count, 1.0) / (2.0 * HEAD_DIM))
+        distance = tl.where(largest <= 1.0, log1p(total / HEAD_DIM), far)
+    reached = distance
+    if METRIC == "soft_chebyshev":
+        reached = largest
+    return distance, count, reached
+
+
+@triton.jit
 def coordinate_distance(
     a_ptrs,
     a_stride,
@@ -52,7 +142,7 @@ def coordinate_distance(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Return (Σ_c|a_c - b_c|^P)^(1/P) or max_c|a_c - b_c|, (BLOCK_A, BLOCK_B), and how many c reach the maximum.
+    """Return (Σ_c|a_c - b_c|^P)^(1/P) or max_c|a_c - b_c|, (BLOCK_A, BLOCK_B), how many c reach the maximum, and it.
 
     One coordinate at a time: only the tile itself is held in registers, whatever the head size. Each step reads one
     number per row and per column, contiguous ones if the vectors are stored coordinate by coordinate.
@@ -72,7 +162,19 @@ def coordinate_distance(
             distance += power(difference, P)
     if METRIC == "lp":
         distance = power(distance, 1.0 / P)
-    return distance, count
+    return distance, count, distance
+
+
+@triton.jit
+def power_of_softened(x, P: tl.constexpr):
+    """Return x^(P/2 - 1) for x > 0."""
+    if P == 1.5:
+        result = 1.0 / tl.sqrt(tl.sqrt(x))
+    elif P == 2.0:
+        result = tl.full(x.shape, 1.0, tl.float32)
+    else:
+        result = power(x, 0.5 * P - 1.0)
+    return result
 
 
 @triton.jit
@@ -93,12 +195,18 @@ def add_coordinate_gradient(
 ):
     """Add Σ_other weight·∂distance/∂own_c to gradient[own, c]; weight and distance are (other, own).
 
+    Of soft_chebyshev `distance` is the largest difference, and the weight is over Σ_c 2·cosh(u_c)·e^(-largest).
+
     The sums run over axis 0, which a thread mostly holds itself. They are added up in memory, as registers cannot be
     indexed by c. The rows belong to this program alone, and always to the same thread of it, so that the order of the
     additions is fixed, atomic or not; atomic ones do without barriers and without waiting for the old value.
     """
     if METRIC == "lp":
         inverse = tl.where(distance > 0, 1.0 / tl.where(distance > 0, distance, 1.0), 0.0)
+    elif METRIC == "soft_lp":
+        inverse = 1.0 / (1.0 + distance)
+    elif METRIC == "soft_chebyshev":
+        scale = tl.exp(-tl.minimum(distance, 80.0))
     for c in range(HEAD_DIM):
         own = tl.load(own_ptrs + c * own_stride, mask=own_inside, other=0.0).to(tl.float32)
         other = tl.load(other_ptrs + c * other_stride, mask=other_inside, other=0.0).to(tl.float32)
@@ -108,6 +216,19 @@ def add_coordinate_gradient(
         elif METRIC == "lp":
             # The ratio is at most 1, so that no power of it overflows.
             size = weight * power(tl.abs(difference) * inverse, P - 1.0)
+        elif METRIC == "soft_l1":
+            size = weight * (tl.minimum(tl.abs(difference), 1.0) / HEAD_DIM)
+        elif METRIC == "soft_lp":
+            ratio = tl.abs(difference) * inverse
+            size = weight * (ratio * power_of_softened(ratio * ratio + inverse * inverse, P) / HEAD_DIM)
+        elif METRIC == "soft_chebyshev":
+            far = tl.abs(difference)
+            square = tl.minimum(far * far, 1.0)
+            near = 1.0 + square * (
+                0.16666667 + square * (0.0083333333 + square * (1.984127e-4 + square * 2.7557319e-6))
+            )
+            far = tl.where(far <= 1.0, 2.0 * far * near * scale, tl.exp(far - distance) - tl.exp(-far - distance))
+            size = weight * far
         else:
             size = tl.where(tl.abs(difference) == distance, weight, 0.0)
         slope = tl.where(difference > 0, size, tl.where(difference < 0, -size, 0.0))

@@ -284,10 +284,11 @@ class Minkowski(Metric):
     def softened_distance(self, query, key, epsilon, p=None):
         if (order := self._order(p)) == 2:
             return BUILT_IN["l2"].softened_distance(query, key, epsilon)
-        if order == 1 and self._compiled(query, key):
-            # Homogeneous: at ε = 1 the kernel needs no gradient of ε.
-            kind, knee = kind_of("l1", None, softened=True), 1 / query.shape[-1]
-            return epsilon * self._by_kernel(query / epsilon, key / epsilon, kind, knee)
+        if self._compiled(query, key):
+            # Homogeneous: at ε = 1 (l1) or δ = 1 the kernel needs no gradient of ε.
+            kind, size = kind_of(self.name, order, softened=True), query.shape[-1]
+            unit, number = (epsilon, 1 / size) if order == 1 else (epsilon / size ** (1 / order), order)
+            return epsilon * self._by_kernel(query / unit, key / unit, kind, number)
         form = {1: huber, math.inf: soft_maximum}.get(order, partial(soft_power_mean, p=order))
         return _pairwise_difference(query, key, lambda difference: form(difference, epsilon))
 
@@ -298,11 +299,10 @@ class Minkowski(Metric):
 
     def _compiled(self, query, key) -> bool:
         """Return whether the CPU kernels compute these distances; torch.compile has no graph for them, takes cdist."""
-        tensors = (query, key)
         return (
-            all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
+            all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in (query, key))
             and self is BUILT_IN[self.name]
-            and readable(*tensors)
+            and readable(query, key)
             and unavailable() is None
         )
 

@@ -3,6 +3,8 @@
 The values themselves are in test_oracle.py (loops) and test_backends.py (every backend), as cases of their own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from distattn_hf.core.metrics import METRICS, Euclidean, get_metric
 from distattn_hf.core.softening import check_softening
 from tests.tolerances import assert_close
 
-from .cases import METRIC_CASES, Case, make_tensors, metric_id, needs_compiler, runs
+from .cases import METRIC_CASES, Case, evaluate, make_tensors, metric_id, needs_compiler, runs, upstream_gradient
 
 SOFT = [(metric, p) for metric, p in METRIC_CASES if get_metric(metric).softens]
 every_soft = pytest.mark.parametrize(("metric", "p"), SOFT, ids=[metric_id(case) for case in SOFT])
@@ -111,15 +113,92 @@ def test_cosine_in_parts_has_an_epsilon_of_each_head(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("metric", ["l2", "l1", "cosine"])
-def test_decoding_has_an_epsilon_of_each_head(metric, dtype):
+@every_soft
+def test_decoding_has_an_epsilon_of_each_head(metric, p, dtype):
     tensors = make_tensors(1, 70, 12, heads=4, key_heads=2, dtype=dtype)
     epsilon = torch.tensor([0.0, 0.4, 2.0, 9.0])
-    actual = distance_attention(**tensors, metric=metric, softening=epsilon, backend="cpp")
+    actual = distance_attention(**tensors, metric=metric, p=p, softening=epsilon, backend="cpp")
     exact = {name: tensor.double() for name, tensor in tensors.items()}
-    expected = distance_attention(**exact, metric=metric, softening=epsilon.double(), backend="reference")
+    expected = distance_attention(**exact, metric=metric, p=p, softening=epsilon.double(), backend="reference")
     # Keys are read as they are, in bfloat16, too: only the output is rounded to it.
     assert_close(actual, expected.to(dtype), "float32_forward" if dtype == torch.float32 else "autocast")
+
+
+# Beside the orders of all tests: 4 has sums of its own, and powers of 20 overflow where ε is small.
+KERNELS = [
+    (metric, p) for metric, p in [*SOFT, ("lp", 4.0), ("lp", 20.0)] if runs(metric, p, "cpp", softening=1.0, grad=True)
+]
+every_kernel = pytest.mark.parametrize(("metric", "p"), KERNELS, ids=[metric_id(case) for case in KERNELS])
+
+
+@every_kernel
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-3, 0.05, 0.3, 2.5, 300.0])
+def test_kernels_of_every_epsilon(metric, p, epsilon):
+    """Near and far vectors, and some that are equal: the polynomials, and what is summed from its largest term on."""
+    tensors = make_tensors(70, 150, 12, heads=4, key_heads=2)
+    if epsilon > 1e-12:  # where the root of l2 has no slope
+        tensors["key"][:, :, :3] = tensors["query"][:, ::2, :3]
+    tensors["query"][:, :, 7] *= 10
+    spread = float(
+        get_metric(metric).softened_distance(*(tensors[n].double()[0, 0] for n in ("query", "key")), epsilon, p).std()
+    )
+    tensors["lam"] = torch.tensor([0.5, 1.0, 1.5, 2.0]) / spread
+    function = partial(distance_attention, metric=metric, p=p, scaling=1.0, softening=epsilon, is_causal=True)
+    expected = evaluate(partial(function, backend="reference"), tensors, torch.float64)
+    for name, actual in evaluate(partial(function, backend="cpp"), tensors).items():
+        scale = expected[name].abs().max().clamp_min(1)
+        kind = "float32_forward" if name == "output" else "float32_gradient"
+        assert_close(actual / scale, expected[name] / scale, kind, name)
+    last = {name: tensor[:, :, -1:] if name == "query" else tensor for name, tensor in tensors.items()}
+    wanted = distance_attention(
+        **{n: t.double() for n, t in last.items()},
+        metric=metric,
+        p=p,
+        scaling=1.0,
+        softening=epsilon,
+        backend="reference",
+    )
+    decoded = distance_attention(**last, metric=metric, p=p, scaling=1.0, softening=epsilon, backend="cpp")
+    assert_close(decoded, wanted, "float32_forward")
+
+
+@every_kernel
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("epsilon", [1e-3, 2.5])
+def test_kernels_keep_what_is_not_finite_to_those_that_see_it(metric, p, queries, epsilon):
+    """NaN reaches every output that sees it; a key infinitely far has no weight, and masked ones change nothing."""
+    tensors = make_tensors(queries, 40, 12)
+    options = {"metric": metric, "p": p, "softening": epsilon, "backend": "cpp"}
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[:, 5] = False
+    expected = distance_attention(**tensors, **options, mask=keep)
+    for value in (torch.inf, torch.nan, 1e30):
+        tensors["key"][0, 0, 5] = value
+        assert_close(distance_attention(**tensors, **options, mask=keep), expected, "float32_forward")
+        seen = distance_attention(**tensors, **options)
+        assert seen[1].isfinite().all()
+        assert seen[0, 1].isfinite().all()
+        if value != value:
+            assert seen[0, 0].isnan().all()
+        elif metric != "l2":
+            assert_close(seen[0, 0], expected[0, 0], "float32_forward")
+
+
+@pytest.mark.parametrize(("metric", "p"), [case for case in KERNELS if get_metric(case[0]).elementwise], ids=str)
+@pytest.mark.parametrize("epsilon", [0.02, 0.4, 2.5, 50.0])
+def test_distances_alone(metric, p, epsilon):
+    """What a calibration differentiates, ε of each head included, against float64."""
+    shapes, results = ((2, 3, 70, 17), (2, 3, 77, 17)), []
+    tensors = [*(torch.randn(shape) for shape in shapes), torch.tensor([1.0, 1.5, 2.0])[:, None, None] * epsilon]
+    for dtype in (torch.float64, torch.float32):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        output = get_metric(metric).softened_distance(*leaves, p)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, upstream_gradient(output))])
+    for number, (expected, actual) in enumerate(zip(*results, strict=True)):
+        scale = expected.abs().max()
+        kind = "float32_softening_gradient" if number == 3 else "float32_gradient"
+        if number < 3 or epsilon > 0.1:  # the parts of ε's gradient cancel
+            assert_close(actual / scale, expected / scale, kind)
 
 
 def test_zero_is_the_plain_distance_bit_for_bit():

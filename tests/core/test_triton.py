@@ -31,15 +31,21 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "distattn_hf" / "core"
 
-# (metric, p, whether l2 goes by matmul although it is float32); 2.2 needs logarithms, the others do not.
+# (metric, p, whether l2 goes by matmul although it is float32, ε); 2.2 needs logarithms, the others do not.
 KERNELS = {
-    "l1": ("l1", None, False),
-    "lp1.5": ("lp", 1.5, False),
-    "lp2.2": ("lp", 2.2, False),
-    "lp3": ("lp", 3.0, False),
-    "chebyshev": ("chebyshev", None, False),
-    "l2": ("l2", None, False),
-    "l2 by matmul": ("l2", None, True),
+    "l1": ("l1", None, False, None),
+    "lp1.5": ("lp", 1.5, False, None),
+    "lp2.2": ("lp", 2.2, False, None),
+    "lp3": ("lp", 3.0, False, None),
+    "chebyshev": ("chebyshev", None, False, None),
+    "l2": ("l2", None, False, None),
+    "l2 by matmul": ("l2", None, True, None),
+    "soft l1": ("l1", None, False, 2.5),
+    "soft lp1.5": ("lp", 1.5, False, 2.5),
+    "soft lp2.2": ("lp", 2.2, False, 2.5),
+    "soft lp3": ("lp", 3.0, False, 2.5),
+    "soft chebyshev": ("chebyshev", None, False, 2.5),
+    "soft l2": ("l2", None, False, 2.5),
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 one_of_each_kind = pytest.mark.parametrize("kernel", ["l1", "l2 by matmul"])
@@ -78,13 +84,14 @@ BIASES = {
 
 def attention_by(run, kernel: str):
     """attention(query, key, value, ...) by `run`, a function of AttentionInputs, with the metric of `kernel`."""
-    name, p, by_matmul = KERNELS[kernel]
+    name, p, by_matmul, epsilon = KERNELS[kernel]
 
-    def attend(query, key, value, *, lam=0.8, bias=None, mask=None, is_causal=False):
+    def attend(query, key, value, *, lam=0.8, bias=None, mask=None, is_causal=False, softening=epsilon):
         keep, _ = split_mask(mask, (*query.shape[:3], key.shape[2]))
         keep = None if keep is None else keep.to(query.device)
         scaling = query.shape[-1] ** -0.5
         inputs = AttentionInputs(query, key, value, get_metric(name), lam, scaling, p, keep, bias, is_causal)
+        inputs = replace(inputs, softening=softening)
         if run is not reference:
             assert unsupported(inputs) is None
         with pytest.MonkeyPatch.context() as patch:
@@ -135,6 +142,23 @@ class TestKernels:
         """Broadcast axes have stride 0, and their gradient is the sum over them."""
         tensors = make_tensors(QUERIES, KEYS, 3, batch=BATCH, heads=HEADS)
         check("l1", {**tensors, "bias": torch.randn(BIASES[bias])}, is_causal=bias == "(B,1,1,M)")
+
+    @pytest.mark.parametrize("kernel", [name for name in KERNELS if name.startswith("soft")])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_every_epsilon_of_each_head(self, kernel, dtype):
+        """Near and far vectors with heads that share their keys; an ε of 0 and large powers must not overflow."""
+        tensors = make_tensors(20, 17, 6, batch=1, heads=6, key_heads=2, dtype=dtype)
+        epsilon = torch.tensor([0.0, 1e-3, 0.3, 2.0, 30.0, 1e3])
+        # Softened by a large ε, distances are squares over it.
+        lam = torch.tensor([1.0, 1.0, 1.0, 1.0, 20.0, 1e3])
+        leaves = on_device({**tensors, "lam": lam, "softening": epsilon})
+        expected = evaluate(attention_by(reference, kernel), leaves, torch.float64)
+        actual = evaluate(attention_by(triton_attention, kernel), leaves)
+        for name in ("query", "key", "value", "lam", "output"):
+            kind = "float32_forward" if name == "output" else "float32_gradient"
+            assert_close(
+                actual[name], expected[name].to(actual[name].dtype), kind if dtype == torch.float32 else "autocast"
+            )
 
     def test_float64_bias(self):
         tensors = make_tensors(5, head_dim=3, batch=1)
@@ -318,6 +342,10 @@ class TestCompiler:
             (80, "chebyshev", None, "fp16"),
             (80, "l2", None, "bf16"),
             (90, "l1", None, "bf16"),
+            (80, "soft_l1", None, "fp32"),
+            (90, "soft_lp", 2.2, "fp32"),
+            (80, "soft_lp", 2.0, "fp32"),
+            (80, "soft_chebyshev", None, "fp32"),
         ],
     )
     def test_kernels_compile_without_a_gpu(self, capability, metric, p, dtype, tmp_path, monkeypatch):
@@ -342,6 +370,7 @@ class TestCompiler:
             (80, "l1", torch.float32, 256, 48),
             # One query: its number becomes a constant, and strides of 1 too.
             (90, "chebyshev", torch.float16, 64, 1),
+            (90, "soft chebyshev", torch.bfloat16, 64, 48),
         ],
     )
     def test_what_is_launched_compiles(self, capability, metric, dtype, size, queries, tmp_path, monkeypatch):
@@ -408,7 +437,15 @@ def _source(triton, kernel, owner: str, metric: str, p: float | None, dtype: str
     tile = {n: size for n, size in backend_triton._tile(metric, 64, 64, owner=owner).items() if n != "num_warps"}
     flags = dict.fromkeys(("IS_CAUSAL", "HAS_KEEP", "HAS_BIAS", "NEEDS_BIAS"), True)
     sizes = dict.fromkeys(("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V"), 64)
-    constants = {"METRIC": metric, "P": p, "PRECISION": "tf32x3", **flags, **sizes, **tile}
+    constants = {
+        "METRIC": metric,
+        "SOFT": metric.startswith("soft"),
+        "P": p,
+        "PRECISION": "tf32x3",
+        **flags,
+        **sizes,
+        **tile,
+    }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {}
     for name in kernel.arg_names:
