@@ -109,7 +109,10 @@ def _query_layer(model, name: str) -> tuple[nn.Module, int]:
     """Return (the layer that makes the queries of a module, how many of its outputs they are)."""
     module = locate(model, name)
     if norm := next((n for n in _NORMS if isinstance(getattr(module, n, None), nn.Module)), None):
-        raise ValueError(f"{name!r} normalises its queries ({norm}), so α cannot be moved into their projection")
+        raise ValueError(
+            f"{name!r} normalises its queries ({norm}), so α cannot be moved into their projection; "
+            "maps can take it (AttentionSpec(transform='maps'))"
+        )
     if getattr(model.config, "clip_qkv", None) is not None:
         raise ValueError(f"{name!r} clips its queries (clip_qkv), so α cannot be moved into their projection")
     layer = next((getattr(module, n) for n in _QUERY if isinstance(getattr(module, n, None), nn.Module)), None)

@@ -123,7 +123,7 @@ def test_what_can_be_folded_passes():
     specs = [AttentionSpec("cosine", layers=[0]), AttentionSpec("l2", layers=[1])]
     for build in FAMILIES.values():
         check_foldable(build(), specs)
-    check_foldable(qwen3(), [AttentionSpec("l1")])  # its maps take α
+    check_foldable(qwen3(), [AttentionSpec("l1", transform="maps")])  # its maps take α
 
 
 def test_a_bare_model_loads_and_folds(tmp_path):

@@ -69,7 +69,8 @@ def test_stages_one_after_another(tmp_path, monkeypatch):
     # 4 rows of 16 tokens a step; the fine-tuned teacher gets as many steps as all stages together.
     assert [card.row(name).tokens for name in ("transfer", "distillation", "task")] == [192, 384, 576]
     assert base.tokens == 576
-    assert card.row("transfer").trained_parameters == 2 * 4 * 10
+    # λ, α, ε and a shift of 8 numbers, of four heads in two layers.
+    assert card.row("transfer").trained_parameters == 2 * 4 * 11
     assert card.row("teacher").tokens is None
     assert card.row("plain").score != card.row("calibrated").score
     saved = json.loads((tmp_path / "run" / "student" / "distattn_scorecard.json").read_text())
