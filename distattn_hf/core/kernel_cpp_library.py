@@ -126,7 +126,7 @@ def _load(source: str) -> tuple[ctypes.CDLL | None, str | None]:
 
 @torch.compiler.assume_constant_result
 def unavailable(source: str = EXACT) -> str | None:
-    """Return why these CPU kernels cannot run here, or None; the first call compiles them (EXACT: 10 to 30 s)."""
+    """Return why these CPU kernels cannot run here, or None; the first call compiles them (EXACT: 20 to 40 s)."""
     return _load(source)[1]
 
 
