@@ -20,6 +20,22 @@ def follows_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def compares_logits(module: nn.Module) -> dict[str, bool]:
+    """Return {"sink": True} of a module with a learned sink, {"softcap": True} of one with a cap on its logits.
+
+    By what its forward passes to its attention: some classes have the attributes and pass nothing.
+    """
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts
+    passed = {name for c in constants for name in (c if isinstance(c, tuple) else (c,))}
+    found = {}
+    # A class may have sinks in some of its layers only (MiMo), or make them from its inputs (Inkling).
+    if passed & {"s_aux", "sinks"} and getattr(module, "sinks", passed) is not None:
+        found["sink"] = True
+    if "softcap" in passed and getattr(module, "attn_logit_softcapping", None) is not None:
+        found["softcap"] = True
+    return found
+
+
 @lru_cache
 def argument_names(module_class: type[nn.Module]) -> tuple[str, ...]:
     """Return the names of the arguments of `forward`, in order, without self."""
@@ -76,7 +92,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
     """Return {base-relative name: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
 
     "layer" is the first number in the name; "kind" is "self" or "cross"; "type" is that of transformers'
-    `config.layer_types`. Unknown shapes are None.
+    `config.layer_types`. Unknown shapes are None. Some have more: see `compares_logits`.
     """
     prefix = base_prefix(model)
     modules = {}
@@ -93,6 +109,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
             "type": _layer_type(module, kind, layer),
             "num_heads": heads,
             "head_dim": size,
+            **compares_logits(module),
         }
     return modules
 

@@ -106,7 +106,11 @@ def nystrom_forward(
     results = []
     for heads, group in state.parts():
         columns = [head // (state.num_heads // key.shape[1]) for head in heads]
-        own_call = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
+        own_call = replace(
+            call,
+            position_bias=_bias_of(call.position_bias, heads, query.device),
+            sink_logit=_bias_of(call.sink_logit, heads, query.device),
+        )
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(_exact, attend, group)
         if not isinstance(group, NystromParameters):

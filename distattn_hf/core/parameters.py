@@ -1,12 +1,14 @@
 """The parameters a conversion adds to an attention module: λ and the per-head maps of query and key."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from .absolute_logits import MappedHeads, usual_distance
 from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
 from .metrics import get_metric
@@ -14,25 +16,31 @@ from .softening import check_softens
 
 
 class HeadParameters(nn.Module):
-    """λ, α, shift c, maps and softening ε of one group of heads.
+    """λ, α, shift c, maps and softening ε of one group of heads; the sink and the shift of a distance's logits.
 
     transform "none":   q, k
     transform "scalar": q / α_h, α_h·(k - c_h)
     transform "maps": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
     Shapes: log_lambda (H,), log_alpha (H,), log_softening (H,), shift (H, d), query_map and key_map (H, d, d).
+    In modules with a learned sink sink_point (H, d), a key like the model's own, but without a value; in modules with
+    a cap on their logits logit_shift (H,): softcap·tanh((logit_shift - λ·scaling·dist) / softcap). Neither under the
+    lift, whose logits are absolute: it takes the module's own sink and cap as they are.
 
     Attention calls the module, `group(query, key)`, and never its methods: what loads offloaded parameters or gathers
     sharded ones does so around `forward`.
     """
 
-    def __init__(self, spec: AttentionSpec, num_heads: int, head_dim: int | None):
+    def __init__(
+        self, spec: AttentionSpec, num_heads: int, head_dim: int | None, has_sink: bool = False, has_cap: bool = False
+    ):
         super().__init__()
         self.spec = spec
         metric = get_metric("lifted_sqeuclidean" if spec.lift else spec.metric)
         self.metric = metric.name
         self.p = metric.validate(spec.p)
         self.num_heads, self.head_dim = num_heads, head_dim
+        self.has_sink, self.has_cap = has_sink, has_cap
         self.transform = spec.transform or "none"
         if spec.softening is not None:
             check_softens(metric, spec.softening)
@@ -55,6 +63,10 @@ class HeadParameters(nn.Module):
         num_heads, head_dim = self.num_heads, self.head_dim
         if self.fits_softening:
             self.log_softening = nn.Parameter(torch.empty(num_heads, dtype=dtype))
+        if self.has_sink and not self.is_absolute:
+            self.sink_point = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
+        if self.has_cap and not self.is_absolute:
+            self.logit_shift = nn.Parameter(torch.empty(num_heads, dtype=dtype))
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
@@ -63,7 +75,11 @@ class HeadParameters(nn.Module):
             self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
 
     def reset_parameters(self, scaling: float | None = None) -> None:
-        """Set λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own."""
+        """Set λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own.
+
+        The sink starts at (1, ..., 1), as far from queries as keys are that are drawn from N(0, I), for which the
+        default λ is made; the shift of logits at what makes them 0 on average there, λ·scaling·√(2d) of l2.
+        """
         if self.constant_lambda is None:
             lam = self.spec.lam
             if lam is None:
@@ -72,6 +88,10 @@ class HeadParameters(nn.Module):
             initialization.constant_(self.log_lambda, math.log(lam))
         if self.fits_softening:
             initialization.zeros_(self.log_softening)
+        if hasattr(self, "sink_point"):
+            initialization.ones_(self.sink_point)
+        if hasattr(self, "logit_shift"):
+            initialization.constant_(self.logit_shift, self._usual_shift(scaling))
         if self.transform != "none":
             initialization.zeros_(self.log_alpha)
             initialization.zeros_(self.shift)
@@ -82,6 +102,19 @@ class HeadParameters(nn.Module):
     def forward(self, query: Tensor, key: Tensor, what: str = "fold", **arguments) -> tuple:
         """Return the result of the method `what`: "fold", "mapped", or "features" of Nyström heads."""
         return getattr(self, what)(query, key, **arguments)
+
+    def _usual_shift(self, scaling: float | None) -> float:
+        """Return λ·scaling·(mean distance of vectors from N(0, I)) of the spec's or the metric's default λ."""
+        metric, head_dim = get_metric(self.metric), self.head_dim or 64
+        scaling = scaling or head_dim**-0.5
+        lam = self.spec.lam if self.spec.lam is not None else metric.default_lambda(head_dim, scaling, self.p)
+        softening = 1.0 if self.fits_softening else self.constant_softening
+        return lam * scaling * usual_distance(metric, head_dim, self.p, softening)
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether the logits of these heads are those of a dot product: a module's own sink and cap apply to them."""
+        return self.metric == "lifted_sqeuclidean"
 
     def fitted_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that calibration sets, by name: the parameters, and λ also where it is a buffer."""
@@ -122,25 +155,46 @@ class HeadParameters(nn.Module):
         if self.transform == "none":
             return query, key
         dtype = torch.promote_types(query.dtype, torch.float32)
-        alpha = self.log_alpha.to(dtype).exp()[:, None, None]
-        query, key = query.to(dtype), key.to(dtype) - self.shift.to(dtype)[:, None, :]
+        query = query.to(dtype)
         if self.transform == "maps":
-            query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
-        return query / alpha, key * alpha
+            query = torch.matmul(query, self.query_map.to(dtype))
+        return query / self.log_alpha.to(dtype).exp()[:, None, None], self._map_key(key.to(dtype))
 
-    def mapped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor | None]:
-        """Return (query, key, λ, ε) of `map`, `lam` and `softening`."""
-        return *self.map(query, key), self.lam(), self.softening()
+    def _map_key(self, key: Tensor) -> Tensor:
+        """Return α·(k - c)·K of keys (..., H, M, d) in the dtype to compute in."""
+        if self.transform == "none":
+            return key
+        key = key - self.shift.to(key.dtype)[:, None, :]
+        if self.transform == "maps":
+            key = torch.matmul(key, self.key_map.to(key.dtype))
+        return key * self.log_alpha.to(key.dtype).exp()[:, None, None]
 
-    def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor | None]:
-        """Return (query, key, λ, ε) that give the logits of `mapped`, with as little as possible done to keys.
+    def mapped(self, query: Tensor, key: Tensor) -> MappedHeads:
+        """Return query and key of `map`, λ, ε, and what sink and cap need."""
+        return self._with_absolute(MappedHeads(*self.map(query, key), self.lam(), self.softening()), self._map_key)
+
+    def _with_absolute(self, heads: MappedHeads, map_key: Callable[[Tensor], Tensor]) -> MappedHeads:
+        """Return the same with sink_key, logit_shift and zero_key, where the module has a sink or a cap."""
+        if not self.has_sink and not self.has_cap:
+            return heads
+        dtype = torch.promote_types(heads.query.dtype, torch.float32)
+        if self.is_absolute:
+            if self.transform == "none":
+                return heads
+            return heads._replace(zero_key=map_key(torch.zeros_like(self.shift, dtype=dtype)[:, None, :]))
+        if self.has_cap:
+            heads = heads._replace(logit_shift=self.logit_shift.to(dtype)[:, None, None])
+        return heads._replace(sink_key=map_key(self.sink_point.to(dtype)[:, None, :])) if self.has_sink else heads
+
+    def fold(self, query: Tensor, key: Tensor) -> MappedHeads:
+        """Return what gives the logits of `mapped`, with as little as possible done to keys.
 
         dist_ε(q·Q/α, α·(k - c)·K) = α^degree·dist_(ε/α)(q·Q/α² + c·K, k·K) for distances of differences: all but K goes
         to the query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
         """
         degree = get_metric(self.metric).degree
         if self.transform == "none":
-            return query, key, self.lam(), self.softening()
+            return self.mapped(query, key)
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and (degree is None or self.transform == "maps"):
             key = key.repeat_interleave(groups, dim=1)
@@ -149,10 +203,11 @@ class HeadParameters(nn.Module):
         dtype = torch.promote_types(query.dtype, torch.float32)
         factor, shift, lam = self._folded(dtype, degree)
         query = query.to(dtype)
-        if self.transform == "maps":
-            key_map = self.key_map.to(dtype)
+        key_map = self.key_map.to(dtype) if self.transform == "maps" else None
+        if key_map is not None:
             query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
-        return torch.addcmul(shift, query, factor), key, lam, self._folded_softening(dtype)
+        heads = MappedHeads(torch.addcmul(shift, query, factor), key, lam, self._folded_softening(dtype))
+        return self._with_absolute(heads, lambda point: point if key_map is None else point @ key_map)
 
     def _folded_softening(self, dtype: torch.dtype) -> Tensor | None:
         if self.fits_softening:
@@ -222,10 +277,10 @@ class NystromParameters(HeadParameters):
         return query, key, far_query, far_key if self.far_field else torch.zeros_like(far_key)
 
 
-def parameters_for(spec: AttentionSpec, num_heads: int, head_dim: int | None) -> HeadParameters:
-    """Return the parameters that a spec's mechanism needs."""
+def parameters_for(spec: AttentionSpec, num_heads: int, entry: dict) -> HeadParameters:
+    """Return the parameters that a spec's mechanism needs in a module, an entry of `find_attention_modules`."""
     kind = NystromParameters if spec.mechanism == "nystrom" else HeadParameters
-    return kind(spec, num_heads, head_dim)
+    return kind(spec, num_heads, entry.get("head_dim"), entry.get("sink", False), entry.get("softcap", False))
 
 
 class DistanceAttentionState(nn.Module):
@@ -236,7 +291,7 @@ class DistanceAttentionState(nn.Module):
         self.num_heads = entry["num_heads"]
         self.head_lists: list[list[int] | None] = [group["heads"] for group in entry["groups"]]
         self.groups = nn.ModuleList(
-            parameters_for(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim"))
+            parameters_for(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry)
             for group, heads in zip(entry["groups"], self.head_lists, strict=True)
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.
