@@ -198,7 +198,7 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
             continue
         heads = state.head_lists[number] or range(state.num_heads)
         kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
-        smaller = NystromParameters(group.spec, len(kept), group.head_dim, group.has_sink, group.has_cap)
+        smaller = NystromParameters(group.spec, len(kept), group.head_dim, group.has_origin)
         smaller.to(group.landmarks)
         for key, tensor in smaller.fitted_tensors().items():
             tensor.copy_(group.fitted_tensors()[key][is_fitted])

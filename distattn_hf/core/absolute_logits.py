@@ -5,84 +5,57 @@ weight_ij = exp(logit_ij) / (exp(sink_logit_i) + Σ_j' exp(logit_ij'))
 
 A softmax forgets what a row's logits have in common, so most of attention need not know it, and forms of a distance
 that leave it out are as good. These two need it. Of the lift it is known (‖q‖² + R²), and what comes back is q·k
-itself; of other distances, `shift` and the sink are fitted (see `HeadParameters`).
+itself; other distances count from a fitted point (see `absolute_shift`).
 """
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, ModuleCall
 from .metrics import BUILT_IN, Metric
 
 
 class MappedHeads(NamedTuple):
     """What the attention of a group of heads is computed from, as `HeadParameters` gives it.
 
-    query, key; λ and softening ε. Where the module has a sink or a cap: of fitted distances sink_key (H, 1, d), a key
-    without a value, and logit_shift (H, 1, 1); of lifted heads with a key shift zero_key (H, 1, d), what a key of zeros
-    is mapped to.
+    query, key; λ and softening ε. Where the module has a sink or a cap: origin (H, 1, d), the mapped key whose logit is
+    logit_shift (H, 1, 1) or, without that, 0; None under a lift that maps no keys, where it is the key of zeros.
     """
 
     query: Tensor
     key: Tensor
     lam: float | Tensor
     softening: float | Tensor | None
-    sink_key: Tensor | None = None
+    origin: Tensor | None = None
     logit_shift: Tensor | None = None
-    zero_key: Tensor | None = None
 
 
-def sink_and_shift(
-    heads: MappedHeads,
-    metric: Metric,
-    p: float | None,
-    scaling: float,
-    sink_logit: Tensor | None,
-    softcap: float | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (sink_logit, shift) of `AttentionInputs` for mapped heads, from the module's own sink and cap.
+def absolute_shift(heads: MappedHeads, metric: Metric, p: float | None, call: ModuleCall) -> Tensor | None:
+    """Return the `shift` of `AttentionInputs` that makes the logits of mapped heads absolute, for a call that asks.
 
-    Of a lifted distance the module's sink stays, and the shift takes what mapping keys did to all logits of a row. Of
-    another the sink is the fitted point: shift - λ·scaling·dist(q, sink_key). Raises `ValueError` where it has none.
+    shift - λ·scaling·dist(q, k) = logit_shift + λ·scaling·(dist(q, origin) - dist(q, k)). Dot products count from a key
+    of zeros, so where the origin is one and α goes to 0, logits go to the teacher's, and the module's own sink and cap
+    mean what they did. Raises `ValueError` where nothing was fitted to these.
     """
-    if sink_logit is None and softcap is None:
-        return None, None
-    weight = scaling * (heads.lam[:, None, None] if isinstance(heads.lam, Tensor) else heads.lam)
+    if call.sink_logit is None and call.softcap is None:
+        return None
+    weight = call.scaling * (heads.lam[:, None, None] if isinstance(heads.lam, Tensor) else heads.lam)
     query = heads.query.to(torch.promote_types(heads.query.dtype, torch.float32))
     if metric is BUILT_IN["lifted_sqeuclidean"]:
-        return sink_logit, None if heads.zero_key is None else -2 * weight * query @ heads.zero_key.mT
-    for name, given, fitted in (("sink", sink_logit, heads.sink_key), ("softcap", softcap, heads.logit_shift)):
-        if given is not None and fitted is None:
-            raise ValueError(
-                f"the module passes a {name} to its attention, of which its conversion to metric {metric.name!r} knew "
-                "nothing, so nothing was fitted to it; convert the model again"
-            )
-    shift = heads.logit_shift if softcap is not None else None
-    if sink_logit is None:
-        return None, shift
-    point, epsilon = heads.sink_key.expand(len(query), -1, -1, -1), heads.softening
-    epsilon = epsilon[:, None, None] if isinstance(epsilon, Tensor) else epsilon
-    sink = -weight * metric.checked_distance(query, point, p, epsilon=epsilon)
-    sink = sink if shift is None else sink + shift
-    if torch.is_grad_enabled() and sink_logit.requires_grad:
-        # DDP and others wait for a gradient of every parameter that trains; of the module's own sink it is 0.
-        sink = sink + 0 * sink_logit
-    return sink, shift
-
-
-@lru_cache(maxsize=256)
-def usual_distance(metric: Metric, head_dim: int, p: float | None, softening: float | None) -> float:
-    """Measure the mean distance of 256 queries and 1,024 keys from N(0, I_d), with a fixed seed."""
-    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        generator = torch.Generator().manual_seed(0)
-        query, key = (torch.randn(n, head_dim, generator=generator, dtype=torch.float32) for n in (256, 1024))
-        return float(metric.checked_distance(query, key, p, epsilon=softening).mean())
+        return None if heads.origin is None else -2 * weight * query @ heads.origin.mT
+    if heads.origin is None:
+        raise ValueError(
+            f"the module passes a {'softcap' if call.sink_logit is None else 'sink'} to its attention, of which its "
+            f"conversion to metric {metric.name!r} knew nothing, so nothing was fitted to it; convert the model again"
+        )
+    epsilon = heads.softening[:, None, None] if isinstance(heads.softening, Tensor) else heads.softening
+    origin = heads.origin.expand(len(query), -1, -1, -1)
+    return heads.logit_shift + weight * metric.checked_distance(query, origin, p, epsilon=epsilon)
 
 
 def check_absolute(

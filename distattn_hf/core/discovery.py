@@ -17,7 +17,16 @@ def follows_interface(module: nn.Module) -> bool:
     """Return whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and not _pools(module)
+
+
+def _pools(module: nn.Module) -> bool:
+    """Return whether a module weighs what it gets by a query of its own and projects nothing.
+
+    Such a one chooses among layers (Inkling 2), at each position, which it takes for heads: no attention over tokens.
+    """
+    own = next(module.parameters(recurse=False), None)
+    return own is not None and all(next(child.parameters(), None) is None for child in module.children())
 
 
 def compares_logits(module: nn.Module) -> dict[str, bool]:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
-from .absolute_logits import check_absolute, sink_and_shift
+from .absolute_logits import absolute_shift, check_absolute
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
 from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
@@ -95,7 +95,6 @@ def say_what_sdpa_means(requested, model) -> None:
 
 # Arguments of transformers' attention calls that change the result and that no distance backend computes.
 _REFUSED = {
-    "indices": "sparse key selection is not implemented",
     "block_indices": "sparse key selection is not implemented",
     "cache": "the paged cache of continuous batching is not implemented",
 }
@@ -157,6 +156,24 @@ def sink_of(arguments: dict) -> Tensor | None:
 def causal_by_flag(call: ModuleCall, num_queries: int) -> bool:
     """Apply transformers' own rule: the flag counts only without a mask and for more than one query."""
     return call.is_causal and call.mask is None and num_queries > 1
+
+
+def with_selected_keys(call: ModuleCall, indices: Tensor, query: Tensor, key: Tensor) -> ModuleCall:
+    """Return the call with a mask of the keys that a model's indexer chose for each query, indices (B, N, k) of them.
+
+    Models mask the others themselves for transformers' own "eager" and "sdpa", and leave it to any other attention.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    chosen = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=key.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if causal_by_flag(call, num_queries):
+        chosen = add_triangle(chosen, num_queries, num_keys, key.device)
+    if call.mask is None:
+        return replace(call, mask=chosen)
+    mask = call.mask[..., :num_keys]
+    return replace(
+        call, mask=mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+    )
 
 
 def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
@@ -257,13 +274,13 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
     dtype, backend = value.dtype, call.backend
-    sink_logit, shift = call.sink_logit, None
+    shift = None
     if group is None:
         metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
     else:
         with without_autocast(query.device.type):
             heads, metric, p = group(query, key), get_metric(group.metric), group.p
-            sink_logit, shift = sink_and_shift(heads, metric, p, call.scaling, sink_logit, call.softcap)
+            shift = absolute_shift(heads, metric, p, call)
         query, key, lam, epsilon, *_ = heads
         backend = backend or group.spec.backend
         if value.shape[1] != key.shape[1]:
@@ -271,7 +288,7 @@ def attend(
     inputs = AttentionInputs(
         query, key, value.to(key.dtype), metric, lam, call.scaling, p,
         call.mask, call.position_bias, call.is_causal, call.dropout_p, softening=epsilon,
-        sink_logit=sink_logit, softcap=call.softcap, shift=shift,
+        sink_logit=call.sink_logit, softcap=call.softcap, shift=shift,
     )  # fmt: skip
     if call.return_weights:
         output, weights = run_attention(inputs, "reference", return_weights=True)
@@ -307,6 +324,8 @@ def distattn_attention_forward(
     state: DistanceAttentionState | None = getattr(module, "distattn", None)
     converted = isinstance(state, nn.Module)
     by_landmarks = nystrom and converted and state.is_nystrom
+    if (indices := kwargs.pop("indices", None)) is not None:
+        call = with_selected_keys(call, indices, query, key)
     if nystrom and not by_landmarks:
         call = write_out(call, query.shape[2], key.shape[2], query.device)
     if not converted:

@@ -8,39 +8,40 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from .absolute_logits import MappedHeads, usual_distance
+from .absolute_logits import MappedHeads
 from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
 from .metrics import get_metric
 from .softening import check_softens
 
+# What reports read.
+_REPORTED = ("log_lambda", "log_alpha", "log_softening", "logit_shift")
+
 
 class HeadParameters(nn.Module):
-    """λ, α, shift c, maps and softening ε of one group of heads; the sink and the shift of a distance's logits.
+    """λ, α, shift c, maps and softening ε of one group of heads, and from where absolute logits count.
 
     transform "none":   q, k
     transform "scalar": q / α_h, α_h·(k - c_h)
     transform "maps": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
     Shapes: log_lambda (H,), log_alpha (H,), log_softening (H,), shift (H, d), query_map and key_map (H, d, d).
-    In modules with a learned sink sink_point (H, d), a key like the model's own, but without a value; in modules with
-    a cap on their logits logit_shift (H,): softcap·tanh((logit_shift - λ·scaling·dist) / softcap). Neither under the
-    lift, whose logits are absolute: it takes the module's own sink and cap as they are.
+    In modules with a learned sink or a cap on their logits, which compare logits with fixed numbers: origin (H, d), a
+    key like the model's own, and logit_shift (H,), the logit that it has (see `absolute_shift`). Not under the lift,
+    whose logits are absolute.
 
     Attention calls the module, `group(query, key)`, and never its methods: what loads offloaded parameters or gathers
     sharded ones does so around `forward`.
     """
 
-    def __init__(
-        self, spec: AttentionSpec, num_heads: int, head_dim: int | None, has_sink: bool = False, has_cap: bool = False
-    ):
+    def __init__(self, spec: AttentionSpec, num_heads: int, head_dim: int | None, has_origin: bool = False):
         super().__init__()
         self.spec = spec
         metric = get_metric("lifted_sqeuclidean" if spec.lift else spec.metric)
         self.metric = metric.name
         self.p = metric.validate(spec.p)
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.has_sink, self.has_cap = has_sink, has_cap
+        self.has_origin = has_origin
         self.transform = spec.transform or "none"
         if spec.softening is not None:
             check_softens(metric, spec.softening)
@@ -63,9 +64,8 @@ class HeadParameters(nn.Module):
         num_heads, head_dim = self.num_heads, self.head_dim
         if self.fits_softening:
             self.log_softening = nn.Parameter(torch.empty(num_heads, dtype=dtype))
-        if self.has_sink and not self.is_absolute:
-            self.sink_point = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
-        if self.has_cap and not self.is_absolute:
+        if self.has_origin and not self.is_absolute:
+            self.origin = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
             self.logit_shift = nn.Parameter(torch.empty(num_heads, dtype=dtype))
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
@@ -77,8 +77,8 @@ class HeadParameters(nn.Module):
     def reset_parameters(self, scaling: float | None = None) -> None:
         """Set λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own.
 
-        The sink starts at (1, ..., 1), as far from queries as keys are that are drawn from N(0, I), for which the
-        default λ is made; the shift of logits at what makes them 0 on average there, λ·scaling·√(2d) of l2.
+        The origin starts as a key of zeros, whose dot product with any query is 0 (of cosine, to which zeros are no
+        direction, as (1, ..., 1)), and its logit at 0.
         """
         if self.constant_lambda is None:
             lam = self.spec.lam
@@ -88,10 +88,9 @@ class HeadParameters(nn.Module):
             initialization.constant_(self.log_lambda, math.log(lam))
         if self.fits_softening:
             initialization.zeros_(self.log_softening)
-        if hasattr(self, "sink_point"):
-            initialization.ones_(self.sink_point)
-        if hasattr(self, "logit_shift"):
-            initialization.constant_(self.logit_shift, self._usual_shift(scaling))
+        if self.has_origin and not self.is_absolute:
+            (initialization.ones_ if get_metric(self.metric).scale_free else initialization.zeros_)(self.origin)
+            initialization.zeros_(self.logit_shift)
         if self.transform != "none":
             initialization.zeros_(self.log_alpha)
             initialization.zeros_(self.shift)
@@ -102,14 +101,6 @@ class HeadParameters(nn.Module):
     def forward(self, query: Tensor, key: Tensor, what: str = "fold", **arguments) -> tuple:
         """Return the result of the method `what`: "fold", "mapped", or "features" of Nyström heads."""
         return getattr(self, what)(query, key, **arguments)
-
-    def _usual_shift(self, scaling: float | None) -> float:
-        """Return λ·scaling·(mean distance of vectors from N(0, I)) of the spec's or the metric's default λ."""
-        metric, head_dim = get_metric(self.metric), self.head_dim or 64
-        scaling = scaling or head_dim**-0.5
-        lam = self.spec.lam if self.spec.lam is not None else metric.default_lambda(head_dim, scaling, self.p)
-        softening = 1.0 if self.fits_softening else self.constant_softening
-        return lam * scaling * usual_distance(metric, head_dim, self.p, softening)
 
     @property
     def is_absolute(self) -> bool:
@@ -134,12 +125,12 @@ class HeadParameters(nn.Module):
 
     def reported_values(self) -> dict[str, list[float] | None]:
         """Return {"lam", "alpha"} of each head, for reports: six digits; α None where the heads have none. With an ε
-        also "softening".
+        also "softening", with a sink or a cap also "logit_shift".
 
         Empty where the parameters are not here (on the meta device, or cut up over processes).
         """
         own = {**self._parameters, **self._buffers}
-        own = [own[name] for name in ("log_lambda", "log_alpha", "log_softening") if own.get(name) is not None]
+        own = [own[name] for name in _REPORTED if own.get(name) is not None]
         if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
@@ -148,6 +139,8 @@ class HeadParameters(nn.Module):
             reported["alpha"] = self.log_alpha.float().exp().tolist()
         if (epsilon := self.softening()) is not None:
             reported["softening"] = epsilon.tolist() if isinstance(epsilon, Tensor) else [epsilon] * self.num_heads
+        if hasattr(self, "logit_shift"):
+            reported["logit_shift"] = self.logit_shift.float().tolist()
         return {name: values and [round(value, 6) for value in values] for name, values in reported.items()}
 
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,21 +163,18 @@ class HeadParameters(nn.Module):
         return key * self.log_alpha.to(key.dtype).exp()[:, None, None]
 
     def mapped(self, query: Tensor, key: Tensor) -> MappedHeads:
-        """Return query and key of `map`, λ, ε, and what sink and cap need."""
+        """Return query and key of `map`, λ, ε, and from where absolute logits count."""
         return self._with_absolute(MappedHeads(*self.map(query, key), self.lam(), self.softening()), self._map_key)
 
     def _with_absolute(self, heads: MappedHeads, map_key: Callable[[Tensor], Tensor]) -> MappedHeads:
-        """Return the same with sink_key, logit_shift and zero_key, where the module has a sink or a cap."""
-        if not self.has_sink and not self.has_cap:
+        """Return the same with origin and logit_shift, where something compares with fixed numbers."""
+        if not self.has_origin or (self.is_absolute and self.transform == "none"):
             return heads
         dtype = torch.promote_types(heads.query.dtype, torch.float32)
         if self.is_absolute:
-            if self.transform == "none":
-                return heads
-            return heads._replace(zero_key=map_key(torch.zeros_like(self.shift, dtype=dtype)[:, None, :]))
-        if self.has_cap:
-            heads = heads._replace(logit_shift=self.logit_shift.to(dtype)[:, None, None])
-        return heads._replace(sink_key=map_key(self.sink_point.to(dtype)[:, None, :])) if self.has_sink else heads
+            return heads._replace(origin=map_key(torch.zeros_like(self.shift, dtype=dtype)[:, None, :]))
+        origin = map_key(self.origin.to(dtype)[:, None, :])
+        return heads._replace(origin=origin, logit_shift=self.logit_shift.to(dtype)[:, None, None])
 
     def fold(self, query: Tensor, key: Tensor) -> MappedHeads:
         """Return what gives the logits of `mapped`, with as little as possible done to keys.
@@ -280,7 +270,7 @@ class NystromParameters(HeadParameters):
 def parameters_for(spec: AttentionSpec, num_heads: int, entry: dict) -> HeadParameters:
     """Return the parameters that a spec's mechanism needs in a module, an entry of `find_attention_modules`."""
     kind = NystromParameters if spec.mechanism == "nystrom" else HeadParameters
-    return kind(spec, num_heads, entry.get("head_dim"), entry.get("sink", False), entry.get("softcap", False))
+    return kind(spec, num_heads, entry.get("head_dim"), bool(entry.get("sink") or entry.get("softcap")))
 
 
 class DistanceAttentionState(nn.Module):
