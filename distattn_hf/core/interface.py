@@ -75,10 +75,6 @@ def resolve_implementation(requested, supports_sdpa: bool = True, nystrom: bool 
         )
     chosen = _ALLOWED_IMPLEMENTATIONS[requested]
     if nystrom:
-        if not supports_sdpa:
-            raise ValueError(
-                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
-            )
         return NYSTROM_IMPLEMENTATION if chosen == IMPLEMENTATION else NYSTROM_EAGER_IMPLEMENTATION
     return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
 

@@ -248,13 +248,18 @@ class NystromParameters(HeadParameters):
         for bias in (self.landmark_bias, self.interpolation_bias, self.key_gain):
             initialization.zeros_(bias)
 
-    def features(self, query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (query, key, far_query, far_key) of `HybridInputs` for the model's query and key, at least float32."""
+    def features(
+        self, query: Tensor, key: Tensor, scaling: float, sink_logit: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (query, key, far_query, far_key) of `HybridInputs` for the model's query and key, at least float32.
+
+        With the sink_logit of the module, broadcastable to (B, H, N, 1), queries end with it and keys with a 0.
+        """
         dtype = torch.promote_types(query.dtype, torch.float32)
         query, key = self.map(query.to(dtype), key.to(dtype))
         lam = self.lam()
         weight = scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
-        query = 2 * weight * query
+        query = plain = 2 * weight * query
         far_query = query @ self.landmarks.to(dtype).mT + self.landmark_bias.to(dtype)[:, None]
         far_key = (key @ self.interpolation_map.to(dtype).mT + self.interpolation_bias.to(dtype)[:, None]).softmax(-1)
         gain = key @ self.key_gain.to(dtype)[..., None]
@@ -264,6 +269,14 @@ class NystromParameters(HeadParameters):
             query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
             key, gain = torch.cat([key, -norms], dim=-1), gain - norms
         far_key = far_key * gain.exp()
+        if sink_logit is not None:
+            sink = sink_logit.to(dtype).expand(*query.shape[:3], 1)
+            if not self.is_absolute:
+                # Absolute logits count from the origin (see `absolute_shift`), these from ‖q‖².
+                origin = self._map_key(self.origin.to(dtype)[:, None])
+                origin_norm = weight * origin.square().sum(-1, keepdim=True)
+                sink = sink - self.logit_shift.to(dtype)[:, None, None] + plain @ origin.mT - origin_norm
+            query, key = torch.cat([query, sink], dim=-1), torch.cat([key, torch.zeros_like(key[..., :1])], dim=-1)
         return query, key, far_query, far_key if self.far_field else torch.zeros_like(far_key)
 
 

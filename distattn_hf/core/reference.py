@@ -64,13 +64,18 @@ def hybrid_rows(inputs: HybridInputs, start: int, stop: int) -> Tensor:
     if problem.bias is not None:
         far_bias = problem.bias.at(relative)[None]
         logits = logits + far_bias
+    sink = problem.query[:, :, start:stop, -1:] if problem.has_learned_sink else None
     shift = torch.maximum(
         logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True),
         far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
     )
+    if sink is not None:
+        shift = torch.maximum(shift, sink)
     far = (far - shift).exp() @ problem.far_key.mT * far_bias.exp()
     weights = torch.where(exact, (logits - shift).exp(), far) * seen
     total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - shift).exp()
     return weights / torch.where(total != 0, total, 1.0)
 
 
