@@ -11,17 +11,21 @@ import pytest
 import torch
 
 from distattn_hf import AttentionSpec, convert
-from tests.conversion.models import FAMILIES, token_batch
+from tests.conversion import absolute_models, models
+from tests.conversion.models import token_batch
 from tests.conversion.nystrom_cases import AUTO, converted, nystrom
 from tests.native.test_save_load import AUTO as NATIVE_AUTO
 from tests.native.test_save_load import trained
 from tests.without_package import HIDE_PACKAGE
 
+FAMILIES = {**models.FAMILIES, **absolute_models.FAMILIES}
 ROWS = {
     "gpt2": "l2",
     "bert": "l1",
     "t5": "sqeuclidean",
     "llama": "cosine",
+    "gpt_oss": "l2",
+    "gemma2": "l1",
     # The same family once more: each checkpoint runs its own code.
     "llama again": "nystrom",
     "native causal": ("l2", "relative", "causal"),
@@ -62,7 +66,7 @@ def model_of(row: str):
         return model, token_batch(model, length=40, padded=True, seed=9), AUTO["llama"]
     teacher = FAMILIES[row]()
     model = convert(teacher, AttentionSpec(what), calibration=[token_batch(teacher, seed=s) for s in range(3)])
-    return model, token_batch(teacher, padded=True, seed=9), AUTO[row]
+    return model, token_batch(teacher, padded=True, seed=9), AUTO.get(row, AUTO["llama"])
 
 
 @pytest.fixture(scope="module")

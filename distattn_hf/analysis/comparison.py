@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..core.reference import exact_keys
 from .samples import padding_of
 from .watch import capture
-from .weights import AttentionCall
+from .weights import AttentionCall, Rows
 
 # Rows whose normaliser is off by more than this factor are weak, as in `GroupReport.rows_off`.
 _WEAK = 1.25
@@ -161,7 +161,7 @@ def _add(total: _Totals, model, mine: AttentionCall, theirs: AttentionCall, batc
         keep = rows.keep & teacher_rows.keep & key_keep[:, None, None, :]
         nonzero = (rows.weights.sum(-1) > 0) & (teacher_rows.weights.sum(-1) > 0) & (keep.sum(-1) > 1)
         counted = nonzero & query_keep[:, None, rows.start : stop]
-        divergence = row_divergence(teacher_rows.weights, rows.weights)
+        divergence = row_divergence(*(_with_sink(call, r) for call, r in ((theirs, teacher_rows), (mine, rows))))
         total.rows += counted.double().sum((0, 2)).cpu()
         total.divergence += torch.where(counted, divergence, 0.0).double().sum((0, 2)).cpu()
         correlation = row_correlation(rows.weights, teacher_rows.weights, keep)
@@ -171,6 +171,13 @@ def _add(total: _Totals, model, mine: AttentionCall, theirs: AttentionCall, batc
         total.buckets[1].index_add_(0, buckets, torch.ones(len(buckets), dtype=torch.float64))
         for part in nystrom:
             _add_nystrom(total, mine, part, rows, stop, counted)
+
+
+def _with_sink(call: AttentionCall, rows: Rows) -> Tensor:
+    """Return weights whose rows sum to 1: with that of a learned sink as one more."""
+    if call.sink_logit is None:
+        return rows.weights
+    return torch.cat([rows.weights, (1 - rows.weights.sum(-1, keepdim=True)).clamp_min(0)], dim=-1)
 
 
 def _buckets(query_keep: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
 
     Raises:
         ValueError: if no module follows the interface, and in the forward pass for an argument whose effect on the
-            weights is unknown (sinks, sparse selection).
+            weights is unknown (sparse selection of blocks, a paged cache).
     """
     entries = attention_modules(model)
     modules = {locate(model, name): (name, entry) for name, entry in entries.items()}
@@ -150,7 +150,7 @@ def _observer(name: str, entry: dict, watcher: Callable):
             state.observer = observer
         observed_call = AttentionCall(
             name, entry["layer"], entry["kind"], query, key, value, call.scaling, call.mask,
-            call.position_bias, call.is_causal, state.parts(), output=output,
+            call.position_bias, call.is_causal, state.parts(), call.softcap, output, call.sink_logit,
         )  # fmt: skip
         replacement = watcher(observed_call)
         return output if replacement is None else replacement
@@ -160,8 +160,7 @@ def _observer(name: str, entry: dict, watcher: Callable):
 
 def _untouched(implementation, module, name, entry, query, key, value, mask, kwargs) -> AttentionCall:
     """Return the call of a module with dot-product attention."""
-    softcap = kwargs.get("softcap")
-    refuse_unsupported(module, {n: v for n, v in kwargs.items() if n != "softcap"})
+    refuse_unsupported(module, kwargs)
     nystrom = implementation in _NYSTROM
     call = read_call(module, query, mask, kwargs, nystrom=nystrom)
     if nystrom:
@@ -172,7 +171,8 @@ def _untouched(implementation, module, name, entry, query, key, value, mask, kwa
     groups = query.shape[1] // key.shape[1]
     return AttentionCall(
         name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups), call.scaling,
-        call.mask, call.position_bias, call.is_causal, [(list(range(query.shape[1])), None)], softcap,
+        call.mask, call.position_bias, call.is_causal, [(list(range(query.shape[1])), None)], call.softcap,
+        sink_logit=call.sink_logit,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.absolute_logits import absolute_shift
 from ..core.inputs import ModuleCall, add_triangle, masked_softmax
 from ..core.metrics import get_metric
 from ..core.nystrom_heads import hybrid_inputs, join_heads, key_padding
@@ -22,7 +23,8 @@ _EUCLIDEAN = ("sqeuclidean", "l2", "lifted_sqeuclidean")
 
 @dataclass(frozen=True)
 class Rows:
-    """Queries start, start + 1, ... of one module: weights (B, H, n, M) in at least float32, their rows of sum 1 or 0.
+    """Queries start, start + 1, ... of one module: weights (B, H, n, M) in at least float32, their rows of sum 1 or 0
+    (with a learned sink: 1 less its weight).
 
     keep: which keys each may see, bool, broadcastable to the weights. logits (B, H, n, M), of rows up to a constant,
     before masking, and key_norms (B, H, n, M), the term of them that only depends on the keys' norms: NaN in heads
@@ -42,7 +44,8 @@ class AttentionCall:
 
     query (B, H, N, d), key and value (B, H, M, d) with a head for every query head; mask (True = keep) and
     position_bias broadcastable to (B, H, N, M), or None; parts: (heads, `HeadParameters` or None for dot product).
-    softcap: logits become softcap·tanh(logits / softcap). output (B, H, N, d_v) is set once the attention has run.
+    softcap and sink_logit, broadcastable to (B, H, N, 1): the module's own (see core/absolute_logits.py), or None; what
+    a sink takes of a row is missing from its weights. output (B, H, N, d_v) is set once the attention has run.
     """
 
     name: str
@@ -58,6 +61,7 @@ class AttentionCall:
     parts: list[tuple[list[int], object]]
     softcap: float | None = None
     output: Tensor | None = None
+    sink_logit: Tensor | None = None
 
     def __post_init__(self):
         self._heads: list[tuple[list[int], Callable]] | None = None
@@ -122,18 +126,22 @@ class AttentionCall:
         dtype = torch.promote_types(self.query.dtype, torch.float32)
         query, key = self.query[:, index].to(dtype), self.key[:, index].to(dtype)
         metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
+        sink, shift = of_heads(self.sink_logit, index), None
         if group is not None:
-            query, key, lam, epsilon = group(query, key, "mapped")
+            mapped, metric, p = group(query, key, "mapped"), get_metric(group.metric), group.p
+            query, key, lam, epsilon, *_ = mapped
             epsilon = epsilon[:, None, None] if isinstance(epsilon, Tensor) else epsilon
-            metric, p = get_metric(group.metric), group.p
+            shift = absolute_shift(mapped, metric, p, ModuleCall(self.scaling, sink_logit=sink, softcap=self.softcap))
         weight = self.scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
         bias = of_heads(self.position_bias, index)
         squared = key.square().sum(-1)[:, :, None] if metric.name in _EUCLIDEAN and epsilon is None else None
-        if metric.has_dot_form:
+        # The form leaves out a constant of the row, of the lift what comes between it and the dot product.
+        by_dot_form = metric.has_dot_form and (shift is None or metric.name == "lifted_sqeuclidean")
+        if by_dot_form:
             left, right, key_bias, factor = metric.dot_form(query, key, *(() if epsilon is None else (epsilon,)))
 
         def logits_of(start, stop):
-            if not metric.has_dot_form:
+            if not by_dot_form:
                 return -weight * metric.checked_distance(query[:, :, start:stop], key, p, epsilon=epsilon)
             logits = factor * left[:, :, start:stop] @ right.mT
             return weight * (logits if key_bias is None else logits + key_bias[:, :, None])
@@ -141,20 +149,26 @@ class AttentionCall:
         def rows(start, stop, keep):
             keep = of_heads(keep, index)
             plain = logits = logits_of(start, stop)
+            if shift is not None:
+                logits = logits + rows_of(shift, start, stop)
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             if bias is not None:
-                logits = logits + (bias[..., start:stop, :] if bias.shape[-2] > 1 else bias).to(logits.dtype)
+                logits = logits + rows_of(bias, start, stop).to(logits.dtype)
             norms = None
             if squared is not None:
                 norms = _key_norms(metric.name, weight, squared, plain, keep)
-            return masked_softmax(logits, keep.expand_as(logits)), plain if norms is not None else None, norms
+            row_sink = None if sink is None else rows_of(sink, start, stop)
+            return masked_softmax(logits, keep.expand_as(logits), row_sink), plain if norms is not None else None, norms
 
         return rows
 
     def _hybrid(self, index: Tensor, group) -> HybridInputs:
         bias = of_heads(self.position_bias, index)
-        call = ModuleCall(self.scaling, None, bias, self.is_causal, is_cross=self.kind == "cross")
+        call = ModuleCall(
+            self.scaling, None, bias, self.is_causal, is_cross=self.kind == "cross",
+            sink_logit=of_heads(self.sink_logit, index),
+        )  # fmt: skip
         tensors = self.query[:, index], self.key[:, index], self.value[:, index]
         return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call, self.shape[3])
 
@@ -171,6 +185,11 @@ class AttentionCall:
             return weights, None, None
 
         return rows
+
+
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Return rows start to stop of a tensor broadcastable to (B, H, N, M)."""
+    return tensor[..., start:stop, :] if tensor.shape[-2] > 1 else tensor
 
 
 def _key_norms(metric: str, weight, squared: Tensor, logits: Tensor, keep: Tensor) -> Tensor:

@@ -114,13 +114,14 @@ def fitted_defaults(spec: AttentionSpec) -> AttentionSpec:
 
 @torch.no_grad()
 def _match_spread(group: HeadParameters, rows: Rows) -> None:
-    """Set λ of each head so that its logits spread along a row as the teacher's do (position bias left out)."""
-    if group.constant_lambda is not None:
-        return
-    unbiased = Rows(rows.query, rows.key, rows.keep, None, rows.scaling)
-    teacher = row_deviation(unbiased.teacher_log_weights(), rows.keep)
-    student = row_deviation(unbiased.student_log_weights(group), rows.keep)
-    group.log_lambda += (teacher / student.clamp_min(1e-12)).clamp(1e-6, 1e6).log()
+    """Set λ of each head so that its logits spread along a row as the teacher's do (position bias, sink and cap left
+    out), and then where absolute logits count from."""
+    if group.constant_lambda is None:
+        alone = rows.alone()
+        teacher = row_deviation(alone.teacher_log_weights(), rows.keep)
+        student = row_deviation(alone.student_log_weights(group), rows.keep)
+        group.log_lambda += (teacher / student.clamp_min(1e-12)).clamp(1e-6, 1e6).log()
+    rows.start_absolute(group)
 
 
 @torch.no_grad()
@@ -208,6 +209,12 @@ def fit_group(group: HeadParameters, data: LayerData, options: CalibrationOption
             better = reached <= report.divergence(group).clamp_min(options.divergence_budget)
             _restore(group, fitted, better)
         result = {"before": before, "after": report.divergence(group)}
+        if report.sink_logit is not None:
+            for name, log_weights in (
+                ("sink_weight", report.student_log_weights(group)),
+                ("teacher_sink_weight", report.teacher_log_weights()),
+            ):
+                result[name] = report.sink_weight(log_weights)
         if group.fits_softening:
             fitted = _snapshot(group)
             _restore(group, plain_values)
@@ -341,4 +348,5 @@ def _repeated(call: ModuleCall, times: int) -> ModuleCall:
     def repeat(tensor):
         return tensor if tensor is None or tensor.shape[0] == 1 else tensor.repeat(times, 1, 1, 1)
 
-    return replace(call, mask=repeat(call.mask), position_bias=repeat(call.position_bias))
+    tensors = {name: repeat(getattr(call, name)) for name in ("mask", "position_bias", "sink_logit")}
+    return replace(call, **tensors)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.inputs import ModuleCall, causal_keep
 from ..core.nystrom_heads import key_padding
@@ -31,7 +32,9 @@ class NystromData:
         self.query, self.key, self.value = (t[:, select].float() for t in (query, key, value))
         bias = call.position_bias
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
-        self.call = replace(call, return_weights=False, position_bias=bias)
+        sink = call.sink_logit
+        sink = sink if sink is None or sink.shape[1] == 1 else sink.detach()[:, select]
+        self.call = replace(call, return_weights=False, position_bias=bias, sink_logit=sink)
         batch, _, num_queries, _ = query.shape
         num_keys = key.shape[2]
         self.keep = key_padding(call.mask, query, num_keys)
@@ -139,11 +142,21 @@ class _Rows:
         bias = 0.0 if bias is None else bias[0].float()[:, rows].transpose(0, 1)
         logits = call.scaling * query @ key.transpose(-1, -2) + bias
         self.teacher = logits.masked_fill(~self.seen, float("-inf"))
-        query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
+        sink = call.sink_logit
+        query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling, sink_logit=sink)
         row_maximum = far_query.amax(-1, keepdim=True).detach()
         far = ((far_query - row_maximum).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + row_maximum
         near = query @ key.transpose(-1, -2)
         self.student = (torch.where(self.exact, near, far) + bias).masked_fill(~self.seen, float("-inf"))
+        if sink is not None:
+            # One more key, which all see exactly, without a value.
+            sink = sink.float().expand_as(query[..., :1])
+            self.teacher, self.student = (
+                torch.cat([self.teacher, sink], -1),
+                torch.cat([self.student, query[..., -1:]], -1),
+            )
+            self.seen, self.exact = (F.pad(t, (0, 1), value=True) for t in (self.seen, self.exact))
+            self.value = F.pad(self.value, (0, 0, 0, 1))
 
     def divergence(self, student: Tensor | None = None) -> Tensor:
         """Return KL(teacher ‖ student) in nats, mean over rows: (H,)."""
@@ -198,7 +211,7 @@ def leave_exact(model, name: str, state, results: list[dict], max_error: float) 
             continue
         heads = state.head_lists[number] or range(state.num_heads)
         kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
-        smaller = NystromParameters(group.spec, len(kept), group.head_dim)
+        smaller = NystromParameters(group.spec, len(kept), group.head_dim, group.has_origin)
         smaller.to(group.landmarks)
         for key, tensor in smaller.fitted_tensors().items():
             tensor.copy_(group.fitted_tensors()[key][is_fitted])

@@ -79,7 +79,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
-    _check_modules(model, modules)
+    _check_modules(model, modules, specs)
     batch = None
     if init == "calibrated":
         longer = 2 if any(spec.mechanism == "nystrom" for spec in specs) else 1
@@ -235,21 +235,22 @@ def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
     return fitted_defaults(spec) if init == "calibrated" else spec
 
 
-def _check_modules(model, modules: dict) -> None:
+def _check_modules(model, modules: dict, specs: list[AttentionSpec]) -> None:
     """Raise `ValueError`, before anything is built, for what would fail later."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"weight {name!r} of the checkpoint holds NaN or infinite values")
     for name in modules:
         module = locate(model, name)
-        sinks = getattr(module, "sinks", None)
         softcap = getattr(module, "attn_logit_softcapping", None)
-        for field, value in (("sinks", sinks), ("attn_logit_softcapping", softcap)):
-            if value is not None:
-                raise ValueError(
-                    f"{name!r} ({type(module).__name__}) uses {field}, which needs absolute logits; a distance keeps "
-                    "them only up to a constant of the row. Leave this layer out (layers=...)"
-                )
+        if modules[name].get("softcap") and any(
+            specs[g["spec"]].mechanism == "nystrom" for g in modules[name]["groups"]
+        ):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) has attn_logit_softcapping={softcap:g}: mechanism='nystrom' sums "
+                "exponentials of logits, which it cannot cap one by one. Leave this layer out (layers=...); exact "
+                "metrics take it"
+            )
 
 
 def _warnings(model, specs) -> list[str]:

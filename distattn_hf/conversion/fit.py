@@ -4,10 +4,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..core.absolute_logits import MappedHeads, absolute_shift
 from ..core.inputs import ModuleCall, add_triangle
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters
+
+# Logits between which the start of a head's shift is looked for.
+_LARGEST_SHIFT = 64.0
 
 
 def split_sequences(valid: Tensor) -> tuple[list[int], list[int]]:
@@ -28,23 +33,78 @@ def draw_rows(valid: Tensor, sequences: list[int], count: int, generator: torch.
 
 @dataclass
 class Rows:
-    """Some query rows of one layer: query (B, H, n, d), key (B, H, M, d), keep and bias (B, H or 1, n, M), scaling."""
+    """Some query rows of one layer: query (B, H, n, d), key (B, H, M, d), keep and bias (B, H or 1, n, M), scaling, and
+    the module's own sink_logit (B, H, n, 1) and softcap. With a sink, log-weights (B, H, n, M + 1) end with its own.
+    """
 
     query: Tensor
     key: Tensor
     keep: Tensor
     bias: Tensor | None
     scaling: float
+    sink_logit: Tensor | None = None
+    softcap: float | None = None
+
+    def alone(self) -> "Rows":
+        """Return the same rows with nothing beside products or distances in their logits."""
+        return Rows(self.query, self.key, self.keep, None, self.scaling)
+
+    def products(self) -> Tensor:
+        """Return scaling·q·k (B, H, n, M)."""
+        return self.scaling * torch.matmul(self.query, self.key.transpose(-1, -2))
 
     def teacher_log_weights(self) -> Tensor:
-        logits = self.scaling * torch.matmul(self.query, self.key.transpose(-1, -2))
-        return self._log_softmax(logits)
+        return self._log_softmax(self._capped(self.products(), None), self.sink_logit)
+
+    def distance_logits(self, heads: MappedHeads, group: HeadParameters) -> Tensor:
+        """Return -λ·scaling·distance (B, H, n, M) of mapped heads; of the lift, where that counts, 2λ·scaling·q·k."""
+        lam, epsilon = (x[:, None, None] if isinstance(x, Tensor) else x for x in (heads.lam, heads.softening))
+        if group.is_absolute and group.has_origin:
+            return 2 * lam * self.scaling * heads.query @ heads.key.mT
+        distances = get_metric(group.metric).checked_distance(heads.query, heads.key, group.p, epsilon=epsilon)
+        return -lam * self.scaling * distances
 
     def student_log_weights(self, group: HeadParameters) -> Tensor:
-        query, key, lam, epsilon = group(self.query, self.key, "mapped")
-        lam, epsilon = (x[:, None, None] if isinstance(x, Tensor) else x for x in (lam, epsilon))
-        distances = get_metric(group.metric).checked_distance(query, key, group.p, epsilon=epsilon)
-        return self._log_softmax(-lam * self.scaling * distances)
+        heads = group(self.query, self.key, "mapped")
+        call = ModuleCall(self.scaling, sink_logit=self.sink_logit, softcap=self.softcap)
+        shift = absolute_shift(heads, get_metric(group.metric), group.p, call)
+        return self._log_softmax(self._capped(self.distance_logits(heads, group), shift), self.sink_logit)
+
+    def _capped(self, logits: Tensor, shift: Tensor | None) -> Tensor:
+        logits = logits if shift is None else logits + shift
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def start_absolute(self, group: HeadParameters) -> None:
+        """Set the start value of logit_shift, in place, for the λ, α and shift of keys that the group has now.
+
+        With a sink, what gives it the weight that it has in the teacher, on average; else, under a cap, what gives
+        logits the teacher's mean. The origin is a key of zeros.
+        """
+        if not group.has_origin or group.is_absolute or (self.sink_logit is None and self.softcap is None):
+            return
+        if group.transform != "none":
+            group.origin.zero_()
+        group.logit_shift.zero_()
+        if self.sink_logit is None:
+            heads = group(self.query, self.key, "mapped")
+            call = ModuleCall(self.scaling, softcap=self.softcap)
+            shift = absolute_shift(heads, get_metric(group.metric), group.p, call)
+            kept = self.keep.expand(len(self.query), group.num_heads, -1, -1)
+            gaps = (self.products() - self.distance_logits(heads, group) - shift) * kept
+            group.logit_shift.copy_(gaps.sum((0, 2, 3)) / kept.sum((0, 2, 3)))
+            return
+        wanted = self.sink_weight(self.teacher_log_weights())
+        low, high = torch.full_like(wanted, -_LARGEST_SHIFT), torch.full_like(wanted, _LARGEST_SHIFT)
+        for _ in range(20):
+            group.logit_shift.copy_((low + high) / 2)
+            too_heavy = self.sink_weight(self.student_log_weights(group)) > wanted
+            low = torch.where(too_heavy, group.logit_shift, low)
+            high = torch.where(too_heavy, high, group.logit_shift)
+
+    def sink_weight(self, log_weights: Tensor) -> Tensor:
+        """Return the mean weight of the sink, (H,)."""
+        return log_weights[..., -1].exp().mean((0, 2))
 
     def median_distance(self, group: HeadParameters) -> Tensor:
         """Return the median of what ε is compared with, over kept pairs, (H,): the plain distance of the head, of
@@ -57,16 +117,20 @@ class Rows:
         kept = self.keep.expand_as(distances)
         return torch.stack([d[k].median() for d, k in zip(distances.unbind(1), kept.unbind(1), strict=True)])
 
-    def _log_softmax(self, logits: Tensor) -> Tensor:
+    def _log_softmax(self, logits: Tensor, sink_logit: Tensor | None) -> Tensor:
         if self.bias is not None:
             logits = logits + self.bias
-        return logits.masked_fill(~self.keep, torch.finfo(logits.dtype).min).log_softmax(dim=-1)
+        logits = logits.masked_fill(~self.keep, torch.finfo(logits.dtype).min)
+        if sink_logit is not None:
+            logits = torch.cat([logits, sink_logit.expand(*logits.shape[:-1], 1).to(logits.dtype)], dim=-1)
+        return logits.log_softmax(dim=-1)
 
     def divergence(self, group: HeadParameters) -> Tensor:
         """Return KL(teacher's weights ‖ student's), nats, mean over rows: (H,)."""
         teacher = self.teacher_log_weights()
         terms = teacher.exp() * (teacher - self.student_log_weights(group))
-        return terms.masked_fill(~self.keep, 0).sum(-1).mean((0, 2))
+        keep = self.keep if self.sink_logit is None else F.pad(self.keep, (0, 1), value=True)
+        return terms.masked_fill(~keep, 0).sum(-1).mean((0, 2))
 
 
 class LayerData:
@@ -86,7 +150,10 @@ class LayerData:
         bias = call.position_bias
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, select]
         self.bias = None if bias is None else bias.float().expand(batch, bias.shape[1], num_queries, num_keys)
-        self.scaling = call.scaling
+        self.scaling, self.softcap, self.sink_logit = call.scaling, call.softcap, call.sink_logit
+        if self.sink_logit is not None:
+            sink = self.sink_logit if self.sink_logit.shape[1] == 1 else self.sink_logit[:, select]
+            self.sink_logit = sink.detach().float().expand(*self.query.shape[:3], 1)
         # Rows worth fitting: something to choose from, and, in self-attention, no padding query.
         valid = self.keep.any(1).sum(-1) > 1
         if num_queries == num_keys:
@@ -104,7 +171,8 @@ class LayerData:
             return tensor.transpose(1, 2)[chosen, rows].transpose(1, 2)
 
         bias = None if self.bias is None else pick(self.bias)
-        return Rows(pick(self.query), self.key[chosen[:, 0]], pick(self.keep), bias, self.scaling)
+        sink = None if self.sink_logit is None else pick(self.sink_logit)
+        return Rows(pick(self.query), self.key[chosen[:, 0]], pick(self.keep), bias, self.scaling, sink, self.softcap)
 
 
 def row_deviation(log_weights: Tensor, keep: Tensor) -> Tensor:

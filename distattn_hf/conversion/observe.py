@@ -30,6 +30,6 @@ def teacher_attention(query: Tensor, key: Tensor, value: Tensor, call: ModuleCal
     tensors = query.to(key.dtype), key, value.to(key.dtype)
     output = distance_attention(
         *tensors, metric="dot", lam=1.0, scaling=call.scaling, mask=call.mask, position_bias=call.position_bias,
-        is_causal=call.is_causal,
+        is_causal=call.is_causal, sink_logit=call.sink_logit, softcap=call.softcap,
     )  # fmt: skip
     return output.to(value.dtype)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean, median
 
 # What calibration measures of a group of heads under these names, beside divergences.
-MEASURED = ("softening_ratio", "window_error", "output_error", "rows_off")
+MEASURED = ("softening_ratio", "window_error", "output_error", "rows_off", "sink_weight", "teacher_sink_weight")
 
 
 @dataclass
@@ -14,6 +14,9 @@ class GroupReport:
 
     Softened distances: softening is ε, softening_ratio ε over the median of the head's plain distances (of cosine: of
     its norms), divergence_plain the divergence of the plain distance.
+
+    Learned sinks: sink_weight is the share of a row's weight that the sink takes, teacher_sink_weight the teacher's.
+    Where logits count (sinks, caps): logit_shift is the logit of the head's origin, from which its distances count.
 
     Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
@@ -35,6 +38,9 @@ class GroupReport:
     softening: list[float] | None = None
     softening_ratio: list[float] | None = None
     divergence_plain: list[float] | None = None
+    sink_weight: list[float] | None = None
+    teacher_sink_weight: list[float] | None = None
+    logit_shift: list[float] | None = None
 
     @property
     def attention(self) -> str:
@@ -152,6 +158,12 @@ class ConversionReport:
         has_softening = any(part.softening for part in self.groups)
         if has_softening:
             lines[0] += f" {'ε':>9} {'ε/median':>9} {'KL plain':>10}"
+        has_sink = any(part.sink_weight for part in self.groups)
+        if has_sink:
+            lines[0] += f" {'sink':>9} {'teacher':>9}"
+        has_shift = any(part.logit_shift for part in self.groups)
+        if has_shift:
+            lines[0] += f" {'shift':>9}"
         for part in self.groups:
             picks = [[i] for i in range(len(part.heads))] if per_head else [range(len(part.heads))]
             for pick in picks:
@@ -166,6 +178,10 @@ class ConversionReport:
                 if has_softening:
                     cells = [_cell(v, pick) for v in (part.softening, part.softening_ratio, part.divergence_plain)]
                     lines[-1] += f" {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}"
+                if has_sink:
+                    lines[-1] += "".join(f" {_cell(v, pick):>9}" for v in (part.sink_weight, part.teacher_sink_weight))
+                if has_shift:
+                    lines[-1] += f" {_cell(part.logit_shift, pick):>9}"
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines += self._legend()
@@ -186,6 +202,10 @@ class ConversionReport:
                 "ε: below it the distance is quadratic; ε/median: in medians of the head's plain distances, of cosine "
                 "in medians of its norms (0: the plain distance); KL plain: of the plain distance, with its own λ and α"
             )
+        if self._mean("sink_weight") is not None:
+            lines.append("sink: share of a row's weight that the learned sink takes; teacher: the same of the teacher")
+        if self._mean("logit_shift") is not None:
+            lines.append("shift: the logit of a head's origin, from which distances count for the sink or the cap")
         if self._mean("output_error") is not None:
             lines.append(
                 "off: relative error of a head's outputs (0: equal); window off: the same of sinks and window alone, "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .absolute_logits import check_absolute
 from .backends import choose_backend, validate_backend
 from .inputs import HALF, AttentionInputs, merge_masks
 from .metrics import get_metric
@@ -34,6 +35,8 @@ def distance_attention(
     backend: str = "auto",
     return_weights: bool = False,
     softening: float | Tensor = 0.0,
+    sink_logit: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention whose logits are negative distances: softmax(-λ·scaling·dist(q_i, k_j) + b_ij)·V.
 
@@ -55,6 +58,10 @@ def distance_attention(
             cannot run raises.
         softening: ε >= 0, one number or a tensor (H,): below it the distance is quadratic (the formulas: softening.py).
             0: the plain distance.
+        sink_logit: logit of a key without a value, which takes weight and gives nothing: (H,), or broadcastable to
+            (B, H, N, 1). It compares with the logits above (of "lifted_sqeuclidean" with 2λ·scaling·q·k, of softened
+            cosine with λ·scaling·cos, without the constant -λ·scaling).
+        softcap: c > 0: distances' logits become c·tanh(logits / c), before mask and bias join; None: no cap.
         return_weights: also return the weights (B, H, N, M), before dropout; runs the reference backend.
 
     Returns:
@@ -68,7 +75,7 @@ def distance_attention(
     backend = validate_backend(backend)
     _check_shapes(query, key, value)
     named = {"key": key, "value": value, "lam": lam, "mask": mask, "position_bias": position_bias}
-    for name, tensor in {**named, "softening": softening}.items():
+    for name, tensor in {**named, "softening": softening, "sink_logit": sink_logit}.items():
         # A kernel would read an address of another device.
         if isinstance(tensor, Tensor) and tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
@@ -81,6 +88,7 @@ def distance_attention(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
     softening = check_softening(metric, softening, heads)
+    sink_logit, softcap = check_absolute(sink_logit, softcap, (batch, heads, num_queries))
     shape = (batch, heads, num_queries, key.shape[-2])
     if position_bias is not None:
         if not position_bias.is_floating_point():
@@ -95,8 +103,9 @@ def distance_attention(
             ) from None
     keep, bias = merge_masks(mask, position_bias, shape)
     inputs = AttentionInputs(
-        query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p, softening=softening
-    )
+        query, key, value, metric, lam, float(scaling), p, keep, bias, is_causal, dropout_p, softening=softening,
+        sink_logit=sink_logit, softcap=softcap,
+    )  # fmt: skip
     return run_attention(inputs, backend, return_weights)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .absolute_logits import finish_logits, unlifted
 from .inputs import AttentionInputs, add_triangle, masked_softmax
 
 # Entries of one block of weights, over batch and heads: 8 MiB in float32, which fits the caches of two cores.
@@ -27,19 +28,17 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
     """Compute softmax(-λ·scaling·distance(q, k) + bias)·v block by block of queries. Returns (B, H, N, d_v)."""
     dtype = inputs.value.dtype
     needs_grad = inputs.needs_grad()
-    inputs = inputs.written_out()
+    inputs = unlifted(inputs).written_out()
     batch, heads, num_queries, _ = inputs.query.shape
     num_keys = inputs.key.shape[-2]
     block = max(16, _BLOCK_ENTRIES // max(1, batch * heads * num_keys))
     lam = inputs.lambda_column()
 
-    def attend(query, key, value, keep, bias, lam, start):
-        logits = -lam * inputs.scaling * inputs.distances(query, key)
-        if bias is not None:
-            logits = logits + bias.to(logits.dtype)
+    def attend(query, key, value, keep, bias, sink_logit, shift, lam, start):
+        logits = finish_logits(inputs, -lam * inputs.scaling * inputs.distances(query, key), shift, bias)
         if inputs.is_causal:
             keep = add_triangle(keep, query.shape[-2], key.shape[-2], query.device, offset=start)
-        weights = masked_softmax(logits, None if keep is None else keep.expand_as(logits))
+        weights = masked_softmax(logits, None if keep is None else keep.expand_as(logits), sink_logit)
         if inputs.dropout_p > 0:
             weights = F.dropout(weights, inputs.dropout_p)
         return torch.matmul(weights, value)
@@ -55,6 +54,8 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
             inputs.value[..., :seen, :],
             _columns(_rows(inputs.keep, start, stop), seen),
             _columns(_rows(inputs.bias, start, stop), seen),
+            _rows(inputs.sink_logit, start, stop),
+            _rows(inputs.shift, start, stop),
             lam,
             start,
         )

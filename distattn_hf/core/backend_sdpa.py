@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from .absolute_logits import relative_sink, row_constant, unlifted
 from .inputs import HALF, AttentionInputs, add_triangle
 from .metrics import BUILT_IN
 
@@ -23,6 +24,10 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     """Return why this backend cannot run `inputs`, or None when it can."""
     if not inputs.metric.has_dot_form:
         return f"metric {inputs.metric.name!r} has no dot-product form"
+    if inputs.softcap is not None:
+        return "scaled_dot_product_attention has no cap on logits (softcap)"
+    if inputs.sink_logit is not None and inputs.metric is not BUILT_IN.get(inputs.metric.name):
+        return f"a sink needs what the dot-product form of metric {inputs.metric.name!r} leaves out, which is not known"
     return None
 
 
@@ -32,8 +37,9 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     The key bias goes one of two ways. As a mask of shape (B, H, 1, M): on the CPU without gradients and without a mask
     per query, where it is free (with gradients it costs 1.8 x, and on CUDA a mask rules the flash kernel out). Else as
     more columns, q̃ = [factor·λ·q', λ], k̃ = [k', key_bias], filled with zeros up to a multiple of 8, which works
-    with masks, causality and dropout and makes no (N, M) tensor.
+    with masks, causality and dropout and makes no (N, M) tensor. A sink (see absolute_logits.py) is one more key.
     """
+    inputs = unlifted(inputs)
     dtype, value_size = inputs.value.dtype, inputs.value.shape[-1]
     is_plain = inputs.metric.name in ("lifted_sqeuclidean", "dot") and not isinstance(inputs.lam, Tensor)
     if not is_plain and not _on_cuda(inputs):
@@ -44,10 +50,11 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     work_dtype = inputs.value.dtype
     query, key = inputs.query, inputs.key
     mask, is_causal = _merge_mask(inputs, work_dtype)
-    if inputs.metric is BUILT_IN["cosine"] and can_run_in_parts(inputs, mask, is_causal):
+    if inputs.metric is BUILT_IN["cosine"] and inputs.sink_logit is None and can_run_in_parts(inputs, mask, is_causal):
         return cosine_in_parts(inputs, mask, is_causal).to(dtype)
     if not is_plain:
         query, key = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key))
+    sink = None if inputs.sink_logit is None else _sink_in_dot_form(inputs, query, key)
     softened = () if inputs.softening is None else (inputs.softening_column(query.dtype),)
     query, key, key_bias, factor = inputs.metric.dot_form(query, key, *softened)
     scale, lam = inputs.scaling, inputs.lam
@@ -65,6 +72,10 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     elif key_bias is not None:
         parts = 3 if work_dtype in HALF else 1
         query, key = _with_columns(query, key, key_bias, lam, work_dtype, parts)
+    if sink is not None:
+        parts = 3 if work_dtype in HALF else 1
+        query, key, value, mask = _with_sink(query, key, value, mask, is_causal, sink / scale, work_dtype, parts)
+    if query.shape[-1] > inputs.query.shape[-1]:
         value = F.pad(value, (0, max(0, query.shape[-1] - value.shape[-1])))
     output = F.scaled_dot_product_attention(
         query.to(work_dtype),
@@ -76,7 +87,35 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         scale=scale,
         enable_gqa=bool(inputs.groups > 1),
     )
+    if sink is not None and is_causal:
+        output = output[..., 1:, :]
     return output[..., :value_size].to(dtype)
+
+
+def _sink_in_dot_form(inputs: AttentionInputs, query: Tensor, key: Tensor) -> Tensor:
+    """Return the sink's logit beside those of the dot-product form, which leaves out a constant of each row."""
+    left_out = row_constant(inputs.metric, query, key, inputs.softening is not None)
+    sink = relative_sink(inputs) - inputs.lambda_column() * inputs.scaling * left_out
+    return sink.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _with_sink(query, key, value, mask, is_causal, sink, dtype, parts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Put a key first whose value is 0 and whose logit is `sink` (B, H, N, 1), by a column that other keys have 0 in.
+
+    Under the causal flag a first query goes with it, so that query i + 1 still sees the keys up to i + 1.
+    """
+    columns = _split(sink / _NORM_UNIT, dtype, parts)
+    zeros = -(query.shape[-1] + parts) % _HEAD_SIZE_MULTIPLE
+    rows = query.shape[:-1]
+    query = torch.cat([query.to(dtype), *columns, query.new_zeros(*rows, zeros, dtype=dtype)], dim=-1)
+    one = key.new_zeros(*key.shape[:2], 1, query.shape[-1], dtype=dtype)
+    one[..., key.shape[-1] : key.shape[-1] + parts] = _NORM_UNIT
+    key = torch.cat([one, F.pad(key.to(dtype), (0, parts + zeros))], dim=2)
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if is_causal:
+        query = F.pad(query, (0, 0, 1, 0))
+    return query, key, F.pad(value, (0, 0, 1, 0)), mask
 
 
 def _on_cuda(inputs: AttentionInputs) -> bool:

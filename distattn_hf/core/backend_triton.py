@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .absolute_logits import relative_sink
 from .inputs import AttentionInputs
 from .metrics import Chebyshev, Euclidean, Manhattan, Minkowski
 
@@ -33,6 +34,8 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     """Return why this backend cannot run `inputs`, or None when it can."""
     if type(inputs.metric) not in _KERNEL_METRICS:
         return f"metric {inputs.metric.name!r} has no Triton kernel (built-in {', '.join(_KERNEL_METRICS.values())} do)"
+    if inputs.softcap is not None:
+        return "its kernels have no cap on logits (softcap)"
     if inputs.dropout_p > 0:
         return "its kernels have no dropout"
     for name in ("query", "key", "value"):
@@ -71,8 +74,9 @@ def triton_attention(inputs: AttentionInputs) -> Tensor:
     if bias is not None and bias.dtype == torch.float64:
         bias = bias.float()
     return _Attention.apply(
-        query, key, inputs.value, lam.float() * inputs.scaling, bias, inputs.keep, metric, p, inputs.is_causal
-    )
+        query, key, inputs.value, lam.float() * inputs.scaling, bias, inputs.keep, relative_sink(inputs), metric, p,
+        inputs.is_causal,
+    )  # fmt: skip
 
 
 def _kernel_metric(inputs: AttentionInputs) -> tuple[str, float | None]:
@@ -150,22 +154,31 @@ def _strides(tensor: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    """Calls the kernels; the arguments are those of `triton_attention` with λ·scaling as `slope` (H,)."""
+    """Calls the kernels; arguments as of `triton_attention`, λ·scaling as `slope` (H,), `sink` (B, H, N, 1) or None.
+
+    A sink scales a row by exp(lse) / (exp(lse) + exp(sink)). With output and log-sum-exp those of the row with its
+    sink, the backward kernels need not know of it.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, value, slope, bias, keep, metric, p, is_causal):
+    def forward(ctx, query, key, value, slope, bias, keep, sink, metric, p, is_causal):
         from .kernel_triton_forward import forward_kernel
 
         out = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32)
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.metric, ctx.p, ctx.is_causal = metric, p, is_causal
-        ctx.save_for_backward(query, key, value, slope, bias, keep, out, lse)
         tile = _tile(metric, query.shape[-1], value.shape[-1])
         tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep)
         with _on(query.device):
             programs = -(-query.shape[2] // tile["BLOCK_N"]) * query.shape[0] * query.shape[1]
             if programs:
                 forward_kernel[(programs,)](*tensors, out, lse, *strides, **options, **tile)
+        if sink is not None:
+            # In powers of 2, as the kernels' own. The log-sum-exp of a row that sees nothing is +inf: it stays 0.
+            sink = sink.float()[..., 0] / math.log(2)
+            share = torch.sigmoid((lse - sink) * math.log(2))[..., None]
+            out, lse = out * share, torch.logaddexp2(lse, sink)
+        ctx.save_for_backward(query, key, value, slope, bias, keep, sink, out, lse)
         return out.to(value.dtype)
 
     @staticmethod
@@ -173,13 +186,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out):
         from .kernel_triton_backward import key_kernel, query_kernel
 
-        query, key, value, slope, bias, keep, out, lse = ctx.saved_tensors
+        query, key, value, slope, bias, keep, sink, out, lse = ctx.saved_tensors
         (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape
-        needs_query, needs_key, needs_value, needs_slope, needs_bias, *_ = ctx.needs_input_grad
+        needs_query, needs_key, needs_value, needs_slope, needs_bias, _, needs_sink, *_ = ctx.needs_input_grad
         delta = (grad_out.float() * out).sum(-1)
         tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep)
         saved = (_readable(grad_out).contiguous(), lse, delta)
-        grad_query = grad_key = grad_value = grad_slope = grad_bias = None
+        grad_query = grad_key = grad_value = grad_slope = grad_bias = grad_sink = None
+        if needs_sink:
+            grad_sink = (-(sink - lse).exp2() * delta)[..., None]
         with _on(query.device):
             if needs_query or needs_slope or needs_bias:
                 # The kernels add gradients of queries and keys coordinate by coordinate, so these are stored that way.
@@ -207,7 +222,7 @@ class _Attention(torch.autograd.Function):
                     key_kernel[(programs,)](*tensors, *saved, grad_key, grad_value, *strides, **options, **tile)
                 grad_key = grad_key.transpose(-1, -2).to(key.dtype)
                 grad_value = grad_value.to(value.dtype)
-        return grad_query, grad_key, grad_value, grad_slope, grad_bias, None, None, None, None
+        return grad_query, grad_key, grad_value, grad_slope, grad_bias, None, grad_sink, None, None, None
 
 
 def _on(device: torch.device):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .absolute_logits import check_absolute
 from .backend_chunked import chunked_attention
 from .backend_chunked import unsupported as chunked_unsupported
 from .backend_cpp import cpp_attention
@@ -103,6 +104,8 @@ def explain_backend(
     requires_grad: bool = False,
     softening: float = 0.0,
     backend: str = "auto",
+    sink: bool = False,
+    softcap: float | None = None,
 ) -> BackendChoice:
     """Say which backend runs for these shapes, dtype and device, and why the others don't; nothing is computed.
 
@@ -113,6 +116,7 @@ def explain_backend(
         dtype, device: of query, key and value. The device need not exist here.
         mask_shape, bias_shape: of the bool mask and of the position bias, broadcastable to (B, H, N, M), if there are.
         requires_grad: whether gradients are wanted.
+        sink: whether there is a learned sink (`sink_logit` of `distance_attention`). softcap: as there.
 
     Raises:
         ValueError: for an unknown metric or backend, for shapes that do not fit, and for an explicit backend that
@@ -149,6 +153,8 @@ def explain_backend(
             dropout_p,
             assumed_grad=requires_grad,
             softening=softening,
+            sink_logit=torch.empty(heads, **options)[None, :, None, None] if sink else None,
+            softcap=check_absolute(None, softcap, (batch, heads, num_queries))[1],
         )
         chosen = choose_backend(backend, inputs).name
         reasons = {}

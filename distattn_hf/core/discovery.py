@@ -17,7 +17,32 @@ def follows_interface(module: nn.Module) -> bool:
     """Return whether the module's forward picks its attention function from `ALL_ATTENTION_FUNCTIONS`."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and not _pools(module)
+
+
+def _pools(module: nn.Module) -> bool:
+    """Return whether a module weighs what it gets by a query of its own and projects nothing.
+
+    Such a one chooses among layers (Inkling 2), at each position, which it takes for heads: no attention over tokens.
+    """
+    own = next(module.parameters(recurse=False), None)
+    return own is not None and all(next(child.parameters(), None) is None for child in module.children())
+
+
+def compares_logits(module: nn.Module) -> dict[str, bool]:
+    """Return {"sink": True} of a module with a learned sink, {"softcap": True} of one with a cap on its logits.
+
+    By what its forward passes to its attention: some classes have the attributes and pass nothing.
+    """
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts
+    passed = {name for c in constants for name in (c if isinstance(c, tuple) else (c,))}
+    found = {}
+    # A class may have sinks in some of its layers only (MiMo), or make them from its inputs (Inkling).
+    if passed & {"s_aux", "sinks"} and getattr(module, "sinks", passed) is not None:
+        found["sink"] = True
+    if "softcap" in passed and getattr(module, "attn_logit_softcapping", None) is not None:
+        found["softcap"] = True
+    return found
 
 
 @lru_cache
@@ -76,7 +101,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
     """Return {base-relative name: {"layer", "kind", "type", "num_heads", "head_dim"}} in the order of the model.
 
     "layer" is the first number in the name; "kind" is "self" or "cross"; "type" is that of transformers'
-    `config.layer_types`. Unknown shapes are None.
+    `config.layer_types`. Unknown shapes are None. Some have more: see `compares_logits`.
     """
     prefix = base_prefix(model)
     modules = {}
@@ -93,6 +118,7 @@ def find_attention_modules(model: nn.Module) -> dict[str, dict]:
             "type": _layer_type(module, kind, layer),
             "num_heads": heads,
             "head_dim": size,
+            **compares_logits(module),
         }
     return modules
 

@@ -20,7 +20,8 @@ class ModuleCall:
     keys are no padding. position_bias: added to the logits, broadcastable to (B, H, N, M), or a
     `relative_bias.RelativeBias` that is not yet written out. is_causal: query i sees keys j <= i, counted from the
     start of both in exact attention and from the end in Nyström attention. scaling: the factor beside λ. backend: in
-    place of each spec's own. return_weights: the weights (B, H, N, M) are wanted, too.
+    place of each spec's own. return_weights: the weights (B, H, N, M) are wanted, too. sink_logit, broadcastable to
+    (B, H, N, 1), and softcap: the module's own, which compare with dot products (see absolute_logits.py).
     """
 
     scaling: float
@@ -31,6 +32,8 @@ class ModuleCall:
     dropout_p: float = 0.0
     backend: str | None = None
     return_weights: bool = False
+    sink_logit: Tensor | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,15 @@ class AttentionInputs:
     assumed_grad: bool | None = None
     # ε of the softened form of the metric (see softening.py): > 0, a float or (H,); None: the plain distance.
     softening: float | Tensor | None = None
+    # See absolute_logits.py: sink_logit and shift are broadcastable to (B, H, N, 1).
+    sink_logit: Tensor | None = None
+    softcap: float | None = None
+    shift: Tensor | None = None
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether something compares logits with fixed numbers, so that a constant of the row counts."""
+        return self.sink_logit is not None or self.softcap is not None
 
     @property
     def groups(self) -> int:
@@ -69,6 +81,7 @@ class AttentionInputs:
         if self.assumed_grad is not None:
             return self.assumed_grad
         tensors = (self.query, self.key, self.value, self.bias, self.lam, self.softening)
+        tensors += (self.sink_logit, self.shift)
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
@@ -91,7 +104,7 @@ class AttentionInputs:
         """Return these inputs with half-precision tensors raised to float32; float32 and float64 stay."""
         if not {self.query.dtype, self.key.dtype} & set(HALF):
             return self
-        names = ("query", "key", "value", "bias")
+        names = ("query", "key", "value", "bias", "sink_logit", "shift")
         return replace(self, **{n: None if (t := getattr(self, n)) is None else t.float() for n in names})
 
     def written_out(self) -> "AttentionInputs":
@@ -181,8 +194,15 @@ def add_bias(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left + right
 
 
-def masked_softmax(logits: Tensor, keep: Tensor | None) -> Tensor:
-    """Compute the row softmax over kept entries; a row with none is all zeros, with zero gradients, never NaN."""
+def masked_softmax(logits: Tensor, keep: Tensor | None, sink_logit: Tensor | None = None) -> Tensor:
+    """Compute the row softmax over kept entries; a row with none is all zeros, with zero gradients, never NaN.
+
+    With a sink_logit, broadcastable to (..., N, 1), rows sum to 1 less the sink's weight.
+    """
+    if sink_logit is not None:
+        logits = logits if keep is None else logits.masked_fill(~keep, float("-inf"))
+        sink = sink_logit.to(logits.dtype).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     if keep is None:
         return logits.softmax(dim=-1)
     has_keys = keep.any(dim=-1, keepdim=True)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 from transformers.utils.output_capturing import _active_collector
 
+from .absolute_logits import absolute_shift, check_absolute
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
 from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
@@ -74,10 +75,6 @@ def resolve_implementation(requested, supports_sdpa: bool = True, nystrom: bool 
         )
     chosen = _ALLOWED_IMPLEMENTATIONS[requested]
     if nystrom:
-        if not supports_sdpa:
-            raise ValueError(
-                "mechanism='nystrom' needs a model that supports SDPA: others do not say which modules are causal"
-            )
         return NYSTROM_IMPLEMENTATION if chosen == IMPLEMENTATION else NYSTROM_EAGER_IMPLEMENTATION
     return FULL_MASK_IMPLEMENTATION if chosen == IMPLEMENTATION and not supports_sdpa else chosen
 
@@ -94,10 +91,6 @@ def say_what_sdpa_means(requested, model) -> None:
 
 # Arguments of transformers' attention calls that change the result and that no distance backend computes.
 _REFUSED = {
-    "s_aux": "attention sinks compare with absolute logits, which a distance does not keep",
-    "sinks": "attention sinks compare with absolute logits, which a distance does not keep",
-    "softcap": "a cap on the logits needs absolute logits, which a distance does not keep",
-    "indices": "sparse key selection is not implemented",
     "block_indices": "sparse key selection is not implemented",
     "cache": "the paged cache of continuous batching is not implemented",
 }
@@ -135,6 +128,7 @@ def read_call(
     """
     scaling, is_causal, bias = (arguments.get(name) for name in ("scaling", "is_causal", "position_bias"))
     state = getattr(module, "distattn", None)
+    sink_logit, softcap = check_absolute(sink_of(arguments), arguments.get("softcap"), query.shape[:3])
     return ModuleCall(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         mask=mask,
@@ -144,12 +138,38 @@ def read_call(
         dropout_p=arguments.get("dropout") or 0.0,
         backend="reference" if reference else None,
         return_weights=weights_requested(arguments),
+        sink_logit=sink_logit,
+        softcap=softcap,
     )
+
+
+def sink_of(arguments: dict) -> Tensor | None:
+    """Return the learned sink among the arguments of an attention call: (H,), or (B, H, N, 1) where it has a query."""
+    # gpt-oss and most others; Inkling.
+    return next((arguments[name] for name in ("s_aux", "sinks") if arguments.get(name) is not None), None)
 
 
 def causal_by_flag(call: ModuleCall, num_queries: int) -> bool:
     """Apply transformers' own rule: the flag counts only without a mask and for more than one query."""
     return call.is_causal and call.mask is None and num_queries > 1
+
+
+def with_selected_keys(call: ModuleCall, indices: Tensor, query: Tensor, key: Tensor) -> ModuleCall:
+    """Return the call with a mask of the keys that a model's indexer chose for each query, indices (B, N, k) of them.
+
+    Models mask the others themselves for transformers' own "eager" and "sdpa", and leave it to any other attention.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    chosen = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=key.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    if causal_by_flag(call, num_queries):
+        chosen = add_triangle(chosen, num_queries, num_keys, key.device)
+    if call.mask is None:
+        return replace(call, mask=chosen)
+    mask = call.mask[..., :num_keys]
+    return replace(
+        call, mask=mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+    )
 
 
 def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
@@ -164,7 +184,7 @@ def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
 def _unconverted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, arguments: dict):
     """Run the attention of a module that was not converted, as the base model would."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    needs_eager = any(arguments.get(name) is not None for name in ("softcap", "s_aux"))
+    needs_eager = any(arguments.get(name) is not None for name in ("softcap", "s_aux", "sinks"))
     if call.return_weights or call.backend == "reference" or needs_eager:
         if eager is None:
             raise ValueError(f"{type(module).__name__} has no eager attention that could return weights")
@@ -235,7 +255,12 @@ def attend_groups(
     results = []
     for heads, group in parts:
         index = torch.tensor(heads, device=query.device)
-        group_call = replace(call, mask=of_heads(call.mask, index), position_bias=of_heads(call.position_bias, index))
+        group_call = replace(
+            call,
+            mask=of_heads(call.mask, index),
+            position_bias=of_heads(call.position_bias, index),
+            sink_logit=of_heads(call.sink_logit, index),
+        )
         results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], group_call)))
     return join_heads(results)
 
@@ -245,17 +270,21 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
     dtype, backend = value.dtype, call.backend
+    shift = None
     if group is None:
         metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
     else:
         with without_autocast(query.device.type):
-            query, key, lam, epsilon = group(query, key)
-        metric, p, backend = get_metric(group.metric), group.p, backend or group.spec.backend
+            heads, metric, p = group(query, key), get_metric(group.metric), group.p
+            shift = absolute_shift(heads, metric, p, call)
+        query, key, lam, epsilon, *_ = heads
+        backend = backend or group.spec.backend
         if value.shape[1] != key.shape[1]:
             value = repeat_kv(value, key.shape[1] // value.shape[1])
     inputs = AttentionInputs(
         query, key, value.to(key.dtype), metric, lam, call.scaling, p,
         call.mask, call.position_bias, call.is_causal, call.dropout_p, softening=epsilon,
+        sink_logit=call.sink_logit, softcap=call.softcap, shift=shift,
     )  # fmt: skip
     if call.return_weights:
         output, weights = run_attention(inputs, "reference", return_weights=True)
@@ -291,6 +320,8 @@ def distattn_attention_forward(
     state: DistanceAttentionState | None = getattr(module, "distattn", None)
     converted = isinstance(state, nn.Module)
     by_landmarks = nystrom and converted and state.is_nystrom
+    if (indices := kwargs.pop("indices", None)) is not None:
+        call = with_selected_keys(call, indices, query, key)
     if nystrom and not by_landmarks:
         call = write_out(call, query.shape[2], key.shape[2], query.device)
     if not converted:

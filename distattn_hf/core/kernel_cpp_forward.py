@@ -4,7 +4,7 @@ FORWARD = r"""
 // One attention problem, as ctypes hands it over. All tensors float32 and contiguous; dp and vp are d and d_v rounded
 // up to a multiple of 16, filled with zeros; panels are keys (and values) as (M / PANEL, d, PANEL).
 struct Problem {
-  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *out, *lse, *dout;
+  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *out, *lse, *dout;
   const uint8_t* keep;
   float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *sums;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
@@ -76,6 +76,8 @@ static void forward(const Problem& a) {
         memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
         memset(o, 0, 4 * BQ * a.vp);
         for (long i = 0; i < BQ; i++) m[i] = -INF, l[i] = 0;
+        if (a.sink)  // a key without a value: it is in the sum from the start
+          for (long i = 0; i < rows; i++) m[i] = a.sink[bh * a.N + i0 + i], l[i] = m[i] == -INF ? 0 : 1;
         long last = a.causal ? std::min(a.M, i0 + rows) : a.M;
         for (long j0 = 0; j0 < last; j0 += BK) {
           long n = std::min<long>(BK, last - j0);
@@ -167,7 +169,7 @@ extern "C" int panel_width() { return PANEL; }
 DECODE = r"""
 // Few queries against many keys: keys and values are read once, where they lie, in the type they have.
 struct Decode {
-  const float *q, *coef, *soft, *bias;
+  const float *q, *coef, *soft, *bias, *sink;
   const void *k, *v;
   const uint8_t* keep;
   float *o, *partial;
@@ -264,6 +266,11 @@ static void decode_as(const Decode& a) {
       for (long r = 0; r < rows; r++) {
         memset(partial + r * record, 0, 4 * record);
         partial[r * record + a.vp] = -INF;
+        if (a.sink && split == 0) {
+          float m = a.sink[(b * a.H + kh * a.G) * a.N + r];
+          partial[r * record + a.vp] = m;
+          partial[r * record + a.vp + 1] = m == -INF ? 0 : 1;
+        }
       }
       long stop = std::min(a.M, (split + 1) * span);
       for (long j0 = split * span; j0 < stop; j0 += BK) {

@@ -182,7 +182,7 @@ _NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
 
 class _Problem(ctypes.Structure):
     _fields_ = fields(
-        "q k kpanels v vpanels coef soft bias out lse dout keep o l dq dk dv dcoef dbias sums",
+        "q k kpanels v vpanels coef soft bias sink out lse dout keep o l dq dk dv dcoef dbias sums",
         _NUMBERS,
         {"keep_stride": 4, "bias_stride": 4},
     )
@@ -190,7 +190,7 @@ class _Problem(ctypes.Structure):
 
 class _Decode(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft bias k v keep o partial",
+        "q coef soft bias sink k v keep o partial",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3, "keep_stride": 4, "bias_stride": 4},
     )
@@ -263,10 +263,11 @@ class _Call:
             raise RuntimeError(f"no CPU kernel {name} for metric number {numbers[0]}")
 
 
-def attention_forward(query, key, value, coef, soft, keep, bias, kind, p, causal) -> tuple[Tensor, Tensor]:
+def attention_forward(query, key, value, coef, soft, keep, bias, sink, kind, p, causal) -> tuple[Tensor, Tensor]:
     """Return (output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling.
 
     soft (H,): of the softened metric ε; of l1 δ = ε / d; of lp and chebyshev 1/δ (see `in_knees`). None: not softened.
+    sink (B, H, N, 1): the logit of a key without a value, which both results count in, or None.
     """
     call = _Call(_Problem, query, key, value.shape[-1], p)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
@@ -277,6 +278,7 @@ def attention_forward(query, key, value, coef, soft, keep, bias, kind, p, causal
         v=padded_rows(value),
         coef=coef.float().contiguous(),
         soft=_numbers(soft),
+        sink=_numbers(sink),
         o=output,
         l=lse,
     )
@@ -323,7 +325,7 @@ def attention_backward(grad, query, key, value, coef, soft, keep, bias, output, 
     )
 
 
-def attention_decode(query, key, value, coef, soft, keep, bias, kind, p, causal) -> Tensor:
+def attention_decode(query, key, value, coef, soft, keep, bias, sink, kind, p, causal) -> Tensor:
     """Return the output (B, H, N, d_v), float32, for few queries; reads float32 or bfloat16 keys once, in place."""
     call = _Call(_Decode, query, key, value.shape[-1], p)
     data = call.data
@@ -337,7 +339,7 @@ def attention_decode(query, key, value, coef, soft, keep, bias, kind, p, causal)
     output = torch.empty(data.B, data.H, data.N, data.vp, **FLOATS)
     partial = torch.empty(units * data.splits * data.G * data.N, data.vp + 2, **FLOATS)
     call.point(q=padded_rows(query), k=key, v=value, o=output, partial=partial)
-    call.point(coef=coef.float().contiguous(), soft=_numbers(soft))
+    call.point(coef=coef.float().contiguous(), soft=_numbers(soft), sink=_numbers(sink))
     data.k_stride, data.v_stride = strides(key), strides(value)
     call.mask(keep, bias)
     data.causal = causal

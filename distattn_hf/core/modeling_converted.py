@@ -269,7 +269,13 @@ def attach_states(model: PreTrainedModel) -> None:
                 group.reset_parameters(_own_scaling(module))
     if any(spec.mechanism == "nystrom" for spec in specs):
         for name in find_attention_modules(model):
-            if has_relative_bias(module := locate(model, name)):
+            module = locate(model, name)
+            if not model._supports_sdpa and not isinstance(getattr(module, "is_causal", None), bool):
+                raise ValueError(
+                    f"mechanism='nystrom' needs to know which modules are causal, and {name!r} "
+                    f"({type(module).__name__}) has no is_causal: it belongs to a model without support for SDPA"
+                )
+            if has_relative_bias(module):
                 module.register_forward_pre_hook(give_relative_bias, with_kwargs=True)
 
 

@@ -106,7 +106,11 @@ def nystrom_forward(
     results = []
     for heads, group in state.parts():
         columns = [head // (state.num_heads // key.shape[1]) for head in heads]
-        own_call = replace(call, position_bias=_bias_of(call.position_bias, heads, query.device))
+        own_call = replace(
+            call,
+            position_bias=_bias_of(call.position_bias, heads, query.device),
+            sink_logit=_bias_of(call.sink_logit, heads, query.device),
+        )
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(_exact, attend, group)
         if not isinstance(group, NystromParameters):
@@ -344,10 +348,17 @@ def hybrid_inputs(
     """Return the inputs of a group of Nyström heads for `num_keys` keys with those in a cache; key and value have a
     head for every query head.
     """
-    query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling)
+    query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling, sink_logit=call.sink_logit)
     window_size, num_sinks = (0, 0) if call.is_cross else (group.spec.window_size, group.spec.num_sinks)
+    has_learned_sink = call.sink_logit is not None
+    if has_learned_sink and (call.position_bias is not None or call.sink_logit.shape[2] > 1):
+        raise ValueError(
+            "mechanism='nystrom' takes one learned sink of each head and no position bias beside it, got sinks of "
+            f"shape {tuple(call.sink_logit.shape)}{'' if call.position_bias is None else ' and a bias'}; leave the "
+            "layer out (layers=...)"
+        )
     bias = window_bias(call.position_bias, window_size, num_keys, call.is_causal)
     return HybridInputs(
-        query, key, value.to(query.dtype), keep, far_query, far_key, num_sinks, window_size, call.is_causal, bias,
-        state, call.dropout_p,
+        query, key, value.to(query.dtype), keep, far_query, far_key, num_sinks + has_learned_sink, window_size,
+        call.is_causal, bias, state, call.dropout_p, has_learned_sink,
     )  # fmt: skip

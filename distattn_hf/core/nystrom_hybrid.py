@@ -3,6 +3,9 @@
 weight(i, j) = exp(q_i·k_j + b_ij)                for the sinks and for the keys within the window of query i
              = Σ_a exp(far_query_ia)·far_key_ja   for every other key j that query i may see
 
+A learned sink, a logit of each query without a key or a value, joins the normaliser as one more of the sinks, by a last
+coordinate: the logit in queries, 0 in keys and 1 in that sink.
+
 The far field needs only Σ_j far_key_j [v_j, 1]ᵀ, an (m, d_v + 1) matrix. Where attention is causal that is a running
 sum, the state of a recurrent network; `FarState` carries it from one call to the next.
 """
@@ -84,6 +87,8 @@ class HybridInputs:
     bias: WindowBias | None = None
     state: FarState | None = None
     dropout_p: float = 0.0
+    # The last coordinate of the queries is the logit of a learned sink, which is among num_sinks.
+    has_learned_sink: bool = False
 
 
 def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
@@ -174,12 +179,17 @@ def empty_state(inputs: HybridInputs) -> FarState:
     """Return the state before the first key."""
     (batch, heads, _, size), value_size, rank = inputs.key.shape, inputs.value.shape[-1], inputs.far_key.shape[-1]
     new = inputs.key.new_zeros
+    sink_key = new(batch, heads, inputs.num_sinks, size)
+    sink_position = torch.full((batch, inputs.num_sinks), NOWHERE, device=inputs.key.device)
+    if inputs.has_learned_sink:
+        sink_key[:, :, 0, -1] = 1
+        sink_position[:, 0] = -1  # behind every query
     return FarState(
         total=new(batch, heads, rank, value_size),
         weight=new(batch, heads, rank),
-        sink_key=new(batch, heads, inputs.num_sinks, size),
+        sink_key=sink_key,
         sink_value=new(batch, heads, inputs.num_sinks, value_size),
-        sink_position=torch.full((batch, inputs.num_sinks), NOWHERE, device=inputs.key.device),
+        sink_position=sink_position,
         length=0,
     )
 

@@ -1,38 +1,47 @@
 """The parameters a conversion adds to an attention module: λ and the per-head maps of query and key."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from .absolute_logits import MappedHeads
 from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
 from .metrics import get_metric
 from .softening import check_softens
 
+# What reports read.
+_REPORTED = ("log_lambda", "log_alpha", "log_softening", "logit_shift")
+
 
 class HeadParameters(nn.Module):
-    """λ, α, shift c, maps and softening ε of one group of heads.
+    """λ, α, shift c, maps and softening ε of one group of heads, and from where absolute logits count.
 
     transform "none":   q, k
     transform "scalar": q / α_h, α_h·(k - c_h)
     transform "maps": q·Q_h / α_h, α_h·(k - c_h)·K_h, with Q_h, K_h (d, d)
 
     Shapes: log_lambda (H,), log_alpha (H,), log_softening (H,), shift (H, d), query_map and key_map (H, d, d).
+    In modules with a learned sink or a cap on their logits, which compare logits with fixed numbers: origin (H, d), a
+    key like the model's own, and logit_shift (H,), the logit that it has (see `absolute_shift`). Not under the lift,
+    whose logits are absolute.
 
     Attention calls the module, `group(query, key)`, and never its methods: what loads offloaded parameters or gathers
     sharded ones does so around `forward`.
     """
 
-    def __init__(self, spec: AttentionSpec, num_heads: int, head_dim: int | None):
+    def __init__(self, spec: AttentionSpec, num_heads: int, head_dim: int | None, has_origin: bool = False):
         super().__init__()
         self.spec = spec
         metric = get_metric("lifted_sqeuclidean" if spec.lift else spec.metric)
         self.metric = metric.name
         self.p = metric.validate(spec.p)
         self.num_heads, self.head_dim = num_heads, head_dim
+        self.has_origin = has_origin
         self.transform = spec.transform or "none"
         if spec.softening:
             check_softens(metric, spec.softening)
@@ -55,6 +64,9 @@ class HeadParameters(nn.Module):
         num_heads, head_dim = self.num_heads, self.head_dim
         if self.fits_softening:
             self.log_softening = nn.Parameter(torch.empty(num_heads, dtype=dtype))
+        if self.has_origin and not self.is_absolute:
+            self.origin = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
+            self.logit_shift = nn.Parameter(torch.empty(num_heads, dtype=dtype))
         if self.transform != "none":
             self.log_alpha = nn.Parameter(torch.empty(num_heads, dtype=dtype))
             self.shift = nn.Parameter(torch.empty(num_heads, head_dim, dtype=dtype))
@@ -63,7 +75,11 @@ class HeadParameters(nn.Module):
             self.key_map = nn.Parameter(torch.empty(num_heads, head_dim, head_dim, dtype=dtype))
 
     def reset_parameters(self, scaling: float | None = None) -> None:
-        """Set λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own."""
+        """Set λ to the spec's or the metric's default, α = 1, c = 0, maps = identity. `scaling`: the model's own.
+
+        The origin starts as a key of zeros, whose dot product with any query is 0 (of cosine, to which zeros are no
+        direction, as (1, ..., 1)), and its logit at 0.
+        """
         if self.constant_lambda is None:
             lam = self.spec.lam
             if lam is None:
@@ -72,6 +88,9 @@ class HeadParameters(nn.Module):
             initialization.constant_(self.log_lambda, math.log(lam))
         if self.fits_softening:
             initialization.zeros_(self.log_softening)
+        if self.has_origin and not self.is_absolute:
+            (initialization.ones_ if get_metric(self.metric).scale_free else initialization.zeros_)(self.origin)
+            initialization.zeros_(self.logit_shift)
         if self.transform != "none":
             initialization.zeros_(self.log_alpha)
             initialization.zeros_(self.shift)
@@ -82,6 +101,11 @@ class HeadParameters(nn.Module):
     def forward(self, query: Tensor, key: Tensor, what: str = "fold", **arguments) -> tuple:
         """Return the result of the method `what`: "fold", "mapped", or "features" of Nyström heads."""
         return getattr(self, what)(query, key, **arguments)
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether the logits of these heads are those of a dot product: a module's own sink and cap apply to them."""
+        return self.metric == "lifted_sqeuclidean"
 
     def fitted_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that calibration sets, by name: the parameters, and λ also where it is a buffer."""
@@ -101,11 +125,12 @@ class HeadParameters(nn.Module):
 
     def reported_values(self) -> dict[str, list[float] | None]:
         """Return {"lam", "alpha", "softening"} of each head, for reports: six digits; None where the heads have none.
+        With a sink or a cap also "logit_shift".
 
         Empty where the parameters are not here (on the meta device, or cut up over processes).
         """
         own = {**self._parameters, **self._buffers}
-        own = [own[name] for name in ("log_lambda", "log_alpha", "log_softening") if own.get(name) is not None]
+        own = [own[name] for name in _REPORTED if own.get(name) is not None]
         if any(t.is_meta or t.numel() != self.num_heads or hasattr(t, "full_tensor") for t in own):
             return {}
         lam = self.lam()
@@ -115,6 +140,8 @@ class HeadParameters(nn.Module):
             reported["alpha"] = self.log_alpha.float().exp().tolist()
         if (epsilon := self.softening()) is not None:
             reported["softening"] = epsilon.tolist() if isinstance(epsilon, Tensor) else [epsilon] * self.num_heads
+        if hasattr(self, "logit_shift"):
+            reported["logit_shift"] = self.logit_shift.float().tolist()
         return {name: values and [round(value, 6) for value in values] for name, values in reported.items()}
 
     def map(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,25 +149,43 @@ class HeadParameters(nn.Module):
         if self.transform == "none":
             return query, key
         dtype = torch.promote_types(query.dtype, torch.float32)
-        alpha = self.log_alpha.to(dtype).exp()[:, None, None]
-        query, key = query.to(dtype), key.to(dtype) - self.shift.to(dtype)[:, None, :]
+        query = query.to(dtype)
         if self.transform == "maps":
-            query, key = torch.matmul(query, self.query_map.to(dtype)), torch.matmul(key, self.key_map.to(dtype))
-        return query / alpha, key * alpha
+            query = torch.matmul(query, self.query_map.to(dtype))
+        return query / self.log_alpha.to(dtype).exp()[:, None, None], self._map_key(key.to(dtype))
 
-    def mapped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor | None]:
-        """Return (query, key, λ, ε) of `map`, `lam` and `softening`."""
-        return *self.map(query, key), self.lam(), self.softening()
+    def _map_key(self, key: Tensor) -> Tensor:
+        """Return α·(k - c)·K of keys (..., H, M, d) in the dtype to compute in."""
+        if self.transform == "none":
+            return key
+        key = key - self.shift.to(key.dtype)[:, None, :]
+        if self.transform == "maps":
+            key = torch.matmul(key, self.key_map.to(key.dtype))
+        return key * self.log_alpha.to(key.dtype).exp()[:, None, None]
 
-    def fold(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor | None]:
-        """Return (query, key, λ, ε) that give the logits of `mapped`, with as little as possible done to keys.
+    def mapped(self, query: Tensor, key: Tensor) -> MappedHeads:
+        """Return query and key of `map`, λ, ε, and from where absolute logits count."""
+        return self._with_absolute(MappedHeads(*self.map(query, key), self.lam(), self.softening()), self._map_key)
+
+    def _with_absolute(self, heads: MappedHeads, map_key: Callable[[Tensor], Tensor]) -> MappedHeads:
+        """Return the same with origin and logit_shift, where something compares with fixed numbers."""
+        if not self.has_origin or (self.is_absolute and self.transform == "none"):
+            return heads
+        dtype = torch.promote_types(heads.query.dtype, torch.float32)
+        if self.is_absolute:
+            return heads._replace(origin=map_key(torch.zeros_like(self.shift, dtype=dtype)[:, None, :]))
+        origin = map_key(self.origin.to(dtype)[:, None, :])
+        return heads._replace(origin=origin, logit_shift=self.logit_shift.to(dtype)[:, None, None])
+
+    def fold(self, query: Tensor, key: Tensor) -> MappedHeads:
+        """Return what gives the logits of `mapped`, with as little as possible done to keys.
 
         dist_ε(q·Q/α, α·(k - c)·K) = α^degree·dist_(ε/α)(q·Q/α² + c·K, k·K) for distances of differences: all but K goes
         to the query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
         """
         degree = get_metric(self.metric).degree
         if self.transform == "none":
-            return query, key, self.lam(), self.softening()
+            return self.mapped(query, key)
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and (degree is None or self.transform == "maps"):
             key = key.repeat_interleave(groups, dim=1)
@@ -149,10 +194,11 @@ class HeadParameters(nn.Module):
         dtype = torch.promote_types(query.dtype, torch.float32)
         factor, shift, lam = self._folded(dtype, degree)
         query = query.to(dtype)
-        if self.transform == "maps":
-            key_map = self.key_map.to(dtype)
+        key_map = self.key_map.to(dtype) if self.transform == "maps" else None
+        if key_map is not None:
             query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
-        return torch.addcmul(shift, query, factor), key, lam, self._folded_softening(dtype)
+        heads = MappedHeads(torch.addcmul(shift, query, factor), key, lam, self._folded_softening(dtype))
+        return self._with_absolute(heads, lambda point: point if key_map is None else point @ key_map)
 
     def _folded_softening(self, dtype: torch.dtype) -> Tensor | None:
         if self.fits_softening:
@@ -203,13 +249,18 @@ class NystromParameters(HeadParameters):
         for bias in (self.landmark_bias, self.interpolation_bias, self.key_gain):
             initialization.zeros_(bias)
 
-    def features(self, query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (query, key, far_query, far_key) of `HybridInputs` for the model's query and key, at least float32."""
+    def features(
+        self, query: Tensor, key: Tensor, scaling: float, sink_logit: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (query, key, far_query, far_key) of `HybridInputs` for the model's query and key, at least float32.
+
+        With the sink_logit of the module, broadcastable to (B, H, N, 1), queries end with it and keys with a 0.
+        """
         dtype = torch.promote_types(query.dtype, torch.float32)
         query, key = self.map(query.to(dtype), key.to(dtype))
         lam = self.lam()
         weight = scaling * (lam[:, None, None] if isinstance(lam, Tensor) else lam)
-        query = 2 * weight * query
+        query = plain = 2 * weight * query
         far_query = query @ self.landmarks.to(dtype).mT + self.landmark_bias.to(dtype)[:, None]
         far_key = (key @ self.interpolation_map.to(dtype).mT + self.interpolation_bias.to(dtype)[:, None]).softmax(-1)
         gain = key @ self.key_gain.to(dtype)[..., None]
@@ -219,13 +270,21 @@ class NystromParameters(HeadParameters):
             query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
             key, gain = torch.cat([key, -norms], dim=-1), gain - norms
         far_key = far_key * gain.exp()
+        if sink_logit is not None:
+            sink = sink_logit.to(dtype).expand(*query.shape[:3], 1)
+            if not self.is_absolute:
+                # Absolute logits count from the origin (see `absolute_shift`), these from ‖q‖².
+                origin = self._map_key(self.origin.to(dtype)[:, None])
+                origin_norm = weight * origin.square().sum(-1, keepdim=True)
+                sink = sink - self.logit_shift.to(dtype)[:, None, None] + plain @ origin.mT - origin_norm
+            query, key = torch.cat([query, sink], dim=-1), torch.cat([key, torch.zeros_like(key[..., :1])], dim=-1)
         return query, key, far_query, far_key if self.far_field else torch.zeros_like(far_key)
 
 
-def parameters_for(spec: AttentionSpec, num_heads: int, head_dim: int | None) -> HeadParameters:
-    """Return the parameters that a spec's mechanism needs."""
+def parameters_for(spec: AttentionSpec, num_heads: int, entry: dict) -> HeadParameters:
+    """Return the parameters that a spec's mechanism needs in a module, an entry of `find_attention_modules`."""
     kind = NystromParameters if spec.mechanism == "nystrom" else HeadParameters
-    return kind(spec, num_heads, head_dim)
+    return kind(spec, num_heads, entry.get("head_dim"), bool(entry.get("sink") or entry.get("softcap")))
 
 
 class DistanceAttentionState(nn.Module):
@@ -236,7 +295,7 @@ class DistanceAttentionState(nn.Module):
         self.num_heads = entry["num_heads"]
         self.head_lists: list[list[int] | None] = [group["heads"] for group in entry["groups"]]
         self.groups = nn.ModuleList(
-            parameters_for(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry.get("head_dim"))
+            parameters_for(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry)
             for group, heads in zip(entry["groups"], self.head_lists, strict=True)
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.

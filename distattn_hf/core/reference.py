@@ -6,16 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .absolute_logits import finish_logits, row_constant
 from .inputs import AttentionInputs, add_triangle, masked_softmax
+from .metrics import BUILT_IN
 from .nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
 
 
 def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
-    """Return -λ·scaling·distance(q, k) + bias, and the kept entries: ((B, H, N, M), broadcastable bool or None)."""
+    """Return -λ·scaling·distance(q, k) + bias, and the kept entries: ((B, H, N, M), broadcastable bool or None).
+
+    Where there is a cap or a sink (see absolute_logits.py) the lift's logits are those of q·k, its constant undone.
+    """
     distance = inputs.distances(inputs.query, inputs.key, fast=False)
+    if inputs.is_absolute and inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
+        distance = distance + row_constant(inputs.metric, inputs.query, inputs.key)
     logits = -inputs.lambda_column() * inputs.scaling * distance
-    if inputs.bias is not None:
-        logits = logits + inputs.bias.to(logits.dtype)
+    logits = finish_logits(inputs, logits, inputs.shift, inputs.bias)
     keep = inputs.keep
     if inputs.is_causal:
         keep = add_triangle(keep, inputs.query.shape[-2], inputs.key.shape[-2], inputs.query.device)
@@ -25,12 +31,12 @@ def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
 def reference_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Compute softmax(-λ·scaling·distance(q, k) + bias)·v, with everything written out.
 
-    Returns the output (B, H, N, d_v) and the weights (B, H, N, M) whose rows sum to 1 (or are 0 where nothing is kept).
-    The weights are those before dropout.
+    Returns the output (B, H, N, d_v) and the weights (B, H, N, M) whose rows sum to 1 (or are 0 where nothing is kept;
+    with a sink, to 1 less its weight). The weights are those before dropout.
     """
     logits, keep = attention_logits(inputs)
     keep = None if keep is None else keep.expand_as(logits)
-    weights = masked_softmax(logits, keep)
+    weights = masked_softmax(logits, keep, inputs.sink_logit)
     dropped = F.dropout(weights, inputs.dropout_p) if inputs.dropout_p > 0 else weights
     return torch.matmul(dropped, inputs.value), weights
 
@@ -58,13 +64,18 @@ def hybrid_rows(inputs: HybridInputs, start: int, stop: int) -> Tensor:
     if problem.bias is not None:
         far_bias = problem.bias.at(relative)[None]
         logits = logits + far_bias
+    sink = problem.query[:, :, start:stop, -1:] if problem.has_learned_sink else None
     shift = torch.maximum(
         logits.masked_fill(~exact, float("-inf")).amax(-1, keepdim=True),
         far.amax(-1, keepdim=True) + far_bias.amax(-1, keepdim=True) - HEADROOM,
     )
+    if sink is not None:
+        shift = torch.maximum(shift, sink)
     far = (far - shift).exp() @ problem.far_key.mT * far_bias.exp()
     weights = torch.where(exact, (logits - shift).exp(), far) * seen
     total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + (sink - shift).exp()
     return weights / torch.where(total != 0, total, 1.0)
 
 

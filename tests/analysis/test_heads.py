@@ -17,8 +17,9 @@ from distattn_hf.analysis.samples import AnalysisOptions, TextLoss, make_batches
 from distattn_hf.analysis.statistics import measure
 from distattn_hf.analysis.watch import capture, watched
 from tests.analysis.models import letter_tokenizer
+from tests.conversion import absolute_models
 from tests.conversion.models import FAMILIES, bert, gpt2, token_batch
-from tests.tolerances import assert_close
+from tests.tolerances import CACHED_LOGITS, assert_close
 
 # Whole float32 models: rounding through two layers and a softmax, as tests.tolerances.CACHED_LOGITS.
 FLOAT32 = {"rtol": 0, "atol": 5e-5}
@@ -157,6 +158,38 @@ def test_a_softcap_is_part_of_the_weights():
     call = next(iter(capture(model, batch).values()))
     assert call.softcap == 0.5
     assert_close(call.full() @ call.value, call.output, "float32_forward")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2"])
+@pytest.mark.parametrize("spec", [None, "exact", "l2", "sqeuclidean", "cosine", "l1"])
+def test_sinks_and_caps_are_part_of_the_weights(family, spec):
+    """Weights times values are the outputs, of the untouched model and of every conversion."""
+    model = absolute_models.FAMILIES[family]()
+    if spec is not None:
+        metric, init = ("sqeuclidean", "exact") if spec == "exact" else (spec, "plain")
+        model = convert(model, AttentionSpec(metric, transform=None if spec == "exact" else "scalar"), init=init)
+    else:
+        model.set_attn_implementation("eager")
+    for name, parameter in model.named_parameters():
+        if name.endswith((".origin", ".logit_shift", ".distattn.groups.0.shift")):
+            torch.nn.init.normal_(parameter)
+    for call in capture(model, token_batch(model, padded=spec is not None)).values():
+        weights = call.full()
+        torch.testing.assert_close(weights @ call.value, call.output, atol=CACHED_LOGITS, rtol=0)
+        assert bool((weights.sum(-1)[:, :, 8:] < 0.99).any()) == (family == "gpt_oss")
+
+
+def test_a_comparison_counts_the_sink():
+    """The rest of a row is a weight like others: KL >= 0 over all of them, and 0 between equals."""
+    teacher = absolute_models.gpt_oss()
+    batch = token_batch(teacher)
+    same = compare(convert(teacher, AttentionSpec(), init="exact"), teacher, [batch])
+    other = convert(teacher, AttentionSpec(), init="exact")
+    for module in other.attention_modules().values():
+        module.sinks.data += 3.0
+    apart = compare(other, teacher, [batch])
+    assert max(head.divergence for head in same.heads) < 1e-5
+    assert min(head.divergence for head in apart.heads) > 0.05
 
 
 def test_comparison_against_loops():

@@ -104,19 +104,6 @@ def test_weights_that_are_not_finite(value):
         convert(model, AttentionSpec(), init="exact")
 
 
-def test_attention_that_needs_absolute_logits_is_refused_by_name():
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
-
-    small = {
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "intermediate_size": 32, "vocab_size": 32, "pad_token_id": 0,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="softcap"):
-        convert(Gemma2ForCausalLM(Gemma2Config(**small)), AttentionSpec(), init="exact")
-    with pytest.raises(ValueError, match="sinks"):
-        convert(GptOssForCausalLM(GptOssConfig(**small, num_local_experts=2)), AttentionSpec(), init="exact")
-
-
 def test_config_block_is_checked():
     import distattn_hf
 

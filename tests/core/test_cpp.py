@@ -223,11 +223,12 @@ def test_operators_keep_their_promises(metric, p):
     tensors = [t.requires_grad_() for t in make_tensors(20, 33, 12, heads=4, key_heads=2, value_dim=6).values()]
     kind, coef = cpp_library.kind_of(metric, p), torch.full((4,), 0.1, requires_grad=True)
     keep, bias = torch.rand(2, 1, 20, 33) < 0.8, torch.randn(1, 4, 20, 33, requires_grad=True)
-    arguments = (*tensors, coef, None, keep, bias, kind, p or 0.0, True)
+    sink = torch.randn(2, 4, 20, 1, requires_grad=True)
+    arguments = (*tensors, coef, None, keep, bias, sink, kind, p or 0.0, True)
     torch.library.opcheck(_forward, arguments)
     plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     output, lse = _forward(*plain)
-    torch.library.opcheck(_backward, (torch.ones_like(output), *plain[:7], output, lse, *plain[7:], True))
+    torch.library.opcheck(_backward, (torch.ones_like(output), *plain[:7], output, lse, *plain[8:], True))
     torch.library.opcheck(_decode, tuple(plain))
 
 

@@ -86,12 +86,12 @@ def attention_by(run, kernel: str):
     """attention(query, key, value, ...) by `run`, a function of AttentionInputs, with the metric of `kernel`."""
     name, p, by_matmul, epsilon = KERNELS[kernel]
 
-    def attend(query, key, value, *, lam=0.8, bias=None, mask=None, is_causal=False, softening=epsilon):
+    def attend(query, key, value, *, lam=0.8, bias=None, mask=None, is_causal=False, softening=epsilon, sink=None):
         keep, _ = split_mask(mask, (*query.shape[:3], key.shape[2]))
         keep = None if keep is None else keep.to(query.device)
         scaling = query.shape[-1] ** -0.5
         inputs = AttentionInputs(query, key, value, get_metric(name), lam, scaling, p, keep, bias, is_causal)
-        inputs = replace(inputs, softening=softening)
+        inputs = replace(inputs, softening=softening, sink_logit=sink)
         if run is not reference:
             assert unsupported(inputs) is None
         with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +136,14 @@ class TestKernels:
     def test_masks_with_a_bias(self, kernel, mask):
         tensors = make_tensors(QUERIES, KEYS, 5, 6, batch=BATCH, heads=HEADS)
         check(kernel, {**tensors, "bias": torch.randn(1, HEADS, QUERIES, KEYS)}, **MASKS[mask]())
+
+    @one_of_each_kind
+    @pytest.mark.parametrize("mask", ["causal", "empty rows"])
+    def test_sinks(self, kernel, mask):
+        """A key without a value, whose logit may be one of each query, and its gradient."""
+        tensors = make_tensors(QUERIES, KEYS, 5, 6, batch=BATCH, heads=HEADS)
+        for shape in ((1, HEADS, 1, 1), (BATCH, HEADS, QUERIES, 1)):
+            check(kernel, {**tensors, "sink": 2 * torch.randn(shape) - 1}, **MASKS[mask]())
 
     @pytest.mark.parametrize("bias", BIASES)
     def test_biases(self, bias):

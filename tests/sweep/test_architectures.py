@@ -10,14 +10,14 @@ from distattn_hf.experiments.architectures import sweep_one
 
 RESULTS = Path(__file__).parent / "RESULTS.txt"
 
-# One or two of each kind: learned positions, RoPE, T5 bias; grouped and multi-query keys; sliding windows;
-# mixture of experts; shared layers; encoder-decoder; vision; and those that broke once.
+# One or two of each kind: learned positions, RoPE, T5 bias; grouped and multi-query keys; sliding windows; learned
+# sinks, capped logits, chosen keys; mixture of experts; shared layers; vision; those that broke.
 EXACT = [
     "gpt2", "bert", "t5", "mt5", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "gpt_neox", "opt",
     "roberta", "albert", "electra", "distilbert", "bart", "pegasus_x", "nllb-moe", "mixtral", "olmo2", "starcoder2",
-    "vit", "modernbert",
+    "vit", "modernbert", "gpt_oss", "gemma2", "inkling2_text", "hy_v4",
 ]  # fmt: skip
-REFUSED = {"gemma2": "softcapping", "gpt_oss": "sinks", "git": "picks its attention class"}
+REFUSED = {"git": "picks its attention class"}
 
 
 @pytest.mark.parametrize("model_type", EXACT)

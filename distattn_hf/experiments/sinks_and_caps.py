@@ -1,0 +1,101 @@
+"""What conversions cost small models with learned sinks (gpt-oss) or capped logits (Gemma 2), trained on a text here.
+
+python -m distattn_hf.experiments.sinks_and_caps TEXT_FILE [STEPS]
+
+Bytes are the tokens, nine tenths of the text train the model and calibrate, the rest is scored. No checkpoint of these
+architectures is small enough to be at hand.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ..conversion.calibrate import CalibrationOptions
+from ..conversion.convert import convert
+from ..core.attention_spec import AttentionSpec
+
+SIZES = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "sliding_window": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+STEPS, ROWS, LENGTH = 400, 16, 128
+LEARNING_RATE = 5e-3
+SPECS = {
+    "l2": AttentionSpec("l2"),
+    "l2, softened": AttentionSpec("l2", softening="fit"),
+    "sqeuclidean": AttentionSpec("sqeuclidean"),
+    "cosine": AttentionSpec("cosine"),
+    "l1": AttentionSpec("l1"),
+}
+
+
+def build(kind: str) -> PreTrainedModel:
+    """Build a small gpt-oss ("sinks") or Gemma 2 ("caps") with random weights."""
+    torch.manual_seed(0)
+    if kind == "sinks":
+        return GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1))
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, attn_logit_softcapping=3.0, query_pre_attn_scalar=16))
+
+
+def rows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Draw rows of a text, (count, length)."""
+    starts = torch.randint(0, len(text) - length, (count,), generator=generator).tolist()
+    return torch.stack([text[start : start + length] for start in starts])
+
+
+def train(model: PreTrainedModel, text: Tensor, steps: int = STEPS) -> PreTrainedModel:
+    """Train on rows of a text, in place; returns the model in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
+    for _ in range(steps):
+        ids = rows(text, ROWS, LENGTH, generator)
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, text: Tensor) -> float:
+    """Return the perplexity of a byte, over 32 rows of a text."""
+    ids = rows(text, 32, 2 * LENGTH, torch.Generator().manual_seed(1))
+    return math.exp(sum(float(model(input_ids=part, labels=part).loss) for part in ids.split(8)) / 4)
+
+
+def calibration(text: Tensor) -> list[dict[str, Tensor]]:
+    """Return 16 rows of a text as batches for `convert`."""
+    ids = rows(text, 16, 2 * LENGTH, torch.Generator().manual_seed(2))
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
+
+
+def main(path: Path, steps: int) -> None:
+    """Print one line for each conversion."""
+    logging.set_verbosity_error()
+    text = torch.tensor(list(path.read_bytes()))
+    cut = len(text) * 9 // 10
+    for kind in ("sinks", "caps"):
+        teacher = train(build(kind), text[:cut], steps)
+        scores = {"teacher": perplexity(teacher, text[cut:])}
+        scores["exact"] = perplexity(convert(teacher, AttentionSpec(), init="exact"), text[cut:])
+        print(f"{kind:<6} teacher {scores['teacher']:.3f}  exact {scores['exact']:.3f}", flush=True)
+        for name, spec in SPECS.items():
+            plain = "" if spec.softening else f"{perplexity(convert(teacher, spec, init='plain'), text[cut:]):.2f}"
+            options = CalibrationOptions(progress=False)
+            student = convert(teacher, spec, calibration=calibration(text[:cut]), options=options)
+            ratio, report = perplexity(student, text[cut:]) / scores["teacher"], student.conversion_report
+            print(f"{kind:<6} {name:<13} x {ratio:.3f}  KL {report.mean_divergence_after:.4f}  plain {plain or '-'}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else STEPS)
