@@ -4,10 +4,10 @@ BACKWARD = r"""
 // dq, and per split dk, dv, dcoef (the derivative by λ·scaling) and dbias. A unit of work owns the rows of bias it
 // adds to: axes that bias is broadcast over are walked inside the unit.
 template <class Metric>
-INLINE void pull(const Problem& a, long h, const float* w, const float* dist, long wr, long wk, const float* x,
-                 const float* y, long n, float* out, long rows, float reach) {
+INLINE void pull(const Problem& a, long h, const float* w, const float* dist, const float* f, long wr, long wk,
+                 const float* x, const float* y, long n, float* out, long rows) {
   if constexpr (Metric::soft)
-    soft_pull(w, dist, wr, wk, x, y, a.dp, n, out, rows, a.softness(h), reach);
+    soft_pull(w, dist, f, wr, wk, x, y, a.dp, n, out, rows, a.softness(h));
   else
     pull_rows<Metric>(w, dist, wr, wk, x, y, a.dp, n, out, rows, a.parameter(h));
 }
@@ -47,7 +47,7 @@ static void backward(const Problem& a) {
               for (long j0 = 0; j0 < last; j0 += BK) {
                 long n = std::min<long>(BK, last - j0);
                 const float* panels = a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL;
-                float reach = tile_sums<Metric>(a, q, panels, padded, n, w, h);
+                tile_sums<Metric>(a, q, panels, padded, n, w, h);
                 if (Metric::ties)
                   for (long c = 0; c < n; c += PANEL)
                     for (long r = 0; r < padded; r += RG)
@@ -76,9 +76,8 @@ static void backward(const Problem& a) {
                   for (long j = 0; j < n; j += W) {
                     vf by_distance = -a.coef[h] * load(gradient + j);
                     if constexpr (Metric::soft)
-                      store(gradient + j, soft_weight(by_distance, distance + j, q + i * a.dp,
-                                                      panels + j / PANEL * PANEL * a.d + j % PANEL, reach,
-                                                      a.softness(h)));
+                      store(gradient + j, soft_weight(by_distance, distance + j, count + i * BK + j, q + i * a.dp,
+                                                      panels + j / PANEL * PANEL * a.d + j % PANEL, a.softness(h)));
                     else
                       store(gradient + j,
                             Metric::weight(by_distance, load((Metric::ties ? count + i * BK : distance) + j), p));
@@ -86,8 +85,8 @@ static void backward(const Problem& a) {
                 }
                 const float* k = a.k + (bk * a.M + j0) * a.dp;
                 multiply_rows<true>(w, 1, BK, g, a.vp, rows, a.dv + (sbk + j0) * a.vp, a.vp, n, a.vp);
-                pull<Metric>(a, h, dp, dist, BK, 1, q, k, n, dq, rows, reach);
-                pull<Metric>(a, h, dp, dist, 1, BK, k, q, rows, a.dk + (sbk + j0) * a.dp, n, reach);
+                pull<Metric>(a, h, dp, dist, count, BK, 1, q, k, n, dq, rows);
+                pull<Metric>(a, h, dp, dist, count, 1, BK, k, q, rows, a.dk + (sbk + j0) * a.dp, n);
               }
               memcpy(a.dq + (bh * a.N + i0) * a.dp, dq, 4 * rows * a.dp);
             }
@@ -122,24 +121,22 @@ static void pairwise_backward(const Problem& a) {  // dout is the gradient of th
               for (long r = 0; r < padded; r += RG)
                 count_ties(q + r * a.dp, a.dp, a.kpanels + (bh * mpanels + (j0 + c) / PANEL) * a.d * PANEL, a.d,
                            dist + r * BK + c, count + r * BK + c, BK);
-          float reach = 0;
           if constexpr (Metric::soft) {
             const float* panels = a.kpanels + (bh * mpanels + j0 / PANEL) * a.d * PANEL;
             Softness soft = a.softness(bh);
-            reach = soft_reach(q, a.dp, padded, panels, n, soft);
             for (long i = 0; i < rows; i++)
               for (long j = 0; j < n; j += W)
                 store(w + i * BK + j,
-                      soft_weight(load(w + i * BK + j), dist + i * BK + j, q + i * a.dp,
-                                  panels + j / PANEL * PANEL * a.d + j % PANEL, reach, soft));
+                      soft_weight(load(w + i * BK + j), dist + i * BK + j, count + i * BK + j, q + i * a.dp,
+                                  panels + j / PANEL * PANEL * a.d + j % PANEL, soft));
           } else {
             for (long i = 0; i < rows; i++)
               for (long j = i * BK; j < i * BK + n; j += W)
                 store(w + j, Metric::weight(load(w + j), load((Metric::ties ? count : dist) + j), a.p));
           }
           const float* k = a.k + (bh * a.M + j0) * a.dp;
-          pull<Metric>(a, bh, w, dist, BK, 1, q, k, n, a.dq + (bh * a.N + i0) * a.dp, rows, reach);
-          pull<Metric>(a, bh, w, dist, 1, BK, k, q, rows, a.dk + (bh * a.M + j0) * a.dp, n, reach);
+          pull<Metric>(a, bh, w, dist, count, BK, 1, q, k, n, a.dq + (bh * a.N + i0) * a.dp, rows);
+          pull<Metric>(a, bh, w, dist, count, 1, BK, k, q, rows, a.dk + (bh * a.M + j0) * a.dp, n);
         }
       }
   }

@@ -49,15 +49,14 @@ INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h,
   return largest;
 }
 template <class Metric>
-INLINE float tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
-                       long h) {
+INLINE void tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
+                      long h) {
   if constexpr (Metric::soft)
-    return soft_sums(q, a.dp, rows, panels, n, sums, a.softness(h));
+    soft_sums(q, a.dp, rows, panels, n, sums, a.softness(h));
   else
     for (long c = 0; c < n; c += PANEL)
       for (long r = 0; r < rows; r += RP)
         pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.parameter(h));
-  return 0;
 }
 template <class Metric>
 static void forward(const Problem& a) {

@@ -119,13 +119,14 @@ struct Cosh : Plain {
     return sum + c;
   }
   INLINE vf pull(vf acc, vf w, vf x, vf, Softness a) {
-    vf s = square(x, a), y = splat(3.009276654e-6f);
+    // A pair that is further away has weight 0 here: its slope must be finite.
+    vf s = vmin(square(x, a), splat(4)), y = splat(3.009276654e-6f);
     y = y * s + 1.975468666e-4f;
     y = y * s + 8.334516312e-3f;
     y = y * s + 1.666661142e-1f;
     y = y * s + 1.000000040f;
     y = y * x;
-    vf c = HALVED ? excess(s) : s;
+    vf c = excess(s);
     for (int i = 0; i < HALVED; i++) {
       y = y + y * c;
       c = c * (2.0f * c + 4.0f);
@@ -140,37 +141,16 @@ struct FarCosh : Plain {  // for any x; d is the largest |x|
     return acc + signed_by(w * (expv((size - d) * a.scale) - expv((-size - d) * a.scale)), x);
   }
 };
-constexpr float FAR = 32;  // |u| up to which Cosh goes
+typedef Cosh<1> NearCosh;
+typedef Cosh<4> WideCosh;
+// Sums up to which these hold, cosh 4 - 1 and cosh 32 - 1 or less; and one that does not overflow.
+constexpr float NEAR = 26, WIDE = 3e13, LARGEST = 1e37;
 
 struct Soft : Plain {
   static constexpr bool soft = true;
   INLINE vf finish(vf f, float) { return f; }
 };
 
-// The largest |u| of a tile, or more (0 of lp, which does not ask): from the smallest and largest of each coordinate.
-static float soft_reach(const float* q, long ldq, long rows, const float* panels, long n, Softness a) {
-  float reach = 0;
-  if (a.p != INF) return reach;
-  for (long c0 = 0; c0 < a.d; c0 += W) {
-    vf low = splat(INF), high = splat(-INF);
-    for (long r = 0; r < rows; r++) {
-      vf x = load(q + r * ldq + c0);
-      low = vmin(x, low), high = vmax(x, high);
-    }
-    for (long c = c0; c < std::min(c0 + W, a.d); c++) {
-      vf least = splat(INF), most = splat(-INF);
-      for (long j = 0; j < n; j += PANEL)
-        for (long v = 0; v < PANEL; v += W) {
-          vf x = load(panels + j * a.d + c * PANEL + v);
-          least = vmin(x, least), most = vmax(x, most);
-        }
-      float below = INF, above = -INF;
-      for (int l = 0; l < W; l++) below = std::min(below, least[l]), above = std::max(above, most[l]);
-      reach = std::max(reach, std::max(high[c - c0] - below, above - low[c - c0]) * a.scale);
-    }
-  }
-  return reach;
-}
 INLINE vf near_distance(vf sum, Softness a) {
   float inverse = 1 / a.p;
   sum = sum / (float)a.d;
@@ -188,7 +168,7 @@ INLINE vf far_distance(vf largest, vf sum, Softness a) {
                                            : u * powf(a.d, -1 / a.p) * root(sum, a.p) - 1.0f;
   return where(u == INF, u, f);
 }
-INLINE vi overflown(vf sum) { return ~(sum < 1e37f); }
+INLINE vi above(vf x, float limit) { return ~(x <= limit); }  // or NaN
 INLINE bool any(vi mask) {
   int32_t found = 0;
   for (int l = 0; l < W; l++) found |= mask[l];
@@ -207,63 +187,87 @@ static void sums_of(const float* q, long ldq, long rows, const float* panels, lo
     for (long r = 0; r < rows; r += RP)
       pair_sums<Metric>(q + r * ldq, ldq, panels + c * a.d, a.d, sums + r * BK + c, BK, a);
 }
-// f of `rows` queries and n keys into sums (rows, BK); returns the tile's reach.
-static float soft_sums(const float* q, long ldq, long rows, const float* panels, long n, float* sums, Softness a) {
-  float reach = soft_reach(q, ldq, rows, panels, n, a);
+// f of `rows` queries and n keys into sums (rows, BK). How a pair is computed depends on that pair alone, not on the
+// others of its tile, of which some are masked.
+static void soft_sums(const float* q, long ldq, long rows, const float* panels, long n, float* sums, Softness a) {
   if (a.p == 3)
     sums_of<Cube>(q, ldq, rows, panels, n, sums, a);
   else if (a.p == 4)
     sums_of<Fourth>(q, ldq, rows, panels, n, sums, a);
   else if (a.p != INF)
     sums_of<Power>(q, ldq, rows, panels, n, sums, a);
-  else if (reach <= 2)
-    sums_of<Cosh<0>>(q, ldq, rows, panels, n, sums, a);
-  else if (reach <= 8)
-    sums_of<Cosh<2>>(q, ldq, rows, panels, n, sums, a);
-  else if (reach <= FAR)
-    sums_of<Cosh<4>>(q, ldq, rows, panels, n, sums, a);
-  bool far = a.p == INF && !(reach <= FAR);
-  for (long r = 0; r < rows; r++)
-    for (long j = 0; j < n; j += W) {
-      const float* panel = panels + j / PANEL * PANEL * a.d + j % PANEL;
-      vf sum = load(sums + r * BK + j), f = near_distance(sum, a), largest, total;
-      if (far || any(overflown(sum))) {
-        vf anew = far_pairs(q + r * ldq, panel, a, largest, total);
-        f = far ? anew : where(overflown(sum), anew, f);
+  else
+    sums_of<NearCosh>(q, ldq, rows, panels, n, sums, a);
+  float wider[RP * PANEL];
+  for (long c = 0; c < n; c += PANEL)
+    for (long r0 = 0; r0 < rows; r0 += RP) {
+      const float* panel = panels + c * a.d;
+      if (a.p == INF) {
+        vi wide = {};
+        for (long r = r0; r < r0 + RP; r++)
+          for (long v = 0; v < PANEL; v += W) wide |= above(load(sums + r * BK + c + v), NEAR);
+        if (any(wide)) {
+          pair_sums<WideCosh>(q + r0 * ldq, ldq, panel, a.d, wider, PANEL, a);
+          for (long r = 0; r < RP; r++)
+            for (long v = 0; v < PANEL; v += W) {
+              float* sum = sums + (r0 + r) * BK + c + v;
+              store(sum, where(above(load(sum), NEAR), load(wider + r * PANEL + v), load(sum)));
+            }
+        }
       }
-      store(sums + r * BK + j, f);
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          vf sum = load(sums + r * BK + c + v), f = near_distance(sum, a), largest, total;
+          vi far = above(sum, a.p == INF ? WIDE : LARGEST);
+          if (any(far)) f = where(far, far_pairs(q + r * ldq, panel + v, a, largest, total), f);
+          store(sums + r * BK + c + v, f);
+        }
     }
-  return reach;
 }
-// The weight that pairs are pulled by, from the gradient w of f; f becomes what the slopes need of the pair.
-INLINE vf soft_weight(vf w, float* distance, const float* q, const float* panel, float reach, Softness a) {
+// The f up to which slopes of chebyshev are those of NearCosh and of WideCosh.
+INLINE float near_limit(Softness a) { return log1pf(0.999f * NEAR / a.d); }
+INLINE float wide_limit(Softness a) { return log1pf(0.999f * WIDE / a.d); }
+// The weight that pairs are pulled by, from the gradient w of f; in `distance`, f becomes what their slopes need.
+INLINE vf soft_weight(vf w, float* distance, float* kept, const float* q, const float* panel, Softness a) {
   vf f = load(distance), largest, sum;
+  store(kept, f);
   if (a.p != INF) {
     store(distance, 1.0f / (1.0f + f));
     return w * (a.scale / a.d);
   }
-  if (reach <= FAR) return w * expv(-f) * (a.scale * a.scale / a.d);
+  vf near = w * expv(-f) * (a.scale * a.scale / a.d);
+  vi far = above(f, wide_limit(a));
+  if (!any(far)) return near;
   // Slopes are a softmax; exp(|u| - f) would have the rounding of a large f.
   far_pairs(q, panel, a, largest, sum);
-  store(distance, where(largest == INF, vf{}, largest));
-  return where(largest == INF, vf{}, w * a.scale / sum);
+  vi infinite = largest == INF;
+  store(distance, where(far, where(infinite, vf{}, largest), f));
+  return where(far, where(infinite, vf{}, w * a.scale / sum), near);
 }
-static void soft_pull(const float* w, const float* dist, long wr, long wk, const float* x, const float* y, long ld,
-                      long n, float* out, long rows, Softness a, float reach) {
-  if (a.p == 3)
-    pull_rows<Cube>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
-  else if (a.p == 4)
-    pull_rows<Fourth>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
-  else if (a.p != INF)
-    pull_rows<Power>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
-  else if (reach <= 2)
-    pull_rows<Cosh<0>>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
-  else if (reach <= 8)
-    pull_rows<Cosh<2>>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
-  else if (reach <= FAR)
-    pull_rows<Cosh<4>>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
-  else
-    pull_rows<FarCosh>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
+static void soft_pull(const float* w, const float* dist, const float* f, long wr, long wk, const float* x,
+                      const float* y, long ld, long n, float* out, long rows, Softness a) {
+  if (a.p == 3) return pull_rows<Cube>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
+  if (a.p == 4) return pull_rows<Fourth>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
+  if (a.p != INF) return pull_rows<Power>(w, dist, wr, wk, x, y, ld, n, out, rows, a);
+  // Each kind of pairs in turn, the others with weight 0: what is added does not depend on what is masked.
+  float chosen[BQ * BK], near = near_limit(a), wide = wide_limit(a);
+  long tile_rows = wk == 1 ? rows : n, columns = wk == 1 ? n : rows;  // strides are BK and 1
+  for (int kind = 0; kind < 3; kind++) {
+    float from = kind == 0 ? -INF : kind == 1 ? near : wide, to = kind == 0 ? near : kind == 1 ? wide : INF;
+    int some = 0;
+    for (long at = 0; at < tile_rows * BK; at += BK)
+      for (long j = at; j < at + columns; j++) {
+        chosen[j] = kind == 2 ? (f[j] <= from ? 0 : w[j]) : f[j] > from && f[j] <= to ? w[j] : 0;  // NaN is far
+        some |= chosen[j] != 0;
+      }
+    if (!some) continue;
+    if (kind == 0)
+      pull_rows<NearCosh>(chosen, dist, wr, wk, x, y, ld, n, out, rows, a);
+    else if (kind == 1)
+      pull_rows<WideCosh>(chosen, dist, wr, wk, x, y, ld, n, out, rows, a);
+    else
+      pull_rows<FarCosh>(chosen, dist, wr, wk, x, y, ld, n, out, rows, a);
+  }
 }
 // f of one query and COUNT <= W keys, rows of any memory: reads(j, c) is the vector of key j from coordinate c on.
 template <class Metric, int COUNT, class Read>
@@ -276,28 +280,21 @@ INLINE vf key_totals(const float* q, long d, Read read, Softness a) {
 }
 template <int COUNT, class Read>
 static void soft_keys(const float* q, Read read, Softness a, float* distances) {
-  vf f, sums = {};
-  float reach = 0;
-  if (a.p == INF) {
-    vf largest = {};
-    for (int j = 0; j < COUNT; j++)
-      for (long c = 0; c < a.d; c += W) largest = largest_of(largest, vabs(load(q + c) - read(j, c)));
-    reach = largest_bits(largest) * a.scale;
-  }
+  vf sums = {};
   if (a.p == 3)
     sums = key_totals<Cube, COUNT>(q, a.d, read, a);
   else if (a.p == 4)
     sums = key_totals<Fourth, COUNT>(q, a.d, read, a);
   else if (a.p != INF)
     sums = key_totals<Power, COUNT>(q, a.d, read, a);
-  else if (reach <= 2)
-    sums = key_totals<Cosh<0>, COUNT>(q, a.d, read, a);
-  else if (reach <= FAR)
-    sums = key_totals<Cosh<4>, COUNT>(q, a.d, read, a);
-  bool far = a.p == INF && !(reach <= FAR);
-  f = near_distance(sums, a);
+  else {
+    sums = key_totals<NearCosh, COUNT>(q, a.d, read, a);
+    vi wide = above(sums, NEAR);
+    if (any(wide)) sums = where(wide, key_totals<WideCosh, COUNT>(q, a.d, read, a), sums);
+  }
+  vf f = near_distance(sums, a);
   for (int j = 0; j < COUNT; j++) {
-    if (far || !(sums[j] < 1e37f)) {
+    if (!(sums[j] <= (a.p == INF ? WIDE : LARGEST))) {
       vf largest = {}, sum = {};
       for (long c = 0; c < a.d; c += W) largest = largest_of(largest, vabs(load(q + c) - read(j, c)));
       largest = splat(largest_bits(largest));
