@@ -17,16 +17,24 @@ def iglm():
     return model, calibration, score, score(model)["perplexity"]
 
 
-@pytest.mark.parametrize(
-    ("metric", "allowed"), [("sqeuclidean", 1.01), ("cosine", 1.01), ("l2", 1.03), ("l1", 1.08), ("chebyshev", 1.25)]
-)
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "l2", "l1", "lp", "chebyshev"])
 @pytest.mark.xdist_group("iglm")
-def test_iglm_perplexity(iglm, metric, allowed):
+def test_iglm_perplexity(iglm, metric):
     model, calibration, score, teacher = iglm
-    student = convert(model, AttentionSpec(metric), calibration=calibration, options=QUIET)
-    control = convert(model, AttentionSpec(metric), init="plain")
+    spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
+    student = convert(model, spec, calibration=calibration, options=QUIET)
+    control = convert(model, spec, init="plain")
+    assert score(student)["perplexity"] / teacher <= 1.005
+    assert score(control)["perplexity"] / teacher > 1.1
+
+
+@pytest.mark.parametrize(("metric", "allowed"), [("l2", 1.03), ("cosine", 1.01), ("l1", 1.08), ("chebyshev", 1.25)])
+@pytest.mark.xdist_group("iglm")
+def test_iglm_perplexity_of_plain_distances(iglm, metric, allowed):
+    """Without an ε a distance costs what it costs."""
+    model, calibration, score, teacher = iglm
+    student = convert(model, AttentionSpec(metric, softening=0), calibration=calibration, options=QUIET)
     assert score(student)["perplexity"] / teacher <= allowed
-    assert score(control)["perplexity"] / teacher > allowed
 
 
 @pytest.mark.xdist_group("iglm")
@@ -45,14 +53,14 @@ def minilm():
     return model, tokenizer, calibration, score, score(model)["mrr"]
 
 
-@pytest.mark.parametrize("metric", ["sqeuclidean", "l2", "cosine"])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "l2", "cosine", "l1"])
 @pytest.mark.xdist_group("minilm")
 def test_minilm_retrieval(minilm, metric):
     model, tokenizer, calibration, score, teacher = minilm
     student = convert(model, AttentionSpec(metric), calibration=calibration, tokenizer=tokenizer, options=QUIET)
-    found = score(student)
-    assert found["mrr"] / teacher >= 0.98
-    assert found["cosine"] >= 0.97
+    scores = score(student)
+    assert scores["mrr"] / teacher >= 0.99
+    assert scores["cosine"] >= 0.995
 
 
 @pytest.mark.xdist_group("minilm")
@@ -72,12 +80,12 @@ def smollm2():
     return model, tokenizer, calibration, score, score(model)["perplexity"]
 
 
-@pytest.mark.parametrize(("metric", "allowed"), [("sqeuclidean", 1.02), ("l2", 1.10)])
+@pytest.mark.parametrize(("metric", "allowed"), [("sqeuclidean", 1.02), ("l2", 1.01)])
 @pytest.mark.xdist_group("smollm2")
 def test_smollm2_perplexity(smollm2, metric, allowed):
-    """Half the default steps, which is enough for the limits."""
+    """A third of the default steps, which is enough for the limits."""
     model, tokenizer, calibration, score, teacher = smollm2
-    options = CalibrationOptions(progress=False, steps=50)
+    options = CalibrationOptions(progress=False, steps=35)
     student = convert(model, AttentionSpec(metric), calibration=calibration, tokenizer=tokenizer, options=options)
     assert score(student)["perplexity"] / teacher <= allowed
     assert 0 < student.conversion_report.mean_alpha <= 1
