@@ -1,6 +1,8 @@
 """What a conversion without training costs, on real checkpoints: the quality tables of the README.
 
-python -m distattn_hf.experiments.conversion_quality {iglm|minilm|smollm2} [METRIC ...]
+python -m distattn_hf.experiments.conversion_quality {iglm|minilm|smollm2} [METRIC ...] [softening=0]
+
+softening=0: the plain distances.
 """
 
 import sys
@@ -82,8 +84,9 @@ def main(names: list[str]) -> None:
     model, tokenizer, calibration, score = globals()[names[0]]()
     teacher = score(model)
     print("teacher", teacher, flush=True)
-    for metric in names[1:] or METRICS:
-        spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
+    plain = "softening=0" in names
+    for metric in [name for name in names[1:] if name != "softening=0"] or METRICS:
+        spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None, softening=0 if plain else None)
         for init in ("plain", "calibrated"):
             start = time.perf_counter()
             texts = calibration if init == "calibrated" else None
