@@ -28,11 +28,9 @@ SIZES = {
 STEPS, ROWS, LENGTH = 400, 16, 128
 LEARNING_RATE = 5e-3
 SPECS = {
-    "l2": AttentionSpec("l2"),
-    "l2, softened": AttentionSpec("l2", softening="fit"),
     "sqeuclidean": AttentionSpec("sqeuclidean"),
-    "cosine": AttentionSpec("cosine"),
-    "l1": AttentionSpec("l1"),
+    **{metric: AttentionSpec(metric) for metric in ("l2", "cosine", "l1")},
+    **{f"{metric}, ε = 0": AttentionSpec(metric, softening=0) for metric in ("l2", "cosine", "l1")},
 }
 
 
@@ -88,11 +86,11 @@ def main(path: Path, steps: int) -> None:
         scores["exact"] = perplexity(convert(teacher, AttentionSpec(), init="exact"), text[cut:])
         print(f"{kind:<6} teacher {scores['teacher']:.3f}  exact {scores['exact']:.3f}", flush=True)
         for name, spec in SPECS.items():
-            plain = "" if spec.softening else f"{perplexity(convert(teacher, spec, init='plain'), text[cut:]):.2f}"
+            plain = perplexity(convert(teacher, spec, init="plain"), text[cut:])
             options = CalibrationOptions(progress=False)
             student = convert(teacher, spec, calibration=calibration(text[:cut]), options=options)
             ratio, report = perplexity(student, text[cut:]) / scores["teacher"], student.conversion_report
-            print(f"{kind:<6} {name:<13} x {ratio:.3f}  KL {report.mean_divergence_after:.4f}  plain {plain or '-'}")
+            print(f"{kind:<6} {name:<13} x {ratio:.3f}  KL {report.mean_divergence_after:.4f}  plain {plain:.2f}")
 
 
 if __name__ == "__main__":
