@@ -11,6 +11,7 @@ from distattn_hf import (
     DistAttnForCausalLM,
     convert,
     fold_alpha,
+    register_metric,
     revert,
 )
 from distattn_hf.core.metrics import METRICS, get_metric
@@ -124,3 +125,28 @@ def test_native_models_take_it_as_an_option(softening, tmp_path):
     gradients = [p.grad for name, p in models[1].named_parameters() if name.endswith("log_softening")]
     assert len(gradients) == (2 if softening == "fit" else 0)
     assert all(bool((gradient != 0).all()) for gradient in gradients)
+
+
+def test_it_is_the_default_of_a_fit_and_zero_forbids_it():
+    """Where nothing is asked for, ε is fitted and there are no maps; a user's own metric has no ε."""
+    calibration, options = [token_batch(gpt2(), seed=1)], CalibrationOptions(steps=1, progress=False)
+
+    def specs(*given, **how):
+        return convert(gpt2(), list(given), **how).config.attention_specs
+
+    fit = {"calibration": calibration, "options": options}
+    for metric in SOFT:
+        order = {"p": 3.0} if metric == "lp" else {}
+        (spec,) = specs(AttentionSpec(metric, **order), **fit)
+        assert (spec.softening, spec.transform) == ("fit", "scalar")
+        (spec,) = specs(AttentionSpec(metric, softening=0, **order), **fit)
+        assert (spec.softening, spec.transform) == (0.0, "scalar" if metric == "l2" else "maps")
+        (spec,) = specs(AttentionSpec(metric, **order), init="plain")
+        assert (spec.softening, spec.transform) == (None, None)
+    (spec,) = specs(AttentionSpec("l1", transform="maps"), **fit)
+    assert (spec.softening, spec.transform) == ("fit", "maps")
+    (spec,) = specs(AttentionSpec("sqeuclidean"), **fit)
+    assert (spec.softening, spec.transform) == (None, "scalar")
+    register_metric("half_l1", lambda q, k: 0.5 * (q[..., :, None, :] - k[..., None, :, :]).abs().sum(-1))
+    (spec,) = specs(AttentionSpec("half_l1"), **fit)
+    assert (spec.softening, spec.transform) == (None, "maps")

@@ -238,7 +238,7 @@ def test_shapes_of_a_tensor():
 def test_specs(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionSpec(**{"metric": "l2", **options})
-    assert AttentionSpec("l2", softening=0).softening is None
+    assert AttentionSpec("l2", softening=0).softening == 0.0
 
 
 @every_soft
