@@ -13,6 +13,7 @@ from distattn_hf.core.metrics import METRICS  # noqa: E402
 from tests import tiers  # noqa: E402
 
 LEFT_OUT = pytest.StashKey[dict]()
+COLLECTED = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
@@ -23,7 +24,8 @@ def pytest_configure(config):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
         item.add_marker(tiers.tier_of(item.nodeid))
 

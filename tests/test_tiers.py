@@ -5,19 +5,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import COLLECTED
 from tests.tiers import TABLE, TIERS, left_out, lines, tier_of
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("entry", TABLE)
-def test_every_entry_names_a_test_that_is_there(entry):
+def test_every_entry_names_a_test_that_is_there(entry, request):
     path, _, name = entry.partition("::")
     assert (ROOT / path).exists()
     if name:
         names = [node.name for node in ast.parse((ROOT / path).read_text()).body if hasattr(node, "name")]
         function, _, parameters = name.partition("[")
         assert function in names if parameters else any(each.startswith(name) for each in names)
+        # Of a file that this run collected, what stands in the brackets, too.
+        nodes = [node for node in request.config.stash[COLLECTED] if node.startswith(f"{path}::")]
+        assert not nodes or any(node.startswith(entry) for node in nodes)
     assert TABLE[entry] in TIERS
 
 

@@ -22,6 +22,7 @@ from ..core.interface import (
     exact_call,
     read_call,
     refuse_unsupported,
+    with_selected_keys,
 )
 from ..core.native_attention import DistAttnAttention
 from ..core.nystrom_heads import nystrom_forward, write_out
@@ -163,6 +164,9 @@ def _untouched(implementation, module, name, entry, query, key, value, mask, kwa
     refuse_unsupported(module, kwargs)
     nystrom = implementation in _NYSTROM
     call = read_call(module, query, mask, kwargs, nystrom=nystrom)
+    if kwargs.get("indices") is not None and implementation not in ("eager", "sdpa"):
+        # For transformers' own attention the model has put its choice of keys into the mask.
+        call = with_selected_keys(call, kwargs["indices"], query, key)
     if nystrom:
         call = write_out(call, query.shape[2], key.shape[2], query.device)
     if implementation == "eager":  # its mask is always written out

@@ -67,7 +67,7 @@ def convert(
         typer.Option(help="ε below which it is quadratic: a number, 0 (plain), or fit (default of --init calibrated)."),
     ] = None,
     fold_alpha: Annotated[
-        bool, typer.Option("--fold-alpha", help="Move α into the query projections: plain distances, α = 1.")
+        bool, typer.Option("--fold-alpha", help="Move α into the query projections: the same attention, α = 1.")
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, maps 200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,

@@ -1,4 +1,4 @@
-"""Move α of converted heads into the query projection: the same attention, and then the plain distance, α = 1.
+"""Move α of converted heads into the query projection: the same attention, at α = 1.
 
 For a metric of degree n, -λ·dist(q/α, α(k - c)) = -λαⁿ·dist(q/α², k - c): a query projection divided by α² and a λ
 times αⁿ do what α did. Keys stay as they are, so that heads may share them. Where a head has maps, they take α instead.

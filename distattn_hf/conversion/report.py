@@ -59,8 +59,8 @@ class ConversionReport:
 
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
     attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known
-    of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ or α are no longer those of
-    the fit, from which the KL values are.
+    of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ, α or ε are no longer those
+    of the fit, from which the KL values and ε/median are.
     """
 
     base_architecture: str
@@ -200,7 +200,8 @@ class ConversionReport:
         if self.softening_ratios:
             lines.append(
                 "ε: below it the distance is quadratic; ε/median: in medians of the head's plain distances, of cosine "
-                "in medians of its norms (0: the plain distance); KL plain: of the plain distance, with its own λ and α"
+                "in medians of its norms (0: the plain distance), as fitted; KL plain: of the plain distance, with its "
+                "own λ and α"
             )
         if self._mean("sink_weight") is not None:
             lines.append("sink: share of a row's weight that the learned sink takes; teacher: the same of the teacher")
@@ -232,11 +233,11 @@ class ConversionReport:
             parts.append(f"{sum(map(len, self.exact_heads.values()))} heads keep dot-product attention")
         if self.mean_alpha is not None:
             parts.append(f"mean α {self.mean_alpha:.3f}")
+        note = " at the conversion (λ, α or ε have changed since)" if self.changed_since else ""
         if (ratio := self.median_softening_ratio) is not None:
-            parts.append(f"ε/median {ratio:.2g} in the median head (0: the plain distance)")
+            parts.append(f"ε/median {ratio:.2g} in the median head (0: the plain distance){note}")
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
-            note = " at the conversion (λ or α have changed since)" if self.changed_since else ""
             parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")

@@ -117,11 +117,11 @@ def finish_logits(inputs: AttentionInputs, logits: Tensor, shift: Tensor | None,
 
 
 def relative_sink(inputs: AttentionInputs) -> Tensor | None:
-    """Return the sink's logit beside logits without `shift`, (B, H, N, 1), in at least float32, or None."""
+    """Return the sink's logit beside logits without `shift`, (B, H, N, 1), finite, in at least float32, or None."""
     sink = inputs.sink_logit
     if sink is None:
         return None
     sink = sink.to(torch.promote_types(inputs.query.dtype, torch.float32))
     if inputs.shift is not None:
         sink = sink - inputs.shift.to(sink.dtype)
-    return sink.expand(*inputs.query.shape[:3], 1)
+    return sink.clamp_min(torch.finfo(sink.dtype).min / 8).expand(*inputs.query.shape[:3], 1)

@@ -71,6 +71,14 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         mask = _add_to_mask(mask, key_bias.to(work_dtype))
     elif key_bias is not None:
         parts = 3 if work_dtype in HALF else 1
+        if parts > 1:
+            # What all keys share changes no weight. But rounded gradients of a row of logits do not sum to 0, and the
+            # rest times the shared part would drown the gradient of λ: 3% of it in bfloat16 for a head size of 256.
+            shared = key_bias.detach().mean(-1, keepdim=True)
+            key_bias = key_bias - shared
+            if sink is not None:
+                shared = shared.repeat_interleave(inputs.groups, dim=1)[..., None]
+                sink = sink - inputs.lambda_column() * inputs.scaling * shared
         query, key = _with_columns(query, key, key_bias, lam, work_dtype, parts)
     if sink is not None:
         parts = 3 if work_dtype in HALF else 1
@@ -104,7 +112,8 @@ def _with_sink(query, key, value, mask, is_causal, sink, dtype, parts) -> tuple[
 
     Under the causal flag a first query goes with it, so that query i + 1 still sees the keys up to i + 1.
     """
-    columns = _split(sink / _NORM_UNIT, dtype, parts)
+    # Finite, as it meets the zeros of all other keys.
+    columns = _split((sink / _NORM_UNIT).clamp_min(torch.finfo(dtype).min / 8), dtype, parts)
     zeros = -(query.shape[-1] + parts) % _HEAD_SIZE_MULTIPLE
     rows = query.shape[:-1]
     query = torch.cat([query.to(dtype), *columns, query.new_zeros(*rows, zeros, dtype=dtype)], dim=-1)
@@ -137,9 +146,6 @@ def _with_columns(query, key, key_bias, lam, dtype, parts) -> tuple[Tensor, Tens
     if parts == 1:
         query_columns, key_columns = [torch.ones_like(query[..., :1]) * lam], [key_bias[..., None]]
     else:
-        # What all keys share changes no weight. But rounded gradients of a row of logits do not sum to 0, and the rest
-        # times the shared part would drown the gradient of λ: 3% of it in bfloat16 for a head size of 256.
-        key_bias = key_bias - key_bias.detach().mean(-1, keepdim=True)
         column = torch.ones_like(query[..., :1]) * lam * _NORM_UNIT
         lam_parts, norm_parts = (_split(t, dtype, parts) for t in (column, key_bias[..., None] / _NORM_UNIT))
         pairs = [(i, j) for i in range(parts) for j in range(parts - i)]

@@ -201,7 +201,8 @@ def masked_softmax(logits: Tensor, keep: Tensor | None, sink_logit: Tensor | Non
     """
     if sink_logit is not None:
         logits = logits if keep is None else logits.masked_fill(~keep, float("-inf"))
-        sink = sink_logit.to(logits.dtype).expand(*logits.shape[:-1], 1)
+        # Finite, so that a row without keys is 0 beside a sink of -inf, too.
+        sink = sink_logit.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).min).expand(*logits.shape[:-1], 1)
         return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     if keep is None:
         return logits.softmax(dim=-1)

@@ -38,8 +38,8 @@ class Metric:
     softens: bool = False
     # No matmul form: N·M·d elementwise operations, so a fit draws fewer rows.
     elementwise: bool = False
-    # What a calibrated conversion fits by default. Axis-aligned distances come near a dot product only with maps, and
-    # cosine, which forgets the norms, gains most from them.
+    # What a calibrated conversion fits beside λ where it fits no ε. Axis-aligned distances come near a dot product only
+    # with maps, and cosine, which forgets the norms, gains most from them.
     preferred_transform: str = "maps"
 
     def distance(self, query: Tensor, key: Tensor, p: float | None = None) -> Tensor:

@@ -182,7 +182,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         return self._conversion_report
 
     def report_as_it_is(self) -> dict | None:
-        """Return `conversion_report` as a dict, with λ and α of now; "changed_since" says whether they changed."""
+        """Return `conversion_report` as a dict, with λ, α and ε of now; "changed_since" says whether they changed."""
         if (report := copy.deepcopy(self._report_data())) is None:
             return None
         values = {

@@ -126,7 +126,7 @@ class Annealing:
             if not self.softened:
                 raise ValueError(
                     f"anneal.softening={options.softening}: no converted head has an ε that was fitted "
-                    "(AttentionSpec(softening='fit')); a stage that drove it to 0 has left none"
+                    "(by convert, init='calibrated', but for softening=0); a stage that drove it to 0 has left none"
                 )
             for group in self.softened:
                 group.log_softening.requires_grad_(False)
@@ -229,7 +229,7 @@ class Annealing:
             for group in self.softened:
                 remove_softening(group)
             self._write_specs("softening", list(self.softened))
-            self.softened = {}
+            self.softened, self.sizes = {}, {}
 
     def _write_specs(self, name: str, groups: list[HeadParameters]) -> None:
         """Write field `name` of the groups' specs into the config, so that a saved checkpoint describes itself."""
@@ -361,7 +361,8 @@ def remove_landmarks(group: NystromParameters, indices: Tensor) -> None:
 
 def remove_softening(group: HeadParameters) -> None:
     """Take ε out of a group of heads, whose distance is the plain one then, and update its spec."""
-    group.spec = replace(group.spec, softening=None)
+    # 0 and not None, which would ask a new fit of this spec for an ε.
+    group.spec = replace(group.spec, softening=0.0)
     group.fits_softening, group.constant_softening = False, None
     del group.log_softening
 

@@ -304,7 +304,7 @@ def _check(config: AdaptationConfig) -> None:
                     raise ValueError(f"anneal.{name} needs a spec with mechanism='nystrom'")
         fits = model.init == "calibrated" and any(fitted_defaults(s).softening == "fit" for s in model.specs or ())
         if options.annealing.softening is not None and model.specs and not fits:
-            raise ValueError("anneal.softening needs a spec whose ε is fitted (softening='fit', init='calibrated')")
+            raise ValueError("anneal.softening needs a spec whose ε is fitted (init='calibrated', softening not 0)")
     if adaptation.teacher_finetuned:
         adaptation.options_for(FINETUNED)
     nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]

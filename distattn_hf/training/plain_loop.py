@@ -41,6 +41,8 @@ class LoopSteps:
         if checkpoint := last_checkpoint(self.folder, LOOP_STATE):
             accelerator.load_state(str(checkpoint))
             self.state = TrainerState.load_from_json(str(checkpoint / LOOP_STATE))
+            # With another number of processes the same epochs are another number of steps.
+            self.state.max_steps = total
             self.random_state = torch.get_rng_state()
 
     @property

@@ -100,7 +100,7 @@ def test_the_report_says_when_its_parameters_have_changed_since(tmp_path):
     assert current_report(half).changed_since
     group = student.attention_states["h.1.attn"].groups[0]
     torch.nn.init.zeros_(group.log_alpha)
-    assert "(λ or α have changed since)" in current_report(student).summary()
+    assert "(λ, α or ε have changed since)" in current_report(student).summary()
     student.save_pretrained(tmp_path / "trained")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     stored = again.conversion_report
@@ -108,7 +108,7 @@ def test_the_report_says_when_its_parameters_have_changed_since(tmp_path):
     assert stored["groups"][1]["alpha"] == [1.0] * 4
     assert stored["groups"][1]["divergence_after"] == fitted.groups[1].divergence_after
     text = build_card(tmp_path / "trained", "user/x", license="mit").text
-    assert "λ or α have changed since" in text
+    assert "λ, α or ε have changed since" in text
     assert "what was done to the model after the conversion is not recorded here" in text
     again.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").conversion_report["changed_since"]

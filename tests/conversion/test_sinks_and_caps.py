@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, fold_alpha, revert
+from distattn_hf.analysis.watch import run_watched
 from distattn_hf.conversion.observe import observed, teacher_attention
 from distattn_hf.core import interface
 from distattn_hf.core.absolute_logits import absolute_shift
@@ -348,3 +349,22 @@ def test_folded_and_mapped_count_from_one_origin(metric, transform):
         # The origin is a key like others, and its logit is logit_shift.
         at_origin = logits(group(query, group.origin[None, :, None].expand(2, -1, -1, -1), "mapped"))
         torch.testing.assert_close(at_origin, group.logit_shift[:, None, None].expand_as(at_origin), rtol=0, atol=1e-9)
+
+
+def test_chosen_keys_are_those_that_an_analysis_sees():
+    """Of modules that were converted and of others: weights times values give the output."""
+    teacher = other("hy_v4")
+    teacher.config.index_topk = 4
+    for module in teacher.modules():
+        if hasattr(module, "index_topk"):
+            module.index_topk = 4
+    student, seen = convert(teacher, AttentionSpec(layers=[0]), init="exact"), {}
+
+    def watch(call):
+        seen[call.name] = (call.full(), call.full() @ call.value - call.output)
+
+    run_watched(student, inputs_for(teacher), watch)
+    assert len(seen) > 1
+    for weights, difference in seen.values():
+        assert int((weights > 1e-6).sum(-1).max()) <= 4
+        assert float(difference.abs().max()) <= 1e-4

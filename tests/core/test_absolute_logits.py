@@ -146,12 +146,19 @@ def test_half_precision_keeps_the_digits_of_the_sink():
         assert torch.allclose(got.float(), torch.tensor(0.5), atol=2e-3)
 
 
-def test_a_sink_of_minus_infinity_is_none():
-    tensors = make_tensors(6, 9, heads=2)
-    plain = distance_attention(**tensors, metric="l2")
-    for backend in ("auto", "chunked", "reference"):
-        got = distance_attention(**tensors, metric="l2", sink_logit=torch.full((2,), -math.inf), backend=backend)
-        torch.testing.assert_close(got, plain)
+@pytest.mark.parametrize("metric", ["l2", "cosine", "sqeuclidean"])
+@pytest.mark.parametrize("backend", ["auto", "cpp", "sdpa", "chunked", "reference"])
+@pytest.mark.parametrize("empty", [False, True], ids=["", "empty rows"])
+def test_a_sink_of_minus_infinity_is_none(metric, backend, empty):
+    if (metric, backend) in (("l2", "sdpa"), ("cosine", "cpp")):
+        pytest.skip("l2 has no dot-product form, and cosine no kernel for many queries")
+    tensors = make_tensors(40, 40, heads=2)
+    mask = with_empty_rows(2, 40, 40, 2) if empty else None
+    plain = distance_attention(**tensors, metric=metric, mask=mask)
+    got = distance_attention(
+        **tensors, metric=metric, mask=mask, sink_logit=torch.full((2,), -math.inf), backend=backend
+    )
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", list(METRICS))

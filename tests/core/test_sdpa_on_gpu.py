@@ -77,3 +77,21 @@ def test_half_precision_error_is_within_twice_pytorchs(metric, dtype, head_dim):
     for name in expected:
         for mine, budget in zip(mean(ours, name), mean(theirs, name)):
             assert mine <= HALF_ERROR_RATIO * budget, f"{name}: error {mine:.2e}, PyTorch's {budget:.2e}"
+
+
+@both_metrics
+@DTYPES
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_sink_is_where_it_was_beside_norms_in_columns(metric, dtype, causal):
+    """What is taken off all key norms, the sink loses, too: its error is of the size of that without a sink."""
+    tensors = problem(metric, 64, dtype)
+    # Where the keys' logits are.
+    sink = torch.full((8,), -1.0 if metric == "cosine" else -16.0)
+    found = {}
+    for name, options in (("plain", {}), ("sink", {"sink_logit": sink})):
+        expected = attention(metric, "reference", is_causal=causal, **options)(
+            **{n: t.double() for n, t in tensors.items()}
+        )
+        actual = attention(metric, "sdpa", is_causal=causal, **options)(**tensors)
+        found[name] = float((actual.double() - expected).norm())
+    assert found["sink"] <= 2 * found["plain"]

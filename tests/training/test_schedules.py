@@ -328,7 +328,7 @@ def test_without_softening_it_is_the_plain_distance(metric, tmp_path):
     annealing.apply(9, 10)
     held = student(**batches[0]).logits.detach()
     annealing.finish(10)
-    assert all(group.spec.softening is None and group.softening() is None for group in groups(student))
+    assert all(group.spec.softening == 0.0 and group.softening() is None for group in groups(student))
     after = student(**batches[0]).logits.detach()
     # In the last fifth of the steps it trains at an ε that is as good as none: 1e-12, where the softened lp and
     # chebyshev keep 3e-6 of a distance of up to 100.
@@ -336,13 +336,15 @@ def test_without_softening_it_is_the_plain_distance(metric, tmp_path):
     assert not any("softening" in name for name in student.state_dict())
     student.save_pretrained(tmp_path)
     again = type(student).from_pretrained(tmp_path).eval()
-    assert again.config.attention_specs[0].softening is None
+    assert again.config.attention_specs[0].softening == 0.0
     assert torch.equal(again(**batches[0]).logits, after)
     plain = convert(llama(), replace(again.config.attention_specs[0], softening=None), init="plain").eval()
     plain.load_state_dict(student.state_dict())
     assert torch.equal(plain(**batches[0]).logits, after)
     # The report says what the model is now.
     assert all(entry["softening"] is None for entry in student.report_as_it_is()["groups"])
+    annealing.finish(10)
+    assert torch.equal(student(**batches[0]).logits.detach(), after)
     with pytest.raises(ValueError, match="anneal.softening=0.5: no converted head has an ε"):
         Annealing(student, AnnealingOptions(softening=0.5))
 

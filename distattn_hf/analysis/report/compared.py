@@ -20,13 +20,14 @@ def conversion_section(report: dict) -> Section:
     if (alpha := report.mean_alpha) is not None:
         tendency = "nearer to the teacher's dot product" if alpha < 0.5 else "more Euclidean than not"
         words.append(
-            "α says how Euclidean a head is: 1 is fully, towards 0 it becomes the teacher. The mean is "
-            f"{number(alpha)}: {tendency}."
+            "α says how Euclidean a head is: 1 leaves the distance as it is, towards 0 it becomes the teacher. The "
+            f"mean is {number(alpha)}: {tendency}."
         )
     if ratios := report.softening_ratios:
         words.append(
             "ε says below which distance a head's logits are quadratic, as the teacher's are but for norms: 0 is the "
-            f"plain distance. In medians of the head's distances it is {number(min(ratios))} to {number(max(ratios))}."
+            "plain distance. In medians of the head's distances it was fitted as "
+            f"{number(min(ratios))} to {number(max(ratios))}."
         )
     if report.mean_divergence_after is not None:
         words.append("KL is that of the attention weights from the teacher's, in nats per query: 0 is equal.")

@@ -270,7 +270,7 @@ def head_parameters(groups: list[dict]):
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.set_title({"lam": "λ per head", "alpha": "α per head (1: fully Euclidean)"}[kind])
+        ax.set_title({"lam": "λ per head", "alpha": "α per head (1: the distance as it is)"}[kind])
         if kind == "alpha":
             ax.axhline(1.0, color=INK, linewidth=0.6, linestyle=":")
         _module_ticks(ax, short_names(modules))
