@@ -61,6 +61,8 @@ class Case:
     heads: int = 8
     key_heads: int = 2
     num_landmarks: int = 16
+    softening: float = 0.0
+    learned_sink: bool = False
 
     @property
     def name(self) -> str:
@@ -75,6 +77,8 @@ class Case:
             self.mask,
             *([near, "lifted" if self.lift else None] if self.path == "nystrom" else []),
             "landmarks from the keys" if self.chosen else None,
+            f"ε {self.softening:g}" if self.softening else None,
+            "learned sink" if self.learned_sink else None,
             None if self.backward else "forward only",
         ]
         return " ".join(word for word in words if word)
@@ -102,6 +106,12 @@ def correctness_cases(interpreted: bool) -> list[Case]:
             add(path, metric, dtype, square, square, common, p=p, causal=True)
         for path, metric, p in exact:
             add(path, metric, dtype, 1, cache, common, p=p, backward=False)
+        for path, metric, p in exact:
+            if get_metric(metric).softens:
+                # What conversions are by default.
+                add(path, metric, dtype, square, square, common, p=p, causal=True, softening=3.0)
+            if p is None:
+                add(path, metric, dtype, square, square, common, causal=True, learned_sink=True)
         for index, (path, metric, p) in enumerate(exact):
             size = sizes[(index + shift) % len(sizes)]
             add(path, metric, dtype, *cross, size, p=p, mask="padding")
@@ -223,8 +233,12 @@ def _exact(case: Case, mask: Tensor | None, backend: str) -> Callable:
     def attention(query, key, value, lam, bias=None):
         return distance_attention(
             query, key, value, metric=case.metric, p=case.p, lam=lam, mask=mask, position_bias=bias,
-            is_causal=case.causal, backend=backend,
+            is_causal=case.causal, backend=backend, softening=case.softening, sink_logit=sink(lam),
         )  # fmt: skip
+
+    def sink(lam):
+        # Near the logits of a key at the default λ, whose deviation along a row is 1.
+        return -torch.linspace(0.5, 2.0, case.heads).to(lam) if case.learned_sink else None
 
     return attention
 
