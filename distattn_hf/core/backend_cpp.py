@@ -127,7 +127,8 @@ def _eager(inputs: AttentionInputs) -> bool:
     """Return whether plain tensors are computed now, so that kernels can be called without the operators' overhead."""
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
     soft = inputs.softening if isinstance(inputs.softening, Tensor) else None
-    return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, inputs.sink_logit, lam, soft)
+    absolute = inputs.sink_logit, inputs.shift
+    return readable(inputs.query, inputs.key, inputs.value, inputs.keep, inputs.bias, *absolute, lam, soft)
 
 
 # Operators of their own, so that torch.compile keeps one graph around them. A copy of this file that transformers loads
