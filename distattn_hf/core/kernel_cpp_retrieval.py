@@ -1,0 +1,531 @@
+"""Retrieval attention by one CPU kernel: search in two levels, then exact attention to the blocks found."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from .kernel_cpp_library import (
+    ALIGNMENT,
+    FLOATS,
+    KINDS,
+    fields,
+    kind_of,
+    padded_rows,
+    readable,
+    run_kernel,
+    strides,
+    unavailable,
+)
+from .kernel_cpp_tiles import TILES
+from .metrics import BUILT_IN
+from .softening import LEAST
+
+SOURCE = (
+    TILES
+    + r"""
+// Keys stand in blocks of `block` from key first[b] on; a panel holds 16 keys or means as (d, 16), 0 past the last.
+// means (B, Hkv, groups, d, 16), shares (B, groups, 16): the logarithm of the share of real keys; coarse: of groups.
+struct Retrieve {
+  const float *q, *coef, *soft, *means, *shares, *coarse, *coarse_shares;
+  const void *k, *v;
+  const uint8_t* keep;
+  const int64_t *first, *budget;
+  float *o, *panels;
+  long B, H, G, N, M, d, dp, dv_, vp, causal, window, sinks, block, size, groups, candidates, most, half, kind, threads;
+  long k_stride[3], v_stride[3];
+  float p;
+};
+constexpr long P16 = 16;
+constexpr int NV = P16 / W;
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+struct F32 {
+  typedef float type;
+  INLINE float one(type x) { return x; }
+  INLINE vf read(const type* p) { return load(p); }
+};
+struct BF16 {
+  typedef uint16_t type;
+  INLINE float one(type x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+  }
+  INLINE vf read(const type* p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+    return (vf)(__builtin_convertvector(x, vi) << 16);
+  }
+};
+struct Dot : Plain {};
+template <class Metric>
+constexpr bool is_dot = std::is_same<Metric, Dot>::value;
+
+// out[r, 16·x ..] = logits of R rows and X panels, all sums in registers. coef: of the G heads, which rows go through.
+template <class Metric, int R, int X>
+INLINE void tile_logits(const float* q, long ldq, const float* const* panels, long d, float* out, long ldo,
+                        const float* coef, const float* soft, long G, long row, float p) {
+  vf acc[R][X][NV] = {};
+  float order[R];
+  for (int r = 0; r < R; r++) order[r] = soft ? soft[(row + r) % G] : p;
+  for (long c = 0; c < d; c++)
+    for (int x = 0; x < X; x++)
+      for (int v = 0; v < NV; v++) {
+        vf key = load(panels[x] + c * P16 + v * W);
+        for (int r = 0; r < R; r++) {
+          if constexpr (is_dot<Metric>)
+            acc[r][x][v] += q[r * ldq + c] * key;
+          else
+            acc[r][x][v] = Metric::add(acc[r][x][v], splat(q[r * ldq + c]) - key, order[r]);
+        }
+      }
+  for (int r = 0; r < R; r++)
+    for (int x = 0; x < X; x++)
+      for (int v = 0; v < NV; v++) {
+        vf y = acc[r][x][v];
+        if constexpr (!is_dot<Metric>) y = -coef[(row + r) % G] * Metric::finish(y, order[r]);
+        store(out + r * ldo + x * P16 + v * W, y);
+      }
+}
+template <class Metric, int R>
+static void row_logits(const float* q, long ldq, const float* const* panels, long count, long d, float* out, long ldo,
+                       const float* coef, const float* soft, long G, long row, float p) {
+  constexpr int X = R * NV >= 8 ? 1 : R * NV >= 4 ? 2 : R * NV >= 2 ? 4 : 8;
+  long x = 0;
+  for (; x + X <= count; x += X)
+    tile_logits<Metric, R, X>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
+  for (; x < count; x++) tile_logits<Metric, R, 1>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
+}
+template <class Metric>
+static void logits(const float* q, long ldq, long rows, const float* const* panels, long count, long d, float* out,
+                   long ldo, const float* coef, const float* soft, long G, float p) {
+  long r = 0;
+  for (; r + 4 <= rows; r += 4)
+    row_logits<Metric, 4>(q + r * ldq, ldq, panels, count, d, out + r * ldo, ldo, coef, soft, G, r, p);
+  const float* rest = q + r * ldq;
+  float* to = out + r * ldo;
+  if (rows - r == 3) row_logits<Metric, 3>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
+  if (rows - r == 2) row_logits<Metric, 2>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
+  if (rows - r == 1) row_logits<Metric, 1>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
+}
+// out[r, :] += Σ_j w[r, j]·value of the j-th of `count` runs of 16 keys; keys that `keep` omits are not read.
+template <class T, int R, int C>
+INLINE void weighted(const float* w, long ldw, const typename T::type* const* runs, const uint8_t* const* keeps,
+                     const long* lengths, long count, long stride, float* out, long ldo) {
+  vf acc[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) acc[r][c] = load(out + r * ldo + c * W);
+  for (long x = 0; x < count; x++)
+    for (long j = 0; j < lengths[x]; j++) {
+      if (keeps[x] && !keeps[x][j]) continue;
+      for (int c = 0; c < C; c++) {
+        vf y = T::read(runs[x] + j * stride + c * W);
+        for (int r = 0; r < R; r++) acc[r][c] += w[r * ldw + x * P16 + j] * y;
+      }
+    }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(out + r * ldo + c * W, acc[r][c]);
+}
+template <class T, int R>
+static void weighted_rows(const float* w, long ldw, const typename T::type** runs, const uint8_t* const* keeps,
+                          const long* lengths, long count, long stride, long width, float* out, long ldo) {
+  constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;
+  long c = 0;
+  for (; c + C * W <= width; c += C * W) {
+    weighted<T, R, C>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
+    for (long x = 0; x < count; x++) runs[x] += C * W;
+  }
+  for (; c < width; c += W) {
+    weighted<T, R, 1>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
+    for (long x = 0; x < count; x++) runs[x] += W;
+  }
+  for (long x = 0; x < count; x++) runs[x] -= c;
+}
+
+struct Ranked {
+  float score;
+  int32_t number;
+  bool operator<(const Ranked& other) const {
+    return score > other.score || (score == other.score && number < other.number);
+  }
+};
+// Average over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
+static void chances(float* s, long ld, long G, long n, float* mean) {
+  memset(mean, 0, 4 * n);
+  for (long g = 0; g < G; g++) {
+    float *row = s + g * ld, top = largest_in(row, n);
+    if (top == -INF) continue;
+    vf sum = {};
+    for (long j = 0; j < n; j += W) {
+      vf w = expv(load(row + j) - top);
+      store(row + j, w);
+      sum += w;
+    }
+    float by = 1 / (G * ::total(sum));
+    for (long j = 0; j < n; j += W) store(mean + j, load(mean + j) + by * load(row + j));
+  }
+}
+
+template <class Metric, class T>
+struct Unit {
+  typedef typename T::type type;
+  const Retrieve& a;
+  long blocks, around, parts, of_group, tops, ld, ldg;
+  std::unique_ptr<float, void (*)(void*)> memory;
+  float *q, *s, *o, *fine, *mean, *rank, *near_keys, *far_keys, *values, *sums;
+  std::unique_ptr<Ranked[]> ranked;
+  std::unique_ptr<const float*[]> panel;
+  std::unique_ptr<const type*[]> runs;
+  std::unique_ptr<const uint8_t*[]> keeps;
+  std::unique_ptr<long[]> lengths, chosen, good;
+
+  Unit(const Retrieve& a) : a(a), memory(nullptr, free) {
+    blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
+    around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
+    of_group = P16 * a.size / a.block;
+    tops = (a.groups + P16 - 1) / P16 * P16;
+    long near = ((a.window ? 2 * around + 1 : 0) + a.sinks) * parts, far = a.most * parts, rows = a.block * a.G;
+    long most = std::min(a.groups, a.candidates + 4);  // groups that are not whole are good whatever their means
+    ld = (near + far) * P16, ldg = std::max(tops, most * P16);
+    long kept = a.panels ? 0 : a.d * P16;
+    long sizes[] = {rows * a.dp, rows * ld,   rows * a.vp, a.G * ldg,       ldg,
+                    rows * tops, near * kept, far * kept,  near * P16 * a.vp, rows};
+    float** places[] = {&q, &s, &o, &fine, &mean, &rank, &near_keys, &far_keys, &values, &sums};
+    size_t all = 0;
+    for (long size : sizes) all += (size + 31) / 16 * 16;
+    memory = buffer(all);
+    float* at = memory.get();
+    for (int i = 0; i < 10; i++) *places[i] = at, at += (sizes[i] + 31) / 16 * 16;
+    long list = std::max(std::max(near, far), std::max(most, tops / P16)) + 1;
+    ranked.reset(new Ranked[std::max(tops, most * P16)]);
+    panel.reset(new const float*[list]);
+    runs.reset(new const type*[list]);
+    keeps.reset(new const uint8_t*[list]);
+    lengths.reset(new long[list]);
+    chosen.reset(new long[std::max(near, far) + a.sinks + 1]);
+    good.reset(new long[most]);
+  }
+  const float* soft(long h0) const { return a.soft ? a.soft + h0 : nullptr; }
+  const type* key(long b, long kh, long j) const {
+    return (const type*)a.k + b * a.k_stride[0] + kh * a.k_stride[1] + (a.first[b] + j) * a.k_stride[2];
+  }
+  const type* value(long b, long kh, long j) const {
+    return (const type*)a.v + b * a.v_stride[0] + kh * a.v_stride[1] + (a.first[b] + j) * a.v_stride[2];
+  }
+  long length(long b) const { return a.M - a.first[b]; }  // keys from `first` on
+  void pack16(long b, long kh, long j, float* to) const {
+    long n = std::max(0L, std::min(P16, length(b) - j));
+    if (n < P16) memset(to, 0, 4 * P16 * a.d);
+    for (long x = 0; x < n; x++) {
+      const type* from = key(b, kh, j + x);
+      for (long c = 0; c < a.d; c++) to[c * P16 + x] = T::one(from[c]);
+    }
+  }
+  const float* panel_of(long b, long kh, long number, float* room) const {
+    if (a.panels) return a.panels + ((b * (a.H / a.G) + kh) * blocks * parts + number) * a.d * P16;
+    pack16(b, kh, number * P16, room);
+    return room;
+  }
+  // Chooses the blocks of one position; its near window is blocks lo .. hi - 1. Returns how many.
+  long choose(long b, long kh, const float* rows, const float* coarse_rows, long lo, long hi) {
+    long bk = b * (a.H / a.G) + kh, count = 0, before = lo, per_block = a.block / a.size;
+    auto may = [&](long block) { return block >= a.sinks && block < blocks && (block < before || (!a.causal && block >= hi)); };
+    auto whole = [&](long group) {
+      long from = group * of_group, to = std::min(from + of_group, blocks);
+      return from >= a.sinks && (to <= before || (!a.causal && from >= hi));
+    };
+    long groups = a.causal ? std::min(a.groups, (before + of_group - 1) / of_group) : a.groups;
+    if (a.groups <= a.candidates) {
+      for (long x = 0; x < groups; x++) good[count++] = x;
+    } else {
+      long n = (groups + P16 - 1) / P16 * P16, whole_ones = 0;
+      for (long g = 0; g < a.G; g++) {
+        float* row = fine + g * ldg;
+        for (long x = 0; x < n; x++)
+          row[x] = x < groups && whole(x) ? coarse_rows[g * tops + x] + a.coarse_shares[b * tops + x] : -INF;
+      }
+      chances(fine, ldg, a.G, n, mean);
+      for (long x = 0; x < groups; x++) {
+        if (!whole(x))
+          good[count++] = x;
+        else if (a.coarse_shares[b * tops + x] != -INF)
+          ranked[whole_ones++] = {mean[x], (int32_t)x};
+      }
+      if (whole_ones > a.candidates) {
+        std::nth_element(ranked.get(), ranked.get() + a.candidates, ranked.get() + whole_ones);
+        whole_ones = a.candidates;
+      }
+      for (long x = 0; x < whole_ones; x++) good[count++] = ranked[x].number;
+    }
+    for (long x = 0; x < count; x++) panel[x] = a.means + (bk * a.groups + good[x]) * a.d * P16;
+    logits<Metric>(rows, a.dp, a.G, panel.get(), count, a.d, fine, ldg, a.coef + kh * a.G, soft(kh * a.G), a.G, a.p);
+    for (long g = 0; g < a.G; g++)
+      for (long x = 0; x < count; x++) {
+        float* row = fine + g * ldg + x * P16;
+        const float* share = a.shares + (b * a.groups + good[x]) * P16;
+        for (long y = 0; y < of_group; y++)
+          if (!may(good[x] * of_group + y))
+            for (long z = 0; z < per_block; z++) row[y * per_block + z] = -INF;
+        for (long y = 0; y < P16; y += W) store(row + y, load(row + y) + load(share + y));
+      }
+    chances(fine, ldg, a.G, count * P16, mean);
+    long n = 0;
+    for (long x = 0; x < count; x++)
+      for (long y = 0; y < of_group; y++) {
+        long block = good[x] * of_group + y;
+        if (!may(block)) continue;
+        const float* share = a.shares + (b * a.groups + good[x]) * P16 + y * per_block;
+        float score = 0;
+        bool real = false;
+        for (long z = 0; z < per_block; z++) score += mean[x * P16 + y * per_block + z], real |= share[z] != -INF;
+        if (real) ranked[n++] = {score, (int32_t)block};
+      }
+    long budget = a.budget[kh];
+    if (n > budget) {
+      std::nth_element(ranked.get(), ranked.get() + budget, ranked.get() + n);
+      n = budget;
+    }
+    for (long x = 0; x < n; x++) chosen[x] = ranked[x].number;
+    std::sort(chosen.get(), chosen.get() + n);
+    return n;
+  }
+  // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
+  long take_near(long b, long kh, const long* near, long count) {
+    long fixed = 0;
+    for (long x = 0; x < count; x++)
+      for (long y = 0; y < parts; y++, fixed++) {
+        long number = near[x] * parts + y, n = std::max(0L, std::min(P16, length(b) - number * P16));
+        panel[fixed] = panel_of(b, kh, number, near_keys + fixed * a.d * P16);
+        memset(values + fixed * P16 * a.vp, 0, 4 * P16 * a.vp);
+        for (long j = 0; j < n; j++) {
+          if (a.keep && !a.keep[b * a.M + a.first[b] + number * P16 + j]) continue;
+          const type* from = value(b, kh, number * P16 + j);
+          for (long z = 0; z < a.dv_; z++) values[(fixed * P16 + j) * a.vp + z] = T::one(from[z]);
+        }
+      }
+    return fixed;
+  }
+  // -INF for keys past the last, for padding, and for what comes after a query; rows of positions from r0 on.
+  void mask(long b, long number, float* at, long rows, long r0) {
+    long j = number * P16, n = std::max(0L, std::min(P16, length(b) - j));
+    const uint8_t* keep = a.keep ? a.keep + b * a.M + a.first[b] + j : nullptr;
+    for (long r = 0; r < rows; r++) {
+      long last = a.causal ? std::min(n, r0 + r / a.G - j + 1) : n;
+      for (long x = 0; x < P16; x++)
+        if (x >= last || (keep && !keep[x])) at[r * ld + x] = -INF;
+    }
+  }
+  void weigh(float* row, long n, float* sum) {
+    float top = largest_in(row, n);
+    if (top == -INF) top = 0;  // nothing to see: all weights are exp(-inf)
+    vf all = {};
+    for (long j = 0; j < n; j += W) {
+      vf w = expv(load(row + j) - top);
+      store(row + j, w);
+      all += w;
+    }
+    *sum = ::total(all);
+  }
+  // The queries of block c of one key head.
+  void run(long b, long kh, long c) {
+    long first = a.window ? a.first[b] : 0, before = a.causal ? a.M - a.N : 0, G = a.G, h0 = kh * G, key_heads = a.H / G;
+    long from = std::max(c * a.block, before - first), to = std::min((c + 1) * a.block, before + a.N - first);
+    long positions = to - from, rows = positions * G, lo = 0, hi = 0, seen = 0;
+    if (positions <= 0) return;
+    for (long r = 0; r < rows; r++)
+      memcpy(q + r * a.dp, a.q + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.dp, 4 * a.dp);
+    if (a.window) {
+      lo = std::max(0L, c - around), hi = a.causal ? c + 1 : std::min(blocks, c + around + 1);
+      long count = 0;
+      for (long x = 0; x < a.sinks && x < blocks; x++)
+        if (x < lo || x >= hi) chosen[count++] = x;
+      if (a.causal) count = std::min(count, lo);
+      for (long x = lo; x < hi; x++) chosen[count++] = x;
+      long fixed = take_near(b, kh, chosen.get(), count);
+      seen = fixed * P16;
+      logits<Metric>(q, a.dp, rows, panel.get(), fixed, a.d, s, ld, a.coef + h0, soft(h0), G, a.p);
+      for (long x = 0; x < fixed; x++) mask(b, chosen[x / parts] * parts + x % parts, s + x * P16, rows, from);
+    }
+    bool searches = a.most > 0 && (!a.causal || lo > a.sinks);
+    if (searches && a.groups > a.candidates) {
+      long needed = a.causal ? (lo / of_group + P16 - 1) / P16 : tops / P16;
+      for (long x = 0; x < needed; x++) panel[x] = a.coarse + ((b * key_heads + kh) * (tops / P16) + x) * a.d * P16;
+      logits<Metric>(q, a.dp, rows, panel.get(), needed, a.d, rank, tops, a.coef + h0, soft(h0), G, a.p);
+    }
+    memset(o, 0, 4 * rows * a.vp);
+    for (long i = 0; i < positions; i++) {
+      float *mine = s + i * G * ld, *own = q + i * G * a.dp;
+      long count = searches ? choose(b, kh, own, rank + i * G * tops, lo, hi) : 0, n = count * parts;
+      for (long x = 0; x < n; x++) {
+        long number = chosen[x / parts] * parts + x % parts;
+        panel[x] = panel_of(b, kh, number, far_keys + x * a.d * P16);
+        runs[x] = value(b, kh, number * P16);
+        keeps[x] = a.keep ? a.keep + b * a.M + a.first[b] + number * P16 : nullptr;
+        lengths[x] = std::max(0L, std::min(P16, length(b) - number * P16));
+      }
+      logits<Metric>(own, a.dp, G, panel.get(), n, a.d, mine + seen, ld, a.coef + h0, soft(h0), G, a.p);
+      for (long x = 0; x < n; x++)
+        for (long z = 0; (keeps[x] || lengths[x] < P16) && z < P16; z++)
+          for (long g = 0; g < G; g++)
+            if (z >= lengths[x] || (keeps[x] && !keeps[x][z])) mine[g * ld + seen + x * P16 + z] = -INF;
+      for (long g = 0; g < G; g++) weigh(mine + g * ld, seen + n * P16, sums + i * G + g);
+      far_values(mine + seen, n, o + i * G * a.vp);
+    }
+    if (seen) multiply_rows<true>(s, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
+    for (long r = 0; r < rows; r++) {
+      float* out = a.o + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.vp;
+      float by = sums[r] == 0 ? INF : sums[r];
+      for (long z = 0; z < a.vp; z += W) store(out + z, load(o + r * a.vp + z) / by);
+    }
+  }
+  void far_values(const float* w, long n, float* out) {
+    if (!n) return;
+    long g = 0, width = a.dv_ / W * W, stride = a.v_stride[2];
+    for (; g + 4 <= a.G; g += 4) rows_of<4>(w, g, n, width, stride, out);
+    if (a.G - g == 3) rows_of<3>(w, g, n, width, stride, out);
+    if (a.G - g == 2) rows_of<2>(w, g, n, width, stride, out);
+    if (a.G - g == 1) rows_of<1>(w, g, n, width, stride, out);
+    for (long z = width; z < a.dv_; z++)  // sizes that fill no vector
+      for (g = 0; g < a.G; g++)
+        for (long x = 0; x < n; x++)
+          for (long j = 0; j < lengths[x]; j++)
+            if (!keeps[x] || keeps[x][j])
+              out[g * a.vp + z] += w[g * ld + x * P16 + j] * T::one(runs[x][j * stride + z]);
+  }
+  template <int R>
+  void rows_of(const float* w, long g, long n, long width, long stride, float* out) {
+    weighted_rows<T, R>(w + g * ld, ld, runs.get(), keeps.get(), lengths.get(), n, stride, width, out + g * a.vp, a.vp);
+  }
+};
+template <class Metric, class T>
+static int retrieve(const Retrieve& a) {
+  long key_heads = a.H / a.G, blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
+  long units = a.window ? blocks : (a.N + a.block - 1) / a.block;
+  int failed = 0;
+#pragma omp parallel num_threads(a.threads)
+  {
+    Unit<Metric, T> unit(a);
+    if (!unit.memory) failed = 1;
+#pragma omp barrier
+    if (!failed) {
+      if (a.panels) {
+#pragma omp for schedule(dynamic, 8) collapse(2)
+        for (long bk = 0; bk < a.B * key_heads; bk++)
+          for (long x = 0; x < blocks * parts; x++)
+            unit.pack16(bk / key_heads, bk % key_heads, x * P16, a.panels + (bk * blocks * parts + x) * a.d * P16);
+      }
+#pragma omp for schedule(dynamic) collapse(2)
+      for (long x = 0; x < units; x++)  // causal: those with the most to search first
+        for (long bk = 0; bk < a.B * key_heads; bk++) unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
+    }
+  }
+  return failed;
+}
+template <class Metric>
+static int retrieve_as(const Retrieve& a) {
+  return a.half ? retrieve<Metric, BF16>(a) : retrieve<Metric, F32>(a);
+}
+extern "C" int retrieval_forward(const Retrieve* a) {
+  switch ((int)a->kind) {
+    case 0: return retrieve_as<L1>(*a);
+    case 1: return retrieve_as<Sq>(*a);
+    case 2: return retrieve_as<L2>(*a);
+    case 3: return retrieve_as<L3>(*a);
+    case 5: return retrieve_as<Linf>(*a);
+    case 8: return retrieve_as<SoftL1>(*a);
+    case 9: return retrieve_as<SoftL2>(*a);
+    default: return retrieve_as<Dot>(*a);
+  }
+}
+"""
+)
+
+# Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
+_KINDS = {KINDS["l1"], KINDS["sqeuclidean"], KINDS["l2"], 3, KINDS["chebyshev"], 8, 9}
+_NUMBERS = "B H G N M d dp dv_ vp causal window sinks block size groups candidates most half kind threads"
+
+
+class _Retrieve(ctypes.Structure):
+    _fields_ = fields(
+        "q coef soft means shares coarse coarse_shares k v keep first budget o panels",
+        _NUMBERS,
+        {"k_stride": 3, "v_stride": 3},
+    )
+
+
+def cpp_supports(x) -> bool:
+    """Return whether the kernel runs this `Retrieval`: inference on the CPU, no bias, cap, sink or dropout."""
+    inputs, search = x.inputs, x.search
+    tensors = inputs.query, inputs.key, inputs.value
+    if any(t.device.type != "cpu" or 0 in t.shape for t in tensors) or not readable(*tensors, inputs.keep):
+        return False
+    if inputs.dropout_p > 0 or inputs.is_absolute or inputs.bias is not None or x.relative_bias is not None:
+        return False
+    halves = inputs.key.dtype == inputs.value.dtype == torch.bfloat16
+    if not halves and not all(t.dtype == torch.float32 for t in tensors):
+        return False
+    if inputs.needs_grad() or search.block_size % 16 or not _is_known(inputs):
+        return False
+    return unavailable(SOURCE) is None
+
+
+def _is_known(inputs) -> bool:
+    metric = inputs.metric
+    if metric is not BUILT_IN.get(metric.name):
+        return False
+    if metric.name in ("dot", "lifted_sqeuclidean", "cosine"):
+        # A key is normalised by the ε of each query head.
+        return not isinstance(inputs.softening, Tensor) or inputs.groups == 1
+    return kind_of(metric.name, inputs.p, inputs.softening is not None) in _KINDS
+
+
+def cpp_retrieval(x) -> Tensor:
+    """Return the output (B, H, N, d_v) of a `Retrieval` with its `means`, in float32."""
+    inputs, search, means = x.inputs, x.search, x.means
+    batch, heads, num_queries, size = inputs.query.shape
+    key_heads, num_keys = inputs.key.shape[1:3]
+    query, key, value, mean, coarse = inputs.query.float(), inputs.key, inputs.value, means.mean, means.coarse
+    coef = torch.as_tensor(inputs.lam, **FLOATS).detach().expand(heads) * inputs.scaling
+    softening, kind, order = None, KINDS["dot"], inputs.p or 0.0
+    if inputs.metric.name in ("dot", "lifted_sqeuclidean", "cosine"):
+        softened = () if inputs.softening is None else (inputs.softening_column(torch.float32),)
+        form = inputs.metric.dot_form
+        if inputs.metric.name == "cosine":
+            query, key, _, factor = form(query, key.float(), *softened)
+            value = value.float()
+            flat = softened[:1] if not softened or not isinstance(softened[0], Tensor) else (softened[0][:, None],)
+            mean, coarse = (form(t[:0], t.mT, *flat)[1].mT.contiguous() for t in (mean, coarse))
+        else:
+            factor = form(query[:0], key[:0])[3]
+        query = query * (factor * coef[:, None, None])
+    else:
+        kind = kind_of(inputs.metric.name, inputs.p, inputs.softening is not None)
+        if inputs.softening is not None:
+            softening = torch.as_tensor(inputs.softening, **FLOATS).detach().expand(heads).clamp_min(LEAST)
+            softening = (softening / size if kind == kind_of("l1", None, True) else softening).contiguous()
+    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+    keep = None if inputs.keep is None else inputs.keep[:, 0, 0].expand(batch, num_keys).contiguous()
+    first = torch.zeros(batch, dtype=torch.long) if x.first is None else x.first.expand(batch).contiguous()
+    rows = padded_rows(query)
+    value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
+    output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
+    blocks = -(-num_keys // search.block_size)
+    # Where most keys are read more than once, their panels are made once.
+    panels = None
+    if num_queries * (search.most_blocks + 1) > blocks:
+        panels = torch.empty(batch, key_heads, blocks * search.block_size * size, **FLOATS)
+    data = _Retrieve(
+        B=batch, H=heads, G=heads // key_heads, N=num_queries, M=num_keys, d=size, dp=rows.shape[-1],
+        dv_=value.shape[-1], vp=value_size, causal=inputs.is_causal, window=search.window_size,
+        sinks=search.sink_blocks, block=search.block_size, size=search.mean_size, groups=mean.shape[2],
+        candidates=search.num_candidates, most=min(search.most_blocks, blocks), half=key.dtype == torch.bfloat16,
+        kind=kind, threads=min(torch.get_num_threads(), batch * key_heads * -(-num_queries // search.block_size)),
+        k_stride=strides(key), v_stride=strides(value), p=order,
+    )  # fmt: skip
+    run_kernel(
+        SOURCE, "retrieval_forward", data, q=rows, coef=coef.contiguous(), soft=softening, means=mean,
+        shares=means.weight.log(), coarse=coarse, coarse_shares=means.coarse_weight.log(), k=key, v=value, keep=keep,
+        first=first, budget=search.budget(key_heads).clamp(max=blocks), o=output, panels=panels,
+    )  # fmt: skip
+    return output[..., : value.shape[-1]]

@@ -1,0 +1,342 @@
+"""Retrieval attention by operators: any metric and device, with gradients; keys are gathered for some queries at a time."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .absolute_logits import finish_logits, unlifted
+from .attention import unit_softening, without_autocast
+from .inputs import masked_softmax
+from .kernel_cpp_retrieval import cpp_retrieval, cpp_supports
+from .metrics import BUILT_IN
+from .retrieval import GROUP, Means, Retrieval, aligned, block_means
+
+# Gathered key entries (float32: 16 MB) that exist at a time.
+_ENTRIES = 2**22
+
+
+def run_retrieval(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Run retrieval attention by the CPU's kernel where it can, else by operators.
+
+    Returns the output (B, H, N, d_v) in value's dtype, and the weights (B, H, N, M) before dropout or None.
+    """
+    dtype = problem.inputs.value.dtype
+    with without_autocast(problem.inputs.query.device.type):
+        if not return_weights and cpp_supports(problem):
+            return cpp_retrieval(problem if problem.means else _with_means(problem)).to(dtype), None
+        output, weights = retrieval_by_operators(problem, return_weights)
+    return output.to(dtype), weights if weights is None else weights.to(dtype)
+
+
+def _with_means(problem: Retrieval) -> Retrieval:
+    key, keep = problem.inputs.key, problem.inputs.keep
+    keep = torch.ones(1, key.shape[2], dtype=torch.bool) if keep is None else keep[:, 0, 0]
+    key = key.float() if problem.inputs.keep is None else key.float().masked_fill(~keep[:, None, :, None], 0.0)
+    keep = keep.expand(len(key), -1)
+    key, keep = aligned(key, problem.first, 2), aligned(keep, problem.first, 1)
+    return replace(problem, means=block_means(key, keep, problem.search))
+
+
+def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again."""
+    inputs = unlifted(problem.inputs)
+    if inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
+        # Its radius is that of all keys; what it stands for is not.
+        inputs = replace(inputs, metric=BUILT_IN["dot"], lam=2 * inputs.lam)
+    share = inputs.groups
+    if isinstance(inputs.softening, Tensor):
+        inputs = unit_softening(inputs)
+    inputs = inputs.in_full_precision()
+    layout = _Layout(replace(problem, inputs=inputs), share)
+    if 0 in inputs.query.shape or 0 in inputs.key.shape:
+        # Nothing to see; sums of nothing carry the gradient.
+        output = inputs.query.new_zeros(*inputs.query.shape[:3], inputs.value.shape[-1])
+        output = output + 0.0 * (inputs.query.sum() + inputs.key.sum() + inputs.value.sum())
+        weights = inputs.query.new_zeros(*inputs.query.shape[:3], inputs.key.shape[2])
+        return output, weights if return_weights else None
+    with torch.no_grad():
+        blocks, exists = layout.choose()
+    # Drawn here, so that the backward pass can make the same dropout again.
+    seed = int(torch.randint(2**31, ())) if inputs.dropout_p > 0 else 0
+    chosen = _Chosen(layout, blocks, exists, seed)
+    lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
+    tensors = inputs.query, layout.key, layout.value, lam, inputs.bias, problem.relative_bias
+    tensors = *tensors, inputs.sink_logit, inputs.shift
+    output = _Gathered.apply(chosen, *tensors)
+    return output, chosen.weights(*tensors) if return_weights else None
+
+
+class _Layout:
+    """A problem with its keys cut into blocks: key (B, H_kv, M', d), value, keep (B, M'), M' whole blocks.
+
+    positions (B or 1, N): where each query stands among them. share: consecutive query heads that choose together.
+    """
+
+    def __init__(self, problem: Retrieval, share: int):
+        self.problem, self.share = problem, share
+        inputs, search = problem.inputs, problem.search
+        batch, self.heads, num_queries, _ = inputs.query.shape
+        key_heads, num_keys = inputs.key.shape[1:3]
+        device = inputs.key.device
+        keep = torch.ones(batch, num_keys, dtype=torch.bool, device=device)
+        key, value = inputs.key, inputs.value
+        if inputs.keep is not None:
+            keep = keep & inputs.keep[:, 0, 0]
+            # Keys and values at padding may be anything, NaN included.
+            key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
+        self.blocks = -(-num_keys // search.block_size)
+        fill = self.blocks * search.block_size - num_keys
+        key, value = (F.pad(aligned(t, problem.first, 2), (0, 0, 0, fill)) for t in (key, value))
+        self.key, self.value, self.num_keys = key, value, num_keys
+        self.keep = F.pad(aligned(keep, problem.first, 1), (0, fill), value=False)
+        self.first = torch.zeros(1, dtype=torch.long, device=device) if problem.first is None else problem.first
+        before = num_keys - num_queries if inputs.is_causal else 0
+        self.positions = before + torch.arange(num_queries, device=device) - self.first[:, None]
+
+    def window(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first block of the window of queries at these positions and the one after its last, (B or 1, n).
+
+        Without a window it is empty, at the start. Before a row's first key it ends before it begins.
+        """
+        search = self.problem.search
+        if not search.window_size:
+            nowhere = torch.zeros_like(positions)
+            return nowhere, nowhere
+        own = positions.div(search.block_size, rounding_mode="floor")
+        ahead = 0 if self.problem.inputs.is_causal else search.reach
+        return (own - search.reach).clamp_min(0), (own + ahead + 1).clamp(max=self.blocks)
+
+    def parts(self, entries: int) -> list[slice]:
+        """Split the queries into slices for `entries` numbers a query to stay within what may exist at a time."""
+        rows = max(1, _ENTRIES // max(1, entries))
+        return [slice(start, start + rows) for start in range(0, self.problem.inputs.query.shape[2], rows)]
+
+    def choose(self) -> tuple[Tensor, Tensor]:
+        """Return (numbers of the chosen blocks (B, H / share, N, k), which of them exist)."""
+        search, inputs = self.problem.search, self.problem.inputs
+        batch, heads, num_queries, _ = inputs.query.shape
+        count = min(search.most_blocks, self.blocks)
+        choosers = heads // self.share
+        if not count:
+            empty = torch.zeros(batch, choosers, num_queries, 0, dtype=torch.long, device=inputs.key.device)
+            return empty, empty.bool()
+        means = self.problem.means or block_means(self.key, self.keep, search)
+        budget = search.budget(choosers, inputs.key.device)
+        results = []
+        for part in self.parts(2 * batch * heads * self.blocks * search.block_size // search.mean_size):
+            scores = self._scores(means, part)
+            best = scores.topk(count, dim=-1)
+            within = torch.arange(count, device=scores.device) < budget[:, None, None]
+            results.append((best.indices, (best.values > float("-inf")) & within))
+        return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
+
+    def _scores(self, means: Means, part: slice) -> Tensor:
+        """Return the scores (B, H / share, n, blocks) of the blocks for a part of the queries, -inf for no candidate."""
+        search = self.problem.search
+        per_block = search.block_size // search.mean_size
+        start, stop = (t[:, None, :, None] for t in self.window(self.positions[:, part]))
+        number = torch.arange(self.blocks, device=self.key.device)
+        may = (number >= search.sink_blocks) & (number < start)
+        if not self.problem.inputs.is_causal:
+            may = may | ((number >= search.sink_blocks) & (number >= stop))
+        real = means.weight.flatten(1)[:, : self.blocks * per_block].unflatten(1, (-1, per_block)).amax(-1) > 0
+        scores = self._logits(means.mean, means.weight, part)[..., : self.blocks * per_block]
+        scores = scores.unflatten(-1, (-1, per_block)).logsumexp(-1)
+        groups, of_group = means.weight.shape[1], GROUP // per_block
+        if groups > search.num_candidates:
+            may = may & self._in_good_groups(means, may, of_group, part)
+        return self._shared(scores, may & real[:, None, None])
+
+    def _in_good_groups(self, means: Means, may: Tensor, of_group: int, part: slice) -> Tensor:
+        """Return which blocks are in the best groups or in those of which a query may not know the mean."""
+        groups = means.weight.shape[1]
+        fill = groups * of_group - self.blocks
+        padded = F.pad(may, (0, fill), value=False).unflatten(-1, (groups, of_group))
+        # Padding at the end of the text is no reason to keep a group from the ranking.
+        exists = torch.arange(groups * of_group, device=may.device).view(groups, of_group) < self.blocks
+        whole = (padded | ~exists).all(-1)
+        logits = self._logits(means.coarse, means.coarse_weight, part)[..., :groups]
+        real = means.coarse_weight.flatten(1)[:, None, None, :groups] > 0
+        ranked = self._shared(logits, whole & real)
+        best = ranked.topk(min(self.problem.search.num_candidates, groups), dim=-1)
+        good = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, best.indices, best.values > float("-inf"))
+        good = good | ~whole
+        return good.repeat_interleave(of_group, dim=-1)[..., : self.blocks]
+
+    def _logits(self, mean: Tensor, weight: Tensor, part: slice) -> Tensor:
+        """Return the logits (B, H, n, means) of queries and means, with the logarithm of the share of real keys."""
+        inputs = self.problem.inputs
+        mean = mean.transpose(-1, -2).flatten(2, 3)
+        mean = mean.repeat_interleave(self.heads // mean.shape[1], dim=1)
+        logits = -inputs.lambda_column() * inputs.scaling * inputs.distances(inputs.query[:, :, part], mean)
+        return logits + weight.flatten(1).log()[:, None, None].to(logits.dtype)
+
+    def _shared(self, scores: Tensor, may: Tensor) -> Tensor:
+        """Return the scores by which heads choose together, -inf where `may` forbids."""
+        if self.share == 1:
+            return scores.masked_fill(~may, float("-inf"))
+        scores = scores.unflatten(1, (-1, self.share))
+        chances = masked_softmax(scores, may[:, :, None].expand_as(scores))
+        return chances.mean(2).masked_fill(~may, float("-inf"))
+
+
+class _Chosen:
+    """The blocks that the queries of a layout see, and attention to them, for a part of the queries at a time."""
+
+    def __init__(self, layout: _Layout, blocks: Tensor, exists: Tensor, seed: int):
+        self.layout, self.seed = layout, seed
+        inputs, search = layout.problem.inputs, layout.problem.search
+        key_heads = layout.key.shape[1]
+        device, positions = layout.key.device, layout.positions
+        start, stop = layout.window(positions)
+        sinks = torch.arange(min(search.sink_blocks, layout.blocks), device=device)
+        width = (search.reach + 1 if inputs.is_causal else 2 * search.reach + 1) if search.window_size else 0
+        near = start[..., None] + torch.arange(width, device=device)
+        # A sink within the window is the window's; one behind a causal query does not exist yet.
+        sees_sink = sinks < start[..., None]
+        if not inputs.is_causal:
+            sees_sink = sees_sink | (sinks >= stop[..., None])
+        fixed = torch.cat([sinks.expand(*start.shape, -1), near], dim=-1)
+        fixed_exists = torch.cat([sees_sink, near < stop[..., None]], dim=-1)
+        repeats = key_heads // blocks.shape[1]
+        blocks, exists = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (blocks, exists))
+        shape = (*blocks.shape[:3], fixed.shape[-1])
+        self.exists = torch.cat([fixed_exists[:, None].expand(shape), exists], dim=-1)
+        blocks = torch.cat([fixed[:, None].expand(shape), blocks], dim=-1)
+        self.blocks = torch.where(self.exists, blocks, 0)
+        entries = self.blocks.shape[-1] * search.block_size * max(layout.key.shape[-1], layout.value.shape[-1])
+        self.parts = layout.parts(inputs.query.shape[0] * key_heads * entries)
+
+    def index(self, part: slice) -> Tensor:
+        """Return row numbers of a table (B·H_kv·blocks, ...), flat, for the queries of a part."""
+        batch, key_heads = self.blocks.shape[:2]
+        head = torch.arange(batch * key_heads, device=self.blocks.device).view(batch, key_heads, 1, 1)
+        return (head * self.layout.blocks + self.blocks[:, :, part]).flatten()
+
+    def gather(self, tensor: Tensor, part: slice) -> Tensor:
+        """Return (B, H_kv, n, L, x) from (B, H_kv, M', x)."""
+        size = self.layout.problem.search.block_size
+        rows = tensor.reshape(-1, size * tensor.shape[-1]).index_select(0, self.index(part))
+        return rows.view(*self.blocks[:, :, part].shape[:3], -1, tensor.shape[-1])
+
+    def places(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Return where the seen keys stand among the blocks, (B, H_kv, n, L), and which of them count."""
+        layout, size = self.layout, self.layout.problem.search.block_size
+        place = (self.blocks[:, :, part, :, None] * size + torch.arange(size, device=self.blocks.device)).flatten(3)
+        keep = layout.keep[:, None, :].expand(-1, place.shape[1], -1)
+        seen = self.exists[:, :, part].repeat_interleave(size, dim=-1)
+        seen = seen & keep.gather(2, place.flatten(2)).view(place.shape)
+        if layout.problem.inputs.is_causal:
+            seen = seen & (place <= layout.positions[:, part][:, None, :, None])
+        return place, seen
+
+    def attend(self, part, query, key, value, lam, bias, relative_bias, sink, shift, weights=False) -> Tensor:
+        """Return (B, H, n, d_v) of the queries of a part, or their weights (B, H_kv, n, G, L); key, value gathered."""
+        layout, inputs = self.layout, self.layout.problem.inputs
+        key_heads = key.shape[1]
+        place, seen = self.places(part)
+
+        def in_groups(tensor):
+            """(B, H, n, x) -> (B, H_kv, n, G, x)."""
+            return None if tensor is None else tensor.unflatten(1, (key_heads, -1)).transpose(2, 3)
+
+        number = lam if lam is not None else torch.as_tensor(inputs.lam, dtype=query.dtype, device=query.device)
+        number = number.to(query.dtype).expand(layout.heads).view(key_heads, 1, -1, 1)
+        distance = inputs.metric.checked_distance(in_groups(query), key, inputs.p, epsilon=inputs.softening)
+        joined = self._biases(part, place, bias, relative_bias)
+        sink = None if sink is None else in_groups(sink.expand(len(query), layout.heads, query.shape[2], 1))
+        shift = None if shift is None else in_groups(shift.expand(len(query), layout.heads, query.shape[2], 1))
+        logits = finish_logits(inputs, -number * inputs.scaling * distance, shift, joined)
+        chances = masked_softmax(logits, seen[:, :, :, None].expand_as(logits), sink)
+        if weights:
+            return chances
+        chances = self._drop(part, chances)
+        return (chances @ value).transpose(2, 3).flatten(1, 2)
+
+    def _biases(self, part: slice, place: Tensor, bias: Tensor | None, relative_bias: Tensor | None) -> Tensor | None:
+        """Return what joins the logits of seen keys, (B, H_kv, n, G, L), or None."""
+        layout = self.layout
+        key_heads, joined = place.shape[1], None
+        groups = layout.heads // key_heads
+        position = (place + layout.first[:, None, None, None]).clamp(max=layout.num_keys - 1)
+        if bias is not None:
+            shape = (len(place), layout.heads, place.shape[2], layout.num_keys)
+            rows = bias.expand(shape).unflatten(1, (key_heads, groups)).transpose(2, 3)
+            joined = rows.gather(-1, position[:, :, :, None].expand(*place.shape[:3], groups, -1))
+        if relative_bias is not None:
+            own = layout.positions[:, part][:, None, :, None] + layout.first[:, None, None, None]
+            column = position - own + layout.num_keys - 1
+            head = torch.arange(layout.heads, device=place.device).view(key_heads, 1, groups, 1)
+            relative = relative_bias.flatten()[head * relative_bias.shape[1] + column[:, :, :, None]]
+            joined = relative if joined is None else joined + relative
+        return joined
+
+    def _drop(self, part: slice, weights: Tensor) -> Tensor:
+        dropout_p = self.layout.problem.inputs.dropout_p
+        if not dropout_p:
+            return weights
+        generator = torch.Generator(weights.device).manual_seed(self.seed + part.start)
+        kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
+        return weights * kept / (1 - dropout_p)
+
+    def of_part(self, part: slice, query, key, value, lam, bias, relative_bias, sink, shift) -> tuple:
+        """Return the tensors that `attend` takes for a part, keys and values gathered."""
+        bias, *rows = (t if t is None or t.shape[2] == 1 else t[:, :, part] for t in (bias, sink, shift))
+        return query[:, :, part], self.gather(key, part), self.gather(value, part), lam, bias, relative_bias, *rows
+
+    def weights(self, *tensors) -> Tensor:
+        """Return the weights (B, H, N, M) before dropout."""
+        layout, inputs = self.layout, self.layout.problem.inputs
+        batch, heads, num_queries, _ = inputs.query.shape
+        result = inputs.query.new_zeros(batch, heads, num_queries, layout.num_keys)
+        for part in self.parts:
+            chances = self.attend(part, *self.of_part(part, *tensors), weights=True)
+            position = (self.places(part)[0] + layout.first[:, None, None, None]).clamp(max=layout.num_keys - 1)
+            position = position[:, :, :, None].expand_as(chances)
+            rows = [t.transpose(2, 3).flatten(1, 2) for t in (position, chances)]
+            result[:, :, part] = result[:, :, part].scatter_add(-1, *rows)
+        return result
+
+
+class _Gathered(torch.autograd.Function):
+    """Attention to chosen blocks, gathered for a part of the queries at a time, and again for the backward pass.
+
+    Checkpointing each part would add up as many gradients of all keys as there are parts: quadratic.
+    """
+
+    @staticmethod
+    def forward(ctx, chosen, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.chosen = chosen
+        return torch.cat([chosen.attend(part, *chosen.of_part(part, *tensors)) for part in chosen.parts], dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        tensors, chosen = ctx.saved_tensors, ctx.chosen
+        # Contiguous, whatever the layout of what came in: rows are written through views.
+        totals = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
+        size = chosen.layout.problem.search.block_size
+        for part in chosen.parts:
+            given = chosen.of_part(part, *tensors)
+            leaves = [None if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in given]
+            with torch.enable_grad():
+                output = chosen.attend(part, *leaves)
+            own = torch.autograd.grad(
+                output, [t for t in leaves if t is not None], gradient[:, :, part], allow_unused=True
+            )
+            own = iter(own)
+            for number, (leaf, total) in enumerate(zip(leaves, totals, strict=True)):
+                if leaf is None or (change := next(own)) is None:
+                    continue
+                if number in (1, 2):
+                    table = total.view(-1, size * total.shape[-1])
+                    table.index_add_(0, chosen.index(part), change.reshape(-1, table.shape[-1]))
+                elif leaf.shape == total.shape:
+                    total += change
+                else:
+                    total[:, :, part] += change
+        return None, *totals
