@@ -39,7 +39,7 @@ def convert(
     model: PreTrainedModel,
     spec: AttentionSpec | str | Sequence[AttentionSpec | str],
     *,
-    init: str = "calibrated",
+    init: str | None = None,
     calibration=None,
     tokenizer=None,
     layers=None,
@@ -50,10 +50,11 @@ def convert(
     Args:
         model: any `PreTrainedModel` whose attention goes through transformers' attention interface.
         spec: what replaces dot-product attention; several specs with different `layers`/`heads` make one plan. A name
-            ("l2", "nystrom") stands for the spec of that metric or mechanism.
+            ("l2", "nystrom", "retrieval") stands for the spec of that metric or mechanism.
         init: "calibrated" fits λ, α, shift (and maps) per head to the teacher's attention on `calibration`;
             "exact" (sqeuclidean only) lifts the keys to a sphere, which loses nothing;
             "plain" only sets λ to the metric's default (the control: expect a large loss).
+            None: "calibrated"; "exact" where no spec has anything to fit (retrieval with the teacher's own logits).
         calibration: strings, a `datasets.Dataset`, or tokenised batches; used by "calibrated" only.
         tokenizer: needed when `calibration` is text.
         layers: shorthand for `AttentionSpec(layers=...)` on every spec that names none.
@@ -77,6 +78,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     specs = parse_specs(spec)
     if options.max_error is not None and not any(s.mechanism == "nystrom" for s in specs):
         raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
+    init = init or ("exact" if all(_fits_nothing(spec) for spec in specs) else "calibrated")
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
     _check_modules(model, modules, specs)
@@ -212,8 +214,14 @@ def _exact_below(config) -> int:
     return SHORT_TEXT if longest is not None and longest > SHORT_TEXT else 0
 
 
+def _fits_nothing(spec: AttentionSpec) -> bool:
+    return spec.mechanism == "retrieval" and spec.lift
+
+
 def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
     """Return the spec with the settings that its initialisation implies."""
+    if _fits_nothing(spec):
+        return spec
     if spec.mechanism == "nystrom":
         if init != "calibrated":
             raise ValueError(f"mechanism='nystrom' needs init='calibrated' (landmarks come from text), got {init!r}")

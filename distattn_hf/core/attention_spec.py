@@ -13,16 +13,31 @@ OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
 
 BLOCK_VERSION = 1
 TRANSFORMS = ("none", "scalar", "maps")
-MECHANISMS = ("distance", "nystrom")
+MECHANISMS = ("distance", "nystrom", "retrieval")
 ATTENTION_KINDS = ("self", "cross")
-# Each option that no fit depends on, and the mechanism that has it.
-OPTIONS = {"exact_below": "nystrom", "window_size": "nystrom", "backend": "distance"}
+# Each option that no fit depends on, and the mechanisms that have it.
+OPTIONS = {
+    "exact_below": ("nystrom",),
+    "window_size": ("nystrom", "retrieval"),
+    "backend": ("distance",),
+    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "mean_size", "num_candidates"), ("retrieval",)),
+}
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-# exact_below stays None, for `convert` to decide.
-_NYSTROM_DEFAULTS = {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None}
+# The fields of each mechanism and their defaults; exact_below stays None, for `convert` to decide.
+_OWN = {
+    "distance": {},
+    "nystrom": {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None},
+    "retrieval": {
+        "window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 16, "mean_size": 4, "num_candidates": 32,
+    },
+}  # fmt: skip
+_LEAST = {
+    "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0,
+    "block_size": 1, "num_blocks": 0, "mean_size": 1, "num_candidates": 1,
+}  # fmt: skip
 
 
 def version_note() -> str:
@@ -50,8 +65,8 @@ class AttentionSpec:
 
     Args:
         metric: name of a registered metric or an alias ("l2", "l1", "sqeuclidean", "lp", "cosine", "chebyshev", ...).
-        mechanism: "distance" (exact), or "nystrom" (linear time, metric "sqeuclidean" only): the fields from
-            `num_landmarks` on are its own.
+        mechanism: "distance" (exact), "nystrom" (constant memory, metric "sqeuclidean" only), or "retrieval" (all keys
+            kept, few read): the fields from `num_landmarks` on are theirs.
         p: order of "lp", p >= 1; None for every other metric.
         lam: λ > 0 at the start, for all heads. None: the metric's default, or what calibration fits.
         learnable_lambda: λ of each head is a parameter (stored as log λ). False with a given `lam`: a plain constant.
@@ -63,8 +78,8 @@ class AttentionSpec:
             0: the plain distance; a number: that ε in every head; "fit": one a head, which calibration fits and
             training trains. None: what the initialisation needs ("fit" for calibrated, 0 for exact and plain).
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
-            Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom", which
-            then approximates the teacher's own softmax, and False for "distance".
+            Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom" and
+            "retrieval", which then approximate the teacher's own softmax, and False for "distance".
         layers: which layers: None (all), a list of indices, a pattern ("0-5", "0,2,4-7", or a glob on module names
             such as "encoder.*"), or a type of the model's `config.layer_types`: "full_attention", "sliding_attention"
             or "chunked_attention".
@@ -75,11 +90,15 @@ class AttentionSpec:
         landmarks: the strategy that chooses them before they are fitted (see `select_landmarks`). Default "kmeans".
         window_size: keys seen exactly: the last ones, the query's own included, when causal; those at a smaller
             distance in both directions otherwise. None in cross-attention. Default 64.
-        num_sinks: first tokens seen exactly by every later query. Default 4.
+        num_sinks: first tokens seen exactly by every later query; of "retrieval" the blocks that hold them. Default 4.
         exact_below: a query that may see at most so many keys (padding not counted) attends to all of them exactly; a
             cache keeps that many keys before it takes its constant size. 0: none does. None: `convert` decides, 2,048
             where the model takes longer texts (exact attention loses nothing there, for some time and memory), else 0;
             without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
+        block_size: keys that "retrieval" finds and reads together. Default 16.
+        num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 16.
+        mean_size: keys whose mean the search looks at: block_size divided by 1, 2, 4, 8 or 16. Default 4.
+        num_candidates: groups of 16 such means that the search looks into. Default 32.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -103,6 +122,10 @@ class AttentionSpec:
     num_sinks: int | None = None
     exact_below: int | None = None
     softening: float | str | None = None
+    block_size: int | None = None
+    num_blocks: int | None = None
+    mean_size: int | None = None
+    num_candidates: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:
@@ -126,13 +149,13 @@ class AttentionSpec:
                 raise ValueError(f"softening (ε) must be a finite number >= 0, 'fit' or None, got {self.softening!r}")
             object.__setattr__(self, "softening", float(self.softening))
         if self.softening and self.metric in SQUARED_NAMES:
-            where = "mechanism 'nystrom'" if self.mechanism == "nystrom" else f"metric {self.metric!r}"
+            where = f"metric {self.metric!r}" if self.mechanism == "distance" else f"mechanism {self.mechanism!r}"
             raise ValueError(
                 f"softening must be None or 0 with {where}, which is quadratic already, got {self.softening!r}"
             )
         if self.lift is None:
             # For another metric, `_check_nystrom` says what is wrong.
-            object.__setattr__(self, "lift", self.mechanism == "nystrom" and self.metric in SQUARED_NAMES)
+            object.__setattr__(self, "lift", self.mechanism != "distance" and self.metric in SQUARED_NAMES)
         for name in ("learnable_lambda", "lift"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -144,36 +167,48 @@ class AttentionSpec:
             raise ValueError(f"backend must be a backend's name (str), got {self.backend!r}")
         for name in ("layers", "heads"):
             object.__setattr__(self, name, _indices(name, getattr(self, name), pattern_allowed=name == "layers"))
-        self._check_nystrom()
+        self._check_own()
+        if self.mechanism == "nystrom":
+            self._check_nystrom()
+        if self.mechanism == "retrieval":
+            check_search(self.window_size, self.block_size, self.mean_size)
+        if self.mechanism != "distance":
+            self._check_kept()
 
-    def _check_nystrom(self):
-        for name, default in _NYSTROM_DEFAULTS.items():
-            value = getattr(self, name)
-            if self.mechanism != "nystrom":
+    def _check_own(self):
+        """Set the defaults of the mechanism's fields and check their values."""
+        for name in {name: None for own in _OWN.values() for name in own}:
+            value, owners = getattr(self, name), [m for m in MECHANISMS if name in _OWN[m]]
+            if self.mechanism not in owners:
                 if value is not None:
-                    raise ValueError(f"{name} belongs to mechanism='nystrom', got {name}={value!r} with 'distance'")
+                    raise ValueError(
+                        f"{name} belongs to mechanism={' or '.join(map(repr, owners))}, got {name}={value!r} with "
+                        f"{self.mechanism!r}"
+                    )
                 continue
             if value is None:
-                object.__setattr__(self, name, value := default)
+                object.__setattr__(self, name, value := _OWN[self.mechanism][name])
             if name == "exact_below" and value is None:
                 continue
-            least = 1 if name == "num_landmarks" else 0
             if name == "landmarks":
                 if not isinstance(value, str) or not value:
                     raise ValueError(f"landmarks must be a strategy's name (str), got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if self.mechanism != "nystrom":
-            return
+            elif isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
+                raise ValueError(f"{name} must be an integer >= {_LEAST[name]}, got {value!r}")
+
+    def _check_nystrom(self):
         if self.metric not in SQUARED_NAMES:
             raise ValueError(f"mechanism='nystrom' needs metric 'sqeuclidean' (a Gaussian kernel), got {self.metric!r}")
-        if self.backend != "auto":
-            raise ValueError(f"backend must be 'auto' with mechanism='nystrom', got {self.backend!r}")
         if self.transform == "maps":
             raise ValueError("transform must be 'none', 'scalar' or None with mechanism='nystrom', got 'maps'")
+
+    def _check_kept(self):
+        """Check what a mechanism with kernels of its own, and the lift, decide themselves."""
+        if self.backend != "auto":
+            raise ValueError(f"backend must be 'auto' with mechanism={self.mechanism!r}, got {self.backend!r}")
         if self.lift and (self.lam not in (None, 0.5) or self.transform not in (None, "none")):
             raise ValueError(
-                f"mechanism='nystrom' with lift=True sets lam=0.5 and transform='none', got lam={self.lam!r}, "
+                f"mechanism={self.mechanism!r} with lift=True sets lam=0.5 and transform='none', got lam={self.lam!r}, "
                 f"transform={self.transform!r}"
             )
         if self.lift:
@@ -203,6 +238,16 @@ class AttentionSpec:
         if isinstance(self.layers, tuple):
             return layer in self.layers
         return layer_pattern_matches(self.layers, layer, name)
+
+
+def check_search(window_size: int, block_size: int, mean_size: int) -> None:
+    """Raise `ValueError` for sizes of retrieval attention that do not fit each other."""
+    if window_size < 1:
+        raise ValueError(f"window_size must be an integer >= 1 with mechanism='retrieval', got {window_size!r}")
+    if block_size / mean_size not in (1, 2, 4, 8, 16):
+        raise ValueError(
+            f"mean_size must be block_size={block_size} divided by 1, 2, 4, 8 or 16, got {mean_size!r}"
+        )
 
 
 def _is_number(value) -> bool:
@@ -290,14 +335,16 @@ def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[At
     for name, value in options.items():
         if name not in OPTIONS:
             raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
-        owners = [spec for spec in specs if spec.mechanism == OPTIONS[name]]
+        owners = [spec for spec in specs if spec.mechanism in OPTIONS[name]]
         if not owners:
-            raise ValueError(f"{name}={value!r} belongs to mechanism={OPTIONS[name]!r}, which this model does not have")
+            named = " or ".join(map(repr, OPTIONS[name]))
+            raise ValueError(f"{name}={value!r} belongs to mechanism={named}, which this model does not have")
         if value is None:
             raise ValueError(f"{name} must have a value, got None")
-        if name == "window_size" and isinstance(value, int) and value < (least := max(s.window_size for s in owners)):
+        least = max((s.window_size for s in owners if s.mechanism == "nystrom"), default=0)
+        if name == "window_size" and isinstance(value, int) and value < least:
             raise ValueError(
                 f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
                 "`distattn adapt` trains a model to a smaller one"
             )
-    return [replace(spec, **{n: v for n, v in options.items() if OPTIONS[n] == spec.mechanism}) for spec in specs]
+    return [replace(spec, **{n: v for n, v in options.items() if spec.mechanism in OPTIONS[n]}) for spec in specs]

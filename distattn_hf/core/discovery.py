@@ -154,14 +154,17 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
             for name, entry in candidates.items()
             if spec.matches_layer(entry["layer"], name, entry["type"]) and spec.attention in (None, entry["kind"])
         ]
+        if spec.mechanism == "retrieval" and spec.layers is None:
+            # A layer that sees a window alone has nothing to find: it stays as it is.
+            matched = [name for name in matched if candidates[name]["type"] == "full_attention"] or matched
         if not matched:
             raise ValueError(
                 f"the spec layers={spec.layers!r}, attention={spec.attention!r} selects no attention module; "
                 f"candidates are {', '.join(known)}"
             )
         for name in matched:
-            if spec.mechanism == "nystrom":
-                _refuse_pattern(name, candidates)
+            if spec.mechanism != "distance":
+                _refuse_pattern(name, candidates, spec.mechanism)
             entry = chosen.setdefault(name, {**candidates[name], "groups": []})
             # The model's config holds the type, and may change.
             entry.pop("type", None)
@@ -176,18 +179,24 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
                     f"heads: two specs with mechanism='nystrom' claim heads of {name!r}, whose cache serves one such "
                     "spec; give them separate layers"
                 )
+            mechanisms = {specs[g["spec"]].mechanism for g in entry["groups"]} | {spec.mechanism}
+            if {"nystrom", "retrieval"} <= mechanisms:
+                raise ValueError(
+                    f"heads: specs with mechanism='nystrom' and mechanism='retrieval' claim heads of {name!r}, which "
+                    "has one cache; give them separate layers"
+                )
             entry["groups"].append({"spec": number, "heads": heads})
     return {name: chosen[name] for name in candidates if name in chosen}
 
 
-def _refuse_pattern(name: str, candidates: dict[str, dict]) -> None:
-    """Raise `ValueError` where the model's own mask would hide keys from a Nyström module, which sums over all keys."""
+def _refuse_pattern(name: str, candidates: dict[str, dict], mechanism: str) -> None:
+    """Raise `ValueError` where the model's own mask would hide keys from a module whose mechanism reaches all keys."""
     kind = candidates[name]["type"]
     if "sliding" not in kind and "chunked" not in kind:
         return
     full_layers = sorted({entry["layer"] for entry in candidates.values() if entry["type"] == "full_attention"})
     raise ValueError(
-        f"layers: {name!r} has {kind}, which mechanism='nystrom' cannot honour: its far field is a sum over all keys. "
+        f"layers: {name!r} has {kind}, which mechanism={mechanism!r} cannot honour: it reaches all keys. "
         + (
             f"Use layers='full_attention' or layers={full_layers}; exact metrics take every layer"
             if full_layers

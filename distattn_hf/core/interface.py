@@ -22,6 +22,7 @@ from .metrics import get_metric
 from .nystrom_heads import join_heads, nystrom_forward, padding_mask, write_out
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import as_tensor, bias_behind, of_heads
+from .retrieval_heads import retrieval_forward
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +39,7 @@ EAGER_IMPLEMENTATION = _own("distattn_eager")
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
 FULL_MASK_IMPLEMENTATION = _own("distattn_full_mask")
-# For models in which some heads are Nyström's: causal and bidirectional masks say which keys are padding and no more.
+# For models in which some heads are Nyström's or retrieve: causal and bidirectional masks say which keys are padding and no more.
 NYSTROM_IMPLEMENTATION = _own("distattn_nystrom")
 NYSTROM_EAGER_IMPLEMENTATION = _own("distattn_nystrom_eager")
 IMPLEMENTATIONS = (
@@ -229,6 +230,14 @@ def _nystrom(
         return nystrom_forward(state, query, key, value, call, attend)
 
 
+def _retrieval(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+) -> tuple[Tensor, Tensor | None]:
+    if state.observer is not None:
+        return _observed(state, query, key, value, write_out(call, query.shape[2], key.shape[2], query.device)), None
+    return retrieval_forward(state, query, key, value, call, attend)
+
+
 def _exact(
     state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
 ) -> tuple[Tensor, Tensor | None]:
@@ -319,10 +328,15 @@ def distattn_attention_forward(
     call = read_call(module, query, attention_mask, kwargs, reference=reference, nystrom=nystrom)
     state: DistanceAttentionState | None = getattr(module, "distattn", None)
     converted = isinstance(state, nn.Module)
-    by_landmarks = nystrom and converted and state.is_nystrom
+    run = _exact
+    if nystrom and converted and (state.is_nystrom or state.is_retrieval):
+        run = _nystrom if state.is_nystrom else _retrieval
+    if nystrom and attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
+        # A static cache: the places behind are not filled yet.
+        key, value = (t[:, :, : attention_mask.shape[-1]] for t in (key, value))
     if (indices := kwargs.pop("indices", None)) is not None:
         call = with_selected_keys(call, indices, query, key)
-    if nystrom and not by_landmarks:
+    if nystrom and run is _exact:
         call = write_out(call, query.shape[2], key.shape[2], query.device)
     if not converted:
         if "position_bias" in kwargs:
@@ -330,7 +344,7 @@ def distattn_attention_forward(
         return _unconverted(module, query, key, value, call, kwargs)
     refuse_unsupported(module, kwargs)
     _check_heads(module, state, query)
-    output, weights = (_nystrom if by_landmarks else _exact)(state, query, key, value, call)
+    output, weights = run(state, query, key, value, call)
     return output.transpose(1, 2).contiguous(), weights
 
 

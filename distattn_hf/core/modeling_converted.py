@@ -34,6 +34,7 @@ from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_me
 from .nystrom_cache import RefusesAssistance, use_nystrom_cache
 from .parameters import DistanceAttentionState, check_backend, set_options, with_options
 from .relative_bias import give_relative_bias, has_relative_bias
+from .retrieval_cache import use_retrieval_cache
 
 REPORT_NAME = "distattn_report.json"
 
@@ -67,8 +68,8 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         super().__init__(config, *args, **kwargs)
 
     def _resolve(self, requested, config) -> str:
-        has_nystrom = any(spec.mechanism == "nystrom" for spec in config.attention_specs)
-        return resolve_implementation(requested, self._supports_sdpa, has_nystrom)
+        of_padding = any(spec.mechanism != "distance" for spec in config.attention_specs)
+        return resolve_implementation(requested, self._supports_sdpa, of_padding)
 
     def post_init(self):
         # All modules exist now and none is initialised or placed yet: the last moment to add ours.
@@ -127,7 +128,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         for any other name, a value that cannot be, and an option that no spec of the model has.
         """
         groups = [group for state in self.attention_states.values() for group in state.groups]
-        choices = [{n: v for n, v in options.items() if OPTIONS.get(n) == group.spec.mechanism} for group in groups]
+        choices = [{n: v for n, v in options.items() if group.spec.mechanism in OPTIONS.get(n, ())} for group in groups]
         changed = [with_options([group.spec], choice)[0] for group, choice in zip(groups, choices, strict=True)]
         set_options(self.config, options)
         for group, spec in zip(groups, changed, strict=True):
@@ -265,14 +266,16 @@ def attach_states(model: PreTrainedModel) -> None:
                 module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
                 # Its cache cannot be cropped, which transformers checks before assisted generation.
                 model._is_stateful = True
+            if module.distattn.is_retrieval and entry["kind"] == "self" and getattr(module, "is_causal", False):
+                module.register_forward_pre_hook(use_retrieval_cache, with_kwargs=True)
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
-    if any(spec.mechanism == "nystrom" for spec in specs):
+    if others := sorted({spec.mechanism for spec in specs} - {"distance"}):
         for name in find_attention_modules(model):
             module = locate(model, name)
             if not model._supports_sdpa and not isinstance(getattr(module, "is_causal", None), bool):
                 raise ValueError(
-                    f"mechanism='nystrom' needs to know which modules are causal, and {name!r} "
+                    f"mechanism={others[0]!r} needs to know which modules are causal, and {name!r} "
                     f"({type(module).__name__}) has no is_causal: it belongs to a model without support for SDPA"
                 )
             if has_relative_bias(module):

@@ -30,26 +30,30 @@ def padding_mask(
     kv_offset: int = 0,
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
+    batch_size: int = 1,
+    device: torch.device | None = None,
     **unused,
 ) -> Tensor | None:
     """Return which keys are padding, (B, 1, 1, M) bool, or None for none: mask function of models with Nyström heads.
 
     Causality is left to the attention function, so that no (N, M) mask is made. Any other pattern (sliding layers
     beside full ones, packed sequences) is written out as transformers does, (B, 1, N, M), for layers of exact
-    attention; Nyström heads refuse it. Raises `ValueError` for a cache with places that are not filled yet.
+    attention; Nyström and retrieval heads refuse it. For a cache with places that are not filled yet it is as long as
+    those that are.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         # Never left to a flag: None would mean causal or bidirectional here.
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(
             q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=mask_function, attention_mask=attention_mask, **{**unused, **skips},
+            mask_function=mask_function, attention_mask=attention_mask, batch_size=batch_size, device=device,
+            **{**unused, **skips},
         )  # fmt: skip
-    if mask_function is causal_mask_function and int(q_offset) + q_length < kv_length:
-        raise ValueError(
-            f"models with linear-time attention take caches that hold no more than what was seen, got {kv_length} "
-            f"places for {int(q_offset) + q_length} tokens (a static cache?). Leave cache_implementation at its default"
-        )
+    if mask_function is causal_mask_function and (seen := int(q_offset) + q_length) < kv_length:
+        # A static cache: as much mask as there are keys says which places are not filled yet.
+        if attention_mask is None:
+            attention_mask = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
+        return attention_mask[:, :seen].bool()[:, None, None, :]
     if attention_mask is None or surely(attention_mask.all()):
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
@@ -73,8 +77,8 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
         return torch.ones(len(query), length, dtype=torch.bool, device=query.device)
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
         raise ValueError(
-            f"Nyström attention needs a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: it never "
-            "forms the (N, M) entries that another pattern speaks of (a sliding window, packed sequences, a mask of "
+            f"Nyström and retrieval attention need a padding mask (B, M), got {mask.dtype} of shape {tuple(mask.shape)}: they never "
+            "form the (N, M) entries that another pattern speaks of (a sliding window, packed sequences, a mask of "
             "the model's own or of the caller's, or, under torch.compile, no attention_mask: pass one)"
         )
     return mask[:, 0, 0, -length:].expand(len(query), length)
@@ -112,7 +116,7 @@ def nystrom_forward(
             sink_logit=_bias_of(call.sink_logit, heads, query.device),
         )
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
-        exact = partial(_exact, attend, group)
+        exact = partial(exact_heads, attend, group)
         if not isinstance(group, NystromParameters):
             results.append((heads, *exact(*full(), own_call)))
             continue
@@ -314,7 +318,7 @@ def _in_full(
     return _take(query, heads), _take(key, columns), _take(value, columns)
 
 
-def _exact(
+def exact_heads(
     attend: Callable, group: NystromParameters, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
 ) -> tuple[Tensor, Tensor | None]:
     """Run exact attention of the last N of M keys' queries: causality by flag where that suffices, else by mask."""

@@ -311,6 +311,11 @@ class DistanceAttentionState(nn.Module):
         """Whether some heads use Nyström attention."""
         return any(isinstance(group, NystromParameters) for group in self.groups)
 
+    @property
+    def is_retrieval(self) -> bool:
+        """Whether some heads use retrieval attention."""
+        return any(group.spec.mechanism == "retrieval" for group in self.groups)
+
     def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
         """Return (heads, their parameters); heads of no spec come last, with None: dot-product attention."""
         all_heads = range(self.num_heads)

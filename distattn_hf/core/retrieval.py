@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attention_spec import check_search
 from .inputs import AttentionInputs
 
 # Means that share one of the next level, by which they are found.
@@ -53,11 +54,7 @@ class Search:
             raise ValueError(f"num_blocks must be an integer >= 0, or one for each key head, got {self.num_blocks!r}")
         if isinstance(self.num_blocks, list):
             object.__setattr__(self, "num_blocks", tuple(self.num_blocks))
-        means = self.block_size / self.mean_size
-        if means not in (1, 2, 4, 8, 16):
-            raise ValueError(
-                f"mean_size must be block_size={self.block_size} divided by 1, 2, 4, 8 or 16, got {self.mean_size!r}"
-            )
+        check_search(max(1, self.window_size), self.block_size, self.mean_size)
 
     @property
     def sink_blocks(self) -> int:

@@ -18,14 +18,16 @@ from .retrieval import GROUP, Means, Retrieval, aligned, block_means
 _ENTRIES = 2**22
 
 
-def run_retrieval(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Run retrieval attention by the CPU's kernel where it can, else by operators.
+def run_retrieval(
+    problem: Retrieval, return_weights: bool = False, reference: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Run retrieval attention by the CPU's kernel where it can, else (and for `reference`) by operators.
 
     Returns the output (B, H, N, d_v) in value's dtype, and the weights (B, H, N, M) before dropout or None.
     """
     dtype = problem.inputs.value.dtype
     with without_autocast(problem.inputs.query.device.type):
-        if not return_weights and cpp_supports(problem):
+        if not (return_weights or reference) and cpp_supports(problem):
             return cpp_retrieval(problem if problem.means else _with_means(problem)).to(dtype), None
         output, weights = retrieval_by_operators(problem, return_weights)
     return output.to(dtype), weights if weights is None else weights.to(dtype)

@@ -130,7 +130,7 @@ def override(values: dict, assignment: str) -> None:
 
 
 def parse_specs(spec) -> list[AttentionSpec]:
-    """Return the specs of an `AttentionSpec`, a metric's name, "nystrom", a dict of fields, or a list of these.
+    """Return the specs of an `AttentionSpec`, a name of a metric or mechanism, a dict of fields, or a list of these.
 
     Raises `ValueError` for anything else, and for a field that `AttentionSpec` does not have, naming the field.
     """
@@ -161,7 +161,7 @@ def _parsed(entry) -> AttentionSpec:
         return AttentionSpec.from_dict(entry)
     if not isinstance(entry, str):
         raise ValueError(_expected(entry))
-    return AttentionSpec(mechanism="nystrom") if entry == "nystrom" else AttentionSpec(entry)
+    return AttentionSpec(mechanism=entry) if entry in ("nystrom", "retrieval") else AttentionSpec(entry)
 
 
 def _expected(given) -> str:

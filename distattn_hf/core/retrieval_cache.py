@@ -1,0 +1,203 @@
+"""A cache layer for retrieval attention: all keys, and beside them the means by which blocks of them are found."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+
+from .compatibility import given_cache
+from .discovery import argument_names
+from .retrieval import GROUP, Means, Search, aligned, block_means
+
+# Keys for which there is room beyond those held, as a share of them, and at least.
+_SPARE, _LEAST_ROOM = 4, 64
+
+
+class KeyMeans:
+    """The `Means` of keys that come in one after another, with room for more; what has no keys yet has weight 0.
+
+    Only groups that new keys fall into are computed anew, by the same operations as all at once, so that the choice of
+    blocks does not depend on how a text was cut.
+    """
+
+    def __init__(self):
+        self.means: Means | None = None
+        self.size = self.counted = 0
+        self.first: Tensor | None = None
+
+    def update(self, key: Tensor, keep: Tensor | None, first: Tensor | None, search: Search) -> Means:
+        """Return the means of keys (B, H_kv, M, d), of which those counted before have not changed."""
+        size, batch, num_keys = search.mean_size, len(key), key.shape[2]
+        first = torch.zeros(batch, dtype=torch.long, device=key.device) if first is None else first
+        goes_on = self.means is not None and self.size == size and self.counted <= num_keys
+        goes_on = goes_on and self.first.shape == first.shape and bool((self.first == first).all())
+        if not goes_on:
+            self.means, self.counted = None, 0
+        self.size, self.first = size, first
+        if self.means is not None and self.counted == num_keys:
+            return self.means
+        span = GROUP * size
+        # A row whose text has not begun has nothing counted.
+        start = max(0, int((self.counted - first).min())) // span
+        offset = start * span
+        count = -(-max(1, num_keys - int(first.min()) - offset) // span)
+        own = first + offset
+        length = min(num_keys, int(own.min()) + count * span)
+        begin = min(int(own.min()), num_keys - 1)
+        moved = own - begin if bool((own != begin).any()) else None
+        tail = key[:, :, begin:length].to(torch.promote_types(key.dtype, torch.float32))
+        real = torch.ones(batch, length - begin, dtype=torch.bool, device=key.device)
+        if keep is not None:
+            real = keep[:, begin:length]
+            tail = tail.masked_fill(~real[:, None, :, None], 0.0)
+        tail, real = aligned(tail, moved, 2), aligned(real, moved, 1)
+        self._write(block_means(tail, real, search), start, count)
+        self.counted = num_keys
+        return self.means
+
+    def _write(self, new: Means, start: int, count: int) -> None:
+        """Put `count` groups of new means in from group `start` on."""
+        if self.means is None or self.means.mean.shape[2] < start + count:
+            self._grow(new, start + count)
+        means = self.means
+        means.mean[:, :, start : start + count] = new.mean[:, :, :count]
+        means.weight[:, start : start + count] = new.weight[:, :count]
+        group = torch.arange(count, device=new.mean.device)
+        panel, lane = (start + group) // GROUP, (start + group) % GROUP
+        means.coarse[:, :, panel, :, lane] = new.coarse[:, :, group // GROUP, :, group % GROUP]
+        means.coarse_weight[:, panel, lane] = new.coarse_weight[:, group // GROUP, group % GROUP]
+
+    def _grow(self, like: Means, groups: int) -> None:
+        """Make room for so many groups and some more, whole panels of the coarse means."""
+        groups = -(-(groups + groups // _SPARE + 1) // GROUP) * GROUP
+        sizes = {"mean": groups, "weight": groups, "coarse": groups // GROUP, "coarse_weight": groups // GROUP}
+        grown = {}
+        for name, size in sizes.items():
+            tensor, axis = getattr(like, name), 2 if getattr(like, name).dim() == 5 else 1
+            old = tensor.narrow(axis, 0, 0) if self.means is None else getattr(self.means, name)
+            fill = [0, 0] * (tensor.dim() - axis - 1) + [0, size - old.shape[axis]]
+            grown[name] = F.pad(old, fill)
+        self.means = Means(**grown)
+
+    def change_rows(self, change) -> None:
+        """Apply `change` to every tensor, whose first axis is the batch."""
+        if self.means is not None:
+            self.means = Means(**{name: change(tensor) for name, tensor in vars(self.means).items()})
+            self.first = change(self.first)
+
+    def nbytes(self) -> int:
+        """Return the bytes of the means."""
+        return 0 if self.means is None else sum(t.numel() * t.element_size() for t in vars(self.means).values())
+
+
+class RetrievalLayer(DynamicLayer):
+    """A `DynamicLayer` that keeps means of its keys, and room for more keys so that a new one does not copy the others.
+
+    Takes whatever a `DynamicLayer` takes: it can be cropped, reordered, copied, offloaded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.means = KeyMeans()
+        self._room: tuple[Tensor, Tensor] | None = None
+        self._owner = 0
+
+    @classmethod
+    def from_layer(cls, layer: DynamicLayer) -> "RetrievalLayer":
+        """Return a layer that holds the keys of a `DynamicLayer`."""
+        new = cls()
+        new.__dict__.update({name: value for name, value in vars(layer).items() if name not in vars(new)})
+        for name in ("keys", "values", "is_initialized"):
+            setattr(new, name, getattr(layer, name))
+        return new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (B, H_kv, n, d); returns all, by which the attention finds this layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # Autograd keeps what was returned before: nothing may be written beside it.
+            keys, values = super().update(key_states, value_states)
+        else:
+            keys, values = self._append(key_states, value_states)
+        # A view of its own, so that the mark is not on the tensor that the cache holds, which may be copied.
+        keys = keys.view_as(keys)
+        keys.distattn_retrieval = self
+        return keys, values
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        length, count = self.get_seq_length(), key_states.shape[2]
+        if not self._has_room(length + count):
+            self._make_room(key_states, value_states, length, count)
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, length : length + count] = new
+        self.keys, self.values = (room[:, :, : length + count] for room in self._room)
+        return self.keys, self.values
+
+    def _has_room(self, length: int) -> bool:
+        """Return whether keys and values stand at the beginning of room of this layer's own for so many."""
+        if self._room is None or self._owner != id(self):
+            return False
+        pairs = zip(self._room, (self.keys, self.values), strict=True)
+        return all(r.shape[2] >= length and r.data_ptr() == t.data_ptr() and len(r) == len(t) for r, t in pairs)
+
+    def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, count: int) -> None:
+        # A prompt gets little: it may be all there is.
+        spare = _LEAST_ROOM if not length else max(_LEAST_ROOM, length // _SPARE)
+        made = []
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            room = new.new_empty(*new.shape[:2], length + count + spare, new.shape[3])
+            if length:
+                room[:, :, :length] = held
+            made.append(room)
+        self._room, self._owner = tuple(made), id(self)
+
+    def means_of(self, key: Tensor, keep: Tensor | None, first: Tensor | None, search: Search) -> Means:
+        """Return the means of the keys as `update` returned them."""
+        return self.means.update(key, keep, first, search)
+
+    def crop(self, *args, **kwargs) -> None:
+        super().crop(*args, **kwargs)
+        # Other keys may come in place of those removed.
+        self.means = KeyMeans()
+
+    def reset(self) -> None:
+        super().reset()
+        self.means, self._room = KeyMeans(), None
+
+    def offload(self) -> None:
+        super().offload()
+        self._room = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.means.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self.means.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self.means.change_rows(lambda tensor: tensor[indices])
+
+
+def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
+    """Make the layer of a model's `DynamicCache` a `RetrievalLayer` (forward pre-hook of modules of self-attention).
+
+    Other kinds of layers stay: retrieval attention then takes the means anew at every call.
+    """
+    if module.distattn.observer is not None:
+        return
+    cache = given_cache({**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs})
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    index = getattr(module, "layer_idx", None)
+    if cache is None or index is None:
+        return
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index < len(cache.layers) and type(cache.layers[index]) is DynamicLayer:
+        cache.layers[index] = RetrievalLayer.from_layer(cache.layers[index])

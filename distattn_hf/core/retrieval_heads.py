@@ -1,0 +1,100 @@
+"""Retrieval attention inside a model: from transformers' arguments to `run_retrieval`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .absolute_logits import absolute_shift
+from .attention import without_autocast
+from .attention_spec import AttentionSpec
+from .inputs import AttentionInputs, ModuleCall, surely
+from .metrics import get_metric
+from .nystrom_heads import exact_heads, join_heads, key_padding
+from .parameters import DistanceAttentionState, HeadParameters
+from .relative_bias import RelativeBias, of_heads
+from .retrieval import Retrieval, Search, first_keys
+from .retrieval_gather import run_retrieval
+
+
+def search_of(spec: AttentionSpec, is_cross: bool, num_blocks: tuple[int, ...] | None = None) -> Search:
+    """Return the search that a spec with mechanism "retrieval" asks for; num_blocks: of each key head, in its place."""
+    window_size, num_sinks = (0, 0) if is_cross else (spec.window_size, spec.num_sinks)
+    return Search(
+        window_size, num_sinks, spec.block_size, num_blocks or spec.num_blocks, spec.mean_size, spec.num_candidates
+    )
+
+
+def retrieval_forward(
+    state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, attend: Callable
+) -> tuple[Tensor, Tensor | None]:
+    """Run a module with retrieval heads: (output (B, H, N, d_v), weights (B, H, N, M) when they are asked for).
+
+    `attend` runs exact attention, of heads that are not the retrieval's.
+    """
+    layer = getattr(key, "distattn_retrieval", None)
+    call = replace(call, is_causal=call.is_causal and not state.is_cross)
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
+    keep = None if call.mask is None else key_padding(call.mask, query, key.shape[2])
+    if keep is not None and surely(keep.all()):
+        keep = None
+    results = []
+    for heads, group in state.parts():
+        index = torch.tensor(heads, device=query.device)
+        own = replace(
+            call,
+            position_bias=None if call.position_bias is None else of_heads(call.position_bias, index),
+            sink_logit=of_heads(call.sink_logit, index),
+        )
+        tensors = query, key, value
+        if len(heads) < state.num_heads:
+            tensors = _some(heads, *tensors)
+        if group is None or group.spec.mechanism != "retrieval":
+            results.append((heads, *exact_heads(attend, group, *tensors, own)))
+        else:
+            results.append((heads, *_retrieve(group, *tensors, keep, own, layer if tensors[1] is key else None)))
+    return join_heads(results)
+
+
+def _some(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query heads and their key heads: grouped as they are where all of a key head's are there, else repeated."""
+    groups = query.shape[1] // key.shape[1]
+    columns = [head // groups for head in heads]
+    whole = columns[::groups]
+    if [column for column in whole for _ in range(groups)] == columns and len(set(whole)) == len(whole):
+        columns = whole
+    index, column = (torch.tensor(n, device=query.device) for n in (heads, columns))
+    return query[:, index], key[:, column], value[:, column]
+
+
+def _retrieve(
+    group: HeadParameters, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, call: ModuleCall, layer
+) -> tuple[Tensor, Tensor | None]:
+    """Return (output, weights or None) of a group of retrieval heads; layer: the cache layer of the key, if it has one."""
+    with without_autocast(query.device.type):
+        heads, metric = group(query, key), get_metric(group.metric)
+        shift = absolute_shift(heads, metric, group.p, call)
+    search = search_of(group.spec, call.is_cross)
+    first = first_keys(keep)
+    if value.shape[1] != heads.key.shape[1]:
+        value = value.repeat_interleave(heads.key.shape[1] // value.shape[1], dim=1)
+    bias, table = call.position_bias, None
+    if isinstance(bias, RelativeBias):
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        table, bias = bias.at(torch.arange(1 - num_keys, num_queries, device=query.device)), None
+    elif bias is not None and bias.shape[-1] > key.shape[2]:
+        bias = bias[..., : key.shape[2]]
+    inputs = AttentionInputs(
+        heads.query, heads.key, value.to(heads.key.dtype), metric, heads.lam, call.scaling, group.p,
+        None if keep is None else keep[:, None, None], bias, call.is_causal, call.dropout_p,
+        softening=heads.softening, sink_logit=call.sink_logit, softcap=call.softcap, shift=shift,
+    )  # fmt: skip
+    means = None
+    if layer is not None and heads.key is key:
+        with torch.no_grad():
+            means = layer.means_of(key, keep, first, search)
+    problem = Retrieval(inputs, search, first, table, means)
+    output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
+    return output.to(value.dtype), weights
