@@ -73,7 +73,7 @@ def distance_attention(
     metric = get_metric(metric)
     p = metric.validate(p)
     backend = validate_backend(backend)
-    _check_shapes(query, key, value)
+    check_shapes(query, key, value)
     named = {"key": key, "value": value, "lam": lam, "mask": mask, "position_bias": position_bias}
     for name, tensor in {**named, "softening": softening, "sink_logit": sink_logit}.items():
         # A kernel would read an address of another device.
@@ -86,7 +86,7 @@ def distance_attention(
         raise ValueError(f"scaling must be a positive finite number, got {scaling!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
-    lam = _check_lambda(lam, metric, head_dim, scaling, p, heads)
+    lam = check_lambda(lam, metric, head_dim, scaling, p, heads)
     softening = check_softening(metric, softening, heads)
     sink_logit, softcap = check_absolute(sink_logit, softcap, (batch, heads, num_queries))
     shape = (batch, heads, num_queries, key.shape[-2])
@@ -158,7 +158,7 @@ def without_autocast(device: str):
     return torch.autocast(device, enabled=False) if active else nullcontext()
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise `ValueError` naming the tensor that does not fit."""
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
@@ -180,7 +180,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query heads ({query.shape[1]}) must be a multiple of key heads ({key.shape[1]})")
 
 
-def _check_lambda(lam, metric, head_dim, scaling, p, heads) -> float | Tensor:
+def check_lambda(lam, metric, head_dim, scaling, p, heads) -> float | Tensor:
     if lam is None:
         return metric.default_lambda(head_dim, scaling, p)
     if isinstance(lam, Tensor):

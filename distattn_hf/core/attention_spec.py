@@ -80,7 +80,7 @@ class AttentionSpec:
         lift: sqeuclidean only: keys are lifted by one dimension onto a sphere, √(R² - ‖k‖²). The attention is then
             Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom" and
             "retrieval", which then approximate the teacher's own softmax, and False for "distance".
-        layers: which layers: None (all), a list of indices, a pattern ("0-5", "0,2,4-7", or a glob on module names
+        layers: which layers: None (all; of "retrieval" all of full_attention), a list of indices, a pattern ("0-5", "0,2,4-7", or a glob on module names
             such as "encoder.*"), or a type of the model's `config.layer_types`: "full_attention", "sliding_attention"
             or "chunked_attention".
         heads: which query heads: None (all) or a list of indices; the others keep dot-product attention.
@@ -232,7 +232,8 @@ class AttentionSpec:
     def matches_layer(self, layer: int | None, name: str, layer_type: str = "full_attention") -> bool:
         """Return whether `layers` selects the attention module `name` of number `layer` and type `layer_type`."""
         if self.layers is None:
-            return True
+            # A layer that sees a window alone has nothing to retrieve: it stays as it is.
+            return self.mechanism != "retrieval" or layer_type == "full_attention"
         if self.layers in LAYER_TYPES:
             return layer_type == self.layers
         if isinstance(self.layers, tuple):
@@ -245,9 +246,7 @@ def check_search(window_size: int, block_size: int, mean_size: int) -> None:
     if window_size < 1:
         raise ValueError(f"window_size must be an integer >= 1 with mechanism='retrieval', got {window_size!r}")
     if block_size / mean_size not in (1, 2, 4, 8, 16):
-        raise ValueError(
-            f"mean_size must be block_size={block_size} divided by 1, 2, 4, 8 or 16, got {mean_size!r}"
-        )
+        raise ValueError(f"mean_size must be block_size={block_size} divided by 1, 2, 4, 8 or 16, got {mean_size!r}")
 
 
 def _is_number(value) -> bool:

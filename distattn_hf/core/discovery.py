@@ -154,9 +154,6 @@ def select_modules(candidates: dict[str, dict], specs: list[AttentionSpec]) -> d
             for name, entry in candidates.items()
             if spec.matches_layer(entry["layer"], name, entry["type"]) and spec.attention in (None, entry["kind"])
         ]
-        if spec.mechanism == "retrieval" and spec.layers is None:
-            # A layer that sees a window alone has nothing to find: it stays as it is.
-            matched = [name for name in matched if candidates[name]["type"] == "full_attention"] or matched
         if not matched:
             raise ValueError(
                 f"the spec layers={spec.layers!r}, attention={spec.attention!r} selects no attention module; "

@@ -39,7 +39,8 @@ EAGER_IMPLEMENTATION = _own("distattn_eager")
 # The same attention for models that do not support SDPA: their modules may not say that they are causal, so the mask is
 # always written out.
 FULL_MASK_IMPLEMENTATION = _own("distattn_full_mask")
-# For models in which some heads are Nyström's or retrieve: causal and bidirectional masks say which keys are padding and no more.
+# For models in which some heads are Nyström's or retrieve: causal and bidirectional masks say which keys are padding
+# and no more.
 NYSTROM_IMPLEMENTATION = _own("distattn_nystrom")
 NYSTROM_EAGER_IMPLEMENTATION = _own("distattn_nystrom_eager")
 IMPLEMENTATIONS = (

@@ -1,28 +1,11 @@
-"""Retrieval attention by one CPU kernel: search in two levels, then exact attention to the blocks found."""
+"""C++ source of retrieval attention on the CPU: search in two levels, then exact attention to the blocks found."""
 
-import ctypes
-
-import torch
-from torch import Tensor
-
-from .kernel_cpp_library import (
-    ALIGNMENT,
-    FLOATS,
-    KINDS,
-    fields,
-    kind_of,
-    padded_rows,
-    readable,
-    run_kernel,
-    strides,
-    unavailable,
-)
+from .kernel_cpp_panels import PANELS
 from .kernel_cpp_tiles import TILES
-from .metrics import BUILT_IN
-from .softening import LEAST
 
 SOURCE = (
     TILES
+    + PANELS
     + r"""
 // Keys stand in blocks of `block` from key first[b] on; a panel holds 16 keys or means as (d, 16), 0 past the last.
 // means (B, Hkv, groups, d, 16), shares (B, groups, 16): the logarithm of the share of real keys; coarse: of groups.
@@ -36,137 +19,6 @@ struct Retrieve {
   long k_stride[3], v_stride[3];
   float p;
 };
-constexpr long P16 = 16;
-constexpr int NV = P16 / W;
-typedef uint16_t vh __attribute__((vector_size(2 * W)));
-struct F32 {
-  typedef float type;
-  INLINE float one(type x) { return x; }
-  INLINE vf read(const type* p) { return load(p); }
-};
-struct BF16 {
-  typedef uint16_t type;
-  INLINE float one(type x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-  }
-  INLINE vf read(const type* p) {
-    vh x;
-    memcpy(&x, p, sizeof x);
-    return (vf)(__builtin_convertvector(x, vi) << 16);
-  }
-};
-struct Dot : Plain {};
-template <class Metric>
-constexpr bool is_dot = std::is_same<Metric, Dot>::value;
-
-// out[r, 16·x ..] = logits of R rows and X panels, all sums in registers. coef: of the G heads, which rows go through.
-template <class Metric, int R, int X>
-INLINE void tile_logits(const float* q, long ldq, const float* const* panels, long d, float* out, long ldo,
-                        const float* coef, const float* soft, long G, long row, float p) {
-  vf acc[R][X][NV] = {};
-  float order[R];
-  for (int r = 0; r < R; r++) order[r] = soft ? soft[(row + r) % G] : p;
-  for (long c = 0; c < d; c++)
-    for (int x = 0; x < X; x++)
-      for (int v = 0; v < NV; v++) {
-        vf key = load(panels[x] + c * P16 + v * W);
-        for (int r = 0; r < R; r++) {
-          if constexpr (is_dot<Metric>)
-            acc[r][x][v] += q[r * ldq + c] * key;
-          else
-            acc[r][x][v] = Metric::add(acc[r][x][v], splat(q[r * ldq + c]) - key, order[r]);
-        }
-      }
-  for (int r = 0; r < R; r++)
-    for (int x = 0; x < X; x++)
-      for (int v = 0; v < NV; v++) {
-        vf y = acc[r][x][v];
-        if constexpr (!is_dot<Metric>) y = -coef[(row + r) % G] * Metric::finish(y, order[r]);
-        store(out + r * ldo + x * P16 + v * W, y);
-      }
-}
-template <class Metric, int R>
-static void row_logits(const float* q, long ldq, const float* const* panels, long count, long d, float* out, long ldo,
-                       const float* coef, const float* soft, long G, long row, float p) {
-  constexpr int X = R * NV >= 8 ? 1 : R * NV >= 4 ? 2 : R * NV >= 2 ? 4 : 8;
-  long x = 0;
-  for (; x + X <= count; x += X)
-    tile_logits<Metric, R, X>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
-  for (; x < count; x++) tile_logits<Metric, R, 1>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
-}
-template <class Metric>
-static void logits(const float* q, long ldq, long rows, const float* const* panels, long count, long d, float* out,
-                   long ldo, const float* coef, const float* soft, long G, float p) {
-  long r = 0;
-  for (; r + 4 <= rows; r += 4)
-    row_logits<Metric, 4>(q + r * ldq, ldq, panels, count, d, out + r * ldo, ldo, coef, soft, G, r, p);
-  const float* rest = q + r * ldq;
-  float* to = out + r * ldo;
-  if (rows - r == 3) row_logits<Metric, 3>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
-  if (rows - r == 2) row_logits<Metric, 2>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
-  if (rows - r == 1) row_logits<Metric, 1>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
-}
-// out[r, :] += Σ_j w[r, j]·value of the j-th of `count` runs of 16 keys; keys that `keep` omits are not read.
-template <class T, int R, int C>
-INLINE void weighted(const float* w, long ldw, const typename T::type* const* runs, const uint8_t* const* keeps,
-                     const long* lengths, long count, long stride, float* out, long ldo) {
-  vf acc[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) acc[r][c] = load(out + r * ldo + c * W);
-  for (long x = 0; x < count; x++)
-    for (long j = 0; j < lengths[x]; j++) {
-      if (keeps[x] && !keeps[x][j]) continue;
-      for (int c = 0; c < C; c++) {
-        vf y = T::read(runs[x] + j * stride + c * W);
-        for (int r = 0; r < R; r++) acc[r][c] += w[r * ldw + x * P16 + j] * y;
-      }
-    }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out + r * ldo + c * W, acc[r][c]);
-}
-template <class T, int R>
-static void weighted_rows(const float* w, long ldw, const typename T::type** runs, const uint8_t* const* keeps,
-                          const long* lengths, long count, long stride, long width, float* out, long ldo) {
-  constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;
-  long c = 0;
-  for (; c + C * W <= width; c += C * W) {
-    weighted<T, R, C>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
-    for (long x = 0; x < count; x++) runs[x] += C * W;
-  }
-  for (; c < width; c += W) {
-    weighted<T, R, 1>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
-    for (long x = 0; x < count; x++) runs[x] += W;
-  }
-  for (long x = 0; x < count; x++) runs[x] -= c;
-}
-
-struct Ranked {
-  float score;
-  int32_t number;
-  bool operator<(const Ranked& other) const {
-    return score > other.score || (score == other.score && number < other.number);
-  }
-};
-// Average over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
-static void chances(float* s, long ld, long G, long n, float* mean) {
-  memset(mean, 0, 4 * n);
-  for (long g = 0; g < G; g++) {
-    float *row = s + g * ld, top = largest_in(row, n);
-    if (top == -INF) continue;
-    vf sum = {};
-    for (long j = 0; j < n; j += W) {
-      vf w = expv(load(row + j) - top);
-      store(row + j, w);
-      sum += w;
-    }
-    float by = 1 / (G * ::total(sum));
-    for (long j = 0; j < n; j += W) store(mean + j, load(mean + j) + by * load(row + j));
-  }
-}
-
 template <class Metric, class T>
 struct Unit {
   typedef typename T::type type;
@@ -230,7 +82,9 @@ struct Unit {
   // Chooses the blocks of one position; its near window is blocks lo .. hi - 1. Returns how many.
   long choose(long b, long kh, const float* rows, const float* coarse_rows, long lo, long hi) {
     long bk = b * (a.H / a.G) + kh, count = 0, before = lo, per_block = a.block / a.size;
-    auto may = [&](long block) { return block >= a.sinks && block < blocks && (block < before || (!a.causal && block >= hi)); };
+    auto may = [&](long block) {
+      return block >= a.sinks && block < blocks && (block < before || (!a.causal && block >= hi));
+    };
     auto whole = [&](long group) {
       long from = group * of_group, to = std::min(from + of_group, blocks);
       return from >= a.sinks && (to <= before || (!a.causal && from >= hi));
@@ -329,7 +183,8 @@ struct Unit {
   }
   // The queries of block c of one key head.
   void run(long b, long kh, long c) {
-    long first = a.window ? a.first[b] : 0, before = a.causal ? a.M - a.N : 0, G = a.G, h0 = kh * G, key_heads = a.H / G;
+    long first = a.window ? a.first[b] : 0, before = a.causal ? a.M - a.N : 0, G = a.G, h0 = kh * G;
+    long key_heads = a.H / G;
     long from = std::max(c * a.block, before - first), to = std::min((c + 1) * a.block, before + a.N - first);
     long positions = to - from, rows = positions * G, lo = 0, hi = 0, seen = 0;
     if (positions <= 0) return;
@@ -440,92 +295,3 @@ extern "C" int retrieval_forward(const Retrieve* a) {
 }
 """
 )
-
-# Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
-_KINDS = {KINDS["l1"], KINDS["sqeuclidean"], KINDS["l2"], 3, KINDS["chebyshev"], 8, 9}
-_NUMBERS = "B H G N M d dp dv_ vp causal window sinks block size groups candidates most half kind threads"
-
-
-class _Retrieve(ctypes.Structure):
-    _fields_ = fields(
-        "q coef soft means shares coarse coarse_shares k v keep first budget o panels",
-        _NUMBERS,
-        {"k_stride": 3, "v_stride": 3},
-    )
-
-
-def cpp_supports(x) -> bool:
-    """Return whether the kernel runs this `Retrieval`: inference on the CPU, no bias, cap, sink or dropout."""
-    inputs, search = x.inputs, x.search
-    tensors = inputs.query, inputs.key, inputs.value
-    if any(t.device.type != "cpu" or 0 in t.shape for t in tensors) or not readable(*tensors, inputs.keep):
-        return False
-    if inputs.dropout_p > 0 or inputs.is_absolute or inputs.bias is not None or x.relative_bias is not None:
-        return False
-    halves = inputs.key.dtype == inputs.value.dtype == torch.bfloat16
-    if not halves and not all(t.dtype == torch.float32 for t in tensors):
-        return False
-    if inputs.needs_grad() or search.block_size % 16 or not _is_known(inputs):
-        return False
-    return unavailable(SOURCE) is None
-
-
-def _is_known(inputs) -> bool:
-    metric = inputs.metric
-    if metric is not BUILT_IN.get(metric.name):
-        return False
-    if metric.name in ("dot", "lifted_sqeuclidean", "cosine"):
-        # A key is normalised by the ε of each query head.
-        return not isinstance(inputs.softening, Tensor) or inputs.groups == 1
-    return kind_of(metric.name, inputs.p, inputs.softening is not None) in _KINDS
-
-
-def cpp_retrieval(x) -> Tensor:
-    """Return the output (B, H, N, d_v) of a `Retrieval` with its `means`, in float32."""
-    inputs, search, means = x.inputs, x.search, x.means
-    batch, heads, num_queries, size = inputs.query.shape
-    key_heads, num_keys = inputs.key.shape[1:3]
-    query, key, value, mean, coarse = inputs.query.float(), inputs.key, inputs.value, means.mean, means.coarse
-    coef = torch.as_tensor(inputs.lam, **FLOATS).detach().expand(heads) * inputs.scaling
-    softening, kind, order = None, KINDS["dot"], inputs.p or 0.0
-    if inputs.metric.name in ("dot", "lifted_sqeuclidean", "cosine"):
-        softened = () if inputs.softening is None else (inputs.softening_column(torch.float32),)
-        form = inputs.metric.dot_form
-        if inputs.metric.name == "cosine":
-            query, key, _, factor = form(query, key.float(), *softened)
-            value = value.float()
-            flat = softened[:1] if not softened or not isinstance(softened[0], Tensor) else (softened[0][:, None],)
-            mean, coarse = (form(t[:0], t.mT, *flat)[1].mT.contiguous() for t in (mean, coarse))
-        else:
-            factor = form(query[:0], key[:0])[3]
-        query = query * (factor * coef[:, None, None])
-    else:
-        kind = kind_of(inputs.metric.name, inputs.p, inputs.softening is not None)
-        if inputs.softening is not None:
-            softening = torch.as_tensor(inputs.softening, **FLOATS).detach().expand(heads).clamp_min(LEAST)
-            softening = (softening / size if kind == kind_of("l1", None, True) else softening).contiguous()
-    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
-    keep = None if inputs.keep is None else inputs.keep[:, 0, 0].expand(batch, num_keys).contiguous()
-    first = torch.zeros(batch, dtype=torch.long) if x.first is None else x.first.expand(batch).contiguous()
-    rows = padded_rows(query)
-    value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
-    output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
-    blocks = -(-num_keys // search.block_size)
-    # Where most keys are read more than once, their panels are made once.
-    panels = None
-    if num_queries * (search.most_blocks + 1) > blocks:
-        panels = torch.empty(batch, key_heads, blocks * search.block_size * size, **FLOATS)
-    data = _Retrieve(
-        B=batch, H=heads, G=heads // key_heads, N=num_queries, M=num_keys, d=size, dp=rows.shape[-1],
-        dv_=value.shape[-1], vp=value_size, causal=inputs.is_causal, window=search.window_size,
-        sinks=search.sink_blocks, block=search.block_size, size=search.mean_size, groups=mean.shape[2],
-        candidates=search.num_candidates, most=min(search.most_blocks, blocks), half=key.dtype == torch.bfloat16,
-        kind=kind, threads=min(torch.get_num_threads(), batch * key_heads * -(-num_queries // search.block_size)),
-        k_stride=strides(key), v_stride=strides(value), p=order,
-    )  # fmt: skip
-    run_kernel(
-        SOURCE, "retrieval_forward", data, q=rows, coef=coef.contiguous(), soft=softening, means=mean,
-        shares=means.weight.log(), coarse=coarse, coarse_shares=means.coarse_weight.log(), k=key, v=value, keep=keep,
-        first=first, budget=search.budget(key_heads).clamp(max=blocks), o=output, panels=panels,
-    )  # fmt: skip
-    return output[..., : value.shape[-1]]

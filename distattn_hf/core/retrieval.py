@@ -7,7 +7,8 @@ nothing else:
     the num_blocks best of the others, of which it knows only means: score(block) = log Σ exp(logit(q, mean)) over the
     means of each mean_size of its keys.
 Query heads of one key head choose together, by the average of their softmaxed scores. Where there are many blocks the
-scores are taken within the num_candidates best groups of 16 means, which are ranked by their own mean in the same way.
+scores are taken within the num_candidates best groups of 16 means (at least twice as many as hold num_blocks blocks),
+which are ranked by their own mean in the same way.
 The choice has no gradient.
 
 Sources: Landmark attention (Mohtashami & Jaggi, 2023), Quest (Tang et al., 2024), hierarchical attention.
@@ -70,6 +71,11 @@ class Search:
     def most_blocks(self) -> int:
         """The largest of the heads' budgets."""
         return self.num_blocks if isinstance(self.num_blocks, int) else max(self.num_blocks)
+
+    @property
+    def looked_into(self) -> int:
+        """How many groups are looked into: num_candidates, and at least twice as many as hold the chosen blocks."""
+        return max(self.num_candidates, 2 * -(-self.most_blocks * self.block_size // (GROUP * self.mean_size)))
 
     def budget(self, key_heads: int, device=None) -> Tensor:
         """Return the number of blocks that each key head chooses, (H_kv,); raises `ValueError` for other heads."""

@@ -1,4 +1,4 @@
-"""Retrieval attention by operators: any metric and device, with gradients; keys are gathered for some queries at a time."""
+"""Retrieval attention by operators, with gradients: keys are gathered for some queries at a time."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from .absolute_logits import finish_logits, unlifted
 from .attention import unit_softening, without_autocast
 from .inputs import masked_softmax
-from .kernel_cpp_retrieval import cpp_retrieval, cpp_supports
 from .metrics import BUILT_IN
 from .retrieval import GROUP, Means, Retrieval, aligned, block_means
+from .retrieval_cpp import cpp_retrieval, cpp_supports
 
 # Gathered key entries (float32: 16 MB) that exist at a time.
 _ENTRIES = 2**22
@@ -136,7 +136,7 @@ class _Layout:
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
 
     def _scores(self, means: Means, part: slice) -> Tensor:
-        """Return the scores (B, H / share, n, blocks) of the blocks for a part of the queries, -inf for no candidate."""
+        """Return the scores (B, H / share, n, blocks) for a part of the queries, -inf for no candidate."""
         search = self.problem.search
         per_block = search.block_size // search.mean_size
         start, stop = (t[:, None, :, None] for t in self.window(self.positions[:, part]))
@@ -148,7 +148,7 @@ class _Layout:
         scores = self._logits(means.mean, means.weight, part)[..., : self.blocks * per_block]
         scores = scores.unflatten(-1, (-1, per_block)).logsumexp(-1)
         groups, of_group = means.weight.shape[1], GROUP // per_block
-        if groups > search.num_candidates:
+        if groups > search.looked_into:
             may = may & self._in_good_groups(means, may, of_group, part)
         return self._shared(scores, may & real[:, None, None])
 
@@ -163,7 +163,7 @@ class _Layout:
         logits = self._logits(means.coarse, means.coarse_weight, part)[..., :groups]
         real = means.coarse_weight.flatten(1)[:, None, None, :groups] > 0
         ranked = self._shared(logits, whole & real)
-        best = ranked.topk(min(self.problem.search.num_candidates, groups), dim=-1)
+        best = ranked.topk(min(self.problem.search.looked_into, groups), dim=-1)
         good = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, best.indices, best.values > float("-inf"))
         good = good | ~whole
         return good.repeat_interleave(of_group, dim=-1)[..., : self.blocks]

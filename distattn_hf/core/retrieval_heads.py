@@ -59,7 +59,7 @@ def retrieval_forward(
 
 
 def _some(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query heads and their key heads: grouped as they are where all of a key head's are there, else repeated."""
+    """Return query heads and their key heads: grouped where all of a key head's are there, else repeated."""
     groups = query.shape[1] // key.shape[1]
     columns = [head // groups for head in heads]
     whole = columns[::groups]
@@ -72,7 +72,7 @@ def _some(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[
 def _retrieve(
     group: HeadParameters, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, call: ModuleCall, layer
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (output, weights or None) of a group of retrieval heads; layer: the cache layer of the key, if it has one."""
+    """Return (output, weights or None) of a group of retrieval heads; layer: the cache layer of the key, or None."""
     with without_autocast(query.device.type):
         heads, metric = group(query, key), get_metric(group.metric)
         shift = absolute_shift(heads, metric, group.p, call)

@@ -1,0 +1,135 @@
+"""C++ source of logits of a few rows and panels of 16 keys, sums of values, and the ranking of blocks."""
+
+PANELS = r"""
+// A panel holds 16 keys or means as (d, 16), 0 past the last.
+constexpr long P16 = 16;
+constexpr int NV = P16 / W;
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+struct F32 {
+  typedef float type;
+  INLINE float one(type x) { return x; }
+  INLINE vf read(const type* p) { return load(p); }
+};
+struct BF16 {
+  typedef uint16_t type;
+  INLINE float one(type x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+  }
+  INLINE vf read(const type* p) {
+    vh x;
+    memcpy(&x, p, sizeof x);
+    return (vf)(__builtin_convertvector(x, vi) << 16);
+  }
+};
+struct Dot : Plain {};
+template <class Metric>
+constexpr bool is_dot = std::is_same<Metric, Dot>::value;
+
+// out[r, 16·x ..] = logits of R rows and X panels, all sums in registers. coef: of the G heads, which rows go through.
+template <class Metric, int R, int X>
+INLINE void tile_logits(const float* q, long ldq, const float* const* panels, long d, float* out, long ldo,
+                        const float* coef, const float* soft, long G, long row, float p) {
+  vf acc[R][X][NV] = {};
+  float order[R];
+  for (int r = 0; r < R; r++) order[r] = soft ? soft[(row + r) % G] : p;
+  for (long c = 0; c < d; c++)
+    for (int x = 0; x < X; x++)
+      for (int v = 0; v < NV; v++) {
+        vf key = load(panels[x] + c * P16 + v * W);
+        for (int r = 0; r < R; r++) {
+          if constexpr (is_dot<Metric>)
+            acc[r][x][v] += q[r * ldq + c] * key;
+          else
+            acc[r][x][v] = Metric::add(acc[r][x][v], splat(q[r * ldq + c]) - key, order[r]);
+        }
+      }
+  for (int r = 0; r < R; r++)
+    for (int x = 0; x < X; x++)
+      for (int v = 0; v < NV; v++) {
+        vf y = acc[r][x][v];
+        if constexpr (!is_dot<Metric>) y = -coef[(row + r) % G] * Metric::finish(y, order[r]);
+        store(out + r * ldo + x * P16 + v * W, y);
+      }
+}
+template <class Metric, int R>
+static void row_logits(const float* q, long ldq, const float* const* panels, long count, long d, float* out, long ldo,
+                       const float* coef, const float* soft, long G, long row, float p) {
+  constexpr int X = R * NV >= 8 ? 1 : R * NV >= 4 ? 2 : R * NV >= 2 ? 4 : 8;
+  long x = 0;
+  for (; x + X <= count; x += X)
+    tile_logits<Metric, R, X>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
+  for (; x < count; x++) tile_logits<Metric, R, 1>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
+}
+template <class Metric>
+static void logits(const float* q, long ldq, long rows, const float* const* panels, long count, long d, float* out,
+                   long ldo, const float* coef, const float* soft, long G, float p) {
+  long r = 0;
+  for (; r + 4 <= rows; r += 4)
+    row_logits<Metric, 4>(q + r * ldq, ldq, panels, count, d, out + r * ldo, ldo, coef, soft, G, r, p);
+  const float* rest = q + r * ldq;
+  float* to = out + r * ldo;
+  if (rows - r == 3) row_logits<Metric, 3>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
+  if (rows - r == 2) row_logits<Metric, 2>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
+  if (rows - r == 1) row_logits<Metric, 1>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
+}
+// out[r, :] += Σ_j w[r, j]·value of the j-th of `count` runs of 16 keys; keys that `keep` omits are not read.
+template <class T, int R, int C>
+INLINE void weighted(const float* w, long ldw, const typename T::type* const* runs, const uint8_t* const* keeps,
+                     const long* lengths, long count, long stride, float* out, long ldo) {
+  vf acc[R][C];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) acc[r][c] = load(out + r * ldo + c * W);
+  for (long x = 0; x < count; x++)
+    for (long j = 0; j < lengths[x]; j++) {
+      if (keeps[x] && !keeps[x][j]) continue;
+      for (int c = 0; c < C; c++) {
+        vf y = T::read(runs[x] + j * stride + c * W);
+        for (int r = 0; r < R; r++) acc[r][c] += w[r * ldw + x * P16 + j] * y;
+      }
+    }
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < C; c++) store(out + r * ldo + c * W, acc[r][c]);
+}
+template <class T, int R>
+static void weighted_rows(const float* w, long ldw, const typename T::type** runs, const uint8_t* const* keeps,
+                          const long* lengths, long count, long stride, long width, float* out, long ldo) {
+  constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;
+  long c = 0;
+  for (; c + C * W <= width; c += C * W) {
+    weighted<T, R, C>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
+    for (long x = 0; x < count; x++) runs[x] += C * W;
+  }
+  for (; c < width; c += W) {
+    weighted<T, R, 1>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
+    for (long x = 0; x < count; x++) runs[x] += W;
+  }
+  for (long x = 0; x < count; x++) runs[x] -= c;
+}
+
+struct Ranked {
+  float score;
+  int32_t number;
+  bool operator<(const Ranked& other) const {
+    return score > other.score || (score == other.score && number < other.number);
+  }
+};
+// Average over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
+static void chances(float* s, long ld, long G, long n, float* mean) {
+  memset(mean, 0, 4 * n);
+  for (long g = 0; g < G; g++) {
+    float *row = s + g * ld, top = largest_in(row, n);
+    if (top == -INF) continue;
+    vf sum = {};
+    for (long j = 0; j < n; j += W) {
+      vf w = expv(load(row + j) - top);
+      store(row + j, w);
+      sum += w;
+    }
+    float by = 1 / (G * ::total(sum));
+    for (long j = 0; j < n; j += W) store(mean + j, load(mean + j) + by * load(row + j));
+  }
+}
+"""

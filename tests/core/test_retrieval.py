@@ -1,0 +1,422 @@
+"""Retrieval attention against a plain loop, its kernel against its operators, and what no query may see."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distattn_hf import distance_attention, retrieval_attention
+from distattn_hf.core import retrieval_gather
+from distattn_hf.core.inputs import AttentionInputs
+from distattn_hf.core.kernel_cpp_library import unavailable
+from distattn_hf.core.kernel_cpp_retrieval import SOURCE
+from distattn_hf.core.metrics import get_metric
+from distattn_hf.core.retrieval import Retrieval, Search, block_means, first_keys
+from distattn_hf.core.retrieval_cache import KeyMeans
+from distattn_hf.core.retrieval_cpp import cpp_supports
+from distattn_hf.core.retrieval_gather import retrieval_by_operators, run_retrieval
+from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
+
+from .cases import METRIC_CASES, metric_id
+
+# Blocks of 4 keys, of 2 means each: a group of 16 means is 8 blocks.
+SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3, mean_size=2, num_candidates=1)
+CROSS = replace(SMALL, window_size=0, num_sinks=0)
+# What the kernel takes: blocks of whole panels.
+LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3, mean_size=4, num_candidates=2)
+FORMS = ("causal", "bidirectional", "cross")
+needs_kernel = pytest.mark.skipif(unavailable(SOURCE) is not None, reason="no C++ compiler here")
+
+
+def problem(
+    form="causal",
+    search=SMALL,
+    *,
+    shape=(2, 4, 2, 70, 70),
+    metric="dot",
+    p=None,
+    keep=None,
+    dtype=torch.float64,
+    **kwargs,
+):
+    """Random inputs, d = 6, d_v = 5; shape: B, H, H_kv, N, M."""
+    batch, heads, key_heads, num_queries, num_keys = shape
+    sizes = kwargs.pop("sizes", (6, 5))
+    query, key, value = (
+        torch.randn(batch, h, n, d, dtype=dtype)
+        for h, n, d in (
+            (heads, num_queries, sizes[0]),
+            (key_heads, num_keys, sizes[0]),
+            (key_heads, num_keys, sizes[1]),
+        )
+    )
+    keep = None if keep is None or bool(keep.all()) else keep
+    if form == "cross":
+        search = replace(search, window_size=0, num_sinks=0)
+    inputs = AttentionInputs(
+        query, key, value, get_metric(metric), kwargs.pop("lam", 3.0), 0.7, p,
+        None if keep is None else keep[:, None, None], None, form == "causal", **kwargs,
+    )  # fmt: skip
+    return Retrieval(inputs, search, first_keys(keep))
+
+
+def padding(rows: int, length: int) -> torch.Tensor:
+    """keep (B, M): the first row has padding to the left, the second anywhere, others none."""
+    keep = torch.ones(rows, length, dtype=torch.bool)
+    keep[0, : length // 5] = False
+    keep[1] = torch.rand(length) < 0.7
+    return keep
+
+
+class Loops:
+    """One row of the batch and one key head, by the definition: a query at a time, in the words of the docstring."""
+
+    def __init__(self, x: Retrieval, row: int, key_head: int):
+        inputs, self.search, self.causal = x.inputs, x.search, x.inputs.is_causal
+        groups = inputs.query.shape[1] // inputs.key.shape[1]
+        heads = slice(key_head * groups, (key_head + 1) * groups)
+        self.query, self.key = inputs.query[row, heads], inputs.key[row, key_head]
+        self.budget = (
+            self.search.num_blocks if isinstance(self.search.num_blocks, int) else self.search.num_blocks[key_head]
+        )
+        self.num_keys = len(self.key)
+        keep = [True] * self.num_keys if inputs.keep is None else inputs.keep[row, 0, 0].tolist()
+        self.keep, self.first = keep, keep.index(True)
+        self.count = -(-(self.num_keys - self.first) // self.search.block_size)
+        lam = torch.as_tensor(inputs.lam, dtype=torch.float64).expand(inputs.query.shape[1])[heads, None, None]
+        self.logits = lambda keys: (
+            -lam * inputs.scaling * inputs.metric.checked_distance(self.query, keys, inputs.p, fast=False)
+        )
+        self.made = {}
+
+    def real(self, start: int, stop: int) -> list[int]:
+        """Keys that are not padding, at places start to stop from the first one."""
+        return [j for j in range(self.first + start, min(self.first + stop, self.num_keys)) if self.keep[j]]
+
+    def score(self, start: int, stop: int, width: int) -> torch.Tensor:
+        """(G, N): log Σ exp of the logits of means of `width` keys each, with the share of real keys in each."""
+        if (start, stop, width) not in self.made:
+            terms = [torch.full(self.query.shape[:2], -math.inf, dtype=torch.float64)]
+            for at in range(start, stop, width):
+                if keys := self.real(at, at + width):
+                    share = math.log(len(keys) / width)
+                    terms.append(self.logits(self.key[keys].mean(0, keepdim=True))[..., 0] + share)
+            self.made[start, stop, width] = torch.stack(terms).logsumexp(0)
+        return self.made[start, stop, width]
+
+    def best(self, query: int, scores: dict[int, torch.Tensor], most: int) -> list[int]:
+        """The `most` numbers whose softmaxed scores are the largest on average over the query heads."""
+        if not scores:
+            return []
+        average = torch.stack(list(scores.values()), dim=-1)[:, query].softmax(-1).mean(0).tolist()
+        ranked = sorted(zip(average, scores, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        return [number for _, number in ranked[:most]]
+
+    def seen(self, query: int, position: int) -> list[int]:
+        """The keys that a query sees which stands at this place, counted from the first key."""
+        search, size, width = self.search, self.search.block_size, self.search.mean_size
+        near, sinks = [], []
+        if search.window_size:
+            own, reach = position // size, -(-(search.window_size - 1) // size)
+            near = list(range(max(0, own - reach), (own if self.causal else min(own + reach, self.count - 1)) + 1))
+            sinks = list(range(min(-(-search.num_sinks // size), self.count)))
+        far = [n for n in range(self.count) if n not in near and n not in sinks]
+        if self.causal:
+            far, sinks = ([n for n in numbers if n < near[0]] for numbers in (far, sinks))
+        of_group = 16 * width // size
+        groups = {
+            g: [n for n in range(g * of_group, (g + 1) * of_group) if n < self.count]
+            for g in range(-(-self.count // of_group))
+        }
+        may = [n for n in far if self.real(n * size, (n + 1) * size)]
+        if len(groups) > search.looked_into:
+            # Of a group that is not wholly far the mean may be of keys that a query must not know.
+            whole = [g for g, numbers in groups.items() if all(n in far for n in numbers)]
+            span = of_group * size
+            scores = {
+                g: self.score(g * span, (g + 1) * span, span) for g in whole if self.real(g * span, (g + 1) * span)
+            }
+            good = self.best(query, scores, search.looked_into)
+            may = [n for n in may if n // of_group in good or n // of_group not in whole]
+        scores = {n: self.score(n * size, (n + 1) * size, width) for n in may}
+        blocks = {*near, *sinks, *self.best(query, scores, self.budget)}
+        return [j for n in sorted(blocks) for j in self.real(n * size, (n + 1) * size)]
+
+
+def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, weights) by the definition."""
+    inputs = x.inputs
+    batch, heads, num_queries, _ = inputs.query.shape
+    key_heads, num_keys = inputs.key.shape[1:3]
+    groups, weights = heads // key_heads, inputs.query.new_zeros(batch, heads, num_queries, num_keys)
+    bias = torch.zeros(1) if inputs.bias is None else inputs.bias
+    bias = bias.expand_as(weights)
+    before = num_keys - num_queries if inputs.is_causal else 0
+    for row in range(batch):
+        for key_head in range(key_heads):
+            loops, own = Loops(x, row, key_head), slice(key_head * groups, (key_head + 1) * groups)
+            logits = loops.logits(loops.key) + bias[row, own]
+            for query in range(num_queries):
+                position = before + query - loops.first
+                keys = loops.seen(query, position) if position >= 0 or not x.search.window_size else []
+                keys = [j for j in keys if not inputs.is_causal or j <= before + query]
+                if keys:
+                    weights[row, own, query, keys] = logits[:, query, keys].softmax(-1)
+    return weights @ inputs.value.repeat_interleave(groups, dim=1), weights
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("metric", ["dot", "l2", "l1", "cosine"])
+def test_the_definition(metric, form, padded, monkeypatch):
+    """Also with few queries, and a few queries at a time. Breaks if a block, a mean or a group is off by one."""
+    monkeypatch.setattr(retrieval_gather, "_ENTRIES", 2**10)
+    shape = (2, 4, 2, 23, 70) if form != "bidirectional" else (2, 4, 2, 70, 70)
+    keep = padding(2, 70) if padded else None
+    x = problem(form, metric=metric, keep=keep, shape=shape)
+    output, weights = retrieval_by_operators(x, return_weights=True)
+    expected, expected_weights = by_loops(x)
+    rows = torch.ones(2, 1, shape[3], dtype=torch.bool)
+    if padded and form == "bidirectional":
+        rows[0, :, :14] = False  # rows of padding mean nothing
+    rows = rows.expand(2, 4, shape[3])
+    assert_close(weights[rows], expected_weights[rows], "float64")
+    assert_close(output[rows], expected[rows], "float64")
+    seen = (weights > 0).sum(-1)
+    assert seen.max() < 45, "the control: not all of 70 keys are seen"
+
+
+def test_budgets_by_head_and_a_bias():
+    bias = torch.randn(1, 4, 70, 70, dtype=torch.float64)
+    x = problem(search=replace(SMALL, num_blocks=(0, 5)))
+    x = replace(x, inputs=replace(x.inputs, bias=bias))
+    expected, weights = by_loops(x)
+    assert_close(retrieval_by_operators(x)[0], expected, "float64")
+    seen = (weights[:, :, -1] > 0).sum(-1)
+    assert (seen[:, :2] < seen[:, 2:]).all()
+    table = torch.randn(4, 70 + 70 - 1, dtype=torch.float64)
+    relative = torch.arange(70) - torch.arange(70)[:, None] + 69
+    written = replace(x, inputs=replace(x.inputs, bias=table[:, relative][None]))
+    lazy = replace(x, inputs=replace(x.inputs, bias=None), relative_bias=table)
+    assert_close(retrieval_by_operators(lazy)[0], retrieval_by_operators(written)[0], "equal")
+
+
+@pytest.mark.parametrize("metric", METRIC_CASES, ids=metric_id)
+@pytest.mark.parametrize("form", FORMS)
+def test_all_blocks_are_exact_attention(form, metric):
+    """Every metric, grouped keys, padding: with a budget for all blocks nothing is lost."""
+    name, p = metric
+    keep = padding(2, 70)
+    keep[:, -1] = True
+    x = problem(
+        form, replace(SMALL, num_blocks=50), metric=name, p=p, keep=keep, lam=torch.tensor([1.0, 2.0, 0.5, 3.0])
+    )
+    expected = distance_attention(
+        x.inputs.query, x.inputs.key, x.inputs.value, metric=name, p=p, lam=x.inputs.lam, scaling=0.7,
+        mask=keep, is_causal=form == "causal", backend="reference",
+    )  # fmt: skip
+    rows = keep if form != "cross" else torch.ones_like(keep)
+    rows = rows[:, None].expand(2, 4, 70)
+    assert_close(retrieval_by_operators(x)[0][rows], expected[rows], "float64")
+
+
+@needs_kernel
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("form", [*FORMS, "steps", "one step"])
+@pytest.mark.parametrize("metric", METRIC_CASES, ids=metric_id)
+def test_the_kernel_is_the_operators(metric, form, padded):
+    name, p = metric
+    queries = {"steps": 19, "one step": 1, "cross": 40}.get(form, 300)
+    keep = padding(2, 300) if padded else None
+    form = "causal" if "step" in form else form
+    for heads, key_heads, sizes in ((6, 2, (24, 20)), (2, 2, (16, 16)), (5, 1, (7, 9))):
+        x = problem(
+            form, LARGE, metric=name, p=p, keep=keep, shape=(2, heads, key_heads, queries, 300), dtype=torch.float32,
+            sizes=sizes, lam=torch.linspace(0.5, 4, heads),
+        )  # fmt: skip
+        if not cpp_supports(x):
+            assert name == "lp"
+            continue
+        output, expected = run_retrieval(x)[0], retrieval_by_operators(x)[0]
+        if padded and form == "bidirectional":
+            output[0, :, :60] = expected[0, :, :60] = 0
+        assert_close(output, expected, "float32_gradient")
+
+
+@needs_kernel
+@pytest.mark.parametrize("metric", ["l2", "l1", "cosine"])
+def test_the_kernel_takes_softened_distances(metric):
+    for softening in (2.0, torch.tensor([0.5, 2.0])):
+        x = problem("causal", LARGE, metric=metric, shape=(2, 2, 2, 300, 300), dtype=torch.float32, softening=softening)
+        assert cpp_supports(x)
+        assert_close(run_retrieval(x)[0], retrieval_by_operators(x)[0], "float32_gradient")
+
+
+@needs_kernel
+def test_half_precision_is_as_good_as_pytorchs():
+    """In bfloat16, where all blocks are chosen, beside scaled_dot_product_attention in bfloat16."""
+    x = problem("causal", replace(LARGE, num_blocks=99), shape=(2, 4, 2, 300, 300), dtype=torch.float32, lam=1.0)
+    q, k, v = (t.to(torch.bfloat16) for t in (x.inputs.query, x.inputs.key, x.inputs.value))
+    own = run_retrieval(replace(x, inputs=replace(x.inputs, query=q, key=k, value=v)))[0]
+    options = {"is_causal": True, "scale": 0.7, "enable_gqa": True}
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+    error, limit = ((t.double() - exact).square().mean().sqrt() for t in (own, theirs))
+    assert own.dtype == torch.bfloat16
+    assert error <= HALF_ERROR_RATIO * limit
+
+
+@needs_kernel
+@pytest.mark.parametrize("run", ["kernel", "operators"])
+def test_nothing_hidden_reaches_anything(run):
+    """The future, padding (NaN in it) and batch neighbours change no bit."""
+    keep = padding(3, 200)
+    attend = cpp_or_operators(run)
+    x = problem("causal", LARGE, shape=(3, 4, 2, 200, 200), keep=keep, dtype=torch.float32)
+    expected = attend(x)
+    key, value = x.inputs.key.clone(), x.inputs.value.clone()
+    hidden = ~keep[:, None, :, None]
+    key.masked_fill_(hidden, math.nan), value.masked_fill_(hidden, math.nan)
+    assert torch.equal(attend(replace(x, inputs=replace(x.inputs, key=key, value=value))), expected)
+    key, value = x.inputs.key.clone(), x.inputs.value.clone()
+    key[:, :, 150:], value[:, :, 150:] = torch.randn_like(key[:, :, 150:]), torch.randn_like(value[:, :, 150:])
+    changed = attend(replace(x, inputs=replace(x.inputs, key=key, value=value)))
+    assert torch.equal(changed[:, :, :150], expected[:, :, :150])
+    assert not torch.equal(changed[:, :, 150:], expected[:, :, 150:])
+    key = x.inputs.key.clone()
+    key[1] = torch.randn_like(key[1])
+    changed = attend(replace(x, inputs=replace(x.inputs, key=key)))
+    assert torch.equal(changed[[0, 2]], expected[[0, 2]])
+
+
+def cpp_or_operators(run):
+    if run == "operators":
+        return lambda x: retrieval_by_operators(x)[0]
+
+    def by_kernel(x):
+        assert cpp_supports(x)
+        return run_retrieval(x)[0]
+
+    return by_kernel
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_equal_finite_differences(form, monkeypatch):
+    """Query, grouped key, value, λ, bias, sink and softening, two queries at a time."""
+    monkeypatch.setattr(retrieval_gather, "_ENTRIES", 2**8)
+    search = Search(2, 1, 2, 1, 1, 50) if form != "cross" else Search(0, 0, 2, 1, 1, 50)
+    x = problem(form, search, metric="l2", shape=(1, 2, 1, 9, 9), sizes=(2, 1))
+
+    def leaf(tensor):
+        return tensor.clone().requires_grad_()
+
+    lam, softening = (leaf(torch.tensor(n, dtype=torch.float64)) for n in ([0.7, 1.4], [0.5, 0.9]))
+    bias, sink = (leaf(torch.randn(s, dtype=torch.float64)) for s in ((1, 2, 9, 9), (1, 2, 1, 1)))
+    table = leaf(torch.randn(2, 17, dtype=torch.float64))
+
+    def attention(query, key, value, lam, softening, bias, sink, table):
+        inputs = replace(
+            x.inputs, query=query, key=key, value=value, lam=lam, softening=softening, bias=bias, sink_logit=sink
+        )
+        return retrieval_by_operators(replace(x, inputs=inputs, relative_bias=table))[0]
+
+    leaves = [leaf(t) for t in (x.inputs.query, x.inputs.key, x.inputs.value)]
+    assert torch.autograd.gradcheck(attention, (*leaves, lam, softening, bias, sink, table))
+
+
+def test_dropout_is_one_for_both_passes():
+    """Output is linear in the value, so Σ output·g = Σ value·gradient under one mask; and it averages to the whole."""
+    x = problem("causal", shape=(1, 2, 2, 60, 60), dropout_p=0.4)
+    value = x.inputs.value.requires_grad_()
+    output = retrieval_by_operators(x)[0]
+    g = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad((output * g).sum(), value)
+    assert_close((gradient * value).sum(), (output * g).sum(), "float64")
+    with torch.no_grad():
+        draws = torch.stack([retrieval_by_operators(x)[0] for _ in range(400)])
+        whole = retrieval_by_operators(replace(x, inputs=replace(x.inputs, dropout_p=0.0)))[0]
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - whole).abs() <= STANDARD_ERRORS * error + 1e-12).all()
+    assert draws.std(0).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "cuts", [[200], [1] * 200, [70, 1, 1, 3, 60, 65], [5, 195]], ids=["once", "single", "mixed", "two"]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_means_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
+    """Bit for bit, however the keys came. Breaks if a group that new keys fall into is not made anew."""
+    key = torch.randn(3, 2, 200, 6)
+    keep = padding(3, 200) if padded else None
+    if padded:
+        keep[2, :77] = False
+    means, start = KeyMeans(), 0
+    for count in cuts:
+        start += count
+        own = None if keep is None else keep[:, :start]
+        first = first_keys(own)
+        if own is not None and not own.any(-1).all():
+            first = torch.where(own.any(-1), own.int().argmax(-1), start)
+        grown = means.update(key[:, :, :start], own, first, SMALL)
+    x = problem("causal", shape=(3, 2, 2, 200, 200), keep=keep, dtype=torch.float32)
+    x = replace(x, inputs=replace(x.inputs, key=key))
+    layout = retrieval_gather._Layout(x, 1)
+    expected = block_means(layout.key, layout.keep, SMALL)
+    for name in ("mean", "weight", "coarse", "coarse_weight"):
+        grown_tensor, tensor = getattr(grown, name), getattr(expected, name)
+        axis = 2 if tensor.dim() == 5 else 1
+        held = grown_tensor.narrow(axis, 0, tensor.shape[axis])
+        assert_close(held, tensor, "equal", name)
+        rest = grown_tensor.narrow(axis, tensor.shape[axis], grown_tensor.shape[axis] - tensor.shape[axis])
+        assert not rest.any()
+
+
+class TestArguments:
+    """`retrieval_attention` itself."""
+
+    def tensors(self):
+        return torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+
+    def test_dot_product_is_the_default_and_weights_are_those_applied(self):
+        query, key, value = self.tensors()
+        output, weights = retrieval_attention(
+            query, key, value, is_causal=True, num_blocks=1, window_size=2, return_weights=True
+        )
+        assert_close(weights @ value.repeat_interleave(2, dim=1), output, "float32_forward")
+        assert_close(weights.sum(-1), torch.ones(1, 4, 40), "weights_sum")
+        assert not torch.allclose(
+            output, torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        )
+        exact = retrieval_attention(query, key, value, is_causal=True)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        assert_close(exact, expected, "float32_forward")
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
+            ({"block_size": 24}, "mean_size must be block_size=24 divided by 1, 2, 4, 8 or 16, got 4"),
+            ({"num_blocks": -1}, "num_blocks must be an integer >= 0, or one for each key head, got -1"),
+            ({"num_blocks": (1, 2, 3)}, "num_blocks must be one number or one for each of 2 key heads"),
+            ({"window_size": 0}, "window_size must be an integer >= 1 unless is_cross, got 0"),
+            ({"num_candidates": 0}, "num_candidates must be an integer >= 1, got 0"),
+            ({"metric": "l7"}, "unknown metric 'l7'"),
+            ({"scaling": -1.0}, "scaling must be a positive finite number, got -1.0"),
+            ({"dropout_p": 1.0}, "dropout_p must be in"),
+            ({"is_causal": True, "is_cross": True}, "exclude each other"),
+            ({"mask": torch.ones(1, 1, 40, 40, dtype=torch.bool)}, "mask must be padding"),
+            ({"position_bias": torch.full((1, 4, 40, 40), -math.inf)}, "position_bias must be finite"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_what_cannot_be_is_refused_by_name(self, options, says):
+        with pytest.raises(ValueError, match=says.replace("(", r"\(")):
+            retrieval_attention(*self.tensors(), **options)
+
+    def test_nothing_to_see(self):
+        query, key, value = self.tensors()
+        mask = torch.zeros(1, 40, dtype=torch.bool)
+        assert not retrieval_attention(query, key, value, mask=mask, is_causal=True).any()
+        empty = retrieval_attention(query[:, :, :0], key, value, is_causal=True)
+        assert empty.shape == (1, 4, 0, 8)
