@@ -20,7 +20,7 @@ OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
     "backend": ("distance",),
-    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "mean_size", "num_candidates"), ("retrieval",)),
+    **dict.fromkeys(("num_sinks", "block_size", "num_blocks"), ("retrieval",)),
 }
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -30,13 +30,11 @@ SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 _OWN = {
     "distance": {},
     "nystrom": {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None},
-    "retrieval": {
-        "window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 16, "mean_size": 4, "num_candidates": 32,
-    },
+    "retrieval": {"window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 16},
 }  # fmt: skip
 _LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0,
-    "block_size": 1, "num_blocks": 0, "mean_size": 1, "num_candidates": 1,
+    "block_size": 1, "num_blocks": 0,
 }  # fmt: skip
 
 
@@ -97,8 +95,6 @@ class AttentionSpec:
             without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
         block_size: keys that "retrieval" finds and reads together. Default 16.
         num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 16.
-        mean_size: keys whose mean the search looks at: block_size divided by 1, 2, 4, 8 or 16. Default 4.
-        num_candidates: groups of 16 such means that the search looks into. Default 32.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -124,8 +120,6 @@ class AttentionSpec:
     softening: float | str | None = None
     block_size: int | None = None
     num_blocks: int | None = None
-    mean_size: int | None = None
-    num_candidates: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:
@@ -171,7 +165,10 @@ class AttentionSpec:
         if self.mechanism == "nystrom":
             self._check_nystrom()
         if self.mechanism == "retrieval":
-            check_search(self.window_size, self.block_size, self.mean_size)
+            if self.window_size < 1:
+                raise ValueError(
+                    f"window_size must be an integer >= 1 with mechanism='retrieval', got {self.window_size!r}"
+                )
         if self.mechanism != "distance":
             self._check_kept()
 
@@ -239,14 +236,6 @@ class AttentionSpec:
         if isinstance(self.layers, tuple):
             return layer in self.layers
         return layer_pattern_matches(self.layers, layer, name)
-
-
-def check_search(window_size: int, block_size: int, mean_size: int) -> None:
-    """Raise `ValueError` for sizes of retrieval attention that do not fit each other."""
-    if window_size < 1:
-        raise ValueError(f"window_size must be an integer >= 1 with mechanism='retrieval', got {window_size!r}")
-    if block_size / mean_size not in (1, 2, 4, 8, 16):
-        raise ValueError(f"mean_size must be block_size={block_size} divided by 1, 2, 4, 8 or 16, got {mean_size!r}")
 
 
 def _is_number(value) -> bool:

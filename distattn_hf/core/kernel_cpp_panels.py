@@ -116,9 +116,9 @@ struct Ranked {
     return score > other.score || (score == other.score && number < other.number);
   }
 };
-// Average over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
-static void chances(float* s, long ld, long G, long n, float* mean) {
-  memset(mean, 0, 4 * n);
+// The largest over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
+static void chances(float* s, long ld, long G, long n, float* most) {
+  memset(most, 0, 4 * n);
   for (long g = 0; g < G; g++) {
     float *row = s + g * ld, top = largest_in(row, n);
     if (top == -INF) continue;
@@ -128,8 +128,70 @@ static void chances(float* s, long ld, long G, long n, float* mean) {
       store(row + j, w);
       sum += w;
     }
-    float by = 1 / (G * ::total(sum));
-    for (long j = 0; j < n; j += W) store(mean + j, load(mean + j) + by * load(row + j));
+    float by = 1 / ::total(sum);
+    for (long j = 0; j < n; j += W) store(most + j, vmax(load(most + j), by * load(row + j)));
   }
+}
+
+// out[r, 8 blocks] = step[r]·max over keys of scale·(Σ q·code - 8·Σ q); codes as in `Codes`, off = 8·Σ q.
+template <int R>
+INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code, long half,
+                      const float* scale, long block, float* out, long ldo) {
+  long steps = dq / 8;
+#ifdef __AVX2__
+  typedef float v8 __attribute__((vector_size(32)));
+  const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  v8 best[R];
+  for (int r = 0; r < R; r++) best[r] = v8{} - INF;
+  for (long t = 0; t < block; t++) {
+    const uint8_t* at = code + (t * 2 + half) * steps * 32;
+    __m256i wide[R];
+    for (int r = 0; r < R; r++) wide[r] = _mm256_setzero_si256();
+    for (long u0 = 0; u0 < steps; u0 += 8) {  // at most 16 products of pairs fit into 16 bits
+      __m256i acc[R];
+      for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_si256();
+      for (long u = u0; u < std::min(u0 + 8, steps); u++) {
+        __m256i both = _mm256_loadu_si256((const __m256i*)(at + u * 32)), a = _mm256_and_si256(both, low);
+        __m256i b = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        for (int r = 0; r < R; r++) {
+          int32_t x, y;
+          memcpy(&x, q + r * dq + 4 * u, 4);
+          memcpy(&y, q + r * dq + dq / 2 + 4 * u, 4);
+          acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(a, _mm256_set1_epi32(x)));
+          acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(b, _mm256_set1_epi32(y)));
+        }
+      }
+      for (int r = 0; r < R; r++) wide[r] = _mm256_add_epi32(wide[r], _mm256_madd_epi16(acc[r], ones));
+    }
+    v8 by;
+    memcpy(&by, scale + t * P16 + half * 8, sizeof by);
+    for (int r = 0; r < R; r++) {
+      v8 x = ((v8)_mm256_cvtepi32_ps(wide[r]) - off[r]) * by;
+      best[r] = best[r] > x ? best[r] : x;
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    v8 x = step[r] * best[r], y;
+    memcpy(&y, out + r * ldo, sizeof y);
+    y += x;
+    memcpy(out + r * ldo, &y, sizeof y);
+  }
+#else
+  for (int r = 0; r < R; r++)
+    for (long lane = 0; lane < 8; lane++) {
+      float best = -INF;
+      for (long t = 0; t < block; t++) {
+        const uint8_t* at = code + (t * 2 + half) * steps * 32 + lane * 4;
+        int32_t sum = 0;
+        for (long u = 0; u < steps; u++)
+          for (long z = 0; z < 4; z++) {
+            int both = at[u * 32 + z];
+            sum += (both & 15) * q[r * dq + 4 * u + z] + (both >> 4) * q[r * dq + dq / 2 + 4 * u + z];
+          }
+        best = std::max(best, ((float)sum - off[r]) * scale[t * P16 + half * 8 + lane]);
+      }
+      out[r * ldo + lane] += step[r] * best;
+    }
+#endif
 }
 """

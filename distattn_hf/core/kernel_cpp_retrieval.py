@@ -7,15 +7,16 @@ SOURCE = (
     TILES
     + PANELS
     + r"""
-// Keys stand in blocks of `block` from key first[b] on; a panel holds 16 keys or means as (d, 16), 0 past the last.
-// means (B, Hkv, groups, d, 16), shares (B, groups, 16): the logarithm of the share of real keys; coarse: of groups.
+// Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
+// whole, off, step: queries as whole numbers (B, H, N, dq), 8 times their sum, and what one of them is worth.
 struct Retrieve {
-  const float *q, *coef, *soft, *means, *shares, *coarse, *coarse_shares;
+  const float *q, *coef, *soft, *mean, *scale, *off, *step;
   const void *k, *v;
-  const uint8_t* keep;
+  const uint8_t *code, *real, *keep;
+  const int8_t* whole;
   const int64_t *first, *budget;
   float *o, *panels;
-  long B, H, G, N, M, d, dp, dv_, vp, causal, window, sinks, block, size, groups, candidates, most, half, kind, threads;
+  long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, most, half, kind, threads;
   long k_stride[3], v_stride[3];
   float p;
 };
@@ -23,40 +24,39 @@ template <class Metric, class T>
 struct Unit {
   typedef typename T::type type;
   const Retrieve& a;
-  long blocks, around, parts, of_group, tops, ld, ldg;
+  long blocks, around, parts, tops, ld;
   std::unique_ptr<float, void (*)(void*)> memory;
-  float *q, *s, *o, *fine, *mean, *rank, *near_keys, *far_keys, *values, *sums;
+  float *q, *s, *o, *work, *most, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
   std::unique_ptr<Ranked[]> ranked;
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const type*[]> runs;
   std::unique_ptr<const uint8_t*[]> keeps;
-  std::unique_ptr<long[]> lengths, chosen, good;
+  std::unique_ptr<int8_t[]> whole;
+  std::unique_ptr<long[]> lengths, chosen;
 
   Unit(const Retrieve& a) : a(a), memory(nullptr, free) {
     blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
     around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
-    of_group = P16 * a.size / a.block;
-    tops = (a.groups + P16 - 1) / P16 * P16;
+    tops = (blocks + P16 - 1) / P16 * P16;
     long near = ((a.window ? 2 * around + 1 : 0) + a.sinks) * parts, far = a.most * parts, rows = a.block * a.G;
-    long most = std::min(a.groups, a.candidates + 4);  // groups that are not whole are good whatever their means
-    ld = (near + far) * P16, ldg = std::max(tops, most * P16);
-    long kept = a.panels ? 0 : a.d * P16;
-    long sizes[] = {rows * a.dp, rows * ld,   rows * a.vp, a.G * ldg,       ldg,
-                    rows * tops, near * kept, far * kept,  near * P16 * a.vp, rows};
-    float** places[] = {&q, &s, &o, &fine, &mean, &rank, &near_keys, &far_keys, &values, &sums};
+    ld = (near + far) * P16;
+    long kept = a.panels ? 0 : a.d * P16, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
+    long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, rows * tops,
+                    near * kept, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows};
+    float** places[] = {&q, &s, &o, &work, &most, &rank, &near_keys, &far_keys, &values, &sums, &off, &step};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
     memory = buffer(all);
     float* at = memory.get();
-    for (int i = 0; i < 10; i++) *places[i] = at, at += (sizes[i] + 31) / 16 * 16;
-    long list = std::max(std::max(near, far), std::max(most, tops / P16)) + 1;
-    ranked.reset(new Ranked[std::max(tops, most * P16)]);
+    for (int i = 0; i < 12; i++) *places[i] = at, at += (sizes[i] + 31) / 16 * 16;
+    long list = std::max(std::max(near, far), P16 * parts) + 1;
+    ranked.reset(new Ranked[tops]);
     panel.reset(new const float*[list]);
     runs.reset(new const type*[list]);
     keeps.reset(new const uint8_t*[list]);
     lengths.reset(new long[list]);
     chosen.reset(new long[std::max(near, far) + a.sinks + 1]);
-    good.reset(new long[most]);
+    whole.reset(new int8_t[rows * a.dq + 1]);
   }
   const float* soft(long h0) const { return a.soft ? a.soft + h0 : nullptr; }
   const type* key(long b, long kh, long j) const {
@@ -79,70 +79,61 @@ struct Unit {
     pack16(b, kh, number * P16, room);
     return room;
   }
-  // Chooses the blocks of one position; its near window is blocks lo .. hi - 1. Returns how many.
-  long choose(long b, long kh, const float* rows, const float* coarse_rows, long lo, long hi) {
-    long bk = b * (a.H / a.G) + kh, count = 0, before = lo, per_block = a.block / a.size;
-    auto may = [&](long block) {
-      return block >= a.sinks && block < blocks && (block < before || (!a.causal && block >= hi));
-    };
-    auto whole = [&](long group) {
-      long from = group * of_group, to = std::min(from + of_group, blocks);
-      return from >= a.sinks && (to <= before || (!a.causal && from >= hi));
-    };
-    long groups = a.causal ? std::min(a.groups, (before + of_group - 1) / of_group) : a.groups;
-    if (a.groups <= a.candidates) {
-      for (long x = 0; x < groups; x++) good[count++] = x;
-    } else {
-      long n = (groups + P16 - 1) / P16 * P16, whole_ones = 0;
-      for (long g = 0; g < a.G; g++) {
-        float* row = fine + g * ldg;
-        for (long x = 0; x < n; x++)
-          row[x] = x < groups && whole(x) ? coarse_rows[g * tops + x] + a.coarse_shares[b * tops + x] : -INF;
+  // rank[rows, blocks] of blocks below `end`: their largest logits, by the codes or by the keys themselves.
+  void look(long b, long kh, long rows, long end) {
+    long bk = b * (a.H / a.G) + kh, h0 = kh * a.G;
+    for (long x = 0; x * P16 < end; x++) {
+      float* out = rank + x * P16;
+      if constexpr (is_dot<Metric>) {
+        panel[0] = a.mean + (bk * a.groups + x) * a.d * P16;
+        logits<Metric>(q, a.dp, rows, panel.get(), 1, a.d, out, tops, a.coef + h0, soft(h0), a.G, a.p);
+        const uint8_t* code = a.code + (bk * a.groups + x) * a.block * (a.dq / 8) * 64;
+        const float* scale = a.scale + (bk * a.groups + x) * a.block * P16;
+        for (long half = 0; half < 2; half++) {
+          long r = 0;
+          for (; r + 4 <= rows; r += 4) codes<4>(r, code, half, scale, out);
+          for (; r < rows; r++) codes<1>(r, code, half, scale, out);
+        }
+      } else {
+        long count = std::min(P16, end - x * P16) * parts, width = count * P16;
+        for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, x * P16 * parts + y, far_keys + y * a.d * P16);
+        logits<Metric>(q, a.dp, rows, panel.get(), count, a.d, work, width, a.coef + h0, soft(h0), a.G, a.p);
+        for (long r = 0; r < rows; r++)
+          for (long y = 0; y < width; y++) {
+            long j = x * P16 * a.block + y, block = y / a.block;
+            bool real = j < length(b) && (!a.keep || a.keep[b * a.M + a.first[b] + j]);
+            float value = real ? work[r * width + y] : -INF, *to = out + r * tops + block;
+            *to = y % a.block == 0 ? value : std::max(*to, value);
+          }
       }
-      chances(fine, ldg, a.G, n, mean);
-      for (long x = 0; x < groups; x++) {
-        if (!whole(x))
-          good[count++] = x;
-        else if (a.coarse_shares[b * tops + x] != -INF)
-          ranked[whole_ones++] = {mean[x], (int32_t)x};
-      }
-      if (whole_ones > a.candidates) {
-        std::nth_element(ranked.get(), ranked.get() + a.candidates, ranked.get() + whole_ones);
-        whole_ones = a.candidates;
-      }
-      for (long x = 0; x < whole_ones; x++) good[count++] = ranked[x].number;
     }
-    for (long x = 0; x < count; x++) panel[x] = a.means + (bk * a.groups + good[x]) * a.d * P16;
-    logits<Metric>(rows, a.dp, a.G, panel.get(), count, a.d, fine, ldg, a.coef + kh * a.G, soft(kh * a.G), a.G, a.p);
-    for (long g = 0; g < a.G; g++)
-      for (long x = 0; x < count; x++) {
-        float* row = fine + g * ldg + x * P16;
-        const float* share = a.shares + (b * a.groups + good[x]) * P16;
-        for (long y = 0; y < of_group; y++)
-          if (!may(good[x] * of_group + y))
-            for (long z = 0; z < per_block; z++) row[y * per_block + z] = -INF;
-        for (long y = 0; y < P16; y += W) store(row + y, load(row + y) + load(share + y));
-      }
-    chances(fine, ldg, a.G, count * P16, mean);
-    long n = 0;
-    for (long x = 0; x < count; x++)
-      for (long y = 0; y < of_group; y++) {
-        long block = good[x] * of_group + y;
-        if (!may(block)) continue;
-        const float* share = a.shares + (b * a.groups + good[x]) * P16 + y * per_block;
-        float score = 0;
-        bool real = false;
-        for (long z = 0; z < per_block; z++) score += mean[x * P16 + y * per_block + z], real |= share[z] != -INF;
-        if (real) ranked[n++] = {score, (int32_t)block};
-      }
-    long budget = a.budget[kh];
-    if (n > budget) {
-      std::nth_element(ranked.get(), ranked.get() + budget, ranked.get() + n);
-      n = budget;
+  }
+  template <int R>
+  void codes(long r, const uint8_t* code, long half, const float* scale, float* out) {
+    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, half, scale, a.block,
+                 out + r * tops + half * 8, tops);
+  }
+  // Chooses the blocks of one position, whose near window is blocks lo .. hi - 1, by its G rows. Returns how many.
+  long choose(long b, long kh, const float* rows, long lo, long hi) {
+    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16, count = 0;
+    auto may = [&](long x) {
+      if (x < a.sinks || x >= end || (!a.causal && x >= lo && x < hi)) return false;
+      return is_dot<Metric> ? a.real[b * a.groups * P16 + x] != 0 : rows[x] != -INF;
+    };
+    if (a.G > 1) {
+      for (long g = 0; g < a.G; g++)
+        for (long x = 0; x < n; x++) work[g * tops + x] = may(x) ? rows[g * tops + x] : -INF;
+      chances(work, tops, a.G, n, most);
     }
-    for (long x = 0; x < n; x++) chosen[x] = ranked[x].number;
-    std::sort(chosen.get(), chosen.get() + n);
-    return n;
+    for (long x = a.sinks; x < end; x++)
+      if (may(x)) ranked[count++] = {a.G > 1 ? most[x] : rows[x], (int32_t)x};
+    if (count > a.budget[kh]) {
+      std::nth_element(ranked.get(), ranked.get() + a.budget[kh], ranked.get() + count);
+      count = a.budget[kh];
+    }
+    for (long x = 0; x < count; x++) chosen[x] = ranked[x].number;
+    std::sort(chosen.get(), chosen.get() + count);
+    return count;
   }
   // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
   long take_near(long b, long kh, const long* near, long count) {
@@ -203,15 +194,18 @@ struct Unit {
       for (long x = 0; x < fixed; x++) mask(b, chosen[x / parts] * parts + x % parts, s + x * P16, rows, from);
     }
     bool searches = a.most > 0 && (!a.causal || lo > a.sinks);
-    if (searches && a.groups > a.candidates) {
-      long needed = a.causal ? (lo / of_group + P16 - 1) / P16 : tops / P16;
-      for (long x = 0; x < needed; x++) panel[x] = a.coarse + ((b * key_heads + kh) * (tops / P16) + x) * a.d * P16;
-      logits<Metric>(q, a.dp, rows, panel.get(), needed, a.d, rank, tops, a.coef + h0, soft(h0), G, a.p);
+    if (searches) {
+      for (long r = 0; is_dot<Metric> && r < rows; r++) {
+        long number = (b * a.H + h0 + r % G) * a.N + from + r / G + first - before;
+        memcpy(whole.get() + r * a.dq, a.whole + number * a.dq, a.dq);
+        off[r] = a.off[number], step[r] = a.step[number];
+      }
+      look(b, kh, rows, a.causal ? lo : blocks);
     }
     memset(o, 0, 4 * rows * a.vp);
     for (long i = 0; i < positions; i++) {
       float *mine = s + i * G * ld, *own = q + i * G * a.dp;
-      long count = searches ? choose(b, kh, own, rank + i * G * tops, lo, hi) : 0, n = count * parts;
+      long count = searches ? choose(b, kh, rank + i * G * tops, lo, hi) : 0, n = count * parts;
       for (long x = 0; x < n; x++) {
         long number = chosen[x / parts] * parts + x % parts;
         panel[x] = panel_of(b, kh, number, far_keys + x * a.d * P16);

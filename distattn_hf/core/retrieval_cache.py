@@ -1,4 +1,4 @@
-"""A cache layer for retrieval attention: all keys, and beside them the means by which blocks of them are found."""
+"""A cache layer for retrieval attention: all keys, and beside them the codes by which blocks of them are found."""
 
 import torch
 from torch import Tensor, nn
@@ -7,98 +7,92 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 from .compatibility import given_cache
 from .discovery import argument_names
-from .retrieval import GROUP, Means, Search, aligned, block_means
+from .retrieval import PANEL, Codes, aligned, encode
 
 # Keys for which there is room beyond those held, as a share of them, and at least.
 _SPARE, _LEAST_ROOM = 4, 64
 
 
-class KeyMeans:
-    """The `Means` of keys that come in one after another, with room for more; what has no keys yet has weight 0.
+class KeyCodes:
+    """The `Codes` of keys that come in one after another, with room for more; what has no keys yet is not real.
 
-    Only groups that new keys fall into are computed anew, by the same operations as all at once, so that the choice of
+    Only blocks that new keys fall into are made anew, by the same operations as all at once, so that the choice of
     blocks does not depend on how a text was cut.
     """
 
     def __init__(self):
-        self.means: Means | None = None
+        self.codes: Codes | None = None
         self.size = self.counted = 0
         self.first: Tensor | None = None
 
-    def update(self, key: Tensor, keep: Tensor | None, first: Tensor | None, search: Search) -> Means:
-        """Return the means of keys (B, H_kv, M, d), of which those counted before have not changed."""
-        size, batch, num_keys = search.mean_size, len(key), key.shape[2]
+    def update(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Codes:
+        """Return the codes of keys (B, H_kv, M, d), of which those counted before have not changed."""
+        batch, num_keys = len(key), key.shape[2]
         first = torch.zeros(batch, dtype=torch.long, device=key.device) if first is None else first
-        goes_on = self.means is not None and self.size == size and self.counted <= num_keys
-        goes_on = goes_on and self.first.shape == first.shape and bool((self.first == first).all())
-        if not goes_on:
-            self.means, self.counted = None, 0
-        self.size, self.first = size, first
-        if self.means is not None and self.counted == num_keys:
-            return self.means
-        span = GROUP * size
+        goes_on = self.codes is not None and self.size == block_size and self.counted <= num_keys
+        if not (goes_on and self.first.shape == first.shape and bool((self.first == first).all())):
+            self.codes, self.counted = None, 0
+        self.size, self.first = block_size, first
+        if self.codes is not None and self.counted == num_keys:
+            return self.codes
         # A row whose text has not begun has nothing counted.
-        start = max(0, int((self.counted - first).min())) // span
-        offset = start * span
-        count = -(-max(1, num_keys - int(first.min()) - offset) // span)
-        own = first + offset
-        length = min(num_keys, int(own.min()) + count * span)
+        start = max(0, int((self.counted - first).min())) // block_size
+        count = -(-max(1, num_keys - int(first.min()) - start * block_size) // block_size)
+        own = first + start * block_size
         begin = min(int(own.min()), num_keys - 1)
         moved = own - begin if bool((own != begin).any()) else None
-        tail = key[:, :, begin:length].to(torch.promote_types(key.dtype, torch.float32))
-        real = torch.ones(batch, length - begin, dtype=torch.bool, device=key.device)
+        tail = key[:, :, begin:].to(torch.promote_types(key.dtype, torch.float32))
+        real = torch.ones(batch, num_keys - begin, dtype=torch.bool, device=key.device)
         if keep is not None:
-            real = keep[:, begin:length]
+            real = keep[:, begin:]
             tail = tail.masked_fill(~real[:, None, :, None], 0.0)
-        tail, real = aligned(tail, moved, 2), aligned(real, moved, 1)
-        self._write(block_means(tail, real, search), start, count)
+        self._write(encode(aligned(tail, moved, 2), aligned(real, moved, 1), block_size), start, count)
         self.counted = num_keys
-        return self.means
+        return self.codes
 
-    def _write(self, new: Means, start: int, count: int) -> None:
-        """Put `count` groups of new means in from group `start` on."""
-        if self.means is None or self.means.mean.shape[2] < start + count:
-            self._grow(new, start + count)
-        means = self.means
-        means.mean[:, :, start : start + count] = new.mean[:, :, :count]
-        means.weight[:, start : start + count] = new.weight[:, :count]
-        group = torch.arange(count, device=new.mean.device)
-        panel, lane = (start + group) // GROUP, (start + group) % GROUP
-        means.coarse[:, :, panel, :, lane] = new.coarse[:, :, group // GROUP, :, group % GROUP]
-        means.coarse_weight[:, panel, lane] = new.coarse_weight[:, group // GROUP, group % GROUP]
+    def _write(self, new: Codes, start: int, count: int) -> None:
+        """Put the first `count` blocks of new codes in from block `start` on."""
+        if self.codes is None or self.codes.mean.shape[2] * PANEL < start + count:
+            self._grow(new, -(-(start + count) // PANEL))
+        given = torch.arange(count, device=new.mean.device)
+        at, lane, panel, own = given // PANEL, given % PANEL, (start + given) // PANEL, (start + given) % PANEL
+        codes = self.codes
+        codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
+        codes.scale[:, :, panel, :, own] = new.scale[:, :, at, :, lane]
+        codes.code[:, :, panel, :, own // 8, :, own % 8] = new.code[:, :, at, :, lane // 8, :, lane % 8]
+        codes.real[:, panel, own] = new.real[:, at, lane]
 
-    def _grow(self, like: Means, groups: int) -> None:
-        """Make room for so many groups and some more, whole panels of the coarse means."""
-        groups = -(-(groups + groups // _SPARE + 1) // GROUP) * GROUP
-        sizes = {"mean": groups, "weight": groups, "coarse": groups // GROUP, "coarse_weight": groups // GROUP}
+    def _grow(self, like: Codes, panels: int) -> None:
+        """Make room for so many panels and some more."""
+        panels += panels // _SPARE + 1
         grown = {}
-        for name, size in sizes.items():
-            tensor, axis = getattr(like, name), 2 if getattr(like, name).dim() == 5 else 1
-            old = tensor.narrow(axis, 0, 0) if self.means is None else getattr(self.means, name)
-            fill = [0, 0] * (tensor.dim() - axis - 1) + [0, size - old.shape[axis]]
+        for name, tensor in vars(like).items():
+            axis = 1 if name == "real" else 2
+            old = tensor.narrow(axis, 0, 0) if self.codes is None else getattr(self.codes, name)
+            fill = [0, 0] * (tensor.dim() - axis - 1) + [0, panels - old.shape[axis]]
             grown[name] = F.pad(old, fill)
-        self.means = Means(**grown)
+        self.codes = Codes(**grown)
 
     def change_rows(self, change) -> None:
         """Apply `change` to every tensor, whose first axis is the batch."""
-        if self.means is not None:
-            self.means = Means(**{name: change(tensor) for name, tensor in vars(self.means).items()})
+        if self.codes is not None:
+            self.codes = Codes(**{name: change(tensor) for name, tensor in vars(self.codes).items()})
             self.first = change(self.first)
 
     def nbytes(self) -> int:
-        """Return the bytes of the means."""
-        return 0 if self.means is None else sum(t.numel() * t.element_size() for t in vars(self.means).values())
+        """Return the bytes of the codes."""
+        return 0 if self.codes is None else sum(t.numel() * t.element_size() for t in vars(self.codes).values())
 
 
 class RetrievalLayer(DynamicLayer):
-    """A `DynamicLayer` that keeps means of its keys, and room for more keys so that a new one does not copy the others.
+    """A `DynamicLayer` that keeps codes of its keys, and room for more keys so that a new one does not copy the others.
 
     Takes whatever a `DynamicLayer` takes: it can be cropped, reordered, copied, offloaded.
     """
 
     def __init__(self):
         super().__init__()
-        self.means = KeyMeans()
+        self.codes = KeyCodes()
         self._room: tuple[Tensor, Tensor] | None = None
         self._owner = 0
 
@@ -152,18 +146,18 @@ class RetrievalLayer(DynamicLayer):
             made.append(room)
         self._room, self._owner = tuple(made), id(self)
 
-    def means_of(self, key: Tensor, keep: Tensor | None, first: Tensor | None, search: Search) -> Means:
-        """Return the means of the keys as `update` returned them."""
-        return self.means.update(key, keep, first, search)
+    def codes_of(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Codes:
+        """Return the codes of the keys as `update` returned them."""
+        return self.codes.update(key, keep, first, block_size)
 
     def crop(self, *args, **kwargs) -> None:
         super().crop(*args, **kwargs)
         # Other keys may come in place of those removed.
-        self.means = KeyMeans()
+        self.codes = KeyCodes()
 
     def reset(self) -> None:
         super().reset()
-        self.means, self._room = KeyMeans(), None
+        self.codes, self._room = KeyCodes(), None
 
     def offload(self) -> None:
         super().offload()
@@ -171,23 +165,23 @@ class RetrievalLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.means.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.codes.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)
-        self.means.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.codes.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         super().batch_select_indices(indices)
-        self.means.change_rows(lambda tensor: tensor[indices])
+        self.codes.change_rows(lambda tensor: tensor[indices])
 
 
 def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
     """Make the layer of a model's `DynamicCache` a `RetrievalLayer` (forward pre-hook of modules of self-attention).
 
-    Other kinds of layers stay: retrieval attention then takes the means anew at every call.
+    Other kinds of layers stay: retrieval attention then makes the codes anew at every call.
     """
     if module.distattn.observer is not None:
         return

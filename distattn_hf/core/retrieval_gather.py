@@ -1,5 +1,6 @@
 """Retrieval attention by operators, with gradients: keys are gathered for some queries at a time."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,9 +10,9 @@ from torch.nn import functional as F
 
 from .absolute_logits import finish_logits, unlifted
 from .attention import unit_softening, without_autocast
-from .inputs import masked_softmax
+from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
-from .retrieval import GROUP, Means, Retrieval, aligned, block_means
+from .retrieval import Retrieval, aligned, encode, has_codes, scores_by_codes
 from .retrieval_cpp import cpp_retrieval, cpp_supports
 
 # Gathered key entries (float32: 16 MB) that exist at a time.
@@ -28,18 +29,27 @@ def run_retrieval(
     dtype = problem.inputs.value.dtype
     with without_autocast(problem.inputs.query.device.type):
         if not (return_weights or reference) and cpp_supports(problem):
-            return cpp_retrieval(problem if problem.means else _with_means(problem)).to(dtype), None
+            return cpp_retrieval(_with_codes(problem)).to(dtype), None
         output, weights = retrieval_by_operators(problem, return_weights)
     return output.to(dtype), weights if weights is None else weights.to(dtype)
 
 
-def _with_means(problem: Retrieval) -> Retrieval:
-    key, keep = problem.inputs.key, problem.inputs.keep
-    keep = torch.ones(1, key.shape[2], dtype=torch.bool) if keep is None else keep[:, 0, 0]
-    key = key.float() if problem.inputs.keep is None else key.float().masked_fill(~keep[:, None, :, None], 0.0)
-    keep = keep.expand(len(key), -1)
-    key, keep = aligned(key, problem.first, 2), aligned(keep, problem.first, 1)
-    return replace(problem, means=block_means(key, keep, problem.search))
+def _with_codes(problem: Retrieval) -> Retrieval:
+    """Return the problem with its keys in full precision's dot form, where there is one, and their codes."""
+    inputs, search = problem.inputs, problem.search
+    if not has_codes(inputs):
+        return problem
+    if inputs.metric is BUILT_IN["cosine"] or problem.codes is None or inputs.key.dtype == torch.float16:
+        inputs = inputs.in_full_precision()
+    query, key = dot_form_of(replace(inputs, query=inputs.query.float()), inputs.key)
+    codes = problem.codes
+    if codes is None and search.most_blocks:
+        keep = torch.ones(1, key.shape[2], dtype=torch.bool) if inputs.keep is None else inputs.keep[:, 0, 0]
+        own = key.float() if inputs.keep is None else key.float().masked_fill(~keep[:, None, :, None], 0.0)
+        keep = keep.expand(len(own), -1)
+        codes = encode(aligned(own, problem.first, 2), aligned(keep, problem.first, 1), search.block_size)
+    inputs = replace(inputs, query=query, key=key, metric=BUILT_IN["dot"], lam=1.0, scaling=1.0, softening=None)
+    return replace(problem, inputs=inputs, codes=codes)
 
 
 def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -120,69 +130,54 @@ class _Layout:
         """Return (numbers of the chosen blocks (B, H / share, N, k), which of them exist)."""
         search, inputs = self.problem.search, self.problem.inputs
         batch, heads, num_queries, _ = inputs.query.shape
-        count = min(search.most_blocks, self.blocks)
-        choosers = heads // self.share
+        count, choosers = min(search.most_blocks, self.blocks), heads // self.share
         if not count:
             empty = torch.zeros(batch, choosers, num_queries, 0, dtype=torch.long, device=inputs.key.device)
             return empty, empty.bool()
-        means = self.problem.means or block_means(self.key, self.keep, search)
+        score = self._scores_by_codes() if has_codes(self.problem.inputs) else self._scores_by_keys
         budget = search.budget(choosers, inputs.key.device)
         results = []
-        for part in self.parts(2 * batch * heads * self.blocks * search.block_size // search.mean_size):
-            scores = self._scores(means, part)
-            best = scores.topk(count, dim=-1)
-            within = torch.arange(count, device=scores.device) < budget[:, None, None]
+        for part in self.parts(2 * batch * heads * self.blocks * search.block_size):
+            best = self._shared(score(part), self._may(part)).topk(count, dim=-1)
+            within = torch.arange(count, device=best.values.device) < budget[:, None, None]
             results.append((best.indices, (best.values > float("-inf")) & within))
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
 
-    def _scores(self, means: Means, part: slice) -> Tensor:
-        """Return the scores (B, H / share, n, blocks) for a part of the queries, -inf for no candidate."""
+    def _may(self, part: slice) -> Tensor:
+        """Return which blocks the queries of a part may choose, (B, 1, n, blocks)."""
         search = self.problem.search
-        per_block = search.block_size // search.mean_size
         start, stop = (t[:, None, :, None] for t in self.window(self.positions[:, part]))
         number = torch.arange(self.blocks, device=self.key.device)
         may = (number >= search.sink_blocks) & (number < start)
         if not self.problem.inputs.is_causal:
             may = may | ((number >= search.sink_blocks) & (number >= stop))
-        real = means.weight.flatten(1)[:, : self.blocks * per_block].unflatten(1, (-1, per_block)).amax(-1) > 0
-        scores = self._logits(means.mean, means.weight, part)[..., : self.blocks * per_block]
-        scores = scores.unflatten(-1, (-1, per_block)).logsumexp(-1)
-        groups, of_group = means.weight.shape[1], GROUP // per_block
-        if groups > search.looked_into:
-            may = may & self._in_good_groups(means, may, of_group, part)
-        return self._shared(scores, may & real[:, None, None])
+        return may & self.keep.unflatten(1, (-1, search.block_size)).any(-1)[:, None, None]
 
-    def _in_good_groups(self, means: Means, may: Tensor, of_group: int, part: slice) -> Tensor:
-        """Return which blocks are in the best groups or in those of which a query may not know the mean."""
-        groups = means.weight.shape[1]
-        fill = groups * of_group - self.blocks
-        padded = F.pad(may, (0, fill), value=False).unflatten(-1, (groups, of_group))
-        # Padding at the end of the text is no reason to keep a group from the ranking.
-        exists = torch.arange(groups * of_group, device=may.device).view(groups, of_group) < self.blocks
-        whole = (padded | ~exists).all(-1)
-        logits = self._logits(means.coarse, means.coarse_weight, part)[..., :groups]
-        real = means.coarse_weight.flatten(1)[:, None, None, :groups] > 0
-        ranked = self._shared(logits, whole & real)
-        best = ranked.topk(min(self.problem.search.looked_into, groups), dim=-1)
-        good = torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, best.indices, best.values > float("-inf"))
-        good = good | ~whole
-        return good.repeat_interleave(of_group, dim=-1)[..., : self.blocks]
+    def _scores_by_codes(self) -> Callable[[slice], Tensor]:
+        query, key = dot_form_of(self.problem.inputs, self.key)
+        codes = self.problem.codes or encode(key, self.keep, self.problem.search.block_size)
+        return lambda part: scores_by_codes(query[:, :, part], codes)[..., : self.blocks]
 
-    def _logits(self, mean: Tensor, weight: Tensor, part: slice) -> Tensor:
-        """Return the logits (B, H, n, means) of queries and means, with the logarithm of the share of real keys."""
+    def _scores_by_keys(self, part: slice) -> Tensor:
         inputs = self.problem.inputs
-        mean = mean.transpose(-1, -2).flatten(2, 3)
-        mean = mean.repeat_interleave(self.heads // mean.shape[1], dim=1)
-        logits = -inputs.lambda_column() * inputs.scaling * inputs.distances(inputs.query[:, :, part], mean)
-        return logits + weight.flatten(1).log()[:, None, None].to(logits.dtype)
+        key = self.key.repeat_interleave(self.heads // self.key.shape[1], dim=1)
+        logits = -inputs.lambda_column() * inputs.scaling * inputs.distances(inputs.query[:, :, part], key)
+        logits = logits.masked_fill(~self.keep[:, None, None], float("-inf"))
+        return logits.unflatten(-1, (self.blocks, -1)).amax(-1)
 
     def _shared(self, scores: Tensor, may: Tensor) -> Tensor:
         """Return the scores by which heads choose together, -inf where `may` forbids."""
-        if self.share == 1:
-            return scores.masked_fill(~may, float("-inf"))
-        scores = scores.unflatten(1, (-1, self.share))
-        chances = masked_softmax(scores, may[:, :, None].expand_as(scores))
-        return chances.mean(2).masked_fill(~may, float("-inf"))
+        if self.share > 1:
+            scores = scores.unflatten(1, (-1, self.share))
+            scores = masked_softmax(scores, may[:, :, None].expand_as(scores)).amax(2)
+        return scores.masked_fill(~may, float("-inf"))
+
+
+def dot_form_of(inputs: AttentionInputs, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (query with all factors of the logits in it, key) whose dot products are the logits."""
+    softened = () if inputs.softening is None else (inputs.softening_column(key.dtype),)
+    query, key, _, factor = inputs.metric.dot_form(inputs.query, key, *softened)
+    return query * (factor * inputs.scaling * inputs.lambda_column()), key
 
 
 class _Chosen:

@@ -14,16 +14,14 @@ from .metrics import get_metric
 from .nystrom_heads import exact_heads, join_heads, key_padding
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
-from .retrieval import Retrieval, Search, first_keys
+from .retrieval import Retrieval, Search, first_keys, has_codes
 from .retrieval_gather import run_retrieval
 
 
 def search_of(spec: AttentionSpec, is_cross: bool, num_blocks: tuple[int, ...] | None = None) -> Search:
     """Return the search that a spec with mechanism "retrieval" asks for; num_blocks: of each key head, in its place."""
     window_size, num_sinks = (0, 0) if is_cross else (spec.window_size, spec.num_sinks)
-    return Search(
-        window_size, num_sinks, spec.block_size, num_blocks or spec.num_blocks, spec.mean_size, spec.num_candidates
-    )
+    return Search(window_size, num_sinks, spec.block_size, num_blocks or spec.num_blocks)
 
 
 def retrieval_forward(
@@ -91,10 +89,12 @@ def _retrieve(
         None if keep is None else keep[:, None, None], bias, call.is_causal, call.dropout_p,
         softening=heads.softening, sink_logit=call.sink_logit, softcap=call.softcap, shift=shift,
     )  # fmt: skip
-    means = None
-    if layer is not None and heads.key is key:
+    codes = None
+    # Cosine's are of keys of length 1.
+    is_plain = heads.key is key and has_codes(inputs) and not metric.scale_free
+    if layer is not None and is_plain and search.most_blocks:
         with torch.no_grad():
-            means = layer.means_of(key, keep, first, search)
-    problem = Retrieval(inputs, search, first, table, means)
+            codes = layer.codes_of(key, keep, first, search.block_size)
+    problem = Retrieval(inputs, search, first, table, codes)
     output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
     return output.to(value.dtype), weights

@@ -23,8 +23,6 @@ def retrieval_attention(
     num_blocks: int | tuple[int, ...] = 16,
     window_size: int = 64,
     num_sinks: int = 4,
-    mean_size: int = 4,
-    num_candidates: int = 32,
     lam: float | Tensor | None = None,
     p: float | None = None,
     scaling: float | None = None,
@@ -41,13 +39,12 @@ def retrieval_attention(
     Softmax attention over the keys that a query sees, and nothing of the others; logits as in `distance_attention`.
     Keys stand in blocks, counted from the first that is not padding. A query sees the blocks that hold the first
     num_sinks keys, its own block (as far as causality lets it) and those beside it that hold window_size - 1 more keys,
-    and num_blocks others. A block's score is log Σ exp(logit(q, mean)) over the means of each mean_size of its keys;
-    query heads of one key head choose together, by the average of their softmaxed scores. Blocks are scored within the
-    num_candidates best groups of 16 means (at least twice as many as hold num_blocks blocks), ranked by their own mean
-    in the same way: where there are no more groups, all are. The choice has no gradient. With num_blocks at least the number of blocks it is exact attention.
+    and num_blocks others: those with the largest logits, as far as a copy of the keys in four bits says, for logits that
+    are a dot product ("dot", "cosine"); other metrics look at the keys themselves. Query heads of one key head choose
+    together. The choice has no gradient. With num_blocks at least the number of blocks it is exact attention.
 
-    A query costs M / (16·mean_size) products to rank the groups, 16·num_candidates to score blocks, and those with the
-    keys it sees; memory is linear in N and M. On the CPU without gradients one kernel does it.
+    A query costs M products in whole numbers of four bits, and those with the keys it sees; memory is linear in N and
+    M. On the CPU without gradients one kernel does it.
 
     Args:
         query: (B, H, N, d).
@@ -58,8 +55,6 @@ def retrieval_attention(
         num_blocks: blocks that each query chooses: a number, or one for each key head.
         window_size: at least so many last keys are seen, the query's own included (in both directions unless causal).
         num_sinks: at least so many first keys are seen.
-        mean_size: block_size divided by 1, 2, 4, 8 or 16.
-        num_candidates: groups that blocks are looked for in.
         lam, p, scaling, dropout_p, softening: as in `distance_attention`.
         mask: padding: (B, M) or (B, 1, 1, M), bool or 0/1 integers, True = keep.
         position_bias: (B or 1, H, N, M), added to the logits of the keys that are seen; it has no part in the choice.
@@ -93,7 +88,7 @@ def retrieval_attention(
     if not is_cross and window_size < 1:
         raise ValueError(f"window_size must be an integer >= 1 unless is_cross, got {window_size!r}")
     window_size, num_sinks = (0, 0) if is_cross else (window_size, num_sinks)
-    search = Search(window_size, num_sinks, block_size, num_blocks, mean_size, num_candidates)
+    search = Search(window_size, num_sinks, block_size, num_blocks)
     search.budget(key.shape[1])
     keep = _padding(mask, (batch, heads, num_queries, num_keys))
     open_entries, bias = merge_masks(None, position_bias, (batch, heads, num_queries, num_keys))

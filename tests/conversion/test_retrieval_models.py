@@ -21,12 +21,12 @@ DECODERS = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 def retrieval(**kwargs) -> AttentionSpec:
     """Blocks of 4 keys, so that few of 100 are read."""
-    sizes = {"window_size": 5, "num_sinks": 2, "block_size": 4, "num_blocks": 2, "mean_size": 2, "num_candidates": 2}
+    sizes = {"window_size": 5, "num_sinks": 2, "block_size": 4, "num_blocks": 2}
     return AttentionSpec(mechanism="retrieval", **{**sizes, **kwargs})
 
 
 # What the CPU's kernel takes.
-WHOLE_PANELS = {"block_size": 16, "mean_size": 4, "num_candidates": 1, "num_blocks": 1}
+WHOLE_PANELS = {"block_size": 16, "num_blocks": 1}
 
 
 def student_of(family: str, **kwargs):
@@ -323,7 +323,7 @@ def test_some_heads_and_some_layers():
     ("fields", "says"),
     [
         ({"num_blocks": -1}, "num_blocks must be an integer >= 0, got -1"),
-        ({"block_size": 12, "mean_size": 5}, "mean_size must be block_size=12 divided by 1, 2, 4, 8 or 16, got 5"),
+        ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
         ({"window_size": 0}, "window_size must be an integer >= 1 with mechanism='retrieval', got 0"),
         ({"num_landmarks": 8}, "num_landmarks belongs to mechanism='nystrom', got num_landmarks=8 with 'retrieval'"),
         ({"backend": "cpp"}, "backend must be 'auto' with mechanism='retrieval', got 'cpp'"),
@@ -344,9 +344,9 @@ def test_options_of_another_mechanism_are_refused():
         ValueError, match="exact_below=5 belongs to mechanism='nystrom', which this model does not have"
     ):
         student.set_attention_options(exact_below=5)
-    with pytest.raises(ValueError, match="block_size=4 divided by"):
-        student.set_attention_options(mean_size=3)
-    assert student.config.attention_specs[0].mean_size == 2
+    with pytest.raises(ValueError, match="block_size must be an integer >= 1, got 0"):
+        student.set_attention_options(block_size=0)
+    assert student.config.attention_specs[0].block_size == 4
     nystrom_too = [retrieval(heads=[0]), AttentionSpec(mechanism="nystrom", heads=[1])]
     with pytest.raises(ValueError, match="has one cache; give them separate layers"):
         convert(gpt2(), nystrom_too, calibration=[token_batch(gpt2(), length=40)])

@@ -12,19 +12,17 @@ from distattn_hf.core.inputs import AttentionInputs
 from distattn_hf.core.kernel_cpp_library import unavailable
 from distattn_hf.core.kernel_cpp_retrieval import SOURCE
 from distattn_hf.core.metrics import get_metric
-from distattn_hf.core.retrieval import Retrieval, Search, block_means, first_keys
-from distattn_hf.core.retrieval_cache import KeyMeans
+from distattn_hf.core.retrieval import Retrieval, Search, encode, first_keys
+from distattn_hf.core.retrieval_cache import KeyCodes
 from distattn_hf.core.retrieval_cpp import cpp_supports
 from distattn_hf.core.retrieval_gather import retrieval_by_operators, run_retrieval
 from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
 from .cases import METRIC_CASES, metric_id
 
-# Blocks of 4 keys, of 2 means each: a group of 16 means is 8 blocks.
-SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3, mean_size=2, num_candidates=1)
-CROSS = replace(SMALL, window_size=0, num_sinks=0)
+SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3)
 # What the kernel takes: blocks of whole panels.
-LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3, mean_size=4, num_candidates=2)
+LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3)
 FORMS = ("causal", "bidirectional", "cross")
 needs_kernel = pytest.mark.skipif(unavailable(SOURCE) is not None, reason="no C++ compiler here")
 
@@ -88,34 +86,42 @@ class Loops:
         self.logits = lambda keys: (
             -lam * inputs.scaling * inputs.metric.checked_distance(self.query, keys, inputs.p, fast=False)
         )
-        self.made = {}
+        self.name, self.factor, self.made = inputs.metric.name, lam * inputs.scaling, {}
 
     def real(self, start: int, stop: int) -> list[int]:
         """Keys that are not padding, at places start to stop from the first one."""
         return [j for j in range(self.first + start, min(self.first + stop, self.num_keys)) if self.keep[j]]
 
-    def score(self, start: int, stop: int, width: int) -> torch.Tensor:
-        """(G, N): log Σ exp of the logits of means of `width` keys each, with the share of real keys in each."""
-        if (start, stop, width) not in self.made:
-            terms = [torch.full(self.query.shape[:2], -math.inf, dtype=torch.float64)]
-            for at in range(start, stop, width):
-                if keys := self.real(at, at + width):
-                    share = math.log(len(keys) / width)
-                    terms.append(self.logits(self.key[keys].mean(0, keepdim=True))[..., 0] + share)
-            self.made[start, stop, width] = torch.stack(terms).logsumexp(0)
-        return self.made[start, stop, width]
+    def score(self, number: int) -> torch.Tensor:
+        """(G, N): the largest logit of a block; of dot products as four bits of each key and seven of a query say."""
+        if number not in self.made:
+            size = self.search.block_size
+            keys = self.key[self.real(number * size, (number + 1) * size)]
+            if self.name not in ("dot", "cosine"):
+                self.made[number] = self.logits(keys).amax(-1)
+                return self.made[number]
+            query = self.query * self.factor
+            if self.name == "cosine":
+                keys = keys / keys.norm(dim=-1, keepdim=True)
+                query = self.query / self.query.norm(dim=-1, keepdim=True) * self.factor
+            mean, step = keys.mean(0), query.abs().amax(-1, keepdim=True) / 63
+            largest = (keys - mean).abs().amax(-1, keepdim=True) / 7
+            rounded = largest * ((keys - mean) / largest.clamp_min(1e-300)).round()
+            self.made[number] = query @ mean + ((query / step).round() * step @ rounded.T).amax(-1)
+        return self.made[number]
 
     def best(self, query: int, scores: dict[int, torch.Tensor], most: int) -> list[int]:
-        """The `most` numbers whose softmaxed scores are the largest on average over the query heads."""
+        """The `most` numbers of which some query head's softmax over the scores is the largest."""
         if not scores:
             return []
-        average = torch.stack(list(scores.values()), dim=-1)[:, query].softmax(-1).mean(0).tolist()
-        ranked = sorted(zip(average, scores, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        table = torch.stack(list(scores.values()), dim=-1)[:, query]
+        wanted = (table.softmax(-1).amax(0) if len(table) > 1 else table[0]).tolist()
+        ranked = sorted(zip(wanted, scores, strict=True), key=lambda pair: (-pair[0], pair[1]))
         return [number for _, number in ranked[:most]]
 
     def seen(self, query: int, position: int) -> list[int]:
         """The keys that a query sees which stands at this place, counted from the first key."""
-        search, size, width = self.search, self.search.block_size, self.search.mean_size
+        search, size = self.search, self.search.block_size
         near, sinks = [], []
         if search.window_size:
             own, reach = position // size, -(-(search.window_size - 1) // size)
@@ -124,22 +130,7 @@ class Loops:
         far = [n for n in range(self.count) if n not in near and n not in sinks]
         if self.causal:
             far, sinks = ([n for n in numbers if n < near[0]] for numbers in (far, sinks))
-        of_group = 16 * width // size
-        groups = {
-            g: [n for n in range(g * of_group, (g + 1) * of_group) if n < self.count]
-            for g in range(-(-self.count // of_group))
-        }
-        may = [n for n in far if self.real(n * size, (n + 1) * size)]
-        if len(groups) > search.looked_into:
-            # Of a group that is not wholly far the mean may be of keys that a query must not know.
-            whole = [g for g, numbers in groups.items() if all(n in far for n in numbers)]
-            span = of_group * size
-            scores = {
-                g: self.score(g * span, (g + 1) * span, span) for g in whole if self.real(g * span, (g + 1) * span)
-            }
-            good = self.best(query, scores, search.looked_into)
-            may = [n for n in may if n // of_group in good or n // of_group not in whole]
-        scores = {n: self.score(n * size, (n + 1) * size, width) for n in may}
+        scores = {n: self.score(n) for n in far if self.real(n * size, (n + 1) * size)}
         blocks = {*near, *sinks, *self.best(query, scores, self.budget)}
         return [j for n in sorted(blocks) for j in self.real(n * size, (n + 1) * size)]
 
@@ -305,7 +296,7 @@ def cpp_or_operators(run):
 def test_gradients_equal_finite_differences(form, monkeypatch):
     """Query, grouped key, value, λ, bias, sink and softening, two queries at a time."""
     monkeypatch.setattr(retrieval_gather, "_ENTRIES", 2**8)
-    search = Search(2, 1, 2, 1, 1, 50) if form != "cross" else Search(0, 0, 2, 1, 1, 50)
+    search = Search(2, 1, 2, 1) if form != "cross" else Search(0, 0, 2, 1)
     x = problem(form, search, metric="l2", shape=(1, 2, 1, 9, 9), sizes=(2, 1))
 
     def leaf(tensor):
@@ -345,31 +336,46 @@ def test_dropout_is_one_for_both_passes():
     "cuts", [[200], [1] * 200, [70, 1, 1, 3, 60, 65], [5, 195]], ids=["once", "single", "mixed", "two"]
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_means_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
-    """Bit for bit, however the keys came. Breaks if a group that new keys fall into is not made anew."""
+def test_codes_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
+    """Bit for bit, however the keys came. Breaks if a block that new keys fall into is not made anew."""
     key = torch.randn(3, 2, 200, 6)
     keep = padding(3, 200) if padded else None
     if padded:
         keep[2, :77] = False
-    means, start = KeyMeans(), 0
+    codes, start = KeyCodes(), 0
     for count in cuts:
         start += count
         own = None if keep is None else keep[:, :start]
         first = first_keys(own)
         if own is not None and not own.any(-1).all():
             first = torch.where(own.any(-1), own.int().argmax(-1), start)
-        grown = means.update(key[:, :, :start], own, first, SMALL)
+        grown = codes.update(key[:, :, :start], own, first, 4)
     x = problem("causal", shape=(3, 2, 2, 200, 200), keep=keep, dtype=torch.float32)
     x = replace(x, inputs=replace(x.inputs, key=key))
     layout = retrieval_gather._Layout(x, 1)
-    expected = block_means(layout.key, layout.keep, SMALL)
-    for name in ("mean", "weight", "coarse", "coarse_weight"):
-        grown_tensor, tensor = getattr(grown, name), getattr(expected, name)
-        axis = 2 if tensor.dim() == 5 else 1
-        held = grown_tensor.narrow(axis, 0, tensor.shape[axis])
-        assert_close(held, tensor, "equal", name)
-        rest = grown_tensor.narrow(axis, tensor.shape[axis], grown_tensor.shape[axis] - tensor.shape[axis])
-        assert not rest.any()
+    expected = encode(layout.key, layout.keep, 4)
+    blocks = layout.blocks
+    for old, new, axis in zip(grown.lines(6), expected.lines(6), (2, 2, 2, 1), strict=True):
+        assert torch.equal(old.narrow(axis, 0, blocks), new.narrow(axis, 0, blocks))
+    assert not grown.real.flatten(1)[:, blocks:].any()
+
+
+def test_a_code_is_the_key_to_four_bits():
+    """Within half a step of a fifteenth of each key's range; padding looks like another key and is not real alone."""
+    key, keep = torch.randn(2, 3, 50, 11, dtype=torch.float64), padding(2, 50)
+    layout = retrieval_gather._Layout(problem(shape=(2, 3, 3, 50, 50), sizes=(11, 4)), 1)
+    key, keep = torch.nn.functional.pad(key, (0, 0, 0, 2)), torch.nn.functional.pad(keep, (0, 2))
+    codes = encode(key.masked_fill(~keep[:, None, :, None], 0.0), keep, 4)
+    mean, code, scale, real = (
+        t[:, :, : layout.blocks] if t.dim() > 2 else t[:, : layout.blocks] for t in codes.lines(11)
+    )
+    copy = (mean[:, :, :, None] + scale[..., None] * code).flatten(2, 3)
+    own = keep[:, None].expand(2, 3, 52)
+    error = (copy - key).abs()[own]
+    assert (error <= 0.5 * scale.flatten(2)[own][:, None] + 1e-12).all()
+    assert error.max() > 0.05, "the control: it is not the key itself"
+    assert torch.equal(real, keep.unflatten(1, (-1, 4)).any(-1))
+    assert code.abs().max() == 7
 
 
 class TestArguments:
@@ -396,11 +402,9 @@ class TestArguments:
         ("options", "says"),
         [
             ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
-            ({"block_size": 24}, "mean_size must be block_size=24 divided by 1, 2, 4, 8 or 16, got 4"),
             ({"num_blocks": -1}, "num_blocks must be an integer >= 0, or one for each key head, got -1"),
             ({"num_blocks": (1, 2, 3)}, "num_blocks must be one number or one for each of 2 key heads"),
             ({"window_size": 0}, "window_size must be an integer >= 1 unless is_cross, got 0"),
-            ({"num_candidates": 0}, "num_candidates must be an integer >= 1, got 0"),
             ({"metric": "l7"}, "unknown metric 'l7'"),
             ({"scaling": -1.0}, "scaling must be a positive finite number, got -1.0"),
             ({"dropout_p": 1.0}, "dropout_p must be in"),
