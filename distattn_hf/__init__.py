@@ -44,7 +44,7 @@ _MODULES = {
     "core.modeling_distattn_seq2seq": ("DistAttnForConditionalGeneration", "DistAttnSeq2SeqModel"),
     "core.native_layers": ("DistAttnPreTrainedModel",),
     "functional.nystrom": ("nystrom_attention",),
-    "functional.retrieval": ("retrieval_attention",),
+    "functional.retrieval_attention": ("retrieval_attention",),
 }
 _LAZY = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -32,6 +32,13 @@ EXACT |= {
     "one layer": AttentionSpec("l2", layers=[1]),
     **{f"{metric} softened": AttentionSpec(metric, softening=3.0) for metric in ("l2", "l1", "chebyshev", "cosine")},
 }
+SMALL = {"window_size": 3, "num_sinks": 1, "block_size": 2, "num_blocks": 2}
+EXACT |= {
+    "retrieval": AttentionSpec(mechanism="retrieval", **SMALL),
+    "retrieval by the kernel": AttentionSpec(mechanism="retrieval", window_size=1, num_sinks=0, num_blocks=0),
+    "retrieval by l1": AttentionSpec("l1", mechanism="retrieval", **SMALL),
+    "retrieval beside l2": [AttentionSpec(mechanism="retrieval", heads=[0], **SMALL), AttentionSpec("l2", heads=[1])],
+}
 NYSTROM = {
     "nystrom": nystrom(5),
     "nystrom, not lifted": nystrom(5, lift=False),

@@ -28,6 +28,7 @@ ROWS = {
     "gemma2": "l1",
     # The same family once more: each checkpoint runs its own code.
     "llama again": "nystrom",
+    "gpt2 again": "retrieval",
     "native causal": ("l2", "relative", "causal"),
     "native bidirectional": ("performer", "sinusoidal", "bidirectional"),
     "native cross": ("nystrom", "rotary", "cross"),

@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 import transformers
 
-from ..conversion.convert import current_report
+from ..conversion.report_of_model import current_report
 from ..core.modeling_converted import DistAttnModelMixin
 from ..data.datasets import check_tokenizers
 from ..data.tasks import text_task_of

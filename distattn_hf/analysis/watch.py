@@ -27,6 +27,7 @@ from ..core.interface import (
 from ..core.native_attention import DistAttnAttention
 from ..core.nystrom_heads import nystrom_forward, write_out
 from ..core.parameters import DistanceAttentionState
+from ..core.retrieval_heads import retrieval_forward
 from .weights import AttentionCall, StoredCall
 
 _NYSTROM = (NYSTROM_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION)
@@ -145,13 +146,15 @@ def _observer(name: str, entry: dict, watcher: Callable):
             if state.is_nystrom:
                 with without_autocast(query.device.type):
                     output = nystrom_forward(state, query, key, value, call, attend)[0]
+            elif state.is_retrieval:
+                output = retrieval_forward(state, query, key, value, call, attend)[0]
             else:
                 output = attend_groups(state, query, key, value, call)[0]
         finally:
             state.observer = observer
         observed_call = AttentionCall(
             name, entry["layer"], entry["kind"], query, key, value, call.scaling, call.mask,
-            call.position_bias, call.is_causal, state.parts(), call.softcap, output, call.sink_logit,
+            call.position_bias, call.is_causal, state.parts(), call.softcap, output, call.sink_logit, call.groups,
         )  # fmt: skip
         replacement = watcher(observed_call)
         return output if replacement is None else replacement

@@ -14,6 +14,8 @@ from ..core.nystrom_hybrid import HybridInputs
 from ..core.parameters import NystromParameters
 from ..core.reference import hybrid_rows
 from ..core.relative_bias import of_heads
+from ..core.retrieval_gather import visible_keys
+from ..core.retrieval_heads import retrieval_problem, some_heads
 
 # Number of weights (float32: 16 MB) of a block of queries and all heads.
 _BLOCK_ENTRIES = 2**22
@@ -62,6 +64,7 @@ class AttentionCall:
     softcap: float | None = None
     output: Tensor | None = None
     sink_logit: Tensor | None = None
+    groups: int = 1
 
     def __post_init__(self):
         self._heads: list[tuple[list[int], Callable]] | None = None
@@ -110,6 +113,8 @@ class AttentionCall:
     def _part(self, heads: list[int], group) -> Callable:
         index = torch.tensor(heads, device=self.query.device)
         exact = self._exact(index, group)
+        if group is not None and group.spec.mechanism == "retrieval":
+            return self._retrieval(heads, index, group, exact)
         if not isinstance(group, NystromParameters):
             return exact
         return self._nystrom(index, group, exact)
@@ -147,7 +152,7 @@ class AttentionCall:
             return weight * (logits if key_bias is None else logits + key_bias[:, :, None])
 
         def rows(start, stop, keep):
-            keep = of_heads(keep, index)
+            keep = keep if keep.shape[1] == len(index) else of_heads(keep, index)
             plain = logits = logits_of(start, stop)
             if shift is not None:
                 logits = logits + rows_of(shift, start, stop)
@@ -171,6 +176,23 @@ class AttentionCall:
         )  # fmt: skip
         tensors = self.query[:, index], self.key[:, index], self.value[:, index]
         return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call, self.shape[3])
+
+    def _retrieval(self, heads: list[int], index: Tensor, group, exact: Callable) -> Callable:
+        """Return the same function for heads with retrieval attention, which are exact among the keys they see."""
+        call = ModuleCall(
+            self.scaling, None, of_heads(self.position_bias, index), self.is_causal, is_cross=self.kind == "cross",
+            sink_logit=of_heads(self.sink_logit, index), softcap=self.softcap,
+        )  # fmt: skip
+        tensors = self.query, self.key[:, :: self.groups], self.value[:, :: self.groups]
+        if len(heads) < self.shape[1]:
+            tensors = some_heads(heads, *tensors)
+        keep = None if self.mask is None else key_padding(self.mask, self.query, self.shape[3])
+        visible = visible_keys(retrieval_problem(group, *tensors, keep, call))
+
+        def rows(start, stop, keep):
+            return exact(start, stop, keep & visible(start, stop))[0], None, None
+
+        return rows
 
     def _nystrom(self, index: Tensor, group, exact: Callable) -> Callable:
         """Return the same function for heads with Nyström attention, whose rows of few keys are exact."""

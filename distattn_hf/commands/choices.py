@@ -16,7 +16,7 @@ METRICS = {
     "dot": (),
 }
 CHOICES = {
-    "mechanism": ("distance", "nystrom"),
+    "mechanism": ("distance", "nystrom", "retrieval"),
     "init": ("exact", "calibrated", "plain"),
     "attention": ("self", "cross"),
     "transform": ("none", "scalar", "maps"),
@@ -24,6 +24,7 @@ CHOICES = {
 # Least values of the numbers; p and λ are checked separately.
 LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
+    "block_size": 1, "num_blocks": 0,
     "max_tokens": 1, "max_length": 1, "max_texts": 1,
 }  # fmt: skip
 

@@ -14,14 +14,15 @@ command = typer.Typer()
 
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
-    "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "layers", "heads", "attention",
-    "p", "lam", "transform", "softening",
+    "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
+    "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
 @command.command(
     epilog="Examples:  distattn convert minilm out/minilm-l2 --metric l2 --calibration news   |   "
     "distattn convert openai-community/gpt2 out/gpt2-exact --metric sqeuclidean --init exact   |   "
+    "distattn convert smollm2-135m out/smol-long --mechanism retrieval   |   "
     "distattn convert smollm2-135m out/smol-l1 --metric l1 --transform maps --layers 0-9 --calibration my.txt"
 )
 def convert(
@@ -35,22 +36,40 @@ def convert(
         str, typer.Option(help="sqeuclidean, l2, l1, lp, cosine, chebyshev or an alias.")
     ] = "sqeuclidean",
     mechanism: Annotated[
-        str, typer.Option(help="distance (exact), or nystrom: linear in time, constant memory per generated token.")
+        str,
+        typer.Option(
+            help="distance (exact); nystrom: linear in time, constant memory per generated token; or retrieval: all "
+            "keys kept, few read, nothing to fit."
+        ),
     ] = "distance",
     num_landmarks: Annotated[int | None, typer.Option(help="nystrom: landmarks per head. Default: 64.")] = None,
-    window_size: Annotated[int | None, typer.Option(help="nystrom: keys seen exactly. Default: 64.")] = None,
-    num_sinks: Annotated[int | None, typer.Option(help="nystrom: first tokens seen exactly. Default: 4.")] = None,
+    window_size: Annotated[
+        int | None, typer.Option(help="nystrom, retrieval: last keys seen exactly. Default: 64.")
+    ] = None,
+    num_sinks: Annotated[
+        int | None, typer.Option(help="nystrom, retrieval: first tokens seen exactly. Default: 4.")
+    ] = None,
     exact_below: Annotated[
         int | None,
         typer.Option(help="nystrom: queries that see at most so many keys attend exactly. Default: 2048, or 0."),
     ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="retrieval: keys found and read together. Default: 16.")
+    ] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 16.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
     ] = None,
     init: Annotated[
-        str, typer.Option(help="calibrated, exact (sqeuclidean only) or plain (the control).")
-    ] = "calibrated",
-    calibration: Annotated[str | None, typer.Option(help=f"Text for --init calibrated. {DATA}")] = None,
+        str | None,
+        typer.Option(
+            help="calibrated, exact (sqeuclidean only) or plain (the control). Default: calibrated; of retrieval from "
+            "the teacher's own logits exact."
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"Text for --init calibrated, and to say what retrieval catches. {DATA}")
+    ] = None,
     column: Column = None,
     layers: Annotated[
         str | None, typer.Option(help="'0-5', '0,2,4', a glob on names, or full_attention. Default: all.")
@@ -84,12 +103,17 @@ def convert(
     check_choices(
         metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-        max_error=max_error, steps=steps, seed=seed,
+        block_size=block_size, num_blocks=num_blocks, max_error=max_error, steps=steps, seed=seed,
     )  # fmt: skip
     epsilon = read_softening(softening)
+    retrieves = mechanism == "retrieval" and spec_file is None
+    if init is None:
+        init = "exact" if retrieves and metric in ("sqeuclidean", "squared_l2", "l2_squared") else "calibrated"
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
-    if init != "calibrated" and (unused := given(context, ("calibration", "column", "steps", "seed"))):
+    used = ("calibration", "column") if retrieves else ()
+    of_fits = [name for name in ("calibration", "column", "steps", "seed") if name not in used]
+    if init != "calibrated" and (unused := given(context, of_fits)):
         raise ValueError(f"{unused[0]} is for the fit of --init calibrated; --init {init} fits nothing, leave it out")
     from ..storage.folders import check_output
 
@@ -113,9 +137,10 @@ def convert(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
+            block_size=block_size, num_blocks=num_blocks,
         )  # fmt: skip
     texts = None
-    if init == "calibrated":
+    if calibration is not None:
         with reading("calibration", "column"):
             texts = read_texts(calibration, column=column)
     model, tokenizer = load_checkpoint(source)

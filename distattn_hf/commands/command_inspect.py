@@ -21,7 +21,7 @@ def inspect(
     With λ and α of every module, or of every head.
     """
     begin(path)
-    from ..conversion.convert import current_report
+    from ..conversion.report_of_model import current_report
     from ..storage.models import load_checkpoint
 
     report = current_report(load_checkpoint(path)[0])

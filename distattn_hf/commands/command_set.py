@@ -17,8 +17,12 @@ def set_options(
         int | None, typer.Option(help="nystrom: queries that see at most so many keys attend exactly. 0: none.")
     ] = None,
     window_size: Annotated[
-        int | None, typer.Option(help="nystrom: keys seen exactly; no fewer than the conversion had.")
+        int | None,
+        typer.Option(help="nystrom, retrieval: keys seen exactly; of nystrom no fewer than it was fitted with."),
     ] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="retrieval: keys found and read together.")] = None,
+    num_sinks: Annotated[int | None, typer.Option(help="retrieval: first tokens seen exactly.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="distance: auto, cpp, sdpa, triton, chunked or reference.")
     ] = None,
@@ -26,7 +30,10 @@ def set_options(
     """Set what needs no fit on a converted checkpoint."""
     from ..storage.folders import change_options
 
-    options = {"exact_below": exact_below, "window_size": window_size, "backend": backend}
+    options = {
+        "exact_below": exact_below, "window_size": window_size, "num_blocks": num_blocks, "block_size": block_size,
+        "num_sinks": num_sinks, "backend": backend,
+    }  # fmt: skip
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         raise ValueError(f"nothing to set; give one of {', '.join(map(flag, options))}")

@@ -26,7 +26,8 @@ from ..storage.companions import Source, describe_source
 from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate, fitted_defaults
 from .calibrate_nystrom import far_field_warnings
-from .report import MEASURED, ConversionReport, GroupReport
+from .observe import caught_shares
+from .report_of_model import report_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     modules = select_modules(find_attention_modules(model), specs)
     _check_modules(model, modules, specs)
     batch = None
-    if init == "calibrated":
+    retrieves = any(spec.mechanism == "retrieval" for spec in specs)
+    if init == "calibrated" or (retrieves and calibration is not None):
         longer = 2 if any(spec.mechanism == "nystrom" for spec in specs) else 1
         batch = calibration_batch(
             model,
@@ -94,14 +96,14 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
             seed=options.seed,
         )
     warnings = _warnings(model, specs)
-    if init != "calibrated" and calibration is not None:
+    if batch is None and calibration is not None:
         warnings.append(f"init={init!r} fits nothing: calibration is not used")
     tokens = real_tokens(batch) if batch else 0
-    if 0 < tokens < _LITTLE_TEXT:
+    if init == "calibrated" and 0 < tokens < _LITTLE_TEXT:
         warnings.append(f"calibration: {tokens} tokens are little to fit on; {MAX_TOKENS:,} are used where there are")
 
     student = _build_student(model, specs, modules, init)
-    if batch is not None:
+    if init == "calibrated":
         warnings += far_field_warnings(student, batch)
     for text in warnings:
         logger.warning(text)
@@ -109,9 +111,14 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     divergences = {}
     if batch is not None:
         # Without dropout, whatever mode the model came in.
-        divergences = calibrate(student.eval(), batch, options)
+        student.eval()
+        divergences = calibrate(student, batch, options) if init == "calibrated" else {}
+        for name, shares in (caught_shares(student, batch) if retrieves else {}).items():
+            measured = divergences.setdefault(name, [{} for _ in shares])
+            for entry, share in zip(measured, shares):
+                entry.update({} if share is None else {"caught": share})
         student.train(model.training)
-    report = _report(type(model), student, modules, divergences, init, warnings)
+    report = report_of(type(model), student, modules, divergences, init, warnings)
     if not report.groups:
         raise ValueError(
             f"max_error={options.max_error!r}: no head's outputs came so near to the teacher's, nothing would be "
@@ -340,64 +347,3 @@ def _like(new: PreTrainedModel, old: PreTrainedModel) -> PreTrainedModel:
     if old.can_generate():
         new.generation_config = copy.deepcopy(old.generation_config)
     return new.to(old.device).train(old.training)
-
-
-def _report(base_class, student, modules, divergences, init, warnings) -> ConversionReport:
-    report = ConversionReport(base_class.__name__, init, warnings=warnings)
-    report.unconverted = [name for name in find_attention_modules(student) if name not in modules]
-    for name, state in student.attention_states.items():
-        if exact := [head for heads, group in state.parts() if group is None for head in heads]:
-            report.exact_heads[name] = exact
-        for number, (group, heads) in enumerate(zip(state.groups, state.head_lists, strict=True)):
-            measured = divergences.get(name, [{}] * len(state.groups))[number]
-            if not (values := group.reported_values()):
-                raise ValueError(
-                    f"{name!r}: its λ and α are offloaded or cut up over processes; load the model fully, or see "
-                    "model.conversion_report"
-                )
-            report.groups.append(
-                GroupReport(
-                    module=name,
-                    layer=modules[name]["layer"],
-                    kind=modules[name]["kind"],
-                    metric=group.metric,
-                    heads=list(range(state.num_heads)) if heads is None else heads,
-                    **values,
-                    divergence_before=_numbers(measured.get("before")),
-                    divergence_after=_numbers(measured.get("after")),
-                    divergence_plain=_numbers(measured.get("plain")),
-                    **{name: _numbers(measured.get(name)) for name in MEASURED},
-                )
-            )
-    return report
-
-
-def _numbers(values: Tensor | list[float] | None) -> list[float] | None:
-    if isinstance(values, Tensor):
-        values = values.detach().float().tolist()
-    return None if values is None else [round(v, 6) for v in values]
-
-
-def current_report(model: PreTrainedModel) -> ConversionReport:
-    """Return a converted model's report with current λ and α; divergences are those of the conversion.
-
-    Raises `ValueError` for a model that was not converted.
-    """
-    if not isinstance(model, DistAttnModelMixin):
-        raise ValueError(f"{type(model).__name__} is not a converted model")
-    block = model.config.distattn
-    saved = model.conversion_report
-    divergences: dict[str, list[dict]] = {}
-    for group in saved.groups if saved else ():
-        measured = {"before": group.divergence_before, "after": group.divergence_after}
-        measured["plain"] = group.divergence_plain
-        measured |= {name: getattr(group, name) for name in MEASURED}
-        divergences.setdefault(group.module, []).append(measured)
-    # A model made from a config names no modules: its specs choose them.
-    modules = block["modules"] or select_modules(find_attention_modules(model), model.config.attention_specs)
-    report = _report(model.base_class, model, modules, divergences, block["init"], saved.warnings if saved else [])
-    if saved:
-        for name in ("calibration_tokens", "seconds", "base_model", "source"):
-            setattr(report, name, getattr(saved, name))
-        report.changed_since = model.report_as_it_is()["changed_since"]
-    return report

@@ -2,10 +2,15 @@
 
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from ..core.attention import distance_attention
 from ..core.inputs import ModuleCall
+from ..core.interface import attend
+from ..core.nystrom_heads import key_padding
+from ..core.retrieval_gather import caught_weight
+from ..core.retrieval_heads import retrieval_forward, retrieval_problem, some_heads
 
 
 @contextmanager
@@ -22,6 +27,40 @@ def observed(model, observer):
     finally:
         for state in states:
             state.observer = None
+
+
+@torch.no_grad()
+def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | None]]:
+    """Return how much of exact attention's weight retrieval heads read on a batch, the mean over queries of each head.
+
+    {module name: a (H,) tensor for each group of heads, None for those of another mechanism}.
+    """
+    names = {state: name for name, state in model.attention_states.items()}
+    sums: dict[str, list] = {}
+
+    def observe(state, query, key, value, call):
+        if not state.is_retrieval:
+            return teacher_attention(query, key, value, call)
+        tensors = query, key[:, :: call.groups], value[:, :: call.groups]
+        keep = None if call.mask is None else key_padding(call.mask, query, key.shape[2])
+        shares = []
+        for heads, group in state.parts():
+            if group is None or group.spec.mechanism != "retrieval":
+                shares.append(None)
+                continue
+            own = some_heads(heads, *tensors) if len(heads) < state.num_heads else tensors
+            share = caught_weight(retrieval_problem(group, *own, keep, call)).double()
+            shares.append(torch.stack([share.sum((0, 2)), (share > 0).sum((0, 2)).double()]))
+        sums.setdefault(names[state], []).append(shares)
+        return retrieval_forward(state, query, key, value, call, attend)[0]
+
+    with observed(model, observe):
+        model(**batch)
+    shares = {}
+    for name, uses in sums.items():
+        totals = [None if parts[0] is None else sum(parts) for parts in zip(*uses, strict=True)]
+        shares[name] = [None if t is None else (t[0] / t[1].clamp_min(1)).float() for t in totals]
+    return shares
 
 
 def teacher_attention(query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:

@@ -5,7 +5,15 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean, median
 
 # What calibration measures of a group of heads under these names, beside divergences.
-MEASURED = ("softening_ratio", "window_error", "output_error", "rows_off", "sink_weight", "teacher_sink_weight")
+MEASURED = (
+    "softening_ratio",
+    "window_error",
+    "output_error",
+    "rows_off",
+    "sink_weight",
+    "teacher_sink_weight",
+    "caught",
+)
 
 
 @dataclass
@@ -17,6 +25,8 @@ class GroupReport:
 
     Learned sinks: sink_weight is the share of a row's weight that the sink takes, teacher_sink_weight the teacher's.
     Where logits count (sinks, caps): logit_shift is the logit of the head's origin, from which its distances count.
+
+    Retrieval attention: caught is the share of exact attention's weight on the keys that queries read, on the text.
 
     Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
@@ -41,10 +51,14 @@ class GroupReport:
     sink_weight: list[float] | None = None
     teacher_sink_weight: list[float] | None = None
     logit_shift: list[float] | None = None
+    mechanism: str = "distance"
+    caught: list[float] | None = None
 
     @property
     def attention(self) -> str:
-        """What took the place of dot-product attention: the metric's name, or "nystrom"."""
+        """What took the place of dot-product attention: the metric's name, "nystrom", "retrieval" or "retrieval l2"."""
+        if self.mechanism == "retrieval":
+            return "retrieval" if self.metric == "lifted_sqeuclidean" else f"retrieval {self.metric}"
         return "nystrom" if self.output_error else self.metric
 
 
@@ -158,6 +172,9 @@ class ConversionReport:
         has_softening = any(part.softening for part in self.groups)
         if has_softening:
             lines[0] += f" {'ε':>9} {'ε/median':>9} {'KL plain':>10}"
+        has_caught = any(part.caught for part in self.groups)
+        if has_caught:
+            lines[0] += f" {'caught':>9}"
         has_sink = any(part.sink_weight for part in self.groups)
         if has_sink:
             lines[0] += f" {'sink':>9} {'teacher':>9}"
@@ -178,6 +195,8 @@ class ConversionReport:
                 if has_softening:
                     cells = [_cell(v, pick) for v in (part.softening, part.softening_ratio, part.divergence_plain)]
                     lines[-1] += f" {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}"
+                if has_caught:
+                    lines[-1] += f" {_cell(part.caught, pick):>9}"
                 if has_sink:
                     lines[-1] += "".join(f" {_cell(v, pick):>9}" for v in (part.sink_weight, part.teacher_sink_weight))
                 if has_shift:
@@ -202,6 +221,10 @@ class ConversionReport:
                 "ε: below it the distance is quadratic; ε/median: in medians of the head's plain distances, of cosine "
                 "in medians of its norms (0: the plain distance), as fitted; KL plain: of the plain distance, with its "
                 "own λ and α"
+            )
+        if self._mean("caught") is not None:
+            lines.append(
+                "caught: share of exact attention's weight on the keys that are read, mean over the text's queries"
             )
         if self._mean("sink_weight") is not None:
             lines.append("sink: share of a row's weight that the learned sink takes; teacher: the same of the teacher")
@@ -239,6 +262,8 @@ class ConversionReport:
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
             parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
+        if (caught := self._mean("caught")) is not None:
+            parts.append(f"{caught:.2%} of the attention's weight caught")
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")
             parts.append(

@@ -34,6 +34,8 @@ class ModuleCall:
     return_weights: bool = False
     sink_logit: Tensor | None = None
     softcap: float | None = None
+    # Of keys that stand there once for each query head: how many query heads shared one.
+    groups: int = 1
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _check_heads(module: nn.Module, state: DistanceAttentionState, query: Tensor
 def _observed(state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:
     """Return what the observer of a conversion in progress puts in place of the attention's output."""
     groups = query.shape[1] // key.shape[1]
-    return state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), call)
+    return state.observer(state, query, repeat_kv(key, groups), repeat_kv(value, groups), replace(call, groups=groups))
 
 
 def _nystrom(
@@ -235,7 +235,9 @@ def _retrieval(
     state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
 ) -> tuple[Tensor, Tensor | None]:
     if state.observer is not None:
-        return _observed(state, query, key, value, write_out(call, query.shape[2], key.shape[2], query.device)), None
+        call = replace(call, is_causal=call.is_causal and not state.is_cross)
+        call = replace(call, position_bias=as_tensor(call.position_bias, query.shape[2], key.shape[2]))
+        return _observed(state, query, key, value, call), None
     return retrieval_forward(state, query, key, value, call, attend)
 
 

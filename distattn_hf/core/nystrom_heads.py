@@ -78,8 +78,8 @@ def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
         raise ValueError(
             f"Nyström and retrieval attention need a padding mask (B, M), got {mask.dtype} of shape "
-            f"{tuple(mask.shape)}: they never form the (N, M) entries that another pattern speaks of (a sliding window, "
-            "packed sequences, a mask of the model's own or of the caller's, or, under torch.compile, no "
+            f"{tuple(mask.shape)}: they never form the (N, M) entries that another pattern speaks of (a sliding "
+            "window, packed sequences, a mask of the model's own or of the caller's, or, under torch.compile, no "
             "attention_mask: pass one)"
         )
     return mask[:, 0, 0, -length:].expand(len(query), length)

@@ -79,7 +79,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Codes:
-    """Copies of whole blocks of keys in four bits a coordinate, PANEL blocks side by side; key = mean + scale·(code - 8).
+    """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks side by side.
 
     mean (B, H_kv, g, d, 16); scale (B, H_kv, g, b, 16); code (B, H_kv, g, b, 2, ⌈d/8⌉, 8, 4) uint8: of 8 blocks four
     coordinates each, and in the high bits the four that stand half the head size (rounded up to 8) further on;
@@ -92,7 +92,7 @@ class Codes:
     real: Tensor
 
     def lines(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (mean (B, H_kv, n, d), code - 8 (B, H_kv, n, b, d), scale (B, H_kv, n, b), real (B, n)), d = `size`."""
+        """Return mean (B, H_kv, n, d), code - 8 (B, H_kv, n, b, d), scale (B, H_kv, n, b), real (B, n); d = `size`."""
         batch, heads, groups, block = self.scale.shape[:4]
         code = self.code.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, heads, groups * PANEL, block, -1)
         code = torch.cat([code & 15, code >> 4], dim=-1)[..., :size].to(self.mean.dtype) - _MIDDLE

@@ -52,8 +52,38 @@ def _with_codes(problem: Retrieval) -> Retrieval:
     return replace(problem, inputs=inputs, codes=codes)
 
 
-def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again."""
+def visible_keys(problem: Retrieval) -> Callable[[int, int], Tensor]:
+    """Return (start, stop) -> which keys those queries see, bool (B, H, n, M)."""
+    chosen = _chosen_for(problem)[0]
+    return lambda start, stop: chosen.visible(slice(start, stop))
+
+
+@torch.no_grad()
+def caught_weight(problem: Retrieval) -> Tensor:
+    """Return the share (B, H, N) of exact attention's weight that each query's keys have; 0 where it sees nothing."""
+    chosen, inputs = _chosen_for(problem)
+    layout = chosen.layout
+    key = layout.key.repeat_interleave(layout.heads // layout.key.shape[1], dim=1)
+    place = torch.arange(layout.key.shape[2], device=key.device)
+    shares = []
+    for part in layout.parts(4 * len(key) * layout.heads * len(place)):
+        query, positions = inputs.query[:, :, part], layout.positions[:, part]
+        bias, sink, shift = (rows_of(t, part) for t in (inputs.bias, inputs.sink_logit, inputs.shift))
+        logits = -inputs.lambda_column() * inputs.scaling * inputs.distances(query, key)
+        everywhere = place.expand(len(key), layout.key.shape[1], query.shape[2], -1)
+        joined = chosen.biases(part, everywhere, bias, problem.relative_bias)
+        joined = None if joined is None else joined.transpose(2, 3).flatten(1, 2)
+        logits = finish_logits(inputs, logits, shift, joined)
+        seen = layout.keep[:, None, None]
+        if inputs.is_causal:
+            seen = seen & (place <= positions[:, None, :, None])
+        weights = masked_softmax(logits, seen.expand_as(logits), sink)
+        shares.append((weights * chosen.seen_blocks(part)).sum(-1))
+    return torch.cat(shares, dim=2)
+
+
+def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
+    """Return the blocks that the queries of a problem see, and its inputs as operators take them."""
     inputs = unlifted(problem.inputs)
     if inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
         # Its radius is that of all keys; what it stands for is not.
@@ -63,22 +93,26 @@ def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> 
         inputs = unit_softening(inputs)
     inputs = inputs.in_full_precision()
     layout = _Layout(replace(problem, inputs=inputs), share)
-    if 0 in inputs.query.shape or 0 in inputs.key.shape:
-        # Nothing to see; sums of nothing carry the gradient.
-        output = inputs.query.new_zeros(*inputs.query.shape[:3], inputs.value.shape[-1])
-        output = output + 0.0 * (inputs.query.sum() + inputs.key.sum() + inputs.value.sum())
-        weights = inputs.query.new_zeros(*inputs.query.shape[:3], inputs.key.shape[2])
-        return output, weights if return_weights else None
     with torch.no_grad():
         blocks, exists = layout.choose()
     # Drawn here, so that the backward pass can make the same dropout again.
     seed = int(torch.randint(2**31, ())) if inputs.dropout_p > 0 else 0
-    chosen = _Chosen(layout, blocks, exists, seed)
+    return _Chosen(layout, blocks, exists, seed), inputs
+
+
+def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again."""
+    given = problem.inputs
+    if 0 in given.query.shape or 0 in given.key.shape:
+        # Nothing to see; sums of nothing carry the gradient.
+        zero = 0.0 * (given.query.sum() + given.key.sum() + given.value.sum())
+        output = given.query.new_zeros(*given.query.shape[:3], given.value.shape[-1]) + zero
+        return output, given.query.new_zeros(*given.query.shape[:3], given.key.shape[2]) if return_weights else None
+    chosen, inputs = _chosen_for(problem)
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
-    tensors = inputs.query, layout.key, layout.value, lam, inputs.bias, problem.relative_bias
+    tensors = inputs.query, chosen.layout.key, chosen.layout.value, lam, inputs.bias, problem.relative_bias
     tensors = *tensors, inputs.sink_logit, inputs.shift
-    output = _Gathered.apply(chosen, *tensors)
-    return output, chosen.weights(*tensors) if return_weights else None
+    return _Gathered.apply(chosen, *tensors), chosen.weights(*tensors) if return_weights else None
 
 
 class _Layout:
@@ -243,7 +277,7 @@ class _Chosen:
         number = lam if lam is not None else torch.as_tensor(inputs.lam, dtype=query.dtype, device=query.device)
         number = number.to(query.dtype).expand(layout.heads).view(key_heads, 1, -1, 1)
         distance = inputs.metric.checked_distance(in_groups(query), key, inputs.p, epsilon=inputs.softening)
-        joined = self._biases(part, place, bias, relative_bias)
+        joined = self.biases(part, place, bias, relative_bias)
         sink = None if sink is None else in_groups(sink.expand(len(query), layout.heads, query.shape[2], 1))
         shift = None if shift is None else in_groups(shift.expand(len(query), layout.heads, query.shape[2], 1))
         logits = finish_logits(inputs, -number * inputs.scaling * distance, shift, joined)
@@ -253,7 +287,7 @@ class _Chosen:
         chances = self._drop(part, chances)
         return (chances @ value).transpose(2, 3).flatten(1, 2)
 
-    def _biases(self, part: slice, place: Tensor, bias: Tensor | None, relative_bias: Tensor | None) -> Tensor | None:
+    def biases(self, part: slice, place: Tensor, bias: Tensor | None, relative_bias: Tensor | None) -> Tensor | None:
         """Return what joins the logits of seen keys, (B, H_kv, n, G, L), or None."""
         layout = self.layout
         key_heads, joined = place.shape[1], None
@@ -281,8 +315,22 @@ class _Chosen:
 
     def of_part(self, part: slice, query, key, value, lam, bias, relative_bias, sink, shift) -> tuple:
         """Return the tensors that `attend` takes for a part, keys and values gathered."""
-        bias, *rows = (t if t is None or t.shape[2] == 1 else t[:, :, part] for t in (bias, sink, shift))
+        bias, *rows = (rows_of(t, part) for t in (bias, sink, shift))
         return query[:, :, part], self.gather(key, part), self.gather(value, part), lam, bias, relative_bias, *rows
+
+    def seen_blocks(self, part: slice) -> Tensor:
+        """Return which keys of all blocks the queries of a part see, bool (B, H, n, M')."""
+        place, seen = self.places(part)
+        result = seen.new_zeros(*place.shape[:3], self.layout.key.shape[2], dtype=torch.int32)
+        result = result.scatter_add(-1, place, seen.int()) > 0
+        return result.repeat_interleave(self.layout.heads // result.shape[1], dim=1)
+
+    def visible(self, part: slice) -> Tensor:
+        """Return which keys the queries of a part see, bool (B, H, n, M)."""
+        seen, layout = self.seen_blocks(part), self.layout
+        place = torch.arange(layout.num_keys, device=seen.device) - layout.first[:, None]
+        index = place.clamp_min(0)[:, None, None].expand(*seen.shape[:3], -1)
+        return seen.gather(-1, index) & (place >= 0)[:, None, None]
 
     def weights(self, *tensors) -> Tensor:
         """Return the weights (B, H, N, M) before dropout."""
@@ -296,6 +344,11 @@ class _Chosen:
             rows = [t.transpose(2, 3).flatten(1, 2) for t in (position, chances)]
             result[:, :, part] = result[:, :, part].scatter_add(-1, *rows)
         return result
+
+
+def rows_of(tensor: Tensor | None, part: slice) -> Tensor | None:
+    """Return the rows of some queries of a tensor broadcastable to (B, H, N, x), or None."""
+    return tensor if tensor is None or tensor.shape[2] == 1 else tensor[:, :, part]
 
 
 class _Gathered(torch.autograd.Function):

@@ -33,6 +33,8 @@ def retrieval_forward(
     """
     layer = getattr(key, "distattn_retrieval", None)
     call = replace(call, is_causal=call.is_causal and not state.is_cross)
+    if call.groups > 1:
+        key, value = key[:, :: call.groups], value[:, :: call.groups]
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
     keep = None if call.mask is None else key_padding(call.mask, query, key.shape[2])
@@ -48,7 +50,7 @@ def retrieval_forward(
         )
         tensors = query, key, value
         if len(heads) < state.num_heads:
-            tensors = _some(heads, *tensors)
+            tensors = some_heads(heads, *tensors)
         if group is None or group.spec.mechanism != "retrieval":
             results.append((heads, *exact_heads(attend, group, *tensors, own)))
         else:
@@ -56,7 +58,7 @@ def retrieval_forward(
     return join_heads(results)
 
 
-def _some(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def some_heads(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return query heads and their key heads: grouped where all of a key head's are there, else repeated."""
     groups = query.shape[1] // key.shape[1]
     columns = [head // groups for head in heads]
@@ -71,6 +73,21 @@ def _retrieve(
     group: HeadParameters, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, call: ModuleCall, layer
 ) -> tuple[Tensor, Tensor | None]:
     """Return (output, weights or None) of a group of retrieval heads; layer: the cache layer of the key, or None."""
+    problem = retrieval_problem(group, query, key, value, keep, call)
+    # The codes of cosine are of keys of length 1.
+    is_plain = problem.inputs.key is key and has_codes(problem.inputs) and not problem.inputs.metric.scale_free
+    if layer is not None and is_plain and problem.search.most_blocks:
+        with torch.no_grad():
+            codes = layer.codes_of(key, keep, problem.first, problem.search.block_size)
+        problem = replace(problem, codes=codes)
+    output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
+    return output.to(value.dtype), weights
+
+
+def retrieval_problem(
+    group: HeadParameters, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, call: ModuleCall
+) -> Retrieval:
+    """Return the problem of a group of retrieval heads for their query, key and value; keep (B, M): no padding."""
     with without_autocast(query.device.type):
         heads, metric = group(query, key), get_metric(group.metric)
         shift = absolute_shift(heads, metric, group.p, call)
@@ -89,12 +106,4 @@ def _retrieve(
         None if keep is None else keep[:, None, None], bias, call.is_causal, call.dropout_p,
         softening=heads.softening, sink_logit=call.sink_logit, softcap=call.softcap, shift=shift,
     )  # fmt: skip
-    codes = None
-    # Cosine's are of keys of length 1.
-    is_plain = heads.key is key and has_codes(inputs) and not metric.scale_free
-    if layer is not None and is_plain and search.most_blocks:
-        with torch.no_grad():
-            codes = layer.codes_of(key, keep, first, search.block_size)
-    problem = Retrieval(inputs, search, first, table, codes)
-    output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
-    return output.to(value.dtype), weights
+    return Retrieval(inputs, search, first, table)

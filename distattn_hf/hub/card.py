@@ -133,8 +133,10 @@ def _library_tags(folder: ConvertedFolder) -> list[str]:
 
 def _attention_tags(config: dict) -> list[str]:
     specs = config["distattn"]["specs"]
-    mechanisms = ["nystrom-attention" if s.get("mechanism") == "nystrom" else "distance-attention" for s in specs]
-    return [*dict.fromkeys(mechanisms), *dict.fromkeys(s["metric"] for s in specs)]
+    mechanisms = [f"{s.get('mechanism') or 'distance'}-attention" for s in specs]
+    # Of the teacher's own logits no metric is worth a tag.
+    metrics = [s["metric"] for s in specs if not (s.get("mechanism") == "retrieval" and s.get("lift"))]
+    return [*dict.fromkeys(mechanisms), *dict.fromkeys(metrics)]
 
 
 def _is_hub_name(name: str) -> bool:
@@ -221,6 +223,13 @@ def _attention_text(config: dict) -> str:
                 ("exact_below", "first tokens attended exactly"),
             ) if spec.get(k)]  # fmt: skip
             parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
+        elif spec.get("mechanism") == "retrieval":
+            read = spec["num_blocks"] * spec["block_size"]
+            own = "" if spec.get("lift") else f" by the {spec['metric']} distance"
+            parts.append(
+                f"retrieval attention{own} (each query reads the last {spec['window_size']} tokens, the first "
+                f"{spec['num_sinks']}, and {read} others in blocks of {spec['block_size']})"
+            )
         else:
             order = f" (p={spec['p']:g})" if spec.get("p") is not None else ""
             softened = {None: "", 0: "", "fit": " softened (one fitted ε a head)"}
@@ -270,6 +279,7 @@ def _loss_table(report: ConversionReport) -> str | None:
         "KL fitted": "divergence_after",
         "output off, sinks and window alone": "window_error",
         "output off": "output_error",
+        "weight caught": "caught",
     }
     if not report.softening_ratios:
         columns = {k: v for k, v in columns.items() if v not in ("softening_ratio", "divergence_plain")}

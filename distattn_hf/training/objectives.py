@@ -19,6 +19,7 @@ from ..core.inputs import ModuleCall
 from ..core.interface import attend, attend_groups
 from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import DistanceAttentionState
+from ..core.retrieval_heads import retrieval_forward
 from ..data.batches import forward_inputs, label_loss, query_mask
 from ..data.tasks import TASKS
 
@@ -57,6 +58,8 @@ def student_attention(
                 return nystrom_forward(state, query, key, value, call, attend)[0]
         finally:
             state.observer = observer
+    if state.is_retrieval:
+        return retrieval_forward(state, query, key, value, call, attend)[0]
     return attend_groups(state, query, key, value, call)[0]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ..conversion.convert import current_report
+from ..conversion.report_of_model import current_report
 from ..core.configuration_distattn import MODEL_TYPE_PREFIX
 from ..core.discovery import base_prefix
 from ..data.batches import label_loss

@@ -39,7 +39,7 @@ def retrieval_attention(
     Softmax attention over the keys that a query sees, and nothing of the others; logits as in `distance_attention`.
     Keys stand in blocks, counted from the first that is not padding. A query sees the blocks that hold the first
     num_sinks keys, its own block (as far as causality lets it) and those beside it that hold window_size - 1 more keys,
-    and num_blocks others: those with the largest logits, as far as a copy of the keys in four bits says, for logits that
+    and num_blocks others: those with the largest logits, as far as a copy of the keys in four bits says, where logits
     are a dot product ("dot", "cosine"); other metrics look at the keys themselves. Query heads of one key head choose
     together. The choice has no gradient. With num_blocks at least the number of blocks it is exact attention.
 
