@@ -65,6 +65,9 @@ def model_of(row: str):
     if what == "nystrom":
         model = converted(FAMILIES["llama"](), nystrom(9))
         return model, token_batch(model, length=40, padded=True, seed=9), AUTO["llama"]
+    if what == "retrieval":
+        model = convert(FAMILIES["gpt2"](), AttentionSpec(mechanism="retrieval", num_blocks=1))
+        return model, token_batch(model, length=120, padded=True, seed=9), AUTO["gpt2"]
     teacher = FAMILIES[row]()
     model = convert(teacher, AttentionSpec(what), calibration=[token_batch(teacher, seed=s) for s in range(3)])
     return model, token_batch(teacher, padded=True, seed=9), AUTO.get(row, AUTO["llama"])

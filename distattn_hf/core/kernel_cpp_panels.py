@@ -109,13 +109,44 @@ static void weighted_rows(const float* w, long ldw, const typename T::type** run
   for (long x = 0; x < count; x++) runs[x] -= c;
 }
 
-struct Ranked {
-  float score;
-  int32_t number;
-  bool operator<(const Ranked& other) const {
-    return score > other.score || (score == other.score && number < other.number);
+// Numbers of the k largest of n entries, in order; of equal ones the first. -INF is none. Returns how many.
+static long largest_k(const float* x, long n, long k, long* numbers) {
+  float lo = INF, hi = -INF;
+  long real = 0;
+  for (long j = 0; j < n; j++) {
+    if (x[j] == -INF) continue;
+    lo = std::min(lo, x[j]), hi = std::max(hi, x[j]), real++;
   }
-};
+  // More than k entries are above lo (or all at least lo), at most k above hi.
+  bool all = real <= k;
+  if (!all) {
+    lo = lo - 1e-30f - 1e-6f * fabsf(lo);
+    for (;;) {
+      float middle = lo + 0.5f * (hi - lo);
+      if (!(middle > lo && middle < hi)) break;
+      vi count = {};
+      vf limit = splat(middle);
+      for (long j = 0; j < n; j += W) count -= load(x + j) > limit;
+      long above = 0;
+      for (int l = 0; l < W; l++) above += count[l];
+      if (above > k)
+        lo = middle;
+      else
+        hi = middle;
+      if (above == k) break;
+    }
+  }
+  long above = 0, taken = 0;
+  for (long j = 0; !all && j < n; j++) above += x[j] > hi;
+  for (long j = 0; j < n; j++) {
+    if (x[j] == -INF) continue;
+    if (all || x[j] > hi)
+      numbers[taken++] = j;
+    else if (x[j] > lo && above < k)
+      numbers[taken++] = j, above++;
+  }
+  return taken;
+}
 // The largest over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
 static void chances(float* s, long ld, long G, long n, float* most) {
   memset(most, 0, 4 * n);
@@ -133,62 +164,72 @@ static void chances(float* s, long ld, long G, long n, float* most) {
   }
 }
 
-// out[r, 8 blocks] = step[r]·max over keys of scale·(Σ q·code - 8·Σ q); codes as in `Codes`, off = 8·Σ q.
+// out[r, 16 blocks] += step[r]·max over keys of scale·(Σ q·code - 8·Σ q); codes as in `Codes`, off = 8·Σ q.
 template <int R>
-INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code, long half,
+INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code,
                       const float* scale, long block, float* out, long ldo) {
   long steps = dq / 8;
 #ifdef __AVX2__
   typedef float v8 __attribute__((vector_size(32)));
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  v8 best[R];
-  for (int r = 0; r < R; r++) best[r] = v8{} - INF;
+  v8 best[R][2];
+  for (int r = 0; r < R; r++) best[r][0] = best[r][1] = v8{} - INF;
   for (long t = 0; t < block; t++) {
-    const uint8_t* at = code + (t * 2 + half) * steps * 32;
-    __m256i wide[R];
-    for (int r = 0; r < R; r++) wide[r] = _mm256_setzero_si256();
+    const uint8_t* at = code + t * 2 * steps * 32;
+    __m256i wide[R][2];
+    for (int r = 0; r < R; r++) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
     for (long u0 = 0; u0 < steps; u0 += 8) {  // at most 16 products of pairs fit into 16 bits
-      __m256i acc[R];
-      for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_si256();
+      __m256i acc[R][2];
+      for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
       for (long u = u0; u < std::min(u0 + 8, steps); u++) {
-        __m256i both = _mm256_loadu_si256((const __m256i*)(at + u * 32)), a = _mm256_and_si256(both, low);
-        __m256i b = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        __m256i a[2], b[2];
+        for (int h = 0; h < 2; h++) {
+          __m256i both = _mm256_loadu_si256((const __m256i*)(at + (h * steps + u) * 32));
+          a[h] = _mm256_and_si256(both, low), b[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        }
         for (int r = 0; r < R; r++) {
           int32_t x, y;
           memcpy(&x, q + r * dq + 4 * u, 4);
           memcpy(&y, q + r * dq + dq / 2 + 4 * u, 4);
-          acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(a, _mm256_set1_epi32(x)));
-          acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(b, _mm256_set1_epi32(y)));
+          __m256i left = _mm256_set1_epi32(x), right = _mm256_set1_epi32(y);
+          for (int h = 0; h < 2; h++) {
+            acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(a[h], left));
+            acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(b[h], right));
+          }
         }
       }
-      for (int r = 0; r < R; r++) wide[r] = _mm256_add_epi32(wide[r], _mm256_madd_epi16(acc[r], ones));
+      for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) wide[r][h] = _mm256_add_epi32(wide[r][h], _mm256_madd_epi16(acc[r][h], ones));
     }
-    v8 by;
-    memcpy(&by, scale + t * P16 + half * 8, sizeof by);
-    for (int r = 0; r < R; r++) {
-      v8 x = ((v8)_mm256_cvtepi32_ps(wide[r]) - off[r]) * by;
-      best[r] = best[r] > x ? best[r] : x;
+    for (int h = 0; h < 2; h++) {
+      v8 by;
+      memcpy(&by, scale + t * P16 + h * 8, sizeof by);
+      for (int r = 0; r < R; r++) {
+        v8 x = ((v8)_mm256_cvtepi32_ps(wide[r][h]) - off[r]) * by;
+        best[r][h] = best[r][h] > x ? best[r][h] : x;
+      }
     }
   }
-  for (int r = 0; r < R; r++) {
-    v8 x = step[r] * best[r], y;
-    memcpy(&y, out + r * ldo, sizeof y);
-    y += x;
-    memcpy(out + r * ldo, &y, sizeof y);
-  }
+  for (int r = 0; r < R; r++)
+    for (int h = 0; h < 2; h++) {
+      v8 y;
+      memcpy(&y, out + r * ldo + h * 8, sizeof y);
+      y += step[r] * best[r][h];
+      memcpy(out + r * ldo + h * 8, &y, sizeof y);
+    }
 #else
   for (int r = 0; r < R; r++)
-    for (long lane = 0; lane < 8; lane++) {
+    for (long lane = 0; lane < P16; lane++) {
       float best = -INF;
       for (long t = 0; t < block; t++) {
-        const uint8_t* at = code + (t * 2 + half) * steps * 32 + lane * 4;
+        const uint8_t* at = code + (t * 2 + lane / 8) * steps * 32 + lane % 8 * 4;
         int32_t sum = 0;
         for (long u = 0; u < steps; u++)
           for (long z = 0; z < 4; z++) {
             int both = at[u * 32 + z];
             sum += (both & 15) * q[r * dq + 4 * u + z] + (both >> 4) * q[r * dq + dq / 2 + 4 * u + z];
           }
-        best = std::max(best, ((float)sum - off[r]) * scale[t * P16 + half * 8 + lane]);
+        best = std::max(best, ((float)sum - off[r]) * scale[t * P16 + lane]);
       }
       out[r * ldo + lane] += step[r] * best;
     }

@@ -27,7 +27,6 @@ struct Unit {
   long blocks, around, parts, tops, ld;
   std::unique_ptr<float, void (*)(void*)> memory;
   float *q, *s, *o, *work, *most, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
-  std::unique_ptr<Ranked[]> ranked;
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const type*[]> runs;
   std::unique_ptr<const uint8_t*[]> keeps;
@@ -50,7 +49,6 @@ struct Unit {
     float* at = memory.get();
     for (int i = 0; i < 12; i++) *places[i] = at, at += (sizes[i] + 31) / 16 * 16;
     long list = std::max(std::max(near, far), P16 * parts) + 1;
-    ranked.reset(new Ranked[tops]);
     panel.reset(new const float*[list]);
     runs.reset(new const type*[list]);
     keeps.reset(new const uint8_t*[list]);
@@ -89,11 +87,9 @@ struct Unit {
         logits<Metric>(q, a.dp, rows, panel.get(), 1, a.d, out, tops, a.coef + h0, soft(h0), a.G, a.p);
         const uint8_t* code = a.code + (bk * a.groups + x) * a.block * (a.dq / 8) * 64;
         const float* scale = a.scale + (bk * a.groups + x) * a.block * P16;
-        for (long half = 0; half < 2; half++) {
-          long r = 0;
-          for (; r + 4 <= rows; r += 4) codes<4>(r, code, half, scale, out);
-          for (; r < rows; r++) codes<1>(r, code, half, scale, out);
-        }
+        long r = 0;
+        for (; r + 4 <= rows; r += 4) codes<4>(r, code, scale, out);
+        for (; r < rows; r++) codes<1>(r, code, scale, out);
       } else {
         long count = std::min(P16, end - x * P16) * parts, width = count * P16;
         for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, x * P16 * parts + y, far_keys + y * a.d * P16);
@@ -109,31 +105,28 @@ struct Unit {
     }
   }
   template <int R>
-  void codes(long r, const uint8_t* code, long half, const float* scale, float* out) {
-    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, half, scale, a.block,
-                 out + r * tops + half * 8, tops);
+  void codes(long r, const uint8_t* code, const float* scale, float* out) {
+    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out + r * tops, tops);
   }
   // Chooses the blocks of one position, whose near window is blocks lo .. hi - 1, by its G rows. Returns how many.
   long choose(long b, long kh, const float* rows, long lo, long hi) {
-    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16, count = 0;
-    auto may = [&](long x) {
-      if (x < a.sinks || x >= end || (!a.causal && x >= lo && x < hi)) return false;
-      return is_dot<Metric> ? a.real[b * a.groups * P16 + x] != 0 : rows[x] != -INF;
+    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16;
+    auto hide = [&](float* row) {
+      for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
+      for (long x = end; x < n; x++) row[x] = -INF;
+      for (long x = lo; !a.causal && x < hi; x++) row[x] = -INF;
+      for (long x = 0; a.keep && x < end; x++)
+        if (is_dot<Metric> ? !a.real[b * a.groups * P16 + x] : rows[x] == -INF) row[x] = -INF;
     };
+    for (long g = 0; g < a.G; g++) {
+      memcpy(work + g * tops, rows + g * tops, 4 * n);
+      hide(work + g * tops);
+    }
     if (a.G > 1) {
-      for (long g = 0; g < a.G; g++)
-        for (long x = 0; x < n; x++) work[g * tops + x] = may(x) ? rows[g * tops + x] : -INF;
       chances(work, tops, a.G, n, most);
+      hide(most);  // what underflowed may still be chosen
     }
-    for (long x = a.sinks; x < end; x++)
-      if (may(x)) ranked[count++] = {a.G > 1 ? most[x] : rows[x], (int32_t)x};
-    if (count > a.budget[kh]) {
-      std::nth_element(ranked.get(), ranked.get() + a.budget[kh], ranked.get() + count);
-      count = a.budget[kh];
-    }
-    for (long x = 0; x < count; x++) chosen[x] = ranked[x].number;
-    std::sort(chosen.get(), chosen.get() + count);
-    return count;
+    return largest_k(a.G > 1 ? most : work, n, a.budget[kh], chosen.get());
   }
   // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
   long take_near(long b, long kh, const long* near, long count) {
@@ -213,6 +206,11 @@ struct Unit {
         keeps[x] = a.keep ? a.keep + b * a.M + a.first[b] + number * P16 : nullptr;
         lengths[x] = std::max(0L, std::min(P16, length(b) - number * P16));
       }
+      for (long x = 0; x < n; x++)  // the beginning: the rest follows by itself
+        for (long z = 0; z < 16; z++) {
+          __builtin_prefetch(panel[x] + z * 16);
+          __builtin_prefetch(runs[x] + z * a.v_stride[2]);
+        }
       logits<Metric>(own, a.dp, G, panel.get(), n, a.d, mine + seen, ld, a.coef + h0, soft(h0), G, a.p);
       for (long x = 0; x < n; x++)
         for (long z = 0; (keeps[x] || lengths[x] < P16) && z < P16; z++)
