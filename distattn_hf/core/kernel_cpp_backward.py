@@ -1,6 +1,18 @@
 """C++ source of the CPU kernels: gradients, with every tile of weights recomputed from the log-sum-exp."""
 
 BACKWARD = r"""
+// Gradients of capped logits to those of logits, in place; returns Σ gradient·distance and adds Σ gradient to dshift.
+static float through_cap(float* gradient, const float* slope, const float* dist, long n, float* dshift) {
+  vf sum = {}, by_distance = {};
+  for (long j = 0; j < n; j += W) {
+    vf ds = load(gradient + j) * load(slope + j);
+    store(gradient + j, ds);
+    sum += ds;
+    by_distance += where(ds != 0, ds * load(dist + j), vf{});
+  }
+  *dshift += total(sum);
+  return total(by_distance);
+}
 // dq, and per split dk, dv, dcoef (the derivative by λ·scaling) and dbias. A unit of work owns the rows of bias it
 // adds to: axes that bias is broadcast over are walked inside the unit.
 template <class Metric>
@@ -8,6 +20,8 @@ INLINE void pull(const Problem& a, long h, const float* w, const float* dist, co
                  const float* x, const float* y, long n, float* out, long rows) {
   if constexpr (Metric::soft)
     soft_pull(w, dist, f, wr, wk, x, y, a.dp, n, out, rows, a.softness(h));
+  else if constexpr (Metric::product)
+    multiply_rows<true>(w, wr, wk, y, a.dp, n, out, a.dp, rows, a.dp);
   else
     pull_rows<Metric>(w, dist, wr, wk, x, y, a.dp, n, out, rows, a.parameter(h));
 }
@@ -18,10 +32,10 @@ static void backward(const Problem& a) {
   long per_b = a.B / own_b, per_h = key_heads / own_h;
 #pragma omp parallel num_threads(a.threads)
   {
-    auto memory = buffer(BQ * (2 * a.dp + 2 * a.vp + 4 * BK + 2));
+    auto memory = buffer(BQ * (2 * a.dp + 2 * a.vp + 5 * BK + 2));
     float *q = memory.get(), *dq = q + BQ * a.dp, *g = dq + BQ * a.dp, *w = g + BQ * a.vp + BQ * a.vp,
           *dist = w + BQ * BK;
-    float *dp = dist + BQ * BK, *count = dp + BQ * BK, *delta = count + BQ * BK;
+    float *dp = dist + BQ * BK, *count = dp + BQ * BK, *slope = count + BQ * BK, *delta = slope + BQ * BK;
 #pragma omp for schedule(dynamic)
     for (long unit = 0; unit < own_b * own_h * a.splits; unit++) {
       long split = unit % a.splits, ob = unit / a.splits / own_h, oh = unit / a.splits % own_h;
@@ -58,7 +72,7 @@ static void backward(const Problem& a) {
                 for (long i = 0; i < rows; i++) {
                   float *weight = w + i * BK, *distance = dist + i * BK, *gradient = dp + i * BK,
                         lse = a.lse[bh * a.N + i0 + i];
-                  row_logits<Metric>(a, weight, distance, b, h, i0 + i, j0, n, a.coef[h]);
+                  row_logits<Metric>(a, weight, distance, slope + i * BK, b, h, i0 + i, j0, n, a.coef[h]);
                   vf sum = {};
                   for (long j = 0; j < n; j += W) {
                     vf x = expv(load(weight + j) - lse);
@@ -67,12 +81,15 @@ static void backward(const Problem& a) {
                     store(weight + j, x);
                     store(gradient + j, ds);
                   }
-                  dcoef -= total(sum);
+                  float of_coef = total(sum);
                   if (a.dbias) {
                     float* db = a.dbias + b * a.bias_stride[0] + h * a.bias_stride[1] + (i0 + i) * a.bias_stride[2] +
                                 j0 * a.bias_stride[3];
                     for (long j = 0; j < n; j++) db[j * a.bias_stride[3]] += gradient[j];
                   }
+                  if (a.cap)
+                    of_coef = through_cap(gradient, slope + i * BK, distance, n, a.dshift + bh * a.N + i0 + i);
+                  dcoef -= of_coef;
                   for (long j = 0; j < n; j += W) {
                     vf by_distance = -a.coef[h] * load(gradient + j);
                     if constexpr (Metric::soft)
@@ -149,6 +166,7 @@ extern "C" int attention_backward(const Problem* a, int kind) {
     case 3: backward<L3>(*a); break;
     case 4: backward<Lp>(*a); break;
     case 5: backward<Linf>(*a); break;
+    case 7: backward<Dot>(*a); break;
     case 8: backward<SoftL1>(*a); break;
     case 9: backward<SoftL2>(*a); break;
     case 10: backward<Soft>(*a); break;

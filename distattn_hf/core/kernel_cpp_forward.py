@@ -4,26 +4,35 @@ FORWARD = r"""
 // One attention problem, as ctypes hands it over. All tensors float32 and contiguous; dp and vp are d and d_v rounded
 // up to a multiple of 16, filled with zeros; panels are keys (and values) as (M / PANEL, d, PANEL).
 struct Problem {
-  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *out, *lse, *dout;
+  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *shift, *out, *lse, *dout;
   const uint8_t* keep;
-  float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *sums;
+  float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *dshift, *sums;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
   long keep_stride[4], bias_stride[4];
-  float p;
+  float p, cap;  // cap: 0 for none
   float parameter(long h) const { return soft ? soft[h] : p; }  // of the metric: ε or δ of a head, or the order
   Softness softness(long h) const { return {p, soft ? soft[h] : 1, d}; }
 };
 
+// x = cap·tanh((x + shift) / cap) of a row, in place, and the derivatives, where they are wanted.
+static void cap_row(float* s, float* slope, float cap, float shift) {
+  for (long j = 0; j < BK; j += W) {
+    vf t = tanhv((load(s + j) + shift) / cap);
+    store(s + j, cap * t);
+    if (slope) store(slope + j, 1.0f - t * t);
+  }
+}
 // Logits of one row of a tile from its sums, in place; returns the largest. What is masked is -inf.
 template <class Metric>
-INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h, long i, long j0, long n,
-                        float coef) {
+INLINE float row_logits(const Problem& a, float* s, float* dist, float* slope, long b, long h, long i, long j0,
+                        long n, float coef) {
   float p = a.parameter(h);
   for (long j = 0; j < BK; j += W) {
     vf x = Metric::finish(load(s + j), p);
     if (dist) store(dist + j, x);
     store(s + j, -coef * x);
   }
+  if (a.cap) cap_row(s, slope, a.cap, a.shift[(b * a.H + h) * a.N + i]);
   if (a.bias) {
     const float* bias =
         a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + i * a.bias_stride[2] + j0 * a.bias_stride[3];
@@ -53,6 +62,9 @@ INLINE void tile_sums(const Problem& a, const float* q, const float* panels, lon
                       long h) {
   if constexpr (Metric::soft)
     soft_sums(q, a.dp, rows, panels, n, sums, a.softness(h));
+  else if constexpr (Metric::product)
+    for (long c = 0; c < n; c += PANEL)
+      multiply_rows<false>(q, a.dp, 1, panels + c * a.d, PANEL, a.d, sums + c, BK, rows, PANEL);
   else
     for (long c = 0; c < n; c += PANEL)
       for (long r = 0; r < rows; r += RP)
@@ -83,7 +95,8 @@ static void forward(const Problem& a) {
           tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, h);
           for (long i = 0; i < rows; i++) {
             float* row = s + i * BK;
-            float largest = std::max(m[i], row_logits<Metric>(a, row, nullptr, b, h, i0 + i, j0, n, a.coef[h]));
+            float most = row_logits<Metric>(a, row, nullptr, nullptr, b, h, i0 + i, j0, n, a.coef[h]);
+            float largest = std::max(m[i], most);
             float base = largest == -INF ? 0 : largest;  // nothing kept so far: weights are exp(-inf) = 0
             vf sum = {};
             for (long j = 0; j < BK; j += W) {
@@ -141,6 +154,7 @@ extern "C" int attention_forward(const Problem* a, int kind) {
     case 3: forward<L3>(*a); break;
     case 4: forward<Lp>(*a); break;
     case 5: forward<Linf>(*a); break;
+    case 7: forward<Dot>(*a); break;
     case 8: forward<SoftL1>(*a); break;
     case 9: forward<SoftL2>(*a); break;
     case 10: forward<Soft>(*a); break;
@@ -168,13 +182,13 @@ extern "C" int panel_width() { return PANEL; }
 DECODE = r"""
 // Few queries against many keys: keys and values are read once, where they lie, in the type they have.
 struct Decode {
-  const float *q, *coef, *soft, *bias, *sink;
+  const float *q, *coef, *soft, *bias, *sink, *shift;
   const void *k, *v;
   const uint8_t* keep;
   float *o, *partial;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
   long k_stride[3], v_stride[3], keep_stride[4], bias_stride[4];
-  float p;
+  float p, cap;
 };
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 struct F32 {
@@ -199,11 +213,6 @@ INLINE vf read_upto(const typename T::type* p, long n) {
 struct Cosine : L1 {
   INLINE vf finish(vf s, float) { return 1.0f - s; }
 };
-struct Dot : L1 {
-  INLINE vf finish(vf s, float) { return -s; }
-};
-template <class Metric>
-constexpr bool is_dot = std::is_same<Metric, Dot>::value;
 template <class Metric>
 constexpr bool is_cosine = std::is_same<Metric, Cosine>::value;
 
@@ -217,7 +226,7 @@ INLINE void key_sums(const float* q, const typename T::type* k, long stride, lon
   } else {
     vf acc[COUNT] = {}, norm[COUNT] = {};
     auto add = [&](int j, vf x, vf y) __attribute__((always_inline)) {
-      if constexpr (is_dot<Metric> || is_cosine<Metric>)
+      if constexpr (Metric::product || is_cosine<Metric>)
         acc[j] += x * y;
       else
         acc[j] = Metric::add(acc[j], x - y, p);
@@ -249,7 +258,11 @@ static void decode_as(const Decode& a) {
   mask.bias = a.bias;
   mask.keep = a.keep;
   mask.causal = a.causal;
+  mask.shift = a.shift;
+  mask.cap = a.cap;
   mask.p = a.p;
+  mask.H = a.H;
+  mask.N = a.N;
   mask.d = a.d;
   mask.soft = a.soft;
   memcpy(mask.keep_stride, a.keep_stride, sizeof a.keep_stride);
@@ -286,7 +299,7 @@ static void decode_as(const Decode& a) {
           for (; j < n; j++) key_sums<Metric, T, 1>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p, soft);
           for (; j < BK; j++) s[j] = 0;
           float *o = partial + r * record, *m = o + a.vp, *l = m + 1;
-          float largest = std::max(*m, row_logits<Metric>(mask, s, nullptr, b, h, i, j0, n, a.coef[h]));
+          float largest = std::max(*m, row_logits<Metric>(mask, s, nullptr, nullptr, b, h, i, j0, n, a.coef[h]));
           float base = largest == -INF ? 0 : largest, shrink = *m == -INF ? 0 : expf(*m - base);
           vf sum = {};
           for (j = 0; j < BK; j += W) {

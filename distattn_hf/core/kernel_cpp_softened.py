@@ -16,22 +16,8 @@ struct Softness {
 };
 // log2(1 + t) = e + l·log2(e); where e is 0, t itself is in l and keeps its digits.
 INLINE vf log1p_parts(vf t, vf& e) {
-  vf y = 1.0f + t;
-  vi bits = (vi)y - 0x3f3504f3;
-  e = __builtin_convertvector(bits >> 23, vf);
-  vf m = (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
-  m = where(e == 0, t, m);
-  vf l = splat(7.0376836292e-2f);
-  l = l * m - 1.1514610310e-1f;
-  l = l * m + 1.1676998740e-1f;
-  l = l * m - 1.2420140846e-1f;
-  l = l * m + 1.4249322787e-1f;
-  l = l * m - 1.6668057665e-1f;
-  l = l * m + 2.0000714765e-1f;
-  l = l * m - 2.4999993993e-1f;
-  l = l * m + 3.3333331174e-1f;
-  vf square = m * m;
-  return (l * m * square - 0.5f * square) + m;
+  vf m = mantissa(1.0f + t, e);
+  return log1p_fraction(where(e == 0, t, m));
 }
 INLINE vf log1pv(vf t) {
   vf e, l = log1p_parts(t, e);
@@ -43,13 +29,7 @@ INLINE vf power_excess(vf t, float p, float rest) {
   z = z > 127.0f ? splat(127.0f) : z;
   vf shifted = z + 12582912.0f, n = shifted - 12582912.0f, whole = power_of_two(shifted);
   vf f = (e * p - n) + (l + e * rest);
-  vf y = splat(1.5403530e-4f);
-  y = y * f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
-  return where(t != t, t, whole * (y * f) + (whole - 1.0f));
+  return where(t != t, t, whole * exp2_excess(f) + (whole - 1.0f));
 }
 INLINE vf reciprocal(vf x) {  // of 1 <= x < 1e37
 #if defined(__AVX512F__)

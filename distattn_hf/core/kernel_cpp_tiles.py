@@ -54,14 +54,14 @@ INLINE vf signed_by(vf w, vf x) { return x != 0 ? (vf)(((vi)x & (vi)splat(-0.0f)
 
 // 2^n, n being what was rounded into the low bits of 1.5·2^23 + n. A product with it keeps a NaN.
 INLINE vf power_of_two(vf shifted) { return (vf)(((vi)shifted << 23) + 0x3f800000); }
-INLINE vf exp2_fraction(vf f) {  // 2^f, |f| <= ½
+INLINE vf exp2_excess(vf f) {  // 2^f - 1, |f| <= ½
   vf y = splat(1.5403530e-4f);
   y = y * f + 1.3333558e-3f;
   y = y * f + 9.6181291e-3f;
   y = y * f + 5.5504109e-2f;
   y = y * f + 2.4022651e-1f;
   y = y * f + 6.9314718e-1f;
-  return y * f + 1.0f;
+  return y * f;
 }
 INLINE vf expv(vf x) {
   // exp(x) = 2^n·e^r with r = x - n·ln 2 in two parts, so that large |x| keeps its digits.
@@ -80,13 +80,23 @@ INLINE vf expv(vf x) {
   y = y * r * r + r + 1.0f;
   return where(low, vf{}, y * power_of_two(shifted));
 }
-// x^(p + rest) for x >= 0; 0 below the normal numbers. With x = 2^e·m the exponent is e·p + log2(m)·p; its whole part
-// n is taken off before anything is rounded, or a large |e·p| would cost digits.
-INLINE vf powv(vf x, float p, float rest = 0) {
-  vi tiny = x < 1.1754944e-38f;
-  vf y = tiny ? splat(1.0f) : x;
-  vi bits = (vi)y - 0x3f3504f3;  // so that m lies in [√½, √2)
-  vf e = __builtin_convertvector(bits >> 23, vf), m = (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+// tanh(x): by a polynomial of x near 0, so that a small result keeps its digits, and by e^(2|x|) beyond.
+INLINE vf tanhv(vf x) {
+  vf size = vabs(x), s = x * x, y = splat(-5.70498872745e-3f);
+  y = y * s + 2.06390887954e-2f;
+  y = y * s - 5.37397155531e-2f;
+  y = y * s + 1.33314422036e-1f;
+  y = y * s - 3.33332819422e-1f;
+  vf far = 1.0f - 2.0f / (expv(2.0f * size) + 1.0f);
+  return where(size < 0.625f, y * s * x + x, (vf)((vi)far | ((vi)x & (vi)splat(-0.0f))));
+}
+// x = 2^e·(1 + m) for a normal x > 0, with 1 + m in [√½, √2).
+INLINE vf mantissa(vf x, vf& e) {
+  vi bits = (vi)x - 0x3f3504f3;
+  e = __builtin_convertvector(bits >> 23, vf);
+  return (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+}
+INLINE vf log1p_fraction(vf m) {  // log(1 + m) of such an m
   vf l = splat(7.0376836292e-2f);
   l = l * m - 1.1514610310e-1f;
   l = l * m + 1.1676998740e-1f;
@@ -97,13 +107,18 @@ INLINE vf powv(vf x, float p, float rest = 0) {
   l = l * m - 2.4999993993e-1f;
   l = l * m + 3.3333331174e-1f;
   vf square = m * m;
-  l = ((l * m * square - 0.5f * square) + m) * (1.44269504f * p);
-  vf z = e * p + l;
+  return (l * m * square - 0.5f * square) + m;
+}
+// x^(p + rest) for x >= 0; 0 below the normal numbers. With x = 2^e·m the exponent is e·p + log2(m)·p; its whole part
+// n is taken off before anything is rounded, or a large |e·p| would cost digits.
+INLINE vf powv(vf x, float p, float rest = 0) {
+  vi tiny = x < 1.1754944e-38f;
+  vf e, m = mantissa(tiny ? splat(1.0f) : x, e), l = log1p_fraction(m) * (1.44269504f * p), z = e * p + l;
   vi low = z < -126.0f;
   z = z < -126.0f ? splat(-126.0f) : z;
   z = z > 127.0f ? splat(127.0f) : z;
   vf shifted = z + 12582912.0f, n = shifted - 12582912.0f;
-  vf power = exp2_fraction((e * p - n) + (l + e * rest)) * power_of_two(shifted);
+  vf power = (exp2_excess((e * p - n) + (l + e * rest)) + 1.0f) * power_of_two(shifted);
   return where(tiny | low, vf{}, where(x != x, x, power));
 }
 
@@ -115,8 +130,9 @@ INLINE vf root(vf x, float p) {
 // A metric: what one coordinate's difference x adds to the sum, the distance from the sum, and the derivative:
 // d distance / d x = weight(distance)·slope(x), with the count of maxima for chebyshev.
 struct Plain {
-  // by_pair: slope(x) depends on the distance, too. soft: the tiles are those of kernel_cpp_softened.py.
-  static constexpr bool ties = false, by_pair = false, soft = false;
+  // by_pair: slope(x) depends on the distance, too. soft: the tiles are those of kernel_cpp_softened.py. product: the
+  // sums are of products, and tiles are matmuls.
+  static constexpr bool ties = false, by_pair = false, soft = false, product = false;
 };
 struct L1 : Plain {
   INLINE vf add(vf s, vf x, float) { return s + vabs(x); }
@@ -174,6 +190,11 @@ struct Linf : Plain {
   INLINE vf finish(vf s, float) { return s; }
   INLINE vf weight(vf w, vf count, float) { return divide(w, count); }
   INLINE vf pull(vf acc, vf w, vf x, vf d, float) { return acc + where(vabs(x) == d, signed_by(w, x), vf{}); }
+};
+struct Dot : Plain {
+  static constexpr bool product = true;
+  INLINE vf finish(vf s, float) { return -s; }
+  INLINE vf weight(vf w, vf, float) { return -w; }
 };
 
 // out[r, :] (= or +=) Σ_k a[r, k]·b[k, :] for R rows and NV vectors of columns, all sums in registers.
