@@ -4,7 +4,7 @@ FORWARD = r"""
 // One attention problem, as ctypes hands it over. All tensors float32 and contiguous; dp and vp are d and d_v rounded
 // up to a multiple of 16, filled with zeros; panels are keys (and values) as (M / PANEL, d, PANEL).
 struct Problem {
-  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *shift, *out, *lse, *dout;
+  const float *q, *k, *q_norms, *k_norms, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *shift, *out, *lse, *dout;
   const uint8_t* keep;
   float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *dshift, *sums;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
@@ -57,11 +57,16 @@ INLINE float row_logits(const Problem& a, float* s, float* dist, float* slope, l
   for (int l = 0; l < W; l++) largest = std::max(largest, m[l]);
   return largest;
 }
+// Sums of a tile; far: see `square_sums`, whose result this returns.
 template <class Metric>
-INLINE void tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
-                      long h) {
+INLINE bool tile_sums(const Problem& a, const float* q, const float* q_norms, long bk, long j0, long rows, long n,
+                      float* sums, vi* far, long h) {
+  long mpanels = (a.M + PANEL - 1) / PANEL;
+  const float* panels = a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL;
   if constexpr (Metric::soft)
     soft_sums(q, a.dp, rows, panels, n, sums, a.softness(h));
+  else if constexpr (Metric::squares)
+    return square_sums(q, a.dp, q_norms, rows, panels, a.d, a.k_norms + bk * mpanels * PANEL + j0, n, sums, far);
   else if constexpr (Metric::product)
     for (long c = 0; c < n; c += PANEL)
       multiply_rows<false>(q, a.dp, 1, panels + c * a.d, PANEL, a.d, sums + c, BK, rows, PANEL);
@@ -69,22 +74,30 @@ INLINE void tile_sums(const Problem& a, const float* q, const float* panels, lon
     for (long c = 0; c < n; c += PANEL)
       for (long r = 0; r < rows; r += RP)
         pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.parameter(h));
+  return false;
+}
+// Queries of a tile and their norms, filled up with zeros.
+INLINE void load_queries(const Problem& a, long bh, long i0, long rows, float* q, float* norms) {
+  memset(q, 0, 4 * BQ * a.dp);
+  memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
+  memset(norms, 0, 4 * BQ);
+  if (a.q_norms) memcpy(norms, a.q_norms + bh * a.N + i0, 4 * rows);
 }
 template <class Metric>
 static void forward(const Problem& a) {
-  long tiles = (a.N + BQ - 1) / BQ, mpanels = (a.M + PANEL - 1) / PANEL, key_heads = a.H / a.G;
+  long tiles = (a.N + BQ - 1) / BQ, key_heads = a.H / a.G;
 #pragma omp parallel num_threads(a.threads)
   {
-    auto memory = buffer(BQ * (a.dp + BK + a.vp + 2));
-    float *q = memory.get(), *s = q + BQ * a.dp, *o = s + BQ * BK, *m = o + BQ * a.vp, *l = m + BQ;
+    auto memory = buffer(BQ * (a.dp + 2 * BK + a.vp + 3));
+    float *q = memory.get(), *s = q + BQ * a.dp, *o = s + 2 * BQ * BK, *m = o + BQ * a.vp, *l = m + BQ, *norms = l + BQ;
+    vi* far = (vi*)(s + BQ * BK);
 #pragma omp for schedule(dynamic) collapse(2)
     for (long tile = tiles - 1; tile >= 0; tile--)  // causal: the longest rows first
       for (long bh = 0; bh < a.B * a.H; bh++) {
         long b = bh / a.H, h = bh % a.H, bk = b * key_heads + h / a.G, i0 = tile * BQ,
              rows = std::min<long>(BQ, a.N - i0);
         long padded = (rows + RP - 1) / RP * RP;
-        memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
-        memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
+        load_queries(a, bh, i0, rows, q, norms);
         memset(o, 0, 4 * BQ * a.vp);
         for (long i = 0; i < BQ; i++) m[i] = -INF, l[i] = 0;
         if (a.sink)  // a key without a value: it is in the sum from the start
@@ -92,7 +105,7 @@ static void forward(const Problem& a) {
         long last = a.causal ? std::min(a.M, i0 + rows) : a.M;
         for (long j0 = 0; j0 < last; j0 += BK) {
           long n = std::min<long>(BK, last - j0);
-          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, h);
+          tile_sums<Metric>(a, q, norms, bk, j0, padded, n, s, far, h);
           for (long i = 0; i < rows; i++) {
             float* row = s + i * BK;
             float most = row_logits<Metric>(a, row, nullptr, nullptr, b, h, i0 + i, j0, n, a.coef[h]);
@@ -123,21 +136,20 @@ static void forward(const Problem& a) {
 // Distances alone, (B, H, N, M), and what flows back through them.
 template <class Metric>
 static void pairwise_forward(const Problem& a) {
-  long tiles = (a.N + BQ - 1) / BQ, mpanels = (a.M + PANEL - 1) / PANEL, key_heads = a.H / a.G;
+  long tiles = (a.N + BQ - 1) / BQ, key_heads = a.H / a.G;
 #pragma omp parallel num_threads(a.threads)
   {
-    auto memory = buffer(BQ * (a.dp + BK));
-    float *q = memory.get(), *s = q + BQ * a.dp;
+    auto memory = buffer(BQ * (a.dp + BK + 1));
+    float *q = memory.get(), *s = q + BQ * a.dp, *norms = s + BQ * BK;
 #pragma omp for schedule(dynamic) collapse(2)
     for (long bh = 0; bh < a.B * a.H; bh++)
       for (long tile = 0; tile < tiles; tile++) {
         long bk = bh / a.H * key_heads + bh % a.H / a.G, i0 = tile * BQ, rows = std::min<long>(BQ, a.N - i0);
         long padded = (rows + RP - 1) / RP * RP;
-        memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
-        memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
+        load_queries(a, bh, i0, rows, q, norms);
         for (long j0 = 0; j0 < a.M; j0 += BK) {
           long n = std::min<long>(BK, a.M - j0);
-          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, bh % a.H);
+          tile_sums<Metric>(a, q, norms, bk, j0, padded, n, s, nullptr, bh % a.H);
           for (long i = 0; i < rows; i++) {
             for (long j = 0; j < n; j += W) store(s + i * BK + j, Metric::finish(load(s + i * BK + j), a.p));
             memcpy(a.sums + (bh * a.N + i0 + i) * a.M + j0, s + i * BK, 4 * n);

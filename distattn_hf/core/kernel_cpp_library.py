@@ -182,7 +182,7 @@ _NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
 
 class _Problem(ctypes.Structure):
     _fields_ = fields(
-        "q k kpanels v vpanels coef soft bias sink shift out lse dout keep o l dq dk dv dcoef dbias dshift sums",
+        "q k q_norms k_norms kpanels v vpanels coef soft bias sink shift out lse dout keep o l dq dk dv dcoef dbias dshift sums",
         _NUMBERS,
         {"keep_stride": 4, "bias_stride": 4},
         "p cap",
@@ -251,6 +251,13 @@ class _Call:
                 self.kept.append(tensor)
                 setattr(self.data, name, tensor.data_ptr())
 
+    def norms(self, query: Tensor, key: Tensor, kind: int) -> None:
+        """Set the squared norms that softened l2 is computed with; of keys with zeros up to a whole panel."""
+        if kind == _SOFTENED[KINDS["l2"]]:
+            query_norms, key_norms = (torch.linalg.vecdot(t.float(), t.float()) for t in (query, key))
+            fill = -key.shape[2] % _load(EXACT)[0].panel_width()
+            self.point(q_norms=query_norms.contiguous(), k_norms=F.pad(key_norms, (0, fill)).contiguous())
+
     def mask(self, keep: Tensor | None, bias: Tensor | None) -> None:
         """Set keep and bias; broadcast axes get stride 0, so that no (B, H, N, M) tensor is made."""
         shape = (self.data.B, self.data.H, self.data.N, self.data.M)
@@ -278,6 +285,7 @@ def attention_forward(query, key, value, coef, soft, keep, bias, sink, shift, ki
     without bias are cap·tanh((logit + shift) / cap), shift (B, H, N, 1).
     """
     call = _Call(_Problem, query, key, value.shape[-1], p)
+    call.norms(query, key, kind)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
     lse = torch.empty(query.shape[:3], **FLOATS)
     call.point(
@@ -304,6 +312,7 @@ def attention_backward(
     without bias_grad, of shift without a cap.
     """
     call = _Call(_Problem, query, key, value.shape[-1], p)
+    call.norms(query, key, kind)
     data = call.data
     units = data.B * key.shape[1]
     if bias_grad:

@@ -149,11 +149,6 @@ INLINE vf far_distance(vf largest, vf sum, Softness a) {
   return where(u == INF, u, f);
 }
 INLINE vi above(vf x, float limit) { return ~(x <= limit); }  // or NaN
-INLINE bool any(vi mask) {
-  int32_t found = 0;
-  for (int l = 0; l < W; l++) found |= mask[l];
-  return found;
-}
 // f of one row and one vector of keys, whatever their size; also the largest |x| and the sum taken from it on.
 static vf far_pairs(const float* q, const float* panel, Softness a, vf& largest, vf& sum) {
   largest = sum = vf{};

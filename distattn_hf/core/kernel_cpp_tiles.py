@@ -131,8 +131,8 @@ INLINE vf root(vf x, float p) {
 // d distance / d x = weight(distance)·slope(x), with the count of maxima for chebyshev.
 struct Plain {
   // by_pair: slope(x) depends on the distance, too. soft: the tiles are those of kernel_cpp_softened.py. product: the
-  // sums are of products, and tiles are matmuls.
-  static constexpr bool ties = false, by_pair = false, soft = false, product = false;
+  // sums are of products, and tiles are matmuls. squares: as `square_sums` has them.
+  static constexpr bool ties = false, by_pair = false, soft = false, product = false, squares = false;
 };
 struct L1 : Plain {
   INLINE vf add(vf s, vf x, float) { return s + vabs(x); }
@@ -166,6 +166,7 @@ struct SoftL1 : Plain {
   INLINE vf pull(vf acc, vf w, vf x, vf, float p) { return acc + w * vmax(vmin(x, splat(p)), splat(-p)); }
 };
 struct SoftL2 : Sq {
+  static constexpr bool squares = true;
   INLINE vf finish(vf s, float p) { return s / (sqrtv(s + p * p) + p); }
   INLINE vf weight(vf w, vf d, float p) { return w / (d + p); }  // d + ε is the root
 };
@@ -221,6 +222,9 @@ static void multiply_rows(const float* a, long ar, long ak, const float* b, long
   for (long c = 0; c < columns; c += PANEL) {
     bool wide = columns - c >= PANEL;
     long r = 0;
+    if (W == 8 && wide)
+      for (; r + 6 <= rows; r += 6)
+        multiply<6, 2, ADD>(a + r * ar, ar, ak, b + c, ldb, n, out + r * ldo + c, ldo);
     for (; r + R <= rows; r += R)
       if (wide)
         multiply<R, 2, ADD>(a + r * ar, ar, ak, b + c, ldb, n, out + r * ldo + c, ldo);
@@ -232,6 +236,15 @@ static void multiply_rows(const float* a, long ar, long ak, const float* b, long
       else
         multiply<1, 1, ADD>(a + r * ar, ar, ak, b + c, ldb, n, out + r * ldo + c, ldo);
   }
+}
+INLINE bool any(vi mask) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int l = 0; l < W; l++) found |= mask[l];
+  return found;
+#endif
 }
 constexpr int RP = W == 16 ? 8 : 4, RG = W == 16 ? 4 : 2;  // rows of a register tile: pairs, gradients
 // sums[r, :] = Σ_c |q[r, c] - panel[c, :]|^p (or max) for RP rows and one panel of keys.
@@ -250,6 +263,40 @@ INLINE void pair_sums(const float* q, long ldq, const float* panel, long d, floa
     store(sums + r * lds, acc[r][0]);
     store(sums + r * lds + W, acc[r][1]);
   }
+}
+// sums[r, :] = ‖q[r]‖² + ‖k‖² - 2q[r]·k of `rows` queries and n keys, of whose squared norms these are; of pairs that
+// lose more than two bits by it, as all do whose squared distance is far below their norms, Σ_c (q[r, c] - k[c])². Which
+// one a pair gets depends on that pair alone, not on what it is beside, some of which is masked. far (rows, BK): where it
+// is the second. Returns whether it is anywhere.
+static bool square_sums(const float* q, long ldq, const float* q_norms, long rows, const float* panels, long d,
+                        const float* k_norms, long n, float* sums, vi* far) {
+  bool some = false;
+  for (long c = 0; c < n; c += PANEL) {
+    const float* panel = panels + c * d;
+    multiply_rows<false>(q, ldq, 1, panel, PANEL, d, sums + c, BK, rows, PANEL);
+    for (long r0 = 0; r0 < rows; r0 += RP) {
+      vi found = {};
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          float* sum = sums + r * BK + c + v;
+          vf norms = q_norms[r] + load(k_norms + c + v), s = norms - 2.0f * load(sum);
+          vi lost = ~(4.0f * s >= norms);  // or NaN
+          store(sum, s);
+          far[(r * BK + c + v) / W] = lost;
+          found |= lost;
+        }
+      if (!any(found)) continue;
+      some = true;
+      float differences[RP * PANEL];
+      pair_sums<Sq>(q + r0 * ldq, ldq, panel, d, differences, PANEL, 0.0f);
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          float* sum = sums + r * BK + c + v;
+          store(sum, where(far[(r * BK + c + v) / W], load(differences + (r - r0) * PANEL + v), load(sum)));
+        }
+    }
+  }
+  return some;
 }
 // count[r, :] = how many coordinates reach the largest difference.
 static void count_ties(const float* q, long ldq, const float* panel, long d, const float* largest, float* count,
