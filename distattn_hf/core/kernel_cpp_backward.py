@@ -107,7 +107,7 @@ static void backward(const Problem& a) {
                   row_logits<Metric>(a, weight, distance, slope + i * BK, b, h, i0 + i, j0, n, a.coef[h]);
                   vf sum = {};
                   for (long j = 0; j < n; j += W) {
-                    vf x = expv(load(weight + j) - lse);
+                    vf x = expn(load(weight + j) - lse);
                     vf ds = where(x != 0, x * (load(gradient + j) - delta[i]), vf{}), by = load(distance + j);
                     sum += where(x != 0, ds * by, vf{});
                     store(weight + j, x);

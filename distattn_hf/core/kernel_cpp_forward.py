@@ -16,8 +16,9 @@ struct Problem {
 
 // x = cap·tanh((x + shift) / cap) of a row, in place, and the derivatives, where they are wanted.
 static void cap_row(float* s, float* slope, float cap, float shift) {
+  float inverse = 1 / cap;
   for (long j = 0; j < BK; j += W) {
-    vf t = tanhv((load(s + j) + shift) / cap);
+    vf t = tanhv((load(s + j) + shift) * inverse);
     store(s + j, cap * t);
     if (slope) store(slope + j, 1.0f - t * t);
   }
@@ -27,11 +28,15 @@ template <class Metric>
 INLINE float row_logits(const Problem& a, float* s, float* dist, float* slope, long b, long h, long i, long j0,
                         long n, float coef) {
   float p = a.parameter(h);
+  vf m = splat(-INF);
   for (long j = 0; j < BK; j += W) {
-    vf x = Metric::finish(load(s + j), p);
+    vf x = Metric::finish(load(s + j), p), logit = -coef * x;
     if (dist) store(dist + j, x);
-    store(s + j, -coef * x);
+    store(s + j, logit);
+    m = vmax(m, logit);
   }
+  if (a.causal) n = std::min(n, i - j0 + 1);
+  if (n == BK && !a.cap && !a.bias && !a.keep) return most(m);
   if (a.cap) cap_row(s, slope, a.cap, a.shift[(b * a.H + h) * a.N + i]);
   if (a.bias) {
     const float* bias =
@@ -49,13 +54,8 @@ INLINE float row_logits(const Problem& a, float* s, float* dist, float* slope, l
     else if (!keep[0])
       n = 0;
   }
-  if (a.causal) n = std::min(n, i - j0 + 1);
   for (long j = std::max(n, 0L); j < BK; j++) s[j] = -INF;
-  vf m = splat(-INF);
-  for (long j = 0; j < BK; j += W) m = vmax(m, load(s + j));
-  float largest = -INF;
-  for (int l = 0; l < W; l++) largest = std::max(largest, m[l]);
-  return largest;
+  return largest_in(s, BK);
 }
 // Sums of a tile; far: see `square_sums`, whose result this returns.
 template <class Metric>
@@ -113,11 +113,11 @@ static void forward(const Problem& a) {
             float base = largest == -INF ? 0 : largest;  // nothing kept so far: weights are exp(-inf) = 0
             vf sum = {};
             for (long j = 0; j < BK; j += W) {
-              vf w = expv(load(row + j) - base);
+              vf w = expn(load(row + j) - base);
               store(row + j, w);
               sum += w;
             }
-            float shrink = m[i] == -INF ? 0 : expf(m[i] - base);
+            float shrink = m[i] == base ? 1 : m[i] == -INF ? 0 : expf(m[i] - base);
             l[i] = l[i] * shrink + total(sum);
             if (shrink != 1)
               for (long c = 0; c < a.vp; c += W) store(o + i * a.vp + c, shrink * load(o + i * a.vp + c));
@@ -315,7 +315,7 @@ static void decode_as(const Decode& a) {
           float base = largest == -INF ? 0 : largest, shrink = *m == -INF ? 0 : expf(*m - base);
           vf sum = {};
           for (j = 0; j < BK; j += W) {
-            vf w = expv(load(s + j) - base);
+            vf w = expn(load(s + j) - base);
             store(s + j, w);
             sum += w;
           }

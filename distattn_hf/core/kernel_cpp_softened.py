@@ -31,18 +31,40 @@ INLINE vf power_excess(vf t, float p, float rest) {
   vf f = (e * p - n) + (l + e * rest);
   return where(t != t, t, whole * exp2_excess(f) + (whole - 1.0f));
 }
-INLINE vf reciprocal(vf x) {  // of 1 <= x < 1e37
-#if defined(__AVX512F__)
-  vf y = (vf)_mm512_rcp14_ps((__m512)x);
-  return y + y * (1.0f - x * y);
-#elif defined(__AVX__)
-  vf y = (vf)_mm256_rcp_ps((__m256)x);
-  return y + y * (1.0f - x * y);
-#else
-  return 1.0f / x;
-#endif
+// sums[r, :] = ‖q[r]‖² + ‖k‖² - 2q[r]·k of `rows` queries and n keys, of whose squared norms these are; of pairs that
+// lose more than two bits by it, as all do whose squared distance is far below their norms, Σ_c (q[r, c] - k[c])². Which
+// one a pair gets depends on that pair alone, not on what it is beside, some of which is masked. far (rows, BK): where it
+// is the second. Returns whether it is anywhere.
+static bool square_sums(const float* q, long ldq, const float* q_norms, long rows, const float* panels, long d,
+                        const float* k_norms, long n, float* sums, vi* far) {
+  bool some = false;
+  for (long c = 0; c < n; c += PANEL) {
+    const float* panel = panels + c * d;
+    multiply_rows<false>(q, ldq, 1, panel, PANEL, d, sums + c, BK, rows, PANEL);
+    for (long r0 = 0; r0 < rows; r0 += RP) {
+      vi found = {};
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          float* sum = sums + r * BK + c + v;
+          vf norms = q_norms[r] + load(k_norms + c + v), s = norms - 2.0f * load(sum);
+          vi lost = ~(4.0f * s >= norms);  // or NaN
+          store(sum, s);
+          far[(r * BK + c + v) / W] = lost;
+          found |= lost;
+        }
+      if (!any(found)) continue;
+      some = true;
+      float differences[RP * PANEL];
+      pair_sums<Sq>(q + r0 * ldq, ldq, panel, d, differences, PANEL, 0.0f);
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          float* sum = sums + r * BK + c + v;
+          store(sum, where(far[(r * BK + c + v) / W], load(differences + (r - r0) * PANEL + v), load(sum)));
+        }
+    }
+  }
+  return some;
 }
-
 // What the tiles of softened metrics add up and pull by; `a.p` and `a.scale` as above, d is 1/D of the pair.
 struct Cube : Plain {  // p = 3: r³ - 1 = s·(r + 1/(1 + r)) with r = √(1 + s)
   static constexpr bool by_pair = true;

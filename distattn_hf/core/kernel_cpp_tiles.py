@@ -39,7 +39,7 @@ INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf where(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }  // of (NaN, b): b
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }  // as vmax, of (NaN, b): b; of (a, NaN): NaN
 // Of numbers >= 0, whose bits are ordered as they are: unlike a float comparison this keeps a NaN.
 INLINE vf largest_of(vf a, vf b) { return (vf)((vi)a > (vi)b ? (vi)a : (vi)b); }
 INLINE float largest_bits(vf x) {
@@ -48,6 +48,26 @@ INLINE float largest_bits(vf x) {
   float y;
   memcpy(&y, &most, sizeof y);
   return y;
+}
+INLINE bool any(vi mask) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int l = 0; l < W; l++) found |= mask[l];
+  return found;
+#endif
+}
+INLINE float most(vf x) {  // of its numbers, by halves: what is compared one by one waits for the one before
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 h[W / 8];
+  v4 f[2];
+  memcpy(h, &x, sizeof x);
+  if constexpr (W == 16) h[0] = h[0] > h[W / 8 - 1] ? h[0] : h[W / 8 - 1];
+  memcpy(f, h, sizeof f);
+  f[0] = f[0] > f[1] ? f[0] : f[1];
+  return std::max(std::max(f[0][0], f[0][1]), std::max(f[0][2], f[0][3]));
 }
 // w with the sign of x flipped into it, 0 where x is 0.
 INLINE vf signed_by(vf w, vf x) { return x != 0 ? (vf)(((vi)x & (vi)splat(-0.0f)) ^ (vi)w) : vf{}; }
@@ -63,11 +83,8 @@ INLINE vf exp2_excess(vf f) {  // 2^f - 1, |f| <= ½
   y = y * f + 6.9314718e-1f;
   return y * f;
 }
-INLINE vf expv(vf x) {
+INLINE vf exp_above(vf x) {  // e^x for -87.33 <= x <= 88.3
   // exp(x) = 2^n·e^r with r = x - n·ln 2 in two parts, so that large |x| keeps its digits.
-  vi low = x < -87.33f;
-  x = x < -87.33f ? splat(-87.33f) : x;
-  x = x > 88.3f ? splat(88.3f) : x;
   vf shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -78,7 +95,15 @@ INLINE vf expv(vf x) {
   y = y * r + 1.6666665e-1f;
   y = y * r + 5.0000001e-1f;
   y = y * r * r + r + 1.0f;
-  return where(low, vf{}, y * power_of_two(shifted));
+  return y * power_of_two(shifted);
+}
+INLINE vf expn(vf x) {  // e^x for x <= 0, but for rounding: a weight
+  vi low = x < -87.33f;
+  return (vf)(~low & (vi)exp_above(vmax(splat(-87.33f), x)));
+}
+INLINE vf expv(vf x) {
+  vi low = x < -87.33f;
+  return (vf)(~low & (vi)exp_above(vmin(splat(88.3f), vmax(splat(-87.33f), x))));
 }
 // tanh(x): by a polynomial of x near 0, so that a small result keeps its digits, and by e^(2|x|) beyond.
 INLINE vf tanhv(vf x) {
@@ -87,8 +112,11 @@ INLINE vf tanhv(vf x) {
   y = y * s - 5.37397155531e-2f;
   y = y * s + 1.33314422036e-1f;
   y = y * s - 3.33332819422e-1f;
+  vf near = y * s * x + x;
+  vi large = ~(size < 0.625f);
+  if (!any(large)) return near;
   vf far = 1.0f - 2.0f / (expv(2.0f * size) + 1.0f);
-  return where(size < 0.625f, y * s * x + x, (vf)((vi)far | ((vi)x & (vi)splat(-0.0f))));
+  return where(large, (vf)((vi)far | ((vi)x & (vi)splat(-0.0f))), near);
 }
 // x = 2^e·(1 + m) for a normal x > 0, with 1 + m in [√½, √2).
 INLINE vf mantissa(vf x, vf& e) {
@@ -150,6 +178,27 @@ INLINE vf sqrtv(vf x) {
   for (int i = 0; i < W; i++) x[i] = sqrtf(x[i]);
   return x;
 }
+// The reciprocal of 1e-37 < x < 1e37 and its root, to the last two bits: a division takes three times as long.
+INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  vf y = (vf)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX__)
+  vf y = (vf)_mm256_rcp_ps((__m256)x);
+#else
+  return 1.0f / x;
+#endif
+  return y + y * (1.0f - x * y);
+}
+INLINE vf reciprocal_root(vf x) {
+#if defined(__AVX512F__)
+  vf y = (vf)_mm512_rsqrt14_ps((__m512)x);
+#elif defined(__AVX__)
+  vf y = (vf)_mm256_rsqrt_ps((__m256)x);
+#else
+  return 1.0f / sqrtv(x);
+#endif
+  return y + 0.5f * y * (1.0f - x * y * y);
+}
 INLINE vf divide(vf w, vf d) { return where(d == 0, vf{}, w / where(d == 0, splat(1.0f), d)); }
 struct L2 : Sq {
   INLINE vf finish(vf s, float) { return sqrtv(s); }
@@ -167,8 +216,11 @@ struct SoftL1 : Plain {
 };
 struct SoftL2 : Sq {
   static constexpr bool squares = true;
-  INLINE vf finish(vf s, float p) { return s / (sqrtv(s + p * p) + p); }
-  INLINE vf weight(vf w, vf d, float p) { return w / (d + p); }  // d + ε is the root
+  INLINE vf finish(vf s, float p) {
+    vf x = vmax(splat(1e-36f), s + p * p);
+    return s * reciprocal(x * reciprocal_root(x) + p);
+  }
+  INLINE vf weight(vf w, vf d, float p) { return w * reciprocal(d + p); }  // d + ε is the root
 };
 struct L3 : Plain {
   INLINE vf add(vf s, vf x, float) {
@@ -237,15 +289,6 @@ static void multiply_rows(const float* a, long ar, long ak, const float* b, long
         multiply<1, 1, ADD>(a + r * ar, ar, ak, b + c, ldb, n, out + r * ldo + c, ldo);
   }
 }
-INLINE bool any(vi mask) {
-#if defined(__AVX__) && !defined(__AVX512F__)
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
-#else
-  int32_t found = 0;
-  for (int l = 0; l < W; l++) found |= mask[l];
-  return found;
-#endif
-}
 constexpr int RP = W == 16 ? 8 : 4, RG = W == 16 ? 4 : 2;  // rows of a register tile: pairs, gradients
 // sums[r, :] = Σ_c |q[r, c] - panel[c, :]|^p (or max) for RP rows and one panel of keys.
 template <class Metric, class P>
@@ -263,40 +306,6 @@ INLINE void pair_sums(const float* q, long ldq, const float* panel, long d, floa
     store(sums + r * lds, acc[r][0]);
     store(sums + r * lds + W, acc[r][1]);
   }
-}
-// sums[r, :] = ‖q[r]‖² + ‖k‖² - 2q[r]·k of `rows` queries and n keys, of whose squared norms these are; of pairs that
-// lose more than two bits by it, as all do whose squared distance is far below their norms, Σ_c (q[r, c] - k[c])². Which
-// one a pair gets depends on that pair alone, not on what it is beside, some of which is masked. far (rows, BK): where it
-// is the second. Returns whether it is anywhere.
-static bool square_sums(const float* q, long ldq, const float* q_norms, long rows, const float* panels, long d,
-                        const float* k_norms, long n, float* sums, vi* far) {
-  bool some = false;
-  for (long c = 0; c < n; c += PANEL) {
-    const float* panel = panels + c * d;
-    multiply_rows<false>(q, ldq, 1, panel, PANEL, d, sums + c, BK, rows, PANEL);
-    for (long r0 = 0; r0 < rows; r0 += RP) {
-      vi found = {};
-      for (long r = r0; r < r0 + RP; r++)
-        for (long v = 0; v < PANEL; v += W) {
-          float* sum = sums + r * BK + c + v;
-          vf norms = q_norms[r] + load(k_norms + c + v), s = norms - 2.0f * load(sum);
-          vi lost = ~(4.0f * s >= norms);  // or NaN
-          store(sum, s);
-          far[(r * BK + c + v) / W] = lost;
-          found |= lost;
-        }
-      if (!any(found)) continue;
-      some = true;
-      float differences[RP * PANEL];
-      pair_sums<Sq>(q + r0 * ldq, ldq, panel, d, differences, PANEL, 0.0f);
-      for (long r = r0; r < r0 + RP; r++)
-        for (long v = 0; v < PANEL; v += W) {
-          float* sum = sums + r * BK + c + v;
-          store(sum, where(far[(r * BK + c + v) / W], load(differences + (r - r0) * PANEL + v), load(sum)));
-        }
-    }
-  }
-  return some;
 }
 // count[r, :] = how many coordinates reach the largest difference.
 static void count_ties(const float* q, long ldq, const float* panel, long d, const float* largest, float* count,
@@ -381,9 +390,7 @@ static void pack(const float* x, long ldx, long rows, long d, float* panels) {
 INLINE float largest_in(const float* x, long n) {
   vf m = splat(-INF);
   for (long j = 0; j < n; j += W) m = vmax(m, load(x + j));
-  float largest = -INF;
-  for (int l = 0; l < W; l++) largest = std::max(largest, m[l]);
-  return largest;
+  return most(m);
 }
 INLINE float dot_product(const float* x, const float* y, long n) {
   vf sum = {};
