@@ -105,13 +105,15 @@ class AttentionInputs:
 
         f(q - k, ε) = ε·f(q/ε - k/ε, 1): λ takes the factor. Cosine, which has none, leaves λ.
         """
-        epsilon = self.softening_column(torch.promote_types(self.query.dtype, torch.float32))
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        epsilon, inputs = self.softening_column(dtype), self
         size, p = (1, 1.0) if p is None else (self.query.shape[-1], p)
-        unit, factor, inputs = knee(epsilon, size, p), epsilon, self.in_full_precision()
+        unit, factor = knee(epsilon, size, p), epsilon
         if isinstance(epsilon, Tensor):
             factor, inputs = epsilon.flatten(), self.written_out()
+        query, key = (tensor.to(dtype) / unit for tensor in (inputs.query, inputs.key))
         lam = self.lam if self.metric.scale_free else self.lam * factor
-        return replace(inputs, query=inputs.query / unit, key=inputs.key / unit, lam=lam, softening=size ** (1 / p))
+        return replace(inputs, query=query, key=key, lam=lam, softening=size ** (1 / p))
 
     def in_full_precision(self) -> "AttentionInputs":
         """Return these inputs with half-precision tensors raised to float32; float32 and float64 stay."""

@@ -25,7 +25,7 @@ INLINE void pull(const Problem& a, long h, const float* w, const float* dist, co
   else
     pull_rows<Metric>(w, dist, wr, wk, x, y, a.dp, n, out, rows, a.parameter(h));
 }
-// Moves the weights of pairs that are far (see `square_sums`) from w to others, both (rows, BK); others has 0 elsewhere.
+// Moves the weights of pairs that are far (see `square_sums`) from w to others, both (rows, BK), else 0.
 static void take_far(float* w, float* others, const vi* far, long rows, long n) {
   for (long i = 0; i < rows * BK; i += BK)
     for (long j = i; j < i + n; j += W) {

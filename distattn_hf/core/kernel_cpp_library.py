@@ -182,7 +182,8 @@ _NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
 
 class _Problem(ctypes.Structure):
     _fields_ = fields(
-        "q k q_norms k_norms kpanels v vpanels coef soft bias sink shift out lse dout keep o l dq dk dv dcoef dbias dshift sums",
+        "q k q_norms k_norms kpanels v vpanels coef soft bias sink shift out lse dout keep "
+        "o l dq dk dv dcoef dbias dshift sums",
         _NUMBERS,
         {"keep_stride": 4, "bias_stride": 4},
         "p cap",

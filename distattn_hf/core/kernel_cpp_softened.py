@@ -31,10 +31,10 @@ INLINE vf power_excess(vf t, float p, float rest) {
   vf f = (e * p - n) + (l + e * rest);
   return where(t != t, t, whole * exp2_excess(f) + (whole - 1.0f));
 }
-// sums[r, :] = ‖q[r]‖² + ‖k‖² - 2q[r]·k of `rows` queries and n keys, of whose squared norms these are; of pairs that
-// lose more than two bits by it, as all do whose squared distance is far below their norms, Σ_c (q[r, c] - k[c])². Which
-// one a pair gets depends on that pair alone, not on what it is beside, some of which is masked. far (rows, BK): where it
-// is the second. Returns whether it is anywhere.
+// sums[r, :] = ‖q[r]‖² + ‖k‖² - 2q[r]·k of `rows` queries and n keys with their squared norms; of pairs that lose more
+// than two bits by it, whose squared distance is far below their norms, Σ_c (q[r, c] - k[c])². Which of the two a pair
+// gets depends on that pair alone, not on what it is beside, some of which is masked. far (rows, BK): where it is the
+// second. Returns whether it is anywhere.
 static bool square_sums(const float* q, long ldq, const float* q_norms, long rows, const float* panels, long d,
                         const float* k_norms, long n, float* sums, vi* far) {
   bool some = false;
