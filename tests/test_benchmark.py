@@ -12,6 +12,7 @@ import typer
 import yaml
 from torch.nn import functional as F
 
+from distattn_hf import distance_attention
 from distattn_hf.benchmark import exact_check as check
 from distattn_hf.benchmark import measure
 from distattn_hf.benchmark import run as module
@@ -64,6 +65,9 @@ def run(folder, **options) -> tuple[dict, str]:
         ({"batch": 0}, "batch must be a whole number >= 1, got 0"),
         ({"dtypes": "float8"}, "dtypes must be one of float32, float16, bfloat16, float64, got 'float8'"),
         ({"causal": "maybe"}, "causal must be one of false, true, both, got 'maybe'"),
+        ({"softening": -1}, "softening must be a number >= 0, got -1"),
+        ({"softcap": "high"}, "softcap must be a number >= 0, got 'high'"),
+        ({"metrics": "l2,sqeuclidean", "softening": 2}, "softening must be 0 with metric 'sqeuclidean', got 2.0"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, got 'tpu'"),
         ({"repeats": 0}, "repeats must be a whole number >= 1, got 0"),
         ({"min_seconds": -1}, "min_seconds must be a number >= 0, got -1"),
@@ -263,6 +267,21 @@ def test_pytorchs_attention_gets_grouped_heads_and_causality(tmp_path):
     repeated = (t.repeat_interleave(2, dim=1) for t in (key, value))
     expected = F.scaled_dot_product_attention(query, *repeated, is_causal=True)
     assert_close(check.pytorch_attention(case)(query, key, value), expected, "float32_forward")
+
+
+@pytest.mark.parametrize("changes", [{"softening": 3.0}, {"softcap": 0.5}, {"softening": 3.0, "softcap": 0.5}])
+def test_what_is_done_to_a_metric_is_timed_checked_and_named(changes, tmp_path):
+    """It reaches the timed call, the float64 check and the choice of backend; the naive form knows nothing of it."""
+    case = config(tmp_path, metrics="l1", **changes).cases()[0]
+    query, key, value, _ = check.make_tensors(case)
+    options = {"softening": changes.get("softening", 0), "softcap": changes.get("softcap")}
+    expected = distance_attention(query, key, value, metric="l1", **options)
+    assert torch.equal(check.our_attention(case)(query, key, value), expected)
+    report, printed = run(tmp_path, metrics="l1", passes="forward", naive=True, **changes)
+    assert report["results"][0]["gate"]["passed"]
+    assert report["results"][0]["naive"] == {"absent": "none"}
+    names = {"softening": "ε", "softcap": "cap"}
+    assert " ".join(["l1", *(f"{names[name]} {value:g}" for name, value in changes.items())]) in printed
 
 
 def test_metrics_without_a_naive_form_say_so(tmp_path):

@@ -52,9 +52,7 @@ def our_attention(case: Case) -> Attention:
     """Return `distance_attention` with the case's metric, its default λ, causality and backend."""
 
     def ours(query, key, value):
-        return distance_attention(
-            query, key, value, metric=case.metric, p=case.p, is_causal=case.causal, backend=case.backend
-        )
+        return distance_attention(query, key, value, **case.problem, is_causal=case.causal, backend=case.backend)
 
     return ours
 
@@ -70,13 +68,13 @@ def pytorch_attention(case: Case) -> Attention:
 
 
 def naive_attention(case: Case) -> Attention | None:
-    """Return a direct implementation of softmax(-λ·scaling·dist)·v, all in memory; None for a metric without `cdist`.
+    """Return a direct implementation of softmax(-λ·scaling·dist)·v, all in memory; None for what is not `cdist` alone.
 
     l1, l2, lp and chebyshev are `torch.cdist` in its default mode, sqeuclidean its square, cosine a product of
     normalised vectors. `cdist` has no half precision: q and k are cast to float32 for it, the weights cast back.
     """
     orders = {"sqeuclidean": 2.0, "l2": 2.0, "l1": 1.0, "lp": case.p, "chebyshev": math.inf}
-    if case.metric not in (*orders, "cosine"):
+    if case.metric not in (*orders, "cosine") or case.softening or case.softcap:
         return None
     scaling = case.head_size**-0.5
     lam = get_metric(case.metric).default_lambda(case.head_size, scaling, case.p)
@@ -111,7 +109,10 @@ def backend_of(case: Case, tensors: tuple[Tensor, ...]) -> str:
     """Return the backend that runs these tensors; raises `ValueError` with the reason if an explicit one cannot."""
     metric, scaling = get_metric(case.metric), case.head_size**-0.5
     lam = metric.default_lambda(case.head_size, scaling, case.p)
-    inputs = AttentionInputs(*tensors[:3], metric, lam, scaling, case.p, is_causal=case.causal)
+    inputs = AttentionInputs(
+        *tensors[:3], metric, lam, scaling, case.p, is_causal=case.causal, softening=case.softening or None,
+        softcap=case.softcap or None,
+    )  # fmt: skip
     with torch.set_grad_enabled(case.pass_name == "forward_backward"):
         return choose_backend(case.backend, inputs).name
 
@@ -240,9 +241,7 @@ def _visible(case: Case, rows: Tensor) -> Tensor | None:
 
 def _reference_rows(case: Case, rows: Tensor) -> Attention:
     mask = _visible(case, rows)
-    return lambda q, k, v: distance_attention(
-        q, k, v, metric=case.metric, p=case.p, mask=mask, backend="reference"
-    )  # fmt: skip
+    return lambda q, k, v: distance_attention(q, k, v, **case.problem, mask=mask, backend="reference")
 
 
 def _pytorch_rows(case: Case, rows: Tensor) -> Attention:

@@ -8,6 +8,7 @@ import torch
 
 from ..core.backends import validate_backend
 from ..core.metrics import METRICS, get_metric
+from ..core.softening import check_softening
 from .fields import CAUSAL, SHORTEST_LENGTH, check_shared, choices, flag, items, number, numbers, store, unique
 
 PASSES = ("forward", "forward_backward", "decode")
@@ -35,11 +36,21 @@ class Case:
     kv_heads: int
     device: str
     seed: int
+    softening: float = 0.0
+    softcap: float = 0.0
 
     @property
     def label(self) -> str:
-        """The metric as the options write it: "l1", "lp3"."""
-        return self.metric if self.p is None else f"{self.metric}{self.p:g}"
+        """The metric as the options write it, "l1", "lp3", and what is done to it: "l1 ε 5", "l1 cap 30"."""
+        name = self.metric if self.p is None else f"{self.metric}{self.p:g}"
+        changes = (("ε", self.softening), ("cap", self.softcap))
+        return " ".join([name, *(f"{what} {value:g}" for what, value in changes if value)])
+
+    @property
+    def problem(self) -> dict:
+        """What `distance_attention` computes: its arguments beside tensors, causality and backend."""
+        cap = self.softcap or None
+        return {"metric": self.metric, "p": self.p, "softening": self.softening, "softcap": cap}
 
     @property
     def queries(self) -> int:
@@ -63,6 +74,7 @@ class BenchmarkConfig:
         batch: sequences.
         dtypes: "float32", "float16", "bfloat16", "float64".
         causal: False, True or "both".
+        softening: ε of all metrics, which must take one; 0: the plain distances. softcap: the cap on logits; 0: none.
         device: "auto" (a GPU when there is one), "cpu" or "cuda".
         repeats: pairs of (PyTorch's attention, ours) that are timed at least.
         warmup: untimed calls of each before.
@@ -88,6 +100,8 @@ class BenchmarkConfig:
     batch: int = 1
     dtypes: tuple[str, ...] = ("float32",)
     causal: bool | str = False
+    softening: float = 0.0
+    softcap: float = 0.0
     device: str = "auto"
     repeats: int = 10
     warmup: int = 2
@@ -113,10 +127,14 @@ class BenchmarkConfig:
             head_sizes=numbers(self.head_sizes, "head_sizes", 1),
             kv_heads=None if self.kv_heads is None else number(self.kv_heads, "kv_heads", int, 1),
             dtypes=choices(self.dtypes, "dtypes", tuple(DTYPES)),
+            softening=number(self.softening, "softening", float, 0),
+            softcap=number(self.softcap, "softcap", float, 0),
             naive=flag(self.naive, "naive"),
             naive_max_length=number(self.naive_max_length, "naive_max_length", int, 0),
         )
         check_shared(self)
+        for name in self.metrics:
+            check_softening(get_metric(parse_metric(name)[0]), self.softening)
         if self.heads % self.key_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
 
@@ -134,7 +152,8 @@ class BenchmarkConfig:
                 forms, lengths = (False,), self.decode_lengths
             for causal, length, metric, backend in itertools.product(forms, lengths, self.metrics, self.backends):
                 problem = (*parse_metric(metric), backend, pass_name, length, head_size, dtype, causal)
-                result.append(Case(*problem, self.batch, self.heads, self.key_heads, self.device, self.seed))
+                sizes = (self.batch, self.heads, self.key_heads, self.device, self.seed)
+                result.append(Case(*problem, *sizes, self.softening, self.softcap))
         return result
 
 

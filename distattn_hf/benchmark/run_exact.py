@@ -99,7 +99,8 @@ class ExactBenchmark(Benchmark):
         return {
             "label": case.label, "metric": case.metric, "p": case.p, "pass": case.pass_name, "length": case.length,
             "head_size": case.head_size, "dtype": case.dtype, "causal": case.causal, "batch": case.batch,
-            "heads": case.heads, "kv_heads": case.kv_heads, "backend": case.backend, "ran": None,
+            "heads": case.heads, "kv_heads": case.kv_heads, "softening": case.softening, "softcap": case.softcap,
+            "backend": case.backend, "ran": None,
         }  # fmt: skip
 
     def check(self, case: Case, name: str, row: dict) -> None:

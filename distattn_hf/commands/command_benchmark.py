@@ -36,6 +36,8 @@ def benchmark(
     batch: Annotated[int | None, typer.Option(help="all: sequences.")] = None,
     dtypes: Annotated[str | None, typer.Option(help=f"distance: float32, float16, bfloat16, float64. {_LIST}")] = None,
     causal: Annotated[str | None, typer.Option(help="all: false, true or both.")] = None,
+    softening: Annotated[float | None, typer.Option(help="distance: ε of every metric. Default: 0, plain.")] = None,
+    softcap: Annotated[float | None, typer.Option(help="distance: a cap on logits. Default: 0, none.")] = None,
     device: Annotated[str | None, typer.Option(help="all: auto, cpu or cuda.")] = None,
     repeats: Annotated[int | None, typer.Option(help="all: pairs that are timed at least.")] = None,
     warmup: Annotated[int | None, typer.Option(help="all: untimed calls before.")] = None,

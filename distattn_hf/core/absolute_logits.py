@@ -116,12 +116,26 @@ def finish_logits(inputs: AttentionInputs, logits: Tensor, shift: Tensor | None,
     return logits if bias is None else logits + bias.to(logits.dtype)
 
 
-def relative_sink(inputs: AttentionInputs) -> Tensor | None:
-    """Return the sink's logit beside logits without `shift`, (B, H, N, 1), finite, in at least float32, or None."""
+def row_shift(inputs: AttentionInputs, left_out: Tensor | float = 0.0) -> Tensor:
+    """Return what makes logits absolute, (B, H, N, 1) in at least float32, that come from a form which leaves out
+    `left_out` of -distance, as `row_constant` has it.
+    """
+    dtype = torch.promote_types(inputs.query.dtype, torch.float32)
+    shift = torch.as_tensor(inputs.lambda_column() * inputs.scaling * left_out, dtype=dtype, device=inputs.query.device)
+    if inputs.shift is not None:
+        shift = shift + inputs.shift.to(dtype)
+    return shift.expand(*inputs.query.shape[:3], 1)
+
+
+def relative_sink(inputs: AttentionInputs, left_out: Tensor | float = 0.0) -> Tensor | None:
+    """Return the sink's logit beside logits without `row_shift`, (B, H, N, 1), finite, in at least float32, or None.
+
+    Under a cap, inside which the shift is, it stays absolute.
+    """
     sink = inputs.sink_logit
     if sink is None:
         return None
     sink = sink.to(torch.promote_types(inputs.query.dtype, torch.float32))
-    if inputs.shift is not None:
-        sink = sink - inputs.shift.to(sink.dtype)
+    if inputs.softcap is None:
+        sink = sink - row_shift(inputs, left_out)
     return sink.clamp_min(torch.finfo(sink.dtype).min / 8).expand(*inputs.query.shape[:3], 1)

@@ -14,7 +14,7 @@ from .backends import choose_backend, validate_backend
 from .inputs import HALF, AttentionInputs, merge_masks
 from .metrics import get_metric
 from .reference import reference_attention
-from .softening import LEAST, check_softening
+from .softening import check_softening
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +117,7 @@ def run_attention(
     # Distances and softmax need full precision: autocast would run their matmuls in half precision.
     with without_autocast(inputs.query.device.type):
         if isinstance(inputs.softening, Tensor) and inputs.softening.requires_grad:
-            inputs = unit_softening(inputs)
+            inputs = inputs.in_units()
         if return_weights:
             if backend not in ("auto", "reference"):
                 raise ValueError(f"return_weights needs backend 'reference' or 'auto', got {backend!r}")
@@ -127,18 +127,6 @@ def run_attention(
         if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
             _say_what_dropout_costs(inputs)
         return chosen.run(inputs).to(dtype)
-
-
-def unit_softening(inputs: AttentionInputs) -> AttentionInputs:
-    """Return the same problem with every ε at 1, so that no backend needs the gradient of ε: autograd has it.
-
-    f(q - k, ε) = ε·f(q/ε - k/ε, 1): λ takes the factor. Cosine, which has none, leaves λ.
-    """
-    scale = inputs.softening.to(torch.promote_types(inputs.softening.dtype, torch.float32)).clamp_min(LEAST)
-    inputs, column = inputs.written_out(), scale[:, None, None]
-    lam = inputs.lam if inputs.metric.scale_free else inputs.lam * scale
-    query, key = (tensor / column.to(tensor.dtype) for tensor in (inputs.query, inputs.key))
-    return replace(inputs, query=query, key=key, lam=lam, softening=1.0)
 
 
 def _say_what_dropout_costs(inputs: AttentionInputs) -> None:

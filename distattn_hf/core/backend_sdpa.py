@@ -54,7 +54,9 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
         return cosine_in_parts(inputs, mask, is_causal).to(dtype)
     if not is_plain:
         query, key = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, key))
-    sink = None if inputs.sink_logit is None else _sink_in_dot_form(inputs, query, key)
+    sink = None
+    if inputs.sink_logit is not None:
+        sink = relative_sink(inputs, row_constant(inputs.metric, query, key, inputs.softening is not None))
     softened = () if inputs.softening is None else (inputs.softening_column(query.dtype),)
     query, key, key_bias, factor = inputs.metric.dot_form(query, key, *softened)
     scale, lam = inputs.scaling, inputs.lam
@@ -98,13 +100,6 @@ def sdpa_attention(inputs: AttentionInputs) -> Tensor:
     if sink is not None and is_causal:
         output = output[..., 1:, :]
     return output[..., :value_size].to(dtype)
-
-
-def _sink_in_dot_form(inputs: AttentionInputs, query: Tensor, key: Tensor) -> Tensor:
-    """Return the sink's logit beside those of the dot-product form, which leaves out a constant of each row."""
-    left_out = row_constant(inputs.metric, query, key, inputs.softening is not None)
-    sink = relative_sink(inputs) - inputs.lambda_column() * inputs.scaling * left_out
-    return sink.to(torch.promote_types(query.dtype, torch.float32))
 
 
 def _with_sink(query, key, value, mask, is_causal, sink, dtype, parts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -6,7 +6,6 @@ Nothing here imports Triton before the first call, so that the file loads where 
 import math
 import os
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -67,7 +66,7 @@ def triton_attention(inputs: AttentionInputs) -> Tensor:
     """
     metric, p = _kernel_metric(inputs)
     if inputs.softening is not None:
-        inputs = _in_knees(inputs)
+        inputs = inputs.in_units(_order(inputs))
     query, key, bias, lam, heads = inputs.query, inputs.key, inputs.bias, inputs.lam, inputs.query.shape[1]
     if not isinstance(lam, Tensor):
         lam = torch.full((heads,), lam, dtype=torch.float32, device=query.device)
@@ -99,16 +98,6 @@ def _kernel_metric(inputs: AttentionInputs) -> tuple[str, float | None]:
 def _order(inputs: AttentionInputs) -> float:
     """Return p of a metric as one of the lp distances."""
     return {"l1": 1.0, "l2": 2.0, "chebyshev": math.inf}.get(_KERNEL_METRICS[type(inputs.metric)], inputs.p)
-
-
-def _in_knees(inputs: AttentionInputs) -> AttentionInputs:
-    """Return the same problem with query and key in units of the knee δ = ε / d^(1/p), and λ·ε for λ."""
-    epsilon = inputs.softening_column(torch.float32)
-    if isinstance(epsilon, Tensor):
-        inputs = inputs.written_out()
-    unit = epsilon / inputs.query.shape[-1] ** (1 / _order(inputs))
-    lam = inputs.lam * (epsilon[:, 0, 0] if isinstance(epsilon, Tensor) else epsilon)
-    return replace(inputs, query=inputs.query.float() / unit, key=inputs.key.float() / unit, lam=lam, softening=None)
 
 
 def _tile(metric: str, head_dim: int, value_dim: int, owner: str = "queries") -> dict[str, int]:

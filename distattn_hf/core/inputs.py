@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .metrics import Metric
-from .softening import LEAST
+from .softening import LEAST, knee
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -87,9 +87,9 @@ class AttentionInputs:
         return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
-        """Return λ as a float, or as (H, 1, 1) so that it multiplies (B, H, N, M)."""
+        """Return λ as a float, or as (H, 1, 1) in at least float32 so that it multiplies (B, H, N, M)."""
         if isinstance(self.lam, Tensor):
-            return self.lam.to(self.query.dtype)[:, None, None]
+            return self.lam.to(torch.promote_types(self.query.dtype, torch.float32))[:, None, None]
         return self.lam
 
     def distances(self, query: Tensor, key: Tensor, fast: bool = True) -> Tensor:
@@ -101,6 +101,21 @@ class AttentionInputs:
         if isinstance(self.softening, Tensor):
             return self.softening.to(dtype).clamp_min(LEAST)[:, None, None]
         return self.softening
+
+    def in_units(self, p: float | None = None) -> "AttentionInputs":
+        """Return the same softened problem with ε = 1, or of order p with the knee δ = 1: autograd has ε's gradient.
+
+        f(q - k, ε) = ε·f(q/ε - k/ε, 1): λ takes the factor. Cosine, which has none, leaves λ.
+        """
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        epsilon, inputs = self.softening_column(dtype), self
+        size, p = (1, 1.0) if p is None else (self.query.shape[-1], p)
+        unit, factor = knee(epsilon, size, p), epsilon
+        if isinstance(epsilon, Tensor):
+            factor, inputs = epsilon.flatten(), self.written_out()
+        query, key = (tensor.to(dtype) / unit for tensor in (inputs.query, inputs.key))
+        lam = self.lam if self.metric.scale_free else self.lam * factor
+        return replace(inputs, query=query, key=key, lam=lam, softening=size ** (1 / p))
 
     def in_full_precision(self) -> "AttentionInputs":
         """Return these inputs with half-precision tensors raised to float32; float32 and float64 stay."""

@@ -1,6 +1,18 @@
 """C++ source of the CPU kernels: gradients, with every tile of weights recomputed from the log-sum-exp."""
 
 BACKWARD = r"""
+// Gradients of capped logits to those of logits, in place; returns Σ gradient·distance and adds Σ gradient to dshift.
+static float through_cap(float* gradient, const float* slope, const float* dist, long n, float* dshift) {
+  vf sum = {}, by_distance = {};
+  for (long j = 0; j < n; j += W) {
+    vf ds = load(gradient + j) * load(slope + j);
+    store(gradient + j, ds);
+    sum += ds;
+    by_distance += where(ds != 0, ds * load(dist + j), vf{});
+  }
+  *dshift += total(sum);
+  return total(by_distance);
+}
 // dq, and per split dk, dv, dcoef (the derivative by λ·scaling) and dbias. A unit of work owns the rows of bias it
 // adds to: axes that bias is broadcast over are walked inside the unit.
 template <class Metric>
@@ -8,8 +20,40 @@ INLINE void pull(const Problem& a, long h, const float* w, const float* dist, co
                  const float* x, const float* y, long n, float* out, long rows) {
   if constexpr (Metric::soft)
     soft_pull(w, dist, f, wr, wk, x, y, a.dp, n, out, rows, a.softness(h));
+  else if constexpr (Metric::product)
+    multiply_rows<true>(w, wr, wk, y, a.dp, n, out, a.dp, rows, a.dp);
   else
     pull_rows<Metric>(w, dist, wr, wk, x, y, a.dp, n, out, rows, a.parameter(h));
+}
+// Moves the weights of pairs that are far (see `square_sums`) from w to others, both (rows, BK), else 0.
+static void take_far(float* w, float* others, const vi* far, long rows, long n) {
+  for (long i = 0; i < rows * BK; i += BK)
+    for (long j = i; j < i + n; j += W) {
+      vf x = load(w + j);
+      store(w + j, where(far[j / W], vf{}, x));
+      store(others + j, where(far[j / W], x, vf{}));
+    }
+}
+// Σ w·(q - k) without differences: dq -= Σ_j w·k_j, row_weights += Σ_j w, of which dq lacks the multiples of q; and
+// dk_j += Σ_i w·k_j - Σ_i w·q_i. Changes the sign of w.
+static void pull_by_products(float* w, const float* q, const float* k, long ld, long rows, long n, float* row_weights,
+                             float* dq, float* dk) {
+  vf columns[BK / W] = {};
+  for (long i = 0; i < rows; i++) {
+    vf sum = {};
+    for (long j = 0; j < n; j += W) {
+      vf x = load(w + i * BK + j);
+      sum += x;
+      columns[j / W] += x;
+      store(w + i * BK + j, -x);
+    }
+    row_weights[i] += total(sum);
+  }
+  multiply_rows<true>(w, BK, 1, k, ld, n, dq, ld, rows, ld);
+  multiply_rows<true>(w, 1, BK, q, ld, rows, dk, ld, n, ld);
+  for (long j = 0; j < n; j++)
+    for (long c = 0; c < ld; c += W)
+      store(dk + j * ld + c, load(dk + j * ld + c) + columns[j / W][j % W] * load(k + j * ld + c));
 }
 template <class Metric>
 static void backward(const Problem& a) {
@@ -18,10 +62,12 @@ static void backward(const Problem& a) {
   long per_b = a.B / own_b, per_h = key_heads / own_h;
 #pragma omp parallel num_threads(a.threads)
   {
-    auto memory = buffer(BQ * (2 * a.dp + 2 * a.vp + 4 * BK + 2));
+    auto memory = buffer(BQ * (2 * a.dp + 2 * a.vp + 6 * BK + 4));
     float *q = memory.get(), *dq = q + BQ * a.dp, *g = dq + BQ * a.dp, *w = g + BQ * a.vp + BQ * a.vp,
           *dist = w + BQ * BK;
-    float *dp = dist + BQ * BK, *count = dp + BQ * BK, *delta = count + BQ * BK;
+    float *dp = dist + BQ * BK, *count = dp + BQ * BK, *slope = count + BQ * BK, *delta = slope + 2 * BQ * BK;
+    float *norms = delta + BQ, *row_weights = norms + BQ;
+    vi* far = (vi*)(slope + BQ * BK);
 #pragma omp for schedule(dynamic)
     for (long unit = 0; unit < own_b * own_h * a.splits; unit++) {
       long split = unit % a.splits, ob = unit / a.splits / own_h, oh = unit / a.splits % own_h;
@@ -33,8 +79,8 @@ static void backward(const Problem& a) {
             float p = a.parameter(h);
             for (long tile = split; tile < tiles; tile += a.splits) {
               long i0 = tile * BQ, rows = std::min<long>(BQ, a.N - i0), padded = (rows + RP - 1) / RP * RP;
-              memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
-              memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
+              load_queries(a, bh, i0, rows, q, norms);
+              memset(row_weights, 0, 4 * BQ);
               memcpy(g, a.dout + (bh * a.N + i0) * a.vp, 4 * rows * a.vp);
               memset(dq, 0, 4 * BQ * a.dp);
               for (long i = 0; i < rows; i++) {
@@ -47,7 +93,7 @@ static void backward(const Problem& a) {
               for (long j0 = 0; j0 < last; j0 += BK) {
                 long n = std::min<long>(BK, last - j0);
                 const float* panels = a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL;
-                tile_sums<Metric>(a, q, panels, padded, n, w, h);
+                bool some_far = tile_sums<Metric>(a, q, norms, bk, j0, padded, n, w, far, h);
                 if (Metric::ties)
                   for (long c = 0; c < n; c += PANEL)
                     for (long r = 0; r < padded; r += RG)
@@ -58,21 +104,24 @@ static void backward(const Problem& a) {
                 for (long i = 0; i < rows; i++) {
                   float *weight = w + i * BK, *distance = dist + i * BK, *gradient = dp + i * BK,
                         lse = a.lse[bh * a.N + i0 + i];
-                  row_logits<Metric>(a, weight, distance, b, h, i0 + i, j0, n, a.coef[h]);
+                  row_logits<Metric>(a, weight, distance, slope + i * BK, b, h, i0 + i, j0, n, a.coef[h]);
                   vf sum = {};
                   for (long j = 0; j < n; j += W) {
-                    vf x = expv(load(weight + j) - lse);
+                    vf x = expn(load(weight + j) - lse);
                     vf ds = where(x != 0, x * (load(gradient + j) - delta[i]), vf{}), by = load(distance + j);
                     sum += where(x != 0, ds * by, vf{});
                     store(weight + j, x);
                     store(gradient + j, ds);
                   }
-                  dcoef -= total(sum);
+                  float of_coef = total(sum);
                   if (a.dbias) {
                     float* db = a.dbias + b * a.bias_stride[0] + h * a.bias_stride[1] + (i0 + i) * a.bias_stride[2] +
                                 j0 * a.bias_stride[3];
                     for (long j = 0; j < n; j++) db[j * a.bias_stride[3]] += gradient[j];
                   }
+                  if (a.cap)
+                    of_coef = through_cap(gradient, slope + i * BK, distance, n, a.dshift + bh * a.N + i0 + i);
+                  dcoef -= of_coef;
                   for (long j = 0; j < n; j += W) {
                     vf by_distance = -a.coef[h] * load(gradient + j);
                     if constexpr (Metric::soft)
@@ -85,9 +134,21 @@ static void backward(const Problem& a) {
                 }
                 const float* k = a.k + (bk * a.M + j0) * a.dp;
                 multiply_rows<true>(w, 1, BK, g, a.vp, rows, a.dv + (sbk + j0) * a.vp, a.vp, n, a.vp);
+                float* dk = a.dk + (sbk + j0) * a.dp;
+                if constexpr (Metric::squares) {
+                  if (some_far) take_far(dp, count, far, rows, n);
+                  pull_by_products(dp, q, k, a.dp, rows, n, row_weights, dq, dk);
+                  if (!some_far) continue;
+                  std::swap(dp, count);
+                }
                 pull<Metric>(a, h, dp, dist, count, BK, 1, q, k, n, dq, rows);
-                pull<Metric>(a, h, dp, dist, count, 1, BK, k, q, rows, a.dk + (sbk + j0) * a.dp, n);
+                pull<Metric>(a, h, dp, dist, count, 1, BK, k, q, rows, dk, n);
+                if constexpr (Metric::squares) std::swap(dp, count);
               }
+              if constexpr (Metric::squares)
+                for (long i = 0; i < rows; i++)
+                  for (long c = 0; c < a.dp; c += W)
+                    store(dq + i * a.dp + c, load(dq + i * a.dp + c) + row_weights[i] * load(q + i * a.dp + c));
               memcpy(a.dq + (bh * a.N + i0) * a.dp, dq, 4 * rows * a.dp);
             }
             a.dcoef[split * a.B * a.H + bh] = dcoef;
@@ -149,6 +210,7 @@ extern "C" int attention_backward(const Problem* a, int kind) {
     case 3: backward<L3>(*a); break;
     case 4: backward<Lp>(*a); break;
     case 5: backward<Linf>(*a); break;
+    case 7: backward<Dot>(*a); break;
     case 8: backward<SoftL1>(*a); break;
     case 9: backward<SoftL2>(*a); break;
     case 10: backward<Soft>(*a); break;

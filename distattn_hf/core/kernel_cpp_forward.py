@@ -4,26 +4,40 @@ FORWARD = r"""
 // One attention problem, as ctypes hands it over. All tensors float32 and contiguous; dp and vp are d and d_v rounded
 // up to a multiple of 16, filled with zeros; panels are keys (and values) as (M / PANEL, d, PANEL).
 struct Problem {
-  const float *q, *k, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *out, *lse, *dout;
+  const float *q, *k, *q_norms, *k_norms, *kpanels, *v, *vpanels, *coef, *soft, *bias, *sink, *shift, *out, *lse, *dout;
   const uint8_t* keep;
-  float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *sums;
+  float *o, *l, *dq, *dk, *dv, *dcoef, *dbias, *dshift, *sums;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
   long keep_stride[4], bias_stride[4];
-  float p;
+  float p, cap;  // cap: 0 for none
   float parameter(long h) const { return soft ? soft[h] : p; }  // of the metric: ε or δ of a head, or the order
   Softness softness(long h) const { return {p, soft ? soft[h] : 1, d}; }
 };
 
+// x = cap·tanh((x + shift) / cap) of a row, in place, and the derivatives, where they are wanted.
+static void cap_row(float* s, float* slope, float cap, float shift) {
+  float inverse = 1 / cap;
+  for (long j = 0; j < BK; j += W) {
+    vf t = tanhv((load(s + j) + shift) * inverse);
+    store(s + j, cap * t);
+    if (slope) store(slope + j, 1.0f - t * t);
+  }
+}
 // Logits of one row of a tile from its sums, in place; returns the largest. What is masked is -inf.
 template <class Metric>
-INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h, long i, long j0, long n,
-                        float coef) {
+INLINE float row_logits(const Problem& a, float* s, float* dist, float* slope, long b, long h, long i, long j0,
+                        long n, float coef) {
   float p = a.parameter(h);
+  vf m = splat(-INF);
   for (long j = 0; j < BK; j += W) {
-    vf x = Metric::finish(load(s + j), p);
+    vf x = Metric::finish(load(s + j), p), logit = -coef * x;
     if (dist) store(dist + j, x);
-    store(s + j, -coef * x);
+    store(s + j, logit);
+    m = vmax(m, logit);
   }
+  if (a.causal) n = std::min(n, i - j0 + 1);
+  if (n == BK && !a.cap && !a.bias && !a.keep) return most(m);
+  if (a.cap) cap_row(s, slope, a.cap, a.shift[(b * a.H + h) * a.N + i]);
   if (a.bias) {
     const float* bias =
         a.bias + b * a.bias_stride[0] + h * a.bias_stride[1] + i * a.bias_stride[2] + j0 * a.bias_stride[3];
@@ -40,39 +54,50 @@ INLINE float row_logits(const Problem& a, float* s, float* dist, long b, long h,
     else if (!keep[0])
       n = 0;
   }
-  if (a.causal) n = std::min(n, i - j0 + 1);
   for (long j = std::max(n, 0L); j < BK; j++) s[j] = -INF;
-  vf m = splat(-INF);
-  for (long j = 0; j < BK; j += W) m = vmax(m, load(s + j));
-  float largest = -INF;
-  for (int l = 0; l < W; l++) largest = std::max(largest, m[l]);
-  return largest;
+  return largest_in(s, BK);
 }
+// Sums of a tile; far: see `square_sums`, whose result this returns.
 template <class Metric>
-INLINE void tile_sums(const Problem& a, const float* q, const float* panels, long rows, long n, float* sums,
-                      long h) {
+INLINE bool tile_sums(const Problem& a, const float* q, const float* q_norms, long bk, long j0, long rows, long n,
+                      float* sums, vi* far, long h) {
+  long mpanels = (a.M + PANEL - 1) / PANEL;
+  const float* panels = a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL;
   if constexpr (Metric::soft)
     soft_sums(q, a.dp, rows, panels, n, sums, a.softness(h));
+  else if constexpr (Metric::squares)
+    return square_sums(q, a.dp, q_norms, rows, panels, a.d, a.k_norms + bk * mpanels * PANEL + j0, n, sums, far);
+  else if constexpr (Metric::product)
+    for (long c = 0; c < n; c += PANEL)
+      multiply_rows<false>(q, a.dp, 1, panels + c * a.d, PANEL, a.d, sums + c, BK, rows, PANEL);
   else
     for (long c = 0; c < n; c += PANEL)
       for (long r = 0; r < rows; r += RP)
         pair_sums<Metric>(q + r * a.dp, a.dp, panels + c * a.d, a.d, sums + r * BK + c, BK, a.parameter(h));
+  return false;
+}
+// Queries of a tile and their norms, filled up with zeros.
+INLINE void load_queries(const Problem& a, long bh, long i0, long rows, float* q, float* norms) {
+  memset(q, 0, 4 * BQ * a.dp);
+  memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
+  memset(norms, 0, 4 * BQ);
+  if (a.q_norms) memcpy(norms, a.q_norms + bh * a.N + i0, 4 * rows);
 }
 template <class Metric>
 static void forward(const Problem& a) {
-  long tiles = (a.N + BQ - 1) / BQ, mpanels = (a.M + PANEL - 1) / PANEL, key_heads = a.H / a.G;
+  long tiles = (a.N + BQ - 1) / BQ, key_heads = a.H / a.G;
 #pragma omp parallel num_threads(a.threads)
   {
-    auto memory = buffer(BQ * (a.dp + BK + a.vp + 2));
-    float *q = memory.get(), *s = q + BQ * a.dp, *o = s + BQ * BK, *m = o + BQ * a.vp, *l = m + BQ;
+    auto memory = buffer(BQ * (a.dp + 2 * BK + a.vp + 3));
+    float *q = memory.get(), *s = q + BQ * a.dp, *o = s + 2 * BQ * BK, *m = o + BQ * a.vp, *l = m + BQ, *norms = l + BQ;
+    vi* far = (vi*)(s + BQ * BK);
 #pragma omp for schedule(dynamic) collapse(2)
     for (long tile = tiles - 1; tile >= 0; tile--)  // causal: the longest rows first
       for (long bh = 0; bh < a.B * a.H; bh++) {
         long b = bh / a.H, h = bh % a.H, bk = b * key_heads + h / a.G, i0 = tile * BQ,
              rows = std::min<long>(BQ, a.N - i0);
         long padded = (rows + RP - 1) / RP * RP;
-        memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
-        memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
+        load_queries(a, bh, i0, rows, q, norms);
         memset(o, 0, 4 * BQ * a.vp);
         for (long i = 0; i < BQ; i++) m[i] = -INF, l[i] = 0;
         if (a.sink)  // a key without a value: it is in the sum from the start
@@ -80,18 +105,19 @@ static void forward(const Problem& a) {
         long last = a.causal ? std::min(a.M, i0 + rows) : a.M;
         for (long j0 = 0; j0 < last; j0 += BK) {
           long n = std::min<long>(BK, last - j0);
-          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, h);
+          tile_sums<Metric>(a, q, norms, bk, j0, padded, n, s, far, h);
           for (long i = 0; i < rows; i++) {
             float* row = s + i * BK;
-            float largest = std::max(m[i], row_logits<Metric>(a, row, nullptr, b, h, i0 + i, j0, n, a.coef[h]));
+            float most = row_logits<Metric>(a, row, nullptr, nullptr, b, h, i0 + i, j0, n, a.coef[h]);
+            float largest = std::max(m[i], most);
             float base = largest == -INF ? 0 : largest;  // nothing kept so far: weights are exp(-inf) = 0
             vf sum = {};
             for (long j = 0; j < BK; j += W) {
-              vf w = expv(load(row + j) - base);
+              vf w = expn(load(row + j) - base);
               store(row + j, w);
               sum += w;
             }
-            float shrink = m[i] == -INF ? 0 : expf(m[i] - base);
+            float shrink = m[i] == base ? 1 : m[i] == -INF ? 0 : expf(m[i] - base);
             l[i] = l[i] * shrink + total(sum);
             if (shrink != 1)
               for (long c = 0; c < a.vp; c += W) store(o + i * a.vp + c, shrink * load(o + i * a.vp + c));
@@ -110,21 +136,20 @@ static void forward(const Problem& a) {
 // Distances alone, (B, H, N, M), and what flows back through them.
 template <class Metric>
 static void pairwise_forward(const Problem& a) {
-  long tiles = (a.N + BQ - 1) / BQ, mpanels = (a.M + PANEL - 1) / PANEL, key_heads = a.H / a.G;
+  long tiles = (a.N + BQ - 1) / BQ, key_heads = a.H / a.G;
 #pragma omp parallel num_threads(a.threads)
   {
-    auto memory = buffer(BQ * (a.dp + BK));
-    float *q = memory.get(), *s = q + BQ * a.dp;
+    auto memory = buffer(BQ * (a.dp + BK + 1));
+    float *q = memory.get(), *s = q + BQ * a.dp, *norms = s + BQ * BK;
 #pragma omp for schedule(dynamic) collapse(2)
     for (long bh = 0; bh < a.B * a.H; bh++)
       for (long tile = 0; tile < tiles; tile++) {
         long bk = bh / a.H * key_heads + bh % a.H / a.G, i0 = tile * BQ, rows = std::min<long>(BQ, a.N - i0);
         long padded = (rows + RP - 1) / RP * RP;
-        memcpy(q, a.q + (bh * a.N + i0) * a.dp, 4 * rows * a.dp);
-        memset(q + rows * a.dp, 0, 4 * (padded - rows) * a.dp);
+        load_queries(a, bh, i0, rows, q, norms);
         for (long j0 = 0; j0 < a.M; j0 += BK) {
           long n = std::min<long>(BK, a.M - j0);
-          tile_sums<Metric>(a, q, a.kpanels + (bk * mpanels + j0 / PANEL) * a.d * PANEL, padded, n, s, bh % a.H);
+          tile_sums<Metric>(a, q, norms, bk, j0, padded, n, s, nullptr, bh % a.H);
           for (long i = 0; i < rows; i++) {
             for (long j = 0; j < n; j += W) store(s + i * BK + j, Metric::finish(load(s + i * BK + j), a.p));
             memcpy(a.sums + (bh * a.N + i0 + i) * a.M + j0, s + i * BK, 4 * n);
@@ -141,6 +166,7 @@ extern "C" int attention_forward(const Problem* a, int kind) {
     case 3: forward<L3>(*a); break;
     case 4: forward<Lp>(*a); break;
     case 5: forward<Linf>(*a); break;
+    case 7: forward<Dot>(*a); break;
     case 8: forward<SoftL1>(*a); break;
     case 9: forward<SoftL2>(*a); break;
     case 10: forward<Soft>(*a); break;
@@ -168,13 +194,13 @@ extern "C" int panel_width() { return PANEL; }
 DECODE = r"""
 // Few queries against many keys: keys and values are read once, where they lie, in the type they have.
 struct Decode {
-  const float *q, *coef, *soft, *bias, *sink;
+  const float *q, *coef, *soft, *bias, *sink, *shift;
   const void *k, *v;
   const uint8_t* keep;
   float *o, *partial;
   long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
   long k_stride[3], v_stride[3], keep_stride[4], bias_stride[4];
-  float p;
+  float p, cap;
 };
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 struct F32 {
@@ -199,11 +225,6 @@ INLINE vf read_upto(const typename T::type* p, long n) {
 struct Cosine : L1 {
   INLINE vf finish(vf s, float) { return 1.0f - s; }
 };
-struct Dot : L1 {
-  INLINE vf finish(vf s, float) { return -s; }
-};
-template <class Metric>
-constexpr bool is_dot = std::is_same<Metric, Dot>::value;
 template <class Metric>
 constexpr bool is_cosine = std::is_same<Metric, Cosine>::value;
 
@@ -217,7 +238,7 @@ INLINE void key_sums(const float* q, const typename T::type* k, long stride, lon
   } else {
     vf acc[COUNT] = {}, norm[COUNT] = {};
     auto add = [&](int j, vf x, vf y) __attribute__((always_inline)) {
-      if constexpr (is_dot<Metric> || is_cosine<Metric>)
+      if constexpr (Metric::product || is_cosine<Metric>)
         acc[j] += x * y;
       else
         acc[j] = Metric::add(acc[j], x - y, p);
@@ -249,7 +270,11 @@ static void decode_as(const Decode& a) {
   mask.bias = a.bias;
   mask.keep = a.keep;
   mask.causal = a.causal;
+  mask.shift = a.shift;
+  mask.cap = a.cap;
   mask.p = a.p;
+  mask.H = a.H;
+  mask.N = a.N;
   mask.d = a.d;
   mask.soft = a.soft;
   memcpy(mask.keep_stride, a.keep_stride, sizeof a.keep_stride);
@@ -286,11 +311,11 @@ static void decode_as(const Decode& a) {
           for (; j < n; j++) key_sums<Metric, T, 1>(q, k + j * a.k_stride[2], a.k_stride[2], a.d, s + j, p, soft);
           for (; j < BK; j++) s[j] = 0;
           float *o = partial + r * record, *m = o + a.vp, *l = m + 1;
-          float largest = std::max(*m, row_logits<Metric>(mask, s, nullptr, b, h, i, j0, n, a.coef[h]));
+          float largest = std::max(*m, row_logits<Metric>(mask, s, nullptr, nullptr, b, h, i, j0, n, a.coef[h]));
           float base = largest == -INF ? 0 : largest, shrink = *m == -INF ? 0 : expf(*m - base);
           vf sum = {};
           for (j = 0; j < BK; j += W) {
-            vf w = expv(load(s + j) - base);
+            vf w = expn(load(s + j) - base);
             store(s + j, w);
             sum += w;
           }

@@ -154,13 +154,13 @@ def can_run(source: str, *tensors: Tensor) -> bool:
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 
 
-def fields(pointers: str, numbers: str, strides: dict[str, int], real: str = "p") -> list[tuple[str, type]]:
-    """Return the fields of a C structure: pointers, longs, arrays of longs and one float, in this order."""
+def fields(pointers: str, numbers: str, strides: dict[str, int], reals: str) -> list[tuple[str, type]]:
+    """Return the fields of a C structure: pointers, longs, arrays of longs and floats, in this order."""
     return [
         *((name, _POINTER) for name in pointers.split()),
         *((name, _LONG) for name in numbers.split()),
         *((name, _LONG * size) for name, size in strides.items()),
-        (real, ctypes.c_float),
+        *((name, ctypes.c_float) for name in reals.split()),
     ]
 
 
@@ -182,17 +182,20 @@ _NUMBERS = "B H G N M d dp dv_ vp causal splits threads"
 
 class _Problem(ctypes.Structure):
     _fields_ = fields(
-        "q k kpanels v vpanels coef soft bias sink out lse dout keep o l dq dk dv dcoef dbias sums",
+        "q k q_norms k_norms kpanels v vpanels coef soft bias sink shift out lse dout keep "
+        "o l dq dk dv dcoef dbias dshift sums",
         _NUMBERS,
         {"keep_stride": 4, "bias_stride": 4},
+        "p cap",
     )
 
 
 class _Decode(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft bias sink k v keep o partial",
+        "q coef soft bias sink shift k v keep o partial",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3, "keep_stride": 4, "bias_stride": 4},
+        "p cap",
     )
 
 
@@ -249,6 +252,13 @@ class _Call:
                 self.kept.append(tensor)
                 setattr(self.data, name, tensor.data_ptr())
 
+    def norms(self, query: Tensor, key: Tensor, kind: int) -> None:
+        """Set the squared norms that softened l2 is computed with; of keys with zeros up to a whole panel."""
+        if kind == _SOFTENED[KINDS["l2"]]:
+            query_norms, key_norms = (torch.linalg.vecdot(t.float(), t.float()) for t in (query, key))
+            fill = -key.shape[2] % _load(EXACT)[0].panel_width()
+            self.point(q_norms=query_norms.contiguous(), k_norms=F.pad(key_norms, (0, fill)).contiguous())
+
     def mask(self, keep: Tensor | None, bias: Tensor | None) -> None:
         """Set keep and bias; broadcast axes get stride 0, so that no (B, H, N, M) tensor is made."""
         shape = (self.data.B, self.data.H, self.data.N, self.data.M)
@@ -258,18 +268,25 @@ class _Call:
                 self.point(**{name: tensor})
                 setattr(self.data, f"{name}_stride", (_LONG * 4)(*tensor.stride()))
 
+    def cap(self, cap: float, shift: Tensor | None) -> None:
+        """Set the cap on logits, 0 for none, and what is added to logits inside it."""
+        self.data.cap = cap
+        self.point(shift=_numbers(shift))
+
     def run(self, name: str, *numbers: int) -> None:
         if getattr(_load(EXACT)[0], name)(ctypes.byref(self.data), *numbers):
             raise RuntimeError(f"no CPU kernel {name} for metric number {numbers[0]}")
 
 
-def attention_forward(query, key, value, coef, soft, keep, bias, sink, kind, p, causal) -> tuple[Tensor, Tensor]:
+def attention_forward(query, key, value, coef, soft, keep, bias, sink, shift, kind, p, cap, causal):
     """Return (output (B, H, N, d_v), log-sum-exp (B, H, N)) in float32; coef (H,) is λ·scaling.
 
     soft (H,): of the softened metric ε; of l1 δ = ε / d; of lp and chebyshev 1/δ (see `in_knees`). None: not softened.
-    sink (B, H, N, 1): the logit of a key without a value, which both results count in, or None.
+    sink (B, H, N, 1): the logit of a key without a value, which both results count in, or None. cap > 0, or 0: logits
+    without bias are cap·tanh((logit + shift) / cap), shift (B, H, N, 1).
     """
     call = _Call(_Problem, query, key, value.shape[-1], p)
+    call.norms(query, key, kind)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
     lse = torch.empty(query.shape[:3], **FLOATS)
     call.point(
@@ -283,14 +300,20 @@ def attention_forward(query, key, value, coef, soft, keep, bias, sink, kind, p, 
         l=lse,
     )
     call.mask(keep, bias)
+    call.cap(cap, shift)
     call.data.causal = causal
     call.run("attention_forward", kind)
     return _cut(output, call.data.dv_), lse
 
 
-def attention_backward(grad, query, key, value, coef, soft, keep, bias, output, lse, kind, p, causal, bias_grad):
-    """Return gradients (query, key, value, coef, bias or an empty tensor), float32; bias's has the shape of bias."""
+def attention_backward(
+    grad, query, key, value, coef, soft, keep, bias, shift, output, lse, kind, p, cap, causal, bias_grad
+):
+    """Return gradients (query, key, value, coef, bias, shift), float32, of the tensors' shapes; of bias an empty one
+    without bias_grad, of shift without a cap.
+    """
     call = _Call(_Problem, query, key, value.shape[-1], p)
+    call.norms(query, key, kind)
     data = call.data
     units = data.B * key.shape[1]
     if bias_grad:
@@ -305,12 +328,14 @@ def attention_backward(grad, query, key, value, coef, soft, keep, bias, output, 
         "dk": torch.zeros(data.splits, *rows["k"].shape, **FLOATS),
         "dv": torch.zeros(data.splits, *value.shape[:3], data.vp, **FLOATS),
         "dcoef": torch.empty(data.splits, data.B, data.H, **FLOATS),
+        "dshift": torch.zeros(query.shape[:3] if cap else 0, **FLOATS),
     }
     call.point(
         **rows, kpanels=_panels(key), vpanels=_panels(value), dout=padded_rows(grad), out=padded_rows(output), lse=lse
     )
     call.point(**new, coef=coef.float().contiguous(), soft=_numbers(soft))
     call.mask(keep, bias)
+    call.cap(cap, shift)
     bias_gradient = torch.zeros(bias.shape if bias_grad else 0, **FLOATS)
     if bias_grad:
         call.point(dbias=bias_gradient)
@@ -322,10 +347,11 @@ def attention_backward(grad, query, key, value, coef, soft, keep, bias, output, 
         _cut(_sum_splits(new["dv"]), data.dv_),
         new["dcoef"].sum((0, 1)),
         bias_gradient,
+        new["dshift"][..., None] if cap else new["dshift"],
     )
 
 
-def attention_decode(query, key, value, coef, soft, keep, bias, sink, kind, p, causal) -> Tensor:
+def attention_decode(query, key, value, coef, soft, keep, bias, sink, shift, kind, p, cap, causal) -> Tensor:
     """Return the output (B, H, N, d_v), float32, for few queries; reads float32 or bfloat16 keys once, in place."""
     call = _Call(_Decode, query, key, value.shape[-1], p)
     data = call.data
@@ -342,6 +368,7 @@ def attention_decode(query, key, value, coef, soft, keep, bias, sink, kind, p, c
     call.point(coef=coef.float().contiguous(), soft=_numbers(soft), sink=_numbers(sink))
     data.k_stride, data.v_stride = strides(key), strides(value)
     call.mask(keep, bias)
+    call.cap(cap, shift)
     data.causal = causal
     call.run("attention_decode", kind, int(key.dtype == torch.bfloat16))
     return _cut(output, data.dv_)

@@ -16,22 +16,8 @@ struct Softness {
 };
 // log2(1 + t) = e + l·log2(e); where e is 0, t itself is in l and keeps its digits.
 INLINE vf log1p_parts(vf t, vf& e) {
-  vf y = 1.0f + t;
-  vi bits = (vi)y - 0x3f3504f3;
-  e = __builtin_convertvector(bits >> 23, vf);
-  vf m = (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
-  m = where(e == 0, t, m);
-  vf l = splat(7.0376836292e-2f);
-  l = l * m - 1.1514610310e-1f;
-  l = l * m + 1.1676998740e-1f;
-  l = l * m - 1.2420140846e-1f;
-  l = l * m + 1.4249322787e-1f;
-  l = l * m - 1.6668057665e-1f;
-  l = l * m + 2.0000714765e-1f;
-  l = l * m - 2.4999993993e-1f;
-  l = l * m + 3.3333331174e-1f;
-  vf square = m * m;
-  return (l * m * square - 0.5f * square) + m;
+  vf m = mantissa(1.0f + t, e);
+  return log1p_fraction(where(e == 0, t, m));
 }
 INLINE vf log1pv(vf t) {
   vf e, l = log1p_parts(t, e);
@@ -43,26 +29,42 @@ INLINE vf power_excess(vf t, float p, float rest) {
   z = z > 127.0f ? splat(127.0f) : z;
   vf shifted = z + 12582912.0f, n = shifted - 12582912.0f, whole = power_of_two(shifted);
   vf f = (e * p - n) + (l + e * rest);
-  vf y = splat(1.5403530e-4f);
-  y = y * f + 1.3333558e-3f;
-  y = y * f + 9.6181291e-3f;
-  y = y * f + 5.5504109e-2f;
-  y = y * f + 2.4022651e-1f;
-  y = y * f + 6.9314718e-1f;
-  return where(t != t, t, whole * (y * f) + (whole - 1.0f));
+  return where(t != t, t, whole * exp2_excess(f) + (whole - 1.0f));
 }
-INLINE vf reciprocal(vf x) {  // of 1 <= x < 1e37
-#if defined(__AVX512F__)
-  vf y = (vf)_mm512_rcp14_ps((__m512)x);
-  return y + y * (1.0f - x * y);
-#elif defined(__AVX__)
-  vf y = (vf)_mm256_rcp_ps((__m256)x);
-  return y + y * (1.0f - x * y);
-#else
-  return 1.0f / x;
-#endif
+// sums[r, :] = ‖q[r]‖² + ‖k‖² - 2q[r]·k of `rows` queries and n keys with their squared norms; of pairs that lose more
+// than two bits by it, whose squared distance is far below their norms, Σ_c (q[r, c] - k[c])². Which of the two a pair
+// gets depends on that pair alone, not on what it is beside, some of which is masked. far (rows, BK): where it is the
+// second. Returns whether it is anywhere.
+static bool square_sums(const float* q, long ldq, const float* q_norms, long rows, const float* panels, long d,
+                        const float* k_norms, long n, float* sums, vi* far) {
+  bool some = false;
+  for (long c = 0; c < n; c += PANEL) {
+    const float* panel = panels + c * d;
+    multiply_rows<false>(q, ldq, 1, panel, PANEL, d, sums + c, BK, rows, PANEL);
+    for (long r0 = 0; r0 < rows; r0 += RP) {
+      vi found = {};
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          float* sum = sums + r * BK + c + v;
+          vf norms = q_norms[r] + load(k_norms + c + v), s = norms - 2.0f * load(sum);
+          vi lost = ~(4.0f * s >= norms);  // or NaN
+          store(sum, s);
+          far[(r * BK + c + v) / W] = lost;
+          found |= lost;
+        }
+      if (!any(found)) continue;
+      some = true;
+      float differences[RP * PANEL];
+      pair_sums<Sq>(q + r0 * ldq, ldq, panel, d, differences, PANEL, 0.0f);
+      for (long r = r0; r < r0 + RP; r++)
+        for (long v = 0; v < PANEL; v += W) {
+          float* sum = sums + r * BK + c + v;
+          store(sum, where(far[(r * BK + c + v) / W], load(differences + (r - r0) * PANEL + v), load(sum)));
+        }
+    }
+  }
+  return some;
 }
-
 // What the tiles of softened metrics add up and pull by; `a.p` and `a.scale` as above, d is 1/D of the pair.
 struct Cube : Plain {  // p = 3: r³ - 1 = s·(r + 1/(1 + r)) with r = √(1 + s)
   static constexpr bool by_pair = true;
@@ -169,11 +171,6 @@ INLINE vf far_distance(vf largest, vf sum, Softness a) {
   return where(u == INF, u, f);
 }
 INLINE vi above(vf x, float limit) { return ~(x <= limit); }  // or NaN
-INLINE bool any(vi mask) {
-  int32_t found = 0;
-  for (int l = 0; l < W; l++) found |= mask[l];
-  return found;
-}
 // f of one row and one vector of keys, whatever their size; also the largest |x| and the sum taken from it on.
 static vf far_pairs(const float* q, const float* panel, Softness a, vf& largest, vf& sum) {
   largest = sum = vf{};

@@ -39,7 +39,7 @@ INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf where(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 INLINE vf vabs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }  // of (NaN, b): b
+INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }  // as vmax, of (NaN, b): b; of (a, NaN): NaN
 // Of numbers >= 0, whose bits are ordered as they are: unlike a float comparison this keeps a NaN.
 INLINE vf largest_of(vf a, vf b) { return (vf)((vi)a > (vi)b ? (vi)a : (vi)b); }
 INLINE float largest_bits(vf x) {
@@ -49,25 +49,42 @@ INLINE float largest_bits(vf x) {
   memcpy(&y, &most, sizeof y);
   return y;
 }
+INLINE bool any(vi mask) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int l = 0; l < W; l++) found |= mask[l];
+  return found;
+#endif
+}
+INLINE float most(vf x) {  // of its numbers, by halves: what is compared one by one waits for the one before
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 h[W / 8];
+  v4 f[2];
+  memcpy(h, &x, sizeof x);
+  if constexpr (W == 16) h[0] = h[0] > h[W / 8 - 1] ? h[0] : h[W / 8 - 1];
+  memcpy(f, h, sizeof f);
+  f[0] = f[0] > f[1] ? f[0] : f[1];
+  return std::max(std::max(f[0][0], f[0][1]), std::max(f[0][2], f[0][3]));
+}
 // w with the sign of x flipped into it, 0 where x is 0.
 INLINE vf signed_by(vf w, vf x) { return x != 0 ? (vf)(((vi)x & (vi)splat(-0.0f)) ^ (vi)w) : vf{}; }
 
 // 2^n, n being what was rounded into the low bits of 1.5·2^23 + n. A product with it keeps a NaN.
 INLINE vf power_of_two(vf shifted) { return (vf)(((vi)shifted << 23) + 0x3f800000); }
-INLINE vf exp2_fraction(vf f) {  // 2^f, |f| <= ½
+INLINE vf exp2_excess(vf f) {  // 2^f - 1, |f| <= ½
   vf y = splat(1.5403530e-4f);
   y = y * f + 1.3333558e-3f;
   y = y * f + 9.6181291e-3f;
   y = y * f + 5.5504109e-2f;
   y = y * f + 2.4022651e-1f;
   y = y * f + 6.9314718e-1f;
-  return y * f + 1.0f;
+  return y * f;
 }
-INLINE vf expv(vf x) {
+INLINE vf exp_above(vf x) {  // e^x for -87.33 <= x <= 88.3
   // exp(x) = 2^n·e^r with r = x - n·ln 2 in two parts, so that large |x| keeps its digits.
-  vi low = x < -87.33f;
-  x = x < -87.33f ? splat(-87.33f) : x;
-  x = x > 88.3f ? splat(88.3f) : x;
   vf shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -78,15 +95,36 @@ INLINE vf expv(vf x) {
   y = y * r + 1.6666665e-1f;
   y = y * r + 5.0000001e-1f;
   y = y * r * r + r + 1.0f;
-  return where(low, vf{}, y * power_of_two(shifted));
+  return y * power_of_two(shifted);
 }
-// x^(p + rest) for x >= 0; 0 below the normal numbers. With x = 2^e·m the exponent is e·p + log2(m)·p; its whole part
-// n is taken off before anything is rounded, or a large |e·p| would cost digits.
-INLINE vf powv(vf x, float p, float rest = 0) {
-  vi tiny = x < 1.1754944e-38f;
-  vf y = tiny ? splat(1.0f) : x;
-  vi bits = (vi)y - 0x3f3504f3;  // so that m lies in [√½, √2)
-  vf e = __builtin_convertvector(bits >> 23, vf), m = (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+INLINE vf expn(vf x) {  // e^x for x <= 0, but for rounding: a weight
+  vi low = x < -87.33f;
+  return (vf)(~low & (vi)exp_above(vmax(splat(-87.33f), x)));
+}
+INLINE vf expv(vf x) {
+  vi low = x < -87.33f;
+  return (vf)(~low & (vi)exp_above(vmin(splat(88.3f), vmax(splat(-87.33f), x))));
+}
+// tanh(x): by a polynomial of x near 0, so that a small result keeps its digits, and by e^(2|x|) beyond.
+INLINE vf tanhv(vf x) {
+  vf size = vabs(x), s = x * x, y = splat(-5.70498872745e-3f);
+  y = y * s + 2.06390887954e-2f;
+  y = y * s - 5.37397155531e-2f;
+  y = y * s + 1.33314422036e-1f;
+  y = y * s - 3.33332819422e-1f;
+  vf near = y * s * x + x;
+  vi large = ~(size < 0.625f);
+  if (!any(large)) return near;
+  vf far = 1.0f - 2.0f / (expv(2.0f * size) + 1.0f);
+  return where(large, (vf)((vi)far | ((vi)x & (vi)splat(-0.0f))), near);
+}
+// x = 2^e·(1 + m) for a normal x > 0, with 1 + m in [√½, √2).
+INLINE vf mantissa(vf x, vf& e) {
+  vi bits = (vi)x - 0x3f3504f3;
+  e = __builtin_convertvector(bits >> 23, vf);
+  return (vf)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+}
+INLINE vf log1p_fraction(vf m) {  // log(1 + m) of such an m
   vf l = splat(7.0376836292e-2f);
   l = l * m - 1.1514610310e-1f;
   l = l * m + 1.1676998740e-1f;
@@ -97,13 +135,18 @@ INLINE vf powv(vf x, float p, float rest = 0) {
   l = l * m - 2.4999993993e-1f;
   l = l * m + 3.3333331174e-1f;
   vf square = m * m;
-  l = ((l * m * square - 0.5f * square) + m) * (1.44269504f * p);
-  vf z = e * p + l;
+  return (l * m * square - 0.5f * square) + m;
+}
+// x^(p + rest) for x >= 0; 0 below the normal numbers. With x = 2^e·m the exponent is e·p + log2(m)·p; its whole part
+// n is taken off before anything is rounded, or a large |e·p| would cost digits.
+INLINE vf powv(vf x, float p, float rest = 0) {
+  vi tiny = x < 1.1754944e-38f;
+  vf e, m = mantissa(tiny ? splat(1.0f) : x, e), l = log1p_fraction(m) * (1.44269504f * p), z = e * p + l;
   vi low = z < -126.0f;
   z = z < -126.0f ? splat(-126.0f) : z;
   z = z > 127.0f ? splat(127.0f) : z;
   vf shifted = z + 12582912.0f, n = shifted - 12582912.0f;
-  vf power = exp2_fraction((e * p - n) + (l + e * rest)) * power_of_two(shifted);
+  vf power = (exp2_excess((e * p - n) + (l + e * rest)) + 1.0f) * power_of_two(shifted);
   return where(tiny | low, vf{}, where(x != x, x, power));
 }
 
@@ -115,8 +158,9 @@ INLINE vf root(vf x, float p) {
 // A metric: what one coordinate's difference x adds to the sum, the distance from the sum, and the derivative:
 // d distance / d x = weight(distance)·slope(x), with the count of maxima for chebyshev.
 struct Plain {
-  // by_pair: slope(x) depends on the distance, too. soft: the tiles are those of kernel_cpp_softened.py.
-  static constexpr bool ties = false, by_pair = false, soft = false;
+  // by_pair: slope(x) depends on the distance, too. soft: the tiles are those of kernel_cpp_softened.py. product: the
+  // sums are of products, and tiles are matmuls. squares: as `square_sums` has them.
+  static constexpr bool ties = false, by_pair = false, soft = false, product = false, squares = false;
 };
 struct L1 : Plain {
   INLINE vf add(vf s, vf x, float) { return s + vabs(x); }
@@ -134,6 +178,27 @@ INLINE vf sqrtv(vf x) {
   for (int i = 0; i < W; i++) x[i] = sqrtf(x[i]);
   return x;
 }
+// The reciprocal of 1e-37 < x < 1e37 and its root, to the last two bits: a division takes three times as long.
+INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  vf y = (vf)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX__)
+  vf y = (vf)_mm256_rcp_ps((__m256)x);
+#else
+  return 1.0f / x;
+#endif
+  return y + y * (1.0f - x * y);
+}
+INLINE vf reciprocal_root(vf x) {
+#if defined(__AVX512F__)
+  vf y = (vf)_mm512_rsqrt14_ps((__m512)x);
+#elif defined(__AVX__)
+  vf y = (vf)_mm256_rsqrt_ps((__m256)x);
+#else
+  return 1.0f / sqrtv(x);
+#endif
+  return y + 0.5f * y * (1.0f - x * y * y);
+}
 INLINE vf divide(vf w, vf d) { return where(d == 0, vf{}, w / where(d == 0, splat(1.0f), d)); }
 struct L2 : Sq {
   INLINE vf finish(vf s, float) { return sqrtv(s); }
@@ -150,8 +215,12 @@ struct SoftL1 : Plain {
   INLINE vf pull(vf acc, vf w, vf x, vf, float p) { return acc + w * vmax(vmin(x, splat(p)), splat(-p)); }
 };
 struct SoftL2 : Sq {
-  INLINE vf finish(vf s, float p) { return s / (sqrtv(s + p * p) + p); }
-  INLINE vf weight(vf w, vf d, float p) { return w / (d + p); }  // d + ε is the root
+  static constexpr bool squares = true;
+  INLINE vf finish(vf s, float p) {
+    vf x = vmax(splat(1e-36f), s + p * p);
+    return s * reciprocal(x * reciprocal_root(x) + p);
+  }
+  INLINE vf weight(vf w, vf d, float p) { return w * reciprocal(d + p); }  // d + ε is the root
 };
 struct L3 : Plain {
   INLINE vf add(vf s, vf x, float) {
@@ -174,6 +243,11 @@ struct Linf : Plain {
   INLINE vf finish(vf s, float) { return s; }
   INLINE vf weight(vf w, vf count, float) { return divide(w, count); }
   INLINE vf pull(vf acc, vf w, vf x, vf d, float) { return acc + where(vabs(x) == d, signed_by(w, x), vf{}); }
+};
+struct Dot : Plain {
+  static constexpr bool product = true;
+  INLINE vf finish(vf s, float) { return -s; }
+  INLINE vf weight(vf w, vf, float) { return -w; }
 };
 
 // out[r, :] (= or +=) Σ_k a[r, k]·b[k, :] for R rows and NV vectors of columns, all sums in registers.
@@ -200,6 +274,9 @@ static void multiply_rows(const float* a, long ar, long ak, const float* b, long
   for (long c = 0; c < columns; c += PANEL) {
     bool wide = columns - c >= PANEL;
     long r = 0;
+    if (W == 8 && wide)
+      for (; r + 6 <= rows; r += 6)
+        multiply<6, 2, ADD>(a + r * ar, ar, ak, b + c, ldb, n, out + r * ldo + c, ldo);
     for (; r + R <= rows; r += R)
       if (wide)
         multiply<R, 2, ADD>(a + r * ar, ar, ak, b + c, ldb, n, out + r * ldo + c, ldo);
@@ -313,9 +390,7 @@ static void pack(const float* x, long ldx, long rows, long d, float* panels) {
 INLINE float largest_in(const float* x, long n) {
   vf m = splat(-INF);
   for (long j = 0; j < n; j += W) m = vmax(m, load(x + j));
-  float largest = -INF;
-  for (int l = 0; l < W; l++) largest = std::max(largest, m[l]);
-  return largest;
+  return most(m);
 }
 INLINE float dot_product(const float* x, const float* y, long n) {
   vf sum = {};

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .kernel_cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
 from .metric_checks import check_distances, refuse_parameters
 from .registry import Registry
-from .softening import huber, plummer, soft_maximum, soft_normalize, soft_power_mean
+from .softening import huber, knee, plummer, soft_maximum, soft_normalize, soft_power_mean
 
 METRICS = Registry("metric")
 
@@ -285,10 +285,9 @@ class Minkowski(Metric):
         if (order := self._order(p)) == 2:
             return BUILT_IN["l2"].softened_distance(query, key, epsilon)
         if self._compiled(query, key):
-            # Homogeneous: at ε = 1 (l1) or δ = 1 the kernel needs no gradient of ε.
-            kind, size = kind_of(self.name, order, softened=True), query.shape[-1]
-            unit, number = (epsilon, 1 / size) if order == 1 else (epsilon / size ** (1 / order), order)
-            return epsilon * self._by_kernel(query / unit, key / unit, kind, number)
+            # Homogeneous: at δ = 1 the kernel needs no gradient of ε. That of l1 counts in δ, the others in ε.
+            kind, unit = kind_of(self.name, order, softened=True), knee(epsilon, query.shape[-1], order)
+            return (unit if order == 1 else epsilon) * self._by_kernel(query / unit, key / unit, kind, order)
         form = {1: huber, math.inf: soft_maximum}.get(order, partial(soft_power_mean, p=order))
         return _pairwise_difference(query, key, lambda difference: form(difference, epsilon))
 

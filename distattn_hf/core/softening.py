@@ -10,7 +10,7 @@ With x = q - k and the knee δ = ε / d^(1/p) of one coordinate (p = 1 for l1, �
 
 ε is in the units of the distance, and of the norms for cosine. ε -> 0 gives the distance (chebyshev: but for a constant
 of the row), ε -> ∞ a multiple of ‖q - k‖², as the lift of dot-product attention is; for cosine, of -q·k. All but cosine
-satisfy f(s·x, s·ε) = s·f(x, ε), cosine f(s·x, s·ε) = f(x, ε): `unit_softening` turns any ε into 1 by that.
+satisfy f(s·x, s·ε) = s·f(x, ε), cosine f(s·x, s·ε) = f(x, ε): `AttentionInputs.in_units` turns any ε into 1 by that.
 """
 
 import math
@@ -30,32 +30,32 @@ def plummer(squared: Tensor, epsilon: float | Tensor) -> Tensor:
 
 def huber(difference: Tensor, epsilon: float | Tensor) -> Tensor:
     """Return Σ_c of Huber's loss over the last axis of q - k; ε is a number or broadcasts to its other axes."""
-    knee = _knee(difference, epsilon, 1.0)
+    delta = _knee(difference, epsilon, 1.0)
     size = difference.abs()
-    inner = torch.minimum(size, knee)
-    return (inner * (size - 0.5 * inner)).sum(-1) / knee[..., 0]
+    inner = torch.minimum(size, delta)
+    return (inner * (size - 0.5 * inner)).sum(-1) / delta[..., 0]
 
 
 def soft_power_mean(difference: Tensor, epsilon: float | Tensor, p: float) -> Tensor:
     """Return (Σ_c (x_c² + δ²)^(p/2))^(1/p) - ε over the last axis of q - k."""
-    knee = _knee(difference, epsilon, p)
+    delta = _knee(difference, epsilon, p)
     # ε·(mean_c((1 + x_c²/δ²)^(p/2))^(1/p) - 1): each step keeps the digits of what is small.
-    exponent = 0.5 * p * torch.log1p((difference / knee).square())
+    exponent = 0.5 * p * torch.log1p((difference / delta).square())
     near = torch.log1p(torch.expm1(exponent.clamp_max(1.0)).mean(-1))
     far = exponent.logsumexp(-1) - math.log(difference.shape[-1])
     growth = torch.where(exponent.detach().amax(-1) <= 1, near, far)
-    return knee[..., 0] * difference.shape[-1] ** (1 / p) * torch.expm1(growth / p)
+    return delta[..., 0] * difference.shape[-1] ** (1 / p) * torch.expm1(growth / p)
 
 
 def soft_maximum(difference: Tensor, epsilon: float | Tensor) -> Tensor:
     """Return ε·log(mean_c cosh(x_c / ε)) over the last axis of q - k."""
-    knee = _knee(difference, epsilon, math.inf)
-    size = (difference / knee).abs()
+    delta = _knee(difference, epsilon, math.inf)
+    size = (difference / delta).abs()
     largest = size.detach().amax(-1, keepdim=True)
     # cosh z - 1 = 2·sinh²(z/2) near 0, where the exponentials would round it away; e^z beyond, where sinh overflows.
     near = torch.log1p(2 * torch.sinh(0.5 * size.clamp_max(1.0)).square().mean(-1))
     far = ((size - largest).exp() + (-size - largest).exp()).mean(-1).log() - math.log(2) + largest[..., 0]
-    return knee[..., 0] * torch.where(largest[..., 0] <= 1, near, far)
+    return delta[..., 0] * torch.where(largest[..., 0] <= 1, near, far)
 
 
 def soft_normalize(vectors: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -63,11 +63,16 @@ def soft_normalize(vectors: Tensor, epsilon: float | Tensor) -> Tensor:
     return vectors / (vectors.square().sum(-1, keepdim=True) + epsilon**2).sqrt()
 
 
+def knee(epsilon: float | Tensor, head_dim: int, p: float) -> float | Tensor:
+    """Return the knee δ = ε / d^(1/p) of one coordinate."""
+    return epsilon / head_dim ** (1 / p)
+
+
 def _knee(difference: Tensor, epsilon: float | Tensor, p: float) -> Tensor:
-    """Return δ = ε / d^(1/p), broadcastable to q - k (..., N, M, d)."""
+    """Return δ as a tensor that broadcasts to q - k (..., N, M, d)."""
     if not isinstance(epsilon, Tensor):
         epsilon = torch.as_tensor(epsilon, dtype=difference.dtype, device=difference.device)
-    return epsilon[..., None] / difference.shape[-1] ** (1 / p)
+    return knee(epsilon[..., None], difference.shape[-1], p)
 
 
 def has_softened_form(metric) -> bool:

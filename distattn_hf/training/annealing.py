@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..conversion.observe import observed, teacher_attention
+from ..core.discovery import find_attention_modules, select_modules
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.relative_bias import RelativeBias, has_relative_bias
@@ -31,8 +32,9 @@ class AnnealingOptions:
     """Annealing targets of one stage; None leaves a value unchanged.
 
     Args:
-        alpha: target of α, in (0, 1]; 1 is fully Euclidean. Moves log-linearly; α does not train meanwhile, and λ of
-            l2, l1, lp and chebyshev goes along so that q·k keeps its weight (see `Annealing.prepare`).
+        alpha: target of α, in (0, 1]; 1 takes the distance (softened, where there is an ε) of the query and the shifted
+            key as they are. Moves log-linearly; α does not train meanwhile, and λ of l2, l1, lp and chebyshev goes
+            along so that q·k keeps its weight (see `Annealing.prepare`).
         softening: target of each fitted ε, as a share in [0, 1) of what it is when the stage starts. Moves as α does;
             0 goes to the plain distance, and the heads have no ε when the stage ends.
         window_size: target of the Nyström window, an integer >= 0.
@@ -110,7 +112,8 @@ class Annealing:
 
     def __init__(self, student, options: AnnealingOptions):
         self.student, self.options = student, options
-        groups = [group for state in student.attention_states.values() for group in state.groups]
+        self.spec_numbers = _spec_numbers(student)
+        groups = list(self.spec_numbers)
         self.alphas: list[tuple[HeadParameters, Tensor]] = []
         self.softened: dict[HeadParameters, Tensor] = {}
         # Squared norms of query and key, from which λ follows α and ε.
@@ -233,17 +236,22 @@ class Annealing:
 
     def _write_specs(self, name: str, groups: list[HeadParameters]) -> None:
         """Write field `name` of the groups' specs into the config, so that a saved checkpoint describes itself."""
-        block = self.student.config.distattn
-        names = {state: key for key, state in self.student.attention_states.items()}
-        for state, key in names.items():
-            entries = (block["modules"] or {}).get(key, {}).get("groups") or []
-            for group, entry in zip(state.groups, entries, strict=False):
-                if group in groups:
-                    block["specs"][entry["spec"]][name] = getattr(group.spec, name)
-        if not block["modules"]:
-            for spec in block["specs"]:
-                if spec["softening"] == "fit" if name == "softening" else spec["mechanism"] == "nystrom":
-                    spec[name] = getattr(groups[0].spec, name)
+        specs = self.student.config.distattn["specs"]
+        for group in groups:
+            specs[self.spec_numbers[group]][name] = getattr(group.spec, name)
+
+
+def _spec_numbers(student) -> dict[HeadParameters, int]:
+    """Return {group of heads: the number of its spec in the config}."""
+    # A model made from a config names no modules: its specs choose them.
+    modules = student.config.distattn["modules"] or select_modules(
+        find_attention_modules(student), student.config.attention_specs
+    )
+    return {
+        group: entry["spec"]
+        for name, state in student.attention_states.items()
+        for group, entry in zip(state.groups, modules[name]["groups"], strict=True)
+    }
 
 
 @torch.no_grad()

@@ -89,12 +89,14 @@ def runs(
     dtype=torch.float32,
     dropout=0.0,
     softening=0.0,
+    softcap=None,
 ) -> bool:
     """Whether `backend` says that it can run `metric` for a problem of this kind."""
     query = torch.ones(1, 1, queries, 4, dtype=dtype, requires_grad=grad)
     inputs = AttentionInputs(
-        query, query, query, get_metric(metric), 1.0, 1.0, p, dropout_p=dropout, softening=softening or None
-    )
+        query, query, query, get_metric(metric), 1.0, 1.0, p, dropout_p=dropout, softening=softening or None,
+        softcap=softcap,
+    )  # fmt: skip
     return BACKENDS.get(backend).unsupported(inputs) is None
 
 
@@ -114,6 +116,8 @@ CASES = _cases(grad=True)
 every_metric = pytest.mark.parametrize(("metric", "p"), METRIC_CASES, ids=[metric_id(c) for c in METRIC_CASES])
 FLOAT64_CASES = _cases(grad=True, dtype=torch.float64)
 DECODING_CASES = _cases(queries=1)
+CAPPED_CASES = _cases(grad=True, softcap=1.0)
+CAPPED_DECODING_CASES = _cases(queries=1, softcap=1.0)
 
 
 def _but_the_reference(cases: list[Case]):

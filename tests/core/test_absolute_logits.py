@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from distattn_hf import distance_attention, explain_backend, register_metric
+from distattn_hf.core.attention import run_attention
+from distattn_hf.core.inputs import AttentionInputs
 from distattn_hf.core.metrics import METRICS
 from tests.tolerances import assert_close
 
 from .cases import (
+    CAPPED_CASES,
+    CAPPED_DECODING_CASES,
     CASES,
     DECODING_CASES,
     FLOAT64_CASES,
@@ -19,6 +23,7 @@ from .cases import (
     lambdas,
     make_tensors,
     metric_id,
+    needs_compiler,
     padded,
     some,
     with_empty_rows,
@@ -125,15 +130,108 @@ def test_sinks_when_decoding(case, dtype):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("case", [c for c in CASES if c.backend == "chunked"], ids=str)
+@pytest.mark.parametrize("case", [c for c in CAPPED_CASES if c.backend != "reference"], ids=str)
 def test_caps_and_their_gradients(case, mask):
+    """Beside a bias, which joins the capped logits, and a sink."""
     tensors = make_tensors(11, 13, 8, 6, heads=4, key_heads=2)
-    tensors |= {"lam": lambdas(4), "sink_logit": sink_logits("head")}
+    tensors |= {"lam": lambdas(4), "sink_logit": sink_logits("head"), "position_bias": torch.randn(1, 4, 11, 13)}
     options = {**MASKS[mask](), "softcap": 0.7}
     expected = evaluate(case.reference, tensors, torch.float64, **options)
     actual = evaluate(case, tensors, **options)
     for name, value in expected.items():
         assert_close(actual[name], value, "float32_forward" if name == "output" else "float32_gradient", name)
+
+
+@pytest.mark.parametrize("shift", [None, "head", "query"])
+@pytest.mark.parametrize("case", [c for c in CAPPED_CASES if c.backend != "reference"], ids=str)
+def test_a_shift_inside_the_cap_and_its_gradient(case, shift):
+    """What converted heads pass: from where their logits count."""
+    shape = {"head": (1, 4, 1, 1), "query": (2, 4, 70, 1)}.get(shift)
+    tensors = make_tensors(70, 150, 8, 6, heads=4, key_heads=2) | {"lam": lambdas(4)}
+    if shape is not None:
+        tensors["shift"] = 3 * torch.randn(shape) + 2
+    metric = METRICS.get(case.metric)
+
+    def run(query, key, value, lam, shift=None, backend="reference"):
+        inputs = AttentionInputs(
+            query, key, value, metric, lam, 0.5, case.p, softening=case.softening or None, softcap=1.3, shift=shift,
+            is_causal=True,
+        )  # fmt: skip
+        return run_attention(inputs, backend)
+
+    expected = evaluate(run, tensors, torch.float64)
+    actual = evaluate(run, tensors, backend=case.backend)
+    for name, value in expected.items():
+        scale = value.abs().max().clamp_min(1)
+        kind = "float32_forward" if name == "output" else "float32_gradient"
+        assert_close(actual[name] / scale, value / scale, kind, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CAPPED_DECODING_CASES if c.backend != "reference"], ids=str)
+def test_caps_when_decoding(case, dtype):
+    tensors = make_tensors(1, 300, 8, 6, heads=4, key_heads=2, dtype=dtype)
+    options = {"lam": lambdas(4), "mask": padded(2, 300), "softcap": 1.3}
+    got = case(**tensors, sink_logit=torch.tensor([-2.0, 0.0, 3.0, 1.0]), **options)
+    rounded = {name: tensor.double() for name, tensor in tensors.items()}
+    options["lam"] = options["lam"].double()
+    expected = case.reference(**rounded, sink_logit=torch.tensor([-2.0, 0.0, 3.0, 1.0]).double(), **options)
+    if dtype == torch.float32:
+        assert_close(got, expected, "float32_forward")
+    else:
+        torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("cap", [0.3, 1.0, 20.0, 1e5])
+def test_the_kernels_tanh_keeps_its_digits(cap, queries):
+    """Logits from 0 to 12 caps, densely: weights of a value of ones each; of a large cap, tanh(x) is x."""
+    points = torch.linspace(0, min(12 * cap, 30.0), 1500)
+    key, value = -points[None, None, :, None].repeat(1, 2, 1, 1), torch.eye(1500).expand(1, 2, -1, -1)
+    options = {"metric": "l1", "lam": 1.0, "scaling": 1.0, "softcap": cap}
+    weights = distance_attention(torch.zeros(1, 2, queries, 1), key, value, **options, backend="cpp")
+    logits = weights.double().log()
+    logits = logits - logits[..., :1]
+    exact = -cap * torch.tanh(points.double() / cap)
+    # The last bit of tanh and of exp, and the rounding of cap·tanh.
+    assert float((logits - exact).abs().max()) < 4e-7 * max(1.0, min(cap, 30.0)) + 4e-7
+
+
+@needs_compiler
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_cap_bounds_what_is_infinitely_far(queries):
+    """A key at infinity has a logit of -cap; a NaN reaches the rows that see it, and no others."""
+    tensors = make_tensors(queries, 20, 8)
+    options = {"metric": "l1", "softcap": 2.0}
+    tensors["key"][0, 0, 5] = torch.inf
+    got = distance_attention(**tensors, **options, backend="cpp")
+    assert_close(got, distance_attention(**tensors, **options, backend="chunked"), "float32_forward")
+    keep = torch.ones(2, 20, dtype=torch.bool)
+    keep[:, 5] = False
+    expected = distance_attention(**tensors, **options, mask=keep, backend="cpp")
+    tensors["key"][0, 0, 5] = torch.nan
+    assert torch.equal(distance_attention(**tensors, **options, mask=keep, backend="cpp"), expected)
+    assert distance_attention(**tensors, **options, backend="cpp")[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+@pytest.mark.parametrize("metric", ["l2", "cosine", "lifted_sqeuclidean"])
+def test_a_cap_in_one_graph(metric, queries):
+    """torch.compile(fullgraph=True) gives what eager gives, gradients included."""
+    tensors = [t.requires_grad_() for t in make_tensors(queries, 30, 12).values()]
+    sink = torch.tensor([0.5, -1.0], requires_grad=True)
+
+    def function(query, key, value, sink):
+        return distance_attention(query, key, value, metric=metric, lam=1.0, sink_logit=sink, softcap=0.8)
+
+    torch.compiler.reset()
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True)):
+        output = run(*tensors, sink)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (*tensors, sink))))
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected.detach(), "float32_gradient")
 
 
 def test_half_precision_keeps_the_digits_of_the_sink():
@@ -161,17 +259,20 @@ def test_a_sink_of_minus_infinity_is_none(metric, backend, empty):
     torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
 
 
+@needs_compiler
 @pytest.mark.parametrize("metric", list(METRICS))
-def test_caps_have_no_kernels_and_say_so(metric):
-    """An explicit backend never falls back."""
+def test_who_runs_caps(metric):
+    """The CPU kernels run all metrics, gradients included; others say so, and an explicit one never falls back."""
     tensors = make_tensors(40, 40, heads=2)
     p = 3 if metric == "lp" else None
-    assert explain_backend(metric=metric, p=p, num_queries=40, softcap=2.0).backend == "chunked"
-    for backend in ("sdpa", "cpp", "triton"):
+    for options in ({"num_queries": 40}, {"num_queries": 40, "requires_grad": True}, {"num_queries": 1}):
+        choice = explain_backend(metric=metric, p=p, softcap=2.0, **options)
+        assert choice.backend == "cpp"
+        assert "softcap" in choice.reasons["sdpa"] or "no dot-product form" in choice.reasons["sdpa"]
+    assert explain_backend(metric=metric, p=p, num_queries=40, softcap=2.0, device="cuda").backend == "chunked"
+    for backend in ("sdpa", "triton"):
         with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this"):
             distance_attention(**tensors, metric=metric, p=p, softcap=2.0, backend=backend)
-    assert "softcap" in explain_backend(metric="l2", num_queries=4, softcap=2.0).reasons["cpp"]
-    assert "softcap" in explain_backend(metric="dot", num_queries=4, softcap=2.0).reasons["sdpa"]
 
 
 def test_a_metric_of_ones_own_has_no_constant_that_sdpa_could_know():

@@ -217,18 +217,21 @@ def test_distances_alone(metric, p, shape):
 # ---- torch.compile ----
 
 
+@pytest.mark.parametrize("cap", [0.0, 0.7])
 @every_kernel
-def test_operators_keep_their_promises(metric, p):
+def test_operators_keep_their_promises(metric, p, cap):
     """Schema, shapes of the fake versions, autograd registration."""
     tensors = [t.requires_grad_() for t in make_tensors(20, 33, 12, heads=4, key_heads=2, value_dim=6).values()]
     kind, coef = cpp_library.kind_of(metric, p), torch.full((4,), 0.1, requires_grad=True)
     keep, bias = torch.rand(2, 1, 20, 33) < 0.8, torch.randn(1, 4, 20, 33, requires_grad=True)
     sink = torch.randn(2, 4, 20, 1, requires_grad=True)
-    arguments = (*tensors, coef, None, keep, bias, sink, kind, p or 0.0, True)
+    shift = torch.randn(2, 4, 20, 1, requires_grad=True) if cap else None
+    arguments = (*tensors, coef, None, keep, bias, sink, shift, kind, p or 0.0, cap, True)
     torch.library.opcheck(_forward, arguments)
     plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     output, lse = _forward(*plain)
-    torch.library.opcheck(_backward, (torch.ones_like(output), *plain[:7], output, lse, *plain[8:], True))
+    gradient = (torch.ones_like(output), *plain[:7], plain[8], output, lse, *plain[9:], True)
+    torch.library.opcheck(_backward, gradient)
     torch.library.opcheck(_decode, tuple(plain))
 
 

@@ -162,6 +162,45 @@ def test_kernels_of_every_epsilon(metric, p, epsilon):
     assert_close(decoded, wanted, "float32_forward")
 
 
+@needs_compiler
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 300.0])
+def test_l2_by_products_keeps_the_digits_of_differences(offset, epsilon):
+    """‖q‖² + ‖k‖² - 2q·k of vectors far from 0, of near and equal ones, and of both among each other."""
+    tensors = make_tensors(150, 200, 32, heads=4, key_heads=2)
+    for name in ("query", "key"):
+        # On a grid, so that q - k is exact in float32 and an error is one of the kernel.
+        tensors[name] = ((tensors[name] * 1024).round() + 1024 * offset) / 1024
+    tensors["key"][:, :, ::7] = tensors["query"][:, ::2, :29] + 2**-8 * torch.randint(1, 9, (2, 2, 29, 32))
+    tensors["key"][0, :, ::3] -= offset
+    query, key = (tensors[name].double()[0, 0] for name in ("query", "key"))
+    spread = get_metric("l2").softened_distance(query, key[:29], epsilon).std()
+    tensors["lam"] = torch.tensor([0.5, 1.0, 1.5, 2.0]) / float(spread)
+    function = partial(distance_attention, metric="l2", scaling=1.0, softening=epsilon)
+    expected = evaluate(partial(function, backend="reference"), tensors, torch.float64)
+    for name, actual in evaluate(partial(function, backend="cpp"), tensors).items():
+        scale = expected[name].abs().max().clamp_min(1)
+        kind = "float32_forward" if name == "output" else "float32_gradient"
+        assert_close(actual / scale, expected[name] / scale, kind, name)
+
+
+@needs_compiler
+def test_l2_of_a_pair_is_computed_alike_whatever_it_is_beside():
+    """Masked keys near the queries change which sums their tile needs, and no bit of what the others give."""
+    tensors = make_tensors(70, 150, 16)
+    keep = torch.ones(2, 1, 1, 150, dtype=torch.bool)
+    keep[..., 20:50] = False
+    results = []
+    for near in (False, True):
+        if near:
+            tensors["key"][:, :, 20:50] = tensors["query"][:, :, :30] + 1e-3
+        results.append(evaluate(partial(distance_attention, metric="l2", softening=2.0, mask=keep), tensors))
+    for name, before in results[0].items():
+        if name == "key":
+            before, results[1][name] = (t[:, :, keep[0, 0, 0]] for t in (before, results[1][name]))
+        assert_close(results[1][name], before, "equal", name)
+
+
 @every_kernel
 @pytest.mark.parametrize("queries", [1, 40])
 @pytest.mark.parametrize("epsilon", [1e-3, 2.5])

@@ -233,3 +233,35 @@ def test_the_accelerate_loop_refuses_what_adapt_refuses(tmp_path, monkeypatch):
     loop(monkeypatch, path)
     refused(r"holds a run with stages=\['distillation'\]", stages=["transfer", "distillation"])
     refused("holds a run with learning_rate=0.001, now 0.002", learning_rate=2e-3)
+
+
+def test_killed_in_the_middle_of_annealing_softening(tmp_path):
+    """ε on its way to 0, λ with it: where it goes and from where is that of the run that was not killed."""
+    config = given(tmp_path) | {"stages": ["distillation"], "anneal": {"softening": 0.0, "hold": 0.3}}
+    adapt(parse_config({**config, "output_dir": str(tmp_path / "whole")}))
+    shutil.copytree(tmp_path / "whole" / "calibrated", tmp_path / "run" / "calibrated")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "c.yaml"), "step", "distillation", "3"]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    stage = tmp_path / "run" / "distillation"
+    calibrated, cut = (
+        load_file(f / "model.safetensors") for f in (tmp_path / "run" / "calibrated", stage / "checkpoint-2")
+    )
+    moved = [cut[key] - tensor for key, tensor in calibrated.items() if key.endswith("log_softening")]
+    # On its way: from the fitted ε, and not yet at the hundredth of it from where the last step is to 0.
+    assert moved
+    assert all(bool(((step < -0.1) & (step > -4.6)).all()) for step in moved)
+    adapt(parse_config(config))
+    one, other = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "run"))
+    assert one.keys() == other.keys()
+    assert not any("softening" in key for key in one)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    specs = [
+        json.loads((tmp_path / run / "student" / "config.json").read_text())["distattn"]["specs"]
+        for run in ("whole", "run")
+    ]
+    assert specs[0] == specs[1]
+    assert specs[0][0]["softening"] == 0.0
