@@ -25,6 +25,8 @@ BAD = {
     "--window-size": (["-1", "x"], NYSTROM),
     "--num-sinks": (["-1", "x"], NYSTROM),
     "--exact-below": (["-1", "x"], NYSTROM),
+    "--block-size": (["0", "x"], ("--mechanism", "retrieval")),
+    "--num-blocks": (["-1", "x"], ("--mechanism", "retrieval")),
     "--max-error": (["0", "-1", "nan", "x"], NYSTROM),
     "--init": (["random", ""], ()),
     "--calibration": (["nowhere.txt", "BLANK", "EMPTY", "no/where"], ()),
@@ -44,6 +46,7 @@ IDLE = [
     (option, value, ("--metric", "l2", *PLAIN))
     for option, value in (
         ("--num-landmarks", "4"), ("--window-size", "4"), ("--num-sinks", "1"), ("--exact-below", "4"),
+        ("--block-size", "4"), ("--num-blocks", "4"),
         ("--max-error", "0.4"), ("--p", "2"), ("--steps", "4"), ("--seed", "1"), ("--column", "words"),
         ("--calibration", "TEXT"),
     )
@@ -127,7 +130,7 @@ def test_what_a_file_of_specs_says_keeps_its_own_words(places, monkeypatch, caps
 
 
 def test_set_names_its_flags(tmp_path):
-    with pytest.raises(ValueError, match="nothing to set; give one of --exact-below, --window-size, --backend"):
+    with pytest.raises(ValueError, match="nothing to set; give one of --exact-below, --window-size, --num-blocks"):
         app(["set", str(tmp_path)], standalone_mode=False)
 
 

@@ -24,7 +24,6 @@ struct BF16 {
     return (vf)(__builtin_convertvector(x, vi) << 16);
   }
 };
-struct Dot : Plain {};
 template <class Metric>
 constexpr bool is_dot = std::is_same<Metric, Dot>::value;
 

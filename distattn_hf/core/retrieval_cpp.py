@@ -32,6 +32,7 @@ class _Retrieve(ctypes.Structure):
         "q coef soft mean scale off step k v code real keep whole first budget o panels",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3},
+        "p",
     )
 
 

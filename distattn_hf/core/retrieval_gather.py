@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .absolute_logits import finish_logits, unlifted
-from .attention import unit_softening, without_autocast
+from .attention import without_autocast
 from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
 from .retrieval import Retrieval, aligned, encode, has_codes, scores_by_codes
@@ -90,7 +90,7 @@ def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
         inputs = replace(inputs, metric=BUILT_IN["dot"], lam=2 * inputs.lam)
     share = inputs.groups
     if isinstance(inputs.softening, Tensor):
-        inputs = unit_softening(inputs)
+        inputs = inputs.in_units()
     inputs = inputs.in_full_precision()
     layout = _Layout(replace(problem, inputs=inputs), share)
     with torch.no_grad():
@@ -172,9 +172,10 @@ class _Layout:
         budget = search.budget(choosers, inputs.key.device)
         results = []
         for part in self.parts(2 * batch * heads * self.blocks * search.block_size):
-            best = self._shared(score(part), self._may(part)).topk(count, dim=-1)
+            # Of equal ones, which keys of the same token have, the first: by topk it would be any.
+            best = self._shared(score(part), self._may(part)).sort(dim=-1, descending=True, stable=True)
             within = torch.arange(count, device=best.values.device) < budget[:, None, None]
-            results.append((best.indices, (best.values > float("-inf")) & within))
+            results.append((best.indices[..., :count], (best.values[..., :count] > float("-inf")) & within))
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
 
     def _may(self, part: slice) -> Tensor:

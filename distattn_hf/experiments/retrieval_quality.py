@@ -77,7 +77,9 @@ def share_read(spec: AttentionSpec, length: int) -> float:
 def main(out: Path, lengths: list[int], budgets: list[int], samples: int, rows: int) -> None:
     """Measure what the file does not hold yet, print a line for each setting and write the file."""
     logging.set_verbosity_error()
-    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"checkpoint": "smollm2-135m", "rows": []}
+    results = (
+        json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"checkpoint": "smollm2-135m", "rows": []}
+    )
     model, tokenizer = load_checkpoint("smollm2-135m")
     model.eval()
     ids = token_stream(tokenizer, read_texts("news", split="test"), max(60_000, max(lengths) * rows))

@@ -156,5 +156,5 @@ def test_a_pattern_that_no_config_tells_is_refused_by_the_heads_that_get_it():
     student = converted(build(DECODERS["qwen3"]), nystrom(layers="full_attention"))
     ids = torch.randint(3, VOCAB, (1, 20))
     packed = torch.cat([torch.arange(8), torch.arange(12)])[None]
-    with pytest.raises(ValueError, match="needs a padding mask.*packed sequences"):
+    with pytest.raises(ValueError, match="need a padding mask.*packed sequences"):
         student(ids, position_ids=packed, use_cache=False)

@@ -9,8 +9,7 @@ import torch
 from distattn_hf import distance_attention, retrieval_attention
 from distattn_hf.core import retrieval_gather
 from distattn_hf.core.inputs import AttentionInputs
-from distattn_hf.core.kernel_cpp_library import unavailable
-from distattn_hf.core.kernel_cpp_retrieval import SOURCE
+from distattn_hf.core.kernel_cpp_library import compiler
 from distattn_hf.core.metrics import get_metric
 from distattn_hf.core.retrieval import Retrieval, Search, encode, first_keys
 from distattn_hf.core.retrieval_cache import KeyCodes
@@ -24,7 +23,7 @@ SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3)
 # What the kernel takes: blocks of whole panels.
 LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3)
 FORMS = ("causal", "bidirectional", "cross")
-needs_kernel = pytest.mark.skipif(unavailable(SOURCE) is not None, reason="no C++ compiler here")
+needs_kernel = pytest.mark.skipif(compiler() is None, reason="no C++ compiler here")
 
 
 def problem(
