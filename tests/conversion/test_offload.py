@@ -29,6 +29,8 @@ SPECS = {
     "fixed lambdas": {"metric": "l2", "learnable_lambda": False},
     "some heads": {"metric": "l2", "heads": (0, 3)},
     "nystrom": NYSTROM,
+    "retrieval": {"mechanism": "retrieval", "block_size": 4, "window_size": 4, "num_blocks": 1},
+    "retrieval by l2": {"metric": "l2", "mechanism": "retrieval", "block_size": 4, "window_size": 4, "num_blocks": 1},
     "nystrom, exact below": {**NYSTROM, "exact_below": 12},
     "nystrom, some heads": {**NYSTROM, "heads": (0, 1), "lift": False, "transform": "scalar"},
 }

@@ -441,3 +441,36 @@ def test_attention_transfer_trains_what_runs():
             logits = student(**batch, use_cache=False).logits
     assert len(outputs) == 2
     assert (logits - expected).abs().max() <= CACHED_LOGITS
+
+
+def test_adapters_train_and_merge():
+    """LoRA on a converted model: its targets are found by the base model's type, and merging changes nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    student = student_of("llama")
+    batch = long_batch(student, length=60)
+    model = get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.train()
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    gradients = [p.grad for n, p in model.named_parameters() if "lora_" in n]
+    assert gradients
+    assert all(g is not None and g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        merged = model.merge_and_unload()
+        assert (merged(**batch).logits - expected).abs().max() <= EXACT_LOGITS
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@torch.no_grad()
+def test_compiled_models_give_the_same(family):
+    """Graphs may break, where the padding's values say where blocks begin; the numbers are the same."""
+    student = student_of(family)
+    batch = long_batch(student, length=60, padded=True)
+    real = batch["attention_mask"].bool()
+    expected = student(**batch, use_cache=False).logits[real]
+    torch._dynamo.reset()
+    compiled = torch.compile(student, backend="aot_eager")
+    assert (compiled(**batch, use_cache=False).logits[real] - expected).abs().max() <= CACHED_LOGITS
