@@ -1,6 +1,7 @@
 """Retrieval attention inside models: conversion, caches, generation, saving."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -333,9 +334,8 @@ def test_some_heads_and_some_layers():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_is_refused_by_name(fields, says):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(says)):
         retrieval(**fields)
-    assert says in str(caught.value)
 
 
 def test_options_of_another_mechanism_are_refused():
