@@ -27,6 +27,7 @@ from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate, fitted_defaults
 from .calibrate_nystrom import far_field_warnings
 from .observe import caught_shares
+from .report_of_model import current_report as current_report
 from .report_of_model import report_of
 
 logger = logging.getLogger(__name__)

@@ -285,7 +285,8 @@ def test_window_and_backend_are_set_without_a_fit():
     [
         ({"exact_below": -1}, "exact_below must be an integer >= 0, got -1"),
         ({"exact_below": None}, "exact_below must have a value, got None"),
-        ({"num_sinks": 8}, "num_sinks cannot be set on a converted model; expected one of exact_below, window_size"),
+        ({"num_landmarks": 8}, "num_landmarks cannot be set on a converted model; expected one of exact_below, window"),
+        ({"num_sinks": 8}, "num_sinks=8 belongs to mechanism='retrieval', which this model does not have"),
         ({"exact_below": 4, "window_size": 3}, "window_size must be an integer >= 5, .* got 3; `distattn adapt`"),
         ({"exact_below": 4, "backend": "cpp"}, "backend='cpp' belongs to mechanism='distance', which this model"),
     ],

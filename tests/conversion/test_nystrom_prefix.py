@@ -139,6 +139,9 @@ def test_what_takes_tokens_back_is_refused_before_it_starts():
 
 def test_messages_name_the_kind_of_cache():
     model, batch = student_of("gpt2"), token_batch(student_of("gpt2"), length=12)
-    for kind, message in (("offloaded", "with offloading.*not 'offloaded'"), ("static", "a static cache?")):
+    for kind, message in (
+        ("offloaded", "with offloading.*not 'offloaded'"),
+        ("static", "a static, quantized or sliding cache"),
+    ):
         with pytest.raises(ValueError, match=message):
             model.generate(**batch, max_new_tokens=2, cache_implementation=kind)

@@ -6,7 +6,7 @@ from accelerate.hooks import attach_align_device_hook
 
 from distattn_hf import AttentionSpec, convert, fold_alpha, register_metric, revert
 from distattn_hf.analysis.watch import capture
-from distattn_hf.conversion.convert import current_report
+from distattn_hf.conversion.report_of_model import current_report
 from distattn_hf.core.configuration_distattn import config_class_for
 from distattn_hf.core.metrics import METRICS
 from distattn_hf.core.modeling_converted import model_class_for
