@@ -165,11 +165,10 @@ class AttentionSpec:
         self._check_own()
         if self.mechanism == "nystrom":
             self._check_nystrom()
-        if self.mechanism == "retrieval":
-            if self.window_size < 1:
-                raise ValueError(
-                    f"window_size must be an integer >= 1 with mechanism='retrieval', got {self.window_size!r}"
-                )
+        if self.mechanism == "retrieval" and self.window_size < 1:
+            raise ValueError(
+                f"window_size must be an integer >= 1 with mechanism='retrieval', got {self.window_size!r}"
+            )
         if self.mechanism != "distance":
             self._check_kept()
 
