@@ -56,7 +56,7 @@ def convert(
     block_size: Annotated[
         int | None, typer.Option(help="retrieval: keys found and read together. Default: 16.")
     ] = None,
-    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 16.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 26.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
     ] = None,

@@ -30,7 +30,7 @@ SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 _OWN = {
     "distance": {},
     "nystrom": {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None},
-    "retrieval": {"window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 16},
+    "retrieval": {"window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 26},
 }  # fmt: skip
 _LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0,
@@ -95,7 +95,8 @@ class AttentionSpec:
             where the model takes longer texts (exact attention loses nothing there, for some time and memory), else 0;
             without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
         block_size: keys that "retrieval" finds and reads together. Default 16.
-        num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 16.
+        num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 26: with
+            sinks and window 512 keys.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:

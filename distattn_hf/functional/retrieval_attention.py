@@ -20,7 +20,7 @@ def retrieval_attention(
     *,
     metric: str = "dot",
     block_size: int = 16,
-    num_blocks: int | tuple[int, ...] = 16,
+    num_blocks: int | tuple[int, ...] = 26,
     window_size: int = 64,
     num_sinks: int = 4,
     lam: float | Tensor | None = None,
