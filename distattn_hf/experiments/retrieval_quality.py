@@ -1,6 +1,6 @@
 """What retrieval attention keeps of SmolLM2: a hidden number and perplexity, against the keys that are read.
 
-python -m distattn_hf.experiments.retrieval_quality OUT.json [--lengths 1024,2048,4096] [--blocks 0,16,26] [--samples 10]
+python -m distattn_hf.experiments.retrieval_quality OUT.json [--lengths 1024,2048,4096] [--blocks 0,16,26] [--rows 2]
 
 No fit, no training. Beside the teacher: 0 blocks, which is sinks and window alone. A number stands at five depths in
 news that no fit saw; a hit is all of its digits as the likeliest next tokens. Perplexity is of --rows rows of the same
