@@ -80,7 +80,8 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     specs = parse_specs(spec)
     if options.max_error is not None and not any(s.mechanism == "nystrom" for s in specs):
         raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
-    init = init or ("exact" if all(_fits_nothing(spec) for spec in specs) else "calibrated")
+    if init in (None, "calibrated"):
+        init = "exact" if all(_fits_nothing(spec) for spec in specs) else "calibrated"
     specs = _check_arguments(model, specs, init, layers)
     modules = select_modules(find_attention_modules(model), specs)
     _check_modules(model, modules, specs)

@@ -53,14 +53,18 @@ def padding_mask(
         # A static cache: as much mask as there are keys says which places are not filled yet.
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, seen, dtype=torch.bool, device=device)
-        return attention_mask[:, :seen].bool()[:, None, None, :]
-    if attention_mask is None or surely(attention_mask.all()):
+        return _cut(attention_mask, 0, seen)
+    if attention_mask is None:
         return None
-    mask = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-    if mask.shape[1] < kv_length:
-        # transformers' own rule: keys beyond the mask do not exist yet.
-        mask = torch.nn.functional.pad(mask, (0, kv_length - mask.shape[1]), value=False)
-    return mask[:, None, None, :]
+    mask = _cut(attention_mask, kv_offset, kv_length)
+    return None if surely(mask.all()) else mask
+
+
+def _cut(mask: Tensor, offset: int, length: int) -> Tensor:
+    """Return `length` entries of a mask (B, M) as (B, 1, 1, length)."""
+    mask = mask[:, offset : offset + length].bool()
+    # transformers' own rule: keys beyond the mask do not exist yet.
+    return torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=False)[:, None, None, :]
 
 
 def write_out(call: ModuleCall, num_queries: int, num_keys: int, device: torch.device) -> ModuleCall:

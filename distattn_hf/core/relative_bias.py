@@ -102,7 +102,8 @@ def bias_behind(position_bias: Tensor | None) -> Tensor | RelativeBias | None:
     if position_bias.numel() == 1 and bool(position_bias.isnan().any()):
         raise RuntimeError(
             "the model copied its position bias between layers (reentrant gradient checkpointing, or layers on several "
-            "devices), so that Nyström attention lost it; use gradient checkpointing with use_reentrant=False"
+            "devices), so that Nyström or retrieval attention lost it; use gradient checkpointing with "
+            "use_reentrant=False"
         )
     return position_bias
 

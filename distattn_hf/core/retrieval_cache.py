@@ -24,15 +24,15 @@ class KeyCodes:
         self.codes: Codes | None = None
         self.size = self.counted = 0
         self.first: Tensor | None = None
+        self.keep: Tensor | None = None
 
     def update(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Codes:
         """Return the codes of keys (B, H_kv, M, d), of which those counted before have not changed."""
         batch, num_keys = len(key), key.shape[2]
         first = torch.zeros(batch, dtype=torch.long, device=key.device) if first is None else first
-        goes_on = self.codes is not None and self.size == block_size and self.counted <= num_keys
-        if not (goes_on and self.first.shape == first.shape and bool((self.first == first).all())):
+        if not self._goes_on(key, keep, first, block_size):
             self.codes, self.counted = None, 0
-        self.size, self.first = block_size, first
+        self.size, self.first, self.keep = block_size, first, keep
         if self.codes is not None and self.counted == num_keys:
             return self.codes
         # A row whose text has not begun has nothing counted.
@@ -49,6 +49,20 @@ class KeyCodes:
         self._write(encode(aligned(tail, moved, 2), aligned(real, moved, 1), block_size), start, count)
         self.counted = num_keys
         return self.codes
+
+    def _goes_on(self, key: Tensor, keep: Tensor | None, first: Tensor, block_size: int) -> bool:
+        """Return whether the codes there are can stay: of the same keys and padding, and of a kind to write into."""
+        if self.codes is None or self.size != block_size or self.counted > key.shape[2]:
+            return False
+        mean = self.codes.mean
+        if mean.dtype != torch.promote_types(key.dtype, torch.float32) or not _writable(mean):
+            return False
+        if self.first.shape != first.shape or bool((self.first != first).any()):
+            return False
+        if keep is None or self.keep is None:
+            earlier = [k[:, : self.counted] for k in (keep, self.keep) if k is not None]
+            return all(bool(k.all()) for k in earlier)
+        return not bool((keep[:, : self.counted] != self.keep[:, : self.counted]).any())
 
     def _write(self, new: Codes, start: int, count: int) -> None:
         """Put the first `count` blocks of new codes in from block `start` on."""
@@ -78,10 +92,16 @@ class KeyCodes:
         if self.codes is not None:
             self.codes = Codes(**{name: change(tensor) for name, tensor in vars(self.codes).items()})
             self.first = change(self.first)
+            self.keep = None if self.keep is None else change(self.keep)
 
     def nbytes(self) -> int:
         """Return the bytes of the codes."""
         return 0 if self.codes is None else sum(t.numel() * t.element_size() for t in vars(self.codes).values())
+
+
+def _writable(tensor: Tensor) -> bool:
+    """Return whether a tensor may be written into here: those made under inference mode may not outside it."""
+    return not tensor.is_inference() or torch.is_inference_mode_enabled()
 
 
 class RetrievalLayer(DynamicLayer):
@@ -94,7 +114,7 @@ class RetrievalLayer(DynamicLayer):
         super().__init__()
         self.codes = KeyCodes()
         self._room: tuple[Tensor, Tensor] | None = None
-        self._owner = 0
+        self._owner, self._left = 0, None
 
     @classmethod
     def from_layer(cls, layer: DynamicLayer) -> "RetrievalLayer":
@@ -109,11 +129,17 @@ class RetrievalLayer(DynamicLayer):
         """Store new keys and values (B, H_kv, n, d); returns all, by which the attention finds this layer."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._owner != id(self) or self.keys is not self._left:
+            # A copy, or keys that were cut or replaced from outside: what was made of others is not theirs, and what
+            # stands in the room may be somebody's still.
+            self.codes, self._room, self._owner = KeyCodes(), None, id(self)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # Autograd keeps what was returned before: nothing may be written beside it.
             keys, values = super().update(key_states, value_states)
+            self._room = None
         else:
             keys, values = self._append(key_states, value_states)
+        self._left = self.keys
         # A view of its own, so that the mark is not on the tensor that the cache holds, which may be copied.
         keys = keys.view_as(keys)
         keys.distattn_retrieval = self
@@ -121,39 +147,41 @@ class RetrievalLayer(DynamicLayer):
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         length, count = self.get_seq_length(), key_states.shape[2]
-        if not self._has_room(length + count):
+        if not self._has_room(length + count, (key_states, value_states)):
             self._make_room(key_states, value_states, length, count)
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, length : length + count] = new
         self.keys, self.values = (room[:, :, : length + count] for room in self._room)
         return self.keys, self.values
 
-    def _has_room(self, length: int) -> bool:
-        """Return whether keys and values stand at the beginning of room of this layer's own for so many."""
-        if self._room is None or self._owner != id(self):
+    def _has_room(self, length: int, new: tuple[Tensor, Tensor]) -> bool:
+        """Return whether there is room for so many keys and values, in the type that they have together."""
+        if self._room is None:
             return False
-        pairs = zip(self._room, (self.keys, self.values), strict=True)
-        return all(r.shape[2] >= length and r.data_ptr() == t.data_ptr() and len(r) == len(t) for r, t in pairs)
+        pairs = zip(self._room, new, strict=True)
+        return all(
+            r.shape[2] >= length
+            and len(r) == len(t)
+            and torch.promote_types(r.dtype, t.dtype) == r.dtype
+            and _writable(r)
+            for r, t in pairs
+        )
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, count: int) -> None:
         # A prompt gets little: it may be all there is.
         spare = _LEAST_ROOM if not length else max(_LEAST_ROOM, length // _SPARE)
         made = []
         for held, new in ((self.keys, key_states), (self.values, value_states)):
-            room = new.new_empty(*new.shape[:2], length + count + spare, new.shape[3])
+            dtype = torch.promote_types(held.dtype, new.dtype) if length else new.dtype
+            room = new.new_empty(*new.shape[:2], length + count + spare, new.shape[3], dtype=dtype)
             if length:
                 room[:, :, :length] = held
             made.append(room)
-        self._room, self._owner = tuple(made), id(self)
+        self._room = tuple(made)
 
     def codes_of(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Codes:
         """Return the codes of the keys as `update` returned them."""
         return self.codes.update(key, keep, first, block_size)
-
-    def crop(self, *args, **kwargs) -> None:
-        super().crop(*args, **kwargs)
-        # Other keys may come in place of those removed.
-        self.codes = KeyCodes()
 
     def reset(self) -> None:
         super().reset()
@@ -163,19 +191,25 @@ class RetrievalLayer(DynamicLayer):
         super().offload()
         self._room = None
 
+    def _rows_changed(self, change) -> None:
+        """Change the codes as the keys' rows were."""
+        if self._owner == id(self):
+            self.codes.change_rows(change)
+            self._room, self._left = None, self.keys
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.codes.change_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._rows_changed(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)
-        self.codes.change_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._rows_changed(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         super().batch_select_indices(indices)
-        self.codes.change_rows(lambda tensor: tensor[indices])
+        self._rows_changed(lambda tensor: tensor[indices])
 
 
 def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:

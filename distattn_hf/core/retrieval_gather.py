@@ -78,7 +78,9 @@ def caught_weight(problem: Retrieval) -> Tensor:
         if inputs.is_causal:
             seen = seen & (place <= positions[:, None, :, None])
         weights = masked_softmax(logits, seen.expand_as(logits), sink)
-        shares.append((weights * chosen.seen_blocks(part)).sum(-1))
+        # Of the keys' weight: a learned sink takes the rest.
+        whole = weights.sum(-1)
+        shares.append((weights * chosen.seen_blocks(part)).sum(-1) / torch.where(whole > 0, whole, 1.0))
     return torch.cat(shares, dim=2)
 
 
@@ -186,6 +188,9 @@ class _Layout:
         may = (number >= search.sink_blocks) & (number < start)
         if not self.problem.inputs.is_causal:
             may = may | ((number >= search.sink_blocks) & (number >= stop))
+        if search.window_size:
+            # A query of padding before the first key sees nothing.
+            may = may & (self.positions[:, part] >= 0)[:, None, :, None]
         return may & self.keep.unflatten(1, (-1, search.block_size)).any(-1)[:, None, None]
 
     def _scores_by_codes(self) -> Callable[[slice], Tensor]:
@@ -232,7 +237,7 @@ class _Chosen:
         if not inputs.is_causal:
             sees_sink = sees_sink | (sinks >= stop[..., None])
         fixed = torch.cat([sinks.expand(*start.shape, -1), near], dim=-1)
-        fixed_exists = torch.cat([sees_sink, near < stop[..., None]], dim=-1)
+        fixed_exists = torch.cat([sees_sink, near < stop[..., None]], dim=-1) & (positions >= 0)[..., None]
         repeats = key_heads // blocks.shape[1]
         blocks, exists = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (blocks, exists))
         shape = (*blocks.shape[:3], fixed.shape[-1])

@@ -1,6 +1,7 @@
 """Retrieval attention as a function: every key kept, few read, any metric."""
 
 import math
+from dataclasses import replace
 from numbers import Real
 
 from torch import Tensor
@@ -85,11 +86,11 @@ def retrieval_attention(
     if not is_cross and (num_queries > num_keys if is_causal else num_queries != num_keys):
         wanted = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
         raise ValueError(f"retrieval attention needs {wanted}, got {num_queries} queries and {num_keys} keys")
+    search = Search(window_size, num_sinks, block_size, num_blocks)
+    search = replace(search, window_size=0, num_sinks=0) if is_cross else search
+    search.budget(key.shape[1])
     if not is_cross and window_size < 1:
         raise ValueError(f"window_size must be an integer >= 1 unless is_cross, got {window_size!r}")
-    window_size, num_sinks = (0, 0) if is_cross else (window_size, num_sinks)
-    search = Search(window_size, num_sinks, block_size, num_blocks)
-    search.budget(key.shape[1])
     keep = _padding(mask, (batch, heads, num_queries, num_keys))
     open_entries, bias = merge_masks(None, position_bias, (batch, heads, num_queries, num_keys))
     if open_entries is not None and not bool(open_entries.all()):

@@ -474,3 +474,94 @@ def test_compiled_models_give_the_same(family):
     torch._dynamo.reset()
     compiled = torch.compile(student, backend="aot_eager")
     assert (compiled(**batch, use_cache=False).logits[real] - expected).abs().max() <= CACHED_LOGITS
+
+
+class TestACacheThatWasTouched:
+    """What a `DynamicCache` allows: after each, new tokens read what a fresh cache of the same keys reads."""
+
+    def begun(self, length=100):
+        student = student_of("llama", **WHOLE_PANELS)
+        ids = torch.randint(3, VOCAB, (2, length + 40))
+        with torch.no_grad():
+            cache = student(ids[:, :length], use_cache=True).past_key_values
+        return student, ids, cache
+
+    def after(self, student, cache, tokens):
+        with torch.no_grad():
+            return torch.cat(
+                [student(t, past_key_values=cache).logits for t in tokens.split([1, tokens.shape[1] - 1], 1)], 1
+            )
+
+    def fresh(self, student, rows, tokens):
+        with torch.no_grad():
+            return student(torch.cat([rows, tokens], 1), use_cache=False).logits[:, -tokens.shape[1] :]
+
+    def test_filled_under_inference_mode(self):
+        student, ids, _ = self.begun()
+        with torch.inference_mode():
+            cache = student(ids[:, :100], use_cache=True).past_key_values
+        logits = self.after(student, cache, ids[:, 100:])
+        assert (logits - self.fresh(student, ids[:, :100], ids[:, 100:])).abs().max() <= CACHED_LOGITS
+
+    def test_filled_under_autocast(self):
+        """Later keys keep their precision, as `torch.cat` would have it."""
+        student, ids, _ = self.begun()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            cache = student(ids[:, :100], use_cache=True).past_key_values
+        logits = self.after(student, cache, ids[:, 100:])
+        assert logits.dtype == torch.float32
+        assert cache.layers[0].keys.dtype == torch.float32
+
+    def test_cut_or_changed_by_hand(self):
+        student, ids, cache = self.begun()
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :70], layer.values[:, :, :70]
+        logits = self.after(student, cache, ids[:, 100:])
+        assert (logits - self.fresh(student, ids[:, :70], ids[:, 100:])).abs().max() <= CACHED_LOGITS
+
+    def test_another_padding_of_the_same_keys(self):
+        """A mask that says less of earlier keys than before: with all blocks chosen it is the teacher's."""
+        teacher = llama()
+        student = convert(teacher, retrieval(**{**WHOLE_PANELS, "num_blocks": 40}))
+        ids = torch.randint(3, VOCAB, (1, 140))
+        hidden, open_mask = torch.ones(2, 1, 140, dtype=torch.long)
+        hidden[:, 20:90] = 0
+        hidden[:, :3] = open_mask[:, :3] = 0
+        results = []
+        for model in (teacher, student):
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(ids[:, :120], attention_mask=hidden[:, :120], past_key_values=cache)
+                results.append(model(ids[:, 120:], attention_mask=open_mask, past_key_values=cache).logits)
+        assert (results[0] - results[1]).abs().max() <= EXACT_LOGITS
+
+    def test_who_holds_earlier_keys_keeps_them(self):
+        student, ids, cache = self.begun(60)
+        held = cache.layers[0].keys
+        before = held.clone()
+        cache.crop(-1)
+        self.after(student, cache, ids[:, 80:])
+        assert torch.equal(held, before)
+
+    def test_a_mask_that_ends_before_the_new_tokens(self):
+        """transformers' own rule, also of a static cache: what the mask does not reach is not there."""
+        teacher = llama()
+        student = convert(teacher, retrieval(num_blocks=40))
+        ids = torch.randint(3, VOCAB, (2, 70))
+        results = []
+        for model in (teacher, student):
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(ids[:, :60], past_key_values=cache)
+                mask = torch.ones(2, 60, dtype=torch.long)
+                results.append(model(ids[:, 60:], attention_mask=mask, past_key_values=cache).logits)
+        assert (results[0] - results[1]).abs().max() <= EXACT_LOGITS
+
+
+def test_what_is_caught_is_of_the_keys_weight():
+    """A learned sink takes its share before: with all blocks everything is caught."""
+    teacher = ABSOLUTE["gpt_oss"]()
+    batch = {"input_ids": torch.randint(3, teacher.config.vocab_size, (2, 60))}
+    student = convert(teacher, retrieval(num_blocks=40), calibration=[batch])
+    for group in student.conversion_report.groups:
+        assert min(group.caught) >= 1 - 1e-5
