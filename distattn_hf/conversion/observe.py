@@ -50,6 +50,8 @@ def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | No
                 continue
             own = some_heads(heads, *tensors) if len(heads) < state.num_heads else tensors
             share = caught_weight(retrieval_problem(group, *own, keep, call)).double()
+            if keep is not None and not state.is_cross:
+                share = share * keep[:, None, -query.shape[2] :]  # queries that are padding count for nothing
             shares.append(torch.stack([share.sum((0, 2)), (share > 0).sum((0, 2)).double()]))
         sums.setdefault(names[state], []).append(shares)
         return retrieval_forward(state, query, key, value, call, attend)[0]

@@ -94,10 +94,6 @@ class KeyCodes:
             self.first = change(self.first)
             self.keep = None if self.keep is None else change(self.keep)
 
-    def nbytes(self) -> int:
-        """Return the bytes of the codes."""
-        return 0 if self.codes is None else sum(t.numel() * t.element_size() for t in vars(self.codes).values())
-
 
 def _writable(tensor: Tensor) -> bool:
     """Return whether a tensor may be written into here: those made under inference mode may not outside it."""

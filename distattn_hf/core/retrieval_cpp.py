@@ -23,7 +23,8 @@ from .retrieval import has_codes, whole_numbers
 from .softening import LEAST
 
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
-_KINDS = {KINDS["l1"], KINDS["sqeuclidean"], KINDS["l2"], 3, KINDS["chebyshev"], 8, 9}
+_PLAIN = (("l1", None), ("sqeuclidean", None), ("l2", None), ("lp", 3.0), ("chebyshev", None))
+_KINDS = {kind_of(*metric) for metric in _PLAIN} | {kind_of(name, None, softened=True) for name in ("l1", "l2")}
 _NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups most half kind threads"
 
 

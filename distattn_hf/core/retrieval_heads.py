@@ -18,10 +18,10 @@ from .retrieval import Retrieval, Search, first_keys, has_codes
 from .retrieval_gather import run_retrieval
 
 
-def search_of(spec: AttentionSpec, is_cross: bool, num_blocks: tuple[int, ...] | None = None) -> Search:
-    """Return the search that a spec with mechanism "retrieval" asks for; num_blocks: of each key head, in its place."""
+def search_of(spec: AttentionSpec, is_cross: bool) -> Search:
+    """Return the search that a spec with mechanism "retrieval" asks for."""
     window_size, num_sinks = (0, 0) if is_cross else (spec.window_size, spec.num_sinks)
-    return Search(window_size, num_sinks, spec.block_size, num_blocks or spec.num_blocks)
+    return Search(window_size, num_sinks, spec.block_size, spec.num_blocks)
 
 
 def retrieval_forward(
