@@ -1,4 +1,4 @@
-"""C++ source of retrieval attention on the CPU: search in two levels, then exact attention to the blocks found."""
+"""C++ source of retrieval attention on the CPU: search, then exact attention to the blocks found and the far field."""
 
 from .kernel_cpp_panels import PANELS
 from .kernel_cpp_tiles import TILES
@@ -8,15 +8,16 @@ SOURCE = (
     + PANELS
     + r"""
 // Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
+// far_key, far_bias, far_value: see `Summaries`, of `far_groups` panels, values of vp numbers; or null.
 // whole, off, step: queries as whole numbers (B, H, N, dq), 8 times their sum, and what one of them is worth.
 struct Retrieve {
-  const float *q, *coef, *soft, *mean, *scale, *off, *step;
+  const float *q, *coef, *soft, *mean, *scale, *off, *step, *far_key, *far_bias, *far_value;
   const void *k, *v;
   const uint8_t *code, *real, *keep;
   const int8_t* whole;
   const int64_t *first, *budget;
   float *o, *panels;
-  long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, most, half, kind, threads;
+  long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
   long k_stride[3], v_stride[3];
   float p;
 };
@@ -24,7 +25,7 @@ template <class Metric, class T>
 struct Unit {
   typedef typename T::type type;
   const Retrieve& a;
-  long blocks, around, parts, tops, ld;
+  long blocks, around, parts, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
   float *q, *s, *o, *work, *most, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
   std::unique_ptr<const float*[]> panel;
@@ -38,7 +39,8 @@ struct Unit {
     around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
     tops = (blocks + P16 - 1) / P16 * P16;
     long near = ((a.window ? 2 * around + 1 : 0) + a.sinks) * parts, far = a.most * parts, rows = a.block * a.G;
-    ld = (near + far) * P16;
+    beyond = a.far_key ? tops : 0;
+    ld = beyond + (near + far) * P16;
     long kept = a.panels ? 0 : a.d * P16, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
     long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, rows * tops,
                     near * kept, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows};
@@ -48,7 +50,7 @@ struct Unit {
     memory = buffer(all);
     float* at = memory.get();
     for (int i = 0; i < 12; i++) *places[i] = at, at += (sizes[i] + 31) / 16 * 16;
-    long list = std::max(std::max(near, far), P16 * parts) + 1;
+    long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
     runs.reset(new const type*[list]);
     keeps.reset(new const uint8_t*[list]);
@@ -107,6 +109,27 @@ struct Unit {
   template <int R>
   void codes(long r, const uint8_t* code, const float* scale, float* out) {
     code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out + r * tops, tops);
+  }
+  // Logits of the summaries of blocks below `end`, for `positions` queries, to the end of each row's place for them;
+  // -INF for what the window of blocks lo .. hi - 1 and the sinks show already. Returns how many there are.
+  long look_beyond(long b, long kh, long positions, long end, long lo, long hi) {
+    long n = (end + P16 - 1) / P16 * P16, G = a.G;
+    for (long g = 0; g < G; g++) {
+      long head = b * a.H + kh * G + g;
+      float* out = s + g * ld + beyond - n;
+      for (long x = 0; x * P16 < n; x++) panel[x] = a.far_key + (head * a.far_groups + x) * a.d * P16;
+      logits<Metric>(q + g * a.dp, G * a.dp, positions, panel.get(), n / P16, a.d, out, G * ld, a.coef + kh * G + g,
+                     soft(kh * G + g), 1, a.p);
+      const float* bias = a.far_bias + head * a.far_groups * P16;
+      for (long i = 0; i < positions; i++) {
+        float* row = out + i * G * ld;
+        for (long x = 0; x < n; x += W) store(row + x, load(row + x) + load(bias + x));
+        for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
+        for (long x = lo; x < std::min(hi, n); x++) row[x] = -INF;
+        for (long x = end; x < n; x++) row[x] = -INF;
+      }
+    }
+    return n;
   }
   // Chooses the blocks of one position, whose near window is blocks lo .. hi - 1, by its G rows. Returns how many.
   long choose(long b, long kh, const float* rows, long lo, long hi) {
@@ -170,7 +193,7 @@ struct Unit {
     long first = a.window ? a.first[b] : 0, before = a.causal ? a.M - a.N : 0, G = a.G, h0 = kh * G;
     long key_heads = a.H / G;
     long from = std::max(c * a.block, before - first), to = std::min((c + 1) * a.block, before + a.N - first);
-    long positions = to - from, rows = positions * G, lo = 0, hi = 0, seen = 0;
+    long positions = to - from, rows = positions * G, lo = 0, hi = 0, seen = 0, far = 0;
     if (positions <= 0) return;
     for (long r = 0; r < rows; r++)
       memcpy(q + r * a.dp, a.q + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.dp, 4 * a.dp);
@@ -183,9 +206,11 @@ struct Unit {
       for (long x = lo; x < hi; x++) chosen[count++] = x;
       long fixed = take_near(b, kh, chosen.get(), count);
       seen = fixed * P16;
-      logits<Metric>(q, a.dp, rows, panel.get(), fixed, a.d, s, ld, a.coef + h0, soft(h0), G, a.p);
-      for (long x = 0; x < fixed; x++) mask(b, chosen[x / parts] * parts + x % parts, s + x * P16, rows, from);
+      float* to = s + beyond;
+      logits<Metric>(q, a.dp, rows, panel.get(), fixed, a.d, to, ld, a.coef + h0, soft(h0), G, a.p);
+      for (long x = 0; x < fixed; x++) mask(b, chosen[x / parts] * parts + x % parts, to + x * P16, rows, from);
     }
+    if (beyond && (!a.causal || lo > a.sinks)) far = look_beyond(b, kh, positions, a.causal ? lo : blocks, lo, hi);
     bool searches = a.most > 0 && (!a.causal || lo > a.sinks);
     if (searches) {
       for (long r = 0; is_dot<Metric> && r < rows; r++) {
@@ -197,8 +222,10 @@ struct Unit {
     }
     memset(o, 0, 4 * rows * a.vp);
     for (long i = 0; i < positions; i++) {
-      float *mine = s + i * G * ld, *own = q + i * G * a.dp;
+      float *mine = s + i * G * ld + beyond, *own = q + i * G * a.dp;
       long count = searches ? choose(b, kh, rank + i * G * tops, lo, hi) : 0, n = count * parts;
+      for (long x = 0; far && x < count; x++)
+        for (long g = 0; g < G; g++) mine[g * ld - far + chosen[x]] = -INF;
       for (long x = 0; x < n; x++) {
         long number = chosen[x / parts] * parts + x % parts;
         panel[x] = panel_of(b, kh, number, far_keys + x * a.d * P16);
@@ -216,10 +243,15 @@ struct Unit {
         for (long z = 0; (keeps[x] || lengths[x] < P16) && z < P16; z++)
           for (long g = 0; g < G; g++)
             if (z >= lengths[x] || (keeps[x] && !keeps[x][z])) mine[g * ld + seen + x * P16 + z] = -INF;
-      for (long g = 0; g < G; g++) weigh(mine + g * ld, seen + n * P16, sums + i * G + g);
+      for (long g = 0; g < G; g++) weigh(mine + g * ld - far, far + seen + n * P16, sums + i * G + g);
       far_values(mine + seen, n, o + i * G * a.vp);
     }
-    if (seen) multiply_rows<true>(s, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
+    if (seen) multiply_rows<true>(s + beyond, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
+    for (long g = 0; far && g < G; g++) {
+      const float* middle = a.far_value + (b * a.H + h0 + g) * a.far_groups * P16 * a.vp;
+      multiply_rows<true>(s + g * ld + beyond - far, G * ld, 1, middle, a.vp, far, o + g * a.vp, G * a.vp, positions,
+                          a.vp);
+    }
     for (long r = 0; r < rows; r++) {
       float* out = a.o + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.vp;
       float by = sums[r] == 0 ? INF : sums[r];

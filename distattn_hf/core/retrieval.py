@@ -1,10 +1,10 @@
 """Retrieval attention: a query sees the first keys, the last ones, and the few other blocks of its largest logits.
 
-Keys stand in blocks of b = block_size, counted from the first that is not padding. A query sees exactly, and sees
-nothing else:
+Keys stand in blocks of b = block_size, counted from the first that is not padding. A query reads exactly:
     the blocks that hold the first num_sinks keys,
     its own block, as far as causality lets it, and as many beside that as hold window_size - 1 keys,
     the num_blocks best of the others.
+Of the rest each block counts as one key that stands for it, the far field (retrieval_far.py), or as nothing.
 A block's score is the largest logit of its keys, as far as a copy of them in four bits says (`Codes`), for logits that
 are a dot product; other metrics look at the keys themselves. Query heads of one key head choose together: each by its
 softmax over the scores, and a block counts as it does for the head that wants it most. The choice has no gradient.
@@ -14,6 +14,7 @@ of coarser blocks before the look, for the same reason.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Search:
     """How many keys a query sees (see the head of this file).
 
     window_size 0: no window and no sinks, as in cross-attention. num_blocks: of every key head, or one number for each.
+    far_field: whether a block that is not read counts as one key (see `retrieval_far.has_far_field` for where).
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -42,12 +44,15 @@ class Search:
     num_sinks: int = 4
     block_size: int = 16
     num_blocks: int | tuple[int, ...] = 26
+    far_field: bool = True
 
     def __post_init__(self):
         for name, least in (("window_size", 0), ("num_sinks", 0), ("block_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not isinstance(self.far_field, bool):
+            raise ValueError(f"far_field must be True or False, got {self.far_field!r}")
         budgets = self.num_blocks if isinstance(self.num_blocks, list | tuple) else [self.num_blocks]
         if not budgets or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in budgets):
             raise ValueError(f"num_blocks must be an integer >= 0, or one for each key head, got {self.num_blocks!r}")
@@ -105,7 +110,9 @@ class Retrieval:
 
     Causal: the last N of the M keys are the queries' own. first (B,): the key that blocks are counted from; None: 0.
     relative_bias (H, N + M - 1): what joins the logits by relative position, of key minus query, from -(M - 1) on.
-    codes: those of the keys in the metric's dot form, where they are known already.
+    codes: those of the keys in the metric's dot form, where they are known already. beginning (B, H, n, d): the first
+    queries of each row, counted from `first`, where the problem's own are later ones. summaries: of whole blocks, where
+    they are known already, a `retrieval_far.Summaries`.
     """
 
     inputs: AttentionInputs
@@ -113,6 +120,8 @@ class Retrieval:
     first: Tensor | None = None
     relative_bias: Tensor | None = None
     codes: Codes | None = None
+    beginning: Tensor | None = None
+    summaries: Any = None
 
 
 def has_codes(inputs: AttentionInputs) -> bool:

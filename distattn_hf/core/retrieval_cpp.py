@@ -25,12 +25,12 @@ from .softening import LEAST
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
 _PLAIN = (("l1", None), ("sqeuclidean", None), ("l2", None), ("lp", 3.0), ("chebyshev", None))
 _KINDS = {kind_of(*metric) for metric in _PLAIN} | {kind_of(name, None, softened=True) for name in ("l1", "l2")}
-_NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups most half kind threads"
+_NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads"
 
 
 class _Retrieve(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft mean scale off step k v code real keep whole first budget o panels",
+        "q coef soft mean scale off step far_key far_bias far_value k v code real keep whole first budget o panels",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3},
         "p",
@@ -84,10 +84,14 @@ def cpp_retrieval(x) -> Tensor:
     rows = padded_rows(query)
     value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
+    if x.summaries is not None:
+        tensors |= {f"far_{name}": getattr(x.summaries, name) for name in ("key", "bias", "value")}
+        tensors["far_value"] = padded_rows(x.summaries.value)
     data = _Retrieve(
         B=batch, H=heads, G=heads // key_heads, N=num_queries, M=num_keys, d=size, dp=rows.shape[-1], dq=whole_size,
         dv_=value.shape[-1], vp=value_size, causal=inputs.is_causal, window=search.window_size,
         sinks=search.sink_blocks, block=search.block_size, groups=0 if x.codes is None else x.codes.mean.shape[2],
+        far_groups=0 if x.summaries is None else x.summaries.key.shape[2],
         most=most, half=key.dtype == torch.bfloat16, kind=kind,
         threads=min(torch.get_num_threads(), batch * key_heads * -(-num_queries // search.block_size)),
         k_stride=strides(key), v_stride=strides(value), p=inputs.p or 0.0,

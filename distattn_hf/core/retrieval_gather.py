@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .absolute_logits import finish_logits, unlifted
+from .absolute_logits import finish_logits, row_constant, unlifted
 from .attention import without_autocast
 from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
 from .retrieval import Retrieval, aligned, encode, has_codes, scores_by_codes
 from .retrieval_cpp import cpp_retrieval, cpp_supports
+from .retrieval_far import Summaries, centers, dot_form_of, dotted, has_far_field, in_panels, summarise
 
 # Gathered key entries (float32: 16 MB) that exist at a time.
 _ENTRIES = 2**22
@@ -35,21 +36,29 @@ def run_retrieval(
 
 
 def _with_codes(problem: Retrieval) -> Retrieval:
-    """Return the problem with its keys in full precision's dot form, where there is one, and their codes."""
+    """Return the problem with its keys in full precision's dot form, where there is one, codes and summaries."""
     inputs, search = problem.inputs, problem.search
+    if has_far_field(problem) and problem.summaries is None:
+        problem = replace(problem, summaries=summaries_of(problem))
     if not has_codes(inputs):
         return problem
     if inputs.metric is BUILT_IN["cosine"] or problem.codes is None or inputs.key.dtype == torch.float16:
         inputs = inputs.in_full_precision()
-    query, key = dot_form_of(replace(inputs, query=inputs.query.float()), inputs.key)
-    codes = problem.codes
+    inputs = dotted(replace(inputs, query=inputs.query.float()))
+    key, codes = inputs.key, problem.codes
     if codes is None and search.most_blocks:
         keep = torch.ones(1, key.shape[2], dtype=torch.bool) if inputs.keep is None else inputs.keep[:, 0, 0]
         own = key.float() if inputs.keep is None else key.float().masked_fill(~keep[:, None, :, None], 0.0)
         keep = keep.expand(len(own), -1)
         codes = encode(aligned(own, problem.first, 2), aligned(keep, problem.first, 1), search.block_size)
-    inputs = replace(inputs, query=query, key=key, metric=BUILT_IN["dot"], lam=1.0, scaling=1.0, softening=None)
     return replace(problem, inputs=inputs, codes=codes)
+
+
+def summaries_of(problem: Retrieval) -> Summaries:
+    """Return the summaries of all blocks of a problem, in at least float32."""
+    problem = replace(problem, inputs=_unlifted(problem.inputs))
+    far = _Far(problem, _Layout(problem, problem.inputs.groups), _unlifted)
+    return in_panels(far.key, far.bias, far.value)
 
 
 def visible_keys(problem: Retrieval) -> Callable[[int, int], Tensor]:
@@ -86,20 +95,28 @@ def caught_weight(problem: Retrieval) -> Tensor:
 
 def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
     """Return the blocks that the queries of a problem see, and its inputs as operators take them."""
-    inputs = unlifted(problem.inputs)
-    if inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
-        # Its radius is that of all keys; what it stands for is not.
-        inputs = replace(inputs, metric=BUILT_IN["dot"], lam=2 * inputs.lam)
-    share = inputs.groups
-    if isinstance(inputs.softening, Tensor):
-        inputs = inputs.in_units()
-    inputs = inputs.in_full_precision()
-    layout = _Layout(replace(problem, inputs=inputs), share)
+    inputs = _for_operators(problem.inputs)
+    layout = _Layout(replace(problem, inputs=inputs), problem.inputs.groups)
     with torch.no_grad():
         blocks, exists = layout.choose()
     # Drawn here, so that the backward pass can make the same dropout again.
     seed = int(torch.randint(2**31, ())) if inputs.dropout_p > 0 else 0
     return _Chosen(layout, blocks, exists, seed), inputs
+
+
+def _for_operators(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the inputs in full precision, without a lift, and ε the same in all heads."""
+    inputs = _unlifted(inputs)
+    return inputs.in_units() if isinstance(inputs.softening, Tensor) else inputs
+
+
+def _unlifted(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the inputs in full precision and without a lift."""
+    inputs = unlifted(inputs)
+    if inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
+        # Its radius is that of all keys; what it stands for is not.
+        inputs = replace(inputs, metric=BUILT_IN["dot"], lam=2 * inputs.lam)
+    return inputs.in_full_precision()
 
 
 def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -114,6 +131,12 @@ def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> 
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
     tensors = inputs.query, chosen.layout.key, chosen.layout.value, lam, inputs.bias, problem.relative_bias
     tensors = *tensors, inputs.sink_logit, inputs.shift
+    if has_far_field(problem):
+        far = _Far(problem, chosen.layout, _for_operators)
+        chosen.shares = far.shares
+        tensors = *tensors, far.query, far.key, far.bias, far.value
+    else:
+        tensors = *tensors, None, None, None, None
     return _Gathered.apply(chosen, *tensors), chosen.weights(*tensors) if return_weights else None
 
 
@@ -213,11 +236,23 @@ class _Layout:
         return scores.masked_fill(~may, float("-inf"))
 
 
-def dot_form_of(inputs: AttentionInputs, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (query with all factors of the logits in it, key) whose dot products are the logits."""
-    softened = () if inputs.softening is None else (inputs.softening_column(key.dtype),)
-    query, key, _, factor = inputs.metric.dot_form(inputs.query, key, *softened)
-    return query * (factor * inputs.scaling * inputs.lambda_column()), key
+class _Far:
+    """The far field of a problem: query (B, H, N, d) and key (B, H, blocks, d), dot products where logits are.
+
+    bias (B, H, blocks) and value (B, H, blocks, d_v) of its blocks, and the shares (B, H, M') of keys in their blocks.
+    """
+
+    def __init__(self, problem: Retrieval, layout: "_Layout", form: Callable):
+        inputs, key = layout.problem.inputs, layout.key
+        # Centers are queries like any other: `form` makes of them what it made of those.
+        center = form(replace(problem.inputs, query=centers(problem, layout.blocks)))
+        self.query = inputs.query
+        if has_codes(inputs):
+            center = dotted(replace(center, key=key))
+            self.query, key = dot_form_of(inputs, key)
+        self.key, self.bias, self.value, self.shares = summarise(
+            center, key, layout.value, layout.keep, center.query, problem.search.block_size
+        )
 
 
 class _Chosen:
@@ -245,7 +280,8 @@ class _Chosen:
         blocks = torch.cat([fixed[:, None].expand(shape), blocks], dim=-1)
         self.blocks = torch.where(self.exists, blocks, 0)
         entries = self.blocks.shape[-1] * search.block_size * max(layout.key.shape[-1], layout.value.shape[-1])
-        self.parts = layout.parts(inputs.query.shape[0] * key_heads * entries)
+        self.parts = layout.parts(inputs.query.shape[0] * (key_heads * entries + layout.heads * layout.blocks))
+        self.shares: Tensor | None = None
 
     def index(self, part: slice) -> Tensor:
         """Return row numbers of a table (B·H_kv·blocks, ...), flat, for the queries of a part."""
@@ -270,8 +306,19 @@ class _Chosen:
             seen = seen & (place <= layout.positions[:, part][:, None, :, None])
         return place, seen
 
-    def attend(self, part, query, key, value, lam, bias, relative_bias, sink, shift, weights=False) -> Tensor:
-        """Return (B, H, n, d_v) of the queries of a part, or their weights (B, H_kv, n, G, L); key, value gathered."""
+    def unread(self, part: slice) -> Tensor:
+        """Return which blocks of the far field the queries of a part do not read, (B, H_kv, n, blocks)."""
+        blocks, exists = self.blocks[:, :, part], self.exists[:, :, part]
+        read = torch.zeros(*blocks.shape[:3], self.layout.blocks, dtype=torch.int32, device=blocks.device)
+        return self.layout._may(part) & (read.scatter_add(-1, blocks, exists.int()) == 0)
+
+    def attend(
+        self, part, query, key, value, lam, bias, relative_bias, sink, shift, *far, weights=False
+    ) -> Tensor:
+        """Return (B, H, n, d_v) of the queries of a part, or their weights (B, H_kv, n, G, L + blocks).
+
+        key, value: gathered. far: query, key, bias and value of the far field, or None for each.
+        """
         layout, inputs = self.layout, self.layout.problem.inputs
         key_heads = key.shape[1]
         place, seen = self.places(part)
@@ -287,11 +334,26 @@ class _Chosen:
         sink = None if sink is None else in_groups(sink.expand(len(query), layout.heads, query.shape[2], 1))
         shift = None if shift is None else in_groups(shift.expand(len(query), layout.heads, query.shape[2], 1))
         logits = finish_logits(inputs, -number * inputs.scaling * distance, shift, joined)
+        far_query, far_key, far_bias, far_value = far
+        if far_query is not None:
+            weight = number.view(-1, 1, 1) * inputs.scaling
+            if has_codes(inputs):
+                beyond = far_query @ far_key.mT
+                if inputs.metric is not BUILT_IN["dot"]:
+                    beyond = beyond + weight * row_constant(inputs.metric, query, key, inputs.softening is not None)
+            else:
+                beyond = -weight * inputs.distances(far_query, far_key)
+            beyond = finish_logits(inputs, in_groups(beyond + far_bias[:, :, None]), shift, None)
+            logits = torch.cat([logits, beyond], dim=-1)
+            seen = torch.cat([seen, self.unread(part)], dim=-1)
         chances = masked_softmax(logits, seen[:, :, :, None].expand_as(logits), sink)
         if weights:
             return chances
-        chances = self._drop(part, chances)
-        return (chances @ value).transpose(2, 3).flatten(1, 2)
+        chances, length = self._drop(part, chances), key.shape[-2]
+        output = (chances[..., :length] @ value).transpose(2, 3).flatten(1, 2)
+        if far_query is None:
+            return output
+        return output + chances[..., length:].transpose(2, 3).flatten(1, 2) @ far_value
 
     def biases(self, part: slice, place: Tensor, bias: Tensor | None, relative_bias: Tensor | None) -> Tensor | None:
         """Return what joins the logits of seen keys, (B, H_kv, n, G, L), or None."""
@@ -319,10 +381,12 @@ class _Chosen:
         kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout_p
         return weights * kept / (1 - dropout_p)
 
-    def of_part(self, part: slice, query, key, value, lam, bias, relative_bias, sink, shift) -> tuple:
+    def of_part(self, part: slice, query, key, value, lam, bias, relative_bias, sink, shift, far_query, *far) -> tuple:
         """Return the tensors that `attend` takes for a part, keys and values gathered."""
-        bias, *rows = (rows_of(t, part) for t in (bias, sink, shift))
-        return query[:, :, part], self.gather(key, part), self.gather(value, part), lam, bias, relative_bias, *rows
+        bias, sink, shift = (rows_of(t, part) for t in (bias, sink, shift))
+        gathered = self.gather(key, part), self.gather(value, part)
+        far_query = None if far_query is None else far_query[:, :, part]
+        return query[:, :, part], *gathered, lam, bias, relative_bias, sink, shift, far_query, *far
 
     def seen_blocks(self, part: slice) -> Tensor:
         """Return which keys of all blocks the queries of a part see, bool (B, H, n, M')."""
@@ -333,10 +397,7 @@ class _Chosen:
 
     def visible(self, part: slice) -> Tensor:
         """Return which keys the queries of a part see, bool (B, H, n, M)."""
-        seen, layout = self.seen_blocks(part), self.layout
-        place = torch.arange(layout.num_keys, device=seen.device) - layout.first[:, None]
-        index = place.clamp_min(0)[:, None, None].expand(*seen.shape[:3], -1)
-        return seen.gather(-1, index) & (place >= 0)[:, None, None]
+        return self._at_positions(self.seen_blocks(part))
 
     def weights(self, *tensors) -> Tensor:
         """Return the weights (B, H, N, M) before dropout."""
@@ -345,11 +406,23 @@ class _Chosen:
         result = inputs.query.new_zeros(batch, heads, num_queries, layout.num_keys)
         for part in self.parts:
             chances = self.attend(part, *self.of_part(part, *tensors), weights=True)
-            position = (self.places(part)[0] + layout.first[:, None, None, None]).clamp(max=layout.num_keys - 1)
+            place = self.places(part)[0]
+            chances, beyond = chances.split([place.shape[-1], chances.shape[-1] - place.shape[-1]], dim=-1)
+            position = (place + layout.first[:, None, None, None]).clamp(max=layout.num_keys - 1)
             position = position[:, :, :, None].expand_as(chances)
             rows = [t.transpose(2, 3).flatten(1, 2) for t in (position, chances)]
             result[:, :, part] = result[:, :, part].scatter_add(-1, *rows)
+            if self.shares is not None:
+                beyond = beyond.transpose(2, 3).flatten(1, 2)
+                spread = beyond.repeat_interleave(layout.problem.search.block_size, dim=-1) * self.shares[:, :, None]
+                result[:, :, part] += self._at_positions(spread)
         return result
+
+    def _at_positions(self, tensor: Tensor) -> Tensor:
+        """Return (B, H, n, M), of keys where they stand in the problem, of keys of all blocks (B, H, n, M')."""
+        place = torch.arange(self.layout.num_keys, device=tensor.device) - self.layout.first[:, None]
+        index = place.clamp_min(0)[:, None, None].expand(len(tensor), *tensor.shape[1:3], -1)
+        return tensor.gather(-1, index) * (place >= 0)[:, None, None]
 
 
 def rows_of(tensor: Tensor | None, part: slice) -> Tensor | None:

@@ -1,0 +1,130 @@
+"""The far field of retrieval attention: every block that a query does not read stands there as one key.
+
+What a query q gives a block of keys is Σ_j exp(logit(q, k_j))·v_j. About a query c in place of q, with the shares
+p_j = softmax_j(logit(c, k_j)) that the keys have of it, it is to first order in q - c
+
+    exp(logit(q, k̄) + bias)·v̄,   k̄ = Σ_j p_j·k_j,   v̄ = Σ_j p_j·v_j,   bias = log Σ_j exp(logit(c, k_j)) - logit(c, k̄)
+
+so a block that is not read takes part as a key k̄ with the value v̄, and all weights of a query still sum to 1. For a
+distance in place of a dot product k̄ is the same mean, and at q = c it is exact, too.
+
+c is the mean of a head's first BEGINNING queries, of those up to the block's own end: it depends on nothing that comes
+after the block, and a cache need only keep the first queries. In both directions it is the mean of all queries. Plain
+means (c = 0) do harm, and so does what a block really weighs with the plain mean of its values: in most heads a few
+tokens, whatever is asked, take the weight of their block.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .inputs import AttentionInputs, masked_softmax
+from .metrics import BUILT_IN
+from .retrieval import PANEL, Retrieval, aligned
+
+# Queries whose mean blocks are expanded about.
+BEGINNING = 64
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """One key for each block, PANEL blocks side by side, each query head its own.
+
+    key (B, H, g, d, 16); bias (B, H, g, 16), -inf for blocks without keys; value (B, H, g, 16, d_v).
+    """
+
+    key: Tensor
+    bias: Tensor
+    value: Tensor
+
+    def lines(self, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return key (B, H, blocks, d), bias (B, H, blocks), value (B, H, blocks, d_v)."""
+        return tuple(t.flatten(2, 3)[:, :, :blocks] for t in (self.key.mT, self.bias, self.value))
+
+
+def in_panels(key: Tensor, bias: Tensor, value: Tensor) -> Summaries:
+    """Return the `Summaries` of key (B, H, n, d), bias (B, H, n), value (B, H, n, d_v)."""
+    fill = -key.shape[2] % PANEL
+    key, value = (F.pad(t, (0, 0, 0, fill)).unflatten(2, (-1, PANEL)) for t in (key, value))
+    return Summaries(
+        key.mT.contiguous(), F.pad(bias, (0, fill), value=float("-inf")).unflatten(2, (-1, PANEL)), value.contiguous()
+    )
+
+
+def has_far_field(problem: Retrieval) -> bool:
+    """Return whether blocks that a query does not read take part, and there may be any.
+
+    Not across sequences, not beside a position bias, whose value for a whole block is none of its keys', and not under
+    a cap, which bends the logits that the expansion takes for straight.
+    """
+    inputs, search = problem.inputs, problem.search
+    if not search.far_field or not search.window_size or inputs.softcap is not None:
+        return False
+    if inputs.bias is not None or problem.relative_bias is not None:
+        return False
+    least = search.num_blocks if isinstance(search.num_blocks, int) else min(search.num_blocks)
+    blocks = -(-inputs.key.shape[2] // search.block_size)
+    return blocks > least + search.reach + 1
+
+
+def dotted(inputs: AttentionInputs) -> AttentionInputs:
+    """Return inputs whose logits are plain dot products, for a metric whose logits are (see `has_codes`)."""
+    query, key = dot_form_of(inputs, inputs.key)
+    return replace(inputs, query=query, key=key, metric=BUILT_IN["dot"], lam=1.0, scaling=1.0, softening=None)
+
+
+def dot_form_of(inputs: AttentionInputs, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (query with all factors of the logits in it, key) whose dot products are the logits."""
+    softened = () if inputs.softening is None else (inputs.softening_column(key.dtype),)
+    query, key, _, factor = inputs.metric.dot_form(inputs.query, key, *softened)
+    return query * (factor * inputs.scaling * inputs.lambda_column()), key
+
+
+def centers(problem: Retrieval, blocks: int) -> Tensor:
+    """Return the queries that blocks are expanded about, (B, H, blocks or 1, d), in the form of the problem's own.
+
+    Where the problem's queries are later ones and its beginning is not known, their mean takes its place.
+    """
+    inputs = problem.inputs
+    query = inputs.query.to(torch.promote_types(inputs.query.dtype, torch.float32))
+    count, num_keys = query.shape[2], inputs.key.shape[2]
+    keep = torch.ones(1, num_keys, dtype=torch.bool, device=query.device)
+    if inputs.keep is not None:
+        keep = inputs.keep[:, 0, 0]
+    if not inputs.is_causal or (problem.beginning is None and count < num_keys):
+        own = keep[:, None, num_keys - count :, None]
+        return torch.where(own, query, 0.0).sum(2, keepdim=True) / own.sum(2, keepdim=True).clamp_min(1)
+    beginning = problem.beginning
+    if beginning is None:
+        beginning = aligned(query, problem.first, 2)[:, :, :BEGINNING]
+    keep = aligned(keep.expand(len(query), -1), problem.first, 1)[:, None, : beginning.shape[2], None]
+    sums, counts = torch.where(keep, beginning, 0.0).cumsum(2), keep.cumsum(2)
+    ends = (torch.arange(1, blocks + 1, device=query.device) * problem.search.block_size).clamp(max=keep.shape[2]) - 1
+    return sums[:, :, ends] / counts[:, :, ends].clamp_min(1)
+
+
+def summarise(
+    inputs: AttentionInputs, key: Tensor, value: Tensor, keep: Tensor, center: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (k̄ (B, H, n, d), bias (B, H, n), v̄ (B, H, n, d_v), shares p (B, H, n·b)) of n blocks.
+
+    key (B, H_kv, n·b, d) and value, of which keep (B, n·b) are real; center (B, H, n or 1, d); inputs: metric, λ, ε.
+    """
+    groups = center.shape[1] // key.shape[1]
+    key, value = (t.unflatten(2, (-1, block_size)).repeat_interleave(groups, dim=1) for t in (key, value))
+    keep = keep.unflatten(1, (-1, block_size))[:, None, :, None]
+    epsilon, weight = inputs.softening_column(key.dtype), inputs.lambda_column() * inputs.scaling
+    epsilon, weight = (t[..., None] if isinstance(t, Tensor) else t for t in (epsilon, weight))
+    center = center[:, :, :, None]
+
+    def logits(keys: Tensor) -> Tensor:
+        return -weight * inputs.metric.checked_distance(center, keys, inputs.p, epsilon=epsilon)
+
+    own, is_real = logits(key), keep.any(-1, keepdim=True)
+    shares = masked_softmax(own, keep.expand_as(own))
+    mean, middle = shares @ key, shares @ value
+    mass = torch.where(is_real, own.masked_fill(~keep, float("-inf")), 0.0).logsumexp(-1, keepdim=True)
+    bias = (mass - logits(mean)).masked_fill(~is_real, float("-inf"))
+    return mean[..., 0, :], bias[..., 0, 0], middle[..., 0, :], shares[..., 0, :].flatten(2)
