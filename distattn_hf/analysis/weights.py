@@ -14,7 +14,7 @@ from ..core.nystrom_hybrid import HybridInputs
 from ..core.parameters import NystromParameters
 from ..core.reference import hybrid_rows
 from ..core.relative_bias import of_heads
-from ..core.retrieval_gather import visible_keys
+from ..core.retrieval_gather import weight_rows
 from ..core.retrieval_heads import retrieval_problem, some_heads
 
 # Number of weights (float32: 16 MB) of a block of queries and all heads.
@@ -114,7 +114,7 @@ class AttentionCall:
         index = torch.tensor(heads, device=self.query.device)
         exact = self._exact(index, group)
         if group is not None and group.spec.mechanism == "retrieval":
-            return self._retrieval(heads, index, group, exact)
+            return self._retrieval(heads, index, group)
         if not isinstance(group, NystromParameters):
             return exact
         return self._nystrom(index, group, exact)
@@ -177,8 +177,8 @@ class AttentionCall:
         tensors = self.query[:, index], self.key[:, index], self.value[:, index]
         return hybrid_inputs(group, *tensors, key_padding(self.mask, self.query, self.shape[3]), call, self.shape[3])
 
-    def _retrieval(self, heads: list[int], index: Tensor, group, exact: Callable) -> Callable:
-        """Return the same function for heads with retrieval attention, which are exact among the keys they see."""
+    def _retrieval(self, heads: list[int], index: Tensor, group) -> Callable:
+        """Return the same function for heads with retrieval attention."""
         call = ModuleCall(
             self.scaling, None, of_heads(self.position_bias, index), self.is_causal, is_cross=self.kind == "cross",
             sink_logit=of_heads(self.sink_logit, index), softcap=self.softcap,
@@ -187,12 +187,8 @@ class AttentionCall:
         if len(heads) < self.shape[1]:
             tensors = some_heads(heads, *tensors)
         keep = None if self.mask is None else key_padding(self.mask, self.query, self.shape[3])
-        visible = visible_keys(retrieval_problem(group, *tensors, keep, call))
-
-        def rows(start, stop, keep):
-            return exact(start, stop, keep & visible(start, stop))[0], None, None
-
-        return rows
+        weights = weight_rows(retrieval_problem(group, *tensors, keep, call))
+        return lambda start, stop, keep: (weights(start, stop), None, None)
 
     def _nystrom(self, index: Tensor, group, exact: Callable) -> Callable:
         """Return the same function for heads with Nyström attention, whose rows of few keys are exact."""

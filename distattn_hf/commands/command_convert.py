@@ -15,7 +15,7 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
-    "layers", "heads", "attention", "p", "lam", "transform", "softening",
+    "far_field", "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
@@ -57,6 +57,10 @@ def convert(
         int | None, typer.Option(help="retrieval: keys found and read together. Default: 16.")
     ] = None,
     num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 26.")] = None,
+    far_field: Annotated[
+        bool | None,
+        typer.Option(help="retrieval: a block that is not read counts as one key that stands for it. Default: yes."),
+    ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
     ] = None,
@@ -137,7 +141,7 @@ def convert(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-            block_size=block_size, num_blocks=num_blocks,
+            block_size=block_size, num_blocks=num_blocks, far_field=far_field,
         )  # fmt: skip
     texts = None
     if calibration is not None:

@@ -22,6 +22,10 @@ def set_options(
     ] = None,
     num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads.")] = None,
     block_size: Annotated[int | None, typer.Option(help="retrieval: keys found and read together.")] = None,
+    far_field: Annotated[
+        bool | None,
+        typer.Option(help="retrieval: each block that is not read counts as one key that stands for it."),
+    ] = None,
     num_sinks: Annotated[int | None, typer.Option(help="retrieval: first tokens seen exactly.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="distance: auto, cpp, sdpa, triton, chunked or reference.")
@@ -32,7 +36,7 @@ def set_options(
 
     options = {
         "exact_below": exact_below, "window_size": window_size, "num_blocks": num_blocks, "block_size": block_size,
-        "num_sinks": num_sinks, "backend": backend,
+        "num_sinks": num_sinks, "far_field": far_field, "backend": backend,
     }  # fmt: skip
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:

@@ -20,7 +20,7 @@ OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
     "backend": ("distance",),
-    **dict.fromkeys(("num_sinks", "block_size", "num_blocks"), ("retrieval",)),
+    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "far_field"), ("retrieval",)),
 }
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -30,7 +30,7 @@ SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 _OWN = {
     "distance": {},
     "nystrom": {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None},
-    "retrieval": {"window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 26},
+    "retrieval": {"window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 26, "far_field": True},
 }  # fmt: skip
 _LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0,
@@ -97,6 +97,8 @@ class AttentionSpec:
         block_size: keys that "retrieval" finds and reads together. Default 16.
         num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 26: with
             sinks and window 512 keys.
+        far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
+            (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -122,6 +124,7 @@ class AttentionSpec:
     softening: float | str | None = None
     block_size: int | None = None
     num_blocks: int | None = None
+    far_field: bool | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:
@@ -191,6 +194,9 @@ class AttentionSpec:
             if name == "landmarks":
                 if not isinstance(value, str) or not value:
                     raise ValueError(f"landmarks must be a strategy's name (str), got {value!r}")
+            elif name == "far_field":
+                if not isinstance(value, bool):
+                    raise ValueError(f"far_field must be True, False or None, got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
                 raise ValueError(f"{name} must be an integer >= {_LEAST[name]}, got {value!r}")
 

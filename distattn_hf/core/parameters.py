@@ -300,6 +300,8 @@ class DistanceAttentionState(nn.Module):
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.
         self.observer = None
+        # Of the cache in use, a `retrieval_far.FirstQueries`: set before each call of a module with retrieval heads.
+        self.first_queries = None
         self.is_cross = entry["kind"] == "cross"
         # How long the model's texts may be, where it is known.
         self.max_positions: int | None = None

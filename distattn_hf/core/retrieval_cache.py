@@ -1,4 +1,4 @@
-"""A cache layer for retrieval attention: all keys, and beside them the codes by which blocks of them are found."""
+"""A cache layer for retrieval attention: all keys, and beside them codes and summaries of their blocks."""
 
 import torch
 from torch import Tensor, nn
@@ -7,34 +7,85 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 from .compatibility import given_cache
 from .discovery import argument_names
-from .retrieval import PANEL, Codes, aligned, encode
+from .retrieval import PANEL, Codes, Retrieval, aligned, encode
+from .retrieval_far import FirstQueries, Summaries
+from .retrieval_gather import summaries_of
 
 # Keys for which there is room beyond those held, as a share of them, and at least.
 _SPARE, _LEAST_ROOM = 4, 64
 
 
-class KeyCodes:
-    """The `Codes` of keys that come in one after another, with room for more; what has no keys yet is not real.
+class _OfKeys:
+    """What is made of blocks of keys that come in one after another, a dataclass of tensors, with room for more.
 
-    Only blocks that new keys fall into are made anew, by the same operations as all at once, so that the choice of
-    blocks does not depend on how a text was cut.
+    Only blocks that new keys fall into are made anew, by the same operations as all at once, so that nothing depends on
+    how a text was cut.
     """
 
     def __init__(self):
-        self.codes: Codes | None = None
+        self.made = None
         self.size = self.counted = 0
         self.first: Tensor | None = None
         self.keep: Tensor | None = None
 
+    def _goes_on(self, key: Tensor, keep: Tensor | None, first: Tensor, block_size: int) -> bool:
+        """Return whether what there is can stay: of the same keys and padding, and of a kind to write into."""
+        if self.made is None or self.size != block_size or self.counted > key.shape[2]:
+            return False
+        like = next(iter(vars(self.made).values()))
+        if like.dtype != torch.promote_types(key.dtype, torch.float32) or not _writable(like):
+            return False
+        if self.first.shape != first.shape or bool((self.first != first).any()):
+            return False
+        if keep is None or self.keep is None:
+            earlier = [k[:, : self.counted] for k in (keep, self.keep) if k is not None]
+            return all(bool(k.all()) for k in earlier)
+        return not bool((keep[:, : self.counted] != self.keep[:, : self.counted]).any())
+
+    def _start(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Tensor:
+        """Note what comes, forget what is of other keys, and return the first keys' numbers (B,)."""
+        first = torch.zeros(len(key), dtype=torch.long, device=key.device) if first is None else first
+        if not self._goes_on(key, keep, first, block_size):
+            self.made, self.counted = None, 0
+        self.size, self.first, self.keep = block_size, first, keep
+        return first
+
+    def _grow(self, like, panels: int) -> None:
+        """Make room for so many panels and some more; `like`: what has one axis of panels in each tensor, the third
+        or, of a tensor without heads, the second.
+        """
+        panels += panels // _SPARE + 1
+        grown = {}
+        for name, tensor in vars(like).items():
+            axis = 1 if name == "real" else 2
+            old = tensor.narrow(axis, 0, 0) if self.made is None else getattr(self.made, name)
+            fill = [0, 0] * (tensor.dim() - axis - 1) + [0, panels - old.shape[axis]]
+            grown[name] = F.pad(old, fill)
+        self.made = type(like)(**grown)
+
+    def change_rows(self, change) -> None:
+        """Apply `change` to every tensor, whose first axis is the batch."""
+        if self.made is not None:
+            self.made = type(self.made)(**{name: change(tensor) for name, tensor in vars(self.made).items()})
+            self.first = change(self.first)
+            self.keep = None if self.keep is None else change(self.keep)
+
+
+def _lanes(start: int, count: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return where `count` blocks stand in panels of their own, (panel, lane), and where from block `start` on."""
+    given = torch.arange(count, device=device)
+    return given // PANEL, given % PANEL, (start + given) // PANEL, (start + given) % PANEL
+
+
+class KeyCodes(_OfKeys):
+    """The `Codes` of keys; what has no keys yet is not real."""
+
     def update(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Codes:
         """Return the codes of keys (B, H_kv, M, d), of which those counted before have not changed."""
         batch, num_keys = len(key), key.shape[2]
-        first = torch.zeros(batch, dtype=torch.long, device=key.device) if first is None else first
-        if not self._goes_on(key, keep, first, block_size):
-            self.codes, self.counted = None, 0
-        self.size, self.first, self.keep = block_size, first, keep
-        if self.codes is not None and self.counted == num_keys:
-            return self.codes
+        first = self._start(key, keep, first, block_size)
+        if self.made is not None and self.counted == num_keys:
+            return self.made
         # A row whose text has not begun has nothing counted.
         start = max(0, int((self.counted - first).min())) // block_size
         count = -(-max(1, num_keys - int(first.min()) - start * block_size) // block_size)
@@ -48,51 +99,46 @@ class KeyCodes:
             tail = tail.masked_fill(~real[:, None, :, None], 0.0)
         self._write(encode(aligned(tail, moved, 2), aligned(real, moved, 1), block_size), start, count)
         self.counted = num_keys
-        return self.codes
-
-    def _goes_on(self, key: Tensor, keep: Tensor | None, first: Tensor, block_size: int) -> bool:
-        """Return whether the codes there are can stay: of the same keys and padding, and of a kind to write into."""
-        if self.codes is None or self.size != block_size or self.counted > key.shape[2]:
-            return False
-        mean = self.codes.mean
-        if mean.dtype != torch.promote_types(key.dtype, torch.float32) or not _writable(mean):
-            return False
-        if self.first.shape != first.shape or bool((self.first != first).any()):
-            return False
-        if keep is None or self.keep is None:
-            earlier = [k[:, : self.counted] for k in (keep, self.keep) if k is not None]
-            return all(bool(k.all()) for k in earlier)
-        return not bool((keep[:, : self.counted] != self.keep[:, : self.counted]).any())
+        return self.made
 
     def _write(self, new: Codes, start: int, count: int) -> None:
         """Put the first `count` blocks of new codes in from block `start` on."""
-        if self.codes is None or self.codes.mean.shape[2] * PANEL < start + count:
+        if self.made is None or self.made.mean.shape[2] * PANEL < start + count:
             self._grow(new, -(-(start + count) // PANEL))
-        given = torch.arange(count, device=new.mean.device)
-        at, lane, panel, own = given // PANEL, given % PANEL, (start + given) // PANEL, (start + given) % PANEL
-        codes = self.codes
+        at, lane, panel, own = _lanes(start, count, new.mean.device)
+        codes = self.made
         codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
         codes.scale[:, :, panel, :, own] = new.scale[:, :, at, :, lane]
         codes.code[:, :, panel, :, own // 8, :, own % 8] = new.code[:, :, at, :, lane // 8, :, lane % 8]
         codes.real[:, panel, own] = new.real[:, at, lane]
 
-    def _grow(self, like: Codes, panels: int) -> None:
-        """Make room for so many panels and some more."""
-        panels += panels // _SPARE + 1
-        grown = {}
-        for name, tensor in vars(like).items():
-            axis = 1 if name == "real" else 2
-            old = tensor.narrow(axis, 0, 0) if self.codes is None else getattr(self.codes, name)
-            fill = [0, 0] * (tensor.dim() - axis - 1) + [0, panels - old.shape[axis]]
-            grown[name] = F.pad(old, fill)
-        self.codes = Codes(**grown)
 
-    def change_rows(self, change) -> None:
-        """Apply `change` to every tensor, whose first axis is the batch."""
-        if self.codes is not None:
-            self.codes = Codes(**{name: change(tensor) for name, tensor in vars(self.codes).items()})
-            self.first = change(self.first)
-            self.keep = None if self.keep is None else change(self.keep)
+class KeySummaries(_OfKeys):
+    """The `Summaries` of the blocks whose keys are all there; others no query asks for yet."""
+
+    def update(self, problem: Retrieval) -> Summaries:
+        """Return the summaries for a causal problem whose beginning is known, by the keys as the metric takes them."""
+        inputs, size = problem.inputs, problem.search.block_size
+        keep = None if inputs.keep is None else inputs.keep[:, 0, 0]
+        first = self._start(inputs.key, keep, problem.first, size)
+        num_keys = inputs.key.shape[2]
+        # A row whose text has not begun has nothing counted.
+        start = max(0, int((self.counted - first).min())) // size
+        stop = max(1, int((num_keys - first).max()) // size)
+        if self.made is None or stop > start:
+            self._write(summaries_of(problem, start, stop), start, stop - start)
+        self.counted = num_keys
+        return self.made
+
+    def _write(self, new: Summaries, start: int, count: int) -> None:
+        """Put the first `count` blocks of new summaries in from block `start` on."""
+        if self.made is None or self.made.key.shape[2] * PANEL < start + count:
+            self._grow(new, -(-(start + count) // PANEL))
+        at, lane, panel, own = _lanes(start, count, new.key.device)
+        summaries = self.made
+        summaries.key[:, :, panel, :, own] = new.key[:, :, at, :, lane]
+        summaries.bias[:, :, panel, own] = new.bias[:, :, at, lane]
+        summaries.value[:, :, panel, own] = new.value[:, :, at, lane]
 
 
 def _writable(tensor: Tensor) -> bool:
@@ -109,6 +155,7 @@ class RetrievalLayer(DynamicLayer):
     def __init__(self):
         super().__init__()
         self.codes = KeyCodes()
+        self.summaries: dict[int, KeySummaries] = {}
         self._room: tuple[Tensor, Tensor] | None = None
         self._owner, self._left = 0, None
 
@@ -128,7 +175,7 @@ class RetrievalLayer(DynamicLayer):
         if self._owner != id(self) or self.keys is not self._left:
             # A copy, or keys that were cut or replaced from outside: what was made of others is not theirs, and what
             # stands in the room may be somebody's still.
-            self.codes, self._room, self._owner = KeyCodes(), None, id(self)
+            self.codes, self.summaries, self._room, self._owner = KeyCodes(), {}, None, id(self)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             # Autograd keeps what was returned before: nothing may be written beside it.
             keys, values = super().update(key_states, value_states)
@@ -179,18 +226,25 @@ class RetrievalLayer(DynamicLayer):
         """Return the codes of the keys as `update` returned them."""
         return self.codes.update(key, keep, first, block_size)
 
+    def summaries_of(self, number: int, problem: Retrieval) -> Summaries:
+        """Return the summaries of the keys for group `number` of a module's heads."""
+        return self.summaries.setdefault(number, KeySummaries()).update(problem)
+
     def reset(self) -> None:
         super().reset()
-        self.codes, self._room = KeyCodes(), None
+        self.codes, self.summaries, self._room = KeyCodes(), {}, None
 
     def offload(self) -> None:
         super().offload()
         self._room = None
 
     def _rows_changed(self, change) -> None:
-        """Change the codes as the keys' rows were."""
+        """Change what was made of the keys as their rows were."""
+        if (known := getattr(self, "distattn_first_queries", None)) is not None:
+            self.distattn_first_queries = known.changed(change, id(self))
         if self._owner == id(self):
-            self.codes.change_rows(change)
+            for made in (self.codes, *self.summaries.values()):
+                made.change_rows(change)
             self._room, self._left = None, self.keys
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -211,8 +265,10 @@ class RetrievalLayer(DynamicLayer):
 def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
     """Make the layer of a model's `DynamicCache` a `RetrievalLayer` (forward pre-hook of modules of self-attention).
 
-    Other kinds of layers stay: retrieval attention then makes the codes anew at every call.
+    Other kinds of layers stay: retrieval attention then makes codes and summaries anew at every call. A layer of any
+    kind is given the text's first queries to keep.
     """
+    module.distattn.first_queries = None
     if module.distattn.observer is not None:
         return
     cache = given_cache({**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs})
@@ -223,5 +279,10 @@ def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
         return
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    if index < len(cache.layers) and type(cache.layers[index]) is DynamicLayer:
-        cache.layers[index] = RetrievalLayer.from_layer(cache.layers[index])
+    if index >= len(cache.layers):
+        return
+    layer = cache.layers[index]
+    if type(layer) is DynamicLayer:
+        layer = cache.layers[index] = RetrievalLayer.from_layer(layer)
+    known = getattr(layer, "distattn_first_queries", None) or FirstQueries()
+    layer.distattn_first_queries = module.distattn.first_queries = known.of(id(layer))

@@ -40,8 +40,10 @@ class Summaries:
     value: Tensor
 
     def lines(self, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return key (B, H, blocks, d), bias (B, H, blocks), value (B, H, blocks, d_v)."""
-        return tuple(t.flatten(2, 3)[:, :, :blocks] for t in (self.key.mT, self.bias, self.value))
+        """Return key (B, H, blocks, d), bias (B, H, blocks), value (B, H, blocks, d_v); zeros past the last panel."""
+        lines = [t.flatten(2, 3)[:, :, :blocks] for t in (self.key.mT, self.bias[..., None], self.value)]
+        key, bias, value = (F.pad(line, (0, 0, 0, blocks - line.shape[2])) for line in lines)
+        return key, bias[..., 0], value
 
 
 def in_panels(key: Tensor, bias: Tensor, value: Tensor) -> Summaries:
@@ -80,6 +82,48 @@ def dot_form_of(inputs: AttentionInputs, key: Tensor) -> tuple[Tensor, Tensor]:
     softened = () if inputs.softening is None else (inputs.softening_column(key.dtype),)
     query, key, _, factor = inputs.metric.dot_form(inputs.query, key, *softened)
     return query * (factor * inputs.scaling * inputs.lambda_column()), key
+
+
+class FirstQueries:
+    """The first BEGINNING queries of each row of a text that comes in parts, for each group of a module's heads.
+
+    They stand by their places, so that a text that is cut short, or begins anew, overwrites what it must; tensors are
+    never written into, so that copies may share them.
+    """
+
+    def __init__(self, owner: int = 0, rows: dict[int, tuple[Tensor, int]] | None = None):
+        self.owner, self._rows = owner, dict(rows or {})
+
+    def of(self, owner: int) -> "FirstQueries":
+        """Return these for an owner, by its id: a copy for another than before."""
+        return self if self.owner == owner else FirstQueries(owner, self._rows)
+
+    def update(self, number: int, query: Tensor, num_keys: int, first: Tensor | None) -> Tensor | None:
+        """Return the beginning of group `number` as `Retrieval` has it, after the last queries (B, H, N, d) of M keys.
+
+        None where queries before them are not known.
+        """
+        before, count = num_keys - query.shape[2], min(BEGINNING, num_keys)
+        offset = torch.zeros(1, dtype=torch.long, device=query.device) if first is None else first
+        known, reach = self._rows.get(number, (None, 0))
+        if before and (known is None or reach < before or known.shape[:2] != query.shape[:2]):
+            self._rows.pop(number, None)
+            return None
+        if known is None or before < BEGINNING + int(offset.max()):
+            place = torch.arange(count, device=query.device) + offset[:, None] - before
+            own = (place >= 0) & (place < query.shape[2])
+            index = place.clamp(0, query.shape[2] - 1)[:, None, :, None].expand(*query.shape[:2], -1, query.shape[3])
+            rows = query.detach().gather(2, index)
+            if before:
+                known = F.pad(known, (0, 0, 0, max(0, count - known.shape[2])))[:, :, :count]
+                rows = torch.where(own[:, None, :, None], rows, known.to(rows))
+            known = rows
+        self._rows[number] = known, num_keys
+        return known
+
+    def changed(self, change, owner: int) -> "FirstQueries":
+        """Return these with `change` applied to every tensor, whose first axis is the batch."""
+        return FirstQueries(owner, {n: (change(rows), reach) for n, (rows, reach) in self._rows.items()})
 
 
 def centers(problem: Retrieval, blocks: int) -> Tensor:

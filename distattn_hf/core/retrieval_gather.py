@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,17 +55,41 @@ def _with_codes(problem: Retrieval) -> Retrieval:
     return replace(problem, inputs=inputs, codes=codes)
 
 
-def summaries_of(problem: Retrieval) -> Summaries:
-    """Return the summaries of all blocks of a problem, in at least float32."""
-    problem = replace(problem, inputs=_unlifted(problem.inputs))
-    far = _Far(problem, _Layout(problem, problem.inputs.groups), _unlifted)
+def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None) -> Summaries:
+    """Return the summaries of blocks start to stop (None: all) of a problem, in at least float32."""
+    inputs, search = _unlifted(problem.inputs), problem.search
+    problem = replace(problem, inputs=inputs)
+    if stop is None:
+        stop = -(-inputs.key.shape[2] // search.block_size)
+    key, value, keep = _cut(problem, start, stop)
+    far = _far_field(problem, key, value, keep, start)
     return in_panels(far.key, far.bias, far.value)
 
 
-def visible_keys(problem: Retrieval) -> Callable[[int, int], Tensor]:
-    """Return (start, stop) -> which keys those queries see, bool (B, H, n, M)."""
-    chosen = _chosen_for(problem)[0]
-    return lambda start, stop: chosen.visible(slice(start, stop))
+def _cut(problem: Retrieval, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return key (B, H_kv, n·b, d), value and keep (B, n·b) of blocks start to stop; what is no key is 0."""
+    inputs, block = problem.inputs, problem.search.block_size
+    key, value, num_keys = inputs.key, inputs.value, inputs.key.shape[2]
+    keep = torch.ones(len(key), num_keys, dtype=torch.bool, device=key.device)
+    if inputs.keep is not None:
+        keep = keep & inputs.keep[:, 0, 0]
+        # Keys and values at padding may be anything, NaN included.
+        key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
+    begin, moved = start * block, problem.first
+    if moved is not None and begin:
+        least = int(moved.min())
+        begin, moved = min(begin + least, num_keys - 1), moved - least
+    length = (stop - start) * block
+    key, value = (aligned(t[:, :, begin:], moved, 2)[:, :, :length] for t in (key, value))
+    keep = aligned(keep[:, begin:], moved, 1)[:, :length]
+    fill = length - keep.shape[1]
+    return *(F.pad(t, (0, 0, 0, fill)) for t in (key, value)), F.pad(keep, (0, fill), value=False)
+
+
+def weight_rows(problem: Retrieval) -> Callable[[int, int], Tensor]:
+    """Return (start, stop) -> the weights (B, H, n, M) of those queries."""
+    chosen, tensors = _tensors_of(problem, needs_shares=True)
+    return lambda start, stop: chosen.weights(slice(start, stop), *tensors)
 
 
 @torch.no_grad()
@@ -95,8 +120,13 @@ def caught_weight(problem: Retrieval) -> Tensor:
 
 def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
     """Return the blocks that the queries of a problem see, and its inputs as operators take them."""
-    inputs = _for_operators(problem.inputs)
-    layout = _Layout(replace(problem, inputs=inputs), problem.inputs.groups)
+    inputs, beginning, heads = _for_operators(problem.inputs), problem.beginning, problem.inputs.key.shape[1]
+    if beginning is not None:
+        beginning = _for_operators(replace(problem.inputs, query=beginning)).query
+    # Known summaries are in the units of the keys themselves.
+    known = None if isinstance(problem.inputs.softening, Tensor) else problem.summaries
+    problem = replace(problem, inputs=inputs, beginning=beginning, summaries=known)
+    layout = _Layout(problem, inputs.query.shape[1] // heads)
     with torch.no_grad():
         blocks, exists = layout.choose()
     # Drawn here, so that the backward pass can make the same dropout again.
@@ -127,17 +157,22 @@ def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> 
         zero = 0.0 * (given.query.sum() + given.key.sum() + given.value.sum())
         output = given.query.new_zeros(*given.query.shape[:3], given.value.shape[-1]) + zero
         return output, given.query.new_zeros(*given.query.shape[:3], given.key.shape[2]) if return_weights else None
+    chosen, tensors = _tensors_of(problem, return_weights)
+    output = _Gathered.apply(chosen, *tensors)
+    if not return_weights:
+        return output, None
+    return output, torch.cat([chosen.weights(part, *tensors) for part in chosen.parts], dim=2)
+
+
+def _tensors_of(problem: Retrieval, needs_shares: bool) -> tuple["_Chosen", tuple]:
+    """Return the blocks that the queries of a problem see, and the tensors that attention to them takes."""
     chosen, inputs = _chosen_for(problem)
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
-    tensors = inputs.query, chosen.layout.key, chosen.layout.value, lam, inputs.bias, problem.relative_bias
-    tensors = *tensors, inputs.sink_logit, inputs.shift
+    far = None, None, None, None
     if has_far_field(problem):
-        far = _Far(problem, chosen.layout, _for_operators)
-        chosen.shares = far.shares
-        tensors = *tensors, far.query, far.key, far.bias, far.value
-    else:
-        tensors = *tensors, None, None, None, None
-    return _Gathered.apply(chosen, *tensors), chosen.weights(*tensors) if return_weights else None
+        *far, chosen.shares = _far_field_of(chosen.layout, needs_shares)
+    tensors = inputs.query, chosen.layout.key, chosen.layout.value, lam, inputs.bias, problem.relative_bias
+    return chosen, (*tensors, inputs.sink_logit, inputs.shift, *far)
 
 
 class _Layout:
@@ -149,20 +184,10 @@ class _Layout:
     def __init__(self, problem: Retrieval, share: int):
         self.problem, self.share = problem, share
         inputs, search = problem.inputs, problem.search
-        batch, self.heads, num_queries, _ = inputs.query.shape
-        key_heads, num_keys = inputs.key.shape[1:3]
-        device = inputs.key.device
-        keep = torch.ones(batch, num_keys, dtype=torch.bool, device=device)
-        key, value = inputs.key, inputs.value
-        if inputs.keep is not None:
-            keep = keep & inputs.keep[:, 0, 0]
-            # Keys and values at padding may be anything, NaN included.
-            key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
-        self.blocks = -(-num_keys // search.block_size)
-        fill = self.blocks * search.block_size - num_keys
-        key, value = (F.pad(aligned(t, problem.first, 2), (0, 0, 0, fill)) for t in (key, value))
-        self.key, self.value, self.num_keys = key, value, num_keys
-        self.keep = F.pad(aligned(keep, problem.first, 1), (0, fill), value=False)
+        _, self.heads, num_queries, _ = inputs.query.shape
+        num_keys, device = inputs.key.shape[2], inputs.key.device
+        self.blocks, self.num_keys = -(-num_keys // search.block_size), num_keys
+        self.key, self.value, self.keep = _cut(problem, 0, self.blocks)
         self.first = torch.zeros(1, dtype=torch.long, device=device) if problem.first is None else problem.first
         before = num_keys - num_queries if inputs.is_causal else 0
         self.positions = before + torch.arange(num_queries, device=device) - self.first[:, None]
@@ -236,23 +261,38 @@ class _Layout:
         return scores.masked_fill(~may, float("-inf"))
 
 
-class _Far:
+class _Far(NamedTuple):
     """The far field of a problem: query (B, H, N, d) and key (B, H, blocks, d), dot products where logits are.
 
-    bias (B, H, blocks) and value (B, H, blocks, d_v) of its blocks, and the shares (B, H, M') of keys in their blocks.
+    bias (B, H, blocks) and value (B, H, blocks, d_v) of its blocks; shares (B, H, M') of the keys in their blocks.
     """
 
-    def __init__(self, problem: Retrieval, layout: "_Layout", form: Callable):
-        inputs, key = layout.problem.inputs, layout.key
-        # Centers are queries like any other: `form` makes of them what it made of those.
-        center = form(replace(problem.inputs, query=centers(problem, layout.blocks)))
-        self.query = inputs.query
-        if has_codes(inputs):
-            center = dotted(replace(center, key=key))
-            self.query, key = dot_form_of(inputs, key)
-        self.key, self.bias, self.value, self.shares = summarise(
-            center, key, layout.value, layout.keep, center.query, problem.search.block_size
-        )
+    query: Tensor
+    key: Tensor
+    bias: Tensor
+    value: Tensor
+    shares: Tensor | None
+
+
+def _far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, start: int = 0) -> _Far:
+    """Return the far field of blocks of keys, the first of which is number `start`."""
+    inputs, block = problem.inputs, problem.search.block_size
+    center = centers(problem, start + key.shape[2] // block)
+    about = replace(inputs, query=center[:, :, start:] if center.shape[2] > 1 else center)
+    query = inputs.query
+    if has_codes(inputs):
+        about = dotted(replace(about, key=key))
+        query, key = dot_form_of(inputs, key)
+    return _Far(query, *summarise(about, key, value, keep, about.query, block))
+
+
+def _far_field_of(layout: "_Layout", needs_shares: bool) -> _Far:
+    """Return the far field of a layout, by the summaries that are known if they will do."""
+    inputs, known = layout.problem.inputs, layout.problem.summaries
+    if known is None or needs_shares:
+        return _far_field(layout.problem, layout.key, layout.value, layout.keep)
+    query = dot_form_of(inputs, layout.key[:, :, :0])[0] if has_codes(inputs) else inputs.query
+    return _Far(query, *known.lines(layout.blocks), None)
 
 
 class _Chosen:
@@ -312,9 +352,7 @@ class _Chosen:
         read = torch.zeros(*blocks.shape[:3], self.layout.blocks, dtype=torch.int32, device=blocks.device)
         return self.layout._may(part) & (read.scatter_add(-1, blocks, exists.int()) == 0)
 
-    def attend(
-        self, part, query, key, value, lam, bias, relative_bias, sink, shift, *far, weights=False
-    ) -> Tensor:
+    def attend(self, part, query, key, value, lam, bias, relative_bias, sink, shift, *far, weights=False) -> Tensor:
         """Return (B, H, n, d_v) of the queries of a part, or their weights (B, H_kv, n, G, L + blocks).
 
         key, value: gathered. far: query, key, bias and value of the far field, or None for each.
@@ -395,28 +433,20 @@ class _Chosen:
         result = result.scatter_add(-1, place, seen.int()) > 0
         return result.repeat_interleave(self.layout.heads // result.shape[1], dim=1)
 
-    def visible(self, part: slice) -> Tensor:
-        """Return which keys the queries of a part see, bool (B, H, n, M)."""
-        return self._at_positions(self.seen_blocks(part))
-
-    def weights(self, *tensors) -> Tensor:
-        """Return the weights (B, H, N, M) before dropout."""
-        layout, inputs = self.layout, self.layout.problem.inputs
-        batch, heads, num_queries, _ = inputs.query.shape
-        result = inputs.query.new_zeros(batch, heads, num_queries, layout.num_keys)
-        for part in self.parts:
-            chances = self.attend(part, *self.of_part(part, *tensors), weights=True)
-            place = self.places(part)[0]
-            chances, beyond = chances.split([place.shape[-1], chances.shape[-1] - place.shape[-1]], dim=-1)
-            position = (place + layout.first[:, None, None, None]).clamp(max=layout.num_keys - 1)
-            position = position[:, :, :, None].expand_as(chances)
-            rows = [t.transpose(2, 3).flatten(1, 2) for t in (position, chances)]
-            result[:, :, part] = result[:, :, part].scatter_add(-1, *rows)
-            if self.shares is not None:
-                beyond = beyond.transpose(2, 3).flatten(1, 2)
-                spread = beyond.repeat_interleave(layout.problem.search.block_size, dim=-1) * self.shares[:, :, None]
-                result[:, :, part] += self._at_positions(spread)
-        return result
+    def weights(self, part: slice, *tensors) -> Tensor:
+        """Return the weights (B, H, n, M) of the queries of a part before dropout."""
+        layout, given = self.layout, self.of_part(part, *tensors)
+        chances = self.attend(part, *given, weights=True)
+        place = self.places(part)[0]
+        chances, beyond = chances.split([place.shape[-1], chances.shape[-1] - place.shape[-1]], dim=-1)
+        position = (place + layout.first[:, None, None, None]).clamp(max=layout.num_keys - 1)
+        position = position[:, :, :, None].expand_as(chances)
+        index, chances, beyond = (t.transpose(2, 3).flatten(1, 2) for t in (position, chances, beyond))
+        result = chances.new_zeros(*chances.shape[:3], layout.num_keys).scatter_add(-1, index, chances)
+        if self.shares is None:
+            return result
+        spread = beyond.repeat_interleave(layout.problem.search.block_size, dim=-1) * self.shares[:, :, None]
+        return result + self._at_positions(spread)
 
     def _at_positions(self, tensor: Tensor) -> Tensor:
         """Return (B, H, n, M), of keys where they stand in the problem, of keys of all blocks (B, H, n, M')."""

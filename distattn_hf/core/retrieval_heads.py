@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,14 @@ from .nystrom_heads import exact_heads, join_heads, key_padding
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
 from .retrieval import Retrieval, Search, first_keys, has_codes
+from .retrieval_far import has_far_field
 from .retrieval_gather import run_retrieval
 
 
 def search_of(spec: AttentionSpec, is_cross: bool) -> Search:
     """Return the search that a spec with mechanism "retrieval" asks for."""
     window_size, num_sinks = (0, 0) if is_cross else (spec.window_size, spec.num_sinks)
-    return Search(window_size, num_sinks, spec.block_size, spec.num_blocks)
+    return Search(window_size, num_sinks, spec.block_size, spec.num_blocks, spec.far_field)
 
 
 def retrieval_forward(
@@ -41,7 +43,8 @@ def retrieval_forward(
     if keep is not None and surely(keep.all()):
         keep = None
     results = []
-    for heads, group in state.parts():
+    first_queries, state.first_queries = state.first_queries, None
+    for number, (heads, group) in enumerate(state.parts()):
         index = torch.tensor(heads, device=query.device)
         own = replace(
             call,
@@ -54,7 +57,9 @@ def retrieval_forward(
         if group is None or group.spec.mechanism != "retrieval":
             results.append((heads, *exact_heads(attend, group, *tensors, own)))
         else:
-            results.append((heads, *_retrieve(group, *tensors, keep, own, layer if tensors[1] is key else None)))
+            known = None if first_queries is None else partial(first_queries.update, number)
+            made_of = (layer, number) if layer is not None and tensors[1] is key else None
+            results.append((heads, *_retrieve(group, *tensors, keep, own, made_of, known)))
     return join_heads(results)
 
 
@@ -70,18 +75,41 @@ def some_heads(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> t
 
 
 def _retrieve(
-    group: HeadParameters, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, call: ModuleCall, layer
+    group: HeadParameters,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    call: ModuleCall,
+    cached: tuple | None,
+    beginning_after: Callable | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (output, weights or None) of a group of retrieval heads; layer: the cache layer of the key, or None."""
+    """Return (output, weights or None) of a group of retrieval heads.
+
+    cached: the cache layer of the key and the group's number in it, or None. beginning_after: what keeps the first
+    queries (`FirstQueries.update` of this group), or None.
+    """
     problem = retrieval_problem(group, query, key, value, keep, call)
-    # The codes of cosine are of keys of length 1.
-    is_plain = problem.inputs.key is key and has_codes(problem.inputs) and not problem.inputs.metric.scale_free
-    if layer is not None and is_plain and problem.search.most_blocks:
-        with torch.no_grad():
-            codes = layer.codes_of(key, keep, problem.first, problem.search.block_size)
-        problem = replace(problem, codes=codes)
+    if beginning_after is not None and problem.search.far_field and call.is_causal:
+        beginning = beginning_after(problem.inputs.query, key.shape[2], problem.first)
+        problem = replace(problem, beginning=beginning)
+    if cached is not None:
+        problem = _with_what_is_cached(problem, key, keep, *cached)
     output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
     return output.to(value.dtype), weights
+
+
+def _with_what_is_cached(problem: Retrieval, key: Tensor, keep: Tensor | None, layer, number: int) -> Retrieval:
+    """Return the problem with the codes and summaries that the key's cache layer keeps."""
+    # The codes of cosine are of keys of length 1.
+    is_plain = problem.inputs.key is key and has_codes(problem.inputs) and not problem.inputs.metric.scale_free
+    keeps = not problem.inputs.needs_grad()
+    with torch.no_grad():
+        if is_plain and problem.search.most_blocks:
+            problem = replace(problem, codes=layer.codes_of(key, keep, problem.first, problem.search.block_size))
+        if keeps and problem.beginning is not None and has_far_field(problem):
+            problem = replace(problem, summaries=layer.summaries_of(number, problem))
+    return problem
 
 
 def retrieval_problem(

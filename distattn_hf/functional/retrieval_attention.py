@@ -24,6 +24,7 @@ def retrieval_attention(
     num_blocks: int | tuple[int, ...] = 26,
     window_size: int = 64,
     num_sinks: int = 4,
+    far_field: bool = True,
     lam: float | Tensor | None = None,
     p: float | None = None,
     scaling: float | None = None,
@@ -37,14 +38,16 @@ def retrieval_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute attention of each query to the first keys, the last ones, and the blocks of others that match it best.
 
-    Softmax attention over the keys that a query sees, and nothing of the others; logits as in `distance_attention`.
-    Keys stand in blocks, counted from the first that is not padding. A query sees the blocks that hold the first
-    num_sinks keys, its own block (as far as causality lets it) and those beside it that hold window_size - 1 more keys,
-    and num_blocks others: those with the largest logits, as far as a copy of the keys in four bits says, where logits
-    are a dot product ("dot", "cosine"); other metrics look at the keys themselves. Query heads of one key head choose
-    together. The choice has no gradient. With num_blocks at least the number of blocks it is exact attention.
+    Softmax attention over the keys that a query reads, and over one key for each block that it does not; logits as in
+    `distance_attention`. Keys stand in blocks, counted from the first that is not padding. A query reads the blocks
+    that hold the first num_sinks keys, its own block (as far as causality lets it) and those beside it that hold
+    window_size - 1 more keys, and num_blocks others: those with the largest logits, as far as a copy of the keys in
+    four bits says, where logits are a dot product ("dot", "cosine"); other metrics look at the keys themselves. Query
+    heads of one key head choose together. The choice has no gradient. A block that is not read counts as a key of its
+    own, such that to first order about the mean of the first 64 queries (in both directions: of all) nothing is lost.
+    With num_blocks at least the number of blocks it is exact attention.
 
-    A query costs M products in whole numbers of four bits, and those with the keys it sees; memory is linear in N and
+    A query costs M products in whole numbers of four bits, and those with the keys it reads; memory is linear in N and
     M. On the CPU without gradients one kernel does it.
 
     Args:
@@ -56,6 +59,8 @@ def retrieval_attention(
         num_blocks: blocks that each query chooses: a number, or one for each key head.
         window_size: at least so many last keys are seen, the query's own included (in both directions unless causal).
         num_sinks: at least so many first keys are seen.
+        far_field: False: blocks that are not read count as nothing. So they do across sequences and beside a bias.
+            With fewer queries than keys, whose first ones are not here, blocks are expanded about the mean of these.
         lam, p, scaling, dropout_p, softening: as in `distance_attention`.
         mask: padding: (B, M) or (B, 1, 1, M), bool or 0/1 integers, True = keep.
         position_bias: (B or 1, H, N, M), added to the logits of the keys that are seen; it has no part in the choice.
@@ -86,7 +91,7 @@ def retrieval_attention(
     if not is_cross and (num_queries > num_keys if is_causal else num_queries != num_keys):
         wanted = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
         raise ValueError(f"retrieval attention needs {wanted}, got {num_queries} queries and {num_keys} keys")
-    search = Search(window_size, num_sinks, block_size, num_blocks)
+    search = Search(window_size, num_sinks, block_size, num_blocks, far_field)
     search = replace(search, window_size=0, num_sinks=0) if is_cross else search
     search.budget(key.shape[1])
     if not is_cross and window_size < 1:

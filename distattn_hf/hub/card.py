@@ -225,10 +225,11 @@ def _attention_text(config: dict) -> str:
             parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
         elif spec.get("mechanism") == "retrieval":
             read = spec["num_blocks"] * spec["block_size"]
+            beyond = ", of each other block one key that stands for it" if spec.get("far_field") else ""
             own = "" if spec.get("lift") else f" by the {spec['metric']} distance"
             parts.append(
                 f"retrieval attention{own} (each query reads the last {spec['window_size']} tokens, the first "
-                f"{spec['num_sinks']}, and {read} others in blocks of {spec['block_size']})"
+                f"{spec['num_sinks']}, and {read} others in blocks of {spec['block_size']}{beyond})"
             )
         else:
             order = f" (p={spec['p']:g})" if spec.get("p") is not None else ""

@@ -131,7 +131,33 @@ class Loops:
             far, sinks = ([n for n in numbers if n < near[0]] for numbers in (far, sinks))
         scores = {n: self.score(n) for n in far if self.real(n * size, (n + 1) * size)}
         blocks = {*near, *sinks, *self.best(query, scores, self.budget)}
-        return [j for n in sorted(blocks) for j in self.real(n * size, (n + 1) * size)]
+        beyond = [n for n in scores if n not in blocks] if search.far_field and search.window_size else []
+        return [j for n in sorted(blocks) for j in self.real(n * size, (n + 1) * size)], beyond
+
+    def stand_in(self, number: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        """A block's real keys, their shares (G, n) of the weight that a mean query gives it, and (G, N) logits."""
+        size = self.search.block_size
+        where, keys, queries = self.real(number * size, (number + 1) * size), self.key, self.query
+        if self.name == "cosine":
+            keys, queries = (t / t.norm(dim=-1, keepdim=True) for t in (keys, queries))
+        keys = keys[where]
+        end = min(64, (number + 1) * size) if self.causal else self.num_keys
+        center = self.query[:, self.real(0, end)].mean(1)
+        if self.name == "cosine":
+            center = center / center.norm(dim=-1, keepdim=True)
+
+        def logits(query, keys):
+            """(G, d), (n, d) or (G, n, d) -> (G, n)."""
+            if self.name in ("dot", "cosine"):
+                return ((query[:, None] * keys).sum(-1) - (self.name == "cosine")) * self.factor[..., 0]
+            distance = {"l2": lambda x: x.square().sum(-1).sqrt(), "l1": lambda x: x.abs().sum(-1)}[self.name]
+            return -self.factor[..., 0] * distance(query[:, None] - keys)
+
+        own = logits(center, keys)
+        shares = own.softmax(-1)
+        mean = (shares @ keys)[:, None]
+        bias = own.logsumexp(-1, keepdim=True) - logits(center, mean)
+        return where, shares, torch.cat([logits(q, mean) for q in queries.unbind(1)], dim=-1) + bias
 
 
 def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,22 +175,31 @@ def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
             logits = loops.logits(loops.key) + bias[row, own]
             for query in range(num_queries):
                 position = before + query - loops.first
-                keys = loops.seen(query, position) if position >= 0 or not x.search.window_size else []
+                keys, beyond = loops.seen(query, position) if position >= 0 or not x.search.window_size else ([], [])
                 keys = [j for j in keys if not inputs.is_causal or j <= before + query]
-                if keys:
-                    weights[row, own, query, keys] = logits[:, query, keys].softmax(-1)
+                if not keys:
+                    continue
+                others = [loops.stand_in(n) for n in beyond if inputs.bias is None]
+                parts = torch.cat([logits[:, query, keys], *(far[:, query, None] for *_, far in others)], dim=-1)
+                chances = parts.softmax(-1)
+                weights[row, own, query, keys] = chances[:, : len(keys)]
+                for (where, shares, _), chance in zip(others, chances[:, len(keys) :].unbind(1), strict=True):
+                    weights[row, own, query, where] = chance[:, None] * shares
     return weights @ inputs.value.repeat_interleave(groups, dim=1), weights
 
 
+@pytest.mark.parametrize("far_field", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("metric", ["dot", "l2", "l1", "cosine"])
-def test_the_definition(metric, form, padded, monkeypatch):
+def test_the_definition(metric, form, padded, far_field, monkeypatch):
     """Also with few queries, and a few queries at a time. Breaks if a block, a mean or a group is off by one."""
     monkeypatch.setattr(retrieval_gather, "_ENTRIES", 2**10)
-    shape = (2, 4, 2, 23, 70) if form != "bidirectional" else (2, 4, 2, 70, 70)
+    shape = (2, 4, 2, 23, 70) if form == "cross" or not far_field else (2, 4, 2, 70, 70)
+    if form == "bidirectional":
+        shape = (2, 4, 2, 70, 70)
     keep = padding(2, 70) if padded else None
-    x = problem(form, metric=metric, keep=keep, shape=shape)
+    x = problem(form, replace(SMALL, far_field=far_field), metric=metric, keep=keep, shape=shape)
     output, weights = retrieval_by_operators(x, return_weights=True)
     expected, expected_weights = by_loops(x)
     rows = torch.ones(2, 1, shape[3], dtype=torch.bool)
@@ -173,8 +208,8 @@ def test_the_definition(metric, form, padded, monkeypatch):
     rows = rows.expand(2, 4, shape[3])
     assert_close(weights[rows], expected_weights[rows], "float64")
     assert_close(output[rows], expected[rows], "float64")
-    seen = (weights > 0).sum(-1)
-    assert seen.max() < 45, "the control: not all of 70 keys are seen"
+    if not far_field or form == "cross":
+        assert (weights > 0).sum(-1).max() < 45, "the control: not all of 70 keys are seen"
 
 
 def test_budgets_by_head_and_a_bias():
