@@ -1,8 +1,9 @@
 """What retrieval attention keeps of SmolLM2: a hidden number and perplexity, against the keys that are read.
 
-python -m distattn_hf.experiments.retrieval_quality OUT.json [--lengths 1024,2048,4096] [--blocks 0,16,26] [--rows 2]
+python -m distattn_hf.experiments.retrieval_quality OUT.json [--lengths 1024,2048,4096] [--blocks 8,16,26]
+    [--alone 0,16] [--samples 10] [--rows 2]
 
-No fit, no training. Beside the teacher: 0 blocks, which is sinks and window alone. A number stands at five depths in
+No fit, no training. --blocks: with the far field; --alone: without it, 0 blocks then are sinks and window. A number stands at five depths in
 news that no fit saw; a hit is all of its digits as the likeliest next tokens. Perplexity is of --rows rows of the same
 news. The file is written after every length and setting, and a run that was cut off goes on from it.
 """
@@ -70,7 +71,7 @@ def share_read(spec: AttentionSpec, length: int) -> float:
     return min(1.0, blocks * spec.block_size / length)
 
 
-def main(out: Path, lengths: list[int], budgets: list[int], samples: int, rows: int) -> None:
+def main(out: Path, lengths: list[int], budgets: list[int], alone: list[int], samples: int, rows: int) -> None:
     """Measure what the file does not hold yet, print a line for each setting and write the file."""
     logging.set_verbosity_error()
     results = (
@@ -79,16 +80,17 @@ def main(out: Path, lengths: list[int], budgets: list[int], samples: int, rows: 
     model, tokenizer = load_checkpoint("smollm2-135m")
     model.eval()
     ids = token_stream(tokenizer, read_texts("news", split="test"), max(60_000, max(lengths) * rows))
-    done = {(row["length"], row["num_blocks"]) for row in results["rows"]}
+    done = {(row["length"], row["num_blocks"], row["far_field"]) for row in results["rows"]}
+    settings = [(None, None), *((n, True) for n in budgets), *((n, False) for n in alone)]
     for length in lengths:
-        for budget in (None, *budgets):
-            if (length, budget) in done:
+        for budget, far_field in settings:
+            if (length, budget, far_field) in done:
                 continue
             student, share = model, 1.0
             if budget is not None:
-                spec = AttentionSpec(mechanism="retrieval", num_blocks=budget)
+                spec = AttentionSpec(mechanism="retrieval", num_blocks=budget, far_field=far_field)
                 student, share = convert(model, spec), share_read(spec, length)
-            row = {"length": length, "num_blocks": budget, "share_read": share}
+            row = {"length": length, "num_blocks": budget, "far_field": far_field, "share_read": share}
             results["rows"].append(row | measure(student, tokenizer, ids, length, samples, rows))
             write_json(out, results)
             print(results["rows"][-1], flush=True)
@@ -97,9 +99,9 @@ def main(out: Path, lengths: list[int], budgets: list[int], samples: int, rows: 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    for option, default in (("--lengths", "1024,2048,4096"), ("--blocks", "0,16,26")):
+    for option, default in (("--lengths", "1024,2048,4096"), ("--blocks", "8,16,26"), ("--alone", "0,16")):
         parser.add_argument(option, default=default, type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--rows", type=int, default=2)
     given = parser.parse_args()
-    main(given.out, given.lengths, given.blocks, given.samples, given.rows)
+    main(given.out, given.lengths, given.blocks, given.alone, given.samples, given.rows)

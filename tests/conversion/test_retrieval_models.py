@@ -75,7 +75,11 @@ def test_eager_is_the_same_attention_and_returns_the_weights(family, options):
     weights = slow.decoder_attentions[0] if family == "t5" else slow.attentions[0]
     sums = weights.sum(-1).transpose(1, 2)[rows]
     torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-6, rtol=0)
+    student.set_attention_options(far_field=False)
+    without = student(**batch, use_cache=False, output_attentions=True)
+    weights = without.decoder_attentions[0] if family == "t5" else without.attentions[0]
     assert (weights[-1, 0, -1] > 0).sum() < weights.shape[-1] * 0.8, "the control: some keys are not read"
+    assert family == "t5" or (without.logits - slow.logits)[rows].abs().max() > 1e-3, "the control: the rest counts"
 
 
 @DECODERS
@@ -188,18 +192,28 @@ def test_a_step_does_not_copy_the_cache():
 
 @torch.no_grad()
 def test_goes_on_from_a_plain_cache():
-    """A prefix read by another model's cache class, or before: its keys are all there."""
-    student = student_of("llama", **WHOLE_PANELS)
+    """A prefix read by another model's cache class, or before: its keys are all there, its first queries are not."""
+    student = student_of("llama", **WHOLE_PANELS, far_field=False)
     ids = torch.randint(3, VOCAB, (2, 90))
     cache = DynamicCache(config=student.config)
     student(ids[:, :70], past_key_values=cache)
-    plain = DynamicCache(config=student.config)
-    for index, layer in enumerate(cache.layers):
-        plain.update(layer.keys.clone(), layer.values.clone(), index)
+
+    def copied():
+        plain = DynamicCache(config=student.config)
+        for index, layer in enumerate(cache.layers):
+            plain.update(layer.keys.clone(), layer.values.clone(), index)
+        return plain
+
+    plain = copied()
     assert type(plain.layers[0]) is DynamicLayer
     logits = student(ids[:, 70:], past_key_values=plain).logits
     assert type(plain.layers[0]) is RetrievalLayer
     assert (logits - student(ids, use_cache=False).logits[:, 70:]).abs().max() <= CACHED_LOGITS
+    student.set_attention_options(far_field=True)
+    whole = student(ids, use_cache=False).logits[:, 70:]
+    teacher = revert(student)(ids, use_cache=False).logits[:, 70:]
+    logits = student(ids[:, 70:], past_key_values=copied()).logits
+    assert (logits - teacher).abs().mean() <= 1.5 * (whole - teacher).abs().mean()
 
 
 @EVERY_FAMILY
@@ -381,7 +395,9 @@ def test_the_report_says_how_much_was_caught(family):
     teacher = FAMILIES[family]()
     batch = long_batch(teacher, padded=True)
     whole = convert(teacher, retrieval(num_blocks=40), calibration=[batch])
-    student = convert(teacher, retrieval(num_blocks=1), calibration=[batch])
+    student = convert(teacher, retrieval(num_blocks=1, far_field=False), calibration=[batch])
+    with_far_field = convert(teacher, retrieval(num_blocks=1), calibration=[batch])
+    assert with_far_field.conversion_report.groups[0].caught == student.conversion_report.groups[0].caught
     for group in whole.conversion_report.groups:
         assert min(group.caught) >= 1 - 1e-5
     caught = student.conversion_report.groups[0].caught
