@@ -15,7 +15,7 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
-    "layers", "heads", "attention", "p", "lam", "transform", "softening",
+    "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
@@ -58,7 +58,13 @@ def convert(
     ] = None,
     num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 26.")] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
+        float | None, typer.Option(help="nystrom: heads that stay further off (relative error) use --beyond instead.")
+    ] = None,
+    beyond: Annotated[
+        str | None,
+        typer.Option(
+            help="nystrom: what heads past --max-error use: retrieval (whole key heads) or exact. Default: retrieval."
+        ),
     ] = None,
     init: Annotated[
         str | None,
@@ -103,7 +109,7 @@ def convert(
     check_choices(
         metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-        block_size=block_size, num_blocks=num_blocks, max_error=max_error, steps=steps, seed=seed,
+        block_size=block_size, num_blocks=num_blocks, max_error=max_error, beyond=beyond, steps=steps, seed=seed,
     )  # fmt: skip
     epsilon = read_softening(softening)
     retrieves = mechanism == "retrieval" and spec_file is None
@@ -137,7 +143,7 @@ def convert(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-            block_size=block_size, num_blocks=num_blocks,
+            block_size=block_size, num_blocks=num_blocks, beyond=beyond,
         )  # fmt: skip
     texts = None
     if calibration is not None:

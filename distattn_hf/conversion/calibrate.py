@@ -20,7 +20,7 @@ from ..core.metrics import get_metric
 from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.softening import has_softened_form
-from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
+from .calibrate_nystrom import NystromData, beyond_heads, fit_nystrom, take_beyond
 from .fit import LayerData, Rows, row_deviation
 from .observe import observed, teacher_attention
 
@@ -48,8 +48,8 @@ class CalibrationOptions:
             Euclidean) α is kept.
         seed: of the draws. Same seed, same data: same result.
         progress: show a progress bar.
-        max_error: Nyström heads whose outputs stay further from the teacher's (relative error) keep dot-product
-            attention and a full cache; None: none does.
+        max_error: Nyström heads whose outputs stay further from the teacher's (relative error) use what the spec's
+            `beyond` says; None: none does.
         max_length, max_tokens: of a calibration sequence, and of all together. None: 512 and 8,192; with Nyström
             attention, whose far field is what lies beyond the window, 1,024 and 16,384.
     """
@@ -312,6 +312,9 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
             results[name] = []
             joined_call = _joined(calls, len(query))
             for group, heads in zip(state.groups, state.head_lists, strict=True):
+                if group.spec.mechanism == "retrieval" and not group.fitted_tensors():
+                    results[name].append({})
+                    continue
                 if isinstance(group, NystromParameters):
                     data = NystromData(queries, keys, values, joined_call, heads)
                     _check_sequences(data, name)
@@ -321,7 +324,8 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
                 _check_sequences(data, name)
                 results[name].append(fit_group(group, data, options))
             if options.max_error is not None:
-                results[name] = leave_exact(model, name, state, results[name], options.max_error)
+                chosen = beyond_heads(state, results[name], options.max_error, call.groups)
+                results[name] = take_beyond(model, name, state, results[name], chosen)
             bar.update()
             if len(results) == len(names):
                 raise _AllFittedError

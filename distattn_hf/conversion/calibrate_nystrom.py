@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.head_groups import key_padding
 from ..core.inputs import ModuleCall, causal_keep
-from ..core.nystrom_heads import key_padding
-from ..core.parameters import NystromParameters
+from ..core.parameters import HeadParameters, NystromParameters
 from ..data.batches import length_for, longest_row
 from ..functional.landmarks import select_landmarks
 from .fit import draw_rows, split_sequences
@@ -191,33 +191,57 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
     return {name: torch.stack(values).mean(0) for name, values in results.items()}
 
 
-@torch.no_grad()
-def leave_exact(model, name: str, state, results: list[dict], max_error: float) -> list[dict]:
-    """Leave Nyström heads with an error above `max_error` out of a module; returns the others' figures.
+def beyond_heads(state, results: list[dict], max_error: float, groups: int) -> list[int]:
+    """Return the Nyström heads of a module with an error above `max_error`, of key heads with `groups` query heads.
 
-    They keep dot-product attention; a group that has none left goes.
+    Of a spec with beyond="retrieval" all those that share a key head with one: its keys are kept for that one anyway.
+    """
+    chosen = []
+    for heads, group, result in zip(state.head_lists, state.groups, results, strict=True):
+        if isinstance(group, NystromParameters):
+            heads = list(range(state.num_heads)) if heads is None else heads
+            errors = result["output_error"].tolist()
+            over = [head for head, error in zip(heads, errors, strict=True) if error > max_error]
+            if group.spec.beyond == "retrieval":
+                key_heads = {head // groups for head in over}
+                over = [head for head in heads if head // groups in key_heads]
+            chosen += over
+    return chosen
+
+
+@torch.no_grad()
+def take_beyond(model, name: str, state, results: list[dict], chosen: list[int]) -> list[dict]:
+    """Take heads out of a module's Nyström heads: they retrieve, or are left exact, as the spec's `beyond` says.
+
+    Returns the figures of the groups that there are then: a group that has no head left goes, one that retrieves has
+    none.
     """
     entries = model.config.distattn["modules"][name]["groups"]
     for number in reversed(range(len(state.groups))):
         group = state.groups[number]
-        if not isinstance(group, NystromParameters):
+        heads = list(range(state.num_heads)) if state.head_lists[number] is None else state.head_lists[number]
+        gone = sorted(set(heads) & set(chosen))
+        if not isinstance(group, NystromParameters) or not gone:
             continue
-        is_fitted = results[number]["output_error"] <= max_error
-        if bool(is_fitted.all()):
-            continue
-        if not bool(is_fitted.any()):
+        spec, entry = group.spec, entries[number]
+        kept = [head for head in heads if head not in gone]
+        if kept:
+            is_kept = torch.tensor([head in kept for head in heads])
+            smaller = NystromParameters(spec, len(kept), group.head_dim, group.has_origin)
+            smaller.to(group.landmarks)
+            for key, tensor in smaller.fitted_tensors().items():
+                tensor.copy_(group.fitted_tensors()[key][is_kept])
+            state.groups[number], state.head_lists[number] = smaller, kept
+            entries[number] = {**entry, "heads": kept}
+            results[number] = {key: values[is_kept] for key, values in results[number].items()}
+        else:
             for grouped in (state.groups, state.head_lists, entries, results):
                 del grouped[number]
-            continue
-        heads = state.head_lists[number] or range(state.num_heads)
-        kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
-        smaller = NystromParameters(group.spec, len(kept), group.head_dim, group.has_origin)
-        smaller.to(group.landmarks)
-        for key, tensor in smaller.fitted_tensors().items():
-            tensor.copy_(group.fitted_tensors()[key][is_fitted])
-        state.groups[number], state.head_lists[number] = smaller, kept
-        entries[number]["heads"] = kept
-        results[number] = {key: values[is_fitted] for key, values in results[number].items()}
+        if spec.beyond == "retrieval":
+            state.groups.append(HeadParameters(spec.beyond_spec(), len(gone), group.head_dim, group.has_origin))
+            state.head_lists.append(gone)
+            entries.append({**entry, "heads": gone, "beyond": True})
+            results.append({})
     return results
 
 

@@ -78,6 +78,7 @@ def convert(
 def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreTrainedModel:
     start = time.perf_counter()
     specs = parse_specs(spec)
+    specs = [_with_beyond(spec, options) for spec in specs]
     if options.max_error is not None and not any(s.mechanism == "nystrom" for s in specs):
         raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
     if init in (None, "calibrated"):
@@ -115,6 +116,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         # Without dropout, whatever mode the model came in.
         student.eval()
         divergences = calibrate(student, batch, options) if init == "calibrated" else {}
+        retrieves = any(state.is_retrieval for state in student.attention_states.values())
         for name, shares in (caught_shares(student, batch) if retrieves else {}).items():
             measured = divergences.setdefault(name, [{} for _ in shares])
             for entry, share in zip(measured, shares):
@@ -214,6 +216,16 @@ def _inside(model) -> str:
             attribute = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
             return f", which holds one: convert that alone, {attribute} = convert({attribute}, ...)"
     return ""
+
+
+def _with_beyond(spec: AttentionSpec, options: CalibrationOptions) -> AttentionSpec:
+    """Return the spec with the `beyond` of those heads that the options choose, if they choose any."""
+    if options.max_error is None and spec.beyond is not None:
+        raise ValueError(
+            f"beyond={spec.beyond!r} needs CalibrationOptions(max_error=...), which says of which heads, got None"
+        )
+    is_open = spec.mechanism == "nystrom" and options.max_error is not None and spec.beyond is None
+    return replace(spec, beyond="retrieval") if is_open else spec
 
 
 def _exact_below(config) -> int:

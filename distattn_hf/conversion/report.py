@@ -241,10 +241,9 @@ class ConversionReport:
 
     def _count(self, group: GroupReport) -> str:
         """Return how many heads a group has; of how many, where some of the module keep dot-product attention."""
-        exact = self.exact_heads.get(group.module)
-        if not exact:
-            return str(len(group.heads))
-        return f"{len(group.heads)}/{len(exact) + sum(len(g.heads) for g in self.groups if g.module == group.module)}"
+        exact = len(self.exact_heads.get(group.module, ()))
+        total = exact + sum(len(g.heads) for g in self.groups if g.module == group.module)
+        return str(total) if len(group.heads) == total else f"{len(group.heads)}/{total}"
 
     def summary(self) -> str:
         """Return one line: what was converted and what the fit left."""
@@ -252,6 +251,8 @@ class ConversionReport:
         parts = [f"{self.base_architecture}: {modules} attention modules, init={self.init}"]
         if self.unconverted:
             parts.append(f"{len(self.unconverted)} left as they were")
+        if retrieving := sum(len(group.heads) for group in self.groups if group.mechanism == "retrieval"):
+            parts.append(f"{retrieving} heads retrieve")
         if self.exact_heads:
             parts.append(f"{sum(map(len, self.exact_heads.values()))} heads keep dot-product attention")
         if self.mean_alpha is not None:

@@ -213,7 +213,7 @@ def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
 
     Other kinds of layers stay: retrieval attention then makes the codes anew at every call.
     """
-    if module.distattn.observer is not None:
+    if module.distattn.observer is not None or not module.distattn.is_retrieval:
         return
     cache = given_cache({**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs})
     if isinstance(cache, EncoderDecoderCache):

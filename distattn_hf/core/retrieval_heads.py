@@ -9,9 +9,9 @@ from torch import Tensor
 from .absolute_logits import absolute_shift
 from .attention import without_autocast
 from .attention_spec import AttentionSpec
+from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
 from .inputs import AttentionInputs, ModuleCall, surely
 from .metrics import get_metric
-from .nystrom_heads import exact_heads, join_heads, key_padding
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
 from .retrieval import Retrieval, Search, first_keys, has_codes
@@ -54,22 +54,18 @@ def retrieval_forward(
         if group is None or group.spec.mechanism != "retrieval":
             results.append((heads, *exact_heads(attend, group, *tensors, own)))
         else:
-            results.append((heads, *_retrieve(group, *tensors, keep, own, layer if tensors[1] is key else None)))
+            results.append((heads, *retrieve(group, *tensors, keep, own, layer if tensors[1] is key else None)))
     return join_heads(results)
 
 
 def some_heads(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return query heads and their key heads: grouped where all of a key head's are there, else repeated."""
-    groups = query.shape[1] // key.shape[1]
-    columns = [head // groups for head in heads]
-    whole = columns[::groups]
-    if [column for column in whole for _ in range(groups)] == columns and len(set(whole)) == len(whole):
-        columns = whole
+    columns = key_heads_of(heads, query.shape[1] // key.shape[1])
     index, column = (torch.tensor(n, device=query.device) for n in (heads, columns))
     return query[:, index], key[:, column], value[:, column]
 
 
-def _retrieve(
+def retrieve(
     group: HeadParameters, query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, call: ModuleCall, layer
 ) -> tuple[Tensor, Tensor | None]:
     """Return (output, weights or None) of a group of retrieval heads; layer: the cache layer of the key, or None."""

@@ -6,7 +6,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.calibrate_nystrom import leave_exact
+from distattn_hf.conversion.calibrate_nystrom import beyond_heads, take_beyond
 from distattn_hf.conversion.convert import current_report
 from tests.conversion.models import FAMILIES, SPECIAL, VOCAB, gpt2, llama, t5, token_batch
 from tests.conversion.nystrom_cases import (
@@ -106,8 +106,13 @@ def test_other_initialisations_are_refused(init):
         ({"window_size": -1}, "window_size must be an integer >= 0, got -1"),
         ({"num_sinks": True}, "num_sinks must be an integer >= 0, got True"),
         ({"landmarks": 3}, "landmarks must be a strategy's name"),
-        ({"mechanism": "distance"}, "belongs to mechanism='nystrom', got"),
-        ({"mechanism": "nystroem"}, "mechanism must be one of distance, nystrom, got 'nystroem'"),
+        ({"beyond": "window"}, "beyond must be one of retrieval, exact or None, got 'window'"),
+        ({"num_blocks": 3}, "num_blocks belongs to mechanism='retrieval' or beyond='retrieval', got num_blocks=3"),
+        ({"block_size": 4, "beyond": "exact"}, "block_size belongs to mechanism='retrieval' or beyond='retrieval'"),
+        ({"num_blocks": -1, "beyond": "retrieval"}, "num_blocks must be an integer >= 0, got -1"),
+        ({"mechanism": "retrieval", "beyond": "exact"}, "beyond belongs to mechanism='nystrom', got beyond='exact'"),
+        ({"mechanism": "distance"}, "window_size belongs to mechanism='nystrom' or mechanism='retrieval', got"),
+        ({"mechanism": "nystroem"}, "mechanism must be one of distance, nystrom, retrieval, got 'nystroem'"),
     ],
 )
 def test_bad_specs(fields, message):
@@ -192,6 +197,10 @@ def test_bfloat16_model_runs_trains_and_generates(family):
         assert tokens.shape == (2, 26 if family == "t5" else 65)
 
 
+def leave_exact(student, name, state, results, max_error):
+    take_beyond(student, name, state, results, beyond_heads(state, results, max_error, groups=1))
+
+
 @EVERY_FAMILY
 def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path):
     """With a limit that only the best head of the first module meets, the rest of that module keeps dot product."""
@@ -202,7 +211,7 @@ def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path)
     errors = free.conversion_report["groups"][0]["output_error"]
     limit = min(errors) * 1.001
     options = CalibrationOptions(steps=2, progress=False, max_error=limit)
-    student = convert(teacher, nystrom(9), calibration=batches, options=options)
+    student = convert(teacher, nystrom(9, beyond="exact"), calibration=batches, options=options)
     report = student.conversion_report
     assert report.groups[0].heads == [errors.index(min(errors))]
     assert report.groups[0].output_error == [min(errors)]
@@ -225,7 +234,7 @@ def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path)
 
     nothing = CalibrationOptions(steps=2, progress=False, max_error=1e-9)
     with pytest.raises(ValueError, match="max_error=1e-09: no head"):
-        convert(teacher, nystrom(9), calibration=batches, options=nothing)
+        convert(teacher, nystrom(9, beyond="exact"), calibration=batches, options=nothing)
 
 
 @EVERY_FAMILY
