@@ -79,8 +79,9 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     start = time.perf_counter()
     specs = parse_specs(spec)
     specs = [_with_beyond(spec, options) for spec in specs]
-    if options.max_error is not None and not any(s.mechanism == "nystrom" for s in specs):
-        raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
+    if options.chooses_heads and not any(s.mechanism == "nystrom" for s in specs):
+        name = "beyond_share" if options.max_error is None else "max_error"
+        raise ValueError(f"{name}={getattr(options, name)!r} is for mechanism='nystrom', which no spec has")
     if init in (None, "calibrated"):
         init = "exact" if all(_fits_nothing(spec) for spec in specs) else "calibrated"
     specs = _check_arguments(model, specs, init, layers)
@@ -220,12 +221,14 @@ def _inside(model) -> str:
 
 def _with_beyond(spec: AttentionSpec, options: CalibrationOptions) -> AttentionSpec:
     """Return the spec with the `beyond` of those heads that the options choose, if they choose any."""
-    if options.max_error is None and spec.beyond is not None:
+    if spec.mechanism != "nystrom" or (options.chooses_heads and spec.beyond is not None):
+        return spec
+    if spec.beyond is not None:
         raise ValueError(
-            f"beyond={spec.beyond!r} needs CalibrationOptions(max_error=...), which says of which heads, got None"
+            f"beyond={spec.beyond!r} needs CalibrationOptions(max_error=...), beyond_share or select='probe', which "
+            "say of which heads"
         )
-    is_open = spec.mechanism == "nystrom" and options.max_error is not None and spec.beyond is None
-    return replace(spec, beyond="retrieval") if is_open else spec
+    return replace(spec, beyond="retrieval") if options.chooses_heads else spec
 
 
 def _exact_below(config) -> int:

@@ -13,6 +13,7 @@ MEASURED = (
     "sink_weight",
     "teacher_sink_weight",
     "caught",
+    "probe_rise",
 )
 
 
@@ -27,6 +28,9 @@ class GroupReport:
     Where logits count (sinks, caps): logit_shift is the logit of the head's origin, from which its distances count.
 
     Retrieval attention: caught is the share of exact attention's weight on the keys that queries read, on the text.
+
+    Chosen by a probe: probe_rise is what the log-loss of key-value texts rises by where the far keys of the head's key
+    head are hidden from the teacher, in nats.
 
     Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
@@ -53,6 +57,7 @@ class GroupReport:
     logit_shift: list[float] | None = None
     mechanism: str = "distance"
     caught: list[float] | None = None
+    probe_rise: list[float] | None = None
 
     @property
     def attention(self) -> str:
@@ -175,6 +180,9 @@ class ConversionReport:
         has_caught = any(part.caught for part in self.groups)
         if has_caught:
             lines[0] += f" {'caught':>9}"
+        has_probe = any(part.probe_rise for part in self.groups)
+        if has_probe:
+            lines[0] += f" {'probe':>9}"
         has_sink = any(part.sink_weight for part in self.groups)
         if has_sink:
             lines[0] += f" {'sink':>9} {'teacher':>9}"
@@ -197,6 +205,8 @@ class ConversionReport:
                     lines[-1] += f" {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}"
                 if has_caught:
                     lines[-1] += f" {_cell(part.caught, pick):>9}"
+                if has_probe:
+                    lines[-1] += f" {_cell(part.probe_rise, pick):>9}"
                 if has_sink:
                     lines[-1] += "".join(f" {_cell(v, pick):>9}" for v in (part.sink_weight, part.teacher_sink_weight))
                 if has_shift:
@@ -225,6 +235,11 @@ class ConversionReport:
         if self._mean("caught") is not None:
             lines.append(
                 "caught: share of exact attention's weight on the keys that are read, mean over the text's queries"
+            )
+        if self._mean("probe_rise") is not None:
+            lines.append(
+                "probe: what key-value texts cost the teacher more, in nats a token of an answer, where the far keys "
+                "of the key head are hidden"
             )
         if self._mean("sink_weight") is not None:
             lines.append("sink: share of a row's weight that the learned sink takes; teacher: the same of the teacher")

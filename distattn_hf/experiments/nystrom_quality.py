@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from transformers.utils import logging
 
+from ..conversion.beyond import beyond_heads, take_beyond
 from ..conversion.calibrate import CalibrationOptions
-from ..conversion.calibrate_nystrom import beyond_heads, take_beyond
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.parameters import NystromParameters

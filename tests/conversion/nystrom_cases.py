@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion.beyond import take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.calibrate_nystrom import take_beyond
 from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.conversion.models import FAMILIES, VOCAB, token_batch
 from tests.tolerances import CACHED_LOGITS

@@ -1,6 +1,7 @@
 """Nyström attention in most heads and retrieval in those whose far field loses too much: one module, one cache."""
 
 import copy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,8 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from distattn_hf import AttentionSpec, convert, retrieval_attention, revert
+from distattn_hf.conversion.beyond import take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.calibrate_nystrom import take_beyond
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.conversion.observe import observed
 from distattn_hf.core.nystrom_cache import NystromLayer
@@ -298,6 +299,23 @@ def test_what_cannot_be_is_refused_by_name():
     batch = token_batch(teacher, length=40)
     with pytest.raises(ValueError, match=r"beyond='exact' needs CalibrationOptions\(max_error=...\)"):
         convert(teacher, nystrom(9, beyond="exact"), calibration=[batch])
+    for options, says in (
+        ({"select": "needle"}, "select must be one of error, probe, got 'needle'"),
+        ({"beyond_share": 0.0}, "beyond_share must be None or 0 < share <= 1, got 0.0"),
+        ({"beyond_share": 0.1, "max_error": 0.4}, "max_error and beyond_share=0.1 both say which heads go"),
+        ({"select": "probe", "max_error": 0.4}, "max_error and beyond_share=0.1 both say which heads go"),
+        ({"probe_lengths": (0,)}, r"probe_lengths must be integers >= 1, got \(0,\)"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CalibrationOptions(**options)
+    probing = CalibrationOptions(steps=2, progress=False, select="probe")
+    for length, says in ((60, "from 108 .* to 256 tokens, got 60"), (257, "from 108 .* to 256 tokens, got 257")):
+        with pytest.raises(ValueError, match=f"probe_lengths must be {says}"):
+            convert(teacher, nystrom(9), calibration=[batch], options=replace(probing, probe_lengths=(length,)))
+    with pytest.raises(ValueError, match="select='probe' needs a causal language model, got DistAttnBertForMaskedLM"):
+        convert(build("bert"), nystrom(9), calibration=[batch], options=probing)
+    with pytest.raises(ValueError, match="beyond_share=0.1 is for mechanism='nystrom', which no spec has"):
+        convert(teacher, AttentionSpec("l2"), calibration=[batch], options=probing)
     with pytest.raises(ValueError, match="assisted generation .* takes tokens back"):
         student_of("llama").generate(batch["input_ids"], max_new_tokens=3, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="Leave cache_implementation at its default"):

@@ -5,8 +5,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion.beyond import beyond_heads, take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.calibrate_nystrom import beyond_heads, take_beyond
 from distattn_hf.conversion.convert import current_report
 from tests.conversion.models import FAMILIES, SPECIAL, VOCAB, gpt2, llama, t5, token_batch
 from tests.conversion.nystrom_cases import (

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel, BertModel
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.conversion.calibrate_nystrom import take_beyond
+from distattn_hf.conversion.beyond import take_beyond
 from distattn_hf.data.batches import label_loss
 from distattn_hf.training.objectives import (
     AttentionTransfer,
