@@ -64,7 +64,8 @@ def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | No
         return retrieval_forward(state, query, key, value, call, attend)[0]
 
     with observed(model, observe):
-        model(**batch)
+        # Without the head, whose logits take more memory than all else.
+        (model if "labels" in batch else model.base_model)(**batch)
     shares = {}
     for name, uses in sums.items():
         totals = [None if parts[0] is None else sum(parts) for parts in zip(*uses, strict=True)]

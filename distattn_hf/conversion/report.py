@@ -79,7 +79,9 @@ class ConversionReport:
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
     attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known
     of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ, α or ε are no longer those
-    of the fit, from which the KL values and ε/median are.
+    of the fit, from which the KL values and ε/median are. cache_bytes, of models that read on from a cache: what 1,000
+    more tokens of a text take in all self-attention ("growing"), and in the teacher's ("teacher"), and what does not
+    depend on the length ("constant"), once a text is longer than `exact_below`.
     """
 
     base_architecture: str
@@ -93,6 +95,7 @@ class ConversionReport:
     base_model: str | None = None
     changed_since: bool = False
     source: dict | None = None
+    cache_bytes: dict[str, int] | None = None
 
     @property
     def mean_alpha(self) -> float | None:
@@ -280,6 +283,12 @@ class ConversionReport:
             parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
         if (caught := self._mean("caught")) is not None:
             parts.append(f"{caught:.2%} of the attention's weight caught")
+        if self.cache_bytes:
+            growing, teacher, constant = (self.cache_bytes[name] for name in ("growing", "teacher", "constant"))
+            parts.append(
+                f"cache {growing:,} bytes per 1,000 tokens (the teacher's {teacher:,})"
+                + (f" and {constant:,} at any length" if constant else "")
+            )
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")
             parts.append(
