@@ -1,6 +1,6 @@
 """What Nyström attention keeps of SmolLM2 when a few key heads retrieve: a hidden number and perplexity, by share.
 
-python -m distattn_hf.experiments.beyond_quality OUT.json [--shares 0.02,0.05,0.1,0.2] [--lengths 1024,2048] [--steps 60]
+python -m distattn_hf.experiments.beyond_quality OUT.json [--shares 0.02,0.05,0.1,0.2] [--lengths 1024,2048]
 
 Texts and figures are those of `retrieval_quality`. One fit serves all rows: with all heads Nyström's, on news that is
 not measured; key heads then leave it in the order of their errors, or of a probe. (A conversion probes first, so that
