@@ -221,14 +221,13 @@ def _inside(model) -> str:
 
 def _with_beyond(spec: AttentionSpec, options: CalibrationOptions) -> AttentionSpec:
     """Return the spec with the `beyond` of those heads that the options choose, if they choose any."""
-    if spec.mechanism != "nystrom" or (options.chooses_heads and spec.beyond is not None):
-        return spec
-    if spec.beyond is not None:
+    if spec.beyond == "retrieval" and not options.chooses_heads:
         raise ValueError(
-            f"beyond={spec.beyond!r} needs CalibrationOptions(max_error=...), beyond_share or select='probe', which "
-            "say of which heads"
+            "beyond='retrieval' needs CalibrationOptions(max_error=...), beyond_share or select='probe', which say of "
+            "which heads"
         )
-    return replace(spec, beyond="retrieval") if options.chooses_heads else spec
+    is_open = spec.mechanism == "nystrom" and spec.beyond is None and options.chooses_heads
+    return replace(spec, beyond="retrieval") if is_open else spec
 
 
 def _exact_below(config) -> int:

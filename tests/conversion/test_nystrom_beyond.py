@@ -297,8 +297,8 @@ def test_what_was_saved_before_stays_exact():
 def test_what_cannot_be_is_refused_by_name():
     teacher = llama()
     batch = token_batch(teacher, length=40)
-    with pytest.raises(ValueError, match=r"beyond='exact' needs CalibrationOptions\(max_error=...\)"):
-        convert(teacher, nystrom(9, beyond="exact"), calibration=[batch])
+    with pytest.raises(ValueError, match=r"beyond='retrieval' needs CalibrationOptions\(max_error=...\)"):
+        convert(teacher, nystrom(9, beyond="retrieval"), calibration=[batch])
     for options, says in (
         ({"select": "needle"}, "select must be one of error, probe, got 'needle'"),
         ({"beyond_share": 0.0}, "beyond_share must be None or 0 < share <= 1, got 0.0"),

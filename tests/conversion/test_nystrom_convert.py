@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion import calibrate_nystrom
 from distattn_hf.conversion.beyond import beyond_heads, take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.conversion.convert import current_report
@@ -195,6 +197,37 @@ def test_bfloat16_model_runs_trains_and_generates(family):
         batch.pop("decoder_input_ids", None)
         tokens = half.generate(**batch, **GENERATION)
         assert tokens.shape == (2, 26 if family == "t5" else 65)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many entries the largest result of an operation has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                # What is expanded takes no memory.
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_a_fit_of_long_texts_holds_no_square(monkeypatch):
+    """Figures are of all rows and keys of the held-out text: some rows at a time, with the same result."""
+    teacher = llama()
+    batch = token_batch(teacher, length=250)
+    reports = []
+    for entries in (2**24, 30_000):
+        monkeypatch.setattr(calibrate_nystrom, "_ENTRIES", entries)
+        options = CalibrationOptions(steps=2, rows=16, progress=False)
+        with LargestTensor() as largest:
+            reports.append(convert(teacher, nystrom(9), calibration=[batch], options=options).conversion_report)
+        is_square = largest.entries >= 4 * 249 * 250
+        assert is_square == (entries == 2**24), largest.entries
+    for whole, parts in zip(*(report.groups for report in reports), strict=True):
+        for name in ("divergence_after", "window_error", "output_error", "rows_off"):
+            assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
 
 
 def leave_exact(student, name, state, results, max_error):
