@@ -13,7 +13,7 @@ import torch
 from distattn_hf import AttentionSpec, convert
 from tests.conversion import absolute_models, models
 from tests.conversion.models import token_batch
-from tests.conversion.nystrom_cases import AUTO, converted, nystrom
+from tests.conversion.nystrom_cases import AUTO, taken
 from tests.native.test_save_load import AUTO as NATIVE_AUTO
 from tests.native.test_save_load import trained
 from tests.without_package import HIDE_PACKAGE
@@ -63,7 +63,7 @@ def model_of(row: str):
     if isinstance(what, tuple):
         return *trained(*what), NATIVE_AUTO[what[2]]
     if what == "nystrom":
-        model = converted(FAMILIES["llama"](), nystrom(9))
+        model = taken("llama", block_size=4, num_blocks=2)
         return model, token_batch(model, length=40, padded=True, seed=9), AUTO["llama"]
     if what == "retrieval":
         model = convert(FAMILIES["gpt2"](), AttentionSpec(mechanism="retrieval", num_blocks=1))

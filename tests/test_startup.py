@@ -70,6 +70,7 @@ def test_names_known_without_torch_are_those_of_the_package():
         "init": INITS,
         "attention": attention_spec.ATTENTION_KINDS,
         "transform": attention_spec.TRANSFORMS,
+        "beyond": attention_spec.BEYOND,
     }
 
 

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.attention import without_autocast
 from ..core.discovery import argument_names, base_prefix, find_attention_modules, locate
+from ..core.head_groups import write_out
 from ..core.interface import (
     IMPLEMENTATIONS,
     NYSTROM_EAGER_IMPLEMENTATION,
@@ -25,7 +26,7 @@ from ..core.interface import (
     with_selected_keys,
 )
 from ..core.native_attention import DistAttnAttention
-from ..core.nystrom_heads import nystrom_forward, write_out
+from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import DistanceAttentionState
 from ..core.retrieval_heads import retrieval_forward
 from .weights import AttentionCall, StoredCall

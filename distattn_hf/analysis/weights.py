@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..core.absolute_logits import absolute_shift
+from ..core.head_groups import join_heads, key_padding
 from ..core.inputs import ModuleCall, add_triangle, masked_softmax
 from ..core.metrics import get_metric
-from ..core.nystrom_heads import hybrid_inputs, join_heads, key_padding
+from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import HybridInputs
 from ..core.parameters import NystromParameters
 from ..core.reference import hybrid_rows

@@ -20,6 +20,7 @@ CHOICES = {
     "init": ("exact", "calibrated", "plain"),
     "attention": ("self", "cross"),
     "transform": ("none", "scalar", "maps"),
+    "beyond": ("retrieval", "exact"),
 }
 # Least values of the numbers; p and λ are checked separately.
 LEAST = {

@@ -15,7 +15,7 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
-    "far_field", "layers", "heads", "attention", "p", "lam", "transform", "softening",
+    "far_field", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
@@ -62,7 +62,13 @@ def convert(
         typer.Option(help="retrieval: a block that is not read counts as one key that stands for it. Default: yes."),
     ] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="nystrom: heads that stay further off (relative error) keep exact attention.")
+        float | None, typer.Option(help="nystrom: heads that stay further off (relative error) use --beyond instead.")
+    ] = None,
+    beyond: Annotated[
+        str | None,
+        typer.Option(
+            help="nystrom: what heads past --max-error use: retrieval (whole key heads) or exact. Default: retrieval."
+        ),
     ] = None,
     init: Annotated[
         str | None,
@@ -107,7 +113,7 @@ def convert(
     check_choices(
         metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-        block_size=block_size, num_blocks=num_blocks, max_error=max_error, steps=steps, seed=seed,
+        block_size=block_size, num_blocks=num_blocks, max_error=max_error, beyond=beyond, steps=steps, seed=seed,
     )  # fmt: skip
     epsilon = read_softening(softening)
     retrieves = mechanism == "retrieval" and spec_file is None
@@ -141,7 +147,7 @@ def convert(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-            block_size=block_size, num_blocks=num_blocks, far_field=far_field,
+            block_size=block_size, num_blocks=num_blocks, far_field=far_field, beyond=beyond,
         )  # fmt: skip
     texts = None
     if calibration is not None:

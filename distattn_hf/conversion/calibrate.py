@@ -20,9 +20,11 @@ from ..core.metrics import get_metric
 from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import HeadParameters, NystromParameters
 from ..core.softening import has_softened_form
-from .calibrate_nystrom import NystromData, fit_nystrom, leave_exact
+from .beyond import SELECTIONS, SHARE, beyond_heads, largest_errors, take_beyond, take_share
+from .calibrate_nystrom import NystromData, fit_nystrom
 from .fit import LayerData, Rows, row_deviation
 from .observe import observed, teacher_attention
+from .probe import probe
 
 # α from fully Euclidean (1) towards the teacher (0), each step a factor √2.
 ALPHA_GRID = tuple(2.0 ** (-i / 2) for i in range(10))
@@ -48,8 +50,13 @@ class CalibrationOptions:
             Euclidean) α is kept.
         seed: of the draws. Same seed, same data: same result.
         progress: show a progress bar.
-        max_error: Nyström heads whose outputs stay further from the teacher's (relative error) keep dot-product
-            attention and a full cache; None: none does.
+        max_error: Nyström heads whose outputs stay further from the teacher's (relative error) use what the spec's
+            `beyond` says; None: none does, but for those of `beyond_share`.
+        beyond_share: in its place, the share of the key heads with Nyström heads that do so, 0 < share <= 1: those
+            first in the order of `select`. None: 0.1 with "probe".
+        select: "error": of the largest relative error of their query heads' outputs, as fitted. "probe": of what hiding
+            their far keys costs the teacher on key-value texts (see probe.py), before the fit; causal language models.
+        probe_lengths: tokens of these texts, two of each length.
         max_length, max_tokens: of a calibration sequence, and of all together. None: 512 and 8,192; with Nyström
             attention, whose far field is what lies beyond the window, 1,024 and 16,384.
     """
@@ -62,6 +69,9 @@ class CalibrationOptions:
     seed: int = 0
     progress: bool = True
     max_error: float | None = None
+    beyond_share: float | None = None
+    select: str = "error"
+    probe_lengths: tuple[int, ...] = (1024,)
     max_length: int | None = None
     max_tokens: int | None = None
 
@@ -72,6 +82,16 @@ class CalibrationOptions:
                 raise ValueError(f"{name} must be None or an integer >= 2, got {value!r}")
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"max_error must be None or > 0, got {self.max_error!r}")
+        if self.select not in SELECTIONS:
+            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
+        if self.beyond_share is not None and not 0 < self.beyond_share <= 1:
+            raise ValueError(f"beyond_share must be None or 0 < share <= 1, got {self.beyond_share!r}")
+        if self.select == "probe" and self.beyond_share is None:
+            object.__setattr__(self, "beyond_share", SHARE)
+        if self.max_error is not None and self.beyond_share is not None:
+            raise ValueError(f"max_error and beyond_share={self.beyond_share!r} both say which heads go; leave one out")
+        if not self.probe_lengths or not all(isinstance(n, int) and n > 0 for n in self.probe_lengths):
+            raise ValueError(f"probe_lengths must be integers >= 1, got {self.probe_lengths!r}")
         if not isinstance(self.rows, int) or self.rows < 1:
             raise ValueError(f"rows must be an integer >= 1, got {self.rows!r}")
         if self.sequences is not None and (not isinstance(self.sequences, int) or self.sequences < 1):
@@ -82,6 +102,11 @@ class CalibrationOptions:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
         if not self.divergence_budget >= 0:
             raise ValueError(f"divergence_budget must be >= 0 nats, got {self.divergence_budget!r}")
+
+    @property
+    def chooses_heads(self) -> bool:
+        """Whether some heads may use what a spec's `beyond` says."""
+        return self.max_error is not None or self.beyond_share is not None
 
     def steps_for(self, group: HeadParameters) -> int:
         """Return the Adam steps for one group of heads: maps have d² values a head and take longer."""
@@ -296,6 +321,10 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
     "after"} of (H,) divergences per group}. Raises `ValueError` when the batch never reaches a converted module.
     """
     names = {state: name for name, state in model.attention_states.items()}
+    rises, groups = {}, {}
+    if options.select == "probe":
+        rises, groups = probe(model, batch, options)
+        take_share(model, {name: [{} for _ in state.groups] for state, name in names.items()}, rises, groups, options)
     uses = _count_uses(model, batch)
     if missing := [name for name in names.values() if name not in uses]:
         raise ValueError(f"calibration: the batch never reached {missing[0]!r} ({len(missing)} modules in all)")
@@ -305,6 +334,7 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
 
     def observe(state, query, key, value, call):
         name = names[state]
+        groups[name] = call.groups
         seen.setdefault(name, []).append((query, key, value, call))
         if len(seen[name]) == uses[name]:
             *tensors, calls = zip(*seen.pop(name), strict=True)
@@ -312,6 +342,9 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
             results[name] = []
             joined_call = _joined(calls, len(query))
             for group, heads in zip(state.groups, state.head_lists, strict=True):
+                if group.spec.mechanism == "retrieval" and not group.fitted_tensors():
+                    results[name].append({})
+                    continue
                 if isinstance(group, NystromParameters):
                     data = NystromData(queries, keys, values, joined_call, heads)
                     _check_sequences(data, name)
@@ -321,7 +354,8 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
                 _check_sequences(data, name)
                 results[name].append(fit_group(group, data, options))
             if options.max_error is not None:
-                results[name] = leave_exact(model, name, state, results[name], options.max_error)
+                chosen = beyond_heads(state, results[name], options.max_error, call.groups)
+                results[name] = take_beyond(model, name, state, results[name], chosen)
             bar.update()
             if len(results) == len(names):
                 raise _AllFittedError
@@ -334,6 +368,12 @@ def calibrate(model, batch: dict[str, Tensor], options: CalibrationOptions) -> d
         _observed_forward(model, batch, observe)
     finally:
         bar.close()
+    if options.select == "error" and options.beyond_share is not None:
+        take_share(model, results, largest_errors(model, results, groups), groups, options)
+    for name, state in model.attention_states.items() if rises else ():
+        for (heads, group), result in zip(state.parts(), results[name]):
+            if group is not None and (name, 0) in rises:
+                result["probe_rise"] = torch.tensor([rises[name, head // groups[name]] for head in heads])
     return results
 
 

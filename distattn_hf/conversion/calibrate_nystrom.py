@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.inputs import ModuleCall, causal_keep
-from ..core.nystrom_heads import key_padding
+from ..core.head_groups import key_padding
+from ..core.inputs import ModuleCall
 from ..core.parameters import NystromParameters
 from ..data.batches import length_for, longest_row
 from ..functional.landmarks import select_landmarks
@@ -20,6 +20,8 @@ _DIVERGENCE_WEIGHT = 0.1
 # A row is off when its normaliser is wrong by more than this factor.
 _ROW_OFF = 1.25
 _LEAST_WEIGHT = 1e-30
+# Weights (float32: 64 MB) that are written out at a time where every row of a text counts.
+_ENTRIES = 2**24
 # Log-weight that a key at a distance of one standard deviation loses, per coordinate.
 _SHARPNESS = 0.125
 
@@ -38,11 +40,10 @@ class NystromData:
         batch, _, num_queries, _ = query.shape
         num_keys = key.shape[2]
         self.keep = key_padding(call.mask, query, num_keys)
-        seen = self.keep[:, None]
-        if call.is_causal:
-            seen = seen & causal_keep(num_queries, num_keys, key.device)
+        seen = self.keep.cumsum(-1)
+        seen = seen[:, num_keys - num_queries :] if call.is_causal else seen[:, -1:]
         # Rows with something to choose from; in self-attention, no padding query.
-        self.valid = (seen.sum(-1) > 1).expand(batch, num_queries)
+        self.valid = (seen > 1).expand(batch, num_queries)
         if num_queries == num_keys:
             self.valid = self.valid & self.keep
         self.fit_sequences, self.report_sequences = split_sequences(self.valid)
@@ -164,61 +165,44 @@ class _Rows:
         terms = (teacher.exp() * (teacher - student)).masked_fill(~self.seen, 0.0)
         return terms.sum(-1).mean((0, 2))
 
-    def output_error(self, student: Tensor | None = None) -> Tensor:
-        """Return ‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
+    def squares(self, student: Tensor | None = None) -> Tensor:
+        """Return ‖teacher's output - student's‖² and ‖teacher's output‖²: (2, H)."""
         teacher = self.teacher.softmax(-1) @ self.value
         student = (self.student if student is None else student).softmax(-1) @ self.value
-        return (teacher - student).square().sum((0, 2, 3)) / teacher.square().sum((0, 2, 3)).clamp_min(1e-12)
+        return torch.stack([(teacher - student).square().sum((0, 2, 3)), teacher.square().sum((0, 2, 3))])
+
+    def output_error(self) -> Tensor:
+        """Return ‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
+        return _ratio(self.squares())
+
+
+def _ratio(squares: Tensor) -> Tensor:
+    return squares[0] / squares[1].clamp_min(1e-12)
 
 
 def _figures(group, data: NystromData) -> dict[str, Tensor]:
-    """Compute the figures of `fit_nystrom` over all valid rows of the held-out sequences."""
+    """Compute the figures of `fit_nystrom` over all valid rows of the held-out sequences, some rows at a time."""
     results: dict[str, list[Tensor]] = {}
+    at_once = max(1, _ENTRIES // (data.key.shape[1] * data.key.shape[2]))
     for i in data.report_sequences:
-        rows = data.valid[i].nonzero()[:, 0][None]
-        problem = _Rows(group, data, [i], rows)
-        alone = problem.student.masked_fill(~problem.exact, -1e4)
-        gap = (problem.student.logsumexp(-1) - problem.teacher.logsumexp(-1)) if group.spec.lift else None
-        figures = {
-            "after": problem.divergence(),
-            "window_error": problem.output_error(alone).sqrt(),
-            "output_error": problem.output_error().sqrt(),
-        }
-        if gap is not None:
-            figures["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().mean((0, 2))
-        for name, value in figures.items():
-            results.setdefault(name, []).append(value)
+        rows = data.valid[i].nonzero()[:, 0]
+        sums: dict[str, Tensor] = {}
+        for part in rows.split(at_once):
+            problem = _Rows(group, data, [i], part[None])
+            alone = problem.student.masked_fill(~problem.exact, -1e4)
+            added = {
+                "after": problem.divergence() * len(part),
+                "window_error": problem.squares(alone),
+                "output_error": problem.squares(),
+            }
+            if group.spec.lift:
+                gap = problem.student.logsumexp(-1) - problem.teacher.logsumexp(-1)
+                added["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().sum((0, 2))
+            sums = {name: value + sums.get(name, 0.0) for name, value in added.items()}
+        for name, value in sums.items():
+            is_error = name in ("window_error", "output_error")
+            results.setdefault(name, []).append(_ratio(value).sqrt() if is_error else value / len(rows))
     return {name: torch.stack(values).mean(0) for name, values in results.items()}
-
-
-@torch.no_grad()
-def leave_exact(model, name: str, state, results: list[dict], max_error: float) -> list[dict]:
-    """Leave Nyström heads with an error above `max_error` out of a module; returns the others' figures.
-
-    They keep dot-product attention; a group that has none left goes.
-    """
-    entries = model.config.distattn["modules"][name]["groups"]
-    for number in reversed(range(len(state.groups))):
-        group = state.groups[number]
-        if not isinstance(group, NystromParameters):
-            continue
-        is_fitted = results[number]["output_error"] <= max_error
-        if bool(is_fitted.all()):
-            continue
-        if not bool(is_fitted.any()):
-            for grouped in (state.groups, state.head_lists, entries, results):
-                del grouped[number]
-            continue
-        heads = state.head_lists[number] or range(state.num_heads)
-        kept = [head for head, is_kept in zip(heads, is_fitted.tolist(), strict=True) if is_kept]
-        smaller = NystromParameters(group.spec, len(kept), group.head_dim, group.has_origin)
-        smaller.to(group.landmarks)
-        for key, tensor in smaller.fitted_tensors().items():
-            tensor.copy_(group.fitted_tensors()[key][is_fitted])
-        state.groups[number], state.head_lists[number] = smaller, kept
-        entries[number]["heads"] = kept
-        results[number] = {key: values[is_fitted] for key, values in results[number].items()}
-    return results
 
 
 def exact_span(model, *, exact_below: bool = True) -> int | None:

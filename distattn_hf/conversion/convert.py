@@ -78,8 +78,10 @@ def convert(
 def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreTrainedModel:
     start = time.perf_counter()
     specs = parse_specs(spec)
-    if options.max_error is not None and not any(s.mechanism == "nystrom" for s in specs):
-        raise ValueError(f"max_error={options.max_error!r} is for mechanism='nystrom', which no spec has")
+    specs = [_with_beyond(spec, options) for spec in specs]
+    if options.chooses_heads and not any(s.mechanism == "nystrom" for s in specs):
+        name = "beyond_share" if options.max_error is None else "max_error"
+        raise ValueError(f"{name}={getattr(options, name)!r} is for mechanism='nystrom', which no spec has")
     if init in (None, "calibrated"):
         init = "exact" if all(_fits_nothing(spec) for spec in specs) else "calibrated"
     specs = _check_arguments(model, specs, init, layers)
@@ -115,6 +117,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
         # Without dropout, whatever mode the model came in.
         student.eval()
         divergences = calibrate(student, batch, options) if init == "calibrated" else {}
+        retrieves = any(state.is_retrieval for state in student.attention_states.values())
         for name, shares in (caught_shares(student, batch) if retrieves else {}).items():
             measured = divergences.setdefault(name, [{} for _ in shares])
             for entry, share in zip(measured, shares):
@@ -214,6 +217,17 @@ def _inside(model) -> str:
             attribute = "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
             return f", which holds one: convert that alone, {attribute} = convert({attribute}, ...)"
     return ""
+
+
+def _with_beyond(spec: AttentionSpec, options: CalibrationOptions) -> AttentionSpec:
+    """Return the spec with the `beyond` of those heads that the options choose, if they choose any."""
+    if spec.beyond == "retrieval" and not options.chooses_heads:
+        raise ValueError(
+            "beyond='retrieval' needs CalibrationOptions(max_error=...), beyond_share or select='probe', which say of "
+            "which heads"
+        )
+    is_open = spec.mechanism == "nystrom" and spec.beyond is None and options.chooses_heads
+    return replace(spec, beyond="retrieval") if is_open else spec
 
 
 def _exact_below(config) -> int:

@@ -1,14 +1,16 @@
 """Observe a converted model's attention while it runs, and replace its output."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..core.attention import distance_attention
+from ..core.head_groups import key_padding
 from ..core.inputs import ModuleCall
 from ..core.interface import attend
-from ..core.nystrom_heads import key_padding
+from ..core.relative_bias import of_heads
 from ..core.retrieval_gather import caught_weight
 from ..core.retrieval_heads import retrieval_forward, retrieval_problem, some_heads
 
@@ -49,15 +51,21 @@ def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | No
                 shares.append(None)
                 continue
             own = some_heads(heads, *tensors) if len(heads) < state.num_heads else tensors
-            share = caught_weight(retrieval_problem(group, *own, keep, call)).double()
+            index = torch.tensor(heads, device=query.device)
+            bias, sink = (of_heads(t, index) for t in (call.position_bias, call.sink_logit))
+            own_call = replace(call, position_bias=bias, sink_logit=sink)
+            share = caught_weight(retrieval_problem(group, *own, keep, own_call)).double()
             if keep is not None and not state.is_cross:
                 share = share * keep[:, None, -query.shape[2] :]  # queries that are padding count for nothing
             shares.append(torch.stack([share.sum((0, 2)), (share > 0).sum((0, 2)).double()]))
         sums.setdefault(names[state], []).append(shares)
+        if state.is_nystrom:
+            return teacher_attention(query, key, value, call)
         return retrieval_forward(state, query, key, value, call, attend)[0]
 
     with observed(model, observe):
-        model(**batch)
+        # Without the head, whose logits take more memory than all else.
+        (model if "labels" in batch else model.base_model)(**batch)
     shares = {}
     for name, uses in sums.items():
         totals = [None if parts[0] is None else sum(parts) for parts in zip(*uses, strict=True)]

@@ -13,6 +13,7 @@ MEASURED = (
     "sink_weight",
     "teacher_sink_weight",
     "caught",
+    "probe_rise",
 )
 
 
@@ -27,6 +28,9 @@ class GroupReport:
     Where logits count (sinks, caps): logit_shift is the logit of the head's origin, from which its distances count.
 
     Retrieval attention: caught is the share of exact attention's weight on the keys that queries read, on the text.
+
+    Chosen by a probe: probe_rise is what the log-loss of key-value texts rises by where the far keys of the head's key
+    head are hidden from the teacher, in nats.
 
     Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
@@ -53,6 +57,7 @@ class GroupReport:
     logit_shift: list[float] | None = None
     mechanism: str = "distance"
     caught: list[float] | None = None
+    probe_rise: list[float] | None = None
 
     @property
     def attention(self) -> str:
@@ -74,7 +79,9 @@ class ConversionReport:
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
     attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known
     of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ, α or ε are no longer those
-    of the fit, from which the KL values and ε/median are.
+    of the fit, from which the KL values and ε/median are. cache_bytes, of models that read on from a cache: what 1,000
+    more tokens of a text take in all self-attention ("growing"), and in the teacher's ("teacher"), and what does not
+    depend on the length ("constant"), once a text is longer than `exact_below`.
     """
 
     base_architecture: str
@@ -88,6 +95,7 @@ class ConversionReport:
     base_model: str | None = None
     changed_since: bool = False
     source: dict | None = None
+    cache_bytes: dict[str, int] | None = None
 
     @property
     def mean_alpha(self) -> float | None:
@@ -175,6 +183,9 @@ class ConversionReport:
         has_caught = any(part.caught for part in self.groups)
         if has_caught:
             lines[0] += f" {'caught':>9}"
+        has_probe = any(part.probe_rise for part in self.groups)
+        if has_probe:
+            lines[0] += f" {'probe':>9}"
         has_sink = any(part.sink_weight for part in self.groups)
         if has_sink:
             lines[0] += f" {'sink':>9} {'teacher':>9}"
@@ -197,6 +208,8 @@ class ConversionReport:
                     lines[-1] += f" {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}"
                 if has_caught:
                     lines[-1] += f" {_cell(part.caught, pick):>9}"
+                if has_probe:
+                    lines[-1] += f" {_cell(part.probe_rise, pick):>9}"
                 if has_sink:
                     lines[-1] += "".join(f" {_cell(v, pick):>9}" for v in (part.sink_weight, part.teacher_sink_weight))
                 if has_shift:
@@ -226,6 +239,11 @@ class ConversionReport:
             lines.append(
                 "caught: share of exact attention's weight on the keys that are read, mean over the text's queries"
             )
+        if self._mean("probe_rise") is not None:
+            lines.append(
+                "probe: what key-value texts cost the teacher more, in nats a token of an answer, where the far keys "
+                "of the key head are hidden"
+            )
         if self._mean("sink_weight") is not None:
             lines.append("sink: share of a row's weight that the learned sink takes; teacher: the same of the teacher")
         if self._mean("logit_shift") is not None:
@@ -241,10 +259,9 @@ class ConversionReport:
 
     def _count(self, group: GroupReport) -> str:
         """Return how many heads a group has; of how many, where some of the module keep dot-product attention."""
-        exact = self.exact_heads.get(group.module)
-        if not exact:
-            return str(len(group.heads))
-        return f"{len(group.heads)}/{len(exact) + sum(len(g.heads) for g in self.groups if g.module == group.module)}"
+        exact = len(self.exact_heads.get(group.module, ()))
+        total = exact + sum(len(g.heads) for g in self.groups if g.module == group.module)
+        return str(total) if len(group.heads) == total else f"{len(group.heads)}/{total}"
 
     def summary(self) -> str:
         """Return one line: what was converted and what the fit left."""
@@ -252,6 +269,8 @@ class ConversionReport:
         parts = [f"{self.base_architecture}: {modules} attention modules, init={self.init}"]
         if self.unconverted:
             parts.append(f"{len(self.unconverted)} left as they were")
+        if retrieving := sum(len(group.heads) for group in self.groups if group.mechanism == "retrieval"):
+            parts.append(f"{retrieving} heads retrieve")
         if self.exact_heads:
             parts.append(f"{sum(map(len, self.exact_heads.values()))} heads keep dot-product attention")
         if self.mean_alpha is not None:
@@ -264,6 +283,12 @@ class ConversionReport:
             parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
         if (caught := self._mean("caught")) is not None:
             parts.append(f"{caught:.2%} of the attention's weight caught")
+        if self.cache_bytes:
+            growing, teacher, constant = (self.cache_bytes[name] for name in ("growing", "teacher", "constant"))
+            parts.append(
+                f"cache {growing:,} bytes per 1,000 tokens (the teacher's {teacher:,})"
+                + (f" and {constant:,} at any length" if constant else "")
+            )
         if (error := self._mean("output_error")) is not None:
             off = self._mean("rows_off")
             parts.append(

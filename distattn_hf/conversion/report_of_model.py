@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from ..core.discovery import find_attention_modules, select_modules
 from ..core.modeling_converted import DistAttnModelMixin
+from .cache_bytes import cache_bytes
 from .report import MEASURED, ConversionReport, GroupReport
 
 
@@ -37,6 +38,7 @@ def report_of(base_class, student, modules, divergences, init, warnings) -> Conv
                     **{name: _numbers(measured.get(name)) for name in MEASURED},
                 )
             )
+    report.cache_bytes = cache_bytes(student)
     return report
 
 

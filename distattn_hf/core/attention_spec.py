@@ -15,7 +15,8 @@ BLOCK_VERSION = 1
 TRANSFORMS = ("none", "scalar", "maps")
 MECHANISMS = ("distance", "nystrom", "retrieval")
 ATTENTION_KINDS = ("self", "cross")
-# Each option that no fit depends on, and the mechanisms that have it.
+BEYOND = ("retrieval", "exact")
+# Each option that no fit depends on, and the mechanisms that have it (see `has_option`).
 OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
@@ -26,11 +27,16 @@ OPTIONS = {
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-# The fields of each mechanism and their defaults; exact_below stays None, for `convert` to decide.
+# Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
+_OF_BLOCKS = {"block_size": 16, "num_blocks": 26, "far_field": True}
+# The fields of each mechanism and their defaults; what stays None is for `convert` to decide.
 _OWN = {
     "distance": {},
-    "nystrom": {"num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None},
-    "retrieval": {"window_size": 64, "num_sinks": 4, "block_size": 16, "num_blocks": 26, "far_field": True},
+    "nystrom": {
+        "num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None,
+        "beyond": None,
+    },
+    "retrieval": {"window_size": 64, "num_sinks": 4, **_OF_BLOCKS},
 }  # fmt: skip
 _LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0,
@@ -99,6 +105,10 @@ class AttentionSpec:
             sinks and window 512 keys.
         far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
             (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
+        beyond: what heads of "nystrom" use whose far field loses too much (see `CalibrationOptions`), by the teacher's
+            own logits and with all keys of their key head in the cache. "retrieval": retrieval attention (block_size,
+            num_blocks, and window_size and num_sinks as they are) at any length, for whole key heads. "exact":
+            dot-product attention, for each query head by itself. None: `convert` takes "retrieval" where there are any.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -125,6 +135,7 @@ class AttentionSpec:
     block_size: int | None = None
     num_blocks: int | None = None
     far_field: bool | None = None
+    beyond: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:
@@ -178,20 +189,26 @@ class AttentionSpec:
 
     def _check_own(self):
         """Set the defaults of the mechanism's fields and check their values."""
+        defaults = {**_OWN[self.mechanism], **(_OF_BLOCKS if self.beyond == "retrieval" else {})}
         for name in {name: None for own in _OWN.values() for name in own}:
-            value, owners = getattr(self, name), [m for m in MECHANISMS if name in _OWN[m]]
-            if self.mechanism not in owners:
+            value = getattr(self, name)
+            if name not in defaults:
                 if value is not None:
+                    owners = [f"mechanism={mechanism!r}" for mechanism in MECHANISMS if name in _OWN[mechanism]]
+                    if name in _OF_BLOCKS and self.mechanism == "nystrom":
+                        owners.append("beyond='retrieval'")
                     raise ValueError(
-                        f"{name} belongs to mechanism={' or '.join(map(repr, owners))}, got {name}={value!r} with "
-                        f"{self.mechanism!r}"
+                        f"{name} belongs to {' or '.join(owners)}, got {name}={value!r} with {self.mechanism!r}"
                     )
                 continue
             if value is None:
-                object.__setattr__(self, name, value := _OWN[self.mechanism][name])
-            if name == "exact_below" and value is None:
+                object.__setattr__(self, name, value := defaults[name])
+            if value is None:
                 continue
-            if name == "landmarks":
+            if name == "beyond":
+                if value not in BEYOND:
+                    raise ValueError(f"beyond must be one of {', '.join(BEYOND)} or None, got {value!r}")
+            elif name == "landmarks":
                 if not isinstance(value, str) or not value:
                     raise ValueError(f"landmarks must be a strategy's name (str), got {value!r}")
             elif name == "far_field":
@@ -199,6 +216,17 @@ class AttentionSpec:
                     raise ValueError(f"far_field must be True, False or None, got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
                 raise ValueError(f"{name} must be an integer >= {_LEAST[name]}, got {value!r}")
+
+    def beyond_spec(self) -> "AttentionSpec":
+        """Return the spec of those heads of a Nyström spec that use retrieval attention in its place."""
+        return AttentionSpec(
+            mechanism="retrieval", window_size=max(1, self.window_size), num_sinks=self.num_sinks,
+            block_size=self.block_size, num_blocks=self.num_blocks, far_field=self.far_field,
+        )  # fmt: skip
+
+    def has_option(self, name: str) -> bool:
+        """Return whether `name` is one of `OPTIONS` that this spec has."""
+        return self.mechanism in OPTIONS.get(name, ()) or (name in _OF_BLOCKS and self.beyond == "retrieval")
 
     def _check_nystrom(self):
         if self.metric not in SQUARED_NAMES:
@@ -292,8 +320,9 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
 
     Keys: version; specs (list of `AttentionSpec` dicts); modules (None: chosen when the model is built; otherwise
     {attention module's name relative to the base model: {"num_heads", "head_dim", "kind", "layer",
-    "groups": [{"spec": index, "heads": None or list}]}}); fallback (attention implementation of what is not converted);
-    init; queries_scaled (True where `fold_alpha` has changed query projections, else absent).
+    "groups": [{"spec": index, "heads": None or list}]}}, with "beyond": True for heads that retrieve by the spec's
+    `beyond`); fallback (attention implementation of what is not converted); init; queries_scaled (True where
+    `fold_alpha` has changed query projections, else absent).
     """
     if block is None:
         return None
@@ -330,7 +359,7 @@ def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[At
     for name, value in options.items():
         if name not in OPTIONS:
             raise ValueError(f"{name} cannot be set on a converted model; expected one of {', '.join(OPTIONS)}")
-        owners = [spec for spec in specs if spec.mechanism in OPTIONS[name]]
+        owners = [spec for spec in specs if spec.has_option(name)]
         if not owners:
             named = " or ".join(map(repr, OPTIONS[name]))
             raise ValueError(f"{name}={value!r} belongs to mechanism={named}, which this model does not have")
@@ -342,4 +371,4 @@ def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[At
                 f"window_size must be an integer >= {least}, which the far field was fitted beside, got {value!r}; "
                 "`distattn adapt` trains a model to a smaller one"
             )
-    return [replace(spec, **{n: v for n, v in options.items() if spec.mechanism in OPTIONS[n]}) for spec in specs]
+    return [replace(spec, **{n: v for n, v in options.items() if spec.has_option(n)}) for spec in specs]

@@ -22,7 +22,7 @@ NORM_TYPES = ("layer_norm", "rms_norm")
 SPEC_MECHANISMS = ("distance", "nystrom")
 _DEFAULT_METRICS = {"distance": "l2", "nystrom": "sqeuclidean"}
 # Choices that have a field of their own, or that the native family has no use for.
-_NOT_OPTIONS = ("metric", "mechanism", "layers", "heads", "attention", "landmarks")
+_NOT_OPTIONS = ("metric", "mechanism", "layers", "heads", "attention", "landmarks", "beyond")
 # What transformers' own configs call the same things, and what the layers for PyTorch call a metric.
 _ALIASES = {
     **dict.fromkeys(("d_model", "n_embd"), "hidden_size"),

@@ -17,9 +17,10 @@ from transformers.utils.output_capturing import _active_collector
 from .absolute_logits import absolute_shift, check_absolute
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
+from .head_groups import join_heads, write_out
 from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
 from .metrics import get_metric
-from .nystrom_heads import join_heads, nystrom_forward, padding_mask, write_out
+from .nystrom_heads import nystrom_forward, padding_mask
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import as_tensor, bias_behind, of_heads
 from .retrieval_heads import retrieval_forward

@@ -123,12 +123,12 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
     def set_attention_options(self, **options) -> None:
         """Set options that no fit depends on, in modules and config, so that `save_pretrained` keeps them.
 
-        exact_below and window_size (no smaller than it is) of Nyström specs, backend of the others (see
-        `AttentionSpec`). Caches that were begun before cannot go on. Raises `ValueError`, before anything is changed,
-        for any other name, a value that cannot be, and an option that no spec of the model has.
+        exact_below and window_size (no smaller than it is) of Nyström specs, the fields of retrieval, backend of the
+        others (see `AttentionSpec`). Caches that were begun before cannot go on. Raises `ValueError`, before anything
+        is changed, for any other name, a value that cannot be, and an option that no spec of the model has.
         """
         groups = [group for state in self.attention_states.values() for group in state.groups]
-        choices = [{n: v for n, v in options.items() if group.spec.mechanism in OPTIONS.get(n, ())} for group in groups]
+        choices = [{n: v for n, v in options.items() if group.spec.has_option(n)} for group in groups]
         changed = [with_options([group.spec], choice)[0] for group, choice in zip(groups, choices, strict=True)]
         set_options(self.config, options)
         for group, spec in zip(groups, changed, strict=True):
@@ -262,11 +262,13 @@ def attach_states(model: PreTrainedModel) -> None:
             module.distattn = DistanceAttentionState(specs, entry)
             module.distattn.max_positions = max_positions(getattr(module, "config", None) or model.config)
             module.register_forward_pre_hook(_check_implementation)
-            if module.distattn.is_nystrom and entry["kind"] == "self" and getattr(module, "is_causal", False):
+            causal = entry["kind"] == "self" and getattr(module, "is_causal", False)
+            if module.distattn.is_nystrom and causal:
                 module.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
                 # Its cache cannot be cropped, which transformers checks before assisted generation.
                 model._is_stateful = True
-            if module.distattn.is_retrieval and entry["kind"] == "self" and getattr(module, "is_causal", False):
+            # A conversion may make all heads of a Nyström module retrieve.
+            if (module.distattn.is_retrieval or module.distattn.is_nystrom) and causal:
                 module.register_forward_pre_hook(use_retrieval_cache, with_kwargs=True)
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))

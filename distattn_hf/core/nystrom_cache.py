@@ -9,6 +9,7 @@ from .compatibility import given_cache
 from .discovery import argument_names
 from .nystrom_hybrid import FarState
 from .parameters import NystromParameters
+from .retrieval_cache import RetrievalLayer
 
 _TENSORS = ("keys", "values", "keep", "all_keys", "all_values")
 
@@ -19,8 +20,9 @@ class NystromLayer(CacheLayerMixin):
     `update` hands back placeholders of the full length, which take no memory and hold NaN: the attention function takes
     the real keys from the layer (`layer_behind`), which goes with the placeholder. keys and values (B, H_kv, n, d) are
     the last window_size - 1 ones, keep (B, n) which of them are neither padding nor sinks. Query heads in `exact_heads`
-    are not Nyström's: all keys of their key heads are kept, in all_keys and all_values; those of every key head as long
-    as a row of the batch has no more than `exact_below` tokens.
+    and `retrieval_heads` are not Nyström's: all keys of their key heads are kept, of the former in all_keys and
+    all_values, with those of Nyström heads as long as a row of the batch has no more than `exact_below` tokens, and of
+    the latter in the layer `retrieved`.
 
     It cannot be cropped; `copy.deepcopy` of the cache that holds it keeps a state to go back to.
     """
@@ -29,10 +31,18 @@ class NystromLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, window_size: int, exact_heads: tuple[int, ...] = (), num_heads: int = 1, exact_below: int = 0):
+    def __init__(
+        self,
+        window_size: int,
+        exact_heads: tuple[int, ...] = (),
+        num_heads: int = 1,
+        exact_below: int = 0,
+        retrieval_heads: tuple[int, ...] = (),
+    ):
         super().__init__()
         self.window_size, self.exact_heads, self.num_heads = window_size, exact_heads, num_heads
-        self.exact_below = exact_below
+        self.exact_below, self.retrieval_heads = exact_below, retrieval_heads
+        self.retrieved = RetrievalLayer()
         self.length = 0
         self.keep: Tensor | None = None
         self.state: FarState | None = None
@@ -43,9 +53,13 @@ class NystromLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.keep = torch.ones(len(key_states), 0, dtype=torch.bool, device=self.device)
-        groups = self.num_heads // key_states.shape[1]
-        self.exact_key_heads = sorted({head // groups for head in self.exact_heads})
-        self.full_key_heads = list(range(key_states.shape[1])) if self.exact_below else self.exact_key_heads
+        self.num_key_heads = key_states.shape[1]
+        groups = self.num_heads // self.num_key_heads
+        others = set(range(self.num_heads)) - set(self.retrieval_heads)
+        full = others if self.exact_below else self.exact_heads
+        self.exact_key_heads, self.full_key_heads, self.retrieved_key_heads = (
+            sorted({head // groups for head in heads}) for heads in (self.exact_heads, full, self.retrieval_heads)
+        )
         self.all_keys, self.all_values = (t[:, self.full_key_heads, :0] for t in (key_states, value_states))
         # Whether every row of the batch has more tokens than `exact_below`.
         self.is_long = not self.exact_below
@@ -55,7 +69,12 @@ class NystromLayer(CacheLayerMixin):
         """Begin after the keys (B, H_kv, n, d) and values of a cache that keeps all, such as a prefix."""
         self.lazy_initialization(keys, values)
         self.all_keys, self.all_values = keys[:, self.full_key_heads], values[:, self.full_key_heads]
+        self._keep_retrieved(keys, values)
         self.length, self._earlier = keys.shape[2], (keys, values)
+
+    def _keep_retrieved(self, keys: Tensor, values: Tensor) -> None:
+        if self.retrieved_key_heads:
+            self.retrieved.update(keys[:, self.retrieved_key_heads], values[:, self.retrieved_key_heads])
 
     def take_earlier(self) -> tuple[Tensor, Tensor] | None:
         """Return keys and values of `start_from` until `put` makes them window and state; else None."""
@@ -70,6 +89,7 @@ class NystromLayer(CacheLayerMixin):
         if self.full_key_heads:
             self.all_keys = torch.cat([self.all_keys, key_states[:, self.full_key_heads]], dim=2)
             self.all_values = torch.cat([self.all_values, value_states[:, self.full_key_heads]], dim=2)
+        self._keep_retrieved(key_states, value_states)
         self.length += key_states.shape[2]
         return self._placeholder(key_states), self._placeholder(value_states)
 
@@ -120,6 +140,7 @@ class NystromLayer(CacheLayerMixin):
         self.keys = self.values = self.keep = self.all_keys = self.all_values = None
         self.state = self._new = self._earlier = None
         self.length, self.is_initialized = 0, False
+        self.retrieved = RetrievalLayer()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -139,14 +160,17 @@ class NystromLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.retrieved.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         self._rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.retrieved.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         self._rows(lambda tensor: tensor[indices])
+        self.retrieved.batch_select_indices(indices)
 
     def offload(self) -> None:
         raise ValueError("a Nyström cache is not offloaded (its size is constant); leave offloading at False")
@@ -156,6 +180,9 @@ class NystromLayer(CacheLayerMixin):
         tensors = [getattr(self, name) for name in _TENSORS] if self.is_initialized else []
         if self.state is not None:
             tensors += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
+        if self.retrieved.is_initialized:
+            codes = self.retrieved.codes.codes
+            tensors += [self.retrieved.keys, self.retrieved.values, *(vars(codes).values() if codes else ())]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -217,13 +244,17 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
             f"{type(layer).__name__} (a static, quantized or sliding cache). Leave cache_implementation at its default"
         )
     state = module.distattn
-    far_group, exact_heads = None, []
+    far_group, exact_heads, retrieval_heads = None, [], []
     for heads, group in state.parts():
         if isinstance(group, NystromParameters):
             far_group = group
         else:
-            exact_heads.extend(heads)
-    new = NystromLayer(far_group.spec.window_size, tuple(exact_heads), state.num_heads, far_group.spec.exact_below or 0)
+            retrieves = group is not None and group.spec.mechanism == "retrieval"
+            (retrieval_heads if retrieves else exact_heads).extend(heads)
+    new = NystromLayer(
+        far_group.spec.window_size, tuple(exact_heads), state.num_heads, far_group.spec.exact_below or 0,
+        tuple(retrieval_heads),
+    )  # fmt: skip
     if layer.get_seq_length():
         new.start_from(layer.keys, layer.values)
     cache.layers[index] = new

@@ -10,12 +10,15 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from .attention_spec import version_note
-from .inputs import ModuleCall, add_triangle, surely
+from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
+from .inputs import ModuleCall, surely
 from .nystrom_cache import NystromLayer, layer_behind
 from .nystrom_hybrid import FarState, HybridInputs, advance, hybrid_attention
-from .parameters import DistanceAttentionState, NystromParameters
+from .parameters import DistanceAttentionState, HeadParameters, NystromParameters
 from .reference import reference_hybrid
-from .relative_bias import as_tensor, of_heads, window_bias
+from .relative_bias import of_heads, window_bias
+from .retrieval_cache import first_queries_of
+from .retrieval_heads import retrieve
 
 logger = logging.get_logger(__name__)
 
@@ -67,28 +70,6 @@ def _cut(mask: Tensor, offset: int, length: int) -> Tensor:
     return torch.nn.functional.pad(mask, (0, length - mask.shape[1]), value=False)[:, None, None, :]
 
 
-def write_out(call: ModuleCall, num_queries: int, num_keys: int, device: torch.device) -> ModuleCall:
-    """Return the call as exact attention needs it, from that of `padding_mask`: causal mask, bias as a tensor."""
-    mask, bias = call.mask, as_tensor(call.position_bias, num_queries, num_keys)
-    if call.is_causal and num_queries > 1 and (mask is None or mask.shape[2] == 1):
-        mask = add_triangle(mask, num_queries, num_keys, device, offset=num_keys - num_queries)
-    return replace(call, mask=mask, position_bias=bias)
-
-
-def key_padding(mask: Tensor | None, query: Tensor, length: int) -> Tensor:
-    """Return keep (B, M) of the last M keys, from a padding mask (B or 1, 1, 1, at least M)."""
-    if mask is None:
-        return torch.ones(len(query), length, dtype=torch.bool, device=query.device)
-    if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1:
-        raise ValueError(
-            f"Nyström and retrieval attention need a padding mask (B, M), got {mask.dtype} of shape "
-            f"{tuple(mask.shape)}: they never form the (N, M) entries that another pattern speaks of (a sliding "
-            "window, packed sequences, a mask of the model's own or of the caller's, or, under torch.compile, no "
-            "attention_mask: pass one)"
-        )
-    return mask[:, 0, 0, -length:].expand(len(query), length)
-
-
 def nystrom_forward(
     state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, attend: Callable
 ) -> tuple[Tensor, Tensor | None]:
@@ -96,6 +77,8 @@ def nystrom_forward(
 
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
+    if call.groups > 1:
+        key, value = key[:, :: call.groups], value[:, :: call.groups]
     layer, num_keys, num_queries = layer_behind(key), key.shape[2], query.shape[2]
     if torch.compiler.is_compiling() and _depends_on_padding(state, layer, num_keys):
         return _uncompiled()(state, query, key, value, call, attend)
@@ -123,7 +106,11 @@ def nystrom_forward(
         full = partial(_in_full, query, full_key, full_value, heads, columns, layer)
         exact = partial(exact_heads, attend, group)
         if not isinstance(group, NystromParameters):
-            results.append((heads, *exact(*full(), own_call)))
+            if group is None or group.spec.mechanism != "retrieval":
+                results.append((heads, *exact(*full(), own_call)))
+            else:
+                whole = full_key, full_value, full_keep
+                results.append((heads, *_retrieval_heads(state, heads, group, query, *whole, own_call, layer)))
             continue
         is_few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
@@ -146,6 +133,33 @@ def nystrom_forward(
         if may_forget and bool((full_keep.sum(-1) > layer.exact_below).all()):
             layer.forget_early_keys()
     return join_heads(results)
+
+
+def _retrieval_heads(
+    state: DistanceAttentionState,
+    heads: list[int],
+    group: HeadParameters,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    call: ModuleCall,
+    layer: NystromLayer | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the retrieval heads beside Nyström heads: (output, weights or None), with a cache layer from its own keys."""
+    key_heads, cached, first_queries = key.shape[1], None, None
+    if layer is not None:
+        cached, first_queries = layer.retrieved, first_queries_of(layer.retrieved)
+        key, value, key_heads = layer.retrieved.keys, layer.retrieved.values, layer.num_key_heads
+    columns = key_heads_of(heads, state.num_heads // key_heads)
+    if layer is None:
+        key, value = _take(key, columns), _take(value, columns)
+    elif columns != layer.retrieved_key_heads:
+        # Some query heads of a key head: each has its own copy of the keys, and codes are made anew.
+        columns, cached = [layer.retrieved_key_heads.index(column) for column in columns], None
+        key, value = _take(key, columns), _take(value, columns)
+    keep = None if surely(keep.all()) else keep
+    return retrieve(group, _take(query, heads), key, value, keep, call, cached, first_queries)
 
 
 def touched(group: NystromParameters, output: Tensor) -> Tensor:
@@ -321,27 +335,6 @@ def _in_full(
     if layer is not None:
         columns = [layer.full_key_heads.index(column) for column in columns]
     return _take(query, heads), _take(key, columns), _take(value, columns)
-
-
-def exact_heads(
-    attend: Callable, group: NystromParameters, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
-) -> tuple[Tensor, Tensor | None]:
-    """Run exact attention of the last N of M keys' queries: causality by flag where that suffices, else by mask."""
-    by_flag = call.mask is None and query.shape[2] == key.shape[2]
-    call = call if by_flag else write_out(call, query.shape[2], key.shape[2], query.device)
-    bias = as_tensor(call.position_bias, query.shape[2], key.shape[2])
-    return attend(group, query, key, value, replace(call, position_bias=bias, is_causal=by_flag and call.is_causal))
-
-
-def join_heads(results: list[tuple[list[int], Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """Join outputs and weights of groups of heads, (heads, output, weights) each, in the order of the heads."""
-    if len(results) == 1:
-        return results[0][1:]
-    order = [head for heads, *_ in results for head in heads]
-    inverse = torch.argsort(torch.tensor(order, device=results[0][1].device))
-    outputs, weights = ([result[i] for result in results] for i in (1, 2))
-    joined = None if weights[0] is None else torch.cat(weights, dim=1)[:, inverse]
-    return torch.cat(outputs, dim=1)[:, inverse], joined
 
 
 def hybrid_inputs(

@@ -281,6 +281,12 @@ class NystromParameters(HeadParameters):
         return query, key, far_query, far_key if self.far_field else torch.zeros_like(far_key)
 
 
+def spec_of_group(specs: list[AttentionSpec], group: dict) -> AttentionSpec:
+    """Return the spec of a group of heads as the config's `distattn` block describes it (see `parse_block`)."""
+    spec = specs[group["spec"]]
+    return spec.beyond_spec() if group.get("beyond") else spec
+
+
 def parameters_for(spec: AttentionSpec, num_heads: int, entry: dict) -> HeadParameters:
     """Return the parameters that a spec's mechanism needs in a module, an entry of `find_attention_modules`."""
     kind = NystromParameters if spec.mechanism == "nystrom" else HeadParameters
@@ -295,7 +301,7 @@ class DistanceAttentionState(nn.Module):
         self.num_heads = entry["num_heads"]
         self.head_lists: list[list[int] | None] = [group["heads"] for group in entry["groups"]]
         self.groups = nn.ModuleList(
-            parameters_for(specs[group["spec"]], self.num_heads if heads is None else len(heads), entry)
+            parameters_for(spec_of_group(specs, group), self.num_heads if heads is None else len(heads), entry)
             for group, heads in zip(entry["groups"], self.head_lists, strict=True)
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.

@@ -269,7 +269,7 @@ def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
     kind is given the text's first queries to keep.
     """
     module.distattn.first_queries = None
-    if module.distattn.observer is not None:
+    if module.distattn.observer is not None or not module.distattn.is_retrieval:
         return
     cache = given_cache({**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs})
     if isinstance(cache, EncoderDecoderCache):
@@ -284,5 +284,11 @@ def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
     layer = cache.layers[index]
     if type(layer) is DynamicLayer:
         layer = cache.layers[index] = RetrievalLayer.from_layer(layer)
+    module.distattn.first_queries = first_queries_of(layer)
+
+
+def first_queries_of(layer) -> FirstQueries:
+    """Return the first queries of the text that a cache layer holds, which it keeps from now on."""
     known = getattr(layer, "distattn_first_queries", None) or FirstQueries()
-    layer.distattn_first_queries = module.distattn.first_queries = known.of(id(layer))
+    layer.distattn_first_queries = known = known.of(id(layer))
+    return known

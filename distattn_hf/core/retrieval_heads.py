@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,13 +9,13 @@ from torch import Tensor
 from .absolute_logits import absolute_shift
 from .attention import without_autocast
 from .attention_spec import AttentionSpec
+from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
 from .inputs import AttentionInputs, ModuleCall, surely
 from .metrics import get_metric
-from .nystrom_heads import exact_heads, join_heads, key_padding
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
 from .retrieval import Retrieval, Search, first_keys, has_codes
-from .retrieval_far import has_far_field
+from .retrieval_far import FirstQueries, has_far_field
 from .retrieval_gather import run_retrieval
 
 
@@ -57,44 +56,40 @@ def retrieval_forward(
         if group is None or group.spec.mechanism != "retrieval":
             results.append((heads, *exact_heads(attend, group, *tensors, own)))
         else:
-            known = None if first_queries is None else partial(first_queries.update, number)
-            made_of = (layer, number) if layer is not None and tensors[1] is key else None
-            results.append((heads, *_retrieve(group, *tensors, keep, own, made_of, known)))
+            kept = layer if tensors[1] is key else None
+            results.append((heads, *retrieve(group, *tensors, keep, own, kept, first_queries, number)))
     return join_heads(results)
 
 
 def some_heads(heads: list[int], query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return query heads and their key heads: grouped where all of a key head's are there, else repeated."""
-    groups = query.shape[1] // key.shape[1]
-    columns = [head // groups for head in heads]
-    whole = columns[::groups]
-    if [column for column in whole for _ in range(groups)] == columns and len(set(whole)) == len(whole):
-        columns = whole
+    columns = key_heads_of(heads, query.shape[1] // key.shape[1])
     index, column = (torch.tensor(n, device=query.device) for n in (heads, columns))
     return query[:, index], key[:, column], value[:, column]
 
 
-def _retrieve(
+def retrieve(
     group: HeadParameters,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     keep: Tensor | None,
     call: ModuleCall,
-    cached: tuple | None,
-    beginning_after: Callable | None,
+    layer,
+    first_queries: FirstQueries | None,
+    number: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (output, weights or None) of a group of retrieval heads.
 
-    cached: the cache layer of the key and the group's number in it, or None. beginning_after: what keeps the first
-    queries (`FirstQueries.update` of this group), or None.
+    layer: the cache layer that holds the key, or None. first_queries: what keeps the text's first ones, or None; number:
+    that of the group in both.
     """
     problem = retrieval_problem(group, query, key, value, keep, call)
-    if beginning_after is not None and problem.search.far_field and call.is_causal:
-        beginning = beginning_after(problem.inputs.query, key.shape[2], problem.first)
+    if first_queries is not None and problem.search.far_field and call.is_causal:
+        beginning = first_queries.update(number, problem.inputs.query, key.shape[2], problem.first)
         problem = replace(problem, beginning=beginning)
-    if cached is not None:
-        problem = _with_what_is_cached(problem, key, keep, *cached)
+    if layer is not None:
+        problem = _with_what_is_cached(problem, key, keep, layer, number)
     output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
     return output.to(value.dtype), weights
 

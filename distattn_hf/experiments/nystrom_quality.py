@@ -7,12 +7,13 @@ import argparse
 import copy
 import math
 import time
+from dataclasses import replace
 
 import torch
 from transformers.utils import logging
 
+from ..conversion.beyond import beyond_heads, take_beyond
 from ..conversion.calibrate import CalibrationOptions
-from ..conversion.calibrate_nystrom import leave_exact
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.parameters import NystromParameters
@@ -60,7 +61,7 @@ def limited(student, max_error: float):
     for group in student.conversion_report.groups:
         figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
     for name, state in student.attention_states.items():
-        leave_exact(student, name, state, figures[name], max_error)
+        take_beyond(student, name, state, figures[name], beyond_heads(state, figures[name], max_error, groups=1))
     return student
 
 
@@ -100,7 +101,8 @@ def main() -> None:
             start = time.perf_counter()
             if fitted is None or options.refit:
                 fit = CalibrationOptions(steps=options.steps, max_error=limit, progress=False)
-                fitted = convert(model, spec, calibration=calibration, tokenizer=tokenizer, options=fit)
+                own = spec if limit is None else replace(spec, beyond="exact")
+                fitted = convert(model, own, calibration=calibration, tokenizer=tokenizer, options=fit)
                 print(fitted.conversion_report.summary())
             student = fitted if limit is None or options.refit else limited(fitted, limit)
             seconds = time.perf_counter() - start

@@ -216,27 +216,33 @@ def contents(folder: ConvertedFolder, repo: str, base: BaseModel, results: list[
 def _attention_text(config: dict) -> str:
     """Describe the kinds of attention in words, with their parameters."""
     parts = []
-    for spec in config["distattn"]["specs"]:
+    groups = [group for entry in (config["distattn"].get("modules") or {}).values() for group in entry["groups"]]
+    for number, spec in enumerate(config["distattn"]["specs"]):
         if spec.get("mechanism") == "nystrom":
             sizes = [f"{spec[k]} {label}" for k, label in (
                 ("num_landmarks", "landmarks"), ("window_size", "tokens of window"), ("num_sinks", "sinks"),
                 ("exact_below", "first tokens attended exactly"),
             ) if spec.get(k)]  # fmt: skip
             parts.append("linear-time Nyström attention" + (f" ({', '.join(sizes)})" if sizes else ""))
+            if beyond := sum(len(g["heads"]) for g in groups if g["spec"] == number and g.get("beyond")):
+                parts.append(f"in {beyond} heads {_retrieval_text(spec)}")
         elif spec.get("mechanism") == "retrieval":
-            read = spec["num_blocks"] * spec["block_size"]
-            beyond = ", of each other block one key that stands for it" if spec.get("far_field") else ""
-            own = "" if spec.get("lift") else f" by the {spec['metric']} distance"
-            parts.append(
-                f"retrieval attention{own} (each query reads the last {spec['window_size']} tokens, the first "
-                f"{spec['num_sinks']}, and {read} others in blocks of {spec['block_size']}{beyond})"
-            )
+            parts.append(_retrieval_text(spec))
         else:
             order = f" (p={spec['p']:g})" if spec.get("p") is not None else ""
             softened = {None: "", 0: "", "fit": " softened (one fitted ε a head)"}
             dial = softened.get(spec.get("softening"), f" softened (ε = {spec.get('softening')})")
             parts.append(f"{spec['metric']}{order} distance attention{dial}")
     return " and ".join(dict.fromkeys(parts))
+
+
+def _retrieval_text(spec: dict) -> str:
+    own = "" if spec.get("lift") or spec["mechanism"] == "nystrom" else f" by the {spec['metric']} distance"
+    beyond = ", of each other block one key that stands for it" if spec.get("far_field") else ""
+    return (
+        f"retrieval attention{own} (each query reads the last {spec['window_size']} tokens, the first "
+        f"{spec['num_sinks']}, and {spec['num_blocks'] * spec['block_size']} others in blocks of {spec['block_size']}{beyond})"
+    )
 
 
 def _package_link() -> str:

@@ -227,12 +227,21 @@ class Annealing:
             remove_landmarks(group, indices)
         if self.leaving:
             self._write_specs("num_landmarks", self.nystrom)
+        if self.options.window_size is not None:
+            self._follow_window()
         self.leaving = []
         if self.options.softening == 0:
             for group in self.softened:
                 remove_softening(group)
             self._write_specs("softening", list(self.softened))
             self.softened, self.sizes = {}, {}
+
+    def _follow_window(self) -> None:
+        """Give heads that retrieve beside Nyström heads the window that a reload will give them."""
+        specs = self.student.config.attention_specs
+        for group, number in self.spec_numbers.items():
+            if specs[number].mechanism == "nystrom" and group.spec.mechanism == "retrieval":
+                group.spec = specs[number].beyond_spec()
 
     def _write_specs(self, name: str, groups: list[HeadParameters]) -> None:
         """Write field `name` of the groups' specs into the config, so that a saved checkpoint describes itself."""

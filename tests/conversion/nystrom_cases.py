@@ -7,12 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion.beyond import take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.core.nystrom_cache import NystromLayer
 from tests.conversion.models import FAMILIES, VOCAB, token_batch
 from tests.tolerances import CACHED_LOGITS
 
 QUICK = CalibrationOptions(steps=2, progress=False)
+NONE_CHOSEN = CalibrationOptions(steps=2, progress=False, max_error=1e9)
 DECODERS = pytest.mark.parametrize("family", ["gpt2", "llama"])
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 AUTO = {
@@ -43,6 +45,18 @@ def converted(teacher, spec, **kwargs):
 def student_of(family: str, lift: bool = True):
     """For tests that change nothing in it."""
     return converted(build(family), nystrom(9, lift=lift))
+
+
+def taken(family: str, beyond: str = "retrieval", dtype=torch.float32, **kwargs):
+    """A student in which the second key head of every even module, and the first of every odd one, is not Nyström's."""
+    teacher = build(family).to(dtype)
+    batches = [token_batch(teacher, length=40, seed=seed) for seed in range(2)]
+    student = convert(teacher, nystrom(9, beyond=beyond, **kwargs), calibration=batches, options=NONE_CHOSEN)
+    share = 2 if family == "llama" else 1
+    for number, (name, state) in enumerate(student.attention_states.items()):
+        first = share if number % 2 == 0 else 0
+        take_beyond(student, name, state, [{}], list(range(first, first + share)))
+    return student
 
 
 def padded(length: int, rows: int = 2) -> dict[str, torch.Tensor]:

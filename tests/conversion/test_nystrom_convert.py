@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion import calibrate_nystrom
+from distattn_hf.conversion.beyond import beyond_heads, take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.conversion.calibrate_nystrom import leave_exact
 from distattn_hf.conversion.convert import current_report
 from tests.conversion.models import FAMILIES, SPECIAL, VOCAB, gpt2, llama, t5, token_batch
 from tests.conversion.nystrom_cases import (
@@ -106,8 +108,13 @@ def test_other_initialisations_are_refused(init):
         ({"window_size": -1}, "window_size must be an integer >= 0, got -1"),
         ({"num_sinks": True}, "num_sinks must be an integer >= 0, got True"),
         ({"landmarks": 3}, "landmarks must be a strategy's name"),
-        ({"mechanism": "distance"}, "belongs to mechanism='nystrom', got"),
-        ({"mechanism": "nystroem"}, "mechanism must be one of distance, nystrom, got 'nystroem'"),
+        ({"beyond": "window"}, "beyond must be one of retrieval, exact or None, got 'window'"),
+        ({"num_blocks": 3}, "num_blocks belongs to mechanism='retrieval' or beyond='retrieval', got num_blocks=3"),
+        ({"block_size": 4, "beyond": "exact"}, "block_size belongs to mechanism='retrieval' or beyond='retrieval'"),
+        ({"num_blocks": -1, "beyond": "retrieval"}, "num_blocks must be an integer >= 0, got -1"),
+        ({"mechanism": "retrieval", "beyond": "exact"}, "beyond belongs to mechanism='nystrom', got beyond='exact'"),
+        ({"mechanism": "distance"}, "window_size belongs to mechanism='nystrom' or mechanism='retrieval', got"),
+        ({"mechanism": "nystroem"}, "mechanism must be one of distance, nystrom, retrieval, got 'nystroem'"),
     ],
 )
 def test_bad_specs(fields, message):
@@ -192,6 +199,41 @@ def test_bfloat16_model_runs_trains_and_generates(family):
         assert tokens.shape == (2, 26 if family == "t5" else 65)
 
 
+class LargestTensor(TorchDispatchMode):
+    """Notes how many entries the largest result of an operation has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                # What is expanded takes no memory.
+                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def test_a_fit_of_long_texts_holds_no_square(monkeypatch):
+    """Figures are of all rows and keys of the held-out text: some rows at a time, with the same result."""
+    teacher = llama()
+    batch = token_batch(teacher, length=250)
+    reports = []
+    for entries in (2**24, 30_000):
+        monkeypatch.setattr(calibrate_nystrom, "_ENTRIES", entries)
+        options = CalibrationOptions(steps=2, rows=16, progress=False)
+        with LargestTensor() as largest:
+            reports.append(convert(teacher, nystrom(9), calibration=[batch], options=options).conversion_report)
+        is_square = largest.entries >= 4 * 249 * 250
+        assert is_square == (entries == 2**24), largest.entries
+    for whole, parts in zip(*(report.groups for report in reports), strict=True):
+        for name in ("divergence_after", "window_error", "output_error", "rows_off"):
+            assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-4, abs=1e-6)
+
+
+def leave_exact(student, name, state, results, max_error):
+    take_beyond(student, name, state, results, beyond_heads(state, results, max_error, groups=1))
+
+
 @EVERY_FAMILY
 def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path):
     """With a limit that only the best head of the first module meets, the rest of that module keeps dot product."""
@@ -202,7 +244,7 @@ def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path)
     errors = free.conversion_report["groups"][0]["output_error"]
     limit = min(errors) * 1.001
     options = CalibrationOptions(steps=2, progress=False, max_error=limit)
-    student = convert(teacher, nystrom(9), calibration=batches, options=options)
+    student = convert(teacher, nystrom(9, beyond="exact"), calibration=batches, options=options)
     report = student.conversion_report
     assert report.groups[0].heads == [errors.index(min(errors))]
     assert report.groups[0].output_error == [min(errors)]
@@ -225,7 +267,7 @@ def test_heads_beyond_the_limit_of_the_error_stay_the_teachers(family, tmp_path)
 
     nothing = CalibrationOptions(steps=2, progress=False, max_error=1e-9)
     with pytest.raises(ValueError, match="max_error=1e-09: no head"):
-        convert(teacher, nystrom(9), calibration=batches, options=nothing)
+        convert(teacher, nystrom(9, beyond="exact"), calibration=batches, options=nothing)
 
 
 @EVERY_FAMILY

@@ -21,6 +21,7 @@ from distattn_hf.hub.card import contents, is_unedited, own_row, read_template
 from distattn_hf.hub.folder import read_folder
 from distattn_hf.hub.push import choose_card, push
 from tests.conversion.models import bert, gpt2, t5, token_batch
+from tests.conversion.nystrom_cases import taken
 
 ROOT = Path(distattn_hf.__file__).parents[1]
 
@@ -202,6 +203,13 @@ def test_the_card_survives_the_hubs_own_reader(folder):
     card = build_card(folder, "user/x", license="mit")
     assert is_unedited(str(card))
     assert str(ModelCard(str(card))) == str(card)
+
+
+def test_the_card_counts_the_heads_that_retrieve_beside_nystrom_heads(tmp_path):
+    taken("llama", num_blocks=3).save_pretrained(tmp_path)
+    text = str(build_card(tmp_path, "user/x", license="mit"))
+    assert "linear-time Nyström attention" in text
+    assert "in 4 heads retrieval attention (each query reads the last 9 tokens, the first 2, and 48 others" in text
 
 
 def test_every_branch_of_the_template_renders(folder):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AlbertConfig, AlbertModel, BertModel
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.conversion.calibrate_nystrom import leave_exact
+from distattn_hf.conversion.beyond import take_beyond
 from distattn_hf.data.batches import label_loss
 from distattn_hf.training.objectives import (
     AttentionTransfer,
@@ -281,14 +281,14 @@ def test_modules_that_max_error_left_exact_count_for_nothing(train):
 
     both = loss()
     name, state = next(iter(student.attention_states.items()))
-    leave_exact(student, name, state, [{"output_error": torch.ones(state.num_heads)}], 0.5)
+    take_beyond(student, name, state, [{}], list(range(state.num_heads)))
     second = loss()
     assert math.isfinite(second)
     # Every layer gets the teacher's input, so the other layer's loss is what it was.
     first = 2 * both - second
     other = convert(teacher, spec, calibration={"input_ids": data["input_ids"]}, options=options)
     name, state = list(other.attention_states.items())[1]
-    leave_exact(other, name, state, [{"output_error": torch.ones(state.num_heads)}], 0.5)
+    take_beyond(other, name, state, [{}], list(range(state.num_heads)))
     student = other
     assert loss() == pytest.approx(first, rel=1e-4)
 

@@ -20,6 +20,7 @@ from distattn_hf.training.annealing import (
     remove_landmarks,
 )
 from tests.conversion.models import bert, gpt2, llama, t5, token_batch
+from tests.conversion.nystrom_cases import taken
 from tests.training.rows import collate, rows
 
 
@@ -174,6 +175,21 @@ def test_the_window_shrinks_in_the_model_and_in_what_it_saves(tmp_path):
     again = type(student).from_pretrained(tmp_path).eval()
     assert groups(again)[0].spec.window_size == 2
     assert torch.equal(again(**batch).logits, after)
+
+
+@torch.no_grad()
+def test_heads_that_retrieve_beside_them_follow_the_window(tmp_path):
+    student = taken("llama", block_size=4, num_blocks=1)
+    batch = {"input_ids": torch.randint(3, 64, (2, 60))}
+    before = student(**batch).logits
+    annealing = Annealing(student, AnnealingOptions(window_size=2, hold=0.0))
+    annealing.apply(10, 10)
+    annealing.finish(10)
+    after = student(**batch).logits
+    assert not torch.equal(before, after)
+    assert {group.spec.window_size for group in groups(student)} == {2}
+    student.save_pretrained(tmp_path)
+    assert torch.equal(type(student).from_pretrained(tmp_path).eval()(**batch).logits, after)
 
 
 def test_landmarks_fade_until_taking_them_out_changes_nothing(tmp_path):

@@ -1,0 +1,45 @@
+"""What a converted model's cache takes, by its sizes, beside the teacher's."""
+
+import torch
+
+from ..core.discovery import find_attention_modules, locate
+from ..core.parameters import DistanceAttentionState, NystromParameters
+
+TOKENS = 1000
+
+
+def cache_bytes(model) -> dict[str, int] | None:
+    """Return bytes of one row's cache: {"growing": by so many more tokens, "teacher": of the teacher, "constant"}.
+
+    Of all causal self-attention that sees the whole text, without the room that caches keep for more; Nyström modules
+    past their `exact_below`. None for a model without a cache.
+    """
+    if not model.can_generate():
+        return None
+    found = {"growing": 0, "teacher": 0, "constant": 0}
+    for name, entry in find_attention_modules(model).items():
+        module = locate(model, name)
+        if entry["kind"] != "self" or entry["type"] != "full_attention" or not getattr(module, "is_causal", False):
+            continue
+        if not entry["num_heads"] or not entry["head_dim"]:
+            return None
+        groups = getattr(module, "num_key_value_groups", 1)
+        key_heads = entry["num_heads"] // groups
+        sizes = entry["head_dim"] + getattr(module, "v_head_dim", entry["head_dim"])
+        token = sizes * torch.finfo(model.dtype).bits // 8
+        found["teacher"] += TOKENS * key_heads * token
+        state = getattr(module, "distattn", None)
+        parts = state.parts() if isinstance(state, DistanceAttentionState) else [(range(entry["num_heads"]), None)]
+        full = {head // groups for heads, group in parts if not isinstance(group, NystromParameters) for head in heads}
+        found["growing"] += TOKENS * len(full) * token
+        for heads, group in parts:
+            if isinstance(group, NystromParameters):
+                spec = group.spec
+                state_size = spec.num_landmarks * (sizes - entry["head_dim"] + 1) + spec.num_sinks * sizes
+                found["constant"] += 4 * group.num_heads * state_size + max(0, spec.window_size - 1) * key_heads * token
+            elif group is not None and group.spec.mechanism == "retrieval" and group.is_absolute:
+                # The codes of a block (see `Codes`): its mean, a scale for each key, and half a byte a coordinate.
+                size, block = entry["head_dim"], group.spec.block_size
+                codes = 4 * size + block * (4 + 4 * -(-size // 8))
+                found["growing"] += TOKENS * len({head // groups for head in heads}) * codes // block
+    return found if found["teacher"] else None

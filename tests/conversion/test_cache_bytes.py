@@ -1,0 +1,81 @@
+"""The bytes of a cache that a report names: those that caches of the models hold."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from distattn_hf import AttentionSpec, convert
+from distattn_hf.conversion.cache_bytes import cache_bytes
+from distattn_hf.conversion.convert import current_report
+from distattn_hf.core.retrieval import encode
+from tests.conversion.models import VOCAB, bert, token_batch
+from tests.conversion.nystrom_cases import QUICK, build, nystrom, taken
+
+# Two whole panels of codes and four.
+LENGTHS = 512, 1024
+
+
+def tensors_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.no_grad()
+def cache_of(model, length: int) -> DynamicCache:
+    ids = torch.randint(3, VOCAB, (1, length))
+    cache = DynamicCache(config=model.config)
+    model(ids, position_ids=torch.arange(length)[None].clamp_max(127), past_key_values=cache)
+    return cache
+
+
+def grown(sizes: list[int]) -> float:
+    """Bytes of 1,000 tokens, of the bytes at both lengths."""
+    return 1000 * (sizes[1] - sizes[0]) / (LENGTHS[1] - LENGTHS[0])
+
+
+def code_bytes(layer) -> int:
+    """Codes of a layer's keys without room for more, and without the bit for each block that it has keys."""
+    codes = encode(layer.keys, torch.ones(1, layer.keys.shape[2], dtype=torch.bool), 16)
+    return tensors_bytes([codes.mean, codes.scale, codes.code])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_of_nystrom_and_retrieval_heads(family):
+    teacher, student = build(family), taken(family, block_size=16, num_blocks=1)
+    said = cache_bytes(student)
+    whole = [tensors_bytes(t for x in cache_of(teacher, n).layers for t in (x.keys, x.values)) for n in LENGTHS]
+    assert said["teacher"] == grown(whole)
+    kept, constant = [], []
+    for length in LENGTHS:
+        layers = cache_of(student, length).layers
+        kept.append(
+            sum(tensors_bytes([x.retrieved.keys, x.retrieved.values]) + code_bytes(x.retrieved) for x in layers)
+        )
+        # Which keys of the window count, and where sinks stand.
+        held = [[x.keys, x.values, x.state.total, x.state.weight, x.state.sink_key, x.state.sink_value] for x in layers]
+        constant.append(sum(map(tensors_bytes, held)))
+    assert said["growing"] == grown(kept) < said["teacher"]
+    assert constant == [said["constant"]] * 2
+
+
+def test_of_retrieval_alone_and_of_distances():
+    teacher = build("llama")
+    student = convert(teacher, AttentionSpec(mechanism="retrieval", num_blocks=1))
+    kept = []
+    for length in LENGTHS:
+        layers = cache_of(student, length).layers
+        kept.append(sum(tensors_bytes([layer.keys, layer.values]) + code_bytes(layer) for layer in layers))
+    said = student.conversion_report.cache_bytes
+    assert said == {"growing": grown(kept), "teacher": said["teacher"], "constant": 0}
+    line = f"cache {said['growing']:,} bytes per 1,000 tokens (the teacher's {said['teacher']:,})"
+    assert line in student.conversion_report.summary() == current_report(student).summary()
+    exact = convert(teacher, AttentionSpec("l2"), init="plain").conversion_report.cache_bytes
+    assert exact == {"growing": said["teacher"], "teacher": said["teacher"], "constant": 0}
+    half = convert(teacher.to(torch.bfloat16), AttentionSpec("l2"), init="plain").conversion_report.cache_bytes
+    assert half["teacher"] == said["teacher"] / 2
+
+
+def test_of_a_model_without_a_cache():
+    teacher = bert()
+    student = convert(teacher, nystrom(9), calibration=[token_batch(teacher, length=40)], options=QUICK)
+    assert student.conversion_report.cache_bytes is None
+    assert "cache" not in student.conversion_report.summary()
