@@ -189,6 +189,11 @@ def add_triangle(keep: Tensor | None, num_queries: int, num_keys: int, device, o
     return triangle if keep is None else keep & triangle
 
 
+def rows_of(tensor: Tensor | None, part: slice) -> Tensor | None:
+    """Return the rows of some queries of a tensor broadcastable to (B, H, N, x), or None."""
+    return tensor if tensor is None or tensor.shape[-2] == 1 else tensor[..., part, :]
+
+
 def merge_masks(
     mask: Tensor | None, position_bias: Tensor | None, shape: tuple[int, int, int, int]
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .absolute_logits import finish_logits, unlifted
 from .attention import without_autocast
-from .inputs import AttentionInputs, masked_softmax
+from .inputs import AttentionInputs, masked_softmax, rows_of
 from .metrics import BUILT_IN
 from .retrieval import Retrieval, aligned, encode, has_codes, scores_by_codes
 from .retrieval_cpp import cpp_retrieval, cpp_supports
@@ -52,9 +52,9 @@ def _with_codes(problem: Retrieval) -> Retrieval:
     return replace(problem, inputs=inputs, codes=codes)
 
 
-def visible_keys(problem: Retrieval) -> Callable[[int, int], Tensor]:
-    """Return (start, stop) -> which keys those queries see, bool (B, H, n, M)."""
-    chosen = _chosen_for(problem)[0]
+def visible_keys(problem: Retrieval, choose: Callable | None = None) -> Callable[[int, int], Tensor]:
+    """Return (start, stop) -> which keys those queries see, bool (B, H, n, M); `choose` as the operators take it."""
+    chosen = _chosen_for(problem, choose)[0]
     return lambda start, stop: chosen.visible(slice(start, stop))
 
 
@@ -84,7 +84,7 @@ def caught_weight(problem: Retrieval) -> Tensor:
     return torch.cat(shares, dim=2)
 
 
-def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
+def _chosen_for(problem: Retrieval, choose: Callable | None = None) -> tuple["_Chosen", AttentionInputs]:
     """Return the blocks that the queries of a problem see, and its inputs as operators take them."""
     inputs = unlifted(problem.inputs)
     if inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
@@ -96,21 +96,26 @@ def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
     inputs = inputs.in_full_precision()
     layout = _Layout(replace(problem, inputs=inputs), share)
     with torch.no_grad():
-        blocks, exists = layout.choose()
+        blocks, exists = (choose or _Layout.choose)(layout)
     # Drawn here, so that the backward pass can make the same dropout again.
     seed = int(torch.randint(2**31, ())) if inputs.dropout_p > 0 else 0
     return _Chosen(layout, blocks, exists, seed), inputs
 
 
-def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again."""
+def retrieval_by_operators(
+    problem: Retrieval, return_weights: bool = False, choose: Callable | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again.
+
+    choose: another rule by which queries choose their blocks; takes and returns what `_Layout.choose` does.
+    """
     given = problem.inputs
     if 0 in given.query.shape or 0 in given.key.shape:
         # Nothing to see; sums of nothing carry the gradient.
         zero = 0.0 * (given.query.sum() + given.key.sum() + given.value.sum())
         output = given.query.new_zeros(*given.query.shape[:3], given.value.shape[-1]) + zero
         return output, given.query.new_zeros(*given.query.shape[:3], given.key.shape[2]) if return_weights else None
-    chosen, inputs = _chosen_for(problem)
+    chosen, inputs = _chosen_for(problem, choose)
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
     tensors = inputs.query, chosen.layout.key, chosen.layout.value, lam, inputs.bias, problem.relative_bias
     tensors = *tensors, inputs.sink_logit, inputs.shift
@@ -350,11 +355,6 @@ class _Chosen:
             rows = [t.transpose(2, 3).flatten(1, 2) for t in (position, chances)]
             result[:, :, part] = result[:, :, part].scatter_add(-1, *rows)
         return result
-
-
-def rows_of(tensor: Tensor | None, part: slice) -> Tensor | None:
-    """Return the rows of some queries of a tensor broadcastable to (B, H, N, x), or None."""
-    return tensor if tensor is None or tensor.shape[2] == 1 else tensor[:, :, part]
 
 
 class _Gathered(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distattn_hf.core import mechanism_landmark, mechanism_linear, mechanism_windows
+from distattn_hf.core import mechanism_landmark, mechanism_linear, mechanism_windows, retrieval_gather
 from distattn_hf.core.mechanisms import MECHANISMS
 from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
@@ -30,6 +30,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(mechanism_windows, "_FEWEST", 2)
     monkeypatch.setattr(mechanism_windows, "_MOST", 3)
     monkeypatch.setattr(mechanism_landmark, "_ENTRIES", 400)
+    monkeypatch.setattr(retrieval_gather, "_ENTRIES", 400)
 
 
 def flags(form: str) -> dict:
