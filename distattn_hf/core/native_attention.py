@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .compatibility import one_cache
 from .configuration_native import DEFAULT_METRICS, SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
+from .derived_cache import use_derived_cache
 from .encodings import POSITIONAL_ENCODINGS
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
@@ -18,14 +19,11 @@ from .mechanisms import MECHANISMS
 from .metrics import METRICS, get_metric
 from .nystrom_cache import use_nystrom_cache
 from .parameters import DistanceAttentionState
-from .retrieval_cache import use_retrieval_cache
 
 logger = logging.get_logger(__name__)
 
 # Attention functions that return true weights.
 _WITH_WEIGHTS = ("eager", "sdpa", *IMPLEMENTATIONS)
-# Mechanisms of a decoder that keep more than keys and values beside each other.
-_USE_CACHE = {"nystrom": use_nystrom_cache, "retrieval": use_retrieval_cache}
 
 
 def eager_attention_forward(
@@ -241,8 +239,10 @@ class DistAttnAttention(AttentionHeads):
             entry["groups"] = [{"spec": 0, "heads": None}]
             self.distattn = DistanceAttentionState([spec_of(mechanism, metric, options)], entry)
             self.distattn.has_teacher = False
-            if mechanism in _USE_CACHE and self.is_causal:
-                self.register_forward_pre_hook(_USE_CACHE[mechanism], with_kwargs=True)
+            if mechanism == "nystrom" and self.is_causal:
+                self.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
+            if self.distattn.derives_from_keys and self.is_causal:
+                self.register_forward_pre_hook(use_derived_cache, with_kwargs=True)
         elif mechanism != "dot":
             length = config.max_position_embeddings
             self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **options)

@@ -1,16 +1,11 @@
-"""A cache layer for retrieval attention: all keys, and beside them the codes by which blocks of them are found."""
+"""Codes of the keys in a cache, by which retrieval attention finds blocks of them."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
-from .compatibility import given_cache
-from .discovery import argument_names
+from .derived_cache import SPARE, writable
 from .retrieval import PANEL, Codes, aligned, encode
-
-# Keys for which there is room beyond those held, as a share of them, and at least.
-_SPARE, _LEAST_ROOM = 4, 64
 
 
 class KeyCodes:
@@ -55,7 +50,7 @@ class KeyCodes:
         if self.codes is None or self.size != block_size or self.counted > key.shape[2]:
             return False
         mean = self.codes.mean
-        if mean.dtype != torch.promote_types(key.dtype, torch.float32) or not _writable(mean):
+        if mean.dtype != torch.promote_types(key.dtype, torch.float32) or not writable(mean):
             return False
         if self.first.shape != first.shape or bool((self.first != first).any()):
             return False
@@ -78,7 +73,7 @@ class KeyCodes:
 
     def _grow(self, like: Codes, panels: int) -> None:
         """Make room for so many panels and some more."""
-        panels += panels // _SPARE + 1
+        panels += panels // SPARE + 1
         grown = {}
         for name, tensor in vars(like).items():
             axis = 1 if name == "real" else 2
@@ -93,135 +88,3 @@ class KeyCodes:
             self.codes = Codes(**{name: change(tensor) for name, tensor in vars(self.codes).items()})
             self.first = change(self.first)
             self.keep = None if self.keep is None else change(self.keep)
-
-
-def _writable(tensor: Tensor) -> bool:
-    """Return whether a tensor may be written into here: those made under inference mode may not outside it."""
-    return not tensor.is_inference() or torch.is_inference_mode_enabled()
-
-
-class RetrievalLayer(DynamicLayer):
-    """A `DynamicLayer` that keeps codes of its keys, and room for more keys so that a new one does not copy the others.
-
-    Takes whatever a `DynamicLayer` takes: it can be cropped, reordered, copied, offloaded.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.codes = KeyCodes()
-        self._room: tuple[Tensor, Tensor] | None = None
-        self._owner, self._left = 0, None
-
-    @classmethod
-    def from_layer(cls, layer: DynamicLayer) -> "RetrievalLayer":
-        """Return a layer that holds the keys of a `DynamicLayer`."""
-        new = cls()
-        new.__dict__.update({name: value for name, value in vars(layer).items() if name not in vars(new)})
-        for name in ("keys", "values", "is_initialized"):
-            setattr(new, name, getattr(layer, name))
-        return new
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, H_kv, n, d); returns all, by which the attention finds this layer."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self._owner != id(self) or self.keys is not self._left:
-            # A copy, or keys that were cut or replaced from outside: what was made of others is not theirs, and what
-            # stands in the room may be somebody's still.
-            self.codes, self._room, self._owner = KeyCodes(), None, id(self)
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # Autograd keeps what was returned before: nothing may be written beside it.
-            keys, values = super().update(key_states, value_states)
-            self._room = None
-        else:
-            keys, values = self._append(key_states, value_states)
-        self._left = self.keys
-        # A view of its own, so that the mark is not on the tensor that the cache holds, which may be copied.
-        keys = keys.view_as(keys)
-        keys.distattn_retrieval = self
-        return keys, values
-
-    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        length, count = self.get_seq_length(), key_states.shape[2]
-        if not self._has_room(length + count, (key_states, value_states)):
-            self._make_room(key_states, value_states, length, count)
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, length : length + count] = new
-        self.keys, self.values = (room[:, :, : length + count] for room in self._room)
-        return self.keys, self.values
-
-    def _has_room(self, length: int, new: tuple[Tensor, Tensor]) -> bool:
-        """Return whether there is room for so many keys and values, in the type that they have together."""
-        if self._room is None:
-            return False
-        pairs = zip(self._room, new, strict=True)
-        return all(
-            r.shape[2] >= length
-            and len(r) == len(t)
-            and torch.promote_types(r.dtype, t.dtype) == r.dtype
-            and _writable(r)
-            for r, t in pairs
-        )
-
-    def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, count: int) -> None:
-        # A prompt gets little: it may be all there is.
-        spare = _LEAST_ROOM if not length else max(_LEAST_ROOM, length // _SPARE)
-        made = []
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            dtype = torch.promote_types(held.dtype, new.dtype) if length else new.dtype
-            room = new.new_empty(*new.shape[:2], length + count + spare, new.shape[3], dtype=dtype)
-            if length:
-                room[:, :, :length] = held
-            made.append(room)
-        self._room = tuple(made)
-
-    def codes_of(self, key: Tensor, keep: Tensor | None, first: Tensor | None, block_size: int) -> Codes:
-        """Return the codes of the keys as `update` returned them."""
-        return self.codes.update(key, keep, first, block_size)
-
-    def reset(self) -> None:
-        super().reset()
-        self.codes, self._room = KeyCodes(), None
-
-    def offload(self) -> None:
-        super().offload()
-        self._room = None
-
-    def _rows_changed(self, change) -> None:
-        """Change the codes as the keys' rows were."""
-        if self._owner == id(self):
-            self.codes.change_rows(change)
-            self._room, self._left = None, self.keys
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows_changed(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row of the batch."""
-        super().batch_repeat_interleave(repeats)
-        self._rows_changed(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
-        super().batch_select_indices(indices)
-        self._rows_changed(lambda tensor: tensor[indices])
-
-
-def use_retrieval_cache(module: nn.Module, args, kwargs) -> None:
-    """Make the layer of a model's `DynamicCache` a `RetrievalLayer` (forward pre-hook of modules of self-attention).
-
-    Other kinds of layers stay: retrieval attention then makes the codes anew at every call.
-    """
-    if module.distattn.observer is not None:
-        return
-    cache = given_cache({**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs})
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    index = getattr(module, "layer_idx", None)
-    if cache is None or index is None:
-        return
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    if index < len(cache.layers) and type(cache.layers[index]) is DynamicLayer:
-        cache.layers[index] = RetrievalLayer.from_layer(cache.layers[index])

@@ -15,6 +15,7 @@ from .nystrom_heads import exact_heads, join_heads, key_padding
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
 from .retrieval import Retrieval, Search, first_keys, has_codes
+from .retrieval_cache import KeyCodes
 from .retrieval_gather import run_retrieval
 
 
@@ -31,7 +32,7 @@ def retrieval_forward(
 
     `attend` runs exact attention, of heads that are not the retrieval's.
     """
-    layer = getattr(key, "distattn_retrieval", None)
+    layer = getattr(key, "distattn_layer", None)
     call = replace(call, is_causal=call.is_causal and not state.is_cross)
     if call.groups > 1:
         key, value = key[:, :: call.groups], value[:, :: call.groups]
@@ -78,7 +79,8 @@ def _retrieve(
     is_plain = problem.inputs.key is key and has_codes(problem.inputs) and not problem.inputs.metric.scale_free
     if layer is not None and is_plain and problem.search.most_blocks:
         with torch.no_grad():
-            codes = layer.codes_of(key, keep, problem.first, problem.search.block_size)
+            codes = layer.derived_for("codes", KeyCodes)
+            codes = codes.update(key, keep, problem.first, problem.search.block_size)
         problem = replace(problem, codes=codes)
     output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
     return output.to(value.dtype), weights

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distattn_hf import AttentionFactory, DistAttnConfig
+from distattn_hf.core.derived_cache import DerivedLayer
 from distattn_hf.core.inputs import AttentionInputs
 from distattn_hf.core.metrics import get_metric
 from distattn_hf.core.retrieval import Retrieval, Search, first_keys
-from distattn_hf.core.retrieval_cache import RetrievalLayer
 from tests.core.test_retrieval import by_loops
 from tests.tolerances import CACHED_LOGITS, assert_close
 
@@ -84,8 +84,8 @@ def test_a_cache_that_is_cut_and_goes_on_otherwise(metric):
     model, ids = model_of("causal", "retrieval", metric, FEW), tokens(length=24)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        assert all(type(layer) is RetrievalLayer for layer in cache.layers)
-        assert all((layer.codes.counted == 24) == (metric == "dot") for layer in cache.layers)
+        assert all(type(layer) is DerivedLayer for layer in cache.layers)
+        assert all([c.counted for c in layer.derived.values()] == [24] * (metric == "dot") for layer in cache.layers)
         cache.crop(-9)
         other = torch.cat([ids[:, :15], tokens(length=5, seed=4)], dim=1)
         step = model(other[:, 15:], past_key_values=cache).logits
