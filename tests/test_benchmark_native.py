@@ -50,12 +50,12 @@ def test_forms_that_do_not_exist_are_left_out():
 
 
 def test_every_mechanism_passes_its_check_and_is_written(tmp_path):
-    config = NativeConfig(**{**TINY, "mechanisms": [*MECHANISMS, "nystrom"], "out": str(tmp_path / "out")})
+    config = NativeConfig(**{**TINY, "mechanisms": [*MECHANISMS, "nystrom", "retrieval"], "out": str(tmp_path / "out")})
     report, printed = recorded(run_benchmark, config)
     assert exit_code(report) == 0
     assert json.loads((tmp_path / "out/benchmark.json").read_text())["complete"]
     rows = report["results"]
-    assert {row["label"] for row in rows} == {*MECHANISMS, "nystrom"}
+    assert {row["label"] for row in rows} == {*MECHANISMS, "nystrom", "retrieval"}
     for row in rows:
         assert row["gate"]["passed"]
         checked = row["label"] not in ("nystrom", "relative")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.absolute_logits import absolute_shift
 from ..core.head_groups import join_heads, key_padding
-from ..core.inputs import ModuleCall, add_triangle, masked_softmax
+from ..core.inputs import ModuleCall, add_triangle, masked_softmax, rows_of
 from ..core.metrics import get_metric
 from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import HybridInputs
@@ -156,15 +156,15 @@ class AttentionCall:
             keep = keep if keep.shape[1] == len(index) else of_heads(keep, index)
             plain = logits = logits_of(start, stop)
             if shift is not None:
-                logits = logits + rows_of(shift, start, stop)
+                logits = logits + rows_of(shift, slice(start, stop))
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             if bias is not None:
-                logits = logits + rows_of(bias, start, stop).to(logits.dtype)
+                logits = logits + rows_of(bias, slice(start, stop)).to(logits.dtype)
             norms = None
             if squared is not None:
                 norms = _key_norms(metric.name, weight, squared, plain, keep)
-            row_sink = None if sink is None else rows_of(sink, start, stop)
+            row_sink = rows_of(sink, slice(start, stop))
             return masked_softmax(logits, keep.expand_as(logits), row_sink), plain if norms is not None else None, norms
 
         return rows
@@ -204,11 +204,6 @@ class AttentionCall:
             return weights, None, None
 
         return rows
-
-
-def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Return rows start to stop of a tensor broadcastable to (B, H, N, M)."""
-    return tensor[..., start:stop, :] if tensor.shape[-2] > 1 else tensor
 
 
 def _key_norms(metric: str, weight, squared: Tensor, logits: Tensor, keep: Tensor) -> Tensor:

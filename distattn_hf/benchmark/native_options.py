@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from ..core.mechanisms import MECHANISMS
 from .fields import CAUSAL, SHORTEST_LENGTH, check_shared, choices, number, numbers, store
 
+# Mechanisms that are functions and have all forms.
+_FUNCTIONS = ("nystrom", "retrieval")
+
 
 @dataclass(frozen=True)
 class NativeCase:
@@ -28,8 +31,8 @@ class NativeConfig:
 
     Args:
         mechanism: "native".
-        mechanisms: names registered in `MECHANISMS`, and "nystrom"; each with its default options. A form that a
-            mechanism does not have is left out.
+        mechanisms: names registered in `MECHANISMS`, "nystrom" and "retrieval"; each with its default options. A form
+            that a mechanism does not have is left out.
         lengths, causal, passes, heads, head_size, batch, device, repeats, warmup, min_seconds, max_seconds, memory,
         threads, seed, out, plot: as in `NystromConfig`.
         sdpa_max_length: beyond this length scaled_dot_product_attention is not run beside.
@@ -56,7 +59,7 @@ class NativeConfig:
     plot: bool = True
 
     def __post_init__(self):
-        mechanisms = (*MECHANISMS, "nystrom")
+        mechanisms = (*MECHANISMS, *_FUNCTIONS)
         store(
             self,
             mechanisms=choices(self.mechanisms, "mechanisms", mechanisms),
@@ -73,5 +76,5 @@ class NativeConfig:
         return [
             NativeCase(name, causal, pass_name, length, self.batch, self.heads, self.head_size, self.device, self.seed)
             for name, causal, pass_name, length in combinations
-            if name == "nystrom" or (MECHANISMS.get(name).causal if causal else MECHANISMS.get(name).bidirectional)
+            if name in _FUNCTIONS or (MECHANISMS.get(name).causal if causal else MECHANISMS.get(name).bidirectional)
         ]

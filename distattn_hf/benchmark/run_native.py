@@ -8,6 +8,7 @@ from torch import nn
 
 from ..core.mechanisms import MECHANISMS
 from ..functional.nystrom import nystrom_attention
+from ..functional.retrieval_attention import retrieval_attention
 from .measure import serve, timed_call
 from .native_options import NativeCase, NativeConfig
 from .nystrom_inputs import sdpa
@@ -33,6 +34,10 @@ def attention_of(case: NativeCase) -> Callable:
             landmarks = torch.randn(case.heads, 64, case.head_size, generator=generator).to(case.device)
             options = {"lift": True, "is_causal": True, "window_size": 64, "num_sinks": 4, "landmarks": landmarks}
         return lambda query, key, value: nystrom_attention(query, key, value, **options)
+    if case.mechanism == "retrieval":
+        return lambda query, key, value, weights=False: retrieval_attention(
+            query, key, value, is_causal=case.causal, return_weights=weights
+        )
     torch.manual_seed(case.seed)
     mechanism_class = MECHANISMS.get(case.mechanism)
     length = max(case.length, CHECKED_LENGTH) if mechanism_class.needs_max_length else None

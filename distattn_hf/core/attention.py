@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .absolute_logits import check_absolute
+from .backend_cpp import cpp_attention, few_queries
 from .backends import choose_backend, validate_backend
 from .inputs import HALF, AttentionInputs, merge_masks
 from .metrics import get_metric
@@ -126,6 +127,9 @@ def run_attention(
         chosen = choose_backend(backend, inputs)
         if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
             _say_what_dropout_costs(inputs)
+        if chosen.run is not cpp_attention or not few_queries(inputs):
+            # Only the kernel of decoding steps reads values that key heads share.
+            inputs = inputs.with_value_heads()
         return chosen.run(inputs).to(dtype)
 
 

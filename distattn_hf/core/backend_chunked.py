@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .absolute_logits import finish_logits, unlifted
-from .inputs import AttentionInputs, add_triangle, masked_softmax
+from .inputs import AttentionInputs, add_triangle, masked_softmax, rows_of
 
 # Entries of one block of weights, over batch and heads: 8 MiB in float32, which fits the caches of two cores.
 _BLOCK_ENTRIES = 2**21
@@ -15,13 +15,6 @@ _BLOCK_ENTRIES = 2**21
 def unsupported(inputs: AttentionInputs) -> str | None:
     """Return None: this backend runs all inputs."""
     return None
-
-
-def _rows(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Return rows start:stop of a tensor broadcastable to (B, H, N, M), or None."""
-    if tensor is None or tensor.shape[-2] == 1:
-        return tensor
-    return tensor[..., start:stop, :]
 
 
 def chunked_attention(inputs: AttentionInputs) -> Tensor:
@@ -47,15 +40,15 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
     for start in range(0, num_queries, block):
         stop = min(start + block, num_queries)
         # Keys after the block's last query are masked for all of it: leave them out.
-        seen = min(stop, num_keys) if inputs.is_causal else num_keys
+        seen, part = min(stop, num_keys) if inputs.is_causal else num_keys, slice(start, stop)
         arguments = (
-            inputs.query[..., start:stop, :],
+            inputs.query[..., part, :],
             inputs.key[..., :seen, :],
             inputs.value[..., :seen, :],
-            _columns(_rows(inputs.keep, start, stop), seen),
-            _columns(_rows(inputs.bias, start, stop), seen),
-            _rows(inputs.sink_logit, start, stop),
-            _rows(inputs.shift, start, stop),
+            _columns(rows_of(inputs.keep, part), seen),
+            _columns(rows_of(inputs.bias, part), seen),
+            rows_of(inputs.sink_logit, part),
+            rows_of(inputs.shift, part),
             lam,
             start,
         )

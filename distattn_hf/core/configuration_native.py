@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 NORM_POSITIONS = ("pre", "post")
 NORM_TYPES = ("layer_norm", "rms_norm")
 # Mechanisms that are an `AttentionSpec`; "dot" is transformers' own attention, all others are registered modules.
-SPEC_MECHANISMS = ("distance", "nystrom")
-_DEFAULT_METRICS = {"distance": "l2", "nystrom": "sqeuclidean"}
+SPEC_MECHANISMS = ("distance", "nystrom", "retrieval")
+DEFAULT_METRICS = {"distance": "l2", "nystrom": "sqeuclidean", "retrieval": "dot"}
 # Choices that have a field of their own, or that the native family has no use for.
 _NOT_OPTIONS = ("metric", "mechanism", "layers", "heads", "attention", "landmarks", "beyond")
 # What transformers' own configs call the same things, and what the layers for PyTorch call a metric.
@@ -66,13 +66,14 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         num_key_value_heads: key and value heads, a divisor of num_attention_heads; None: as many.
         hidden_act: an activation of transformers. gated_mlp: down(act(gate(x))·up(x)) in place of down(act(up(x))).
         attention_bias, mlp_bias: whether the linear layers have a bias.
-        mechanism: "dot" (transformers' own attention), "distance", "nystrom", a mechanism registered in `MECHANISMS`,
-            or a metric's name, which means "distance" with that metric ("l2", "l1", "cosine", ...). None: "distance"
-            where a metric is given, else "dot".
-        metric: of "distance"; None: "l2". Of "nystrom": "sqeuclidean".
+        mechanism: "dot" (transformers' own attention), "distance", "nystrom", "retrieval", a mechanism registered in
+            `MECHANISMS`, or a metric's name, which means "distance" with that metric ("l2", "l1", "cosine", ...). None:
+            "distance" where a metric is given, else "dot".
+        metric: of "distance"; None: "l2". Of "retrieval"; None: "dot". Of "nystrom": "sqeuclidean".
         mechanism_options: the mechanism's own. "distance": p, lam, learnable_lambda, transform, lift, backend;
-            "nystrom": also num_landmarks, window_size, num_sinks, exact_below (see `AttentionSpec`); λ is a parameter
-            of each head from the metric's default on unless they say otherwise, and nothing is lifted.
+            "nystrom": also num_landmarks, window_size, num_sinks, exact_below; "retrieval": also window_size,
+            num_sinks, block_size, num_blocks (see `AttentionSpec`); λ is a parameter of each head from the metric's
+            default on unless they say otherwise, and nothing is lifted.
         positional_encoding: a name registered in `POSITIONAL_ENCODINGS`: "sinusoidal", "learned", "rotary",
             "relative", "alibi", "none".
         rope_parameters: of "rotary", as transformers has them, over whole heads; rope_theta=... alone will do.
@@ -283,9 +284,11 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
             self.mechanism_options = {}
         if not isinstance(self.mechanism_options, dict):
             raise ValueError(f"mechanism_options must be a dict, got {self.mechanism_options!r}")
-        self.metric = self.metric or _DEFAULT_METRICS.get(self.mechanism)
+        self.metric = self.metric or DEFAULT_METRICS.get(self.mechanism)
         if self.metric is not None and self.mechanism not in SPEC_MECHANISMS:
-            raise ValueError(f"metric belongs to mechanism='distance', got {self.metric!r} with {self.mechanism!r}")
+            raise ValueError(
+                f"metric belongs to mechanism='distance' or 'retrieval', got {self.metric!r} with {self.mechanism!r}"
+            )
 
 
 class DistAttnSeq2SeqConfig(DistAttnConfig):
@@ -338,7 +341,7 @@ class DistAttnSeq2SeqConfig(DistAttnConfig):
 
 
 def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec | None:
-    """Return the spec of "distance" or "nystrom" with these options; None for every other mechanism.
+    """Return the spec of "distance", "nystrom" or "retrieval" with these options; None for every other mechanism.
 
     Raises `ValueError` for an option that the mechanism does not have, or a value it cannot take.
     """

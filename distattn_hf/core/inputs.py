@@ -40,11 +40,12 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_kv, M, d_v), and all that determines their attention.
+    """Query (B, H, N, d), key (B, H_kv, M, d), value (B, H_v, M, d_v), and all that determines their attention.
 
     logits = -λ_h·scaling·distance(q, k) + bias, over the entries that `keep` and `is_causal` leave.
 
-    H is a multiple of H_kv: query head h uses key head h // (H / H_kv). lam is a float or a tensor (H,); keep is bool
+    H is a multiple of H_kv: query head h uses key head h // (H / H_kv). H_v is H_kv or, where keys were mapped for each
+    query head, a divisor of it (see `with_value_heads`). lam is a float or a tensor (H,); keep is bool
     and bias is float, both broadcastable to (B, H, N, M), or None. The query may be float32 beside half-precision keys.
     """
 
@@ -124,9 +125,14 @@ class AttentionInputs:
         names = ("query", "key", "value", "bias", "sink_logit", "shift")
         return replace(self, **{n: None if (t := getattr(self, n)) is None else t.float() for n in names})
 
+    def with_value_heads(self) -> "AttentionInputs":
+        """Return these inputs with a value head for each key head."""
+        shared = self.key.shape[1] // self.value.shape[1]
+        return self if shared == 1 else replace(self, value=self.value.repeat_interleave(shared, dim=1))
+
     def written_out(self) -> "AttentionInputs":
         """Return these inputs in at least float32, with key heads repeated for each of their query heads."""
-        inputs = self.in_full_precision()
+        inputs = self.in_full_precision().with_value_heads()
         if self.groups == 1:
             return inputs
         return replace(
@@ -187,6 +193,11 @@ def add_triangle(keep: Tensor | None, num_queries: int, num_keys: int, device, o
     """Combine `keep` with the causal triangle, broadcastable to (B, H, N, M)."""
     triangle = causal_keep(num_queries, num_keys, device, offset)[None, None]
     return triangle if keep is None else keep & triangle
+
+
+def rows_of(tensor: Tensor | None, part: slice) -> Tensor | None:
+    """Return the rows of some queries of a tensor broadcastable to (B, H, N, x), or None."""
+    return tensor if tensor is None or tensor.shape[-2] == 1 else tensor[..., part, :]
 
 
 def merge_masks(

@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import _active_collector
 from .absolute_logits import absolute_shift, check_absolute
 from .attention import run_attention, without_autocast
 from .backends import validate_backend
+from .derived_cache import DerivedLayer, MappedKeys
 from .head_groups import join_heads, write_out
 from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
 from .metrics import get_metric
@@ -260,9 +261,9 @@ def attend_groups(
     state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
 ) -> tuple[Tensor, Tensor | None]:
     """Run each group of heads by its own spec and the rest by dot product; (B, H, N, d_v) and weights or None."""
-    parts = state.parts()
+    parts, layer = state.parts(), getattr(key, "distattn_layer", None)
     if len(parts) == 1:
-        return attend(parts[0][1], query, key, value, call)
+        return attend(parts[0][1], query, key, value, call, _kept(layer, *parts[0]))
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     results = []
@@ -274,26 +275,41 @@ def attend_groups(
             position_bias=of_heads(call.position_bias, index),
             sink_logit=of_heads(call.sink_logit, index),
         )
-        results.append((heads, *attend(group, query[:, index], key[:, index], value[:, index], group_call)))
+        tensors = query[:, index], key[:, index], value[:, index]
+        results.append((heads, *attend(group, *tensors, group_call, _kept(layer, heads, group))))
     return join_heads(results)
 
 
+def _kept(layer: DerivedLayer | None, heads: list[int], group: HeadParameters | None) -> MappedKeys | None:
+    """Return where the cache layer that keys came from keeps them as these heads map them, or None."""
+    if layer is None or group is None or not group.maps_keys:
+        return None
+    # What is kept follows from keys, heads, form and parameters alone, which it compares.
+    return layer.derived_for((group.metric, group.transform, *heads), MappedKeys)
+
+
 def attend(
-    group: HeadParameters | None, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
+    group: HeadParameters | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: ModuleCall,
+    kept: MappedKeys | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None."""
+    """Run exact attention of a group of heads, or dot product without a group: (B, H, N, d_v), weights or None.
+
+    kept: mapped keys of those that came before.
+    """
     dtype, backend = value.dtype, call.backend
     shift = None
     if group is None:
         metric, lam, p, epsilon = get_metric("dot"), 1.0, None, None
     else:
         with without_autocast(query.device.type):
-            heads, metric, p = group(query, key), get_metric(group.metric), group.p
+            heads, metric, p = group(query, key, kept=kept), get_metric(group.metric), group.p
             shift = absolute_shift(heads, metric, p, call)
         query, key, lam, epsilon, *_ = heads
         backend = backend or group.spec.backend
-        if value.shape[1] != key.shape[1]:
-            value = repeat_kv(value, key.shape[1] // value.shape[1])
     inputs = AttentionInputs(
         query, key, value.to(key.dtype), metric, lam, call.scaling, p,
         call.mask, call.position_bias, call.is_causal, call.dropout_p, softening=epsilon,

@@ -198,7 +198,7 @@ struct Decode {
   const void *k, *v;
   const uint8_t* keep;
   float *o, *partial;
-  long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads;
+  long B, H, G, N, M, d, dp, dv_, vp, causal, splits, threads, value_groups;
   long k_stride[3], v_stride[3], keep_stride[4], bias_stride[4];
   float p, cap;
 };
@@ -300,7 +300,8 @@ static void decode_as(const Decode& a) {
       for (long j0 = split * span; j0 < stop; j0 += BK) {
         long n = std::min<long>(BK, stop - j0);
         const type* k = (const type*)a.k + b * a.k_stride[0] + kh * a.k_stride[1] + j0 * a.k_stride[2];
-        const type* v = (const type*)a.v + b * a.v_stride[0] + kh * a.v_stride[1] + j0 * a.v_stride[2];
+        long vh = kh / a.value_groups;
+        const type* v = (const type*)a.v + b * a.v_stride[0] + vh * a.v_stride[1] + j0 * a.v_stride[2];
         for (long r = 0; r < rows; r++) {
           long h = kh * a.G + r / a.N, i = r % a.N, j = 0;
           const float* q = a.q + ((b * a.H + h) * a.N + i) * a.dp;

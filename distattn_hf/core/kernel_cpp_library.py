@@ -193,7 +193,7 @@ class _Problem(ctypes.Structure):
 class _Decode(ctypes.Structure):
     _fields_ = fields(
         "q coef soft bias sink shift k v keep o partial",
-        _NUMBERS,
+        _NUMBERS + " value_groups",
         {"k_stride": 3, "v_stride": 3, "keep_stride": 4, "bias_stride": 4},
         "p cap",
     )
@@ -352,9 +352,13 @@ def attention_backward(
 
 
 def attention_decode(query, key, value, coef, soft, keep, bias, sink, shift, kind, p, cap, causal) -> Tensor:
-    """Return the output (B, H, N, d_v), float32, for few queries; reads float32 or bfloat16 keys once, in place."""
+    """Return the output (B, H, N, d_v), float32, for few queries; reads float32 or bfloat16 keys once, in place.
+
+    Key heads may share a value head: the value has as many heads as the key or a divisor of them.
+    """
     call = _Call(_Decode, query, key, value.shape[-1], p)
     data = call.data
+    data.value_groups = key.shape[1] // value.shape[1]
     if key.dtype not in (torch.float32, torch.bfloat16):
         key, value = key.float(), value.float()
     # One flag tells the kernel the dtype of both.

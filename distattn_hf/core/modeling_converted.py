@@ -28,13 +28,13 @@ from .configuration_distattn import (
     config_class_for,
     listed_classes,
 )
+from .derived_cache import use_derived_cache
 from .discovery import base_prefix, find_attention_modules, locate, max_positions, select_modules
 from .families import Heads, KeepsLoadedWeights, Monitored, register_models
 from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
 from .nystrom_cache import RefusesAssistance, use_nystrom_cache
 from .parameters import DistanceAttentionState, check_backend, set_options, with_options
 from .relative_bias import give_relative_bias, has_relative_bias
-from .retrieval_cache import use_retrieval_cache
 
 REPORT_NAME = "distattn_report.json"
 
@@ -268,8 +268,8 @@ def attach_states(model: PreTrainedModel) -> None:
                 # Its cache cannot be cropped, which transformers checks before assisted generation.
                 model._is_stateful = True
             # A conversion may make all heads of a Nyström module retrieve.
-            if (module.distattn.is_retrieval or module.distattn.is_nystrom) and causal:
-                module.register_forward_pre_hook(use_retrieval_cache, with_kwargs=True)
+            if (module.distattn.derives_from_keys or module.distattn.is_nystrom) and causal:
+                module.register_forward_pre_hook(use_derived_cache, with_kwargs=True)
             for group in module.distattn.groups:
                 group.reset_parameters(_own_scaling(module))
     if others := sorted({spec.mechanism for spec in specs} - {"distance"}):

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import logging
 
 from .compatibility import one_cache
-from .configuration_native import SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
+from .configuration_native import DEFAULT_METRICS, SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
+from .derived_cache import use_derived_cache
 from .encodings import POSITIONAL_ENCODINGS
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
@@ -83,10 +84,8 @@ def _canonical(field: str, mechanism: str, metric: str | None) -> tuple[str, str
             name, metric = "distance", name
         else:
             raise ValueError(f"unknown {field} {mechanism!r}; expected one of {known_mechanisms()}")
-    if name == "distance":
-        metric = get_metric(metric or "l2").name
-    elif name == "nystrom":
-        metric = get_metric(metric or "sqeuclidean").name
+    if name in SPEC_MECHANISMS:
+        metric = get_metric(metric or DEFAULT_METRICS[name]).name
     return name, metric
 
 
@@ -242,6 +241,8 @@ class DistAttnAttention(AttentionHeads):
             self.distattn.has_teacher = False
             if mechanism == "nystrom" and self.is_causal:
                 self.register_forward_pre_hook(use_nystrom_cache, with_kwargs=True)
+            if self.distattn.derives_from_keys and self.is_causal:
+                self.register_forward_pre_hook(use_derived_cache, with_kwargs=True)
         elif mechanism != "dot":
             length = config.max_position_embeddings
             self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **options)

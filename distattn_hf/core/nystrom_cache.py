@@ -6,10 +6,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 from transformers.generation import GenerationMode
 
 from .compatibility import given_cache
+from .derived_cache import DerivedLayer
 from .discovery import argument_names
 from .nystrom_hybrid import FarState
 from .parameters import NystromParameters
-from .retrieval_cache import RetrievalLayer
 
 _TENSORS = ("keys", "values", "keep", "all_keys", "all_values")
 
@@ -42,7 +42,7 @@ class NystromLayer(CacheLayerMixin):
         super().__init__()
         self.window_size, self.exact_heads, self.num_heads = window_size, exact_heads, num_heads
         self.exact_below, self.retrieval_heads = exact_below, retrieval_heads
-        self.retrieved = RetrievalLayer()
+        self.retrieved = DerivedLayer()
         self.length = 0
         self.keep: Tensor | None = None
         self.state: FarState | None = None
@@ -140,7 +140,7 @@ class NystromLayer(CacheLayerMixin):
         self.keys = self.values = self.keep = self.all_keys = self.all_values = None
         self.state = self._new = self._earlier = None
         self.length, self.is_initialized = 0, False
-        self.retrieved = RetrievalLayer()
+        self.retrieved = DerivedLayer()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -181,8 +181,8 @@ class NystromLayer(CacheLayerMixin):
         if self.state is not None:
             tensors += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
         if self.retrieved.is_initialized:
-            codes = self.retrieved.codes.codes
-            tensors += [self.retrieved.keys, self.retrieved.values, *(vars(codes).values() if codes else ())]
+            made = [derived.made for derived in self.retrieved.derived.values()]
+            tensors += [self.retrieved.keys, self.retrieved.values, *(t for m in made if m for t in vars(m).values())]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -10,6 +10,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from .attention_spec import version_note
+from .derived_cache import first_queries_of
 from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
 from .inputs import ModuleCall, surely
 from .nystrom_cache import NystromLayer, layer_behind
@@ -17,7 +18,6 @@ from .nystrom_hybrid import FarState, HybridInputs, advance, hybrid_attention
 from .parameters import DistanceAttentionState, HeadParameters, NystromParameters
 from .reference import reference_hybrid
 from .relative_bias import of_heads, window_bias
-from .retrieval_cache import first_queries_of
 from .retrieval_heads import retrieve
 
 logger = logging.get_logger(__name__)

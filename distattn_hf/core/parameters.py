@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import initialization
 from .absolute_logits import MappedHeads
 from .attention_spec import AttentionSpec, change_specs
 from .backends import validate_backend
+from .derived_cache import MappedKeys
 from .metrics import get_metric
 from .softening import check_softens
 
@@ -107,6 +109,11 @@ class HeadParameters(nn.Module):
         """Whether the logits of these heads are those of a dot product: a module's own sink and cap apply to them."""
         return self.metric == "lifted_sqeuclidean"
 
+    @property
+    def maps_keys(self) -> bool:
+        """Whether exact attention of these heads takes keys that are not the model's own (see `fold`)."""
+        return self.transform == "maps" or (self.transform != "none" and get_metric(self.metric).degree is None)
+
     def fitted_tensors(self) -> dict[str, Tensor]:
         """Return all tensors that calibration sets, by name: the parameters, and λ also where it is a buffer."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
@@ -149,10 +156,12 @@ class HeadParameters(nn.Module):
         if self.transform == "none":
             return query, key
         dtype = torch.promote_types(query.dtype, torch.float32)
-        query = query.to(dtype)
+        return self._map_query(query.to(dtype)), self._map_key(key.to(dtype))
+
+    def _map_query(self, query: Tensor) -> Tensor:
         if self.transform == "maps":
-            query = torch.matmul(query, self.query_map.to(dtype))
-        return query / self.log_alpha.to(dtype).exp()[:, None, None], self._map_key(key.to(dtype))
+            query = torch.matmul(query, self.query_map.to(query.dtype))
+        return query / self.log_alpha.to(query.dtype).exp()[:, None, None]
 
     def _map_key(self, key: Tensor) -> Tensor:
         """Return α·(k - c)·K of keys (..., H, M, d) in the dtype to compute in."""
@@ -177,28 +186,39 @@ class HeadParameters(nn.Module):
         origin = map_key(self.origin.to(dtype)[:, None, :])
         return heads._replace(origin=origin, logit_shift=self.logit_shift.to(dtype)[:, None, None])
 
-    def fold(self, query: Tensor, key: Tensor) -> MappedHeads:
+    def fold(self, query: Tensor, key: Tensor, kept: MappedKeys | None = None) -> MappedHeads:
         """Return what gives the logits of `mapped`, with as little as possible done to keys.
 
         dist_ε(q·Q/α, α·(k - c)·K) = α^degree·dist_(ε/α)(q·Q/α² + c·K, k·K) for distances of differences: all but K goes
-        to the query, so keys in a cache are read as they are. key_heads stay grouped where there is no K.
+        to the query, so keys in a cache are read as they are. key_heads stay grouped where there is no K. Where keys
+        are mapped all the same, `kept` has those that were mapped before.
         """
         degree = get_metric(self.metric).degree
         if self.transform == "none":
             return self.mapped(query, key)
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1 and (degree is None or self.transform == "maps"):
-            key = key.repeat_interleave(groups, dim=1)
-        if degree is None:
-            return self.mapped(query, key)
         dtype = torch.promote_types(query.dtype, torch.float32)
-        factor, shift, lam = self._folded(dtype, degree)
         query = query.to(dtype)
+        if self.maps_keys:
+            map_keys = partial(self._fold_key, groups=query.shape[1] // key.shape[1], dtype=dtype)
+            if kept is None or torch.is_grad_enabled():
+                key = map_keys(key)
+            else:
+                names = ("log_alpha", "shift", "key_map") if degree is None else ("key_map",)
+                key = kept.update(key, [getattr(self, name) for name in names if hasattr(self, name)], map_keys)
+        if degree is None:
+            heads = MappedHeads(self._map_query(query), key, self.lam(), self.softening())
+            return self._with_absolute(heads, self._map_key)
+        factor, shift, lam = self._folded(dtype, degree)
         key_map = self.key_map.to(dtype) if self.transform == "maps" else None
         if key_map is not None:
-            query, key, shift = query @ self.query_map.to(dtype), key.to(dtype) @ key_map, shift @ key_map
+            query, shift = query @ self.query_map.to(dtype), shift @ key_map
         heads = MappedHeads(torch.addcmul(shift, query, factor), key, lam, self._folded_softening(dtype))
         return self._with_absolute(heads, lambda point: point if key_map is None else point @ key_map)
+
+    def _fold_key(self, key: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+        """Return keys (B, H, M, d) as `fold` gives them, of keys (B, H / groups, M, d)."""
+        key = (key.repeat_interleave(groups, dim=1) if groups > 1 else key).to(dtype)
+        return self._map_key(key) if get_metric(self.metric).degree is None else key @ self.key_map.to(dtype)
 
     def _folded_softening(self, dtype: torch.dtype) -> Tensor | None:
         if self.fits_softening:
@@ -323,6 +343,11 @@ class DistanceAttentionState(nn.Module):
     def is_retrieval(self) -> bool:
         """Whether some heads use retrieval attention."""
         return any(group.spec.mechanism == "retrieval" for group in self.groups)
+
+    @property
+    def derives_from_keys(self) -> bool:
+        """Whether the attention of some heads is made of more than the keys, which a cache may keep beside them."""
+        return self.is_retrieval or any(group.maps_keys for group in self.groups)
 
     def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
         """Return (heads, their parameters); heads of no spec come last, with None: dot-product attention."""

@@ -15,14 +15,15 @@ tokens, whatever is asked, take the weight of their block.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .inputs import AttentionInputs, masked_softmax
-from .metrics import BUILT_IN
-from .retrieval import PANEL, Retrieval, aligned
+from .retrieval import PANEL, Retrieval, aligned, has_codes
+from .retrieval_blocks import Layout, cut_blocks, dot_form_of, dotted, in_full
 
 # Queries whose mean blocks are expanded about.
 BEGINNING = 64
@@ -71,61 +72,6 @@ def has_far_field(problem: Retrieval) -> bool:
     return blocks > least + search.reach + 1
 
 
-def dotted(inputs: AttentionInputs) -> AttentionInputs:
-    """Return inputs whose logits are plain dot products, for a metric whose logits are (see `has_codes`)."""
-    query, key = dot_form_of(inputs, inputs.key)
-    return replace(inputs, query=query, key=key, metric=BUILT_IN["dot"], lam=1.0, scaling=1.0, softening=None)
-
-
-def dot_form_of(inputs: AttentionInputs, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (query with all factors of the logits in it, key) whose dot products are the logits."""
-    softened = () if inputs.softening is None else (inputs.softening_column(key.dtype),)
-    query, key, _, factor = inputs.metric.dot_form(inputs.query, key, *softened)
-    return query * (factor * inputs.scaling * inputs.lambda_column()), key
-
-
-class FirstQueries:
-    """The first BEGINNING queries of each row of a text that comes in parts, for each group of a module's heads.
-
-    They stand by their places, so that a text that is cut short, or begins anew, overwrites what it must; tensors are
-    never written into, so that copies may share them.
-    """
-
-    def __init__(self, owner: int = 0, rows: dict[int, tuple[Tensor, int]] | None = None):
-        self.owner, self._rows = owner, dict(rows or {})
-
-    def of(self, owner: int) -> "FirstQueries":
-        """Return these for an owner, by its id: a copy for another than before."""
-        return self if self.owner == owner else FirstQueries(owner, self._rows)
-
-    def update(self, number: int, query: Tensor, num_keys: int, first: Tensor | None) -> Tensor | None:
-        """Return the beginning of group `number` as `Retrieval` has it, after the last queries (B, H, N, d) of M keys.
-
-        None where queries before them are not known.
-        """
-        before, count = num_keys - query.shape[2], min(BEGINNING, num_keys)
-        offset = torch.zeros(1, dtype=torch.long, device=query.device) if first is None else first
-        known, reach = self._rows.get(number, (None, 0))
-        if before and (known is None or reach < before or known.shape[:2] != query.shape[:2]):
-            self._rows.pop(number, None)
-            return None
-        if known is None or before < BEGINNING + int(offset.max()):
-            place = torch.arange(count, device=query.device) + offset[:, None] - before
-            own = (place >= 0) & (place < query.shape[2])
-            index = place.clamp(0, query.shape[2] - 1)[:, None, :, None].expand(*query.shape[:2], -1, query.shape[3])
-            rows = query.detach().gather(2, index)
-            if before:
-                known = F.pad(known, (0, 0, 0, max(0, count - known.shape[2])))[:, :, :count]
-                rows = torch.where(own[:, None, :, None], rows, known.to(rows))
-            known = rows
-        self._rows[number] = known, num_keys
-        return known
-
-    def changed(self, change, owner: int) -> "FirstQueries":
-        """Return these with `change` applied to every tensor, whose first axis is the batch."""
-        return FirstQueries(owner, {n: (change(rows), reach) for n, (rows, reach) in self._rows.items()})
-
-
 def centers(problem: Retrieval, blocks: int) -> Tensor:
     """Return the queries that blocks are expanded about, (B, H, blocks or 1, d), in the form of the problem's own.
 
@@ -172,3 +118,48 @@ def summarise(
     mass = torch.where(is_real, own.masked_fill(~keep, float("-inf")), 0.0).logsumexp(-1, keepdim=True)
     bias = (mass - logits(mean)).masked_fill(~is_real, float("-inf"))
     return mean[..., 0, :], bias[..., 0, 0], middle[..., 0, :], shares[..., 0, :].flatten(2)
+
+
+class FarField(NamedTuple):
+    """The far field of a problem: query (B, H, N, d) and key (B, H, blocks, d), dot products where logits are.
+
+    bias (B, H, blocks) and value (B, H, blocks, d_v) of its blocks; shares (B, H, M') of the keys in their blocks.
+    """
+
+    query: Tensor
+    key: Tensor
+    bias: Tensor
+    value: Tensor
+    shares: Tensor | None
+
+
+def far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, start: int = 0) -> FarField:
+    """Return the far field of blocks of keys, the first of which is number `start`."""
+    inputs, block = problem.inputs, problem.search.block_size
+    center = centers(problem, start + key.shape[2] // block)
+    about = replace(inputs, query=center[:, :, start:] if center.shape[2] > 1 else center)
+    query = inputs.query
+    if has_codes(inputs):
+        about = dotted(replace(about, key=key))
+        query, key = dot_form_of(inputs, key)
+    return FarField(query, *summarise(about, key, value, keep, about.query, block))
+
+
+def far_field_of(layout: Layout, needs_shares: bool) -> FarField:
+    """Return the far field of a layout, by the summaries that are known if they will do."""
+    inputs, known = layout.problem.inputs, layout.problem.summaries
+    if known is None or needs_shares:
+        return far_field(layout.problem, layout.key, layout.value, layout.keep)
+    query = dot_form_of(inputs, layout.key[:, :, :0])[0] if has_codes(inputs) else inputs.query
+    return FarField(query, *known.lines(layout.blocks), None)
+
+
+def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None) -> Summaries:
+    """Return the summaries of blocks start to stop (None: all) of a problem, in at least float32."""
+    inputs, search = in_full(problem.inputs), problem.search
+    problem = replace(problem, inputs=inputs)
+    if stop is None:
+        stop = -(-inputs.key.shape[2] // search.block_size)
+    key, value, keep = cut_blocks(problem, start, stop)
+    far = far_field(problem, key, value, keep, start)
+    return in_panels(far.key, far.bias, far.value)

@@ -2,23 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from .absolute_logits import finish_logits, row_constant, unlifted
+from .absolute_logits import finish_logits, row_constant
 from .attention import without_autocast
-from .inputs import AttentionInputs, masked_softmax
+from .inputs import AttentionInputs, masked_softmax, rows_of
 from .metrics import BUILT_IN
-from .retrieval import Retrieval, aligned, encode, has_codes, scores_by_codes
+from .retrieval import Retrieval, aligned, encode, has_codes
+from .retrieval_blocks import Layout, dotted, in_full
 from .retrieval_cpp import cpp_retrieval, cpp_supports
-from .retrieval_far import Summaries, centers, dot_form_of, dotted, has_far_field, in_panels, summarise
-
-# Gathered key entries (float32: 16 MB) that exist at a time.
-_ENTRIES = 2**22
+from .retrieval_far import far_field_of, has_far_field, summaries_of
 
 
 def run_retrieval(
@@ -55,41 +51,16 @@ def _with_codes(problem: Retrieval) -> Retrieval:
     return replace(problem, inputs=inputs, codes=codes)
 
 
-def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None) -> Summaries:
-    """Return the summaries of blocks start to stop (None: all) of a problem, in at least float32."""
-    inputs, search = _unlifted(problem.inputs), problem.search
-    problem = replace(problem, inputs=inputs)
-    if stop is None:
-        stop = -(-inputs.key.shape[2] // search.block_size)
-    key, value, keep = _cut(problem, start, stop)
-    far = _far_field(problem, key, value, keep, start)
-    return in_panels(far.key, far.bias, far.value)
-
-
-def _cut(problem: Retrieval, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return key (B, H_kv, n·b, d), value and keep (B, n·b) of blocks start to stop; what is no key is 0."""
-    inputs, block = problem.inputs, problem.search.block_size
-    key, value, num_keys = inputs.key, inputs.value, inputs.key.shape[2]
-    keep = torch.ones(len(key), num_keys, dtype=torch.bool, device=key.device)
-    if inputs.keep is not None:
-        keep = keep & inputs.keep[:, 0, 0]
-        # Keys and values at padding may be anything, NaN included.
-        key, value = (t.masked_fill(~keep[:, None, :, None], 0.0) for t in (key, value))
-    begin, moved = start * block, problem.first
-    if moved is not None and begin:
-        least = int(moved.min())
-        begin, moved = min(begin + least, num_keys - 1), moved - least
-    length = (stop - start) * block
-    key, value = (aligned(t[:, :, begin:], moved, 2)[:, :, :length] for t in (key, value))
-    keep = aligned(keep[:, begin:], moved, 1)[:, :length]
-    fill = length - keep.shape[1]
-    return *(F.pad(t, (0, 0, 0, fill)) for t in (key, value)), F.pad(keep, (0, fill), value=False)
-
-
 def weight_rows(problem: Retrieval) -> Callable[[int, int], Tensor]:
     """Return (start, stop) -> the weights (B, H, n, M) of those queries."""
     chosen, tensors = _tensors_of(problem, needs_shares=True)
     return lambda start, stop: chosen.weights(slice(start, stop), *tensors)
+
+
+def visible_keys(problem: Retrieval, choose: Callable | None = None) -> Callable[[int, int], Tensor]:
+    """Return (start, stop) -> which keys those queries see, bool (B, H, n, M); `choose` as the operators take it."""
+    chosen = _chosen_for(problem, choose)[0]
+    return lambda start, stop: chosen.visible(slice(start, stop))
 
 
 @torch.no_grad()
@@ -118,7 +89,7 @@ def caught_weight(problem: Retrieval) -> Tensor:
     return torch.cat(shares, dim=2)
 
 
-def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
+def _chosen_for(problem: Retrieval, choose: Callable | None = None) -> tuple["_Chosen", AttentionInputs]:
     """Return the blocks that the queries of a problem see, and its inputs as operators take them."""
     inputs, beginning, heads = _for_operators(problem.inputs), problem.beginning, problem.inputs.key.shape[1]
     if beginning is not None:
@@ -126,9 +97,9 @@ def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
     # Known summaries are in the units of the keys themselves.
     known = None if isinstance(problem.inputs.softening, Tensor) else problem.summaries
     problem = replace(problem, inputs=inputs, beginning=beginning, summaries=known)
-    layout = _Layout(problem, inputs.query.shape[1] // heads)
+    layout = Layout(problem, inputs.query.shape[1] // heads)
     with torch.no_grad():
-        blocks, exists = layout.choose()
+        blocks, exists = (choose or Layout.choose)(layout)
     # Drawn here, so that the backward pass can make the same dropout again.
     seed = int(torch.randint(2**31, ())) if inputs.dropout_p > 0 else 0
     return _Chosen(layout, blocks, exists, seed), inputs
@@ -136,169 +107,45 @@ def _chosen_for(problem: Retrieval) -> tuple["_Chosen", AttentionInputs]:
 
 def _for_operators(inputs: AttentionInputs) -> AttentionInputs:
     """Return the inputs in full precision, without a lift, and ε the same in all heads."""
-    inputs = _unlifted(inputs)
+    inputs = in_full(inputs)
     return inputs.in_units() if isinstance(inputs.softening, Tensor) else inputs
 
 
-def _unlifted(inputs: AttentionInputs) -> AttentionInputs:
-    """Return the inputs in full precision and without a lift."""
-    inputs = unlifted(inputs)
-    if inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
-        # Its radius is that of all keys; what it stands for is not.
-        inputs = replace(inputs, metric=BUILT_IN["dot"], lam=2 * inputs.lam)
-    return inputs.in_full_precision()
+def retrieval_by_operators(
+    problem: Retrieval, return_weights: bool = False, choose: Callable | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again.
 
-
-def retrieval_by_operators(problem: Retrieval, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Gather the blocks of some queries at a time: memory is linear in the length, backward gathers them again."""
+    choose: another rule by which queries choose their blocks; takes and returns what `Layout.choose` does.
+    """
     given = problem.inputs
     if 0 in given.query.shape or 0 in given.key.shape:
         # Nothing to see; sums of nothing carry the gradient.
         zero = 0.0 * (given.query.sum() + given.key.sum() + given.value.sum())
         output = given.query.new_zeros(*given.query.shape[:3], given.value.shape[-1]) + zero
         return output, given.query.new_zeros(*given.query.shape[:3], given.key.shape[2]) if return_weights else None
-    chosen, tensors = _tensors_of(problem, return_weights)
+    chosen, tensors = _tensors_of(problem, return_weights, choose)
     output = _Gathered.apply(chosen, *tensors)
     if not return_weights:
         return output, None
     return output, torch.cat([chosen.weights(part, *tensors) for part in chosen.parts], dim=2)
 
 
-def _tensors_of(problem: Retrieval, needs_shares: bool) -> tuple["_Chosen", tuple]:
+def _tensors_of(problem: Retrieval, needs_shares: bool, choose: Callable | None = None) -> tuple["_Chosen", tuple]:
     """Return the blocks that the queries of a problem see, and the tensors that attention to them takes."""
-    chosen, inputs = _chosen_for(problem)
+    chosen, inputs = _chosen_for(problem, choose)
     lam = inputs.lam if isinstance(inputs.lam, Tensor) else None
     far = None, None, None, None
     if has_far_field(problem):
-        *far, chosen.shares = _far_field_of(chosen.layout, needs_shares)
+        *far, chosen.shares = far_field_of(chosen.layout, needs_shares)
     tensors = inputs.query, chosen.layout.key, chosen.layout.value, lam, inputs.bias, problem.relative_bias
     return chosen, (*tensors, inputs.sink_logit, inputs.shift, *far)
-
-
-class _Layout:
-    """A problem with its keys cut into blocks: key (B, H_kv, M', d), value, keep (B, M'), M' whole blocks.
-
-    positions (B or 1, N): where each query stands among them. share: consecutive query heads that choose together.
-    """
-
-    def __init__(self, problem: Retrieval, share: int):
-        self.problem, self.share = problem, share
-        inputs, search = problem.inputs, problem.search
-        _, self.heads, num_queries, _ = inputs.query.shape
-        num_keys, device = inputs.key.shape[2], inputs.key.device
-        self.blocks, self.num_keys = -(-num_keys // search.block_size), num_keys
-        self.key, self.value, self.keep = _cut(problem, 0, self.blocks)
-        self.first = torch.zeros(1, dtype=torch.long, device=device) if problem.first is None else problem.first
-        before = num_keys - num_queries if inputs.is_causal else 0
-        self.positions = before + torch.arange(num_queries, device=device) - self.first[:, None]
-
-    def window(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first block of the window of queries at these positions and the one after its last, (B or 1, n).
-
-        Without a window it is empty, at the start. Before a row's first key it ends before it begins.
-        """
-        search = self.problem.search
-        if not search.window_size:
-            nowhere = torch.zeros_like(positions)
-            return nowhere, nowhere
-        own = positions.div(search.block_size, rounding_mode="floor")
-        ahead = 0 if self.problem.inputs.is_causal else search.reach
-        return (own - search.reach).clamp_min(0), (own + ahead + 1).clamp(max=self.blocks)
-
-    def parts(self, entries: int) -> list[slice]:
-        """Split the queries into slices for `entries` numbers a query to stay within what may exist at a time."""
-        rows = max(1, _ENTRIES // max(1, entries))
-        return [slice(start, start + rows) for start in range(0, self.problem.inputs.query.shape[2], rows)]
-
-    def choose(self) -> tuple[Tensor, Tensor]:
-        """Return (numbers of the chosen blocks (B, H / share, N, k), which of them exist)."""
-        search, inputs = self.problem.search, self.problem.inputs
-        batch, heads, num_queries, _ = inputs.query.shape
-        count, choosers = min(search.most_blocks, self.blocks), heads // self.share
-        if not count:
-            empty = torch.zeros(batch, choosers, num_queries, 0, dtype=torch.long, device=inputs.key.device)
-            return empty, empty.bool()
-        score = self._scores_by_codes() if has_codes(self.problem.inputs) else self._scores_by_keys
-        budget = search.budget(choosers, inputs.key.device)
-        results = []
-        for part in self.parts(2 * batch * heads * self.blocks * search.block_size):
-            # Of equal ones, which keys of the same token have, the first: by topk it would be any.
-            best = self._shared(score(part), self._may(part)).sort(dim=-1, descending=True, stable=True)
-            within = torch.arange(count, device=best.values.device) < budget[:, None, None]
-            results.append((best.indices[..., :count], (best.values[..., :count] > float("-inf")) & within))
-        return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
-
-    def _may(self, part: slice) -> Tensor:
-        """Return which blocks the queries of a part may choose, (B, 1, n, blocks)."""
-        search = self.problem.search
-        start, stop = (t[:, None, :, None] for t in self.window(self.positions[:, part]))
-        number = torch.arange(self.blocks, device=self.key.device)
-        may = (number >= search.sink_blocks) & (number < start)
-        if not self.problem.inputs.is_causal:
-            may = may | ((number >= search.sink_blocks) & (number >= stop))
-        if search.window_size:
-            # A query of padding before the first key sees nothing.
-            may = may & (self.positions[:, part] >= 0)[:, None, :, None]
-        return may & self.keep.unflatten(1, (-1, search.block_size)).any(-1)[:, None, None]
-
-    def _scores_by_codes(self) -> Callable[[slice], Tensor]:
-        query, key = dot_form_of(self.problem.inputs, self.key)
-        codes = self.problem.codes or encode(key, self.keep, self.problem.search.block_size)
-        return lambda part: scores_by_codes(query[:, :, part], codes)[..., : self.blocks]
-
-    def _scores_by_keys(self, part: slice) -> Tensor:
-        inputs = self.problem.inputs
-        key = self.key.repeat_interleave(self.heads // self.key.shape[1], dim=1)
-        logits = -inputs.lambda_column() * inputs.scaling * inputs.distances(inputs.query[:, :, part], key)
-        logits = logits.masked_fill(~self.keep[:, None, None], float("-inf"))
-        return logits.unflatten(-1, (self.blocks, -1)).amax(-1)
-
-    def _shared(self, scores: Tensor, may: Tensor) -> Tensor:
-        """Return the scores by which heads choose together, -inf where `may` forbids."""
-        if self.share > 1:
-            scores = scores.unflatten(1, (-1, self.share))
-            scores = masked_softmax(scores, may[:, :, None].expand_as(scores)).amax(2)
-        return scores.masked_fill(~may, float("-inf"))
-
-
-class _Far(NamedTuple):
-    """The far field of a problem: query (B, H, N, d) and key (B, H, blocks, d), dot products where logits are.
-
-    bias (B, H, blocks) and value (B, H, blocks, d_v) of its blocks; shares (B, H, M') of the keys in their blocks.
-    """
-
-    query: Tensor
-    key: Tensor
-    bias: Tensor
-    value: Tensor
-    shares: Tensor | None
-
-
-def _far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, start: int = 0) -> _Far:
-    """Return the far field of blocks of keys, the first of which is number `start`."""
-    inputs, block = problem.inputs, problem.search.block_size
-    center = centers(problem, start + key.shape[2] // block)
-    about = replace(inputs, query=center[:, :, start:] if center.shape[2] > 1 else center)
-    query = inputs.query
-    if has_codes(inputs):
-        about = dotted(replace(about, key=key))
-        query, key = dot_form_of(inputs, key)
-    return _Far(query, *summarise(about, key, value, keep, about.query, block))
-
-
-def _far_field_of(layout: "_Layout", needs_shares: bool) -> _Far:
-    """Return the far field of a layout, by the summaries that are known if they will do."""
-    inputs, known = layout.problem.inputs, layout.problem.summaries
-    if known is None or needs_shares:
-        return _far_field(layout.problem, layout.key, layout.value, layout.keep)
-    query = dot_form_of(inputs, layout.key[:, :, :0])[0] if has_codes(inputs) else inputs.query
-    return _Far(query, *known.lines(layout.blocks), None)
 
 
 class _Chosen:
     """The blocks that the queries of a layout see, and attention to them, for a part of the queries at a time."""
 
-    def __init__(self, layout: _Layout, blocks: Tensor, exists: Tensor, seed: int):
+    def __init__(self, layout: Layout, blocks: Tensor, exists: Tensor, seed: int):
         self.layout, self.seed = layout, seed
         inputs, search = layout.problem.inputs, layout.problem.search
         key_heads = layout.key.shape[1]
@@ -350,7 +197,7 @@ class _Chosen:
         """Return which blocks of the far field the queries of a part do not read, (B, H_kv, n, blocks)."""
         blocks, exists = self.blocks[:, :, part], self.exists[:, :, part]
         read = torch.zeros(*blocks.shape[:3], self.layout.blocks, dtype=torch.int32, device=blocks.device)
-        return self.layout._may(part) & (read.scatter_add(-1, blocks, exists.int()) == 0)
+        return self.layout.may(part) & (read.scatter_add(-1, blocks, exists.int()) == 0)
 
     def attend(self, part, query, key, value, lam, bias, relative_bias, sink, shift, *far, weights=False) -> Tensor:
         """Return (B, H, n, d_v) of the queries of a part, or their weights (B, H_kv, n, G, L + blocks).
@@ -448,16 +295,15 @@ class _Chosen:
         spread = beyond.repeat_interleave(layout.problem.search.block_size, dim=-1) * self.shares[:, :, None]
         return result + self._at_positions(spread)
 
+    def visible(self, part: slice) -> Tensor:
+        """Return which keys the queries of a part read, bool (B, H, n, M)."""
+        return self._at_positions(self.seen_blocks(part))
+
     def _at_positions(self, tensor: Tensor) -> Tensor:
         """Return (B, H, n, M), of keys where they stand in the problem, of keys of all blocks (B, H, n, M')."""
         place = torch.arange(self.layout.num_keys, device=tensor.device) - self.layout.first[:, None]
         index = place.clamp_min(0)[:, None, None].expand(len(tensor), *tensor.shape[1:3], -1)
         return tensor.gather(-1, index) * (place >= 0)[:, None, None]
-
-
-def rows_of(tensor: Tensor | None, part: slice) -> Tensor | None:
-    """Return the rows of some queries of a tensor broadcastable to (B, H, N, x), or None."""
-    return tensor if tensor is None or tensor.shape[2] == 1 else tensor[:, :, part]
 
 
 class _Gathered(torch.autograd.Function):

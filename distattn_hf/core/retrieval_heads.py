@@ -9,13 +9,15 @@ from torch import Tensor
 from .absolute_logits import absolute_shift
 from .attention import without_autocast
 from .attention_spec import AttentionSpec
+from .derived_cache import FirstQueries
 from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
 from .inputs import AttentionInputs, ModuleCall, surely
 from .metrics import get_metric
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
 from .retrieval import Retrieval, Search, first_keys, has_codes
-from .retrieval_far import FirstQueries, has_far_field
+from .retrieval_cache import KeyCodes, KeySummaries
+from .retrieval_far import has_far_field
 from .retrieval_gather import run_retrieval
 
 
@@ -32,7 +34,7 @@ def retrieval_forward(
 
     `attend` runs exact attention, of heads that are not the retrieval's.
     """
-    layer = getattr(key, "distattn_retrieval", None)
+    layer = getattr(key, "distattn_layer", None)
     call = replace(call, is_causal=call.is_causal and not state.is_cross)
     if call.groups > 1:
         key, value = key[:, :: call.groups], value[:, :: call.groups]
@@ -81,8 +83,8 @@ def retrieve(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (output, weights or None) of a group of retrieval heads.
 
-    layer: the cache layer that holds the key, or None. first_queries: what keeps the text's first ones, or None; number:
-    that of the group in both.
+    layer: the cache layer that holds the key, or None. first_queries: what keeps the text's first ones, or None.
+    number: that of the group in both.
     """
     problem = retrieval_problem(group, query, key, value, keep, call)
     if first_queries is not None and problem.search.far_field and call.is_causal:
@@ -101,9 +103,11 @@ def _with_what_is_cached(problem: Retrieval, key: Tensor, keep: Tensor | None, l
     keeps = not problem.inputs.needs_grad()
     with torch.no_grad():
         if is_plain and problem.search.most_blocks:
-            problem = replace(problem, codes=layer.codes_of(key, keep, problem.first, problem.search.block_size))
+            codes = layer.derived_for("codes", KeyCodes)
+            problem = replace(problem, codes=codes.update(key, keep, problem.first, problem.search.block_size))
         if keeps and problem.beginning is not None and has_far_field(problem):
-            problem = replace(problem, summaries=layer.summaries_of(number, problem))
+            summaries = layer.derived_for(("summaries", number), KeySummaries)
+            problem = replace(problem, summaries=summaries.update(problem))
     return problem
 
 

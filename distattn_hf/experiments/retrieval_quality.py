@@ -3,9 +3,10 @@
 python -m distattn_hf.experiments.retrieval_quality OUT.json [--lengths 1024,2048,4096] [--blocks 8,16,26]
     [--alone 0,16] [--samples 10] [--rows 2]
 
-No fit, no training. --blocks: with the far field; --alone: without it, 0 blocks then are sinks and window. A number stands at five depths in
-news that no fit saw; a hit is all of its digits as the likeliest next tokens. Perplexity is of --rows rows of the same
-news. The file is written after every length and setting, and a run that was cut off goes on from it.
+No fit, no training. --blocks: with the far field; --alone: without it, where 0 blocks are sinks and window. A number
+stands at five depths in news that no fit saw; a hit is all of its digits as the likeliest next tokens. Perplexity is of
+--rows rows of the same news. The file is written after every length and setting, and a run that was cut off goes on
+from it.
 """
 
 import argparse

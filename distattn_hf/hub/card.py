@@ -239,9 +239,10 @@ def _attention_text(config: dict) -> str:
 def _retrieval_text(spec: dict) -> str:
     own = "" if spec.get("lift") or spec["mechanism"] == "nystrom" else f" by the {spec['metric']} distance"
     beyond = ", of each other block one key that stands for it" if spec.get("far_field") else ""
+    others = spec["num_blocks"] * spec["block_size"]
     return (
         f"retrieval attention{own} (each query reads the last {spec['window_size']} tokens, the first "
-        f"{spec['num_sinks']}, and {spec['num_blocks'] * spec['block_size']} others in blocks of {spec['block_size']}{beyond})"
+        f"{spec['num_sinks']}, and {others} others in blocks of {spec['block_size']}{beyond})"
     )
 
 

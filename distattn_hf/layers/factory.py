@@ -5,16 +5,18 @@ from dataclasses import fields
 import torch
 
 from ..core.attention import without_autocast
-from ..core.configuration_native import DistAttnConfig, spec_of
+from ..core.configuration_native import DEFAULT_METRICS, DistAttnConfig, spec_of
 from ..core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding
 from ..core.inputs import ModuleCall
 from ..core.mechanisms import MECHANISMS
-from ..core.metrics import METRICS
+from ..core.metrics import METRICS, get_metric
 from ..core.native_attention import padding_alone
 from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import hybrid_attention
-from ..core.parameters import NystromParameters
+from ..core.parameters import parameters_for
 from ..core.reference import reference_hybrid
+from ..core.retrieval_gather import run_retrieval
+from ..core.retrieval_heads import retrieval_problem
 from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, ProjectedAttention
 
 
@@ -55,13 +57,10 @@ class MechanismAttention(ProjectedAttention):
         return self._by_mechanism(query, key, value, mask, dropout_p=self.dropout if self.training else 0.0, **call)
 
 
-class NystromAttention(ProjectedAttention):
-    """Multi-head Nyström attention in linear time: exact nearby, landmarks beyond; projected.
+class _SpecAttention(ProjectedAttention):
+    """Multi-head attention by a mechanism of `AttentionSpec`, whose fields are the options; projected."""
 
-    Options are those of `AttentionSpec` with mechanism "nystrom": num_landmarks, window_size, num_sinks, lam, ...
-    attention_mask: (B, M) bool or integers, or None. past_key_values is refused: its keys would have to be sums, as in
-    the native models' cache. output_attentions is quadratic.
-    """
+    mechanism_name: str
 
     def __init__(
         self,
@@ -73,9 +72,11 @@ class NystromAttention(ProjectedAttention):
         bias: bool = True,
         key_value_size: int | None = None,
         layer_idx: int = 0,
+        metric: str | None = None,
         **options,
     ):
-        spec = spec_of("nystrom", "sqeuclidean", options)
+        name = self.mechanism_name
+        spec = spec_of(name, get_metric(metric or DEFAULT_METRICS[name]).name, options)
         if spec.exact_below:
             raise ValueError(f"a Nyström layer has no exact_below, got {spec.exact_below}; models have it")
         config = DistanceAttentionConfig(hidden_size, num_heads, key_value_size=key_value_size, dropout=dropout)
@@ -83,7 +84,22 @@ class NystromAttention(ProjectedAttention):
             hidden_size, num_heads, is_causal=is_causal, bias=bias, key_value_size=key_value_size, layer_idx=layer_idx
         )
         self.dropout = config.dropout
-        self.distattn = NystromParameters(spec, num_heads, config.head_dim)
+        self.distattn = parameters_for(spec, num_heads, {"head_dim": config.head_dim})
+
+    def _call(self, position_bias, is_cross: bool) -> ModuleCall:
+        dropout_p = self.dropout if self.training else 0.0
+        return ModuleCall(self.head_dim**-0.5, None, position_bias, self.is_causal, is_cross, dropout_p)
+
+
+class NystromAttention(_SpecAttention):
+    """Multi-head Nyström attention in linear time: exact nearby, landmarks beyond; projected.
+
+    Options are those of `AttentionSpec` with mechanism "nystrom": num_landmarks, window_size, num_sinks, lam, ...
+    attention_mask: (B, M) bool or integers, or None. past_key_values is refused: its keys would have to be sums, as in
+    the native models' cache. output_attentions is quadratic.
+    """
+
+    mechanism_name = "nystrom"
 
     def _extend(self, cache, key, value):
         raise ValueError("a Nyström layer takes no past_key_values; the native models generate with it")
@@ -92,13 +108,33 @@ class NystromAttention(ProjectedAttention):
         keep = padding_alone("nystrom", mask, query, key.shape[2])
         if keep is None:
             keep = torch.ones(len(query), key.shape[2], dtype=torch.bool, device=query.device)
-        dropout_p = self.dropout if self.training else 0.0
-        call = ModuleCall(self.head_dim**-0.5, None, position_bias, self.is_causal, is_cross, dropout_p)
+        call = self._call(position_bias, is_cross)
         with without_autocast(query.device.type):
             inputs = hybrid_inputs(self.distattn, query, key, value, keep, call, key.shape[2])
             output = hybrid_attention(inputs)[0].to(value.dtype)
             weights = reference_hybrid(inputs)[1].to(value.dtype) if output_attentions else None
         return output, weights
+
+
+class RetrievalAttention(_SpecAttention):
+    """Multi-head attention that reads sinks, window and the best few blocks of all other keys; projected.
+
+    Options are those of `AttentionSpec` with mechanism "retrieval": window_size, num_sinks, block_size, num_blocks,
+    lam, ...; `metric`: "dot" unless another is given. attention_mask: (B, M) bool or integers, or None.
+    past_key_values: a transformers cache that keeps every key. output_attentions is quadratic.
+    """
+
+    mechanism_name = "retrieval"
+
+    def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
+        keep = padding_alone("retrieval", mask, query, key.shape[2])
+        call = self._call(position_bias, is_cross)
+        problem = retrieval_problem(self.distattn, query, key, value, keep, call)
+        output, weights = run_retrieval(problem, output_attentions)
+        return output.to(value.dtype), weights
+
+
+_OF_SPECS = {kind.mechanism_name: kind for kind in (NystromAttention, RetrievalAttention)}
 
 
 def create_distance_attention(
@@ -127,26 +163,26 @@ class AttentionFactory:
         """Create a layer (B, N, E) -> (B, N, E) by a metric ("l2", "cosine", "dot", ...) or mechanism ("local", ...).
 
         Options: those of `DistanceAttentionConfig` for a metric, else of `MechanismAttention` and the mechanism, or of
-        `NystromAttention`.
+        `NystromAttention` or `RetrievalAttention`.
 
         Raises:
             ValueError: for an unknown name, listing what exists, or an option that the layer does not have.
         """
-        if isinstance(name, str) and name.lower() == "nystrom":
-            return NystromAttention(hidden_size, num_heads, **options)
+        if isinstance(name, str) and name.lower() in _OF_SPECS:
+            return _OF_SPECS[name.lower()](hidden_size, num_heads, **options)
         if name in METRICS:
             return create_distance_attention(hidden_size, num_heads, name, **options)
         if name in MECHANISMS:
             return MechanismAttention(name, hidden_size, num_heads, **options)
         raise ValueError(
             f"unknown attention {name!r}; expected a metric ({METRICS.describe()}) or a mechanism "
-            f"(nystrom, {MECHANISMS.describe()})"
+            f"({', '.join(_OF_SPECS)}, {MECHANISMS.describe()})"
         )
 
     @staticmethod
     def names() -> list[str]:
         """Return the names that `create` knows."""
-        return [*METRICS, "nystrom", *MECHANISMS]
+        return [*METRICS, *_OF_SPECS, *MECHANISMS]
 
 
 class PositionalEncodingFactory:

@@ -14,8 +14,8 @@ from distattn_hf.conversion.beyond import take_beyond
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.conversion.observe import observed
+from distattn_hf.core.derived_cache import DerivedLayer
 from distattn_hf.core.nystrom_cache import NystromLayer
-from distattn_hf.core.retrieval_cache import RetrievalLayer
 from distattn_hf.training.objectives import student_attention
 from tests.conversion.models import VOCAB, llama, token_batch
 from tests.conversion.nystrom_cases import (
@@ -249,7 +249,7 @@ def test_a_module_of_retrieval_heads_alone_keeps_their_cache(tmp_path):
     assert torch.equal(again(**batch, use_cache=False).logits, full)
     for model in (student, again):
         logits, past = in_chunks(model, batch, [60, 1, 39])
-        assert [type(layer) for layer in past.layers] == [RetrievalLayer, NystromLayer]
+        assert [type(layer) for layer in past.layers] == [DerivedLayer, NystromLayer]
         assert (logits - full)[real].abs().max() <= CACHED_LOGITS
 
 

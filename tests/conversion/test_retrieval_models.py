@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from distattn_hf import AttentionSpec, convert, revert
 from distattn_hf.conversion.calibrate import CalibrationOptions
-from distattn_hf.core.retrieval_cache import RetrievalLayer
+from distattn_hf.core.derived_cache import DerivedLayer
 from tests.conversion.absolute_models import FAMILIES as ABSOLUTE
 from tests.conversion.models import FAMILIES, VOCAB, gpt2, llama, token_batch
 from tests.conversion.nystrom_cases import AUTO, in_chunks, padded
@@ -92,7 +92,7 @@ def test_chunks_with_left_padding_are_one_forward(family, options, sizes):
     full = student(**batch, use_cache=False).logits
     real = batch["attention_mask"].bool()
     logits, cache = in_chunks(student, batch, sizes)
-    assert all(type(layer) is RetrievalLayer for layer in cache.layers)
+    assert all(type(layer) is DerivedLayer for layer in cache.layers)
     assert (logits - full)[real].abs().max() <= CACHED_LOGITS
     # The control: without padding the first row reads another text.
     assert real.logical_not().any()
@@ -207,7 +207,7 @@ def test_goes_on_from_a_plain_cache():
     plain = copied()
     assert type(plain.layers[0]) is DynamicLayer
     logits = student(ids[:, 70:], past_key_values=plain).logits
-    assert type(plain.layers[0]) is RetrievalLayer
+    assert type(plain.layers[0]) is DerivedLayer
     assert (logits - student(ids, use_cache=False).logits[:, 70:]).abs().max() <= CACHED_LOGITS
     student.set_attention_options(far_field=True)
     whole = student(ids, use_cache=False).logits[:, 70:]

@@ -282,8 +282,9 @@ def test_learnable_lambda():
 
 
 def causal_layers():
-    options = {"linformer": {"max_length": 20}, "local": {"window_size": 4}}
-    for name in (*METRICS, *(m for m in MECHANISMS if MECHANISMS.get(m).causal)):
+    few = {"window_size": 1, "num_sinks": 1, "block_size": 2, "num_blocks": 1}
+    options = {"linformer": {"max_length": 20}, "local": {"window_size": 4}, "retrieval": few}
+    for name in (*METRICS, "retrieval", *(m for m in MECHANISMS if MECHANISMS.get(m).causal)):
         yield name, {"p": 3.0} if name == "lp" else options.get(name, {})
 
 

@@ -30,6 +30,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(mechanism_windows, "_FEWEST", 2)
     monkeypatch.setattr(mechanism_windows, "_MOST", 3)
     monkeypatch.setattr(mechanism_landmark, "_ENTRIES", 400)
+    monkeypatch.setattr(retrieval_blocks, "ENTRIES", 400)
 
 
 def flags(form: str) -> dict:

@@ -149,7 +149,7 @@ def test_dropout_of_feature_attention_drops_features(causal):
 
 def test_landmark_dropout_differs_from_part_to_part(monkeypatch):
     """Each query is a part by itself; values that are unit vectors show which keys were dropped."""
-    monkeypatch.setattr("distattn_hf.core.mechanism_landmark._ENTRIES", 1)
+    monkeypatch.setattr("distattn_hf.core.retrieval_blocks.ENTRIES", 1)
     module = MECHANISMS.get("landmark")(1, 4, block_size=8, num_blocks=1, num_candidates=2)
     query, key, _ = tensors(8, heads=1)
     output = module(query, key, torch.eye(8, dtype=torch.float64)[None, None], dropout_p=0.5)[0]
@@ -204,8 +204,8 @@ def test_bigbird_random_blocks():
 
 
 def test_landmark_gradient_equals_finite_differences(monkeypatch):
-    """Its backward pass is written by hand, in parts."""
-    monkeypatch.setattr("distattn_hf.core.mechanism_landmark._ENTRIES", 100)
+    """The backward pass, that of retrieval attention, is written by hand, in parts."""
+    monkeypatch.setattr("distattn_hf.core.retrieval_blocks.ENTRIES", 100)
     module = MECHANISMS.get("landmark")(1, 3, block_size=2, num_blocks=1, num_candidates=4)
     bias = torch.randn(1, 1, 7, 7, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (*tensors(7, heads=1, size=3), bias)]

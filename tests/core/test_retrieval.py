@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from distattn_hf import distance_attention, retrieval_attention
-from distattn_hf.core import retrieval_gather
+from distattn_hf.core import retrieval_blocks
 from distattn_hf.core.inputs import AttentionInputs
 from distattn_hf.core.kernel_cpp_library import compiler
 from distattn_hf.core.metrics import get_metric
 from distattn_hf.core.retrieval import Retrieval, Search, encode, first_keys
+from distattn_hf.core.retrieval_blocks import Layout
 from distattn_hf.core.retrieval_cache import KeyCodes
 from distattn_hf.core.retrieval_cpp import cpp_supports
 from distattn_hf.core.retrieval_gather import retrieval_by_operators, run_retrieval
@@ -194,7 +195,7 @@ def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("metric", ["dot", "l2", "l1", "cosine"])
 def test_the_definition(metric, form, padded, far_field, monkeypatch):
     """Also with few queries, and a few queries at a time. Breaks if a block, a mean or a group is off by one."""
-    monkeypatch.setattr(retrieval_gather, "_ENTRIES", 2**10)
+    monkeypatch.setattr(retrieval_blocks, "ENTRIES", 2**10)
     shape = (2, 4, 2, 23, 70) if form == "cross" or not far_field else (2, 4, 2, 70, 70)
     if form == "bidirectional":
         shape = (2, 4, 2, 70, 70)
@@ -327,7 +328,7 @@ def cpp_or_operators(run):
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_equal_finite_differences(form, monkeypatch):
     """Query, grouped key, value, λ, bias, sink and softening, two queries at a time."""
-    monkeypatch.setattr(retrieval_gather, "_ENTRIES", 2**8)
+    monkeypatch.setattr(retrieval_blocks, "ENTRIES", 2**8)
     search = Search(2, 1, 2, 1) if form != "cross" else Search(0, 0, 2, 1)
     x = problem(form, search, metric="l2", shape=(1, 2, 1, 9, 9), sizes=(2, 1))
 
@@ -384,7 +385,7 @@ def test_codes_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
         grown = codes.update(key[:, :, :start], own, first, 4)
     x = problem("causal", shape=(3, 2, 2, 200, 200), keep=keep, dtype=torch.float32)
     x = replace(x, inputs=replace(x.inputs, key=key))
-    layout = retrieval_gather._Layout(x, 1)
+    layout = Layout(x, 1)
     expected = encode(layout.key, layout.keep, 4)
     blocks = layout.blocks
     for old, new, axis in zip(grown.lines(6), expected.lines(6), (2, 2, 2, 1), strict=True):
@@ -395,7 +396,7 @@ def test_codes_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
 def test_a_code_is_the_key_to_four_bits():
     """Within half a step of a fifteenth of each key's range; padding looks like another key and is not real alone."""
     key, keep = torch.randn(2, 3, 50, 11, dtype=torch.float64), padding(2, 50)
-    layout = retrieval_gather._Layout(problem(shape=(2, 3, 3, 50, 50), sizes=(11, 4)), 1)
+    layout = Layout(problem(shape=(2, 3, 3, 50, 50), sizes=(11, 4)), 1)
     key, keep = torch.nn.functional.pad(key, (0, 0, 0, 2)), torch.nn.functional.pad(keep, (0, 2))
     codes = encode(key.masked_fill(~keep[:, None, :, None], 0.0), keep, 4)
     mean, code, scale, real = (

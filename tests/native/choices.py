@@ -18,6 +18,7 @@ FORMS = ("causal", "bidirectional", "cross")
 OPTIONS = {
     "lp": {"p": 1.5},
     "nystrom": {"num_landmarks": 4, "window_size": 8, "num_sinks": 2},
+    "retrieval": {"window_size": 3, "num_sinks": 1, "block_size": 2, "num_blocks": 2},
     "local": {"window_size": 3},
     "strided": {"window_size": 2, "stride": 3, "num_strides": 4},
     "bigbird": {"block_size": 2, "window_blocks": 1, "num_random_blocks": 1, "num_global_blocks": 1},
@@ -36,6 +37,7 @@ HAS = {
     "cosine": (FORMS, True),
     "chebyshev": (FORMS, True),
     "nystrom": (FORMS, True),
+    "retrieval": (FORMS, True),
     "local": (("causal", "bidirectional"), True),
     "strided": (("causal", "bidirectional"), True),
     "bigbird": (("bidirectional",), True),

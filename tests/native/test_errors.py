@@ -35,12 +35,15 @@ REFUSED = [
     ({"hidden_size": 24, "num_attention_heads": 8, "positional_encoding": "rotary"}, "needs an even head size.*: 3"),
     (
         {"mechanism": "sotfmax"},
-        "unknown mechanism 'sotfmax'; expected one of dot, distance, nystrom, local.*sqeuclidean",
+        "unknown mechanism 'sotfmax'; expected one of dot, distance, nystrom, retrieval, local.*sqeuclidean",
     ),
     ({"mechanism": 3}, r"mechanism must be a name \(str\), got 3"),
     ({"mechanism": "distance", "metric": "l7"}, "unknown metric 'l7'; expected one of sqeuclidean"),
-    ({"mechanism": "l1", "metric": "l2"}, "metric belongs to mechanism='distance', got 'l2' with 'l1'"),
-    ({"mechanism": "dot", "metric": "l2"}, "metric belongs to mechanism='distance', got 'l2' with 'dot'"),
+    ({"mechanism": "l1", "metric": "l2"}, "metric belongs to mechanism='distance' or 'retrieval', got 'l2' with 'l1'"),
+    (
+        {"mechanism": "dot", "metric": "l2"},
+        "metric belongs to mechanism='distance' or 'retrieval', got 'l2' with 'dot'",
+    ),
     ({"mechanism": "nystrom", "metric": "l2"}, "mechanism='nystrom' .*sqeuclidean"),
     ({"mechanism": "lp"}, "mechanism='distance'.*p"),
     ({"mechanism": "l2", "mechanism_options": {"p": 2.0}}, "only 'lp' takes an order p"),
@@ -116,7 +119,7 @@ def test_seq2seq_configs_are_refused_by_name(fields, message):
 def test_the_unknown_mechanism_is_told_all_that_are_known():
     with pytest.raises(ValueError, match="unknown mechanism") as caught:
         DistAttnConfig(mechanism="foo")
-    for name in ("dot", "distance", "nystrom", *MECHANISMS, *METRICS):
+    for name in ("dot", "distance", "nystrom", "retrieval", *MECHANISMS, *METRICS):
         assert name in str(caught.value)
 
 
@@ -168,7 +171,7 @@ def test_input_is_checked():
         )
 
 
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "linear"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "linear"])
 def test_padding_masks_of_the_wrong_shape_are_refused(mechanism):
     model = make_model(mechanism, "rotary", "causal")
     for shape in ((3, 11), (3, 13), (2, 12), (12,)):
@@ -185,7 +188,7 @@ def test_padding_masks_of_the_wrong_shape_are_refused(mechanism):
         other(encoder_outputs=encoded, decoder_input_ids=tokens(length=5), attention_mask=torch.ones(3, 5))
 
 
-@pytest.mark.parametrize("mechanism", ["nystrom", "linear"])
+@pytest.mark.parametrize("mechanism", ["nystrom", "retrieval", "linear"])
 def test_masks_of_the_wrong_shape_are_refused_by_linear_attention(mechanism):
     model = make_model(mechanism, "rotary", "causal")
     with pytest.raises(ValueError, match=r"padding mask \(B, M\), got torch.bool of shape \(3, 1, 12, 12\)"):
@@ -204,6 +207,7 @@ def test_implementation_requests():
         "dot": ("sdpa", "eager"),
         "l2": ("distattn", "distattn_eager"),
         "nystrom": ("distattn_nystrom", "distattn_nystrom_eager"),
+        "retrieval": ("distattn_nystrom", "distattn_nystrom_eager"),
         "linear": ("distattn_nystrom", "distattn_nystrom_eager"),
     }.items():
         model = make_model(mechanism, "rotary", "causal")

@@ -24,7 +24,7 @@ def inputs_of(form: str) -> dict:
 
 def test_the_table_has_every_mechanism_and_encoding():
     metrics = set(METRICS) - {"dot", "lifted_sqeuclidean"}
-    assert set(HAS) == {"dot", "nystrom", *metrics, *MECHANISMS}
+    assert set(HAS) == {"dot", "nystrom", "retrieval", *metrics, *MECHANISMS}
     assert set(ENCODINGS) == set(POSITIONAL_ENCODINGS)
 
 
@@ -141,7 +141,7 @@ def test_padding_and_neighbours_change_nothing(mechanism, form):
 
 
 # Blocks and strides of the others are counted from the first place of the row, padding or not.
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "local", "linear", "performer", "relative"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "local", "linear", "performer", "relative"])
 @every_encoding
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_a_text_is_the_same_behind_padding(mechanism, encoding, form):

@@ -140,14 +140,14 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "local"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "local"])
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_arguments_that_would_do_nothing_are_refused(mechanism, form):
     model = make_model(mechanism, "rotary", form)
     for arguments, message in CALLS:
         with pytest.raises(ValueError, match=message):
             model(tokens(), **arguments)
-    if form == "bidirectional" or mechanism in ("nystrom", "local"):
+    if form == "bidirectional" or mechanism in ("nystrom", "retrieval", "local"):
         with pytest.raises(ValueError, match="is_causal=.* cannot be honoured here, with is_decoder="):
             model(tokens(), is_causal=form == "bidirectional")
     nothing = {"token_type_ids": torch.zeros(3, 12, dtype=torch.long), "head_mask": None, "is_causal": form == "causal"}
@@ -212,7 +212,7 @@ def test_packed_documents_are_kept_apart(mechanism):
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "local"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "local"])
 @pytest.mark.parametrize(
     "more",
     [

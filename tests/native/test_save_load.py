@@ -72,7 +72,7 @@ def test_a_head_that_transformers_makes_loads_without_the_package(tmp_path, monk
     assert run.stdout.splitlines()[-1:] == ["RESULT DistAttnForSequenceClassification"], run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval"])
 def test_a_config_that_asks_for_weights_is_saved_and_loaded(tmp_path, mechanism):
     """transformers refuses to save such a config unless the implementation is "eager"."""
     model = make_model(mechanism, "rotary", "causal")

@@ -10,7 +10,10 @@ from tests.tolerances import HALF_ERROR_RATIO, TOLERANCES, assert_close
 
 from .choices import CAUSAL, HAS, VOCAB, make_config, make_model, tokens
 
-CHECKPOINTED = [("dot", "relative"), ("l2", "relative"), ("nystrom", "relative"), ("l1", "alibi"), ("linear", "rotary")]
+CHECKPOINTED = [
+    ("dot", "relative"), ("l2", "relative"), ("nystrom", "relative"), ("l1", "alibi"), ("linear", "rotary"),
+    ("retrieval", "relative"),
+]  # fmt: skip
 
 
 def gradients(model, **inputs) -> dict[str, torch.Tensor]:
@@ -51,7 +54,7 @@ def test_half_precision(tmp_path, mechanism, form):
     if form not in HAS[mechanism][0]:
         pytest.skip("refused: see test_trains_or_is_refused_by_name")
     errors, half = half_precision_errors(tmp_path / "ours", mechanism, form)
-    if mechanism != "landmark":  # which looks at other blocks once rounding changes their order
+    if mechanism not in ("landmark", "retrieval"):  # which look at other blocks once rounding changes their order
         theirs, _ = half_precision_errors(tmp_path / "theirs", "dot", form)
         assert (errors <= HALF_ERROR_RATIO * theirs).all(), f"relative errors {errors}, transformers' own {theirs}"
     assert {p.dtype for name, p in half.named_parameters() if ".distattn." in name} <= {torch.float32}
@@ -76,7 +79,7 @@ def test_losses_of_parts_of_a_batch_add_up(form):
     assert_close(sum(parts), whole, "float32_forward")
 
 
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "local", "linear"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "local", "linear"])
 def test_dropout_is_for_training_only(mechanism):
     model, ids = make_model(mechanism, "rotary", "causal", attention_dropout=0.5), tokens()
     with torch.no_grad():
@@ -87,7 +90,7 @@ def test_dropout_is_for_training_only(mechanism):
         assert (model(ids).logits - model(ids).logits).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "performer"])
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "performer"])
 def test_peft_finds_the_projections(mechanism):
     model = make_model(mechanism, "rotary", "causal")
     adapted = get_peft_model(model, LoraConfig(r=2))
