@@ -150,7 +150,7 @@ class Loops:
         def logits(query, keys):
             """(G, d), (n, d) or (G, n, d) -> (G, n)."""
             if self.name in ("dot", "cosine"):
-                return ((query[:, None] * keys).sum(-1) - (self.name == "cosine")) * self.factor[..., 0]
+                return ((query[:, None] * keys).sum(-1) - float(self.name == "cosine")) * self.factor[..., 0]
             distance = {"l2": lambda x: x.square().sum(-1).sqrt(), "l1": lambda x: x.abs().sum(-1)}[self.name]
             return -self.factor[..., 0] * distance(query[:, None] - keys)
 
