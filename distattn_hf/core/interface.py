@@ -282,7 +282,8 @@ def attend_groups(
 
 def _kept(layer: DerivedLayer | None, heads: list[int], group: HeadParameters | None) -> MappedKeys | None:
     """Return where the cache layer that keys came from keeps them as these heads map them, or None."""
-    if layer is None or group is None or not group.maps_keys:
+    if layer is None or group is None or not group.maps_keys or torch.compiler.is_compiling():
+        # A compiled graph cannot compare the values of parameters.
         return None
     # What is kept follows from keys, heads, form and parameters alone, which it compares.
     return layer.derived_for((group.metric, group.transform, *heads), MappedKeys)

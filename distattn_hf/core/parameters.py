@@ -347,7 +347,8 @@ class DistanceAttentionState(nn.Module):
     @property
     def derives_from_keys(self) -> bool:
         """Whether the attention of some heads is made of more than the keys, which a cache may keep beside them."""
-        return self.is_retrieval or any(group.maps_keys for group in self.groups)
+        # Nyström heads have a cache of their own kind.
+        return not self.is_nystrom and (self.is_retrieval or any(group.maps_keys for group in self.groups))
 
     def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
         """Return (heads, their parameters); heads of no spec come last, with None: dot-product attention."""
