@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distattn_hf.core import mechanism_landmark, mechanism_linear, mechanism_windows
+from distattn_hf.core import mechanism_landmark, mechanism_linear, mechanism_windows, retrieval_blocks
 from distattn_hf.core.mechanisms import MECHANISMS
 from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
