@@ -56,7 +56,7 @@ def convert(
     block_size: Annotated[
         int | None, typer.Option(help="retrieval: keys found and read together. Default: 16.")
     ] = None,
-    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 26.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 16.")] = None,
     far_field: Annotated[
         bool | None,
         typer.Option(help="retrieval: a block that is not read counts as one key that stands for it. Default: yes."),

@@ -28,7 +28,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 # Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
-_OF_BLOCKS = {"block_size": 16, "num_blocks": 26, "far_field": True}
+_OF_BLOCKS = {"block_size": 16, "num_blocks": 16, "far_field": True}
 # The fields of each mechanism and their defaults; what stays None is for `convert` to decide.
 _OWN = {
     "distance": {},
@@ -101,8 +101,8 @@ class AttentionSpec:
             where the model takes longer texts (exact attention loses nothing there, for some time and memory), else 0;
             without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
         block_size: keys that "retrieval" finds and reads together. Default 16.
-        num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 26: with
-            sinks and window 512 keys.
+        num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 16: with
+            sinks and window 352 keys.
         far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
             (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
         beyond: what heads of "nystrom" use whose far field loses too much (see `CalibrationOptions`), by the teacher's

@@ -43,7 +43,7 @@ class Search:
     window_size: int = 64
     num_sinks: int = 4
     block_size: int = 16
-    num_blocks: int | tuple[int, ...] = 26
+    num_blocks: int | tuple[int, ...] = 16
     far_field: bool = True
 
     def __post_init__(self):

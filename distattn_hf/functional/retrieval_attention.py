@@ -21,7 +21,7 @@ def retrieval_attention(
     *,
     metric: str = "dot",
     block_size: int = 16,
-    num_blocks: int | tuple[int, ...] = 26,
+    num_blocks: int | tuple[int, ...] = 16,
     window_size: int = 64,
     num_sinks: int = 4,
     far_field: bool = True,
