@@ -8,13 +8,15 @@ import torch
 
 from distattn_hf import distance_attention, retrieval_attention
 from distattn_hf.core import retrieval_blocks
+from distattn_hf.core.derived_cache import FirstQueries
 from distattn_hf.core.inputs import AttentionInputs
 from distattn_hf.core.kernel_cpp_library import compiler
 from distattn_hf.core.metrics import get_metric
 from distattn_hf.core.retrieval import Retrieval, Search, encode, first_keys
 from distattn_hf.core.retrieval_blocks import Layout
-from distattn_hf.core.retrieval_cache import KeyCodes
+from distattn_hf.core.retrieval_cache import KeyCodes, KeySummaries
 from distattn_hf.core.retrieval_cpp import cpp_supports
+from distattn_hf.core.retrieval_far import summaries_of
 from distattn_hf.core.retrieval_gather import retrieval_by_operators, run_retrieval
 from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
@@ -308,6 +310,11 @@ def test_nothing_hidden_reaches_anything(run):
     changed = attend(replace(x, inputs=replace(x.inputs, key=key, value=value)))
     assert torch.equal(changed[:, :, :150], expected[:, :, :150])
     assert not torch.equal(changed[:, :, 150:], expected[:, :, 150:])
+    for start in (150, 30):  # the mean of the first queries comes from none after a block
+        query = x.inputs.query.clone()
+        query[:, :, start:] = torch.randn_like(query[:, :, start:])
+        changed = attend(replace(x, inputs=replace(x.inputs, query=query)))
+        assert torch.equal(changed[:, :, :start], expected[:, :, :start])
     key = x.inputs.key.clone()
     key[1] = torch.randn_like(key[1])
     changed = attend(replace(x, inputs=replace(x.inputs, key=key)))
@@ -323,6 +330,48 @@ def cpp_or_operators(run):
         return run_retrieval(x)[0]
 
     return by_kernel
+
+
+@pytest.mark.parametrize("metric", METRIC_CASES, ids=metric_id)
+@pytest.mark.parametrize("form", ["causal", "bidirectional"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_is_lost_where_all_queries_are_one(form, metric, padded):
+    """The far field is exact at the query it is expanded about: exact attention, though few blocks are read."""
+    name, p = metric
+    lam = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    x = problem(form, metric=name, p=p, keep=padding(2, 70) if padded else None, lam=lam)
+    query = x.inputs.query[:, :, :1].expand_as(x.inputs.query).contiguous()
+    x = replace(x, inputs=replace(x.inputs, query=query))
+    expected = distance_attention(
+        query, x.inputs.key, x.inputs.value, metric=name, p=p, lam=lam, scaling=0.7, is_causal=form == "causal",
+        mask=None if x.inputs.keep is None else x.inputs.keep[:, 0, 0], backend="reference",
+    )  # fmt: skip
+    rows = torch.ones(2, 4, 70, dtype=torch.bool)
+    if padded:
+        rows = x.inputs.keep[:, 0].expand(2, 4, 70)
+    assert_close(retrieval_by_operators(x)[0][rows], expected[rows], "float64")
+    without = retrieval_by_operators(replace(x, search=replace(SMALL, far_field=False)))[0]
+    assert (without - expected)[rows].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("metric", ["dot", "l2", "cosine"])
+@pytest.mark.parametrize("form", ["causal", "bidirectional"])
+def test_gradients_through_the_far_field(form, metric, monkeypatch):
+    """Query (also by the mean of the first), grouped key, value, λ, sink and softening."""
+    monkeypatch.setattr(retrieval_blocks, "ENTRIES", 2**8)
+    x = problem(form, Search(2, 1, 2, 1), metric=metric, shape=(1, 2, 1, 9, 9), sizes=(2, 1))
+    leaves = [t.clone().requires_grad_() for t in (x.inputs.query, x.inputs.key, x.inputs.value)]
+    more = [torch.tensor(n, dtype=torch.float64, requires_grad=True) for n in ([0.7, 1.4], [0.5, 0.9])]
+    sink = torch.randn(1, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+
+    def attention(query, key, value, lam, softening, sink):
+        softening = None if metric == "dot" else softening
+        inputs = replace(
+            x.inputs, query=query, key=key, value=value, lam=lam, softening=softening, sink_logit=sink,
+        )  # fmt: skip
+        return retrieval_by_operators(replace(x, inputs=inputs))[0]
+
+    assert torch.autograd.gradcheck(attention, (*leaves, *more, sink))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -391,6 +440,35 @@ def test_codes_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
     for old, new, axis in zip(grown.lines(6), expected.lines(6), (2, 2, 2, 1), strict=True):
         assert torch.equal(old.narrow(axis, 0, blocks), new.narrow(axis, 0, blocks))
     assert not grown.real.flatten(1)[:, blocks:].any()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+def test_summaries_of_a_growing_cache_are_those_of_all_keys(metric, padded):
+    """Bit for bit, however the keys came, of the blocks that are whole. Breaks if a center takes later queries in."""
+    keep = padding(3, 200) if padded else None
+    x = problem("causal", shape=(3, 4, 2, 200, 200), keep=keep, dtype=torch.float32, metric=metric)
+    expected = summaries_of(x).lines(50)
+    for cuts in ([200], [1] * 200, [70, 1, 1, 3, 60, 65]):
+        summaries, known, stop = KeySummaries(), FirstQueries(), 0
+        for count in cuts:
+            start, stop = stop, stop + count
+            query, key, value = (
+                t[:, :, a:stop] for t, a in ((x.inputs.query, start), (x.inputs.key, 0), (x.inputs.value, 0))
+            )
+            own = None if keep is None else keep[:, :stop]
+            first = first_keys(own)
+            if own is not None and not own.any(-1).all():
+                first = torch.where(own.any(-1), own.int().argmax(-1), stop)
+            inputs = replace(
+                x.inputs, query=query, key=key, value=value, keep=None if own is None else own[:, None, None]
+            )
+            beginning = known.update(0, query, stop, first)
+            made = summaries.update(Retrieval(inputs, x.search, first, beginning=beginning))
+        for row in range(3):
+            whole = (200 - (0 if first is None else int(first[row]))) // x.search.block_size
+            for own, all_at_once in zip(made.lines(50), expected, strict=True):
+                assert torch.equal(own[row, :, :whole], all_at_once[row, :, :whole])
 
 
 def test_a_code_is_the_key_to_four_bits():
