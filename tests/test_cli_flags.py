@@ -28,6 +28,8 @@ BAD = {
     "--block-size": (["0", "x"], ("--mechanism", "retrieval")),
     "--num-blocks": (["-1", "x"], ("--mechanism", "retrieval")),
     "--max-error": (["0", "-1", "nan", "x"], NYSTROM),
+    "--beyond-share": (["0", "1.5", "nan", "x"], NYSTROM),
+    "--select": (["all", "", "error"], NYSTROM),
     "--beyond": (["window", ""], (*NYSTROM, "--max-error", "0.4")),
     "--init": (["random", ""], ()),
     "--calibration": (["nowhere.txt", "BLANK", "EMPTY", "no/where"], ()),
@@ -48,7 +50,8 @@ IDLE = [
     for option, value in (
         ("--num-landmarks", "4"), ("--window-size", "4"), ("--num-sinks", "1"), ("--exact-below", "4"),
         ("--block-size", "4"), ("--num-blocks", "4"),
-        ("--max-error", "0.4"), ("--beyond", "exact"), ("--p", "2"), ("--steps", "4"), ("--seed", "1"),
+        ("--max-error", "0.4"), ("--beyond", "exact"),
+        ("--beyond-share", "0.2"), ("--select", "probe"), ("--p", "2"), ("--steps", "4"), ("--seed", "1"),
         ("--column", "words"), ("--calibration", "TEXT"),
     )
 ]  # fmt: skip

@@ -17,6 +17,7 @@ METRICS = {
 }
 CHOICES = {
     "mechanism": ("distance", "nystrom", "retrieval"),
+    "select": ("error", "probe"),
     "init": ("exact", "calibrated", "plain"),
     "attention": ("self", "cross"),
     "transform": ("none", "scalar", "maps"),
@@ -80,5 +81,7 @@ def check_choices(**values) -> None:
             raise ValueError(f"--seed must be an integer >= 0 of at most 63 bits, got {value}")
         if name == "p" and not 1 <= value < float("inf"):
             raise ValueError(f"--p must be a finite number >= 1, got {value:g}")
+        if name == "beyond_share" and not 0 < value <= 1:
+            raise ValueError(f"--beyond-share must be a share, above 0 and at most 1, got {value:g}")
         if name in ("lam", "max_error") and not 0 < value < float("inf"):
             raise ValueError(f"{flag(name)} must be a positive finite number, got {value:g}")

@@ -64,6 +64,17 @@ def convert(
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) use --beyond instead.")
     ] = None,
+    beyond_share: Annotated[
+        float | None,
+        typer.Option(help="nystrom: in place of --max-error, the share of the key heads that use --beyond."),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="nystrom: which key heads --beyond-share takes: by error, or by probe (which key-value texts need them; "
+            "a share of 0.1 unless given). Default: error."
+        ),
+    ] = None,
     beyond: Annotated[
         str | None,
         typer.Option(
@@ -113,8 +124,11 @@ def convert(
     check_choices(
         metric=metric, mechanism=mechanism, init=init, attention=attention, transform=transform, p=p, lam=lam,
         num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-        block_size=block_size, num_blocks=num_blocks, max_error=max_error, beyond=beyond, steps=steps, seed=seed,
+        block_size=block_size, num_blocks=num_blocks, max_error=max_error, beyond_share=beyond_share,
+        select=select, beyond=beyond, steps=steps, seed=seed,
     )  # fmt: skip
+    if select == "error" and beyond_share is None:
+        raise ValueError("--select error says which heads --beyond-share takes; give that share, or leave it out")
     epsilon = read_softening(softening)
     retrieves = mechanism == "retrieval" and spec_file is None
     if init is None:
@@ -157,7 +171,9 @@ def convert(
     source_files = Source(source)
     if fold_alpha:
         fold.check_foldable(model, [spec] if isinstance(spec, AttentionSpec) else spec)
-    options = CalibrationOptions(steps=steps, seed=seed, max_error=max_error)
+    options = CalibrationOptions(
+        steps=steps, seed=seed, max_error=max_error, beyond_share=beyond_share, select=select or "error"
+    )
     student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
     student = fold.fold_alpha(student) if fold_alpha else student
     report = student.conversion_report

@@ -4,6 +4,7 @@ import torch
 
 from ..core.discovery import find_attention_modules, locate
 from ..core.parameters import DistanceAttentionState, NystromParameters
+from ..core.retrieval_far import BEGINNING
 
 TOKENS = 1000
 
@@ -37,9 +38,14 @@ def cache_bytes(model) -> dict[str, int] | None:
                 spec = group.spec
                 state_size = spec.num_landmarks * (sizes - entry["head_dim"] + 1) + spec.num_sinks * sizes
                 found["constant"] += 4 * group.num_heads * state_size + max(0, spec.window_size - 1) * key_heads * token
-            elif group is not None and group.spec.mechanism == "retrieval" and group.is_absolute:
+            elif group is not None and group.spec.mechanism == "retrieval":
+                size, block, width = entry["head_dim"], group.spec.block_size, torch.finfo(model.dtype).bits // 8
                 # The codes of a block (see `Codes`): its mean, a scale for each key, and half a byte a coordinate.
-                size, block = entry["head_dim"], group.spec.block_size
                 codes = 4 * size + block * (4 + 4 * -(-size // 8))
-                found["growing"] += TOKENS * len({head // groups for head in heads}) * codes // block
+                beside = len({head // groups for head in heads}) * codes if group.is_absolute else 0
+                if group.spec.far_field:
+                    # A key, its bias and a value for each query head (see `Summaries`), and the first queries.
+                    beside += 4 * len(heads) * (sizes + 1)
+                    found["constant"] += BEGINNING * len(heads) * size * width
+                found["growing"] += TOKENS * beside // block
     return found if found["teacher"] else None

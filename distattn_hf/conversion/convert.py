@@ -81,6 +81,7 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
     specs = [_with_beyond(spec, options) for spec in specs]
     if options.chooses_heads and not any(s.mechanism == "nystrom" for s in specs):
         name = "beyond_share" if options.max_error is None else "max_error"
+        name = "select" if options.select == "probe" else name
         raise ValueError(f"{name}={getattr(options, name)!r} is for mechanism='nystrom', which no spec has")
     if init in (None, "calibrated"):
         init = "exact" if all(_fits_nothing(spec) for spec in specs) else "calibrated"

@@ -32,10 +32,12 @@ def grown(sizes: list[int]) -> float:
     return 1000 * (sizes[1] - sizes[0]) / (LENGTHS[1] - LENGTHS[0])
 
 
-def code_bytes(layer) -> int:
-    """Codes of a layer's keys without room for more, and without the bit for each block that it has keys."""
+def derived_bytes(layer) -> int:
+    """Codes and summaries of a layer's keys without room for more, and without the bit for a block that it has keys."""
+    length = layer.keys.shape[2]
+    made = layer.derived[("summaries", 0)].made.lines(length // 16)
     codes = encode(layer.keys, torch.ones(1, layer.keys.shape[2], dtype=torch.bool), 16)
-    return tensors_bytes([codes.mean, codes.scale, codes.code])
+    return tensors_bytes([codes.mean, codes.scale, codes.code, *made])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -48,11 +50,12 @@ def test_of_nystrom_and_retrieval_heads(family):
     for length in LENGTHS:
         layers = cache_of(student, length).layers
         kept.append(
-            sum(tensors_bytes([x.retrieved.keys, x.retrieved.values]) + code_bytes(x.retrieved) for x in layers)
+            sum(tensors_bytes([x.retrieved.keys, x.retrieved.values]) + derived_bytes(x.retrieved) for x in layers)
         )
         # Which keys of the window count, and where sinks stand.
         held = [[x.keys, x.values, x.state.total, x.state.weight, x.state.sink_key, x.state.sink_value] for x in layers]
-        constant.append(sum(map(tensors_bytes, held)))
+        beginnings = [rows for x in layers for rows, _ in x.retrieved.distattn_first_queries._rows.values()]
+        constant.append(sum(map(tensors_bytes, held)) + tensors_bytes(beginnings))
     assert said["growing"] == grown(kept) < said["teacher"]
     assert constant == [said["constant"]] * 2
 
@@ -63,9 +66,10 @@ def test_of_retrieval_alone_and_of_distances():
     kept = []
     for length in LENGTHS:
         layers = cache_of(student, length).layers
-        kept.append(sum(tensors_bytes([layer.keys, layer.values]) + code_bytes(layer) for layer in layers))
+        kept.append(sum(tensors_bytes([layer.keys, layer.values]) + derived_bytes(layer) for layer in layers))
+        constant = tensors_bytes(rows for x in layers for rows, _ in x.distattn_first_queries._rows.values())
     said = student.conversion_report.cache_bytes
-    assert said == {"growing": grown(kept), "teacher": said["teacher"], "constant": 0}
+    assert said == {"growing": grown(kept), "teacher": said["teacher"], "constant": constant}
     line = f"cache {said['growing']:,} bytes per 1,000 tokens (the teacher's {said['teacher']:,})"
     assert line in student.conversion_report.summary() == current_report(student).summary()
     exact = convert(teacher, AttentionSpec("l2"), init="plain").conversion_report.cache_bytes
