@@ -71,8 +71,8 @@ def convert(
     select: Annotated[
         str | None,
         typer.Option(
-            help="nystrom: which key heads --beyond-share takes: by error, or by probe (which key-value texts need them; "
-            "a share of 0.1 unless given). Default: error."
+            help="nystrom: which key heads --beyond-share takes: by error, or by probe (key-value texts need "
+            "them; a share of 0.1 unless given). Default: error."
         ),
     ] = None,
     beyond: Annotated[

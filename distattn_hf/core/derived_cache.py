@@ -89,7 +89,7 @@ class FirstQueries:
         if before and (known is None or reach < before or known.shape[:2] != query.shape[:2]):
             self._rows.pop(number, None)
             return None
-        if known is None or before < BEGINNING + int(offset.max()):
+        if known is None or before < BEGINNING + (0 if first is None else int(first.max())):
             place = torch.arange(count, device=query.device) + offset[:, None] - before
             own = (place >= 0) & (place < query.shape[2])
             index = place.clamp(0, query.shape[2] - 1)[:, None, :, None].expand(*query.shape[:2], -1, query.shape[3])
@@ -100,6 +100,10 @@ class FirstQueries:
             known = rows
         self._rows[number] = known, num_keys
         return known
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is held."""
+        return [rows for rows, _ in self._rows.values()]
 
     def changed(self, change, owner: int) -> "FirstQueries":
         """Return these with `change` applied to every tensor, whose first axis is the batch."""
