@@ -25,15 +25,20 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    config.stash[COLLECTED] = [item.nodeid for item in items]
+    config.stash[COLLECTED] = names = [item.nodeid for item in items]
+    beyond = tiers.beyond_the_sample(names)
     for item in items:
-        item.add_marker(tiers.tier_of(item.nodeid))
+        item.add_marker("system" if item.nodeid in beyond else tiers.tier_of(item.nodeid))
+
+
+def _tier(item) -> str:
+    return next(tier for tier in tiers.TIERS if item.get_closest_marker(tier))
 
 
 def pytest_deselected(items):
     """Keep what `-m` left out; what a caller's own `-k` leaves out is his."""
     chosen = items[0].config.option.markexpr.split() if items else ()
-    other = [item.nodeid for item in items if tiers.tier_of(item.nodeid) not in chosen]
+    other = [(item.nodeid, _tier(item)) for item in items if _tier(item) not in chosen]
     if chosen and other:
         items[0].config.stash[LEFT_OUT] = tiers.left_out(other)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import COLLECTED
-from tests.tiers import TABLE, TIERS, left_out, lines, tier_of
+from tests.tiers import MANY, SHARE, TABLE, TIERS, beyond_the_sample, left_out, lines, tier_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +31,23 @@ def test_the_longest_entry_decides():
     assert tier_of("tests/conversion/test_save_load.py::test_config_and_report_travel") == "model"
 
 
+def test_of_a_table_of_many_cases_a_part_runs_each_time():
+    """Every third, and the first of each metric; a table that is short, or concerns every file, stays whole."""
+    few = [f"tests/core/test_cpp.py::test_few[l1-{n}]" for n in range(MANY - 1)]
+    many = [f"tests/core/test_cpp.py::test_many[{metric}-{n}]" for metric in ("l1", "cosine") for n in range(50)]
+    whole = [f"tests/core/test_layering.py::test_files[{n}]" for n in range(200)]
+    beyond = beyond_the_sample([*few, *many, *whole])
+    assert beyond < set(many)
+    kept = [name for name in many if name not in beyond]
+    assert 100 / SHARE <= len(kept) <= 100 / SHARE + 2
+    assert sum("cosine" in name for name in kept) >= 50 // SHARE
+    # One alone, as a caller names it, is no table.
+    assert not beyond_the_sample(many[1:2])
+
+
 def test_what_is_left_out_is_said():
-    counts = left_out(["tests/hub/test_push.py::a", "tests/hub/test_push.py::b", "tests/quality/test_quality.py::c"])
+    pushes = [(f"tests/hub/test_push.py::{name}", "system") for name in "ab"]
+    counts = left_out([*pushes, ("tests/quality/test_quality.py::c", "quality")])
     said = lines(counts)
     assert [line.split(" (")[0] for line in said] == ["left out of system", "left out of quality"]
     assert said[0].endswith(": 2 tests: hub/test_push.py 2")

@@ -4,9 +4,11 @@
     bash scripts/test.sh all       and system: other processes, other libraries' own tests, compilers
     bash scripts/test.sh quality   quality: real checkpoints
 
-A test is in the tier of the longest entry that its name begins with: a folder, a file, or a file and a function.
+A test is in the tier of the longest entry that its name begins with: a folder, a file, or a file and a function. Of a
+table of many cases a part is (see `beyond_the_sample`).
 """
 
+import re
 from collections import Counter
 
 TIERS = {
@@ -101,14 +103,39 @@ TABLE = {
 }
 
 
+# Tests of as many cases are tables of metrics, backends and shapes: where they would run each time, every third case
+# does, and each that is the first with some word in its name (a metric, a backend); the others are in system.
+MANY, SHARE = 60, 3
+# Tables that are quick, and that a change of any file concerns.
+WHOLE = ("tests/core/test_layering.py", "tests/test_cli_flags.py", "tests/test_moved.py", "tests/test_tiers.py")
+
+
+def beyond_the_sample(names: list[str]) -> set[str]:
+    """Return those of the collected tests' names that are in system because their table has too many cases."""
+    tables: dict[str, list[str]] = {}
+    for name in names:
+        if not name.startswith(WHOLE) and tier_of(name) in ("unit", "model"):
+            tables.setdefault(name.partition("[")[0], []).append(name)
+    beyond = set()
+    for cases in tables.values():
+        seen: set[str] = set()
+        for number, name in enumerate(cases if len(cases) >= MANY else ()):
+            words = set(re.findall(r"[^\W\d_]+", name.partition("[")[2]))
+            if number % SHARE and words <= seen:
+                beyond.add(name)
+            else:
+                seen |= words
+    return beyond
+
+
 def tier_of(name: str) -> str:
     """Return the tier of a test's name ("tests/core/test_masks.py::test_no_mask")."""
     return TABLE[max((entry for entry in TABLE if name.startswith(entry)), key=len)]
 
 
-def left_out(names) -> dict[str, int]:
-    """Count tests by tier and file, as "tier: file"."""
-    return dict(Counter(f"{tier_of(name)}: {name.partition('::')[0]}" for name in names))
+def left_out(tests) -> dict[str, int]:
+    """Count tests, (name, tier) each, by tier and file, as "tier: file"."""
+    return dict(Counter(f"{tier}: {name.partition('::')[0]}" for name, tier in tests))
 
 
 def lines(counts: dict[str, int]) -> list[str]:
