@@ -86,7 +86,7 @@ class Case:
 
 KERNELS = (("l2", None), ("l1", None), ("chebyshev", None), ("lp", 3.0), ("lp", 1.5), ("lp", 2.2))
 DOT_FORMS = (("sqeuclidean", None), ("cosine", None))
-MODELS = ("sqeuclidean exact", "l2", "l1", "cosine", "nystrom")
+MODELS = ("sqeuclidean exact", "l2", "l1", "cosine", "nystrom", "retrieval", "retrieval l2")
 
 
 def correctness_cases(interpreted: bool) -> list[Case]:
@@ -323,6 +323,11 @@ def small_model(kind: str) -> torch.nn.Module:
         ids = torch.randint(64, (4, 64), generator=torch.Generator().manual_seed(1))
         options = CalibrationOptions(steps=2, sequences=2, rows=8, progress=False)
         return convert(teacher, spec, calibration=[{"input_ids": ids}], options=options).eval()
+    if kind.startswith("retrieval"):
+        metric = kind.partition(" ")[2] or "sqeuclidean"
+        sizes = {"window_size": 4, "num_sinks": 2, "block_size": 4, "num_blocks": 1}
+        spec = AttentionSpec(metric, mechanism="retrieval", **sizes)
+        return convert(teacher, spec, init="exact" if spec.lift else "plain").eval()
     metric, _, init = kind.partition(" ")
     return convert(teacher, AttentionSpec(metric), init=init or "plain").eval()
 
