@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from .compatibility import given_cache
 from .discovery import argument_names
@@ -19,6 +19,13 @@ SPARE, _LEAST_ROOM = 4, 64
 def writable(tensor: Tensor) -> bool:
     """Return whether a tensor may be written into here: those made under inference mode may not outside it."""
     return not tensor.is_inference() or torch.is_inference_mode_enabled()
+
+
+def same_values(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Return whether parameters are what they were, by value: offloaded ones come in a tensor that is new each time."""
+    return len(before) == len(now) and all(
+        a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(before, now, strict=True)
+    )
 
 
 class MappedKeys:
@@ -42,11 +49,7 @@ class MappedKeys:
     def _goes_on(self, key: Tensor, parameters: list[Tensor]) -> bool:
         if not 0 < self.counted <= key.shape[2] or not writable(self._room) or self._room.device != key.device:
             return False
-        # By value: offloaded parameters come to the device in a tensor that is new each time.
-        pairs = zip(self._parameters, parameters, strict=True)
-        return len(self._parameters) == len(parameters) and all(
-            a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in pairs
-        )
+        return same_values(self._parameters, parameters)
 
     def _append(self, new: Tensor, count: int) -> None:
         if not self.counted or self._room.shape[2] < count or self._room.dtype != new.dtype:
@@ -65,18 +68,15 @@ class MappedKeys:
 
 
 class FirstQueries:
-    """The first BEGINNING queries of each row of a text that comes in parts, for each group of a module's heads.
+    """A model's first BEGINNING queries of each row of a text that comes in parts, for each group of a module's heads.
 
-    They stand by their places, so that a text that is cut short, or begins anew, overwrites what it must; tensors are
-    never written into, so that copies may share them.
+    They stand by their places, so that a text that is cut short, or begins anew, overwrites what it must. Each call has
+    an object of its own, and tensors are never written into: copies of a cache share them until they go on.
     """
 
-    def __init__(self, owner: int = 0, rows: dict[int, tuple[Tensor, int]] | None = None):
-        self.owner, self._rows = owner, dict(rows or {})
-
-    def of(self, owner: int) -> "FirstQueries":
-        """Return these for an owner, by its id: a copy for another than before."""
-        return self if self.owner == owner else FirstQueries(owner, self._rows)
+    def __init__(self, rows: dict[int, tuple[Tensor, int, Tensor]] | None = None):
+        # Of each group: queries (B, H, n, d), how many keys there were, the first key of each row.
+        self._rows = dict(rows or {})
 
     def update(self, number: int, query: Tensor, num_keys: int, first: Tensor | None) -> Tensor | None:
         """Return the beginning of group `number` as `Retrieval` has it, after the last queries (B, H, N, d) of M keys.
@@ -85,8 +85,8 @@ class FirstQueries:
         """
         before, count = num_keys - query.shape[2], min(BEGINNING, num_keys)
         offset = torch.zeros(1, dtype=torch.long, device=query.device) if first is None else first
-        known, reach = self._rows.get(number, (None, 0))
-        if before and (known is None or reach < before or known.shape[:2] != query.shape[:2]):
+        known = self._goes_on(number, query, before, offset if first is not None else None) if before else None
+        if before and known is None:
             self._rows.pop(number, None)
             return None
         if known is None or before < BEGINNING + (0 if first is None else int(first.max())):
@@ -98,19 +98,56 @@ class FirstQueries:
                 known = F.pad(known, (0, 0, 0, max(0, count - known.shape[2])))[:, :, :count]
                 rows = torch.where(own[:, None, :, None], rows, known.to(rows))
             known = rows
-        self._rows[number] = known, num_keys
+        self._rows[number] = known, num_keys, offset.expand(len(query))
         return known
+
+    def _goes_on(self, number: int, query: Tensor, before: int, first: Tensor | None) -> Tensor | None:
+        """Return the queries of a group if those before place `before` are known, counted from the same keys."""
+        known, reach, counted = self._rows.get(number, (None, 0, None))
+        if known is None or reach < before or known.shape[:2] != query.shape[:2] or known.device != query.device:
+            return None
+        if first is None:
+            return known if not counted.any() else None
+        # A row that had no key yet may begin anywhere behind.
+        return known if bool(((counted == first) | (first >= before)).all()) else None
 
     def tensors(self) -> list[Tensor]:
         """Return what is held."""
-        return [rows for rows, _ in self._rows.values()]
+        return [rows for rows, *_ in self._rows.values()]
 
-    def changed(self, change, owner: int) -> "FirstQueries":
+    def changed(self, change) -> "FirstQueries":
         """Return these with `change` applied to every tensor, whose first axis is the batch."""
-        return FirstQueries(owner, {n: (change(rows), reach) for n, (rows, reach) in self._rows.items()})
+        return FirstQueries({n: (change(rows), reach, change(first)) for n, (rows, reach, first) in self._rows.items()})
 
 
-class DerivedLayer(DynamicLayer):
+class KeepsFirstQueries:
+    """A cache layer whose first queries follow its rows."""
+
+    first_queries = FirstQueries()
+
+    def change_first_queries(self, change) -> None:
+        """Apply `change`, whose first axis is the batch."""
+        self.first_queries = self.first_queries.changed(change)
+
+    def first_queries_for_call(self) -> FirstQueries:
+        """Return the first queries of the text so far, which a call may go on with, as this layer's from now on."""
+        self.first_queries = FirstQueries(self.first_queries._rows)
+        return self.first_queries
+
+
+class FirstQueriesStaticLayer(KeepsFirstQueries, StaticLayer):
+    """A `StaticLayer` that keeps the text's first queries."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.change_first_queries(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def reset(self) -> None:
+        super().reset()
+        self.first_queries = FirstQueries()
+
+
+class DerivedLayer(KeepsFirstQueries, DynamicLayer):
     """A `DynamicLayer` that keeps what is made of its keys, and room for more so that new ones do not copy the others.
 
     Takes whatever a `DynamicLayer` takes: it can be cropped, reordered, copied, offloaded.
@@ -191,7 +228,7 @@ class DerivedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.derived, self._room = {}, None
+        self.derived, self._room, self.first_queries = {}, None, FirstQueries()
 
     def offload(self) -> None:
         super().offload()
@@ -202,8 +239,7 @@ class DerivedLayer(DynamicLayer):
 
     def _rows_changed(self, change) -> None:
         """Change what is derived as the keys' rows were."""
-        if (known := getattr(self, "distattn_first_queries", None)) is not None:
-            self.distattn_first_queries = known.changed(change, id(self))
+        self.change_first_queries(change)
         if self._owner == id(self):
             for derived in self.derived.values():
                 derived.change_rows(change)
@@ -224,18 +260,30 @@ class DerivedLayer(DynamicLayer):
         self._rows_changed(lambda tensor: tensor[indices])
 
 
-def first_queries_of(layer) -> FirstQueries:
-    """Return the first queries of the text that a cache layer holds, which it keeps from now on."""
-    known = getattr(layer, "distattn_first_queries", None) or FirstQueries()
-    layer.distattn_first_queries = known = known.of(id(layer))
-    return known
+def keeping_layer(cache, index: int):
+    """Return layer `index` of a cache: a `DerivedLayer` in place of a `DynamicLayer`, or None where there is none yet.
+
+    A `StaticLayer` becomes one that keeps first queries; other kinds stay as they are.
+    """
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if type(layer) is DynamicLayer:
+        layer = cache.layers[index] = DerivedLayer.from_layer(layer)
+    elif type(layer) is StaticLayer:
+        kept = cache.layers[index] = FirstQueriesStaticLayer.__new__(FirstQueriesStaticLayer)
+        vars(kept).update(vars(layer))
+        layer = kept
+    return layer
 
 
 def use_derived_cache(module: nn.Module, args, kwargs) -> None:
     """Make the layer of a model's `DynamicCache` a `DerivedLayer` (forward pre-hook of modules of self-attention).
 
-    Other kinds of layers stay: what is derived from keys is then made anew at every call. For retrieval heads a layer
-    of any kind keeps the text's first queries.
+    Other kinds of layers stay: what is derived from keys is then made anew at every call. Static layers
+    keep the text's first queries for retrieval heads, too.
     """
     module.distattn.first_queries = None
     if module.distattn.observer is not None or not module.distattn.derives_from_keys:
@@ -246,11 +294,6 @@ def use_derived_cache(module: nn.Module, args, kwargs) -> None:
     index = getattr(module, "layer_idx", None)
     if cache is None or index is None:
         return
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
-        return
-    if type(cache.layers[index]) is DynamicLayer:
-        cache.layers[index] = DerivedLayer.from_layer(cache.layers[index])
-    if module.distattn.is_retrieval:
-        module.distattn.first_queries = first_queries_of(cache.layers[index])
+    layer = keeping_layer(cache, index)
+    if module.distattn.is_retrieval and isinstance(layer, KeepsFirstQueries):
+        module.distattn.first_queries = layer.first_queries_for_call()

@@ -6,7 +6,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 from transformers.generation import GenerationMode
 
 from .compatibility import given_cache
-from .derived_cache import DerivedLayer, first_queries_of
+from .derived_cache import DerivedLayer
 from .discovery import argument_names
 from .nystrom_hybrid import FarState
 from .parameters import NystromParameters
@@ -182,7 +182,7 @@ class NystromLayer(CacheLayerMixin):
             tensors += [t for t in vars(self.state).values() if isinstance(t, Tensor)]
         if self.retrieved.is_initialized:
             made = [derived.made for derived in self.retrieved.derived.values()]
-            tensors += first_queries_of(self.retrieved).tensors()
+            tensors += self.retrieved.first_queries.tensors()
             tensors += [self.retrieved.keys, self.retrieved.values, *(t for m in made if m for t in vars(m).values())]
         return sum(t.numel() * t.element_size() for t in tensors)
 

@@ -10,7 +10,6 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.utils import logging
 
 from .attention_spec import version_note
-from .derived_cache import first_queries_of
 from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
 from .inputs import ModuleCall, surely
 from .nystrom_cache import NystromLayer, layer_behind
@@ -96,7 +95,7 @@ def nystrom_forward(
         full_key, full_value = layer.all_keys, layer.all_values
         key, value, keep = layer.take(keep[:, -num_queries:])
     results = []
-    for heads, group in state.parts():
+    for number, (heads, group) in enumerate(state.parts()):
         columns = [head // (state.num_heads // key.shape[1]) for head in heads]
         own_call = replace(
             call,
@@ -110,7 +109,7 @@ def nystrom_forward(
                 results.append((heads, *exact(*full(), own_call)))
             else:
                 whole = full_key, full_value, full_keep
-                results.append((heads, *_retrieval_heads(state, heads, group, query, *whole, own_call, layer)))
+                results.append((heads, *_retrieval_heads(state, number, heads, group, query, *whole, own_call, layer)))
             continue
         is_few = _sees_few(state, group, layer, full_keep, num_queries, call.is_causal)
         tensors = _take(query, heads), _take(key, columns), _take(value, columns)
@@ -137,6 +136,7 @@ def nystrom_forward(
 
 def _retrieval_heads(
     state: DistanceAttentionState,
+    number: int,
     heads: list[int],
     group: HeadParameters,
     query: Tensor,
@@ -149,7 +149,7 @@ def _retrieval_heads(
     """Run the retrieval heads beside Nyström heads: (output, weights or None), with a cache layer from its own keys."""
     key_heads, cached, first_queries = key.shape[1], None, None
     if layer is not None:
-        cached, first_queries = layer.retrieved, first_queries_of(layer.retrieved)
+        cached, first_queries = layer.retrieved, layer.retrieved.first_queries_for_call()
         key, value, key_heads = layer.retrieved.keys, layer.retrieved.values, layer.num_key_heads
     columns = key_heads_of(heads, state.num_heads // key_heads)
     if layer is None:
@@ -159,7 +159,7 @@ def _retrieval_heads(
         columns, cached = [layer.retrieved_key_heads.index(column) for column in columns], None
         key, value = _take(key, columns), _take(value, columns)
     keep = None if surely(keep.all()) else keep
-    return retrieve(group, _take(query, heads), key, value, keep, call, cached, first_queries)
+    return retrieve(group, _take(query, heads), key, value, keep, call, cached, first_queries, number)
 
 
 def touched(group: NystromParameters, output: Tensor) -> Tensor:

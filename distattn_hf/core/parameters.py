@@ -326,7 +326,7 @@ class DistanceAttentionState(nn.Module):
         )
         # Set while a conversion calibrates: called in place of the attention, never saved.
         self.observer = None
-        # Of the cache in use, a `retrieval_far.FirstQueries`: set before each call of a module with retrieval heads.
+        # Of the cache in use, a `derived_cache.FirstQueries`: set before each call of a module with retrieval heads.
         self.first_queries = None
         self.is_cross = entry["kind"] == "cross"
         # How long the model's texts may be, where it is known.

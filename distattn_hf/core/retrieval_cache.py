@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .derived_cache import SPARE, writable
+from .derived_cache import SPARE, same_values, writable
 from .retrieval import PANEL, Codes, Retrieval, aligned, encode
-from .retrieval_far import Summaries
-from .retrieval_gather import summaries_of
+from .retrieval_far import Summaries, summaries_of
 
 
 class _OfKeys:
@@ -111,9 +110,18 @@ class KeyCodes(_OfKeys):
 class KeySummaries(_OfKeys):
     """The `Summaries` of the blocks whose keys are all there; others no query asks for yet."""
 
-    def update(self, problem: Retrieval) -> Summaries:
-        """Return the summaries for a causal problem whose beginning is known, by the keys as the metric takes them."""
+    def __init__(self):
+        super().__init__()
+        self._parameters: list[Tensor] = []
+
+    def update(self, problem: Retrieval, parameters: list[Tensor]) -> Summaries:
+        """Return the summaries for a causal problem whose beginning is known, by the keys as the metric takes them.
+
+        parameters: what the problem depends on beside the model's queries, keys and values.
+        """
         inputs, size = problem.inputs, problem.search.block_size
+        if not same_values(self._parameters, parameters):
+            self.made, self._parameters = None, [tensor.detach().clone() for tensor in parameters]
         keep = None if inputs.keep is None else inputs.keep[:, 0, 0]
         first = self._start(inputs.key, keep, problem.first, size)
         num_keys = inputs.key.shape[2]

@@ -85,7 +85,7 @@ def cpp_retrieval(x) -> Tensor:
     value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
     if x.summaries is not None:
-        tensors |= {f"far_{name}": getattr(x.summaries, name) for name in ("key", "bias", "value")}
+        tensors |= {f"far_{name}": getattr(x.summaries, name).float() for name in ("key", "bias")}
         tensors["far_value"] = padded_rows(x.summaries.value)
     data = _Retrieve(
         B=batch, H=heads, G=heads // key_heads, N=num_queries, M=num_keys, d=size, dp=rows.shape[-1], dq=whole_size,

@@ -75,7 +75,8 @@ def has_far_field(problem: Retrieval) -> bool:
 def centers(problem: Retrieval, blocks: int) -> Tensor:
     """Return the queries that blocks are expanded about, (B, H, blocks or 1, d), in the form of the problem's own.
 
-    Where the problem's queries are later ones and its beginning is not known, their mean takes its place.
+    Where the problem's queries are later ones and its beginning is not known, the first of them takes its place: none
+    that comes after may change what one gets.
     """
     inputs = problem.inputs
     query = inputs.query.to(torch.promote_types(inputs.query.dtype, torch.float32))
@@ -83,14 +84,16 @@ def centers(problem: Retrieval, blocks: int) -> Tensor:
     keep = torch.ones(1, num_keys, dtype=torch.bool, device=query.device)
     if inputs.keep is not None:
         keep = inputs.keep[:, 0, 0]
-    if not inputs.is_causal or (problem.beginning is None and count < num_keys):
-        own = keep[:, None, num_keys - count :, None]
+    own, beginning = keep[:, None, num_keys - count :, None], problem.beginning
+    if not inputs.is_causal:
         return torch.where(own, query, 0.0).sum(2, keepdim=True) / own.sum(2, keepdim=True).clamp_min(1)
-    beginning = problem.beginning
+    if beginning is None and count < num_keys:
+        first = own.int().argmax(2, keepdim=True).expand(len(query), query.shape[1], 1, query.shape[3])
+        return torch.where(own.any(2, keepdim=True), query.gather(2, first), 0.0)
     if beginning is None:
         beginning = aligned(query, problem.first, 2)[:, :, :BEGINNING]
     keep = aligned(keep.expand(len(query), -1), problem.first, 1)[:, None, : beginning.shape[2], None]
-    sums, counts = torch.where(keep, beginning, 0.0).cumsum(2), keep.cumsum(2)
+    sums, counts = torch.where(keep, beginning.to(query.dtype), 0.0).cumsum(2), keep.cumsum(2)
     ends = (torch.arange(1, blocks + 1, device=query.device) * problem.search.block_size).clamp(max=keep.shape[2]) - 1
     return sums[:, :, ends] / counts[:, :, ends].clamp_min(1)
 

@@ -87,27 +87,33 @@ def retrieve(
     number: that of the group in both.
     """
     problem = retrieval_problem(group, query, key, value, keep, call)
-    if first_queries is not None and problem.search.far_field and call.is_causal:
-        beginning = first_queries.update(number, problem.inputs.query, key.shape[2], problem.first)
-        problem = replace(problem, beginning=beginning)
+    known, is_whole = None, query.shape[2] == key.shape[2]
+    if first_queries is not None and call.is_causal:
+        known = first_queries.update(number, query, key.shape[2], problem.first)
+    if known is not None and not is_whole and has_far_field(problem):
+        # The model's own, mapped as those of the call are.
+        with without_autocast(query.device.type):
+            problem = replace(problem, beginning=group(known, key[:, :, :1]).query)
     if layer is not None:
-        problem = _with_what_is_cached(problem, key, keep, layer, number)
+        keeps = (is_whole or known is not None) and not problem.inputs.needs_grad()
+        problem = _with_what_is_cached(group, problem, key, keep, layer, number, keeps)
     output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
     return output.to(value.dtype), weights
 
 
-def _with_what_is_cached(problem: Retrieval, key: Tensor, keep: Tensor | None, layer, number: int) -> Retrieval:
-    """Return the problem with the codes and summaries that the key's cache layer keeps."""
+def _with_what_is_cached(
+    group: HeadParameters, problem: Retrieval, key: Tensor, keep: Tensor | None, layer, number: int, keeps: bool
+) -> Retrieval:
+    """Return the problem with the codes and, where it `keeps` them, the summaries of the key's cache layer."""
     # The codes of cosine are of keys of length 1.
     is_plain = problem.inputs.key is key and has_codes(problem.inputs) and not problem.inputs.metric.scale_free
-    keeps = not problem.inputs.needs_grad()
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(key.device.type):
         if is_plain and problem.search.most_blocks:
             codes = layer.derived_for("codes", KeyCodes)
             problem = replace(problem, codes=codes.update(key, keep, problem.first, problem.search.block_size))
-        if keeps and problem.beginning is not None and has_far_field(problem):
+        if keeps and has_far_field(problem):
             summaries = layer.derived_for(("summaries", number), KeySummaries)
-            problem = replace(problem, summaries=summaries.update(problem))
+            problem = replace(problem, summaries=summaries.update(problem, list(group.fitted_tensors().values())))
     return problem
 
 

@@ -60,7 +60,7 @@ def retrieval_attention(
         window_size: at least so many last keys are seen, the query's own included (in both directions unless causal).
         num_sinks: at least so many first keys are seen.
         far_field: False: blocks that are not read count as nothing. So they do across sequences and beside a bias.
-            With fewer queries than keys, whose first ones are not here, blocks are expanded about the mean of these.
+            With fewer queries than keys, the first of which are not here, blocks are expanded about the first of these.
         lam, p, scaling, dropout_p, softening: as in `distance_attention`.
         mask: padding: (B, M) or (B, 1, 1, M), bool or 0/1 integers, True = keep.
         position_bias: (B or 1, H, N, M), added to the logits of the keys that are seen; it has no part in the choice.

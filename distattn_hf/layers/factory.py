@@ -1,11 +1,12 @@
 """Attention layers and positional encodings by name: distances, and whatever is in the registries."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 
 from ..core.attention import without_autocast
 from ..core.configuration_native import DEFAULT_METRICS, DistAttnConfig, spec_of
+from ..core.derived_cache import keeping_layer
 from ..core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding
 from ..core.inputs import ModuleCall
 from ..core.mechanisms import MECHANISMS
@@ -15,8 +16,7 @@ from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import hybrid_attention
 from ..core.parameters import parameters_for
 from ..core.reference import reference_hybrid
-from ..core.retrieval_gather import run_retrieval
-from ..core.retrieval_heads import retrieval_problem
+from ..core.retrieval_heads import retrieve
 from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, ProjectedAttention
 
 
@@ -126,12 +126,16 @@ class RetrievalAttention(_SpecAttention):
 
     mechanism_name = "retrieval"
 
+    def _extend(self, cache, key, value):
+        keeping_layer(cache, self.layer_idx)
+        return super()._extend(cache, key, value)
+
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
         keep = padding_alone("retrieval", mask, query, key.shape[2])
-        call = self._call(position_bias, is_cross)
-        problem = retrieval_problem(self.distattn, query, key, value, keep, call)
-        output, weights = run_retrieval(problem, output_attentions)
-        return output.to(value.dtype), weights
+        call = replace(self._call(position_bias, is_cross), return_weights=output_attentions)
+        layer = getattr(key, "distattn_layer", None)
+        first_queries = None if layer is None else layer.first_queries_for_call()
+        return retrieve(self.distattn, query, key, value, keep, call, layer, first_queries)
 
 
 _OF_SPECS = {kind.mechanism_name: kind for kind in (NystromAttention, RetrievalAttention)}

@@ -54,7 +54,7 @@ def test_of_nystrom_and_retrieval_heads(family):
         )
         # Which keys of the window count, and where sinks stand.
         held = [[x.keys, x.values, x.state.total, x.state.weight, x.state.sink_key, x.state.sink_value] for x in layers]
-        beginnings = [t for x in layers for t in x.retrieved.distattn_first_queries.tensors()]
+        beginnings = [t for x in layers for t in x.retrieved.first_queries.tensors()]
         constant.append(sum(map(tensors_bytes, held)) + tensors_bytes(beginnings))
     assert said["growing"] == grown(kept) < said["teacher"]
     assert constant == [said["constant"]] * 2
@@ -67,7 +67,7 @@ def test_of_retrieval_alone_and_of_distances():
     for length in LENGTHS:
         layers = cache_of(student, length).layers
         kept.append(sum(tensors_bytes([layer.keys, layer.values]) + derived_bytes(layer) for layer in layers))
-        constant = tensors_bytes(t for x in layers for t in x.distattn_first_queries.tensors())
+        constant = tensors_bytes(t for x in layers for t in x.first_queries.tensors())
     said = student.conversion_report.cache_bytes
     assert said == {"growing": grown(kept), "teacher": said["teacher"], "constant": constant}
     line = f"cache {said['growing']:,} bytes per 1,000 tokens (the teacher's {said['teacher']:,})"

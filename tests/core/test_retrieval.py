@@ -464,7 +464,7 @@ def test_summaries_of_a_growing_cache_are_those_of_all_keys(metric, padded):
                 x.inputs, query=query, key=key, value=value, keep=None if own is None else own[:, None, None]
             )
             beginning = known.update(0, query, stop, first)
-            made = summaries.update(Retrieval(inputs, x.search, first, beginning=beginning))
+            made = summaries.update(Retrieval(inputs, x.search, first, beginning=beginning), [])
         for row in range(3):
             whole = (200 - (0 if first is None else int(first[row]))) // x.search.block_size
             for own, all_at_once in zip(made.lines(50), expected, strict=True):
