@@ -35,7 +35,8 @@ def grown(sizes: list[int]) -> float:
 def derived_bytes(layer) -> int:
     """Codes and summaries of a layer's keys without room for more, and without the bit for a block that it has keys."""
     length = layer.keys.shape[2]
-    made = layer.derived[("summaries", 0)].made.lines(length // 16)
+    (summaries,) = (made for name, made in layer.derived.items() if name != "codes")
+    made = summaries.made.lines(length // 16)
     codes = encode(layer.keys, torch.ones(1, layer.keys.shape[2], dtype=torch.bool), 16)
     return tensors_bytes([codes.mean, codes.scale, codes.code, *made])
 

@@ -316,7 +316,7 @@ def test_what_cannot_be_is_refused_by_name():
             convert(teacher, nystrom(9), calibration=[batch], options=replace(probing, probe_lengths=(length,)))
     with pytest.raises(ValueError, match="select='probe' needs a causal language model, got DistAttnBertForMaskedLM"):
         convert(build("bert"), nystrom(9), calibration=[batch], options=probing)
-    with pytest.raises(ValueError, match="beyond_share=0.1 is for mechanism='nystrom', which no spec has"):
+    with pytest.raises(ValueError, match="select='probe' is for mechanism='nystrom', which no spec has"):
         convert(teacher, AttentionSpec("l2"), calibration=[batch], options=probing)
     with pytest.raises(ValueError, match="assisted generation .* takes tokens back"):
         student_of("llama").generate(batch["input_ids"], max_new_tokens=3, prompt_lookup_num_tokens=2)
