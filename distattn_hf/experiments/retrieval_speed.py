@@ -3,8 +3,8 @@
 python -m distattn_hf.experiments.retrieval_speed OUT.json [--lengths 4096,16384,32768] [--heads 12] [--key-heads 12]
 
 Random float32 tensors, d = 64, causal, default settings. First both are compared where all blocks are chosen. Then each
-length is timed in pairs, one after the other in one run: a prefill with nothing cached (codes included), and a step of
-one token against a cache of so many keys with their codes. Ratios are of SDPA's time to ours: above 1 ours is faster.
+length is timed in pairs, one after the other in one run: a prefill with nothing cached (codes and summaries included),
+and a step of one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from ..core.inputs import AttentionInputs
 from ..core.metrics import get_metric
 from ..core.retrieval import Retrieval, Search, encode
 from ..core.retrieval_cpp import cpp_supports
+from ..core.retrieval_far import summaries_of
 from ..core.retrieval_gather import run_retrieval
 from ..storage.folders import write_json
 
@@ -30,10 +31,10 @@ def timed(run) -> float:
     return time.perf_counter() - start
 
 
-def problem(query, key, value, search: Search, codes=None) -> Retrieval:
+def problem(query, key, value, search: Search, codes=None, summaries=None) -> Retrieval:
     """Return causal dot-product retrieval of these tensors; raises `RuntimeError` where no kernel runs it."""
     inputs = AttentionInputs(query, key, value, get_metric("dot"), 1.0, query.shape[-1] ** -0.5, is_causal=True)
-    made = Retrieval(inputs, search, codes=codes)
+    made = Retrieval(inputs, search, codes=codes, summaries=summaries)
     if not cpp_supports(made):
         raise RuntimeError("the CPU kernel of retrieval attention does not run here")
     return made
@@ -46,6 +47,7 @@ def measure(length: int, heads: int, key_heads: int, pairs: int) -> dict:
     grouped = {"enable_gqa": heads != key_heads}
     search, step = Search(), query[:, :, -1:]
     codes = encode(key, torch.ones(1, length, dtype=torch.bool), search.block_size)
+    summaries = summaries_of(problem(query, key, value, search))
     runs = {
         "prefill": (
             lambda: run_retrieval(problem(query, key, value, search)),
@@ -53,7 +55,7 @@ def measure(length: int, heads: int, key_heads: int, pairs: int) -> dict:
             pairs,
         ),
         "step": (
-            lambda: run_retrieval(problem(step, key, value, search, codes)),
+            lambda: run_retrieval(problem(step, key, value, search, codes, summaries)),
             lambda: F.scaled_dot_product_attention(step, key, value, **grouped),
             20 * pairs,
         ),
