@@ -4,7 +4,8 @@ python -m distattn_hf.experiments.retrieval_speed OUT.json [--lengths 4096,16384
 
 Random float32 tensors, d = 64, causal, default settings. First both are compared where all blocks are chosen. Then each
 length is timed in pairs, one after the other in one run: a prefill with nothing cached (codes and summaries included),
-and a step of one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
+and a step of one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is
+faster.
 """
 
 import argparse
