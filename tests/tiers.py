@@ -78,8 +78,11 @@ TABLE = {
     "tests/test_benchmark.py::test_plots": "system",
     "tests/test_benchmark_nystrom.py::test_memory": "system",
     # Every pairing of what an offloaded model may be; each kind once is in model.
+    "tests/conversion/test_absolute_models.py::test_offloaded_layers_change_nothing": "system",
     "tests/conversion/test_offload.py::test_native": "system",
     "tests/conversion/test_offload.py::test_offloaded_layers_generate": "system",
+    # Fits of trained models; untrained ones are fitted in model.
+    "tests/conversion/test_sinks_and_caps.py::test_a_fit_of_a_trained_model": "system",
     # Large shapes; smaller ones of the same tests are in unit.
     "tests/core/test_hybrid.py::test_gradients_equal_finite_differences[False": "system",
     "tests/core/test_hybrid.py::test_gradients_equal_finite_differences[True-3": "system",
