@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from distattn_hf import cli
 from distattn_hf.commands import choices, flags, shared
+from distattn_hf.conversion.beyond import SELECTIONS
 from distattn_hf.conversion.convert import INITS
 from distattn_hf.core import attention_spec
 from distattn_hf.core.metrics import BUILT_IN
@@ -67,6 +68,7 @@ def test_names_known_without_torch_are_those_of_the_package():
     assert {name: metric.aliases for name, metric in BUILT_IN.items()} == choices.METRICS
     assert choices.CHOICES == {
         "mechanism": attention_spec.MECHANISMS,
+        "select": SELECTIONS,
         "init": INITS,
         "attention": attention_spec.ATTENTION_KINDS,
         "transform": attention_spec.TRANSFORMS,
