@@ -114,6 +114,9 @@ def weights_requested(arguments: dict) -> bool:
     """Return whether the caller wants attention weights: by argument, or through transformers' output capturing."""
     if arguments.get("output_attentions"):
         return True
+    if torch.compiler.is_compiling() and not _active_collector.compiling:
+        # Nobody asked inside the graph, and what was asked outside it cannot be read here.
+        return False
     collector = _active_collector.get()
     return bool(collector) and any("attentions" in name for name in collector)
 
