@@ -57,18 +57,22 @@ class _OfKeys:
             grown[name] = F.pad(old, fill)
         self.made = type(like)(**grown)
 
+    def _places(self, new, start: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return where `count` blocks stand in the panels of `new`, (panel, lane), and where from block `start` on, for
+        which there is room then.
+        """
+        first = next(iter(vars(new)))
+        if self.made is None or getattr(self.made, first).shape[2] * PANEL < start + count:
+            self._grow(new, -(-(start + count) // PANEL))
+        given = torch.arange(count, device=getattr(new, first).device)
+        return given // PANEL, given % PANEL, (start + given) // PANEL, (start + given) % PANEL
+
     def change_rows(self, change) -> None:
         """Apply `change` to every tensor, whose first axis is the batch."""
         if self.made is not None:
             self.made = type(self.made)(**{name: change(tensor) for name, tensor in vars(self.made).items()})
             self.first = change(self.first)
             self.keep = None if self.keep is None else change(self.keep)
-
-
-def _lanes(start: int, count: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return where `count` blocks stand in panels of their own, (panel, lane), and where from block `start` on."""
-    given = torch.arange(count, device=device)
-    return given // PANEL, given % PANEL, (start + given) // PANEL, (start + given) % PANEL
 
 
 class KeyCodes(_OfKeys):
@@ -97,9 +101,7 @@ class KeyCodes(_OfKeys):
 
     def _write(self, new: Codes, start: int, count: int) -> None:
         """Put the first `count` blocks of new codes in from block `start` on."""
-        if self.made is None or self.made.mean.shape[2] * PANEL < start + count:
-            self._grow(new, -(-(start + count) // PANEL))
-        at, lane, panel, own = _lanes(start, count, new.mean.device)
+        at, lane, panel, own = self._places(new, start, count)
         codes = self.made
         codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
         codes.scale[:, :, panel, :, own] = new.scale[:, :, at, :, lane]
@@ -135,9 +137,7 @@ class KeySummaries(_OfKeys):
 
     def _write(self, new: Summaries, start: int, count: int) -> None:
         """Put the first `count` blocks of new summaries in from block `start` on."""
-        if self.made is None or self.made.key.shape[2] * PANEL < start + count:
-            self._grow(new, -(-(start + count) // PANEL))
-        at, lane, panel, own = _lanes(start, count, new.key.device)
+        at, lane, panel, own = self._places(new, start, count)
         summaries = self.made
         summaries.key[:, :, panel, :, own] = new.key[:, :, at, :, lane]
         summaries.bias[:, :, panel, own] = new.bias[:, :, at, lane]

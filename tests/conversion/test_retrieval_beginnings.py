@@ -29,12 +29,17 @@ def in_chunks(model, ids, sizes=(70, 1, 1, 38)) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_in_half_precision(dtype, options):
-    model = student_of("llama", **options)
-    ids = ids_of(110)
+    """No block is chosen, which rounding would change: what is seen beyond the window is the far field."""
+    model, ids = student_of("llama", **{**options, "num_blocks": 0}), ids_of(110)
+
+    def check(model):
+        parts, whole = in_chunks(model, ids).float(), model(ids, use_cache=False).logits.float()
+        # Some ten roundings of at most 2⁻⁹ through two layers; a wrong far field is off by as much as logits are large.
+        assert (parts - whole).abs().max() <= 0.05 * whole.abs().max()
+
     with torch.autocast("cpu", dtype):
-        assert_close(in_chunks(model, ids), model(ids, use_cache=False).logits, "equal")
-    model = copy.deepcopy(model).to(dtype)
-    assert_close(in_chunks(model, ids), model(ids, use_cache=False).logits, "equal")
+        check(model)
+    check(copy.deepcopy(model).to(dtype))
 
 
 @torch.no_grad()
