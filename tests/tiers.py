@@ -43,6 +43,7 @@ TABLE = {
     "tests/native/test_save_load.py::test_a_head_that_transformers_makes_loads_without_the_package": "system",
     "tests/core/test_compatibility.py::test_a_newer_transformers_is_warned_of_at_import": "system",
     "tests/test_startup.py": "system",
+    "tests/test_readme.py::test_the_readmes_code": "system",
     "tests/test_gpu_check.py": "system",
     "tests/test_lm_eval.py": "system",
     "tests/training/test_distributed.py": "system",

@@ -1,0 +1,86 @@
+"""Write the cards of model_cards/, and the README's table, from the results.
+
+    python scripts/render_cards.py            writes what differs and names it
+    python scripts/render_cards.py --check    writes nothing; exit code 1 where something differs
+
+model_cards/templates/NAME.md.j2 becomes model_cards/NAME.md; `choices.md.j2` the part of README.md between its two
+markers. A template reads model_cards/results/NAME.json by `results("NAME")`, what a command measured and wrote, and a
+table of results/earlier.json by `earlier("NAME")`: tables that were typed from the output of a run, each with the
+commit that brought it, until the run is made again.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jinja2
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = ROOT / "model_cards"
+README, START, END = ROOT / "README.md", "<!-- choices: rendered -->\n", "<!-- /choices -->\n"
+CHOICES = "choices.md.j2"
+
+
+def results(name: str) -> dict:
+    """Return what model_cards/results/NAME.json holds."""
+    return json.loads((CARDS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    """Return a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def earlier(name: str) -> str:
+    """Return a table of results/earlier.json, and when it was measured."""
+    found = results("earlier")[name]
+    before = found["measured_before"]
+    note = f"*(Measured before commit {before['commit']} of {before['date']}; not measured again since.)*"
+    return f"{table(found['columns'], found['rows'])}\n\n{note}"
+
+
+def sweep() -> dict[str, int]:
+    """Return how many architectures have each outcome in tests/sweep/RESULTS.txt, and "tested"."""
+    lines = (ROOT / "tests" / "sweep" / "RESULTS.txt").read_text(encoding="utf-8").splitlines()
+    kinds = [line[:14].strip() for line in lines if line and line[0] not in "#{"]
+    counts = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return {**counts, "tested": len(kinds) - counts["not built"]}
+
+
+def rendered() -> dict[Path, str]:
+    """Return the text that each card, and README.md, should have."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(CARDS / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals |= {"results": results, "table": table, "earlier": earlier, "sweep": sweep}
+    names = sorted(path.name for path in (CARDS / "templates").glob("*.md.j2"))
+    texts = {name: environment.get_template(name).render() for name in names}
+    readme = README.read_text(encoding="utf-8")
+    if readme.count(START) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md: {START.strip()} and {END.strip()} must each be there once")
+    before, after = readme.partition(START)[0], readme.partition(END)[2]
+    found = {CARDS / name.removesuffix(".j2"): text for name, text in texts.items() if name != CHOICES}
+    return found | {README: before + START + texts[CHOICES] + END + after}
+
+
+def main(arguments: list[str]) -> int:
+    """Write, or with --check compare, and name what differs."""
+    if arguments not in ([], ["--check"]):
+        raise SystemExit(__doc__)
+    differ = {
+        path: text for path, text in rendered().items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
+    for path, text in differ.items():
+        print(path.relative_to(ROOT))
+        if not arguments:
+            path.write_text(text, encoding="utf-8")
+    return 1 if arguments and differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
