@@ -15,6 +15,7 @@ _MODULES = {
     "storage.models": ("load_checkpoint",),
     "conversion.convert": ("convert", "revert"),
     "conversion.fold": ("fold_alpha",),
+    "conversion.replace": ("replace_attention",),
     "conversion.report": ("ConversionReport",),
     "core.attention": ("distance_attention",),
     "core.attention_spec": ("AttentionSpec",),
@@ -22,6 +23,7 @@ _MODULES = {
     "core.encodings": ("POSITIONAL_ENCODINGS", "PositionalEncoding", "register_encoding"),
     "core.backends": ("BackendChoice", "explain_backend"),
     "layers.attention_layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
+    "layers.multihead": ("DistanceMultiheadAttention",),
     "layers.factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
     "layers.blocks": (
         "DistanceDecoder",

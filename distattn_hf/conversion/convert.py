@@ -202,7 +202,7 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
             spec = replace(spec, layers=layers)
         if spec.mechanism == "nystrom" and spec.exact_below is None:
             spec = replace(spec, exact_below=_exact_below(model.config))
-        checked.append(_prepare(spec, init))
+        checked.append(prepared(spec, init))
     return checked
 
 
@@ -242,7 +242,7 @@ def _fits_nothing(spec: AttentionSpec) -> bool:
     return spec.mechanism == "retrieval" and spec.lift
 
 
-def _prepare(spec: AttentionSpec, init: str) -> AttentionSpec:
+def prepared(spec: AttentionSpec, init: str) -> AttentionSpec:
     """Return the spec with the settings that its initialisation implies."""
     if _fits_nothing(spec):
         return spec

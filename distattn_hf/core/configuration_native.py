@@ -36,6 +36,8 @@ _ALIASES = {
     "attention_probs_dropout_prob": "attention_dropout",
     "init_std": "initializer_range",
     "distance_type": "metric",
+    "attention_type": "mechanism",
+    "positional_encoding_type": "positional_encoding",
 }
 # What transformers takes in every config, beside fields, settable properties and private names.
 _OF_TRANSFORMERS = {
@@ -50,6 +52,10 @@ _ELSEWHERE = {
     "use_mixed_precision": "train with bf16=True of TrainingArguments",
     "enable_performance_monitoring": "call model.enable_performance_monitoring()",
     "log_attention_weights": "call the model with output_attentions=True",
+    "lambda_param": "give mechanism_options={'lam': ...}",
+    "p_norm": "give mechanism_options={'p': ...}",
+    "use_learnable_lambda": "give mechanism_options={'learnable_lambda': ...}",
+    "attention_window_size": "give mechanism_options={'window_size': ...}",
 }
 
 # Called with every config that is made. The modelling files add the checks that need torch: names of mechanisms,

@@ -21,6 +21,7 @@ from ..core.metrics import get_metric
 from ..core.native_attention import AttentionHeads
 from ..core.softening import check_softening
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, row_statistics
+from .names import with_aliases
 
 
 class DistanceType(StrEnum):
@@ -41,6 +42,7 @@ class DistanceType(StrEnum):
         return next((member for member in cls if member.value == canonical), None)
 
 
+@with_aliases
 @dataclass
 class DistanceAttentionConfig:
     """Settings of a distance-attention layer: softmax(-λ·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v.
@@ -48,7 +50,7 @@ class DistanceAttentionConfig:
     Args:
         hidden_size: E, a multiple of num_heads. num_heads: H; each head has d = E / H.
         metric: a `DistanceType`, a metric's name or alias, or a name from `register_metric`; "dot" is dot-product
-            attention. p: order of "lp".
+            attention. p: order of "lp"; None: 2.
         lam: λ > 0 of every head at the start; None: the metric's default, at which logits of N(0, I) vectors have unit
             deviation. learnable_lambda: whether λ trains, one per head.
         softening: ε >= 0 of every head at the start, below which the distance is quadratic (see softening.py); 0: the
@@ -66,12 +68,15 @@ class DistanceAttentionConfig:
             rather than after the sum.
         intermediate_size: of feed-forward parts; None: 4·hidden_size. activation: its name in transformers.
 
+    Other names of these are understood, too: distance_type, lambda_param, p_norm, use_learnable_lambda, d_model, ...
+    (`names.ALIASES`).
+
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    hidden_size: int
-    num_heads: int
+    hidden_size: int = 768
+    num_heads: int = 12
     metric: str = "l2"
     p: float | None = None
     lam: float | None = None
@@ -99,7 +104,8 @@ class DistanceAttentionConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
         metric = get_metric(self.metric)
-        self.metric, self.p = metric.name, metric.validate(self.p)
+        p = 2.0 if metric.name == "lp" and self.p is None else self.p
+        self.metric, self.p = metric.name, metric.validate(p)
         if isinstance(self.softening, Tensor):
             raise ValueError(
                 "softening must be a number, got a tensor; learnable_softening=True gives each head its own"
@@ -127,6 +133,17 @@ class DistanceAttentionConfig:
         return self.hidden_size // self.num_heads
 
 
+def config_of(config: DistanceAttentionConfig | None, given: dict) -> DistanceAttentionConfig:
+    """Return the config of a layer that was made by one or by its fields; raises `ValueError` for both."""
+    if config is None:
+        return DistanceAttentionConfig(**given)
+    if not isinstance(config, DistanceAttentionConfig):
+        raise ValueError(f"config must be a DistanceAttentionConfig, got {config!r}; give sizes by name: hidden_size=")
+    if given:
+        raise ValueError(f"a config and {sorted(given)[0]}= were given; set it in the config")
+    return config
+
+
 class ProjectedAttention(Monitored, AttentionHeads):
     """The native models' heads as a PyTorch layer; a subclass's `_attend` runs the attention between.
 
@@ -152,6 +169,8 @@ class ProjectedAttention(Monitored, AttentionHeads):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        need_weights: bool = False,
+        key_padding_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, N, E) -> (B, N, E); with `output_attentions` also the weights (B, H, N, M) before dropout.
 
@@ -164,11 +183,21 @@ class ProjectedAttention(Monitored, AttentionHeads):
             position_embeddings: (cos, sin) of rotary positions, each (B or 1, N, d).
             past_key_values: a transformers cache that keeps every key (`DynamicCache`, or `EncoderDecoderCache`, which
                 also keeps those of another sequence); it is filled in place.
+            need_weights: PyTorch's name of output_attentions. key_padding_mask: (B, M) bool, True = padding, as PyTorch
+                has it; in the place of attention_mask.
 
         Raises:
             ValueError: for tensors, masks and caches that do not fit.
         """
         self._check(hidden_states, key_value_states)
+        output_attentions = output_attentions or need_weights
+        if key_padding_mask is not None:
+            if attention_mask is not None or key_padding_mask.dtype != torch.bool or key_padding_mask.dim() != 2:
+                raise ValueError(
+                    "key_padding_mask must be bool (B, M), True = padding, and stands in the place of attention_mask, got "
+                    f"{key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
+                )
+            attention_mask = ~key_padding_mask
         is_cross = key_value_states is not None
         # Only an `EncoderDecoderCache` has room for another sequence's keys; any other is of self-attention.
         cache = None if is_cross and not isinstance(past_key_values, EncoderDecoderCache) else past_key_values
@@ -220,10 +249,12 @@ class ProjectedAttention(Monitored, AttentionHeads):
 class DistanceBasedAttention(ProjectedAttention):
     """Multi-head attention by distances: softmax(-λ_h·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v, projected.
 
+    Made by a `DistanceAttentionConfig` or by its fields: `DistanceBasedAttention(hidden_size=768, num_heads=12)`.
     A subclass may override `compute_distance_matrix`; attention is then written out, quadratic in memory.
     """
 
-    def __init__(self, config: DistanceAttentionConfig, layer_idx: int = 0):
+    def __init__(self, config: DistanceAttentionConfig | None = None, layer_idx: int = 0, **fields):
+        config = config_of(config, fields)
         super().__init__(
             config.hidden_size, config.num_heads, is_causal=config.is_causal, bias=config.bias,
             key_value_size=config.key_value_size, layer_idx=layer_idx,
@@ -250,6 +281,11 @@ class DistanceBasedAttention(ProjectedAttention):
         if not self.config.softening:
             return 0.0
         return self.log_softening.to(torch.promote_types(self.log_softening.dtype, torch.float32)).exp()
+
+    @property
+    def learnable_lambda(self) -> bool:
+        """Whether λ trains."""
+        return self.log_lambda.requires_grad
 
     def set_learnable_lambda(self, learnable: bool) -> None:
         """Let λ train, or keep it fixed; make the optimiser afterwards."""

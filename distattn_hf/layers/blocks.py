@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from ..core.families import Monitored
-from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention
+from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, config_of
 
 
 class _Residual(nn.Module):
@@ -33,21 +33,29 @@ class _Residual(nn.Module):
 
 
 class MultiHeadDistanceAttention(Monitored, nn.Module):
-    """`DistanceBasedAttention` with its config's `use_residual` and `use_layer_norm` around it; called like it.
+    """`DistanceBasedAttention` with its config's `use_residual` and `use_layer_norm` around it; made and called like it.
 
     attention: the layer inside; None: a `DistanceBasedAttention` of the config.
     """
 
     def __init__(
-        self, config: DistanceAttentionConfig, layer_idx: int = 0, attention: DistanceBasedAttention | None = None
+        self,
+        config: DistanceAttentionConfig | None = None,
+        layer_idx: int = 0,
+        attention: DistanceBasedAttention | None = None,
+        **fields,
     ):
         super().__init__()
+        config = config_of(config, fields)
         self.config = config
         self.attention = DistanceBasedAttention(config, layer_idx) if attention is None else attention
         self.residual = _Residual(config)
 
-    def forward(self, hidden_states: Tensor, *args, output_attentions: bool = False, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, *args, output_attentions: bool = False, need_weights: bool = False, **kwargs
+    ):
         """Map (B, N, E) -> (B, N, E), or with weights (B, H, N, M); arguments as for `DistanceBasedAttention`."""
+        output_attentions = output_attentions or need_weights
         result = self.attention(
             self.residual.before(hidden_states), *args, output_attentions=output_attentions, **kwargs
         )

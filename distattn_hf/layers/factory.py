@@ -18,6 +18,7 @@ from ..core.parameters import parameters_for
 from ..core.reference import reference_hybrid
 from ..core.retrieval_heads import retrieve
 from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, ProjectedAttention
+from .names import ALIASES, canonical
 
 
 class MechanismAttention(ProjectedAttention):
@@ -142,21 +143,37 @@ _OF_SPECS = {kind.mechanism_name: kind for kind in (NystromAttention, RetrievalA
 
 
 def create_distance_attention(
-    hidden_size: int, num_heads: int, metric: str = "l2", *, layer_idx: int = 0, **options
+    hidden_size: int | DistanceAttentionConfig = 768,
+    num_heads: int | None = None,
+    metric: str | None = None,
+    *,
+    layer_idx: int = 0,
+    **options,
 ) -> DistanceBasedAttention:
-    """Create a `DistanceBasedAttention`; options are the fields of `DistanceAttentionConfig`.
+    """Create a `DistanceBasedAttention` by a `DistanceAttentionConfig`, or by its fields (see there, and for aliases).
 
     Raises:
         ValueError: for a field that does not exist or a value that is not allowed.
     """
+    positional = {"num_heads": num_heads, "metric": metric}
+    options = {name: value for name, value in positional.items() if value is not None} | options
+    if isinstance(hidden_size, DistanceAttentionConfig):
+        return DistanceBasedAttention(hidden_size, layer_idx, **options)
     known = [field.name for field in fields(DistanceAttentionConfig)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"a distance-attention layer has no option {unknown[0]!r}; its options are: {', '.join(known)}"
-        )
-    config = DistanceAttentionConfig(hidden_size=hidden_size, num_heads=num_heads, metric=metric, **options)
-    return DistanceBasedAttention(config, layer_idx)
+    options = canonical(options, known, "a distance-attention layer")
+    return DistanceBasedAttention(layer_idx=layer_idx, **{"hidden_size": hidden_size, **options})
+
+
+def _named(name: str | None, options: dict, num_heads: int) -> dict:
+    """Return the arguments of a factory's `create`, under its own names; sizes have defaults."""
+    given = {"hidden_size": 768, "num_heads": num_heads}
+    options = canonical(options, [*options.keys() - ALIASES, *ALIASES.values()], "a factory")
+    if name is not None and "name" in options:
+        raise ValueError(f"a factory got two names of what to create, {name!r} and {options['name']!r}")
+    given |= options if name is None else {**options, "name": name}
+    if "name" not in given:
+        raise ValueError("a factory needs the name of what to create: name=, attention_type= or encoding_type=")
+    return given
 
 
 class AttentionFactory:
@@ -182,6 +199,11 @@ class AttentionFactory:
             f"unknown attention {name!r}; expected a metric ({METRICS.describe()}) or a mechanism "
             f"({', '.join(_OF_SPECS)}, {MECHANISMS.describe()})"
         )
+
+    @classmethod
+    def create_attention(cls, name: str | None = None, **options) -> ProjectedAttention:
+        """Create as `create` does, by keywords and by their other names: attention_type, d_model, ... (see names.py)."""
+        return cls.create(**_named(name, options, num_heads=12))
 
     @staticmethod
     def names() -> list[str]:
@@ -225,6 +247,11 @@ class PositionalEncodingFactory:
         kind = POSITIONAL_ENCODINGS.get(name)
         kind.check(config)
         return kind.from_config(config)
+
+    @classmethod
+    def create_positional_encoding(cls, name: str | None = None, **options) -> PositionalEncoding:
+        """Create as `create` does, by keywords and by their other names: encoding_type, d_model, max_len, ..."""
+        return cls.create(**_named(name, options, num_heads=1))
 
     @staticmethod
     def names() -> list[str]:

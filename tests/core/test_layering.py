@@ -17,7 +17,8 @@ CORE = [path for path in FILES if path.parts[0] == "core" and path.name != "__in
 FLOORS = [
     ("core",),
     ("functional", "storage", "data"),
-    ("layers", "conversion"),
+    ("layers",),
+    ("conversion",),
     ("evaluation",),
     ("hub", "training", "analysis"),
     ("benchmark",),

@@ -30,7 +30,8 @@ def test_other_names_of_the_fields():
 @pytest.mark.parametrize("alias", DistAttnConfig.attribute_map)
 def test_every_other_name_gives_the_field(alias, tmp_path):
     field = DistAttnConfig.attribute_map[alias]
-    value = {"hidden_act": "silu", "metric": "cosine"}.get(field, 0.25 if "dropout" in field else 16)
+    words = {"hidden_act": "silu", "metric": "cosine", "mechanism": "local", "positional_encoding": "learned"}
+    value = words.get(field, 0.25 if "dropout" in field else 16)
     config = DistAttnConfig(**{alias: value})
     assert getattr(config, field) == getattr(config, alias) == value
     assert config.to_dict() == DistAttnConfig(**{field: value}).to_dict()
@@ -49,7 +50,8 @@ def test_two_names_of_one_field_must_agree():
 def test_a_field_given_at_its_default_is_given(alias, tmp_path):
     field = DistAttnConfig.attribute_map[alias]
     default = getattr(DistAttnConfig, field)
-    value = {"hidden_act": "silu", "metric": "cosine"}.get(field, 0.25 if "dropout" in field else 16)
+    words = {"hidden_act": "silu", "metric": "cosine", "mechanism": "local", "positional_encoding": "learned"}
+    value = words.get(field, 0.25 if "dropout" in field else 16)
     with pytest.raises(ValueError, match=f"{alias} is another name of {field}: got {value!r} and {default!r}"):
         DistAttnConfig(**{field: default, alias: value})
     DistAttnConfig().save_pretrained(tmp_path)

@@ -1,0 +1,49 @@
+"""Other names of a layer's settings, as papers, PyTorch and transformers have them; one word of each is ours."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import wraps
+
+ALIASES = {
+    "distance_type": "metric",
+    "lambda_param": "lam",
+    "p_norm": "p",
+    "use_learnable_lambda": "learnable_lambda",
+    **dict.fromkeys(("d_model", "embed_dim"), "hidden_size"),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "nhead"), "num_heads"),
+    **dict.fromkeys(("attention_type", "encoding_type"), "name"),
+    "max_len": "max_length",
+}
+
+
+def canonical(given: dict, known: Iterable[str], what: str) -> dict:
+    """Return settings under the names that `known` lists, aliases translated.
+
+    Raises `ValueError` for a name that means nothing, with the nearest ones, and for a setting given twice.
+    """
+    known, found = list(known), {}
+    for name, value in given.items():
+        own = name if name in known else ALIASES.get(name, name)
+        if own not in known:
+            nearest = [ALIASES.get(match, match) for match in get_close_matches(name, [*known, *ALIASES])]
+            nearest = [match for match in dict.fromkeys(nearest) if match in known]
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else f"its options are: {', '.join(known)}"
+            raise ValueError(f"{what} has no option {name!r}; {hint}")
+        if own in found:
+            raise ValueError(f"{what}: {name!r} is another name of {own!r}, which is given, too")
+        found[own] = value
+    return found
+
+
+def with_aliases(kind: type) -> type:
+    """Let a dataclass be made by the other names of its fields, too, and refuse unknown ones by name."""
+    made = kind.__init__
+
+    @wraps(made)
+    def __init__(self, *args, **given):
+        made(self, *args, **canonical(given, names, kind.__name__))
+
+    names = [field.name for field in fields(kind)]
+    kind.__init__ = __init__
+    return kind
