@@ -100,7 +100,7 @@ def _arguments(batch) -> tuple[tuple, dict]:
 
 
 def _calibrate(module: nn.Module, batches: list, options: CalibrationOptions) -> dict[nn.Module, float]:
-    """Fit each layer to the dot-product attention of the module on the batches; returns how far off each is, in nats."""
+    """Fit each layer to the dot-product attention of the module on the batches; return its nats off."""
     layers = [layer for layer in module.modules() if isinstance(layer, DistanceMultiheadAttention)]
     seen: dict[nn.Module, list] = {layer: [] for layer in layers}
 

@@ -194,7 +194,7 @@ class ProjectedAttention(Monitored, AttentionHeads):
         if key_padding_mask is not None:
             if attention_mask is not None or key_padding_mask.dtype != torch.bool or key_padding_mask.dim() != 2:
                 raise ValueError(
-                    "key_padding_mask must be bool (B, M), True = padding, and stands in the place of attention_mask, got "
+                    "key_padding_mask must be bool (B, M), True = padding, in the place of attention_mask, got "
                     f"{key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
                 )
             attention_mask = ~key_padding_mask

@@ -33,7 +33,7 @@ class _Residual(nn.Module):
 
 
 class MultiHeadDistanceAttention(Monitored, nn.Module):
-    """`DistanceBasedAttention` with its config's `use_residual` and `use_layer_norm` around it; made and called like it.
+    """`DistanceBasedAttention` with its `use_residual` and `use_layer_norm` around it, made and called like it.
 
     attention: the layer inside; None: a `DistanceBasedAttention` of the config.
     """

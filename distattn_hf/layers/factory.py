@@ -202,7 +202,7 @@ class AttentionFactory:
 
     @classmethod
     def create_attention(cls, name: str | None = None, **options) -> ProjectedAttention:
-        """Create as `create` does, by keywords and by their other names: attention_type, d_model, ... (see names.py)."""
+        """Create as `create` does, by keywords and by their other names: attention_type, d_model, ..."""
         return cls.create(**_named(name, options, num_heads=12))
 
     @staticmethod

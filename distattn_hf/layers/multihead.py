@@ -1,4 +1,4 @@
-"""`torch.nn.MultiheadAttention` with distances in the place of dot products: same constructor, same call, same weights."""
+"""`torch.nn.MultiheadAttention` with distances in place of dot products: same constructor, call and weights."""
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class DistanceMultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
         self.distattn = HeadParameters(checked_spec(spec), num_heads, self.head_dim).to(device)
-        # What nn.TransformerEncoderLayer asks before it computes dot products from this module's weights, past its call.
+        # What nn.TransformerEncoderLayer asks before it computes dot products from these weights, past this call.
         self._qkv_same_embed_dim = False
         # Set while a conversion calibrates: called with (self, query, key, value, call) in place of the attention.
         self.observer = None
@@ -118,7 +118,7 @@ class DistanceMultiheadAttention(nn.MultiheadAttention):
     def _masks(
         self, padding: Tensor | None, attn_mask: Tensor | None, shape: tuple[int, int, int, int], key: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return (keep, bias), broadcastable to shape (B, H, N, M), of PyTorch's two masks; own keys are always seen."""
+        """Return (keep, bias), broadcastable to shape (B, H, N, M), of PyTorch's two masks; own keys are open."""
         own = (self.bias_k is not None) + self.add_zero_attn
         num_keys, keep, bias = shape[3] - own, None, None
         for name, mask, expected in (
