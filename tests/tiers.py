@@ -81,8 +81,8 @@ TABLE = {
     "tests/conversion/test_absolute_models.py::test_offloaded_layers_change_nothing": "system",
     "tests/conversion/test_offload.py::test_native": "system",
     "tests/conversion/test_offload.py::test_offloaded_layers_generate": "system",
-    # Fits of trained models; untrained ones are fitted in model. Of gpt-oss and Gemma 2, which take seconds each, what no
-    # other family shows.
+    # Fits of trained models; untrained ones are fitted in model. Of gpt-oss and Gemma 2, which take seconds each, what
+    # other families show, too.
     "tests/conversion/test_sinks_and_caps.py::test_a_fit_of_a_trained_model": "system",
     "tests/conversion/test_sinks_and_caps.py::test_a_fit_helps": "system",
     "tests/conversion/test_sinks_and_caps.py::test_saved_and_loaded": "system",
@@ -93,7 +93,7 @@ TABLE = {
     "tests/training/test_trainer.py::test_parts_of_a_step": "system",
     "tests/training/test_schedules.py::test_where_lambda_follows": "system",
     "tests/training/test_adapt.py::test_stages_one_after_another": "system",
-    # Gradients by finite differences where the operators' own are compared in unit, and PyTorch's checks of an operator.
+    # Gradients by finite differences beside one of each kind in unit, and PyTorch's checks of an operator.
     "tests/core/test_retrieval.py::test_gradients_equal_finite_differences": "system",
     "tests/core/test_retrieval.py::test_gradients_equal_finite_differences[cross]": "unit",
     "tests/core/test_retrieval.py::test_gradients_through_the_far_field": "system",

@@ -59,7 +59,8 @@ def test_the_exact_layer_is_pytorchs(options, call):
     assert torch.allclose(output, expected, atol=1e-10)
     assert (weights is None) == (expected_weights is None)
     assert weights is None or torch.allclose(weights, expected_weights, atol=1e-10)
-    assert isinstance(exact, DistanceMultiheadAttention) and type(layer) is nn.MultiheadAttention
+    assert isinstance(exact, DistanceMultiheadAttention)
+    assert type(layer) is nn.MultiheadAttention
 
 
 def test_without_a_batch():
@@ -113,9 +114,7 @@ def test_a_fit_is_nearer_than_none_and_trains_and_reloads():
     assert all(model.state_dict()[name].equal(tensor) for name, tensor in before.items())
     fitted.train()(x).square().sum().backward()
     assert all(layer.self_attn.distattn.log_alpha.grad.abs().sum() > 0 for layer in fitted.layers)
-    again = replace_attention(
-        encoder(), fitted.layers[0].self_attn.distattn.spec, init="calibrated", calibration=inputs
-    )
+    again = replace_attention(encoder(), "l2", calibration=inputs, options=CalibrationOptions(steps=0))
     again.load_state_dict(fitted.state_dict())
     with torch.no_grad():
         assert again(x).equal(fitted.eval()(x))
