@@ -13,6 +13,7 @@ _MODULES = {
     "benchmark.self_check": ("DistanceAttentionTester", "TestConfig"),
     "training.lambda_search": ("grid_search", "optimize_lambda_parameters"),
     "conversion.calibrate": ("CalibrationOptions",),
+    "storage.adapters": ("load_adapter", "save_adapter"),
     "storage.models": ("load_checkpoint",),
     "conversion.convert": ("convert", "revert"),
     "conversion.fold": ("fold_alpha",),

@@ -109,6 +109,10 @@ def convert(
     fold_alpha: Annotated[
         bool, typer.Option("--fold-alpha", help="Move α into the query projections: the same attention, α = 1.")
     ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Save what differs from the source alone, a few kilobytes that load onto it."),
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Calibration steps a layer. Default: 100, maps 200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration.")] = 0,
     overwrite: Overwrite = False,
@@ -180,7 +184,9 @@ def convert(
     if report.source is None:
         report.source = describe_source(source_files)
         student.conversion_report = report
-    left_behind = save_checkpoint(student, tokenizer, out, overwrite=overwrite, source=source_files)
+    left_behind = save_checkpoint(
+        student, tokenizer, out, overwrite=overwrite, source=source_files, adapter_of=model if adapter else None
+    )
     for line in report.table(per_head).splitlines():
         # The other lines are the report's own and keep its names.
         print(as_flags(line, option_names(context.command)) if line.startswith("warning: ") else line)

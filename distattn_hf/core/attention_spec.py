@@ -322,13 +322,13 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
     {attention module's name relative to the base model: {"num_heads", "head_dim", "kind", "layer",
     "groups": [{"spec": index, "heads": None or list}]}}, with "beyond": True for heads that retrieve by the spec's
     `beyond`); fallback (attention implementation of what is not converted); init; queries_scaled (True where
-    `fold_alpha` has changed query projections, else absent).
+    `fold_alpha` has changed query projections, else absent); base (of adapter checkpoints: see base_weights.py).
     """
     if block is None:
         return None
     if not isinstance(block, dict):
         raise ValueError(f"distattn must be a dict, got {type(block).__name__}")
-    allowed = {"version", "specs", "modules", "fallback", "init", "queries_scaled"}
+    allowed = {"version", "specs", "modules", "fallback", "init", "queries_scaled", "base"}
     if unknown := sorted(set(block) - allowed):
         raise ValueError(f"unknown key {unknown[0]!r} in the distattn block; expected {', '.join(sorted(allowed))}")
     version = block.get("version", BLOCK_VERSION)
@@ -347,6 +347,7 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
         "fallback": block.get("fallback") or "sdpa",
         "init": block.get("init") or "plain",
         **({"queries_scaled": True} if block.get("queries_scaled") else {}),
+        **({"base": _checked_base(block["base"])} if block.get("base") else {}),
     }
 
 
@@ -372,3 +373,10 @@ def change_specs(specs: list[AttentionSpec], options: dict[str, Any]) -> list[At
                 "`distattn adapt` trains a model to a smaller one"
             )
     return [replace(spec, **{n: v for n, v in options.items() if spec.has_option(n)}) for spec in specs]
+
+
+def _checked_base(entry: Any) -> dict[str, Any]:
+    needed = ("name", "class", "dtype", "sha256")
+    if not isinstance(entry, dict) or any(not isinstance(entry.get(key), str) for key in needed):
+        raise ValueError(f"distattn.base must hold texts for {', '.join(needed)}, got {entry!r}")
+    return dict(entry)

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from .attention_spec import OPTIONS, AttentionSpec
+from .base_weights import put_on_base
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
@@ -134,13 +135,30 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         for group, spec in zip(groups, changed, strict=True):
             group.spec = spec
 
+    def save_adapter(self, save_directory, **arguments) -> dict:
+        """Save what this model has beside its base model's weights; see `distattn_hf.storage.adapters.save_adapter`."""
+        try:
+            from distattn_hf.storage.adapters import save_adapter
+        except ImportError as error:
+            raise ImportError("save_adapter needs the package: pip install distattn_hf") from error
+        return save_adapter(self, save_directory, **arguments)
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as the base class does; options of `set_attention_options` are taken, too (`exact_below=2048`)."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, base_model=None, **kwargs):
+        """Load as the base class does; options of `set_attention_options` are taken, too (`exact_below=2048`).
+
+        A folder of `save_adapter` is put on its base, or on base_model, which must have that base's weights.
+        """
         # A name that the base model's config has is its own.
         chosen = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs and not hasattr(cls.config_class, name)}
-        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        whole = put_on_base(cls, pretrained_model_name_or_path, base_model, kwargs)
+        if whole is None:
+            result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            result = super().from_pretrained(None, *args, **whole)
         model = result[0] if isinstance(result, tuple) else result
+        if whole is not None:
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         if chosen:
             model.set_attention_options(**chosen)
         if pretrained_model_name_or_path is not None:

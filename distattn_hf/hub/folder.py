@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..conversion.report import ConversionReport
+from ..core.base_weights import ADAPTER_NAME
 from ..core.modeling_converted import REPORT_NAME
 from ..data.config import is_number
 from ..data.tasks import TASKS
@@ -95,6 +96,7 @@ def read_folder(path: str | Path) -> ConvertedFolder:
     files = [name for name in names if goes_to_the_hub(name)]
     reasons = {name: "" for name in names if name not in files} | {name: f" ({why})" for name, why in links.items()}
     _check_weights(path, files, reasons)
+    _check_base(path, config)
     _check_modules(path, files, reasons)
     left_out = [f"{name}{why}" for name, why in sorted(reasons.items())]
     return ConvertedFolder(
@@ -115,10 +117,20 @@ def _check_weights(path: Path, files: list[str], left_out: dict[str, str]) -> No
                 f"folder {str(path)!r} holds {name!r}: weights go to the Hub as safetensors only; "
                 "save the model again with its save_pretrained and delete that file"
             )
-    weights = {"model.safetensors", "model.safetensors.index.json"}
+    weights = {"model.safetensors", "model.safetensors.index.json", ADAPTER_NAME}
     if not weights & set(files):
         why = "".join(f" but {name!r}{left_out[name]}" for name in sorted(weights & set(left_out)))
         raise ValueError(f"folder {str(path)!r} holds no model.safetensors (nor an index of its shards){why}")
+
+
+def _check_base(path: Path, config: dict) -> None:
+    """Raise `ValueError` for an adapter whose base is a folder, which is on no other machine."""
+    name = str((config["distattn"].get("base") or {}).get("name", ""))
+    if name and (Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise ValueError(
+            f"folder {str(path)!r} is an adapter of {name!r}, a folder of this machine; save it with "
+            "save_adapter(..., base_name=...), the base's name on the Hub, or push the full checkpoint"
+        )
 
 
 def _check_modules(path: Path, files: list[str], left_out: dict[str, str]) -> None:

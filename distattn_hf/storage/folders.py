@@ -95,14 +95,19 @@ def save_checkpoint(
     overwrite: bool = False,
     source: Source | str | None = None,
     notes: dict[str, dict] | None = None,
+    adapter_of=None,
 ) -> list[str]:
     """Save model and tokenizer to `out` by a `staging_folder`, and raise as it does.
 
     source: where the model was loaded from: what else is there goes along (see `copy_companions`). notes: JSON files to
-    write beside, {name: content}. Returns the names of what was left behind.
+    write beside, {name: content}. adapter_of: the base model, where only what differs from it is to be saved. Returns
+    the names of what was left behind.
     """
     with staging_folder(out, overwrite) as folder:
-        model.save_pretrained(folder)
+        if adapter_of is None:
+            model.save_pretrained(folder)
+        else:
+            model.save_adapter(folder, base=adapter_of)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, note in (notes or {}).items():

@@ -186,6 +186,38 @@ def test_what_was_pushed_loads_from_the_hub_bit_for_bit(world, tmp_path, name, r
     assert ("modeling_converted.py" in asked) == (mode == "remote")
 
 
+ADAPTER = """
+import sys, torch, distattn_hf
+from transformers import AutoModelForCausalLM
+folder, repo = sys.argv[1:]
+base = AutoModelForCausalLM.from_pretrained("somebody/gpt2").eval()
+student = distattn_hf.convert(base, "l1", init="plain").eval()
+print(student.save_adapter(folder)["base"])
+ids = torch.arange(3, 20)[None]
+with torch.no_grad():
+    torch.save(({"input_ids": ids}, student(input_ids=ids).logits), folder + "_expected.pt")
+from distattn_hf.hub import push
+push(folder, repo, license="mit")
+"""
+
+
+def test_an_adapter_is_pushed_and_fetched_with_its_base(world, tmp_path):
+    gpt2().save_pretrained(world.folder / "base")
+    files = {file.name: file.read_bytes() for file in (world.folder / "base").iterdir()}
+    world.hub.repositories["somebody/gpt2"] = Repository(revisions={"main": files})
+    run = world.python(ADAPTER, world.folder / "adapter", "user/gpt2-adapter")
+    assert run.stdout.strip() == "somebody/gpt2"
+    pushed = world.hub.repositories["user/gpt2-adapter"].revisions["main"]
+    assert "distattn_adapter.safetensors" in pushed
+    assert "model.safetensors" not in pushed
+    for mode in ("package", "remote"):
+        run = world.python(
+            FETCH, "user/gpt2-adapter", "AutoModelForCausalLM", mode, world.folder / "adapter_expected.pt",
+            home=tmp_path / mode,
+        )  # fmt: skip
+        assert "RESULT True DistAttnGPT2LMHeadModel" in run.stdout
+
+
 def test_a_push_is_one_commit_and_large_files_go_by_lfs(world):
     repository = world.hub.repositories["user/gpt2-exact"]
     assert [commit["summary"] for commit in repository.commits] == ["a test"]
