@@ -6,6 +6,7 @@ from statistics import fmean
 import torch
 from transformers import Trainer, TrainerCallback
 
+from ..core.discovery import base_prefix
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT
 from .statistics import measure
 
@@ -22,7 +23,8 @@ class AttentionLoggingCallback(TrainerCallback):
 
     Names: attention/LAYER/entropy (nats), /maximum, /collapsed, means over its heads, and /lambda, /alpha, /softening
     of converted models and of native ones that have them. They are measured after the step, without dropout, on the
-    first rows of the step's own batch; training goes on bit for bit as without. A head that collapses is warned of, once.
+    first rows of the step's own batch; training goes on bit for bit as without. A head that collapses is warned of
+    once.
 
     Args:
         every: optimizer steps between two looks.
@@ -143,5 +145,6 @@ def _states(model) -> dict[str, list]:
     if hasattr(model, "attention_states"):
         return {name: list(state.groups) for name, state in model.attention_states.items()}
     modules = model.attention_modules() if hasattr(model, "attention_modules") else {}
-    states = {name: getattr(module, "distattn", None) for name, module in modules.items()}
+    prefix = base_prefix(model)
+    states = {name.removeprefix(prefix): getattr(module, "distattn", None) for name, module in modules.items()}
     return {name: list(state.groups) for name, state in states.items() if hasattr(state, "groups")}
