@@ -191,13 +191,23 @@ def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[t
 
 
 def without_far_field(student):
-    """Return a copy of a Nyström student that only sees sinks and window; raises `ValueError` without Nyström heads."""
+    """Return a copy of a student of which Nyström and retrieval heads see sinks and window alone.
+
+    Raises `ValueError` for one that has no such heads: nothing of its attention can be taken away.
+    """
     student = copy.deepcopy(student)
-    groups = [g for s in student.attention_states.values() for g in s.groups if isinstance(g, NystromParameters)]
+    states = getattr(student, "attention_states", {})
+    groups = [g for state in states.values() for g in state.groups if g.spec.mechanism in ("nystrom", "retrieval")]
     if not groups:
-        raise ValueError("control 'window_only' needs a model with mechanism='nystrom'")
+        raise ValueError(
+            "control 'window_only' needs a model with mechanism='nystrom' or 'retrieval', whose far keys can be taken "
+            f"away, got {type(student).__name__}"
+        )
     for group in groups:
-        group.far_field, group.spec = False, replace(group.spec, exact_below=0)
+        if isinstance(group, NystromParameters):
+            group.far_field, group.spec = False, replace(group.spec, exact_below=0)
+        else:
+            group.spec = replace(group.spec, num_blocks=0, far_field=False)
     return student
 
 

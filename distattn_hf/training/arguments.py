@@ -187,7 +187,8 @@ class AdaptationArguments(StageOptions):
         stage_options: {stage: {field: value}}: fields of `StageOptions` or `TrainingArguments` for one stage alone.
         teacher_finetuned: also fine-tune the teacher on the same data for as many steps as all stages together (or as
             stage_options.teacher_finetuned sets), and compare with it.
-        controls: some of "plain" (swapped, no fit), "window_only" (Nyström without its far field) and "no_attention".
+        controls: some of "plain" (swapped, no fit), "window_only" (of Nyström and retrieval sinks and window alone)
+            and "no_attention".
         pair_columns: [query, passage], two columns of the evaluation data, for retrieval; encoders only.
         max_pairs: how many of the last pairs to use.
 
@@ -310,8 +311,9 @@ def _check(config: AdaptationConfig) -> None:
     nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]
     if "plain" in adaptation.controls and (not nystrom or any(nystrom)):
         raise ValueError("controls: 'plain' needs a spec with mechanism='distance' (landmarks cannot do without a fit)")
-    if "window_only" in adaptation.controls and nystrom and not any(nystrom):
-        raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom'")
+    reads_far = [spec.mechanism in ("nystrom", "retrieval") for spec in model.specs or ()]
+    if "window_only" in adaptation.controls and reads_far and not any(reads_far):
+        raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom' or 'retrieval'")
     if model.task == "embedding" and (adaptation.teacher_finetuned or "task" in adaptation.stages):
         raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
 

@@ -305,6 +305,20 @@ def test_the_far_field_and_attention_can_be_taken_away(tmp_path):
         without_far_field(convert(gpt2(), AttentionSpec("l2"), init="plain"))
 
 
+def test_retrieval_heads_lose_what_lies_beyond_their_window():
+    ids = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 10] = (changed[:, 10] + 7) % 61 + 3
+    spec = AttentionSpec(mechanism="retrieval", window_size=4, num_sinks=1, block_size=4, num_blocks=4)
+    student = convert(gpt2(), spec)
+    alone = without_far_field(student)
+    with torch.no_grad():
+        # Windows are read in whole blocks: two layers reach back 2 * (4 + 4 - 1) at most.
+        assert torch.allclose(alone(ids).logits[:, 26:], alone(changed).logits[:, 26:], atol=1e-5)
+        assert not torch.allclose(student(ids).logits[:, 26:], student(changed).logits[:, 26:], atol=1e-5)
+    assert all(group.spec == spec for state in student.attention_states.values() for group in state.groups)
+
+
 def test_cross_attention_without_its_far_field_is_nothing():
     """It has neither window nor sinks: what is left is the same as no attention at all."""
     teacher = t5()
