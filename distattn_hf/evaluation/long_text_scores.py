@@ -4,6 +4,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import pandas
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -179,31 +180,12 @@ def agreement(ours: list[Tensor], theirs: list[Tensor]) -> dict[str, float]:
 
 
 def score_table(rows: list[dict]) -> str:
-    """Format rows of `evaluate_long_texts` for a terminal.
-
-    With depths a grid for each model: the share of exact answers by length and depth, and the mean log-loss a token.
-    """
-    if "depth" not in rows[0]:
-        names = [name for name in rows[0] if name not in ("model", "samples", "tokens", "new_tokens")]
-        width = max(len(row["model"]) for row in rows)
-        head = f"{'model':<{width}}" + "".join(f"  {name:>16}" for name in names)
-        lines = [
-            f"{row['model']:<{width}}"
-            + "".join(f"  {row[n]:>16.4f}" if isinstance(row[n], float) else f"  {row[n]:>16}" for n in names)
-            for row in rows
-        ]
-        return "\n".join([head, *lines])
-    lines = []
-    depths = list(dict.fromkeys(row["depth"] for row in rows))
-    for model in dict.fromkeys(row["model"] for row in rows):
-        cells = {(row["length"], row["depth"]): row for row in rows if row["model"] == model}
-        lines += [
-            f"{model}: exact answers by depth",
-            "  length" + "".join(f"{d:>8g}" for d in depths) + "    all  log-loss",
-        ]
-        for length in dict.fromkeys(row["length"] for row in rows):
-            line = [cells[length, depth] for depth in depths]
-            exact, loss = (sum(cell[name] for cell in line) / len(line) for name in ("exact", "log_loss"))
-            shares = "".join(f"{cell['exact']:>8.2f}" for cell in line)
-            lines.append(f"{length:>8}{shares}{exact:>7.2f}{loss:>10.4f}")
-    return "\n".join(lines)
+    """Format rows of `evaluate_long_texts` for a terminal; with depths, exact answers in a grid, length by depth."""
+    frame = pandas.DataFrame(rows)
+    if "depth" not in frame:
+        counts = [name for name in ("samples", "tokens", "new_tokens") if name in frame]
+        return frame.drop(columns=counts).to_string(index=False, float_format="{:.4f}".format)
+    grid = frame.pivot_table("exact", ["model", "length"], "depth", sort=False)
+    grid["all"] = grid.mean(axis=1)
+    grid["log-loss"] = frame.pivot_table("log_loss", ["model", "length"], sort=False)["log_loss"]
+    return f"share of exact answers, by depth:\n{grid.to_string(float_format='{:.2f}'.format)}"
