@@ -28,7 +28,7 @@ CHOICES = {
 LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
     "block_size": 1, "num_blocks": 0,
-    "max_tokens": 1, "max_length": 1, "max_texts": 1, "samples": 1, "new_tokens": 1,
+    "max_tokens": 1, "max_length": 1, "max_texts": 1, "samples": 1, "new_tokens": 1, "tail": 1,
 }  # fmt: skip
 
 

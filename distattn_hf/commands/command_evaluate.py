@@ -24,6 +24,7 @@ _OF_TASK = {
     "depths": ("passkey", "needle", "kv"),
     "samples": _LONG,
     "new_tokens": ("generation",),
+    "tail": ("perplexity",),
     "control": _LONG,
     "out": CHOICES["task"],
 }
@@ -49,6 +50,7 @@ def evaluate(
     depths: Annotated[str, typer.Option(help="Where it is hidden: 0 (first) to 1 (last).")] = "0,0.25,0.5,0.75,1",
     samples: Annotated[int, typer.Option(help="Texts of each length and depth.")] = 20,
     new_tokens: Annotated[int, typer.Option(help="generation: how many tokens to compare.")] = 64,
+    tail: Annotated[int, typer.Option(help="perplexity: how many last tokens of a text are scored.")] = 256,
     control: Annotated[
         bool, typer.Option("--control", help="Also the same model with sinks and window alone (nystrom, retrieval).")
     ] = False,
@@ -63,12 +65,12 @@ def evaluate(
     of it among those of all texts, by the cosine of embeddings, pooled as a sentence-transformers folder says.
 
     --task asks a causal model about long texts: passkey hides a number and asks for it, needle a sentence, kv pairs of
-    random tokens; perplexity is of the last 256 tokens after more and more text; generation is how many of the tokens
+    random tokens; perplexity is of the same last tokens after more and more text; generation is how many of the tokens
     that --against goes on with are the same. classification gives accuracy and macro F1 of a sequence or token
     classifier on data with labels.
     """
-    check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, samples=samples,
-                  new_tokens=new_tokens)  # fmt: skip
+    counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
+    check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)
     for name in (name for name, tasks in _OF_TASK.items() if task not in tasks and given(context, [name])):
         raise ValueError(f"{flag(name)} does nothing {f'with --task {task}' if task else 'without --task'}")
     if out is not None and out.exists() and not out.is_dir():
@@ -82,7 +84,7 @@ def evaluate(
     if task == "classification":
         _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out)
     elif task is not None:
-        about = {"task": task, "lengths": lengths, "depths": depths, "samples": samples, "new_tokens": new_tokens}
+        about = {"task": task, "lengths": lengths, "depths": depths, **counts}
         _score_long_texts(path, against, data or "news", column, about, control, as_json, out)
     else:
         _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json)

@@ -30,16 +30,16 @@ _QUESTION = PAIRS * (KEY + VALUE)
 def key_value_text(
     stream: Tensor, ids: Tensor, length: int, span: tuple[int, int], draw: random.Random, depth: float | None = None
 ) -> tuple[Tensor, int]:
-    """Return ids (1, length) of a text that ends with its question, and where the first pair that it asks for begins.
+    """Return ids (1, length) of a text that ends with its question, and where the last pair that it asks for begins.
 
-    The question is all pairs in some order, _QUESTION tokens, each key and its value again; with a depth, the one pair
-    that stands after that share of the running text.
+    The question is all pairs in some order, _QUESTION tokens, each key and its value again; with a depth, the last one
+    is the pair that stands after that share of the running text.
 
     stream (n,): running text, which is repeated where it is short; ids: those that pairs are drawn from; span: how many
     first and last tokens of the running text hold no pair.
     """
     pairs = [torch.tensor(draw.choices(ids.tolist(), k=KEY + VALUE)) for _ in range(PAIRS)]
-    room = length - _QUESTION - (_QUESTION if depth is None else KEY + VALUE)
+    room = length - 2 * _QUESTION
     start = draw.randrange(max(1, len(stream) - room))
     filler = stream.repeat(-(-(start + room) // len(stream)))[start : start + room]
     places = draw.choices(range(span[0], room - span[1] + 1), k=PAIRS)
@@ -47,9 +47,11 @@ def key_value_text(
         places[0] = round(depth * room)
     target, places = places[0], sorted(places)
     parts = [part for pair in zip(filler.tensor_split(places), [*pairs, pairs[0][:0]], strict=True) for part in pair]
-    asked = draw.sample(range(PAIRS), PAIRS) if depth is None else [places.index(target)]
-    place = places[asked[0]] + asked[0] * (KEY + VALUE)
-    return torch.cat([*parts, *(pairs[number] for number in asked)])[None], place
+    order = draw.sample(range(PAIRS), PAIRS)
+    if depth is not None:
+        order.append(order.pop(order.index(places.index(target))))
+    place = places[order[-1]] + order[-1] * (KEY + VALUE)
+    return torch.cat([*parts, *(pairs[number] for number in order)])[None], place
 
 
 def answer_loss(logits: Tensor, question: Tensor) -> float:

@@ -107,14 +107,15 @@ def needle(text: Haystack, length: int, depth: float, draw: random.Random) -> Qu
 def key_value(text: Haystack, length: int, depth: float, draw: random.Random) -> Question:
     """Spread pairs of random tokens over the text and ask for the value of one: its key again (as `probe` does).
 
+    The other pairs stand before the question once more, which shows what is asked.
+
     Raises `ValueError` for a length without room for the pairs and for text of very few different tokens.
     """
     tokens = sorted(set(text.ids) - set(text.tokenizer.all_special_ids))
     if len(tokens) < LEAST_TOKENS:
         raise ValueError(f"data has {len(tokens)} different tokens, and keys are drawn from at least {LEAST_TOKENS}")
     start = torch.tensor([text.start], dtype=torch.long)
-    pairs = (PAIRS + 1) * (KEY + VALUE)
-    if (room := length - len(text.start) - pairs) < 1:
+    if (room := length - len(text.start) - 2 * PAIRS * (KEY + VALUE)) < 1:
         raise ValueError(f"lengths must be at least {length - room + 1} tokens for this task, got {length}")
     text.check(room)
     ids, place = key_value_text(

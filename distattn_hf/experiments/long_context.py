@@ -179,7 +179,7 @@ def figures(results, folder: Path) -> None:
 
 @styled
 def perplexity_curves(rows: list[dict]):
-    """Draw the perplexity of the same last tokens against the length of the text that ends in them, for each student."""
+    """Draw the perplexity of the same last tokens against the length of the text that they end, by student."""
     figure = new_figure(5.5, 3.5)
     axes = figure.subplots()
     for number, student in enumerate(dict.fromkeys(row["student"] for row in rows)):
