@@ -17,7 +17,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "log", "ran"]
 TOKENIZER = BertTokenizerFast(
     vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
 )
-NAMES = ["bad", "fair", "good"]
+NAMES = ["bad", "fair", "good", "never"]
 
 
 def texts(count: int) -> list[list[str]]:
@@ -25,12 +25,14 @@ def texts(count: int) -> list[list[str]]:
     return [[WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=draw)] for length in range(2, count + 2)]
 
 
-def named(cls, rows: list[list[str]], classes: int = 3):
-    model = bert(cls, num_labels=classes, id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
+def named(cls, rows: list[list[str]]):
+    model = bert(cls, id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)})
     torch.nn.init.normal_(model.classifier.weight, std=2.0)
     # So that not all texts are of one class.
-    logits = [model(**TOKENIZER(" ".join(row), return_tensors="pt")).logits.view(-1, classes) for row in rows]
+    logits = [model(**TOKENIZER(" ".join(row), return_tensors="pt")).logits.view(-1, 4) for row in rows]
     model.classifier.bias.sub_(torch.cat(logits).mean(0))
+    # A class that neither a label nor an answer is counts for nothing.
+    model.classifier.bias[3] = -1e4
     return model
 
 
