@@ -191,6 +191,8 @@ class AdaptationArguments(StageOptions):
             and "no_attention".
         pair_columns: [query, passage], two columns of the evaluation data, for retrieval; encoders only.
         max_pairs: how many of the last pairs to use.
+        passkey_length: each row of the scorecard also says in how many of ten texts of so many tokens, made of the
+            evaluation data, the model finds a number (see `retrieval_tasks.passkey`); causal language models only.
 
     In addition, the fields of `StageOptions` apply to all stages.
 
@@ -204,6 +206,7 @@ class AdaptationArguments(StageOptions):
     controls: list[str] = field(default_factory=list)
     pair_columns: list[str] | None = None
     max_pairs: int = 300
+    passkey_length: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -227,6 +230,8 @@ class AdaptationArguments(StageOptions):
             check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
+        if self.passkey_length is not None and not is_integer(self.passkey_length, 2):
+            raise ValueError(f"passkey_length must be None or an integer >= 2, got {self.passkey_length!r}")
 
     def options_for(self, stage: str) -> StageOptions:
         """Return the options of one stage: its own override the shared ones; learning_rates are merged."""

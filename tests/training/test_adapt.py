@@ -14,15 +14,19 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertMod
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.data.datasets import build_data
+from distattn_hf.data.sources import read_texts
 from distattn_hf.data.tasks import TASKS, task_of
 from distattn_hf.evaluation import scorecard
+from distattn_hf.evaluation.long_text_scores import score_questions
 from distattn_hf.evaluation.score import score_model
-from distattn_hf.evaluation.scorecard import Scorecard, no_attention, without_far_field
+from distattn_hf.evaluation.scorecard import Scorecard, no_attention, passkey_questions, without_far_field
+from distattn_hf.storage.models import load_checkpoint
 from distattn_hf.training import adapt as module
 from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import parse_config
 from distattn_hf.training.trainer import AdaptationTrainer
 from tests.conversion.models import CLASSIFIER, bert, gpt2, llama, t5
+from tests.fixtures.load import GPT2_ENGLISH
 from tests.training.rows import checkpoint, text_file, values
 
 
@@ -248,6 +252,44 @@ def test_nystrom_with_its_controls_and_annealing(tmp_path):
     assert (spec.num_landmarks, spec.window_size) == (3, 4)
     assert {g.num_heads for s in student.attention_states.values() for g in s.groups} == {4}
     assert all(tuple(g.landmarks.shape) == (4, 3, 8) for s in student.attention_states.values() for g in s.groups)
+
+
+def test_a_hidden_number_is_asked_for_in_every_row(tmp_path):
+    """In ten texts made of the evaluation data; the scores are those of the calibrated student, loaded again."""
+    given = values(
+        tmp_path, gpt2(), teacher=str(GPT2_ENGLISH), eval_data=str(GPT2_ENGLISH / "heldout.txt"), stages=["transfer"],
+        max_steps=1, passkey_length=120, max_eval_samples=40, max_length=64,
+    )  # fmt: skip
+    config = parse_config(given)
+    card = adapt(config)
+    student, tokenizer = load_checkpoint(str(tmp_path / "run" / "calibrated"))
+    asked = passkey_questions(student, tokenizer, build_data(config.data, "causal-lm", tokenizer, student.config), 120)
+    assert {question.ids.shape for question in asked} == {(1, 120)}
+    assert len({(question.place, question.ids[0, -1].item()) for question in asked}) > 5
+    # A verse of the evaluation data.
+    running = tokenizer.decode(asked[-1].ids[0, 10:20])
+    assert running in "".join(read_texts(given["eval_data"]))
+    assert [row.name for row in card.rows] == ["teacher", "calibrated", "transfer"]
+    expected = score_questions(student, asked, "passkey")
+    row = card.row("calibrated")
+    assert (row.metrics["passkey"], row.metrics["passkey_loss"]) == (
+        expected["exact"], pytest.approx(expected["log_loss"], rel=1e-4)
+    )  # fmt: skip
+    assert card.row("teacher").metrics["passkey_loss"] != row.metrics["passkey_loss"]
+    assert card.data["passkey_length"] == 120
+    assert "passkey, 120" in card.table()
+    assert Scorecard.load(tmp_path / "run" / "student").to_dict() == card.to_dict()
+
+
+def test_a_hidden_number_that_cannot_be_asked_for_is_refused(tmp_path):
+    given = values(tmp_path, gpt2(), teacher=str(GPT2_ENGLISH), passkey_length=257)
+    with pytest.raises(ValueError, match="passkey_length=257: lengths must be at most 256, the positions of 'teacher'"):
+        adapt(parse_config(given))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="passkey_length must be None or an integer >= 2, got 0"):
+        parse_config({**given, "passkey_length": 0})
+    with pytest.raises(ValueError, match="passkey_length=120: task 'passkey' needs a causal language model"):
+        passkey_questions(bert(), None, None, 120)
 
 
 def test_a_given_student_is_checked_against_the_teacher(tmp_path):
