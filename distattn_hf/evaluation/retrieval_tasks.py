@@ -39,10 +39,12 @@ class Question:
 class Haystack:
     """Running text in a tokenizer's tokens, to hide things in; at most `MOST_TOKENS`, whatever the length asked for.
 
-    Raises `ValueError` for texts without a token.
+    Raises `ValueError` without a tokenizer, and for texts without a token.
     """
 
     def __init__(self, tokenizer, texts: Iterable[str]):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given: long texts are made of its tokens, got None")
         texts = list(texts)
         self.tokenizer = tokenizer
         self.start = start_tokens(tokenizer, texts)

@@ -5,11 +5,14 @@ The texts are those of `distattn evaluate --task`, the same ones for every stude
 missing: "l2" and "nystrom" are then fitted, which takes minutes.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..analysis.figure_style import COLOURS, INK, new_figure, save_figure, styled
@@ -71,8 +74,9 @@ class Options:
             values = getattr(self, name)
             if not values or not set(values) <= set(allowed):
                 raise ValueError(f"{name} must be some of {', '.join(allowed)}, got {', '.join(values) or 'none'}")
-        if self.select not in SELECTIONS:
-            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
+        for name, allowed in (("select", SELECTIONS), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self.texts(self.tasks[0])
         self.made()
 
@@ -92,7 +96,7 @@ class Options:
         def fit(**choice):
             return CalibrationOptions(
                 steps=self.steps, max_length=self.fit_length, max_tokens=self.fit_tokens, seed=self.seed,
-                progress=False, probe_lengths=self.probe_lengths, **choice,
+                progress=sys.stderr.isatty(), probe_lengths=self.probe_lengths, **choice,
             )  # fmt: skip
 
         nystrom = {"mechanism": "nystrom", "num_landmarks": self.num_landmarks, "exact_below": self.exact_below}
@@ -126,6 +130,8 @@ AXES = ("students", "tasks", "lengths", "depths", "blocks", "shares")
 def run(options: Options, results) -> None:
     """Ask every student about every text that the record lacks; students one after another, made when needed."""
     logging.set_verbosity_error()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'auto' or 'cpu' here, where there is no GPU, got 'cuda'")
     device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device)
     teacher, tokenizer = load_checkpoint(options.checkpoint)
     teacher.eval().to(device)
@@ -145,11 +151,15 @@ def run(options: Options, results) -> None:
             return convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
 
         for asked, cell, questions in cells:
-            # Called at once, so that the student of this turn is meant.
-            results.row(
-                {"student": label, "task": asked.task, **cell},
-                lambda: {**score_cell(student(), questions, asked), **_sizes(student(), spec, cell["length"])},  # noqa: B023
-            )
+            key = {"student": label, "task": asked.task, **cell}
+            results.row(key, partial(_measure, student, spec, questions, asked))
+
+
+def _measure(student: Callable, spec: AttentionSpec | None, questions: list, asked: LongTextOptions) -> dict:
+    model = student()
+    with tqdm(total=len(questions), desc=asked.task, disable=not sys.stderr.isatty(), leave=False) as bar:
+        scores = score_cell(model, questions, asked, bar=bar)
+    return {**scores, **_sizes(model, spec, questions[0].ids.shape[1])}
 
 
 def _sizes(model, spec: AttentionSpec | None, length: int) -> dict[str, float]:

@@ -183,6 +183,8 @@ def test_a_tokenizer_without_words_is_refused():
         questions("passkey", text, 100, 0.5, 1)
     with pytest.raises(ValueError, match="data has 8 different tokens, and keys are drawn from at least 16"):
         questions("kv", text, 100, 0.5, 1)
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        Haystack(None, ["abc"])
     with pytest.raises(ValueError, match="data holds no token"):
         Haystack(letters("none (GPT-2)"), [])
 

@@ -16,13 +16,15 @@ HERE = [f"checkpoint={GPT2_ENGLISH}", f"data={GPT2_ENGLISH / 'heldout.txt'}", "s
 FEW = [*HERE, "lengths=128", "depths=0.5"]
 
 
-def test_every_student_is_measured_and_drawn(tmp_path):
+def test_students_are_measured_and_drawn(tmp_path):
+    """All but l2, whose fit takes longest: it is in the run that is killed."""
+    students = [name for name in long_context.STUDENTS if name != "l2"]
     run = distattn(
         "experiment", "long_context", "--quick", "--out", tmp_path, *FEW, "tasks=kv,perplexity",
-        f"students={','.join(long_context.STUDENTS)}",
+        f"students={','.join(students)}",
     )  # fmt: skip
     rows = json.loads((tmp_path / "long_context.json").read_text())["rows"]
-    labels = ["teacher", "sinks and window", "retrieval, 2 blocks", "2 blocks alone", "l2", "nystrom",
+    labels = ["teacher", "sinks and window", "retrieval, 2 blocks", "2 blocks alone", "nystrom",
               "nystrom + 0.25 retrieval"]  # fmt: skip
     assert [row["key"]["student"] for row in rows[::2]] == labels
     assert [set(row["key"]) for row in rows[:2]] == [
@@ -30,14 +32,14 @@ def test_every_student_is_measured_and_drawn(tmp_path):
         {"student", "task", "length"},
     ]
     # No two of them are the same model.
-    assert len({row["values"]["log_loss"] for row in rows if row["key"]["task"] == "perplexity"}) == 7
+    assert len({row["values"]["log_loss"] for row in rows if row["key"]["task"] == "perplexity"}) == 6
     sizes = {row["key"]["student"]: row["values"].get("cache_bytes") for row in rows}
     assert sizes["nystrom"] < sizes["nystrom + 0.25 retrieval"] < sizes["teacher"] < sizes["retrieval, 2 blocks"]
     # Two sinks in one block, 15 keys of the window in one, the query's own, and two more: of 16 each.
     shares = [row["values"].get("share_read") for row in rows[::2]]
-    assert shares == [None, 48 / 128, 80 / 128, 80 / 128, None, None, None]
+    assert shares == [None, 48 / 128, 80 / 128, 80 / 128, None, None]
     assert run.stdout.splitlines()[-1] == f"saved to {tmp_path / 'long_context.json'}"
-    assert len(run.stdout.splitlines()) == 15
+    assert len(run.stdout.splitlines()) == 13
     names = {f"{name}.{kind}" for name in ("kv", "perplexity") for kind in ("svg", "png")}
     assert {path.name for path in tmp_path.glob("*")} == {"long_context.json", *names}
 
@@ -52,8 +54,8 @@ def test_a_student_is_not_made_for_rows_that_are_there(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path):
-    """Its rows are those of one that was not, and none is measured twice."""
-    given = [*HERE, "lengths=128,200", "depths=0,1", "tasks=kv,perplexity", "students=teacher,window"]
+    """Its rows are those of one that was not, fitted students' too, and none is measured twice."""
+    given = [*HERE, "lengths=128,200", "depths=0,1", "tasks=kv,perplexity", "students=teacher,l2"]
     whole = run_experiment("long_context", tmp_path / "whole", given, quick=True)
     command = [sys.executable, "-m", "distattn_hf.cli", "experiment", "long_context", "--quick", *given]
     file = tmp_path / "cut" / "long_context.json"
@@ -76,6 +78,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path):
         (["students=teacher,linear"], "students must be some of teacher, window, .*, got teacher, linear"),
         (["tasks=[]"], "tasks must be some of passkey, needle, kv, perplexity, got none"),
         (["depths=2"], r"depths must be shares from 0 to 1, got \(2.0,\)"),
+        (["device=gpu"], "device must be one of auto, cpu, cuda, got 'gpu'"),
         (["select=luck"], "select must be one of error, probe, got 'luck'"),
         (["shares=1.5"], "beyond_share must be None or 0 < share <= 1, got 1.5"),
         (["blocks=-1"], "num_blocks must be"),
