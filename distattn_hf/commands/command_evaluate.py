@@ -129,13 +129,16 @@ def _score_labels(path, against, data, column, label_column, max_length, max_tex
 
 
 def _score_long_texts(path, against, data, column, about: dict, control: bool, as_json, out) -> None:
+    from ..analysis.figure_style import require_matplotlib
     from ..data.datasets import check_tokenizers
     from ..data.sources import read_texts
     from ..evaluation.long_text_scores import LongTextOptions, evaluate_long_texts, score_table
-    from ..evaluation.retrieval_tasks import Haystack
+    from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack
     from ..evaluation.scorecard import without_far_field
 
     options = LongTextOptions(**about, progress=sys.stderr.isatty())
+    if out is not None and options.task in RETRIEVAL_TASKS:
+        require_matplotlib()
     with reading("data", "column"):
         texts = read_texts(data, column=column, split="test")
     loaded = _load(path, against)
@@ -151,7 +154,7 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
         haystack = Haystack(tokenizer, texts)
     rows = evaluate_long_texts(models, haystack, options, teacher=against)
     figure = None
-    if out is not None and "depth" in rows[0]:
+    if out is not None and options.task in RETRIEVAL_TASKS:
         from ..analysis.retrieval_map import retrieval_map
 
         figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")

@@ -1,6 +1,7 @@
 """`distattn evaluate --task` as a user types it."""
 
 import json
+import sys
 
 import pytest
 from transformers import BertForSequenceClassification
@@ -44,6 +45,14 @@ def test_a_student_its_control_and_its_teacher_in_numbers_and_a_picture(folder, 
     assert {"task", "lengths", "depths", "samples", "data", "distattn_hf", "torch", "commit", "date"} <= written.keys()
     assert sorted(path.name for path in out.glob("*")) == ["kv.json", "kv.png", "kv.svg"]
     assert "sinks and window" in (out / "kv.svg").read_text() or (out / "kv.svg").stat().st_size > 5000
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_before_anything_runs(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    given = ("evaluate", folder / "l2", "--task", "kv", *DATA, "--lengths", "120", "--out", tmp_path / "out")
+    monkeypatch.setattr("distattn_hf.storage.models.load_checkpoint", lambda path: pytest.fail("a model was loaded"))
+    assert "error: figures need matplotlib: pip install" in distattn(*given, check=False).stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_generation_and_perplexity_are_tables(folder):
