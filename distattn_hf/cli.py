@@ -13,6 +13,7 @@ from .commands import (
     command_compare,
     command_convert,
     command_evaluate,
+    command_experiment,
     command_inspect,
     command_push,
     command_revert,
@@ -49,7 +50,7 @@ def _command_line(
 # In the order of --help.
 for module in (
     command_convert, command_inspect, command_set, command_evaluate, command_analyse, command_revert, command_push,
-    command_adapt, command_train, command_compare, command_benchmark,
+    command_adapt, command_train, command_compare, command_benchmark, command_experiment,
 ):  # fmt: skip
     app.add_typer(module.command)
 

@@ -54,6 +54,8 @@ def test_help_needs_no_torch(distattn, arguments):
         (["analyse", "minilm", "--out", "OUT"], "give either --text or --data"),
         (["push", "./none", "me/x"], "'none' is not a folder"),
         (["adapt", "none.yaml"], "config 'none.yaml' does not exist"),
+        (["experiment", "long_contex"], "unknown experiment 'long_contex'; did you mean long_context?"),
+        (["experiment", "long_context", "--config", "none.yaml"], "config 'none.yaml' does not exist"),
         (["train", "none.yaml"], "config 'none.yaml' does not exist"),
     ],
 )
@@ -76,7 +78,7 @@ def test_names_known_without_torch_are_those_of_the_package():
     }
 
 
-@pytest.mark.parametrize("arguments", [[], ["convert"], ["evaluate"], ["push"], ["benchmark"]])
+@pytest.mark.parametrize("arguments", [[], ["convert"], ["evaluate"], ["push"], ["benchmark"], ["experiment"]])
 def test_help_is_not_cut(arguments):
     text = CliRunner().invoke(cli.app, [*arguments, "--help"], env={"COLUMNS": "80"}).output
     cut = [line for line in text.splitlines() if re.search(r"(\\.\\.\\.|…)$", line)]

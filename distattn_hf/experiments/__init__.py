@@ -1,1 +1,6 @@
-"""Experiments: each module makes one table or figure of the README."""
+"""Experiments, each one module: what it asks, what it measures, what it draws; `distattn experiment NAME`."""
+
+# Those that `distattn experiment` runs, each a module of this folder.
+EXPERIMENTS = (
+    "long_context",
+)  # fmt: skip
