@@ -2,5 +2,6 @@
 
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
+    "distances",
     "long_context",
 )  # fmt: skip
