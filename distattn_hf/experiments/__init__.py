@@ -3,5 +3,6 @@
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
     "distances",
+    "lipschitz",
     "long_context",
 )  # fmt: skip
