@@ -30,8 +30,8 @@ from ..storage.models import load_checkpoint
 PARTS = ("constant", "robustness")
 DISTURBANCES = ("none", "keys", "words")
 WORD = "AAA"
-# Articles of the news that calibrate, and from which on others are read.
-_CALIBRATION, _HELD_OUT = 200, 3000
+# Articles of the news that calibrate.
+_CALIBRATION = 200
 AXES = ("parts", "attentions", "num_tokens", "scales", "metrics", "disturbances")
 
 
@@ -42,8 +42,8 @@ class Options:
 
     checkpoint: a name or folder of a causal model with k_proj modules. metrics: of its conversions; "teacher" is the
     model itself. disturbances: none, keys, words. key_factor, key_share: how much longer the keys of which share of
-    tokens. word_share: of words replaced. data: as `distattn evaluate` takes it; max_length, max_tokens: scored.
-    calibration_tokens, calibration_steps: of the fits.
+    tokens. word_share: of words replaced. max_length, max_tokens: of news that are scored. calibration_tokens, calibration_steps:
+    of the fits, on other news.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -60,7 +60,6 @@ class Options:
     key_factor: float = 10.0
     key_share: float = 0.05
     word_share: float = 0.025
-    data: str = "news"
     max_length: int = 512
     max_tokens: int = 8192
     calibration_tokens: int = 8192
@@ -85,7 +84,15 @@ class Options:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)!r}")
 
 
-QUICK = {"parts": ("constant",), "num_tokens": (2, 6), "scales": (1.0, 8.0), "width": 4, "seeds": 1, "steps": 2}
+QUICK = {
+    "parts": ("constant",),
+    "attentions": ("dot", "sqeuclidean"),
+    "num_tokens": (2, 6),
+    "scales": (1.0, 8.0),
+    "width": 4,
+    "seeds": 1,
+    "steps": 2,
+}
 
 
 def run(options: Options, results) -> None:
@@ -115,7 +122,7 @@ def _constant(options: Options, attention: str, num_tokens: int, scale: float) -
         at_zero[0] = 0
         for points in (start, at_zero):
             steepest, norm = steepest_points(function, points, steps=options.steps)
-            values.append((spectral_norm(function, points)[0], norm, infinity_norm(function, steepest)))
+            values.append((spectral_norm(function, points, iterations=10)[0], norm, infinity_norm(function, steepest)))
         if attention == "sqeuclidean":
             bounds.append(function.bounds(num_tokens))
     at_random, after_ascent, infinity = (max(column) for column in zip(*values))
@@ -159,10 +166,8 @@ def replace_words(text: str, share: float, seed: int = 0) -> str:
 
 
 def _robustness(options: Options, metric: str, disturbance: str) -> dict:
-    model, tokenizer = _converted(
-        options.checkpoint, metric, options.data, options.calibration_tokens, options.calibration_steps
-    )
-    texts = read_texts(options.data)[_HELD_OUT:]
+    model, tokenizer = _converted(options.checkpoint, metric, options.calibration_tokens, options.calibration_steps)
+    texts = read_texts("news", split="test")
     if disturbance == "words":
         texts = [replace_words(text, options.word_share, seed) for seed, text in enumerate(texts)]
     scored = EvaluationOptions(max_length=options.max_length, max_tokens=options.max_tokens, progress=False)
@@ -177,12 +182,12 @@ def _robustness(options: Options, metric: str, disturbance: str) -> dict:
 
 
 @lru_cache(maxsize=2)
-def _converted(checkpoint: str, metric: str, data: str, tokens: int, steps: int | None):
+def _converted(checkpoint: str, metric: str, tokens: int, steps: int | None):
     if metric == "teacher":
         return load_checkpoint(checkpoint)
-    model, tokenizer = _converted(checkpoint, "teacher", data, tokens, steps)
+    model, tokenizer = _converted(checkpoint, "teacher", tokens, steps)
     options = CalibrationOptions(max_tokens=tokens, progress=False, **({} if steps is None else {"steps": steps}))
-    texts = read_texts(data)[:_CALIBRATION]
+    texts = read_texts("news")[:_CALIBRATION]
     return convert(model, AttentionSpec(metric), calibration=texts, tokenizer=tokenizer, options=options), tokenizer
 
 

@@ -93,7 +93,7 @@ def test_ascent_climbs_and_stays_in_the_ball():
 
 def test_rows_of_the_quick_run(tmp_path):
     rows = run_experiment("lipschitz", tmp_path, quick=True).rows
-    assert len(rows) == 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 2
     norms = {(row["attention"], row["num_tokens"], row["scale"]): row["measured_2"] for row in rows}
     for row in rows:
         assert row["measured_2"] >= row["at_random_points"] * (1 - 1e-9)
