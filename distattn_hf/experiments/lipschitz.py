@@ -42,8 +42,8 @@ class Options:
 
     checkpoint: a name or folder of a causal model with k_proj modules. metrics: of its conversions; "teacher" is the
     model itself. disturbances: none, keys, words. key_factor, key_share: how much longer the keys of which share of
-    tokens. word_share: of words replaced. max_length, max_tokens: of news that are scored. calibration_tokens, calibration_steps:
-    of the fits, on other news.
+    tokens. word_share: of words replaced. max_length, max_tokens: of news that are scored. calibration_tokens,
+    calibration_steps: of the fits, on other news.
     """
 
     parts: tuple[str, ...] = PARTS
