@@ -5,4 +5,5 @@ EXPERIMENTS = (
     "distances",
     "lipschitz",
     "long_context",
+    "training",
 )  # fmt: skip
