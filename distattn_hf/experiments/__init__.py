@@ -5,5 +5,6 @@ EXPERIMENTS = (
     "distances",
     "lipschitz",
     "long_context",
+    "patterns",
     "training",
 )  # fmt: skip

@@ -38,11 +38,11 @@ class Options:
     """tasks: mqar, induction, selective_copying. attentions: mechanisms or metrics of `DistAttnConfig`. items: numbers
     of pairs (mqar) or of tokens (selective_copying); induction has one. seeds: each trains once.
 
-    length: tokens of an example. vocab_size. hidden_size, layers, heads, encoding, initializer_range: of the model; with
-    weights as small as the config's 0.02, nothing is recalled for thousands of steps. steps: at most; a run
-    stops at the first evaluation, every `evaluate_every` steps, with accuracy >= `enough`. batch_size. learning_rate:
-    its peak, after a tenth of the steps, then falling as a cosine. examples: of an evaluation. minutes: of a run, after
-    which it stops as it is; 0: no limit.
+    length: tokens of an example. vocab_size. hidden_size, layers, heads, encoding, initializer_range: of the model;
+    with weights as small as 0.02 nothing is recalled for thousands of steps. steps: at most; a run stops at the first
+    evaluation, every `evaluate_every` steps, with accuracy >= `enough`. batch_size. learning_rate: its peak, after a
+    tenth of the steps, then falling as a cosine. examples: of an evaluation. minutes: of a run, after which it stops as
+    it is; 0: no limit.
     """
 
     tasks: tuple[str, ...] = ("mqar",)
