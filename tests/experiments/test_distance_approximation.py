@@ -8,6 +8,7 @@ from distattn_hf.functional.distance_approximation import (
     METHODS,
     METRICS,
     DistanceMatrix,
+    _draw,
     approximate_distances,
     random_projection,
     relative_error,
@@ -103,6 +104,25 @@ def test_sampling_is_near_the_best_rank_and_reads_little():
     # A row and a column for the norms, then 32 draws of each: repeated draws and crossings count once.
     assert max(reads) <= (300 + 260) * 33
     assert sum(errors) / 5 < 1.3 * floor
+
+
+def test_draws_are_weighted_without_bias():
+    """E Σ w_i²·f_i = Σ f_i; for f ∝ the weights that draws go by, of every draw."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(50, generator=generator, dtype=torch.float64)
+    index, scale = _draw(weights, 20, generator)
+    assert len(index) < 20
+    assert float((scale.square() * weights[index]).sum()) == pytest.approx(float(weights.sum()))
+
+
+def test_sampling_does_not_miss_what_is_far():
+    """One point of 400 that is far from all others has most of the matrix's norm."""
+    x, y = points(n=50, m=400)
+    y[123] += 1e3
+    exact = oracle(x, y, "l2")
+    for seed in range(10):
+        found = approximate_distances(x, y, 2, "indyk", oversampling=2, seed=seed)
+        assert relative_error(found.matrix(), exact) < 0.1
 
 
 def test_more_entries_help():

@@ -84,6 +84,15 @@ def test_the_bound_is_near_for_one_dimension():
     assert bound / 3 < max(found) <= bound
 
 
+def test_the_bound_in_the_2_norm_by_hand():
+    """Orthonormal queries, values twice and outputs three times the identity: √N/√d·(4·φ⁻¹(N-1) + 1)·√(H·(1·2)²)·3."""
+    eye = torch.eye(4, dtype=torch.float64)
+    query = eye.view(4, 2, 2).transpose(0, 1)
+    function = SelfAttention("sqeuclidean", query, 2 * query, 3 * eye)
+    by_hand = math.sqrt(50 / 2) * (4 * float(lambertw(49 / math.e).real) + 1) * math.sqrt(2) * 2 * 3
+    assert function.bounds(50)["2"] == pytest.approx(by_hand)
+
+
 def test_ascent_climbs_and_stays_in_the_ball():
     function, x = SelfAttention.random("sqeuclidean", 8, 2), points()
     steep, norm = steepest_points(function, x, steps=5)
