@@ -66,10 +66,11 @@ class SelfAttention:
     def bounds(self, num_tokens: int) -> dict[str, float]:
         """Return upper bounds of the Lipschitz constants in the norms 2 and ∞ over N tokens (the paper's theorem 3.2).
 
-        Lip_2 ≤ √N/√d · (4·φ⁻¹(N-1) + 1) · √(Σ_h ‖W_Q,h‖²‖W_V,h‖²) · ‖W_O‖, spectral norms;
+        Lip_2 ≤ √N/√d · (4·φ⁻¹(N-1) + 1) · √(Σ_h ‖W_Q,h‖⁴‖W_V,h‖²) · ‖W_O‖, spectral norms;
         Lip_∞ ≤ (4·φ⁻¹(N-1) + 1/√d) · ‖W_Oᵀ‖_∞ · max_h ‖W_Q,h‖_∞‖W_Q,hᵀ‖_∞ · max_h ‖W_V,hᵀ‖_∞.
 
-        The 2-norm's factor ‖W_Q,h‖² stands for ‖A_h‖·√d. Raises `ValueError` but for "sqeuclidean" and N >= 2.
+        ‖W_Q,h‖² of each head bounds ‖A_h‖·√d: in Y = X·W_Q,h/d^(1/4), a head is P(Y)·Y·W_Q,hᵀ/d^(1/4), of which the
+        rows of P(Y)·Y have Jacobians of norm 4·φ⁻¹(N-1) + 1 at most. Raises `ValueError` but for "sqeuclidean", N >= 2.
         """
         if self.attention != "sqeuclidean":
             raise ValueError(f"there is a bound for attention 'sqeuclidean' only, got {self.attention!r}")
@@ -93,7 +94,7 @@ class SelfAttention:
 def inverse_phi(value: float) -> float:
     """Return t > 0 with φ(t) = t·exp(t + 1) = value > 0, by Newton's method on ln t + t + 1 = ln value.
 
-    φ⁻¹(N-1) = W(( N-1)/e), Lambert's W; it grows as ln N - ln ln N.
+    φ⁻¹(N-1) = W((N-1)/e), Lambert's W; it grows as ln N - ln ln N.
     """
     if not value > 0:
         raise ValueError(f"value must be > 0, got {value!r}")

@@ -85,11 +85,11 @@ def test_the_bound_is_near_for_one_dimension():
 
 
 def test_the_bound_in_the_2_norm_by_hand():
-    """Orthonormal queries, values twice and outputs three times the identity: √N/√d·(4·φ⁻¹(N-1) + 1)·√(H·(1·2)²)·3."""
+    """Queries of norm 5, values of 2, outputs of 3: √N/√d·(4·φ⁻¹(N-1) + 1)·√(H·(5²·2)²)·3."""
     eye = torch.eye(4, dtype=torch.float64)
     query = eye.view(4, 2, 2).transpose(0, 1)
-    function = SelfAttention("sqeuclidean", query, 2 * query, 3 * eye)
-    by_hand = math.sqrt(50 / 2) * (4 * float(lambertw(49 / math.e).real) + 1) * math.sqrt(2) * 2 * 3
+    function = SelfAttention("sqeuclidean", 5 * query, 2 * query, 3 * eye)
+    by_hand = math.sqrt(50 / 2) * (4 * float(lambertw(49 / math.e).real) + 1) * math.sqrt(2) * 25 * 2 * 3
     assert function.bounds(50)["2"] == pytest.approx(by_hand)
 
 
