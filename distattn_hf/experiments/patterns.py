@@ -31,7 +31,7 @@ AXES = ("metrics", "inits", "folders")
 @dataclass(frozen=True)
 class Options:
     """checkpoint: a name or folder of a causal model, the teacher, which is the row "dot". metrics: of its conversions,
-    each by every init: plain, calibrated. folders: of further models, measured by themselves.
+    by each of inits: plain, calibrated. folders: of further models, measured by themselves.
 
     data: as `distattn evaluate` takes it; "news" has a part of its own for calibration, and of other sources the last
     tenth is measured and the rest calibrates. max_length, max_tokens: measured. calibration_tokens, calibration_steps:
