@@ -22,7 +22,7 @@ from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.discovery import find_attention_modules, locate
-from ..data.sources import read_texts
+from ..data.sources import calibration_and_held_out
 from ..evaluation.score import EvaluationOptions, evaluate_model
 from ..functional.lipschitz_bounds import ATTENTIONS, SelfAttention, infinity_norm, spectral_norm, steepest_points
 from ..storage.models import load_checkpoint
@@ -30,7 +30,7 @@ from ..storage.models import load_checkpoint
 PARTS = ("constant", "robustness")
 DISTURBANCES = ("none", "keys", "words")
 WORD = "AAA"
-# Articles of the news that calibrate.
+# Texts that calibrate, at most.
 _CALIBRATION = 200
 AXES = ("parts", "attentions", "num_tokens", "scales", "metrics", "disturbances")
 
@@ -40,10 +40,10 @@ class Options:
     """parts: constant, robustness. attentions: dot, sqeuclidean, l2. num_tokens: N. scales: inputs are scale·N(0, I).
     width, heads: D and H. seeds: how many draws of weights and inputs. steps: of gradient ascent.
 
-    checkpoint: a name or folder of a causal model with k_proj modules. metrics: of its conversions; "teacher" is the
+    checkpoint: a name or folder of a causal model with modules k_proj or c_attn. metrics: of its conversions; "teacher" is the
     model itself. disturbances: none, keys, words. key_factor, key_share: how much longer the keys of which share of
-    tokens. word_share: of words replaced. max_length, max_tokens: of news that are scored. calibration_tokens,
-    calibration_steps: of the fits, on other news.
+    tokens. word_share: of words replaced. data: "news", or texts as `distattn evaluate` takes them, of which the last
+    tenth is scored. max_length, max_tokens: scored. calibration_tokens, calibration_steps: of the fits.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -60,6 +60,7 @@ class Options:
     key_factor: float = 10.0
     key_share: float = 0.05
     word_share: float = 0.025
+    data: str = "news"
     max_length: int = 512
     max_tokens: int = 8192
     calibration_tokens: int = 8192
@@ -140,18 +141,25 @@ def _constant(options: Options, attention: str, num_tokens: int, scale: float) -
 def longer_keys(model, factor: float, share: float, seed: int = 0):
     """Multiply the keys of a share of the tokens by `factor` within the context, the same in every layer and model.
 
-    On the output of k_proj, so before a rotary embedding, which keeps norms. Raises `ValueError` without k_proj.
+    On the output of k_proj, or the middle third of that of GPT-2's c_attn: before a rotary embedding, which keeps norms.
+    Raises `ValueError` for attention with neither.
     """
-    projections = [getattr(locate(model, name), "k_proj", None) for name in find_attention_modules(model)]
+    modules = [locate(model, name) for name in find_attention_modules(model)]
+    projections = [getattr(module, "k_proj", None) or getattr(module, "c_attn", None) for module in modules]
     if not projections or None in projections:
-        raise ValueError(f"checkpoint must have attention with a k_proj module, got {type(model).__name__}")
+        raise ValueError(f"checkpoint must have attention with a k_proj or c_attn, got {type(model).__name__}")
+    fused = [not hasattr(module, "k_proj") for module in modules]
 
     def scale(module, inputs, output):
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.rand(output.shape[:2], generator=generator) < share
-        return torch.where(chosen[..., None].to(output.device), output * factor, output)
+        chosen = (torch.rand(output.shape[:2], generator=generator) < share)[..., None].to(output.device)
+        return torch.where(chosen, output * factor, output)
 
-    hooks = [projection.register_forward_hook(scale) for projection in projections]
+    def scale_third(module, inputs, output):
+        query, key, value = output.chunk(3, -1)
+        return torch.cat([query, scale(module, inputs, key), value], -1)
+
+    hooks = [p.register_forward_hook(scale_third if f else scale) for p, f in zip(projections, fused)]
     try:
         yield
     finally:
@@ -166,8 +174,10 @@ def replace_words(text: str, share: float, seed: int = 0) -> str:
 
 
 def _robustness(options: Options, metric: str, disturbance: str) -> dict:
-    model, tokenizer = _converted(options.checkpoint, metric, options.calibration_tokens, options.calibration_steps)
-    texts = read_texts("news", split="test")
+    model, tokenizer = _converted(
+        options.checkpoint, metric, options.data, options.calibration_tokens, options.calibration_steps
+    )
+    texts = calibration_and_held_out(options.data)[1]
     if disturbance == "words":
         texts = [replace_words(text, options.word_share, seed) for seed, text in enumerate(texts)]
     scored = EvaluationOptions(max_length=options.max_length, max_tokens=options.max_tokens, progress=False)
@@ -182,12 +192,12 @@ def _robustness(options: Options, metric: str, disturbance: str) -> dict:
 
 
 @lru_cache(maxsize=2)
-def _converted(checkpoint: str, metric: str, tokens: int, steps: int | None):
+def _converted(checkpoint: str, metric: str, data: str, tokens: int, steps: int | None):
     if metric == "teacher":
         return load_checkpoint(checkpoint)
-    model, tokenizer = _converted(checkpoint, "teacher", tokens, steps)
+    model, tokenizer = _converted(checkpoint, "teacher", data, tokens, steps)
     options = CalibrationOptions(max_tokens=tokens, progress=False, **({} if steps is None else {"steps": steps}))
-    texts = read_texts("news")[:_CALIBRATION]
+    texts = calibration_and_held_out(data)[0][:_CALIBRATION]
     return convert(model, AttentionSpec(metric), calibration=texts, tokenizer=tokenizer, options=options), tokenizer
 
 

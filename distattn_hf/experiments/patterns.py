@@ -17,12 +17,12 @@ from ..analysis.statistics import measure
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
-from ..data.sources import read_texts
+from ..data.sources import calibration_and_held_out
 from ..evaluation.score import EvaluationOptions, evaluate_model
 from ..storage.models import load_checkpoint
 
 INITS = ("plain", "calibrated")
-# Texts of the training split that calibrate.
+# Texts that calibrate, at most.
 _CALIBRATION = 200
 _NUMBERS = ("entropy", "sparsity", "maximum", "distance")
 AXES = ("metrics", "inits", "folders")
@@ -77,21 +77,11 @@ def _teacher(checkpoint: str):
     return load_checkpoint(checkpoint)
 
 
-@lru_cache(maxsize=1)
-def _texts(data: str) -> tuple[list[str], list[str]]:
-    """Return (texts to calibrate on, texts to measure)."""
-    if data == "news":
-        return read_texts(data)[:_CALIBRATION], read_texts(data, split="test")
-    texts = read_texts(data)
-    last = max(1, len(texts) // 10)
-    return texts[:-last][:_CALIBRATION], texts[-last:]
-
-
 def _converted(options: Options, metric: str, init: str) -> dict:
     teacher, tokenizer = _teacher(options.checkpoint)
     steps = {} if options.calibration_steps is None else {"steps": options.calibration_steps}
     fit = {
-        "calibration": _texts(options.data)[0],
+        "calibration": calibration_and_held_out(options.data)[0][:_CALIBRATION],
         "tokenizer": tokenizer,
         "options": CalibrationOptions(max_tokens=options.calibration_tokens, progress=False, **steps),
     }
@@ -101,7 +91,7 @@ def _converted(options: Options, metric: str, init: str) -> dict:
 
 def _measure(options: Options, model, tokenizer, teacher=None) -> dict:
     """Return means over heads, each layer's mean distance, perplexity, and how near the teacher a student is."""
-    texts = _texts(options.data)[1]
+    texts = calibration_and_held_out(options.data)[1]
     sizes = {"max_length": options.max_length, "max_tokens": options.max_tokens}
     batches = make_batches(model, tokenizer, texts, AnalysisOptions(**sizes))
     statistics = measure(model, batches, tokenizer)

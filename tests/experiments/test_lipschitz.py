@@ -1,11 +1,12 @@
 """Lipschitz constants: the theorem's bound is never exceeded, and power iteration is the Jacobian's largest value."""
 
+import copy
 import math
 
 import pytest
 import torch
 from scipy.special import lambertw
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import distattn_hf
 from distattn_hf.experiments.lipschitz import longer_keys, replace_words
@@ -152,6 +153,19 @@ def test_longer_keys_of_a_conversion():
         before = student(ids).logits
         with longer_keys(student, 10.0, 0.05):
             assert not torch.equal(student(ids).logits, before)
+
+
+def test_longer_keys_of_fused_projections():
+    """GPT-2's keys, all of them: as if their part of the weights were larger."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    model, ids = GPT2LMHeadModel(config).eval(), torch.arange(40)[None]
+    scaled = copy.deepcopy(model)
+    for block in scaled.transformer.h:
+        block.attn.c_attn.weight.data[:, 32:64] *= 10
+        block.attn.c_attn.bias.data[32:64] *= 10
+    with torch.no_grad(), longer_keys(model, 10.0, 1.0):
+        torch.testing.assert_close(model(ids).logits, scaled(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_replaced_words():
