@@ -40,9 +40,9 @@ class Options:
     """parts: constant, robustness. attentions: dot, sqeuclidean, l2. num_tokens: N. scales: inputs are scale·N(0, I).
     width, heads: D and H. seeds: how many draws of weights and inputs. steps: of gradient ascent.
 
-    checkpoint: a name or folder of a causal model with modules k_proj or c_attn. metrics: of its conversions; "teacher" is the
-    model itself. disturbances: none, keys, words. key_factor, key_share: how much longer the keys of which share of
-    tokens. word_share: of words replaced. data: "news", or texts as `distattn evaluate` takes them, of which the last
+    checkpoint: a name or folder of a causal model with modules k_proj or c_attn. metrics: of its conversions; "teacher"
+    is the model itself. disturbances: none, keys, words. key_factor, key_share: how much longer the keys of which share
+    of tokens. word_share: of words replaced. data: "news", or texts as `distattn evaluate` takes them, of which the last
     tenth is scored. max_length, max_tokens: scored. calibration_tokens, calibration_steps: of the fits.
     """
 
@@ -141,8 +141,8 @@ def _constant(options: Options, attention: str, num_tokens: int, scale: float) -
 def longer_keys(model, factor: float, share: float, seed: int = 0):
     """Multiply the keys of a share of the tokens by `factor` within the context, the same in every layer and model.
 
-    On the output of k_proj, or the middle third of that of GPT-2's c_attn: before a rotary embedding, which keeps norms.
-    Raises `ValueError` for attention with neither.
+    On the output of k_proj, or the middle third of that of GPT-2's c_attn, so before a rotary embedding, which keeps
+    norms. Raises `ValueError` for attention with neither.
     """
     modules = [locate(model, name) for name in find_attention_modules(model)]
     projections = [getattr(module, "k_proj", None) or getattr(module, "c_attn", None) for module in modules]
