@@ -15,6 +15,7 @@ from distattn_hf.conversion.beyond import SELECTIONS
 from distattn_hf.conversion.convert import INITS
 from distattn_hf.core import attention_spec
 from distattn_hf.core.metrics import BUILT_IN
+from distattn_hf.evaluation.retrieval_tasks import LONG_TEXT_TASKS
 
 
 @pytest.fixture
@@ -51,6 +52,11 @@ def test_help_needs_no_torch(distattn, arguments):
         (["convert", "./none", "OUT", "--init", "exact"], "folder './none' does not exist"),
         (["evaluate", "./none", "--data", "news"], "folder './none' does not exist"),
         (["evaluate", "minilm", "--data", "news", "--max-texts", "0"], "--max-texts must be an integer >= 1, got 0"),
+        (["evaluate", "minilm", "--task", "passkeys"], "--task must be one of passkey, needle, kv, perplexity, gen"),
+        (["evaluate", "minilm", "--task", "kv", "--lengths", "1k"], "--lengths must be whole numbers separated by com"),
+        (["evaluate", "minilm", "--task", "kv", "--max-tokens", "9"], "--max-tokens does nothing with --task kv"),
+        (["evaluate", "minilm", "--data", "news", "--depths", "0"], "--depths does nothing without --task"),
+        (["evaluate", "minilm"], "--data must be given"),
         (["analyse", "minilm", "--out", "OUT"], "give either --text or --data"),
         (["push", "./none", "me/x"], "'none' is not a folder"),
         (["adapt", "none.yaml"], "config 'none.yaml' does not exist"),
@@ -68,14 +74,15 @@ def test_bad_arguments_are_refused_without_torch(distattn, tmp_path, arguments, 
 
 def test_names_known_without_torch_are_those_of_the_package():
     assert {name: metric.aliases for name, metric in BUILT_IN.items()} == choices.METRICS
-    assert choices.CHOICES == {
+    assert {
         "mechanism": attention_spec.MECHANISMS,
         "select": SELECTIONS,
         "init": INITS,
         "attention": attention_spec.ATTENTION_KINDS,
         "transform": attention_spec.TRANSFORMS,
         "beyond": attention_spec.BEYOND,
-    }
+        "task": (*LONG_TEXT_TASKS, "classification"),
+    } == choices.CHOICES
 
 
 @pytest.mark.parametrize("arguments", [[], ["convert"], ["evaluate"], ["push"], ["benchmark"], ["experiment"]])

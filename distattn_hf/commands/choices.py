@@ -22,12 +22,13 @@ CHOICES = {
     "attention": ("self", "cross"),
     "transform": ("none", "scalar", "maps"),
     "beyond": ("retrieval", "exact"),
+    "task": ("passkey", "needle", "kv", "perplexity", "generation", "classification"),
 }
 # Least values of the numbers; p and λ are checked separately.
 LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0, "steps": 0,
     "block_size": 1, "num_blocks": 0,
-    "max_tokens": 1, "max_length": 1, "max_texts": 1,
+    "max_tokens": 1, "max_length": 1, "max_texts": 1, "samples": 1, "new_tokens": 1, "tail": 1,
 }  # fmt: skip
 
 
@@ -42,6 +43,18 @@ def read_softening(value: str | None) -> float | str | None:
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"--softening must be a finite number >= 0 or fit, got {value!r}")
     return epsilon
+
+
+def read_numbers(name: str, text: str, kind: type = int) -> tuple:
+    """Return the numbers of an option "a,b,c"; raises `ValueError` for anything else."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{flag(name)} must be {what} separated by commas, got {text!r}")
+    return numbers
 
 
 def check_choices(**values) -> None:

@@ -1,56 +1,184 @@
-"""`distattn evaluate`: score a model on text."""
+"""`distattn evaluate`: score a model on text, on what it finds in long texts, or on labels."""
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .choices import check_choices
-from .flags import reading
-from .shared import DATA, Column, SourceArgument, begin
+from .choices import CHOICES, check_choices, read_numbers
+from .flags import flag, given, reading
+from .shared import DATA, Column, SourceArgument, begin, say
 
 command = typer.Typer()
 
+_LONG = ("passkey", "needle", "kv", "perplexity", "generation")
+# Which tasks have an option; None: without --task.
+_OF_TASK = {
+    "max_tokens": (None,),
+    "max_length": (None, "classification"),
+    "max_texts": (None, "classification"),
+    "label_column": ("classification",),
+    "lengths": _LONG,
+    "depths": ("passkey", "needle", "kv"),
+    "samples": _LONG,
+    "new_tokens": ("generation",),
+    "tail": ("perplexity",),
+    "control": _LONG,
+    "out": CHOICES["task"],
+}
 
-@command.command(epilog="Example:  distattn evaluate out/minilm-l2 --against minilm --data news")
+
+@command.command(
+    epilog="Examples:  distattn evaluate out/minilm-l2 --against minilm --data news   |   distattn evaluate "
+    "out/smollm2-retrieval --against smollm2-135m --task passkey --lengths 1024,2048 --control --out out/passkey"
+)
 def evaluate(
+    context: typer.Context,
     path: SourceArgument,
-    data: Annotated[str, typer.Option(help=f"Text to evaluate on. {DATA}")],
+    data: Annotated[
+        str | None, typer.Option(help=f"Text to evaluate on; with --task and no labels: 'news' by default. {DATA}")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The teacher to print beside it.")] = None,
     column: Column = None,
     max_tokens: Annotated[int, typer.Option(help="How many tokens of the data to use.")] = 8192,
     max_length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
     max_texts: Annotated[int, typer.Option(help="How many texts to use.")] = 256,
+    task: Annotated[str | None, typer.Option(help=f"One of {', '.join(CHOICES['task'])}; see above.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a long text, question and answer included.")] = "1024,2048",
+    depths: Annotated[str, typer.Option(help="Where it is hidden: 0 (first) to 1 (last).")] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(help="Texts of each length and depth.")] = 20,
+    new_tokens: Annotated[int, typer.Option(help="generation: how many tokens to compare.")] = 64,
+    tail: Annotated[int, typer.Option(help="perplexity: how many last tokens of a text are scored.")] = 256,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also the same model with sinks and window alone (nystrom, retrieval).")
+    ] = False,
+    label_column: Annotated[str | None, typer.Option(help="classification: the column of the labels.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --task: a folder for TASK.json and its figure.")] = None,
 ):
     """Score a model on text, alone or beside its teacher.
 
     By what the model's head allows: perplexity (causal), loss on 15% masked tokens (masked-LM), loss of each text as
     its own target (sequence-to-sequence), or retrieval (encoders): the first sentence of each text is to find the rest
     of it among those of all texts, by the cosine of embeddings, pooled as a sentence-transformers folder says.
+
+    --task asks a causal model about long texts: passkey hides a number and asks for it, needle a sentence, kv pairs of
+    random tokens; perplexity is of the same last tokens after more and more text; generation is how many of the tokens
+    that --against goes on with are the same. classification gives accuracy and macro F1 of a sequence or token
+    classifier on data with labels.
     """
-    check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts)
+    counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
+    check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)
+    for name in (name for name, tasks in _OF_TASK.items() if task not in tasks and given(context, [name])):
+        raise ValueError(f"{flag(name)} does nothing {f'with --task {task}' if task else 'without --task'}")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
+    if data is None and task not in _LONG:
+        raise ValueError(f"--data must be given. {DATA}")
+    if task == "generation" and against is None:
+        raise ValueError("--task generation compares with a teacher: give --against")
+    lengths, depths = read_numbers("lengths", lengths), read_numbers("depths", depths, float)
     begin(path, against)
+    if task == "classification":
+        _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out)
+    elif task is not None:
+        about = {"task": task, "lengths": lengths, "depths": depths, **counts}
+        _score_long_texts(path, against, data or "news", column, about, control, as_json, out)
+    else:
+        _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json)
+
+
+def _load(path: str, against: str | None) -> dict[str, tuple]:
+    from ..storage.models import load_checkpoint
+
+    return {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
+
+
+def _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json) -> None:
     from ..data.sources import read_texts
     from ..data.tasks import text_task_of
     from ..evaluation.score import EvaluationOptions, compare_models, describe_scores
-    from ..storage.models import load_checkpoint
     from ..storage.pooling import read_pooling
 
     with reading("data", "column"):
         texts = read_texts(data, column=column, split="test")[:max_texts]
-    models = {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
+    models = _load(path, against)
     options = EvaluationOptions(max_length=max_length, max_tokens=max_tokens, progress=sys.stderr.isatty())
     kind = text_task_of(models[path][0])
     poolings = {name: read_pooling(name) for name in models} if kind == "embedding" else {}
     result = compare_models(models, texts, options, poolings)
-    print(json.dumps(result, indent=1) if as_json else _score_table(result))
+    print(json.dumps(result, indent=1) if as_json else _table(result))
     if not as_json:
         print(describe_scores(kind, result[path], poolings.get(path, "")))
 
 
-def _score_table(result: dict[str, dict[str, float]]) -> str:
+def _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out) -> None:
+    from ..data.datasets import DataArguments
+    from ..evaluation.classification import evaluate_labels
+
+    arguments = DataArguments(
+        train_data=data, text_column=column, label_column=label_column, max_length=max_length,
+        max_train_samples=max_texts,
+    )  # fmt: skip
+    with reading("data", "column", "label_column"):
+        scores = evaluate_labels(_load(path, against), arguments, progress=sys.stderr.isatty())
+    rows = [{"model": name, **row} for name, row in scores.items()]
+    _report({"task": "classification", "data": data}, rows, _table(scores), as_json, out)
+
+
+def _score_long_texts(path, against, data, column, about: dict, control: bool, as_json, out) -> None:
+    from ..analysis.figure_style import require_matplotlib
+    from ..data.datasets import check_tokenizers
+    from ..data.sources import read_texts
+    from ..evaluation.long_text_scores import LongTextOptions, evaluate_long_texts, score_table
+    from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack
+    from ..evaluation.scorecard import without_far_field
+
+    options = LongTextOptions(**about, progress=sys.stderr.isatty())
+    if out is not None and options.task in RETRIEVAL_TASKS:
+        require_matplotlib()
+    with reading("data", "column"):
+        texts = read_texts(data, column=column, split="test")
+    loaded = _load(path, against)
+    models = {name: model for name, (model, _) in loaded.items()}
+    tokenizer = loaded[path][1] or loaded.get(against, (None, None))[1]
+    if tokenizer is None:
+        raise ValueError(f"{path!r} has no tokenizer files, so it cannot read text")
+    for model, own in loaded.values():
+        check_tokenizers(model, tokenizer, own)
+    if control:
+        models[f"{path}, sinks and window"] = without_far_field(models[path])
+    with reading("data", "lengths", "depths"):
+        haystack = Haystack(tokenizer, texts)
+    rows = evaluate_long_texts(models, haystack, options, teacher=against)
+    figure = None
+    if out is not None and options.task in RETRIEVAL_TASKS:
+        from ..analysis.retrieval_map import retrieval_map
+
+        figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")
+    _report({**about, "data": data}, rows, score_table(rows), as_json, out, figure)
+
+
+def _report(about: dict, rows: list[dict], table: str, as_json: bool, out: Path | None, figure=None) -> None:
+    """Print the rows, and write them with where they come from, and the figure, into a folder."""
+    result = {**about, "rows": rows}
+    print(json.dumps(result, indent=1) if as_json else table)
+    if out is not None:
+        from ..benchmark.results import provenance
+        from ..storage.folders import write_json
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / f"{about['task']}.json", {**provenance("cpu"), **result})
+        if figure is not None:
+            from ..analysis.figure_style import save_figure
+
+            save_figure(figure, out / about["task"])
+        say(f"saved to {out}")
+
+
+def _table(result: dict[str, dict[str, float]]) -> str:
     names = [name for name in next(iter(result.values())) if name not in ("texts", "tokens")]
     width = max(len(model) for model in result)
     lines = [f"{'model':<{width}} " + " ".join(f"{n:>18}" for n in names)]

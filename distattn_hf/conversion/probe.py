@@ -27,19 +27,31 @@ PAIRS, KEY, VALUE, TEXTS = 8, 3, 3, 2
 _QUESTION = PAIRS * (KEY + VALUE)
 
 
-def key_value_text(stream: Tensor, ids: Tensor, length: int, span: tuple[int, int], draw: random.Random) -> Tensor:
-    """Return ids (1, length) of a text that ends with its question, _QUESTION tokens: each key and its value again.
+def key_value_text(
+    stream: Tensor, ids: Tensor, length: int, span: tuple[int, int], draw: random.Random, depth: float | None = None
+) -> tuple[Tensor, int]:
+    """Return ids (1, length) of a text that ends with its question, and where the last pair that it asks for begins.
+
+    The question is all pairs in some order, _QUESTION tokens, each key and its value again; with a depth, the last one
+    is the pair that stands after that share of the running text.
 
     stream (n,): running text, which is repeated where it is short; ids: those that pairs are drawn from; span: how many
-    first and last tokens before the question hold no pair.
+    first and last tokens of the running text hold no pair.
     """
     pairs = [torch.tensor(draw.choices(ids.tolist(), k=KEY + VALUE)) for _ in range(PAIRS)]
     room = length - 2 * _QUESTION
     start = draw.randrange(max(1, len(stream) - room))
     filler = stream.repeat(-(-(start + room) // len(stream)))[start : start + room]
-    places = sorted(draw.choices(range(span[0], room - span[1] + 1), k=PAIRS))
+    places = draw.choices(range(span[0], room - span[1] + 1), k=PAIRS)
+    if depth is not None:
+        places[0] = round(depth * room)
+    target, places = places[0], sorted(places)
     parts = [part for pair in zip(filler.tensor_split(places), [*pairs, pairs[0][:0]], strict=True) for part in pair]
-    return torch.cat([*parts, *draw.sample(pairs, PAIRS)])[None]
+    order = draw.sample(range(PAIRS), PAIRS)
+    if depth is not None:
+        order.append(order.pop(order.index(places.index(target))))
+    place = places[order[-1]] + order[-1] * (KEY + VALUE)
+    return torch.cat([*parts, *(pairs[number] for number in order)])[None], place
 
 
 def answer_loss(logits: Tensor, question: Tensor) -> float:
@@ -118,7 +130,7 @@ def probe(model, batch: dict[str, Tensor], options) -> tuple[dict[tuple[str, int
     texts = [length for length in options.probe_lengths for _ in range(TEXTS)]
     with observed(model, observer), tqdm(texts, desc="probe", unit="text", disable=not options.progress) as bar:
         for length in bar:
-            text = key_value_text(stream, ids, length, span, draw).to(batch["input_ids"].device)
+            text = key_value_text(stream, ids, length, span, draw)[0].to(batch["input_ids"].device)
             question = text[:, -_QUESTION:]
             cache = cache_of(model.base_model(text[:, :-_QUESTION], use_cache=True))
             whole = loss()

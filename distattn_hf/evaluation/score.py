@@ -128,9 +128,9 @@ def score_model(
 ) -> dict[str, float]:
     """Return the scores of `model` on the held-out rows of `data`, a `TaskData`, as means over labels.
 
-    Loss and perplexity (language models), accuracy (classification), or retrieval of each pair's passage by its query
-    (encoders, `pooling` as in `EvaluationOptions`). Raises `ValueError` where there is no evaluation data, or none
-    with labels.
+    Loss and perplexity (language models), accuracy and F1 (classification), or retrieval of each pair's passage by its
+    query (encoders, `pooling` as in `EvaluationOptions`). Raises `ValueError` where there is no evaluation data, or
+    none with labels.
     """
     model.eval()
     if task == "embedding":
@@ -152,10 +152,14 @@ def score_model(
 
 
 class TokenScores:
-    """Sums over the labels of a task other than -100: cross-entropy in nats, and how many were the likeliest class."""
+    """Sums over the labels of a task other than -100: cross-entropy in nats, and how many were the likeliest class.
+
+    Of classifiers also how often each class was taken for each: `confusion` (C, C), a row a label.
+    """
 
     def __init__(self, task: str):
         self.task, self.total, self.correct, self.count = TASKS[task], 0.0, 0, 0
+        self.confusion: Tensor | int = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add the logits (..., classes) and labels (...) of one batch, aligned as the task needs."""
@@ -164,16 +168,30 @@ class TokenScores:
         keep = labels != -100
         logits, labels = logits[keep], labels[keep].to(logits.device)
         self.total += float(label_loss(logits, labels, 1))
-        self.correct += int((logits.argmax(-1) == labels).sum())
+        taken = logits.argmax(-1)
+        self.correct += int((taken == labels).sum())
         self.count += len(labels)
+        if self.task.metric == "accuracy":
+            classes = logits.shape[-1]
+            pairs = torch.bincount(labels * classes + taken, minlength=classes**2)
+            self.confusion = self.confusion + pairs.view(classes, classes).cpu()
 
     def scores(self) -> dict[str, float]:
-        """Return "loss", "accuracy" and, for language models, "perplexity"; raises `ValueError` without labels."""
+        """Return "loss", "accuracy" and, for language models, "perplexity", for classifiers "f1".
+
+        f1: mean of 2·TP / (2·TP + FP + FN) over the classes that occur among labels or answers (macro).
+
+        Raises `ValueError` without labels.
+        """
         if not self.count:
             raise ValueError(f"the data holds no label that counts for task {self.task.name!r}")
         values = {"loss": self.total / self.count, "accuracy": self.correct / self.count}
         if self.task.metric == "perplexity":
             values["perplexity"] = math.exp(min(values["loss"], 80.0))
+        if self.task.metric == "accuracy":
+            # Of a class TP + FP is its column, TP + FN its row.
+            size = self.confusion.sum(0) + self.confusion.sum(1)
+            values["f1"] = float((2 * self.confusion.diagonal() / size)[size > 0].double().mean())
         return values
 
 

@@ -14,6 +14,8 @@ from ..data.datasets import TaskData
 from ..data.sources import find_data
 from ..data.tasks import TASKS
 from ..storage.folders import write_json
+from .long_text_scores import LongTextOptions, check_model, score_questions
+from .retrieval_tasks import Haystack, Question
 from .score import first_sentence_pairs, score_model
 
 logger = logging.getLogger(__name__)
@@ -105,12 +107,14 @@ class Scorecard:
         """Format the scorecard as a text table for a terminal."""
         arrow = "higher is better" if self.greater_is_better else "lower is better"
         lines = [f"{self.teacher}, {self.task}: {self.metric} on {self.data.get('eval')} ({arrow})"]
-        header = ("", self.metric, f"to {self.ratio_to}", "trained", "tokens", "seconds")
+        asked = f"passkey, {self.data['passkey_length']}" if "passkey_length" in self.data else None
+        header = ("", self.metric, f"to {self.ratio_to}", *((asked,) if asked else ()), "trained", "tokens", "seconds")
         cells = [header]
         for row in self.rows:
             cost = (row.trained_parameters, row.tokens, row.seconds)
             cells.append(
                 (row.name, f"{row.score:.4f}", "-" if row.ratio is None else f"{row.ratio:.4f}")
+                + ((f"{row.metrics['passkey']:.1f}",) if asked else ())
                 + tuple("-" if value is None else f"{value:,.0f}" for value in cost)
             )
         widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -129,10 +133,13 @@ class Examiner:
         data, tokenizer, pairs, pooling: as in `score_model`.
         training: `TrainingArguments`: device, batch size, whether progress is shown.
         state: accelerate's; the main process scores, the others wait.
+        asked: texts with a hidden number (see `passkey_questions`), if the rows shall say how many are found.
     """
 
-    def __init__(self, card: Scorecard, folder: Path, data: TaskData, tokenizer, pairs, pooling: str, training, state):
-        self.card, self.folder, self.state, self.training = card, folder, state, training
+    def __init__(
+        self, card: Scorecard, folder: Path, data: TaskData, tokenizer, pairs, pooling: str, training, state, asked=()
+    ):
+        self.card, self.folder, self.state, self.training, self.asked = card, folder, state, training, asked
         self.data, self.tokenizer, self.pairs, self.pooling = data, tokenizer, pairs, pooling
 
     def missing(self, names) -> list[str]:
@@ -148,6 +155,9 @@ class Examiner:
                 model, self.card.task, self.data, self.tokenizer, pairs=self.pairs, pooling=self.pooling,
                 batch_size=size, progress=progress,
             )  # fmt: skip
+            if self.asked:
+                found = score_questions(model, self.asked, "passkey")
+                metrics |= {"passkey": found["exact"], "passkey_loss": found["log_loss"]}
             row = self.card.put(name, metrics, **spent)
             self.card.save(self.folder)
             logger.info("%s: %s %.4f", name, self.card.metric, row.score)
@@ -190,14 +200,39 @@ def evaluation_pairs(arguments, columns: list[str] | None, count: int) -> list[t
     return pairs[-count:]
 
 
+def passkey_questions(model, tokenizer, data: TaskData, length: int) -> list[Question]:
+    """Return ten texts of `length` tokens made of the evaluation data, a number hidden at five depths of them.
+
+    Raises `ValueError` where model, tokenizer or data do not allow them.
+    """
+    options = LongTextOptions("passkey", (length,), samples=2)
+    try:
+        check_model("teacher", model, options)
+        rows = [row["input_ids"] for row in data.evaluation]
+        text = Haystack(tokenizer, tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return [question for cell in options.cells() for question in options.questions(text, **cell)]
+    except ValueError as error:
+        raise ValueError(f"passkey_length={length}: {error}") from None
+
+
 def without_far_field(student):
-    """Return a copy of a Nyström student that only sees sinks and window; raises `ValueError` without Nyström heads."""
+    """Return a copy of a student of which Nyström and retrieval heads see sinks and window alone.
+
+    Raises `ValueError` for one that has no such heads: nothing of its attention can be taken away.
+    """
     student = copy.deepcopy(student)
-    groups = [g for s in student.attention_states.values() for g in s.groups if isinstance(g, NystromParameters)]
+    states = getattr(student, "attention_states", {})
+    groups = [g for state in states.values() for g in state.groups if g.spec.mechanism in ("nystrom", "retrieval")]
     if not groups:
-        raise ValueError("control 'window_only' needs a model with mechanism='nystrom'")
+        raise ValueError(
+            "control 'window_only' needs a model with mechanism='nystrom' or 'retrieval', whose far keys can be taken "
+            f"away, got {type(student).__name__}"
+        )
     for group in groups:
-        group.far_field, group.spec = False, replace(group.spec, exact_below=0)
+        if isinstance(group, NystromParameters):
+            group.far_field, group.spec = False, replace(group.spec, exact_below=0)
+        else:
+            group.spec = replace(group.spec, num_blocks=0, far_field=False)
     return student
 
 

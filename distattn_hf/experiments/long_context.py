@@ -1,18 +1,204 @@
-"""What is still found in a long text."""
+"""What is still found in a long text: pass key, needle, key and value, and perplexity, by attention, length and depth.
 
+The texts are those of `distattn evaluate --task`, the same ones for every student of one checkpoint. Teacher and
+"window" (sinks and window alone) are the two ends between which the others lie. A student is made when a row of it is
+missing: "l2" and "nystrom" are then fitted, which takes minutes.
+"""
+
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..analysis.figure_style import COLOURS, INK, new_figure, save_figure, styled
+from ..analysis.retrieval_map import retrieval_map
+from ..conversion.beyond import SELECTIONS
+from ..conversion.cache_bytes import TOKENS, cache_bytes
+from ..conversion.calibrate import CalibrationOptions
+from ..conversion.convert import convert
+from ..core.attention_spec import AttentionSpec
+from ..data.sources import read_texts
+from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
+from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack
+from ..storage.models import load_checkpoint
+
+STUDENTS = ("teacher", "window", "retrieval", "blocks", "l2", "nystrom", "nystrom+retrieval")
+TASKS = (*RETRIEVAL_TASKS, "perplexity")
 
 
 @dataclass(frozen=True)
 class Options:
-    """lengths: in tokens."""
+    """Options of the experiment.
 
+    checkpoint: a causal language model. data: what the texts are made of, and what is fitted on (of "news" articles
+    that no text is made of; of a file the same).
+    students: "teacher"; "window": sinks and window alone; "retrieval", once for each of `blocks` (how many a query
+    reads); "blocks": the same without the far field; "l2": exact attention by distance; "nystrom": all heads;
+    "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe").
+    tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
+    steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
+    num_landmarks, window_size, num_sinks, block_size, exact_below: of the students, as in `AttentionSpec`.
+    device: "auto" is cuda where there is one.
+    """
+
+    checkpoint: str = "smollm2-135m"
+    data: str = "news"
+    students: tuple[str, ...] = ("teacher", "window", "retrieval", "l2", "nystrom", "nystrom+retrieval")
+    tasks: tuple[str, ...] = TASKS
     lengths: tuple[int, ...] = (1024, 2048)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 20
+    tail: int = 256
+    blocks: tuple[int, ...] = (16,)
+    shares: tuple[float, ...] = (0.1,)
+    select: str = "probe"
+    steps: int | None = None
+    fit_length: int | None = None
+    fit_tokens: int | None = None
+    probe_lengths: tuple[int, ...] = (1024,)
+    seed: int = 0
+    num_landmarks: int = 64
+    window_size: int = 64
+    num_sinks: int = 4
+    block_size: int = 16
+    exact_below: int = 0
+    device: str = "auto"
+
+    def __post_init__(self):
+        for name, allowed in (("students", STUDENTS), ("tasks", TASKS)):
+            values = getattr(self, name)
+            if not values or not set(values) <= set(allowed):
+                raise ValueError(f"{name} must be some of {', '.join(allowed)}, got {', '.join(values) or 'none'}")
+        for name, allowed in (("select", SELECTIONS), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.texts(self.tasks[0])
+        self.made()
+
+    def texts(self, task: str) -> LongTextOptions:
+        """Return what is asked for a task."""
+        return LongTextOptions(task, self.lengths, self.depths, self.samples, tail=self.tail)
+
+    def made(self) -> dict[str, tuple[AttentionSpec | None, CalibrationOptions | None]]:
+        """Return {student as rows call it: (its spec, None for the teacher; the options of its fit, if it has one)}."""
+
+        def near(**fields):
+            return AttentionSpec(window_size=self.window_size, num_sinks=self.num_sinks, **fields)
+
+        def blocks(count, far_field):
+            return near(mechanism="retrieval", block_size=self.block_size, num_blocks=count, far_field=far_field)
+
+        def fit(**choice):
+            return CalibrationOptions(
+                steps=self.steps, max_length=self.fit_length, max_tokens=self.fit_tokens, seed=self.seed,
+                progress=sys.stderr.isatty(), probe_lengths=self.probe_lengths, **choice,
+            )  # fmt: skip
+
+        nystrom = {"mechanism": "nystrom", "num_landmarks": self.num_landmarks, "exact_below": self.exact_below}
+        beyond = {"beyond": "retrieval", "block_size": self.block_size}
+        found = {
+            "teacher": {"teacher": (None, None)},
+            "window": {"sinks and window": (blocks(0, False), None)},
+            "retrieval": {f"retrieval, {count} blocks": (blocks(count, True), None) for count in self.blocks},
+            "blocks": {f"{count} blocks alone": (blocks(count, False), None) for count in self.blocks},
+            "l2": {"l2": (AttentionSpec("l2"), fit())},
+            "nystrom": {"nystrom": (near(**nystrom), fit())},
+            "nystrom+retrieval": {
+                f"nystrom + {share:.3g} retrieval": (
+                    near(**nystrom, **beyond), fit(beyond_share=share, select=self.select)
+                )
+                for share in self.shares
+            },
+        }  # fmt: skip
+        return {label: entry for name in self.students for label, entry in found[name].items()}
 
 
-QUICK = {"lengths": (64,)}
-AXES = ("lengths",)
+QUICK = {
+    "checkpoint": "tests/fixtures/gpt2-english", "data": "tests/fixtures/gpt2-english/heldout.txt",
+    "lengths": (128, 200), "depths": (0.0, 1.0), "samples": 2, "tail": 32, "blocks": (2,), "shares": (0.25,),
+    "steps": 2, "fit_length": 200, "fit_tokens": 800, "probe_lengths": (180,), "num_landmarks": 8, "window_size": 16,
+    "num_sinks": 2,
+}  # fmt: skip
+AXES = ("students", "tasks", "lengths", "depths", "blocks", "shares")
 
 
 def run(options: Options, results) -> None:
-    """Measure."""
+    """Ask every student about every text that the record lacks; students one after another, made when needed."""
+    logging.set_verbosity_error()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'auto' or 'cpu' here, where there is no GPU, got 'cuda'")
+    device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device)
+    teacher, tokenizer = load_checkpoint(options.checkpoint)
+    teacher.eval().to(device)
+    text = Haystack(tokenizer, read_texts(options.data, split="test"))
+    cells = []
+    for task in options.tasks:
+        asked = options.texts(task)
+        check_model(options.checkpoint, teacher, asked)
+        cells += [(asked, cell, asked.questions(text, **cell)) for cell in asked.cells()]
+    for label, (spec, fit) in options.made().items():
+
+        @cache
+        def student(spec=spec, fit=fit):
+            if spec is None:
+                return teacher
+            texts = None if fit is None else read_texts(options.data, split="train")
+            return convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
+
+        for asked, cell, questions in cells:
+            key = {"student": label, "task": asked.task, **cell}
+            results.row(key, partial(_measure, student, spec, questions, asked))
+
+
+def _measure(student: Callable, spec: AttentionSpec | None, questions: list, asked: LongTextOptions) -> dict:
+    model = student()
+    with tqdm(total=len(questions), desc=asked.task, disable=not sys.stderr.isatty(), leave=False) as bar:
+        scores = score_cell(model, questions, asked, bar=bar)
+    return {**scores, **_sizes(model, spec, questions[0].ids.shape[1])}
+
+
+def _sizes(model, spec: AttentionSpec | None, length: int) -> dict[str, float]:
+    """Return the bytes of a text's cache and, of retrieval, the share of the keys that its last query reads at most.
+
+    The control has no such cache: it keeps keys that nothing reads.
+    """
+    values = {}
+    if spec is not None and spec.mechanism == "retrieval":
+        blocks = -(-spec.num_sinks // spec.block_size) + -(-(spec.window_size - 1) // spec.block_size) + 1
+        values["share_read"] = min(1.0, (blocks + spec.num_blocks) * spec.block_size / length)
+    if spec is None or spec.num_blocks != 0:
+        sizes = cache_bytes(model)
+        values["cache_bytes"] = sizes["growing"] * length // TOKENS + sizes["constant"]
+    return values
+
+
+def figures(results, folder: Path) -> None:
+    """Draw a heat map of each task that hides something, and perplexity by length."""
+    for task in RETRIEVAL_TASKS:
+        if rows := [row for row in results.rows if row["task"] == task]:
+            count = rows[0]["samples"]
+            save_figure(retrieval_map(rows, f"{task}: exact answers (%) of {count} texts", by="student"), folder / task)
+    if rows := [row for row in results.rows if row["task"] == "perplexity"]:
+        save_figure(perplexity_curves(rows), folder / "perplexity")
+
+
+@styled
+def perplexity_curves(rows: list[dict]):
+    """Draw the perplexity of the same last tokens against the length of the text that they end, by student."""
+    figure = new_figure(5.5, 3.5)
+    axes = figure.subplots()
+    for number, student in enumerate(dict.fromkeys(row["student"] for row in rows)):
+        own = sorted((row["length"], row["perplexity"]) for row in rows if row["student"] == student)
+        colour = (INK, *COLOURS)[number % (len(COLOURS) + 1)]
+        axes.plot(*zip(*own, strict=True), marker=".", color=colour, label=student)
+    axes.set(xscale="log", xlabel="tokens of the text", ylabel="perplexity of its last tokens")
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure

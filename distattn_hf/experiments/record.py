@@ -15,7 +15,8 @@ class Record:
     """What an experiment has measured: rows by key, in a JSON file that a run that was cut off goes on from.
 
     The file holds "experiment", "options", "runs" (versions, machine, threads, commit, date and options of every run
-    that measured something) and "rows", each {"key": {...}, "values": {...}, "seconds": of measuring, "run": index}.
+    that measured something) and "rows", each {"key": {...}, "values": {...}, "seconds": of measuring and of
+    what had to be made for it, "run": index}.
     A number that is not finite is null there and None in a row, as JSON has no other word for it.
 
     Args:

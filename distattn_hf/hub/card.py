@@ -303,6 +303,8 @@ def _loss_table(report: ConversionReport) -> str | None:
 def _score_table(scorecard: dict) -> str:
     counts = {k: v for k, v in _COUNTS.items() if any(row.get(k) for row in scorecard["rows"])}
     ratio = any(row.get("ratio") is not None for row in scorecard["rows"])
+    length = (scorecard.get("data") or {}).get("passkey_length")
+    found = [f"numbers found in texts of {length:,} tokens"] if length else []
     checkpoint_row = own_row(scorecard)
     reference = "ratio to the base model" + (" so trained" if scorecard.get("ratio_to") == "teacher_finetuned" else "")
     rows = []
@@ -311,8 +313,11 @@ def _score_table(scorecard: dict) -> str:
         cells = [f"**{label} (this checkpoint)**" if row is checkpoint_row else label, f"{row['score']:.4g}"]
         if ratio:
             cells.append("-" if row.get("ratio") is None else f"{row['ratio']:.3f}")
+        if found:
+            share = (row.get("metrics") or {}).get("passkey")
+            cells.append("-" if share is None else f"{share:.0%}")
         rows.append(cells + ["-" if not row.get(k) else f"{row[k]:,.0f}" for k in counts])
-    return _table(["", scorecard["metric"], *([reference] if ratio else []), *counts.values()], rows)
+    return _table(["", scorecard["metric"], *([reference] if ratio else []), *found, *counts.values()], rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

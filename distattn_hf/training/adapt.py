@@ -7,7 +7,7 @@ from accelerate import PartialState
 
 from ..data.datasets import build_data, check_tokenizers, row_length
 from ..data.tasks import task_of
-from ..evaluation.scorecard import Examiner, Scorecard, evaluation_pairs
+from ..evaluation.scorecard import Examiner, Scorecard, evaluation_pairs, passkey_questions
 from ..storage.models import load_checkpoint
 from ..storage.pooling import read_pooling
 from ..storage.runs import TRAINER_STATE, RunFolder, finished, spent_on
@@ -53,6 +53,9 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
         pooling = read_pooling(model.teacher)
     elif data.evaluation is None:
         raise ValueError("eval_data must be given: the data has no split to evaluate on")
+    asked = []
+    if (passkey_length := config.adaptation.passkey_length) is not None:
+        asked = passkey_questions(teacher, tokenizer, data, passkey_length)
     run = open_run(config, state)
     part_paths = {name: run.part(name) for name in ("calibrated", FINETUNED, *stages)}
     finished_parts = {name for name, path in part_paths.items() if finished(path)}
@@ -73,8 +76,9 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
 
     # The rows of the scorecard that need no training.
     names = {"train": config.data.train_data, "eval": config.data.eval_data or config.data.train_data}
+    names |= {"passkey_length": passkey_length} if asked else {}
     card = Scorecard.load(run.path) or Scorecard.for_task(task, names, model.teacher)
-    examiner = Examiner(card, run.path, data, tokenizer, pairs, pooling, training, state)
+    examiner = Examiner(card, run.path, data, tokenizer, pairs, pooling, training, state, asked)
     controls = examiner.missing(config.adaptation.controls)
     if "plain" in controls and model.specs is None:
         raise ValueError("control 'plain' needs spec: a given student says nothing about a swap")

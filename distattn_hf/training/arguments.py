@@ -187,9 +187,12 @@ class AdaptationArguments(StageOptions):
         stage_options: {stage: {field: value}}: fields of `StageOptions` or `TrainingArguments` for one stage alone.
         teacher_finetuned: also fine-tune the teacher on the same data for as many steps as all stages together (or as
             stage_options.teacher_finetuned sets), and compare with it.
-        controls: some of "plain" (swapped, no fit), "window_only" (Nyström without its far field) and "no_attention".
+        controls: some of "plain" (swapped, no fit), "window_only" (of Nyström and retrieval sinks and window alone)
+            and "no_attention".
         pair_columns: [query, passage], two columns of the evaluation data, for retrieval; encoders only.
         max_pairs: how many of the last pairs to use.
+        passkey_length: each row of the scorecard also says in how many of ten texts of so many tokens, made of the
+            evaluation data, the model finds a number (see `retrieval_tasks.passkey`); causal language models only.
 
     In addition, the fields of `StageOptions` apply to all stages.
 
@@ -203,6 +206,7 @@ class AdaptationArguments(StageOptions):
     controls: list[str] = field(default_factory=list)
     pair_columns: list[str] | None = None
     max_pairs: int = 300
+    passkey_length: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -226,6 +230,8 @@ class AdaptationArguments(StageOptions):
             check_numbers(options, f"stage_options.{stage}.")
         if self.pair_columns is not None and (not isinstance(self.pair_columns, list) or len(self.pair_columns) != 2):
             raise ValueError(f"pair_columns must be [query column, passage column], got {self.pair_columns!r}")
+        if self.passkey_length is not None and not is_integer(self.passkey_length, 2):
+            raise ValueError(f"passkey_length must be None or an integer >= 2, got {self.passkey_length!r}")
 
     def options_for(self, stage: str) -> StageOptions:
         """Return the options of one stage: its own override the shared ones; learning_rates are merged."""
@@ -310,8 +316,9 @@ def _check(config: AdaptationConfig) -> None:
     nystrom = [spec.mechanism == "nystrom" for spec in model.specs or ()]
     if "plain" in adaptation.controls and (not nystrom or any(nystrom)):
         raise ValueError("controls: 'plain' needs a spec with mechanism='distance' (landmarks cannot do without a fit)")
-    if "window_only" in adaptation.controls and nystrom and not any(nystrom):
-        raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom'")
+    reads_far = [spec.mechanism in ("nystrom", "retrieval") for spec in model.specs or ()]
+    if "window_only" in adaptation.controls and reads_far and not any(reads_far):
+        raise ValueError("controls: 'window_only' needs a spec with mechanism='nystrom' or 'retrieval'")
     if model.task == "embedding" and (adaptation.teacher_finetuned or "task" in adaptation.stages):
         raise ValueError("task 'embedding' has no loss of its own: leave out stage 'task' and teacher_finetuned")
 

@@ -11,10 +11,10 @@ from transformers.utils import logging
 from distattn_hf import load_checkpoint
 from distattn_hf.analysis.analyse import AnalyseOptions
 from distattn_hf.analysis.samples import TextLoss
-from distattn_hf.commands.command_evaluate import evaluate
 from distattn_hf.evaluation.score import EvaluationOptions, compare_models, describe_scores, embed
 from distattn_hf.storage.pooling import POOLINGS, read_pooling
 from tests.conversion.test_companions import TEXTS, sentence_transformer
+from tests.test_cli import distattn
 
 PAIRS = ["the cat sat. on the mat", "dog ran. far away the", "home dog. the mat sat sat"]
 
@@ -106,11 +106,10 @@ def test_the_importance_of_heads_is_measured_on_the_same_embeddings(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "said"), [("cls_token", "cls"), ("mean_tokens", "mean")])
-def test_the_command_line_evaluates_by_the_folders_own_pooling(tmp_path, capsys, mode, said):
+def test_the_command_line_evaluates_by_the_folders_own_pooling(tmp_path, mode, said):
     folder = sentence_transformer(tmp_path / "teacher", mode)
     (tmp_path / "text.txt").write_text("\n\n".join(PAIRS))
-    evaluate(str(folder), str(tmp_path / "text.txt"))
-    assert f"by cosine of {said}-pooled embeddings" in capsys.readouterr().out
+    given = ("evaluate", folder, "--data", tmp_path / "text.txt")
+    assert f"by cosine of {said}-pooled embeddings" in distattn(*given).stdout
     set_files(folder, modules=modules("Transformer", "Pooling", "Dense"))
-    with pytest.raises(ValueError, match="Dense"):
-        evaluate(str(folder), str(tmp_path / "text.txt"))
+    assert "Dense" in distattn(*given, check=False).stderr

@@ -46,7 +46,7 @@ def test_the_probe_is_the_loss_with_far_keys_hidden(family):
     assert len(rises) == 2 * 4 // groups[next(iter(groups))]
     draw, stream = random.Random(0), batch["input_ids"].flatten()
     ids = torch.tensor([token for token in stream.unique().tolist() if token > 2])
-    texts = [key_value_text(stream, ids, 120, (2, 9), draw) for _ in range(2)]
+    texts = [key_value_text(stream, ids, 120, (2, 9), draw)[0] for _ in range(2)]
     end = 120 - 48
     place = torch.arange(120)
     causal = place <= place[:, None]
@@ -84,7 +84,7 @@ def test_the_probe_is_the_loss_with_far_keys_hidden(family):
 def test_key_value_texts_ask_for_what_they_hold():
     """Every pair of the end stands in the text before, outside the first and the last tokens, in some order."""
     stream, ids = torch.arange(100, 160), torch.arange(10, 90)
-    text = key_value_text(stream, ids, 300, (4, 64), random.Random(1))[0].tolist()
+    text = key_value_text(stream, ids, 300, (4, 64), random.Random(1))[0][0].tolist()
     assert len(text) == 300
     body, question = text[:-48], text[-48:]
     for pair in (question[i : i + 6] for i in range(0, 48, 6)):

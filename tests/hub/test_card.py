@@ -137,6 +137,16 @@ def test_the_scorecard_that_training_writes(folder):
     text = build_card(folder, "user/x").text
     assert "up to training on the task, on news, 10 parameters trained, 4,096 tokens, 60 seconds" in text
     assert "| **training on the task (this checkpoint)** | 26 | 1.040 | 10 | 4,096 | 60 |" in text
+    scorecard.data["passkey_length"] = 1024
+    scorecard.put("teacher", {"perplexity": 30.0, "passkey": 1.0})
+    scorecard.put("task", {"perplexity": 26.0, "passkey": 0.9}, trained_parameters=10)
+    scorecard.save(folder)
+    card = build_card(folder, "user/x")
+    assert "| numbers found in texts of 1,024 tokens |" in card.text
+    assert "| base model, as published | 30 | 1.200 | 100% | - |" in card.text
+    assert "| fitted head by head, no training | 28 | 1.120 | - | - |" in card.text
+    assert "| **training on the task (this checkpoint)** | 26 | 1.040 | 90% | 10 |" in card.text
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"perplexity": 26.0, "passkey": 0.9}
 
 
 def test_values_that_are_not_finite_stay_out_of_the_model_index(folder):

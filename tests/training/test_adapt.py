@@ -14,15 +14,19 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertMod
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.data.datasets import build_data
+from distattn_hf.data.sources import read_texts
 from distattn_hf.data.tasks import TASKS, task_of
 from distattn_hf.evaluation import scorecard
+from distattn_hf.evaluation.long_text_scores import score_questions
 from distattn_hf.evaluation.score import score_model
-from distattn_hf.evaluation.scorecard import Scorecard, no_attention, without_far_field
+from distattn_hf.evaluation.scorecard import Scorecard, no_attention, passkey_questions, without_far_field
+from distattn_hf.storage.models import load_checkpoint
 from distattn_hf.training import adapt as module
 from distattn_hf.training.adapt import adapt
 from distattn_hf.training.arguments import parse_config
 from distattn_hf.training.trainer import AdaptationTrainer
 from tests.conversion.models import CLASSIFIER, bert, gpt2, llama, t5
+from tests.fixtures.load import GPT2_ENGLISH
 from tests.training.rows import checkpoint, text_file, values
 
 
@@ -250,6 +254,45 @@ def test_nystrom_with_its_controls_and_annealing(tmp_path):
     assert all(tuple(g.landmarks.shape) == (4, 3, 8) for s in student.attention_states.values() for g in s.groups)
 
 
+def test_a_hidden_number_is_asked_for_in_every_row(tmp_path):
+    """In ten texts made of the evaluation data; the scores are those of the first student, loaded again."""
+    given = values(
+        tmp_path, gpt2(), teacher=str(GPT2_ENGLISH), eval_data=str(GPT2_ENGLISH / "heldout.txt"), stages=["transfer"],
+        max_steps=1, passkey_length=120, max_eval_samples=40, max_length=64, init="plain",
+        calibration_steps=None,
+    )  # fmt: skip
+    config = parse_config(given)
+    card = adapt(config)
+    student, tokenizer = load_checkpoint(str(tmp_path / "run" / "calibrated"))
+    asked = passkey_questions(student, tokenizer, build_data(config.data, "causal-lm", tokenizer, student.config), 120)
+    assert {question.ids.shape for question in asked} == {(1, 120)}
+    assert len({(question.place, question.ids[0, -1].item()) for question in asked}) > 5
+    # A verse of the evaluation data.
+    running = tokenizer.decode(asked[-1].ids[0, 10:20])
+    assert running in "".join(read_texts(given["eval_data"]))
+    assert [row.name for row in card.rows] == ["teacher", "calibrated", "transfer"]
+    expected = score_questions(student, asked, "passkey")
+    row = card.row("calibrated")
+    assert (row.metrics["passkey"], row.metrics["passkey_loss"]) == (
+        expected["exact"], pytest.approx(expected["log_loss"], rel=1e-4)
+    )  # fmt: skip
+    assert card.row("teacher").metrics["passkey_loss"] != row.metrics["passkey_loss"]
+    assert card.data["passkey_length"] == 120
+    assert "passkey, 120" in card.table()
+    assert Scorecard.load(tmp_path / "run" / "student").to_dict() == card.to_dict()
+
+
+def test_a_hidden_number_that_cannot_be_asked_for_is_refused(tmp_path):
+    given = values(tmp_path, gpt2(), teacher=str(GPT2_ENGLISH), passkey_length=257)
+    with pytest.raises(ValueError, match="passkey_length=257: lengths must be at most 256, the positions of 'teacher'"):
+        adapt(parse_config(given))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="passkey_length must be None or an integer >= 2, got 0"):
+        parse_config({**given, "passkey_length": 0})
+    with pytest.raises(ValueError, match="passkey_length=120: task 'passkey' needs a causal language model"):
+        passkey_questions(bert(), None, None, 120)
+
+
 def test_a_given_student_is_checked_against_the_teacher(tmp_path):
     given = values(tmp_path, gpt2(), stages=["transfer"], max_steps=1)
     student = convert(gpt2(), AttentionSpec("l2", transform="scalar"), init="plain")
@@ -303,6 +346,20 @@ def test_the_far_field_and_attention_can_be_taken_away(tmp_path):
     assert not torch.allclose(student(ids).logits[:, 11:], student(changed).logits[:, 11:], atol=1e-6)
     with pytest.raises(ValueError, match="'window_only' needs a model with mechanism='nystrom'"):
         without_far_field(convert(gpt2(), AttentionSpec("l2"), init="plain"))
+
+
+def test_retrieval_heads_lose_what_lies_beyond_their_window():
+    ids = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 10] = (changed[:, 10] + 7) % 61 + 3
+    spec = AttentionSpec(mechanism="retrieval", window_size=4, num_sinks=1, block_size=4, num_blocks=4)
+    student = convert(gpt2(), spec)
+    alone = without_far_field(student)
+    with torch.no_grad():
+        # Windows are read in whole blocks: two layers reach back 2 * (4 + 4 - 1) at most.
+        assert torch.allclose(alone(ids).logits[:, 26:], alone(changed).logits[:, 26:], atol=1e-5)
+        assert not torch.allclose(student(ids).logits[:, 26:], student(changed).logits[:, 26:], atol=1e-5)
+    assert all(group.spec == spec for state in student.attention_states.values() for group in state.groups)
 
 
 def test_cross_attention_without_its_far_field_is_nothing():

@@ -122,7 +122,7 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
         ({"train": "everything"}, "train must be one of attention, attention.qk, all, lora or None, got 'everything'"),
         ({"train": "all"}, "train='all' does not go with stage 'transfer'"),
         ({"controls": ["chance"]}, "controls must be some of plain, window_only, no_attention, got 'chance'"),
-        ({"controls": ["window_only"]}, "'window_only' needs a spec with mechanism='nystrom'"),
+        ({"controls": ["window_only"]}, "'window_only' needs a spec with mechanism='nystrom' or 'retrieval'"),
         ({"controls": ["plain"], "spec": {"mechanism": "nystrom"}}, "'plain' needs a spec with mechanism='distance'"),
         ({"anneal": {"window_size": 4}}, "anneal.window_size needs a spec with mechanism='nystrom'"),
         ({"spec": None}, "give either spec"),
