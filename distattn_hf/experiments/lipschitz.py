@@ -42,8 +42,8 @@ class Options:
 
     checkpoint: a name or folder of a causal model with modules k_proj or c_attn. metrics: of its conversions; "teacher"
     is the model itself. disturbances: none, keys, words. key_factor, key_share: how much longer the keys of which share
-    of tokens. word_share: of words replaced. data: "news", or texts as `distattn evaluate` takes them, of which the last
-    tenth is scored. max_length, max_tokens: scored. calibration_tokens, calibration_steps: of the fits.
+    of tokens. word_share: of words replaced. data: "news", or texts as `distattn evaluate` takes them, the last tenth
+    of which is scored. max_length, max_tokens: scored. calibration_tokens, calibration_steps: of the fits.
     """
 
     parts: tuple[str, ...] = PARTS
