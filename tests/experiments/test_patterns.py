@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from distattn_hf.data.sources import calibration_and_held_out
 from distattn_hf.experiments.run_experiment import run_experiment
 from tests.fixtures.load import GPT2_ENGLISH
 
@@ -50,3 +51,14 @@ def test_a_fit_is_nearer_than_none(rows):
 def test_bad_options(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run_experiment("patterns", tmp_path / "out", [given], quick=True)
+
+
+def test_texts_that_calibrate_are_not_measured(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n\n".join(f"text {i}" for i in range(25)))
+    calibration, held_out = calibration_and_held_out(str(file))
+    assert calibration == [f"text {i}" for i in range(23)]
+    assert held_out == ["text 23", "text 24"]
+    file.write_text("one text")
+    with pytest.raises(ValueError, match="data must hold two texts or more"):
+        calibration_and_held_out(str(file))
