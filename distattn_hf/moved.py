@@ -10,6 +10,7 @@ MOVED = {
     "analysis.inputs": "analysis.samples",
     "analysis.lambda_search": "training.lambda_search",
     "analysis.maps": "analysis.weights",
+    "analysis.patterns": "analysis.head_patterns",
     "analysis.scorecard": "evaluation.scorecard",
     "analysis.section_heads": "analysis.report.heads",
     "analysis.section_models": "analysis.report.compared",

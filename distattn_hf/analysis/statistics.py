@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW_NUMBERS, row_statistics
-from .patterns import PATTERNS, Places, dominant_pattern, pattern_masses, pattern_strength
+from .head_patterns import PATTERNS, Places, dominant_pattern, pattern_masses, pattern_strength
 from .samples import SeparatorFinder, key_ids, padding_of
 from .watch import run_watched
 
@@ -20,7 +20,7 @@ class HeadStatistics:
 
     entropy (nats), sparsity (Hoyer), maximum and distance (tokens): see `core.statistics.RowStatistics`.
     diversity: mean divergence KL(head's row ‖ mean row of the module's heads) in nats, from 0 (all alike) to ln H.
-    pattern, strength: the strongest of `patterns`, see `patterns.py`. collapsed: mean entropy < 0.1 or mean maximum
+    pattern, strength: the strongest of `patterns`, see head_patterns.py. collapsed: mean entropy < 0.1 or mean maximum
     > 0.95; collapsed_rows: the share of single rows. key_norm_share: Σ_i Var_j(t_ij) / Σ_i Var_j(logit_ij) over the
     kept keys j, with t_ij the term in ‖k_j‖² (`maps._key_norms`); above 1 where the dot product works against the norm;
     None where the logits have none. Rows without a counted one: all zero.

@@ -80,6 +80,20 @@ def read_texts(source: str, *, column: str | None = None, split: str = "train") 
     return texts
 
 
+def calibration_and_held_out(source: str) -> tuple[list[str], list[str]]:
+    """Return texts to calibrate on and others to measure on: the parts of "news", nine tenths and one of others.
+
+    Raises `ValueError` as `read_texts`, and for a source of a single text.
+    """
+    texts = read_texts(source)
+    if source == "news":
+        return texts, read_texts(source, split="test")
+    if len(texts) < 2:
+        raise ValueError(f"data must hold two texts or more, one to calibrate on and one to measure, got {source!r}")
+    last = max(1, len(texts) // 10)
+    return texts[:-last], texts[-last:]
+
+
 def texts_of(dataset, column: str | None) -> list[str]:
     """Return the texts of a data set's `column` that are not blank; None: "text", or the only column of strings.
 

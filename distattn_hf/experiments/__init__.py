@@ -2,5 +2,9 @@
 
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
+    "distances",
+    "lipschitz",
     "long_context",
+    "patterns",
+    "training",
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert
-from distattn_hf.analysis.patterns import PATTERNS
+from distattn_hf.analysis.head_patterns import PATTERNS
 from distattn_hf.analysis.samples import make_batches
 from distattn_hf.analysis.statistics import AttentionStatistics, measure
 from distattn_hf.analysis.watch import capture
@@ -236,7 +236,7 @@ def test_hand_built_heads_are_named():
 @pytest.mark.parametrize("pattern", ["diagonal", "block", "separator"])
 def test_other_patterns_are_named(pattern):
     """Weights put where the pattern says, one map at a time."""
-    from distattn_hf.analysis.patterns import Places, dominant_pattern, pattern_masses, pattern_strength
+    from distattn_hf.analysis.head_patterns import Places, dominant_pattern, pattern_masses, pattern_strength
 
     letters = torch.tensor([[3, 4, 5, 6, 7, 2, 8, 9, 3, 4, 5, 2, 6, 7, 8, 9]])
     separators = letters == 2

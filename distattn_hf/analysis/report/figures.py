@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from ..figure_style import COLOURS, INK, new_figure, styled
-from ..patterns import MIXED, PATTERNS
+from ..head_patterns import MIXED, PATTERNS
 
 PATTERN_COLOURS = dict(zip((*PATTERNS, MIXED), (*COLOURS[:5], COLOURS[6], "#999999")))
 _LETTERS = {"previous token": "P", "first token": "F", "diagonal": "D", "block": "B", "separator": "S"}

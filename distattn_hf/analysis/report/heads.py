@@ -3,8 +3,8 @@
 import math
 from statistics import fmean
 
+from ..head_patterns import MIXED, NAMED_FROM
 from ..importance import HeadImportance
-from ..patterns import MIXED, NAMED_FROM
 from ..statistics import AttentionStatistics
 from . import figures as draw
 from .parts import Drawing, Section, listed, number, place, plural
