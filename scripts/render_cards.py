@@ -11,6 +11,7 @@ commit that brought it, until the run is made again.
 
 import json
 import sys
+from statistics import fmean, stdev
 from pathlib import Path
 
 import jinja2
@@ -40,6 +41,30 @@ def earlier(name: str) -> str:
     return f"{table(found['columns'], found['rows'])}\n\n{note}"
 
 
+def rows(name: str, **where) -> list[dict]:
+    """Return the rows of an experiment's results whose key or values are these, key and values in one dict."""
+    merged = [{**row["key"], **row["values"]} for row in results(name)["rows"]]
+    return [row for row in merged if all(row.get(field) == value for field, value in where.items())]
+
+
+def pivot(name: str, down: str, across: str, value: str, digits: int = 3, **where) -> str:
+    """Return a table of one value of an experiment: a row for each `down`, a column for each `across`.
+
+    Of several rows, seeds say, their mean and standard deviation.
+    """
+    chosen = [row for row in rows(name, **where) if row.get(value) is not None]
+    columns = list(dict.fromkeys(row[across] for row in chosen))
+    lines = []
+    for head in dict.fromkeys(row[down] for row in chosen):
+        cells = []
+        for column in columns:
+            found = [row[value] for row in chosen if (row[down], row[across]) == (head, column)]
+            text = f"{fmean(found):.{digits}f}" if found else "-"
+            cells.append(text + (f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""))
+        lines.append([head, *cells])
+    return table([down.replace("_", " "), *(f"{across.replace('_', ' ')} {column}" for column in columns)], lines)
+
+
 def sweep() -> dict[str, int]:
     """Return how many architectures have each outcome in tests/sweep/RESULTS.txt, and "tested"."""
     lines = (ROOT / "tests" / "sweep" / "RESULTS.txt").read_text(encoding="utf-8").splitlines()
@@ -57,7 +82,14 @@ def rendered() -> dict[Path, str]:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"results": results, "table": table, "earlier": earlier, "sweep": sweep}
+    environment.globals |= {
+        "results": results,
+        "table": table,
+        "earlier": earlier,
+        "sweep": sweep,
+        "rows": rows,
+        "pivot": pivot,
+    }
     names = sorted(path.name for path in (CARDS / "templates").glob("*.md.j2"))
     texts = {name: environment.get_template(name).render() for name in names}
     readme = README.read_text(encoding="utf-8")
