@@ -11,8 +11,8 @@ commit that brought it, until the run is made again.
 
 import json
 import sys
-from statistics import fmean, stdev
 from pathlib import Path
+from statistics import fmean, stdev
 
 import jinja2
 
