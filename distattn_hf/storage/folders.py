@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .companions import Source, copy_companions
+from .embedded import EMBEDDED
 
 # transformers.utils.CONFIG_NAME; not imported, so that `check_output` needs no torch.
 CONFIG_NAME = "config.json"
@@ -107,7 +108,9 @@ def save_checkpoint(
         if adapter_of is None:
             model.save_pretrained(folder)
         else:
-            model.save_adapter(folder, base=adapter_of)
+            # An embedded checkpoint is the base by that name: on the Hub its model may have other weights.
+            name = source.name if isinstance(source, Source) else source
+            model.save_adapter(folder, base=adapter_of, base_name=name if name in EMBEDDED else None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, note in (notes or {}).items():
