@@ -1,6 +1,7 @@
 """Write a folder so that under its final name it is either complete or not there."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -131,6 +132,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `ValueError` where no file or folder of this name can be made: to be found out before hours of work."""
+    there = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{str(path)!r} cannot be written: {str(there)!r} is no folder that can be written to")
+
+
+def json_values(value):
+    """Return what JSON keeps of a value: lists for tuples, None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(name): json_values(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, report: dict, allow_nan: bool = False) -> None:
