@@ -83,6 +83,8 @@ def evaluate(
         raise ValueError(f"--data must be given. {DATA}")
     if task == "generation" and against is None:
         raise ValueError("--task generation compares with a teacher: give --against")
+    if against == path:
+        raise ValueError(f"--against must be another model than the one that is evaluated, got {against!r} twice")
     lengths, depths = read_numbers("lengths", lengths), read_numbers("depths", depths, float)
     begin(path, against)
     if task == "classification":

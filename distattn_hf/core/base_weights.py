@@ -55,7 +55,7 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> tup
     cls: the converted class. base_model: a model, folder or Hub name in place of the base that the folder names.
 
     Raises:
-        ValueError: for another base, by its weights; a `base_model` where the folder is no adapter's; offload to disk.
+        ValueError: for another base, by its weights; a `base_model` where the folder is no adapter's.
         OSError: where the base cannot be loaded, with its name.
     """
     hub = {name: arguments[name] for name in _HUB_OPTIONS if arguments.get(name) is not None}
@@ -68,12 +68,6 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> tup
         if base_model is not None:
             raise ValueError(f"base_model is for adapter checkpoints, which {str(source)!r} is not")
         return None, None
-    placed = arguments.get("device_map")
-    if isinstance(placed, dict) and "disk" in placed.values():
-        raise ValueError(
-            f"device_map: the weights of adapter {str(source)!r} come from memory, where none can be left on the disk; "
-            "load it without, save_pretrained, and load that folder"
-        )
     base = base_model if isinstance(base_model, PreTrainedModel) else _load_base(cls, base_model, entry, hub)
     check_base(base, entry, str(source))
     own = base.state_dict()

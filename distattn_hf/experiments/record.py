@@ -86,6 +86,8 @@ def _read(path: Path, experiment: str) -> dict:
     if not isinstance(content, dict) or content.get("experiment") != experiment:
         of = content.get("experiment") if isinstance(content, dict) else None
         raise ValueError(f"{str(path)!r} must be a record of experiment {experiment!r}, got one of {of!r}")
+    if missing := {"options", "runs", "rows"} - content.keys():
+        raise ValueError(f"{str(path)!r} is no whole record of an experiment: it lacks {', '.join(sorted(missing))}")
     return content
 
 

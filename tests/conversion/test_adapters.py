@@ -228,7 +228,7 @@ def test_an_embedded_checkpoint_is_the_base_by_its_name(tmp_path, monkeypatch):
         read_folder(tmp_path / "out")
 
 
-def test_the_base_is_not_replaced_and_must_be_in_memory(tmp_path):
+def test_the_base_is_not_replaced_and_must_be_here_and_the_whole_may_be_offloaded(tmp_path):
     base = saved_base(gpt2(), tmp_path / "base")
     student = converted(base, "l2")
     with pytest.raises(ValueError, match="is the base's own folder"):
@@ -241,8 +241,12 @@ def test_the_base_is_not_replaced_and_must_be_in_memory(tmp_path):
         nowhere = type(base)(base.config)
     with pytest.raises(ValueError, match="on the meta device .* before putting an adapter on it"):
         load_adapter(nowhere, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="device_map: the weights of adapter"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", device_map={"": "cpu", "transformer.h.1": "disk"})
+    places = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.ln_f"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", device_map={**places, "transformer.h.1": "disk", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )  # fmt: skip
+    assert logits(offloaded).equal(logits(student))
 
 
 def test_a_full_checkpoint_takes_no_base(tmp_path):
