@@ -1,6 +1,7 @@
 """`distattn check`: green here, and red, naming it, where something is broken on purpose."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,38 @@ def test_what_raises_has_failed_and_says_why(monkeypatch):
     checks = DistanceAttentionTester(SMALL).test_formula()
     assert not any(check.passed for check in checks)
     assert all("RuntimeError: no such instruction" in check.note for check in checks)
+
+
+def test_nan_in_the_steps_alone_is_found(monkeypatch):
+    """Python's max(0.0, nan) is 0.0."""
+    forward = self_check.DistAttnForCausalLM.forward
+
+    def broken(self, input_ids, past_key_values=None, **options):
+        output = forward(self, input_ids, past_key_values=past_key_values, **options)
+        if past_key_values is not None:
+            output.logits = output.logits * math.nan
+        return output
+
+    monkeypatch.setattr(self_check.DistAttnForCausalLM, "forward", broken)
+    assert not DistanceAttentionTester(SMALL)._mechanism("dot")["passed"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(DistanceAttentionTester, "run_all_tests", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    for out, message in ((tmp_path, "--out must be a file"), (tmp_path / "file" / "x.json", "cannot be written")):
+        run = CliRunner().invoke(app, ["check", "--out", str(out)])
+        assert message in str(run.exception)
+
+
+def test_a_number_that_is_none_is_null_in_json(monkeypatch, tmp_path):
+    for name in [name for name in dir(DistanceAttentionTester) if name.startswith("test_")]:
+        monkeypatch.setattr(DistanceAttentionTester, name, lambda self: [])
+    broken = [self_check.Check("masks", "l2", False, error=math.nan, bound=0.0)]
+    monkeypatch.setattr(DistanceAttentionTester, "test_masks", lambda self: broken)
+    run = CliRunner().invoke(app, ["check", "--json", "--out", str(tmp_path / "check.json")])
+    assert run.exit_code == 1
+    assert json.loads((tmp_path / "check.json").read_text())["checks"][0]["error"] is None
 
 
 def test_a_failure_is_told_and_is_the_exit_code(monkeypatch):

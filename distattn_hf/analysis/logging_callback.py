@@ -1,6 +1,7 @@
 """Log what the attention does while a `Trainer` trains."""
 
 import logging
+from inspect import signature
 from statistics import fmean
 
 import torch
@@ -12,6 +13,7 @@ from .statistics import measure
 
 logger = logging.getLogger(__name__)
 
+_INPUTS = {"input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"}
 _REMEDY = (
     "a smaller learning rate for λ and α (learning_rates.attention), no weight decay on parameters named .distattn., a "
     "smaller lam, or a logit_clip or a larger temperature in a layer of your own widen it"
@@ -28,7 +30,7 @@ class AttentionLoggingCallback(TrainerCallback):
 
     Args:
         every: optimizer steps between two looks.
-        rows, tokens: of the batch, at most.
+        rows, tokens: of the batch, at most; all of them where it holds more than rows of tokens (4-D masks, pictures).
 
     `AttentionLoggingCallback(every=100).add_to(trainer)` puts the numbers into everything that the trainer logs to,
     TensorBoard included. Given as `callbacks=[...]` it comes after those and reaches the trainer's log history and
@@ -48,6 +50,7 @@ class AttentionLoggingCallback(TrainerCallback):
         self._handle = None
         self._collapsed: set[tuple[str, int]] = set()
         self._pending: dict[str, float] = {}
+        self._said = False
 
     def add_to(self, trainer: Trainer) -> "AttentionLoggingCallback":
         """Add this callback to a trainer, and log through it; return the callback."""
@@ -57,6 +60,7 @@ class AttentionLoggingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Say what is not reached."""
+        self._forget()  # of a run that ended within a step
         reached = [name for name in args.report_to or [] if name != "none"]
         if self.trainer is None and reached:
             logger.warning(
@@ -67,26 +71,36 @@ class AttentionLoggingCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Keep the first batch of a step that is looked at."""
         if (state.global_step + 1) % self.every == 0:
-            self._batch = None
+            self._forget()
             self._handle = model.register_forward_pre_hook(self._keep, with_kwargs=True)
 
+    def _forget(self):
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._batch = None
+
     def _keep(self, module, arguments, keywords):
-        if self._batch is None and not arguments:
-            self._batch = {
-                name: tensor[: self.rows, : self.tokens] if tensor.dim() == 2 else tensor[: self.rows]
-                for name, tensor in keywords.items()
-                if isinstance(tensor, torch.Tensor) and tensor.dim() and name != "labels"
-            }
+        if self._batch is None:
+            inner = _unwrapped(module)
+            named = dict(zip(signature(inner.forward).parameters, arguments, strict=False)) | keywords
+            tensors = {name: t for name, t in named.items() if isinstance(t, torch.Tensor) and t.dim()}
+            if not (inner.config.is_encoder_decoder and "decoder_input_ids" not in tensors):
+                tensors.pop("labels", None)  # else what the decoder reads is made of them
+            self._batch = _cut(tensors, self.rows, self.tokens)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Measure and log."""
         if self._handle is None:
             return
-        self._handle.remove()
-        batch, self._handle, self._batch = self._batch, None, None
-        if not state.is_world_process_zero or batch is None:
+        batch = self._batch
+        self._forget()
+        if not batch:
+            if not self._said:
+                logger.warning("AttentionLoggingCallback logs nothing: the step did not call the model with tensors")
+            self._said = True
             return
-        numbers = self._measure(_unwrapped(model), batch)
+        # By every process: a model that is cut up over them (FSDP) runs on all or none.
+        numbers = self._measure(_unwrapped(model), batch, state.is_world_process_zero)
         if self.trainer is not None:
             self.trainer.log(numbers)
         else:
@@ -100,7 +114,7 @@ class AttentionLoggingCallback(TrainerCallback):
             state.log_history[-1].update(self._pending)
             self._pending = {}
 
-    def _measure(self, model, batch: dict) -> dict[str, float]:
+    def _measure(self, model, batch: dict, warn: bool) -> dict[str, float]:
         modes = {module: module.training for module in model.modules()}
         try:
             model.eval()
@@ -114,7 +128,8 @@ class AttentionLoggingCallback(TrainerCallback):
             heads = statistics.of(module)
             for name in ("entropy", "maximum", "collapsed"):
                 numbers[f"attention/{module}/{name}"] = fmean(float(getattr(head, name)) for head in heads)
-            self._warn(module, heads)
+            if warn:
+                self._warn(module, heads)
         for name, state in _states(model).items():
             for group in state:
                 for what, values in group.reported_values().items():
@@ -132,6 +147,23 @@ class AttentionLoggingCallback(TrainerCallback):
                     f"mean largest weight {head.maximum:.3f} (entropy < {COLLAPSED_ENTROPY} or weight > "
                     f"{COLLAPSED_WEIGHT}); {_REMEDY}"
                 )
+
+
+def _cut(batch: dict, rows: int, tokens: int) -> dict:
+    """Return the first rows of a batch and so many tokens of each, at the end where padding is on the left.
+
+    Tokens are cut where all tensors are (B,) or (B, N), rows where all are (B, ...) or (1, ...): what else there is
+    (4-D masks, embeddings, pictures, sound, packed sequences) belongs to whole texts or batches.
+    """
+    size = max(len(tensor) for name, tensor in batch.items() if name in _INPUTS) if _INPUTS & batch.keys() else None
+    if any(len(tensor) not in (1, size) for tensor in batch.values()):
+        return batch
+    if "input_values" not in batch and all(tensor.dim() <= 2 for tensor in batch.values()):
+        mask = batch.get("attention_mask")
+        left = mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all())
+        kept = slice(-tokens, None) if left else slice(tokens)
+        batch = {name: tensor[:, kept] if tensor.dim() == 2 else tensor for name, tensor in batch.items()}
+    return {name: tensor if len(tensor) == 1 else tensor[:rows] for name, tensor in batch.items()}
 
 
 def _unwrapped(model):

@@ -91,7 +91,7 @@ def padding_of(model, call, batch: dict) -> tuple[Tensor, Tensor]:
     keys = batch.get("attention_mask") if is_cross else queries
 
     def checked(mask, length):
-        if mask is None or mask.shape[-1] != length:
+        if mask is None or mask.dim() != 2 or mask.shape[-1] != length:
             return torch.ones(size, length, dtype=torch.bool, device=call.query.device)
         return mask.bool().expand(size, length)
 

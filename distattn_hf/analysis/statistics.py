@@ -216,7 +216,9 @@ def measure(model, batches: list[dict], tokenizer=None, *, progress: bool = Fals
     texts = tokens = 0
     for batch in tqdm(batches, desc="attention statistics", disable=not progress, leave=False):
         run_watched(model, batch, lambda call, batch=batch: collector.add(call, batch))
-        ids = batch[model.main_input_name]
+        # Models of tokens take their embeddings, too.
+        ids = batch[model.main_input_name if model.main_input_name in batch else "inputs_embeds"]
+        mask = batch.get("attention_mask")
         texts += len(ids)
-        tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else ids.shape[0] * ids.shape[1]
+        tokens += ids.shape[0] * ids.shape[1] if mask is None or mask.dim() != 2 else int(mask.sum())
     return collector.result(texts, tokens)

@@ -24,10 +24,15 @@ def check(
     converted models, saving and loading; which backend runs what and why, and its speed beside PyTorch's attention.
     Exit code 1 if anything failed. `scripts/gpu_check.sh` checks a GPU's kernels at length.
     """
+    from ..storage.folders import check_writable, json_values, write_json
+
+    if out is not None:
+        if out.is_dir():
+            raise ValueError(f"--out must be a file, got the folder {str(out)!r}")
+        check_writable(out)
     start()
     from ..benchmark.self_check import DistanceAttentionTester, TestConfig
     from ..benchmark.self_check_results import lines
-    from ..storage.folders import write_json
 
     tester = DistanceAttentionTester(TestConfig(device=device))
     seen: list[str] = []
@@ -38,8 +43,8 @@ def check(
             say(f"{found.group} ...")
 
     report = tester.run_all_tests(echo=progress if sys.stderr.isatty() else None)
+    print(json.dumps(json_values(report), indent=1) if as_json else "\n".join(lines(report)))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, report)
-    print(json.dumps(report, indent=1) if as_json else "\n".join(lines(report)))
+        write_json(out, json_values(report))
     raise typer.Exit(int(report["summary"]["failed"] > 0))

@@ -146,6 +146,8 @@ def convert(
     from ..storage.folders import check_output
 
     check_output(out, overwrite)
+    if adapter and Path(source).is_dir() and Path(source).resolve() == Path(out).resolve():
+        raise ValueError(f"--adapter is loaded onto its source, so it cannot replace {source!r}; give another folder")
     begin(source)
     from ..conversion import convert as conversion
     from ..conversion import fold

@@ -75,10 +75,16 @@ def evaluate(
         raise ValueError(f"{flag(name)} does nothing {f'with --task {task}' if task else 'without --task'}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
+    if out is not None:
+        from ..storage.folders import check_writable
+
+        check_writable(out / "any")
     if data is None and task not in _LONG:
         raise ValueError(f"--data must be given. {DATA}")
     if task == "generation" and against is None:
         raise ValueError("--task generation compares with a teacher: give --against")
+    if against == path:
+        raise ValueError(f"--against must be another model than the one that is evaluated, got {against!r} twice")
     lengths, depths = read_numbers("lengths", lengths), read_numbers("depths", depths, float)
     begin(path, against)
     if task == "classification":
@@ -163,11 +169,12 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
 
 def _report(about: dict, rows: list[dict], table: str, as_json: bool, out: Path | None, figure=None) -> None:
     """Print the rows, and write them with where they come from, and the figure, into a folder."""
-    result = {**about, "rows": rows}
+    from ..storage.folders import json_values, write_json
+
+    result = json_values({**about, "rows": rows})
     print(json.dumps(result, indent=1) if as_json else table)
     if out is not None:
         from ..benchmark.results import provenance
-        from ..storage.folders import write_json
 
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / f"{about['task']}.json", {**provenance("cpu"), **result})

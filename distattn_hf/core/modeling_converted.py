@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from .attention_spec import OPTIONS, AttentionSpec
-from .base_weights import put_on_base
+from .base_weights import put_on_base, without_base
 from .compatibility import check_transformers
 from .configuration_distattn import (
     CLASS_PREFIX,
@@ -66,6 +66,10 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
                 "{'specs': [AttentionSpec(...).to_dict()]} or use distattn_hf.convert on a pretrained model"
             )
         config._attn_implementation = self._resolve(config._attn_implementation, config)
+        if "base" in config.distattn:
+            # An adapter's config; the model made of it has all weights, and so has what it saves.
+            config = copy.deepcopy(config)
+            config.distattn = without_base(config.distattn)
         super().__init__(config, *args, **kwargs)
 
     def _resolve(self, requested, config) -> str:
@@ -151,7 +155,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         """
         # A name that the base model's config has is its own.
         chosen = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs and not hasattr(cls.config_class, name)}
-        whole = put_on_base(cls, pretrained_model_name_or_path, base_model, kwargs)
+        base_name, whole = put_on_base(cls, pretrained_model_name_or_path, base_model, kwargs)
         if whole is None:
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         else:
@@ -159,6 +163,8 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         model = result[0] if isinstance(result, tuple) else result
         if whole is not None:
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+            # What a further adapter of it is saved beside.
+            model.converted_from = base_name
         if chosen:
             model.set_attention_options(**chosen)
         if pretrained_model_name_or_path is not None:

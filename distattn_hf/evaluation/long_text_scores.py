@@ -143,7 +143,9 @@ def score_questions(model, asked: list[Question], task: str, bar=None) -> dict[s
 def answer_logits(model, question: Question) -> Tensor:
     """Return the logits (answer, V), in float32, of which each predicts the next token of the answer."""
     ids = question.ids.to(model.device)
-    return model(input_ids=ids, use_cache=False, logits_to_keep=question.answer + 1).logits[0, :-1].float()
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=question.answer + 1).logits[0]
+    # A model that takes any argument may know nothing of this one, and give all.
+    return logits[-question.answer - 1 : -1].float()
 
 
 @torch.no_grad()
@@ -187,5 +189,6 @@ def score_table(rows: list[dict]) -> str:
         return frame.drop(columns=counts).to_string(index=False, float_format="{:.4f}".format)
     grid = frame.pivot_table("exact", ["model", "length"], "depth", sort=False)
     grid["all"] = grid.mean(axis=1)
-    grid["log-loss"] = frame.pivot_table("log_loss", ["model", "length"], sort=False)["log_loss"]
+    # dropna: a model may give NaN everywhere.
+    grid["log-loss"] = frame.pivot_table("log_loss", ["model", "length"], sort=False, dropna=False)["log_loss"]
     return f"share of exact answers, by depth:\n{grid.to_string(float_format='{:.2f}'.format)}"

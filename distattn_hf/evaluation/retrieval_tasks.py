@@ -146,6 +146,7 @@ def questions(
     Raises `ValueError` for what is no such task, and where text, length or tokenizer do not allow it.
     """
     if task in RETRIEVAL_TASKS:
+        depth = float(depth)  # 0 is 0.0, the same texts
         draws = (random.Random(f"{task} {depth} {sample}") for sample in range(samples))
         return [RETRIEVAL_TASKS[task](text, length, depth, draw) for draw in draws]
     if task not in LONG_TEXT_TASKS:

@@ -1,14 +1,13 @@
 """The rows of an experiment in one JSON file, each kept as soon as it is measured."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from ..benchmark.results import provenance
-from ..storage.folders import write_json
+from ..storage.folders import json_values, write_json
 
 
 class Record:
@@ -32,7 +31,7 @@ class Record:
 
     def __init__(self, path: str | Path, experiment: str, options, *, axes: tuple[str, ...] = (), echo=print):
         self.path, self.echo = Path(path), echo
-        values = _as_json(asdict(options))
+        values = json_values(asdict(options))
         self.content = {"experiment": experiment, "options": values, "runs": [], "rows": []}
         self._run: int | None = None
         if self.path.is_file():
@@ -55,11 +54,11 @@ class Record:
 
         measure: returns the values, {name: number, text or list}. Raises `ValueError` for a value with a key's name.
         """
-        key = _as_json(key)
+        key = json_values(key)
         stored = next((row for row in self.content["rows"] if row["key"] == key), None)
         if stored is None:
             started = time.perf_counter()
-            values = _as_json(measure())
+            values = json_values(measure())
             if clash := key.keys() & values.keys():
                 raise ValueError(f"a row's values must have other names than its key, got {sorted(clash)} in both")
             stored = {"key": key, "values": values, "seconds": round(time.perf_counter() - started, 2)}
@@ -87,16 +86,9 @@ def _read(path: Path, experiment: str) -> dict:
     if not isinstance(content, dict) or content.get("experiment") != experiment:
         of = content.get("experiment") if isinstance(content, dict) else None
         raise ValueError(f"{str(path)!r} must be a record of experiment {experiment!r}, got one of {of!r}")
+    if missing := {"options", "runs", "rows"} - content.keys():
+        raise ValueError(f"{str(path)!r} is no whole record of an experiment: it lacks {', '.join(sorted(missing))}")
     return content
-
-
-def _as_json(value):
-    """Return what JSON keeps of a value: lists for tuples, None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {str(name): _as_json(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(row: dict) -> str:

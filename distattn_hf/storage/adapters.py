@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from ..core.base_weights import ADAPTER_NAME, digest, tied_names
 from ..core.modeling_converted import DistAttnModelMixin, model_class_for
+from .embedded import EMBEDDED
 from .folders import staging_folder
-from .models import check_weights
+from .models import check_weights, load_checkpoint
 
 
 def save_adapter(
@@ -29,15 +30,17 @@ def save_adapter(
     Args:
         model: what `convert` returned, trained or not.
         folder: replaced only with `overwrite`.
-        base: the teacher, or where to load it from; None: where the model says that it came from.
-        base_name: a Hub name or folder to record in place of the base's own.
+        base: the teacher, or where to load it from: a folder, a Hub name or an embedded checkpoint's name; None: where
+            the model says that it came from.
+        base_name: a name of that kind to record in place of the base's own.
         tokenizer: saved beside.
 
     Returns:
         {"base", "tensors", "bytes", "changed": names of the base's own tensors that are saved, too}.
 
     Raises:
-        ValueError: no converted model, adapters or quantised weights in it, a base of another class or without a name.
+        ValueError: no converted model, adapters or quantised weights in it, a base of another class or without a name,
+            or the base's own folder to save to.
         OSError: where the base cannot be loaded.
     """
     if not isinstance(model, DistAttnModelMixin):
@@ -46,12 +49,16 @@ def save_adapter(
         raise ValueError(f"{type(model).__name__} holds PEFT adapters; merge them first (merge_and_unload)")
     check_weights(model, "saving an adapter of it")
     if not isinstance(base, PreTrainedModel):
+        if str(base) in EMBEDDED:
+            base_name = base_name or str(base)
         base = _load(model, base)
     if type(base) is not model.base_class:
         raise ValueError(f"base must be a {model.base_class.__name__}, got {type(base).__name__}")
     name = str(base_name or base.config.name_or_path or "")
     if not name:
         raise ValueError("base has no name_or_path to load it by again; give base_name=, a Hub name or a folder")
+    if Path(name).is_dir() and Path(name).resolve() == Path(folder).resolve():
+        raise ValueError(f"{str(folder)!r} is the base's own folder, which the adapter needs; give another one")
     original, tied = base.state_dict(), tied_names(model)
     kept = {
         key: tensor.detach().cpu().contiguous().clone()
@@ -71,7 +78,8 @@ def save_adapter(
         finally:
             model.config.distattn = block
             model.name_or_path = model.config.name_or_path = own_name or str(folder)
-        (out / "model.safetensors").unlink()
+        # Not there where nothing is fitted: an exact conversion, or retrieval's.
+        (out / "model.safetensors").unlink(missing_ok=True)
         save_file(kept, out / ADAPTER_NAME, {"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
@@ -88,13 +96,16 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, **arguments) -> Pre
     """
     if isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is converted already; an adapter goes on the model it came from")
+    check_weights(model, "putting an adapter on it")
     return model_class_for(type(model)).from_pretrained(folder, base_model=model, **arguments).eval()
 
 
 def _load(model: PreTrainedModel, base: str | None) -> PreTrainedModel:
-    name = base or model.converted_from or model.config.name_or_path
+    name = str(base or model.converted_from or model.config.name_or_path or "")
     if not name:
         raise ValueError("base: this model does not know what it was converted from; give base=, the teacher")
+    if name in EMBEDDED:
+        return load_checkpoint(name, dtype=model.dtype)[0]
     try:
         return model.base_class.from_pretrained(name, dtype=model.dtype)
     except OSError as error:

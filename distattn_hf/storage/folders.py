@@ -1,6 +1,7 @@
 """Write a folder so that under its final name it is either complete or not there."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .companions import Source, copy_companions
+from .embedded import EMBEDDED
 
 # transformers.utils.CONFIG_NAME; not imported, so that `check_output` needs no torch.
 CONFIG_NAME = "config.json"
@@ -107,7 +109,9 @@ def save_checkpoint(
         if adapter_of is None:
             model.save_pretrained(folder)
         else:
-            model.save_adapter(folder, base=adapter_of)
+            # An embedded checkpoint is the base by that name: on the Hub its model may have other weights.
+            name = source.name if isinstance(source, Source) else source
+            model.save_adapter(folder, base=adapter_of, base_name=name if name in EMBEDDED else None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for name, note in (notes or {}).items():
@@ -128,6 +132,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `ValueError` where no file or folder of this name can be made: to be found out before hours of work."""
+    there = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{str(path)!r} cannot be written: {str(there)!r} is no folder that can be written to")
+
+
+def json_values(value):
+    """Return what JSON keeps of a value: lists for tuples, None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {str(name): json_values(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, report: dict, allow_nan: bool = False) -> None:

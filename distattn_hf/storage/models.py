@@ -129,7 +129,9 @@ def check_weights(model: PreTrainedModel, doing: str) -> None:
     """
     for name, module in model.named_modules():
         # torch.ao's layers have a method of that name, GPTQ's and AWQ's packed weights another name.
-        if callable(getattr(module, "weight", None)) or hasattr(module, "qweight"):
+        # (A module called so is none of these: torch's parametrizations, as of weight norm, are.)
+        weight = getattr(module, "weight", None)
+        if (callable(weight) and not isinstance(weight, torch.nn.Module)) or hasattr(module, "qweight"):
             raise ValueError(_QUANTISED.format(name=f"{name}.weight", kind=type(module).__name__, doing=doing))
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):

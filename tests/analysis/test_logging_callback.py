@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from distattn_hf import AttentionLoggingCallback, DistAttnConfig, convert
 from distattn_hf.analysis.statistics import measure
-from tests.conversion.models import VOCAB, gpt2
+from tests.conversion.models import VOCAB, gpt2, t5
 
 
 def rows(count: int = 8, length: int = 12) -> list[dict]:
@@ -17,10 +17,10 @@ def rows(count: int = 8, length: int = 12) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer(model, folder, callbacks=(), **options):
+def trainer(model, folder, callbacks=(), kind=Trainer, **options):
     arguments = {"max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [], "use_cpu": True}
     arguments |= {"per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True, "seed": 0}
-    return Trainer(
+    return kind(
         model, TrainingArguments(str(folder), **arguments | options), train_dataset=rows(), callbacks=list(callbacks)
     )
 
@@ -90,6 +90,48 @@ def test_native_and_untouched_models_and_accumulated_steps(tmp_path):
         logged = [entry for entry in run.state.log_history if f"attention/{name}/maximum" in entry]
         assert len(logged) == 1
         assert (f"attention/{name}/lambda" in logged[0]) == has_lambda
+
+
+class ByPosition(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        output = model(inputs["input_ids"], labels=inputs["labels"])
+        return (output.loss, output) if return_outputs else output.loss
+
+
+def also(**entries) -> list[dict]:
+    return [{**row, **entries} for row in rows()]
+
+
+def embedded() -> list[dict]:
+    return [{"inputs_embeds": torch.randn(12, 32), "labels": row["labels"]} for row in rows()]
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "kind"),
+    [
+        (gpt2, also(attention_mask=torch.ones(1, 12, 12).tril().bool()), Trainer),
+        (gpt2, embedded(), Trainer),
+        (t5, rows(), Trainer),  # the decoder reads the labels
+        (gpt2, rows(), ByPosition),
+    ],
+    ids=["4-D mask", "embeddings", "labels alone", "by position"],
+)
+def test_whatever_the_model_is_called_with(make, data, kind, tmp_path):
+    """rows and tokens below the batch's: what is cut fits together."""
+    model = convert(make(), "l2", init="plain")
+    run = trainer(model, tmp_path, [AttentionLoggingCallback(1, rows=1, tokens=8)], max_steps=1, kind=kind)
+    run.train_dataset = data
+    run.train()
+    entropies = [value for name, value in run.state.log_history[0].items() if name.endswith("/entropy")]
+    assert len(entropies) == len(model.attention_states)
+    assert min(entropies) > 0
+
+
+def test_of_texts_padded_on_the_left_the_end_is_looked_at(tmp_path):
+    run = trainer(student(), tmp_path, [AttentionLoggingCallback(1, tokens=8)], max_steps=1)
+    run.train_dataset = also(attention_mask=torch.tensor([0] * 9 + [1] * 3))
+    run.train()
+    assert run.state.log_history[0]["attention/h.0.attn/entropy"] > 0.1
 
 
 def test_bad_numbers_are_refused():

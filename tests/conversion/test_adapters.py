@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_adapter, load_checkpoint, save_adapter
@@ -172,6 +172,93 @@ def test_bad_input_is_refused_and_changes_nothing(tmp_path):
     assert [file.name for file in (tmp_path / "adapter").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "out").exists()
     assert "base" not in student.config.distattn
+
+
+@pytest.mark.parametrize(
+    ("spec", "init"), [("sqeuclidean", "exact"), (AttentionSpec(mechanism="retrieval", window_size=4), None)]
+)
+def test_a_conversion_that_fits_nothing_is_an_empty_adapter(spec, init, tmp_path):
+    base = saved_base(llama(), tmp_path / "base")
+    student = convert(base, spec, init=init) if init else convert(base, spec)
+    assert student.save_adapter(tmp_path / "adapter")["tensors"] == 0
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()).equal(logits(student))
+
+
+def test_training_what_was_put_on_a_model_leaves_that_model_alone(tmp_path):
+    base = saved_base(gpt2(), tmp_path / "base")
+    converted(base, "l2").save_adapter(tmp_path / "adapter")
+    before, loaded = logits(base), load_adapter(base, tmp_path / "adapter")
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(0.1)
+    assert logits(base).equal(before)
+
+
+def test_an_adapter_goes_on_as_one(tmp_path):
+    """Loaded, trained on and saved as an adapter of the same base; and a fresh model by its config has no base."""
+    base = saved_base(gpt2(), tmp_path / "base")
+    converted(base, "l2").save_adapter(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with torch.no_grad():
+        loaded.attention_states["h.0.attn"].groups[0].log_lambda += 0.1
+    told = loaded.save_adapter(tmp_path / "next")
+    assert (told["base"], told["changed"]) == (str(tmp_path / "base"), [])
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "next").eval()).equal(logits(loaded))
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_config(config).eval()
+    fresh.save_pretrained(tmp_path / "fresh")
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "fresh").eval()).equal(logits(fresh))
+    assert "base" in config.distattn
+
+
+def test_a_base_of_a_class_of_ones_own_is_given(tmp_path):
+    class Mine(GPT2LMHeadModel):
+        pass
+
+    base = saved_base(gpt2(Mine), tmp_path / "base")
+    student = converted(base, "l2")
+    student.save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is a Mine, which transformers does not have; give base_model="):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert logits(load_adapter(base, tmp_path / "adapter")).equal(logits(student))
+
+
+def test_an_embedded_checkpoint_is_the_base_by_its_name(tmp_path, monkeypatch):
+    """The model of that name on the Hub may have other weights: SmolLM2's are read from GGUF."""
+    made = gpt2()
+    made.config.name_or_path = "somebody/on-the-hub"
+    monkeypatch.setattr("distattn_hf.storage.models._load_embedded", lambda checkpoint: (copy.deepcopy(made), None))
+    monkeypatch.setattr("distattn_hf.storage.embedded.EmbeddedCheckpoint.folder", lambda checkpoint: tmp_path)
+    run = CliRunner().invoke(
+        app, ["convert", "iglm", str(tmp_path / "out"), "--init=plain", "--metric=l2", "--adapter"]
+    )
+    assert run.exit_code == 0, run.output
+    student = convert(made, "l2", init="plain")
+    assert logits(load_checkpoint(tmp_path / "out")[0]).equal(logits(student))
+    assert student.save_adapter(tmp_path / "again", base="iglm")["base"] == "iglm"
+    with pytest.raises(ValueError, match="is an adapter of 'iglm', which only machines with the PyPI package 'iglm'"):
+        read_folder(tmp_path / "out")
+
+
+def test_the_base_is_not_replaced_and_must_be_here_and_the_whole_may_be_offloaded(tmp_path):
+    base = saved_base(gpt2(), tmp_path / "base")
+    student = converted(base, "l2")
+    with pytest.raises(ValueError, match="is the base's own folder"):
+        student.save_adapter(tmp_path / "base", overwrite=True)
+    place = str(tmp_path / "base")
+    run = CliRunner().invoke(app, ["convert", place, place, "--init=plain", "--metric=l2", "--adapter", "--overwrite"])
+    assert "--adapter is loaded onto its source" in str(run.exception)
+    student.save_adapter(tmp_path / "adapter")
+    with torch.device("meta"):
+        nowhere = type(base)(base.config)
+    with pytest.raises(ValueError, match="on the meta device .* before putting an adapter on it"):
+        load_adapter(nowhere, tmp_path / "adapter")
+    places = dict.fromkeys(("transformer.wte", "transformer.wpe", "transformer.h.0", "transformer.ln_f"), "cpu")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "adapter", device_map={**places, "transformer.h.1": "disk", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )  # fmt: skip
+    assert logits(offloaded).equal(logits(student))
 
 
 def test_a_full_checkpoint_takes_no_base(tmp_path):

@@ -63,6 +63,45 @@ def test_the_exact_layer_is_pytorchs(options, call):
     assert type(layer) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_the_causal_hint_hides_no_key_of_the_layers_own(options):
+    layer = multihead(batch_first=True, **options)
+    exact, x = replace_attention(layer, "sqeuclidean", init="exact"), torch.randn(2, 6, SIZE).double()
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    # PyTorch reads the mask where weights are asked for.
+    expected, _ = layer(x, x, x, attn_mask=mask)
+    for call in ({"attn_mask": mask}, {"attn_mask": mask, "need_weights": False}, {}):
+        assert torch.allclose(exact(x, x, x, is_causal=True, **call)[0], expected, atol=1e-10)
+
+
+def test_what_is_shared_stays_shared():
+    """A layer in two places, a layer inside a shared one, and a weight of two layers; and a hook stays."""
+    block, other, calls = nn.TransformerEncoderLayer(SIZE, HEADS), multihead(), []
+    other.in_proj_weight = block.self_attn.in_proj_weight
+    other.register_forward_hook(lambda *_: calls.append(1))
+    model = nn.ModuleDict({"own": block.self_attn, "blocks": nn.ModuleList([block, block]), "other": other})
+    plain = replace_attention(model, "l2", init="plain")
+    assert plain["own"] is plain["blocks"][0].self_attn is plain["blocks"][1].self_attn
+    assert plain["other"].in_proj_weight is plain["own"].in_proj_weight is not block.self_attn.in_proj_weight
+    assert plain.replaced.keys() == {"own", "blocks.0.self_attn", "blocks.1.self_attn", "other"}
+    plain["other"].float()(*[torch.randn(3, SIZE)] * 3)
+    assert calls == [1]
+    assert type(block.self_attn) is nn.MultiheadAttention
+
+
+def test_code_of_a_subclass_is_not_lost():
+    class Rotated(nn.MultiheadAttention):
+        def forward(self, query, key, value, **options):
+            return super().forward(-query, key, value, **options)
+
+    with pytest.raises(ValueError, match="^0: .*Rotated is not torch.nn.MultiheadAttention itself"):
+        replace_attention(nn.Sequential(Rotated(SIZE, HEADS)), init="plain")
+    parametrised = multihead()
+    nn.utils.parametrizations.weight_norm(parametrised, "in_proj_weight")
+    with pytest.raises(ValueError, match="is not torch.nn.MultiheadAttention itself"):
+        DistanceMultiheadAttention.from_multihead(parametrised, "l2")
+
+
 def test_without_a_batch():
     layer, x = multihead(), torch.randn(5, SIZE).double()
     expected, output = layer(x, x, x), replace_attention(layer, "sqeuclidean", init="exact")(x, x, x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Wav2Vec2Config, Wav2Vec2Model
 
 from distattn_hf import AttentionSpec, convert, fold_alpha, revert
 from tests.conversion.models import FAMILIES, gpt2, llama, token_batch
@@ -49,6 +49,18 @@ def packed():
 def test_quantised_teachers(teacher):
     with pytest.raises(ValueError, match=WAY):
         convert(teacher(), SPEC, init="plain")
+
+
+def test_a_parametrised_weight_is_not_quantised():
+    """wav2vec 2.0's convolution has weight norm."""
+    model = Wav2Vec2Model(
+        Wav2Vec2Config(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, conv_dim=(16, 16),
+            conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+        )
+    ).eval()  # fmt: skip
+    sound, student = torch.randn(1, 800), convert(model, AttentionSpec(), init="exact")
+    assert torch.allclose(student(sound).last_hidden_state, model(sound).last_hidden_state, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

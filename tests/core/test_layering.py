@@ -40,6 +40,7 @@ MOST_FILES = {"converted": 46, "native": 58, "native, encoder-decoder": 59}
 
 # What files of core/ import from above, inside `try`: without the package a checkpoint's own code does without.
 AT_HOME = {
+    "base_weights.py": {"distattn_hf.storage.models"},
     "families.py": {"distattn_hf.analysis.monitor"},
     "modeling_converted.py": {"distattn_hf.conversion.report", "distattn_hf.storage.adapters"},
 }

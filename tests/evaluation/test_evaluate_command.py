@@ -89,6 +89,7 @@ def test_labels(folder, tmp_path):
         ),
         (["minilm", "--task", "passkey"], "task 'passkey' needs a causal language model, and 'minilm' is BertModel"),
         (["L2", "--task", "generation"], "--task generation compares with a teacher: give --against"),
+        (["L2", "--task", "generation", "--against", "L2"], "--against must be another model than"),
         (["L2", "--task", "perplexity", "--depths", "0"], "--depths does nothing with --task perplexity"),
         (["L2", "--samples", "3"], "--samples does nothing without --task"),
         (["L2", "--task", "kv", "--out", "FILE"], "--out must be a folder, got the file"),

@@ -1,5 +1,6 @@
 """Scores of real (tiny) models on long texts, beside what is worked out another way; and what is refused."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from distattn_hf.data.sources import read_texts
 from distattn_hf.evaluation.long_text_scores import (
     LongTextOptions,
     agreement,
+    answer_logits,
     continuations,
     evaluate_long_texts,
     score_table,
@@ -45,6 +47,23 @@ def test_perplexity_and_log_loss_are_the_models_own(english):
         if task == "perplexity":
             assert row["perplexity"] == pytest.approx(math.exp(row["log_loss"]))
             assert (row["tokens"], row["samples"], "depth" in row) == (48, 2, False)
+
+
+@torch.no_grad()
+def test_a_model_that_gives_all_logits_is_scored_on_the_last(english):
+    model, text = english
+    (question,) = LongTextOptions("passkey", (120,), samples=1).questions(text, 120, 0)
+    whole = copy.deepcopy(model)
+    whole.forward = lambda logits_to_keep=0, **arguments: model(**arguments)
+    assert torch.allclose(answer_logits(whole, question), answer_logits(model, question), atol=1e-5)
+    assert LongTextOptions("passkey", (120,), samples=1).questions(text, 120, 0.0)[0].ids.equal(question.ids)
+
+
+def test_a_model_that_gives_nan_has_a_table(english):
+    model = copy.deepcopy(english[0])
+    model.transformer.wpe.weight.data.fill_(math.nan)
+    rows = evaluate_long_texts({"m": model}, english[1], LongTextOptions("passkey", (120,), (0, 1), samples=1))
+    assert "NaN" in score_table(rows)
 
 
 def test_agreement_counts_tokens_at_the_same_place():

@@ -78,6 +78,9 @@ def test_other_options_are_refused_by_name_but_more_rows_are_not(squares, tmp_pa
     assert (tmp_path / "squares.json").read_bytes() == before
     with pytest.raises(ValueError, match="must be a record of experiment 'cubes', got one of 'squares'"):
         Record(tmp_path / "squares.json", "cubes", Options())
+    (tmp_path / "squares.json").write_text('{"experiment": "squares", "rows": []}')
+    with pytest.raises(ValueError, match="is no whole record of an experiment: it lacks options, runs"):
+        Record(tmp_path / "squares.json", "squares", Options())
 
 
 def test_a_key_is_a_whole_key(tmp_path):
