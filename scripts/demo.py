@@ -1,20 +1,13 @@
-"""A tour on real checkpoints: choose an attention, read long text, fine-tune, save, reload, look: a table and a page."""
+"""A tour on real checkpoints: choose an attention, read long text, fine-tune, reload, look: a table and a page."""
 
 import argparse
-import math
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from distattn_hf import AttentionSpec, CalibrationOptions, convert, load_checkpoint
@@ -39,7 +32,7 @@ def choices(articles: list[dict]) -> list[list[str]]:
     """MiniLM (BERT): title to article, among articles that no fit saw, with each kind of attention."""
     model, tokenizer = load_checkpoint("minilm")
     texts = [article["text"] for article in articles[:48]]
-    pairs = [(article["title"], article["text"]) for article in articles[-60:]]
+    pairs = [(article["title"], article["text"]) for article in articles[-40:]]
     options = EvaluationOptions(progress=False)
     teacher = evaluate_model(model, tokenizer, [], pairs=pairs, options=options)["mrr"]
     rows = [["MiniLM (BERT)", "untouched", "", "mean reciprocal rank", f"{teacher:.4f}", ""]]
@@ -54,7 +47,7 @@ def choices(articles: list[dict]) -> list[list[str]]:
         given = {"calibration": texts, "tokenizer": tokenizer, "options": FIT} if init == "calibrated" else {}
         student = convert(model, spec, init=init, **given)
         score = evaluate_model(student, tokenizer, [], pairs=pairs, options=options)["mrr"]
-        cosine = embedding_agreement(student, model, tokenizer, [text for _, text in pairs[:32]], options)
+        cosine = embedding_agreement(student, model, tokenizer, [text for _, text in pairs[:16]], options)
         rows.append(
             ["MiniLM (BERT)", name, init, "mean reciprocal rank", f"{score:.4f}", f"embeddings' cosine {cosine:.4f}"]
         )
@@ -90,7 +83,7 @@ def fine_tuned(folder: Path) -> list[list[str]]:
     texts = read_texts(str(GPT2 / "heldout.txt"))
     train, held_out = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     student = convert(teacher, "l2", calibration=train, tokenizer=tokenizer, options=FIT)
-    options = EvaluationOptions(max_length=256, max_tokens=4096, progress=False)
+    options = EvaluationOptions(max_length=256, max_tokens=2048, progress=False)
 
     def perplexity(model):
         return evaluate_model(model, tokenizer, held_out, options=options)["perplexity"]
@@ -113,23 +106,23 @@ def fine_tuned(folder: Path) -> list[list[str]]:
     written = reloaded.generate(**prompt, max_new_tokens=16, do_sample=False)
     print(f"saved, and reloaded as {type(reloaded).__name__}: logits bit-equal: {same}")
     print(f"it writes: {tokenizer.decode(written[0], skip_special_tokens=True)!r}")
-    if not same or not math.isfinite(perplexity(reloaded)):
+    if not same:
         raise SystemExit("the reloaded model differs from the one that was saved")
     look = AnalyseOptions(max_length=64, importance=False)
     report = folder / "report"
-    analyse(folder / "student", held_out[-6:], report, against=folder / "teacher", options=look, overwrite=True)
+    analyse(folder / "student", held_out[-4:], report, against=folder / "teacher", options=look, overwrite=True)
     return rows
 
 
-def train_briefly(model, tokenizer, texts, folder) -> None:
+def train_briefly(model, tokenizer, texts: list[str], folder: Path) -> None:
     """Take twenty steps of plain `Trainer`."""
-    rows = Dataset.from_dict({"input_ids": pack(tokenizer, texts, 128, 64 * 128)[0].tolist()})
+    ids = pack(tokenizer, texts, 128, 64 * 128)[0].tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     arguments = TrainingArguments(
-        str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=1e-4, report_to=[], save_strategy="no",
+        str(folder), max_steps=20, per_device_train_batch_size=4, learning_rate=2e-5, report_to=[], save_strategy="no",
         logging_strategy="no", use_cpu=True, disable_tqdm=True, seed=0,
     )  # fmt: skip
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    Trainer(model, arguments, train_dataset=rows).train()
     model.eval()
 
 

@@ -130,11 +130,11 @@ def parse_heads(texts) -> dict | None:
 
 
 def analyse(
-    path: str,
+    path: str | Path,
     texts,
     out: str | Path,
     *,
-    against: str | None = None,
+    against: str | Path | None = None,
     options: AnalyseOptions | None = None,
     overwrite: bool = False,
 ) -> Analysis:
@@ -158,9 +158,8 @@ def analyse(
                 check_tokenizers(model, tokenizer, teacher_tokenizer)
         if options.importance and _is_encoder(model):
             options = replace(options, pooling=read_pooling(path))
-        analysis, example = analyse_models(
-            model, tokenizer, texts, teacher=teacher, options=options, names=(str(path), against)
-        )
+        names = str(path), None if against is None else str(against)
+        analysis, example = analyse_models(model, tokenizer, texts, teacher=teacher, options=options, names=names)
         card = Scorecard.load(path) if Path(path).is_dir() else None
         analysis.scorecard = None if card is None else card.to_dict()
         write_analysis(analysis, example, folder)

@@ -62,7 +62,7 @@ def written(checkpoints):
     """The folder that a full analysis of the student beside its teacher wrote, and what it returned."""
     out = checkpoints / "report"
     found = analyse(
-        str(checkpoints / "student"), TEXTS, out, against=str(checkpoints / "teacher"), options=OPTIONS
+        checkpoints / "student", TEXTS, out, against=checkpoints / "teacher", options=OPTIONS
     )  # fmt: skip
     return out, found
 
