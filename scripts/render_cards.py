@@ -88,6 +88,7 @@ def rendered() -> dict[Path, str]:
         "earlier": earlier,
         "sweep": sweep,
         "rows": rows,
+        "rows_of": rows,
         "pivot": pivot,
     }
     names = sorted(path.name for path in (CARDS / "templates").glob("*.md.j2"))
