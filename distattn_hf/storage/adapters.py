@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..core.base_weights import ADAPTER_NAME, digest, tied_names
 from ..core.modeling_converted import DistAttnModelMixin, model_class_for
@@ -102,16 +102,28 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, **arguments) -> Pre
 
 def _load(model: PreTrainedModel, base: str | None) -> PreTrainedModel:
     name = str(base or model.converted_from or model.config.name_or_path or "")
+    if base is None and name and name not in EMBEDDED and _is_converted(name):
+        # It was loaded from a full checkpoint, whose report may know the teacher.
+        name = (model.report_as_it_is() or {}).get("base_model") or ""
     if not name:
         raise ValueError("base: this model does not know what it was converted from; give base=, the teacher")
     if name in EMBEDDED:
         return load_checkpoint(name, dtype=model.dtype)[0]
+    if _is_converted(name):
+        raise ValueError(f"base must be the teacher, got {name!r}, which is a converted checkpoint itself")
     try:
         return model.base_class.from_pretrained(name, dtype=model.dtype)
     except OSError as error:
         raise OSError(
             f"the base {name!r} could not be loaded; give base=, the teacher itself or a folder: {error}"
-        ) from (error)
+        ) from error
+
+
+def _is_converted(name: str) -> bool:
+    try:
+        return bool(PreTrainedConfig.get_config_dict(name)[0].get("distattn"))
+    except OSError:
+        return False  # loading it says what is wrong
 
 
 def _same(own: Tensor | None, tensor: Tensor) -> bool:

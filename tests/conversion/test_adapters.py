@@ -261,6 +261,18 @@ def test_the_base_is_not_replaced_and_must_be_here_and_the_whole_may_be_offloade
     assert logits(offloaded).equal(logits(student))
 
 
+def test_a_full_checkpoint_is_no_base(tmp_path):
+    base = saved_base(gpt2(), tmp_path / "base")
+    converted(base, "l2").save_pretrained(tmp_path / "full")
+    loaded = load_checkpoint(tmp_path / "full")[0]
+    with pytest.raises(ValueError, match="does not know what it was converted from; give base="):
+        loaded.save_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"base must be the teacher, got '.*full', which is a converted checkpoint"):
+        loaded.save_adapter(tmp_path / "adapter", base=str(tmp_path / "full"))
+    loaded.save_adapter(tmp_path / "adapter", base=base)
+    assert logits(load_checkpoint(tmp_path / "adapter")[0]).equal(logits(loaded))
+
+
 def test_a_full_checkpoint_takes_no_base(tmp_path):
     base = saved_base(gpt2(), tmp_path / "base")
     converted(base, "l2").save_pretrained(tmp_path / "full")
