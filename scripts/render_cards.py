@@ -41,7 +41,7 @@ def earlier(name: str) -> str:
     return f"{table(found['columns'], found['rows'])}\n\n{note}"
 
 
-def rows(name: str, **where) -> list[dict]:
+def rows_of(name: str, **where) -> list[dict]:
     """Return the rows of an experiment's results whose key or values are these, key and values in one dict."""
     merged = [{**row["key"], **row["values"]} for row in results(name)["rows"]]
     return [row for row in merged if all(row.get(field) == value for field, value in where.items())]
@@ -52,7 +52,7 @@ def pivot(name: str, down: str, across: str, value: str, digits: int = 3, **wher
 
     Of several rows, seeds say, their mean and standard deviation.
     """
-    chosen = [row for row in rows(name, **where) if row.get(value) is not None]
+    chosen = [row for row in rows_of(name, **where) if row.get(value) is not None]
     columns = list(dict.fromkeys(row[across] for row in chosen))
     lines = []
     for head in dict.fromkeys(row[down] for row in chosen):
@@ -87,8 +87,7 @@ def rendered() -> dict[Path, str]:
         "table": table,
         "earlier": earlier,
         "sweep": sweep,
-        "rows": rows,
-        "rows_of": rows,
+        "rows_of": rows_of,
         "pivot": pivot,
     }
     names = sorted(path.name for path in (CARDS / "templates").glob("*.md.j2"))
