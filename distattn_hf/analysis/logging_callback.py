@@ -7,6 +7,7 @@ from statistics import fmean
 import torch
 from transformers import Trainer, TrainerCallback
 
+from ..core.configuration_native import check_integer
 from ..core.discovery import base_prefix
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT
 from .statistics import measure
@@ -42,8 +43,7 @@ class AttentionLoggingCallback(TrainerCallback):
 
     def __init__(self, every: int = 100, rows: int = 4, tokens: int = 512):
         for name, value in (("every", every), ("rows", rows), ("tokens", tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            check_integer(name, value)
         self.every, self.rows, self.tokens = every, rows, tokens
         self.trainer: Trainer | None = None
         self._batch: dict | None = None

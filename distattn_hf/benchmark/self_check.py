@@ -24,6 +24,7 @@ from ..core.configuration_native import DistAttnConfig
 from ..core.mechanisms import MECHANISMS
 from ..core.metrics import get_metric
 from ..core.modeling_distattn import DistAttnForCausalLM, DistAttnForMaskedLM
+from ..data.config import is_integer
 from .exact_options import DTYPES
 from .gpu_check_cases import Case, small_model
 from .gpu_check_cases import check as check_case
@@ -60,8 +61,7 @@ class TestConfig:
 
     def __post_init__(self):
         for name, least in (("batch_size", 1), ("seq_len", 8), ("hidden_size", 2), ("num_heads", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_integer(value := getattr(self, name), least):
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
