@@ -1,6 +1,7 @@
 """What every test shares: its tier, no network, and random numbers that are the same in every run."""
 
 import os
+from logging import getLogger
 
 # Before any import of transformers or huggingface_hub, which read it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,3 +72,11 @@ def own_registries(monkeypatch):
 def fixed_seed():
     """Seed 0 before each test, so that a test gives the same numbers alone and in the whole suite."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_log_levels():
+    """What is called leaves how much is logged as it found it, or tests of warnings fail after it."""
+    levels = {name: getLogger(name).level for name in ("transformers", "distattn_hf")}
+    yield
+    assert {name: getLogger(name).level for name in levels} == levels

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from logging import ERROR, getLogger
 from pathlib import Path
 
 import torch
@@ -26,6 +27,19 @@ from ..analysis.monitor import resident_bytes
 # Least length of a sample, by repeating the call: clocks and scheduling have milliseconds of noise.
 SAMPLE_SECONDS = 5e-3
 _MOST_CALLS = 10_000
+
+
+@contextlib.contextmanager
+def only_errors(*libraries: str):
+    """Keep back these libraries' warnings meanwhile; a decorator as well. The levels that they had come back."""
+    levels = {logger: logger.level for logger in map(getLogger, libraries)}
+    for logger in levels:
+        logger.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def one_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 `distattn check`, or `DistanceAttentionTester(TestConfig(...)).run_all_tests()`.
 """
 
-import contextlib
 import itertools
 import math
 import tempfile
@@ -11,12 +10,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from logging import getLogger
 
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from ..core.attention import distance_attention
 from ..core.backends import BACKENDS, explain_backend
@@ -28,11 +25,10 @@ from ..data.config import is_integer
 from .exact_options import DTYPES
 from .gpu_check_cases import Case, small_model
 from .gpu_check_cases import check as check_case
-from .measure import one_line, peak_megabytes, time_pair
+from .measure import one_line, only_errors, peak_megabytes, time_pair
 from .results import provenance
 from .self_check_results import Check
 
-PACKAGE_LOGGER = getLogger(__package__.partition(".")[0])
 METRICS = (("sqeuclidean", None), ("l2", None), ("l1", None), ("lp", 3.0), ("cosine", None), ("chebyshev", None))
 CONVERTED = ("sqeuclidean exact", "l2", "l1", "cosine", "nystrom", "retrieval", "retrieval l2")
 # Tokens of the timed calls, how many pairs, and seconds at most.
@@ -177,7 +173,7 @@ class DistanceAttentionTester:
 
     def _try(self, group: str, name: str, check: Callable[[], dict]) -> Check:
         try:
-            with _quiet():
+            with only_errors("transformers", "distattn_hf"), warnings.catch_warnings(action="ignore"):
                 found = check()
         except Exception as error:  # whatever it is: it is what this check found
             return Check(group, name, False, note=f"{type(error).__name__}: {one_line(error)}")
@@ -334,21 +330,6 @@ class DistanceAttentionTester:
             memory = [peak_megabytes(call, device) for call in (ours, pytorchs)]
             said += f", {memory[0] / memory[1]:.2f} x its memory"
         return {"passed": None, "note": said}
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keep back what conversions and models say of themselves; a check says what it found."""
-    verbosity, level = logging.get_verbosity(), PACKAGE_LOGGER.level
-    logging.set_verbosity_error()
-    PACKAGE_LOGGER.setLevel("ERROR")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        PACKAGE_LOGGER.setLevel(level)
 
 
 def _label(metric: str, p: float | None) -> str:

@@ -13,10 +13,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
+from ..benchmark.measure import only_errors
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.discovery import find_attention_modules
@@ -144,10 +144,10 @@ def sweep_one(model_type: str) -> Outcome:
     return Outcome(model_type, status, detail)
 
 
+@only_errors("transformers")
 def main(names: list[str]) -> None:
     """Print one line per architecture and the counts."""
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity(50)
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("took too long")))
     counts: dict[str, int] = {}

@@ -9,8 +9,8 @@ import sys
 import time
 
 import torch
-from transformers.utils import logging
 
+from ..benchmark.measure import only_errors
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..data.sources import news_articles
@@ -76,11 +76,11 @@ def smollm2(max_tokens: int = 4096):
     return (model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options))
 
 
+@only_errors("transformers")
 def main(names: list[str]) -> None:
     """Print one line per metric and initialisation, as each is ready."""
     if not names or names[0] not in ("iglm", "minilm", "smollm2"):
         raise SystemExit(__doc__)
-    logging.set_verbosity_error()
     model, tokenizer, calibration, score = globals()[names[0]]()
     teacher = score(model)
     print("teacher", teacher, flush=True)

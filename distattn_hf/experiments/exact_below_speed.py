@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
-from ..benchmark.measure import spread
+from ..benchmark.measure import only_errors, spread
 from ..benchmark.results import provenance
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert, revert
@@ -113,6 +112,7 @@ def line(entry: dict) -> str:
     )
 
 
+@only_errors("transformers")
 def main(arguments: list[str] | None = None) -> None:
     """Check, measure each length, print the table and write exact_below.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +124,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path("out/exact-below"))
     options = parser.parse_args(arguments)
-    logging.set_verbosity_error()
     if options.threads:
         torch.set_num_threads(options.threads)
     lengths = [int(length) for length in options.lengths.split(",")]

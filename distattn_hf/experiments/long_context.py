@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 
 from ..analysis.figure_style import COLOURS, INK, new_figure, save_figure, styled
 from ..analysis.retrieval_map import retrieval_map
+from ..benchmark.measure import only_errors
 from ..conversion.beyond import SELECTIONS
 from ..conversion.cache_bytes import TOKENS, cache_bytes
 from ..conversion.calibrate import CalibrationOptions
@@ -127,9 +127,9 @@ QUICK = {
 AXES = ("students", "tasks", "lengths", "depths", "blocks", "shares")
 
 
+@only_errors("transformers")
 def run(options: Options, results) -> None:
     """Ask every student about every text that the record lacks; students one after another, made when needed."""
-    logging.set_verbosity_error()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be 'auto' or 'cpu' here, where there is no GPU, got 'cuda'")
     device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device)

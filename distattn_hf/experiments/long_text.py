@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from ..analysis.figure_style import new_figure, save_figure, styled
+from ..benchmark.measure import only_errors
 from ..core.nystrom_cache import NystromLayer
 from ..data.packing import start_tokens, token_stream
 from ..data.sources import read_texts
@@ -105,6 +105,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
         os.replace(file, file.with_name(file.name[1:]))
 
 
+@only_errors("transformers")
 def main() -> None:
     """Read the document with each model and write long_text.json and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,7 +115,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="time so many generated tokens at 1, 2, 4, ... chunks")
     parser.add_argument("--out", type=Path, default=Path("out/long-text"))
     options = parser.parse_args()
-    logging.set_verbosity_error()
     student, tokenizer = load_checkpoint(options.folder)
     teacher = load_checkpoint(options.teacher) if options.teacher else (None, None)
     ids = document(tokenizer or teacher[1], options.tokens)

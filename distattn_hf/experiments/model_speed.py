@@ -9,8 +9,8 @@ import sys
 import time
 
 import torch
-from transformers.utils import logging
 
+from ..benchmark.measure import only_errors
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
@@ -47,11 +47,11 @@ def model_speed(models: dict, vocabulary: int, rounds: int = ROUNDS) -> dict[str
     return seconds_by_job
 
 
+@only_errors("transformers")
 def main(names: list[str]) -> None:
     """Print the median seconds of each model and its ratio to the unconverted one, paired by round."""
     if not names:
         raise SystemExit(__doc__)
-    logging.set_verbosity_error()
     teacher, tokenizer = load_checkpoint(names[0])
     models = {"untouched": teacher.eval()}
     # Speed does not depend on the quality of the fit: two steps give all parameters of a calibrated model.

@@ -10,8 +10,8 @@ import time
 from dataclasses import replace
 
 import torch
-from transformers.utils import logging
 
+from ..benchmark.measure import only_errors
 from ..conversion.beyond import beyond_heads, take_beyond
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
@@ -79,6 +79,7 @@ def gap_closed(found: dict, control: dict, teacher: dict) -> float | None:
     return (control_loss - student_loss) / (control_loss - teacher_loss)
 
 
+@only_errors("transformers")
 def main() -> None:
     """Print a line for the teacher, the control, and each number of landmarks and limit of the error."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -88,7 +89,6 @@ def main() -> None:
     parser.add_argument("--refit", action="store_true", help="fit anew for each limit, as `convert` does; else once")
     parser.add_argument("--steps", type=int, default=None)
     options = parser.parse_args()
-    logging.set_verbosity_error()
     model, tokenizer, calibration, score, fields = globals()[options.task]()
     teacher = score(model)
     print("teacher", teacher, flush=True)

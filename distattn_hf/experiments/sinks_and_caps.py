@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
+from ..benchmark.measure import only_errors
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
@@ -75,9 +75,9 @@ def calibration(text: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
 
 
+@only_errors("transformers")
 def main(path: Path, steps: int) -> None:
     """Print one line for each conversion."""
-    logging.set_verbosity_error()
     text = torch.tensor(list(path.read_bytes()))
     cut = len(text) * 9 // 10
     for kind in ("sinks", "caps"):

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from statistics import fmean, median
 
-from transformers.utils import logging
-
+from ..benchmark.measure import only_errors
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
@@ -87,9 +86,9 @@ def wanted(arguments: list[str]) -> list[tuple[str, float | None]]:
     return found
 
 
+@only_errors("transformers")
 def main(name: str, out: Path, arguments: list[str]) -> None:
     """Fit what the file does not hold yet, print a line for each fit and write the file."""
-    logging.set_verbosity_error()
     results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"checkpoint": name, "fits": []}
     if results["checkpoint"] != name:
         raise SystemExit(f"{out} holds results of {results['checkpoint']}, not of {name}")
