@@ -57,6 +57,12 @@ def read_numbers(name: str, text: str, kind: type = int) -> tuple:
     return numbers
 
 
+def check_min_weight(value: float | None) -> None:
+    """Raise `ValueError` for anything but a share from 0 to below 1, or None."""
+    if value is not None and not 0 <= value < 1:
+        raise ValueError(f"--min-weight must be from 0 to below 1, got {value}")
+
+
 def check_choices(**values) -> None:
     """Raise `ValueError`, without torch, for a name that no option takes, and for a number out of its range."""
     metric = values.pop("metric", None)

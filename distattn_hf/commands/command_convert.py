@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .choices import check_choices, read_softening
+from .choices import check_choices, check_min_weight, read_softening
 from .flags import as_flags, given, option_names, reading
 from .shared import DATA, Column, Overwrite, SourceArgument, begin
 
@@ -15,7 +15,7 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
-    "far_field", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
+    "min_weight", "far_field", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
@@ -56,7 +56,13 @@ def convert(
     block_size: Annotated[
         int | None, typer.Option(help="retrieval: keys found and read together. Default: 16.")
     ] = None,
-    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads. Default: 16.")] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(help="retrieval: blocks that a query reads at most. Default: 64.")
+    ] = None,
+    min_weight: Annotated[
+        float | None,
+        typer.Option(help="retrieval: share of the weight that makes a block be read. 0: all. Default: 0.003."),
+    ] = None,
     far_field: Annotated[
         bool | None,
         typer.Option(help="retrieval: a block that is not read counts as one key that stands for it. Default: yes."),
@@ -131,6 +137,7 @@ def convert(
         block_size=block_size, num_blocks=num_blocks, max_error=max_error, beyond_share=beyond_share,
         select=select, beyond=beyond, steps=steps, seed=seed,
     )  # fmt: skip
+    check_min_weight(min_weight)
     if select == "error" and beyond_share is None:
         raise ValueError("--select error says which heads --beyond-share takes; give that share, or leave it out")
     epsilon = read_softening(softening)
@@ -167,7 +174,7 @@ def convert(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-            block_size=block_size, num_blocks=num_blocks, far_field=far_field, beyond=beyond,
+            block_size=block_size, num_blocks=num_blocks, min_weight=min_weight, far_field=far_field, beyond=beyond,
         )  # fmt: skip
     texts = None
     if calibration is not None:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .choices import check_min_weight
 from .flags import flag
 
 command = typer.Typer()
@@ -20,7 +21,10 @@ def set_options(
         int | None,
         typer.Option(help="nystrom, retrieval: keys seen exactly; of nystrom no fewer than it was fitted with."),
     ] = None,
-    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(help="retrieval: blocks that a query reads at most.")] = None,
+    min_weight: Annotated[
+        float | None, typer.Option(help="retrieval: share of the weight that makes a block be read. 0: num_blocks are.")
+    ] = None,
     block_size: Annotated[int | None, typer.Option(help="retrieval: keys found and read together.")] = None,
     far_field: Annotated[
         bool | None,
@@ -35,9 +39,11 @@ def set_options(
     from ..storage.folders import change_options
 
     options = {
-        "exact_below": exact_below, "window_size": window_size, "num_blocks": num_blocks, "block_size": block_size,
+        "exact_below": exact_below, "window_size": window_size, "num_blocks": num_blocks, "min_weight": min_weight,
+        "block_size": block_size,
         "num_sinks": num_sinks, "far_field": far_field, "backend": backend,
     }  # fmt: skip
+    check_min_weight(min_weight)
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         raise ValueError(f"nothing to set; give one of {', '.join(map(flag, options))}")

@@ -21,14 +21,14 @@ OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
     "backend": ("distance",),
-    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "far_field"), ("retrieval",)),
+    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "min_weight", "far_field"), ("retrieval",)),
 }
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 # Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
-_OF_BLOCKS = {"block_size": 16, "num_blocks": 16, "far_field": True}
+_OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True}
 # The fields of each mechanism and their defaults; what stays None is for `convert` to decide.
 _OWN = {
     "distance": {},
@@ -101,14 +101,16 @@ class AttentionSpec:
             where the model takes longer texts (exact attention loses nothing there, for some time and memory), else 0;
             without a conversion, and in `distattn adapt`, which trains what lies beyond, it means 0.
         block_size: keys that "retrieval" finds and reads together. Default 16.
-        num_blocks: blocks a query reads besides sinks and window, chosen for each key head. Default 16: with
-            sinks and window 352 keys.
+        num_blocks: blocks a query reads besides sinks and window, at most, chosen for each key head. Default 64.
+        min_weight: the share of a query's weight, 0 to 1, that one key of a block must have for the block to be read,
+            as far as the search says: heads that look at few keys read few. 0: num_blocks are. Default 0.003.
         far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
             (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
         beyond: what heads of "nystrom" use whose far field loses too much (see `CalibrationOptions`), by the teacher's
             own logits and with all keys of their key head in the cache. "retrieval": retrieval attention (block_size,
-            num_blocks, and window_size and num_sinks as they are) at any length, for whole key heads. "exact":
-            dot-product attention, for each query head by itself. None: `convert` takes "retrieval" where there are any.
+            num_blocks, min_weight, and window_size and num_sinks as they are) at any length, for whole key heads.
+            "exact": dot-product attention, for each query head by itself. None: `convert` takes "retrieval" where there
+            are any.
 
     Raises:
         ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
@@ -134,6 +136,7 @@ class AttentionSpec:
     softening: float | str | None = None
     block_size: int | None = None
     num_blocks: int | None = None
+    min_weight: float | None = None
     far_field: bool | None = None
     beyond: str | None = None
 
@@ -214,6 +217,10 @@ class AttentionSpec:
             elif name == "far_field":
                 if not isinstance(value, bool):
                     raise ValueError(f"far_field must be True, False or None, got {value!r}")
+            elif name == "min_weight":
+                if not _is_number(value) or not 0 <= value < 1:
+                    raise ValueError(f"min_weight must be a number from 0 to below 1, got {value!r}")
+                object.__setattr__(self, name, float(value))
             elif isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
                 raise ValueError(f"{name} must be an integer >= {_LEAST[name]}, got {value!r}")
 
@@ -221,7 +228,8 @@ class AttentionSpec:
         """Return the spec of those heads of a Nyström spec that use retrieval attention in its place."""
         return AttentionSpec(
             mechanism="retrieval", window_size=max(1, self.window_size), num_sinks=self.num_sinks,
-            block_size=self.block_size, num_blocks=self.num_blocks, far_field=self.far_field,
+            block_size=self.block_size, num_blocks=self.num_blocks, min_weight=self.min_weight,
+            far_field=self.far_field,
         )  # fmt: skip
 
     def has_option(self, name: str) -> bool:
@@ -315,6 +323,13 @@ def layer_pattern_matches(pattern: str, layer: int | None, name: str) -> bool:
     return layer in numbers if numbers is not None else fnmatchcase(name, pattern)
 
 
+def _saved_spec(data: dict[str, Any]) -> AttentionSpec:
+    """Return the spec in a config; what was saved before `min_weight` was there reads num_blocks blocks, as it did."""
+    if isinstance(data, dict) and data.get("num_blocks") is not None:
+        data = {"min_weight": 0.0, **data}
+    return AttentionSpec.from_dict(data)
+
+
 def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
     """Check the `distattn` block of a config and return it in canonical form; raises `ValueError` naming the key.
 
@@ -337,7 +352,7 @@ def parse_block(block: dict[str, Any] | None) -> dict[str, Any] | None:
             f"this checkpoint's distattn block has version {version!r}, this distattn_hf reads {BLOCK_VERSION}; "
             "install a matching release of distattn_hf"
         )
-    specs = [s if isinstance(s, AttentionSpec) else AttentionSpec.from_dict(s) for s in block.get("specs") or []]
+    specs = [s if isinstance(s, AttentionSpec) else _saved_spec(s) for s in block.get("specs") or []]
     if not specs:
         raise ValueError("the distattn block holds no specs; give at least one AttentionSpec")
     return {

@@ -78,8 +78,8 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         metric: of "distance"; None: "l2". Of "retrieval"; None: "dot". Of "nystrom": "sqeuclidean".
         mechanism_options: the mechanism's own. "distance": p, lam, learnable_lambda, transform, lift, backend;
             "nystrom": also num_landmarks, window_size, num_sinks, exact_below; "retrieval": also window_size,
-            num_sinks, block_size, num_blocks (see `AttentionSpec`); λ is a parameter of each head from the metric's
-            default on unless they say otherwise, and nothing is lifted.
+            num_sinks, block_size, num_blocks (16), min_weight (0) (see `AttentionSpec`); λ is a parameter of each head
+            from the metric's default on unless they say otherwise, and nothing is lifted.
         positional_encoding: a name registered in `POSITIONAL_ENCODINGS`: "sinusoidal", "learned", "rotary",
             "relative", "alibi", "none".
         rope_parameters: of "rotary", as transformers has them, over whole heads; rope_theta=... alone will do.
@@ -356,6 +356,9 @@ def spec_of(mechanism: str, metric: str | None, options: dict) -> AttentionSpec 
     if field_names := sorted(set(options) & set(_NOT_OPTIONS)):
         raise ValueError(f"mechanism_options: {field_names[0]!r} is no option of mechanism {mechanism!r}")
     defaults = {"lift": False, "transform": "none"}
+    if mechanism == "retrieval":
+        # What a model is trained with is what it reads.
+        defaults |= {"num_blocks": 16, "min_weight": 0.0}
     return AttentionSpec.from_dict({**defaults, **options, "mechanism": mechanism, "metric": metric})
 
 

@@ -146,13 +146,17 @@ static long largest_k(const float* x, long n, long k, long* numbers) {
   }
   return taken;
 }
-// The largest over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count.
-static void chances(float* s, long ld, long G, long n, float* most) {
+// The largest over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count. The sum is
+// also over `beside` numbers of each row of `other`.
+static void chances(float* s, long ld, long G, long n, float* most, const float* other, long ld2, long beside) {
   memset(most, 0, 4 * n);
   for (long g = 0; g < G; g++) {
     float *row = s + g * ld, top = largest_in(row, n);
     if (top == -INF) continue;
+    const float* more = other + g * ld2;
+    if (beside) top = std::max(top, largest_in(more, beside));
     vf sum = {};
+    for (long j = 0; j < beside; j += W) sum += expv(load(more + j) - top);
     for (long j = 0; j < n; j += W) {
       vf w = expv(load(row + j) - top);
       store(row + j, w);

@@ -19,7 +19,7 @@ struct Retrieve {
   float *o, *panels;
   long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
   long k_stride[3], v_stride[3];
-  float p;
+  float p, least;
 };
 template <class Metric, class T>
 struct Unit {
@@ -131,8 +131,9 @@ struct Unit {
     }
     return n;
   }
-  // Chooses the blocks of one position, whose near window is blocks lo .. hi - 1, by its G rows. Returns how many.
-  long choose(long b, long kh, const float* rows, long lo, long hi) {
+  // Chooses the blocks of one position, whose near window is blocks lo .. hi - 1, by its G rows; near: the logits of
+  // the `seen` keys of sinks and window. Returns how many.
+  long choose(long b, long kh, const float* rows, const float* near, long seen, long lo, long hi) {
     long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16;
     auto hide = [&](float* row) {
       for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
@@ -145,11 +146,14 @@ struct Unit {
       memcpy(work + g * tops, rows + g * tops, 4 * n);
       hide(work + g * tops);
     }
-    if (a.G > 1) {
-      chances(work, tops, a.G, n, most);
+    bool shares = a.G > 1 || a.least > 0;
+    if (shares) {
+      chances(work, tops, a.G, n, most, near, ld, a.least > 0 ? seen : 0);
       hide(most);  // what underflowed may still be chosen
+      for (long x = 0; a.least > 0 && x < n; x++)
+        if (most[x] < a.least) most[x] = -INF;
     }
-    return largest_k(a.G > 1 ? most : work, n, a.budget[kh], chosen.get());
+    return largest_k(shares ? most : work, n, a.budget[kh], chosen.get());
   }
   // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
   long take_near(long b, long kh, const long* near, long count) {
@@ -223,7 +227,7 @@ struct Unit {
     memset(o, 0, 4 * rows * a.vp);
     for (long i = 0; i < positions; i++) {
       float *mine = s + i * G * ld + beyond, *own = q + i * G * a.dp;
-      long count = searches ? choose(b, kh, rank + i * G * tops, lo, hi) : 0, n = count * parts;
+      long count = searches ? choose(b, kh, rank + i * G * tops, mine, seen, lo, hi) : 0, n = count * parts;
       for (long x = 0; far && x < count; x++)
         for (long g = 0; g < G; g++) mine[g * ld - far + chosen[x]] = -INF;
       for (long x = 0; x < n; x++) {

@@ -3,11 +3,15 @@
 Keys stand in blocks of b = block_size, counted from the first that is not padding. A query reads exactly:
     the blocks that hold the first num_sinks keys,
     its own block, as far as causality lets it, and as many beside that as hold window_size - 1 keys,
-    the num_blocks best of the others.
+    of the others the best num_blocks, as far as one of their keys has a share min_weight of the query's weight.
 Of the rest each block counts as one key that stands for it, the far field (retrieval_far.py), or as nothing.
 A block's score is the largest logit of its keys, as far as a copy of them in four bits says (`Codes`), for logits that
 are a dot product; other metrics look at the keys themselves. Query heads of one key head choose together: each by its
-softmax over the scores, and a block counts as it does for the head that wants it most. The choice has no gradient.
+softmax over the scores, beside the logits of what it reads anyway where min_weight asks for shares, and a block counts
+as it does for the head that wants it most. The choice has no gradient.
+
+min_weight lets every head and query read what it needs: in a language model most heads look at the sinks and the
+window, and blocks are spent on those few that look things up.
 
 Means of keys do not do in place of the copies: they average out the one key that a query looks for. Nor does a choice
 of coarser blocks before the look, for the same reason.
@@ -43,7 +47,8 @@ class Search:
     window_size: int = 64
     num_sinks: int = 4
     block_size: int = 16
-    num_blocks: int | tuple[int, ...] = 16
+    num_blocks: int | tuple[int, ...] = 64
+    min_weight: float = 0.003
     far_field: bool = True
 
     def __post_init__(self):
@@ -53,6 +58,10 @@ class Search:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if not isinstance(self.far_field, bool):
             raise ValueError(f"far_field must be True or False, got {self.far_field!r}")
+        if isinstance(self.min_weight, bool) or not isinstance(self.min_weight, int | float):
+            raise ValueError(f"min_weight must be a number, got {self.min_weight!r}")
+        if not 0 <= self.min_weight < 1:
+            raise ValueError(f"min_weight must be from 0 to below 1, got {self.min_weight!r}")
         budgets = self.num_blocks if isinstance(self.num_blocks, list | tuple) else [self.num_blocks]
         if not budgets or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in budgets):
             raise ValueError(f"num_blocks must be an integer >= 0, or one for each key head, got {self.num_blocks!r}")
@@ -75,7 +84,7 @@ class Search:
         return self.num_blocks if isinstance(self.num_blocks, int) else max(self.num_blocks)
 
     def budget(self, key_heads: int, device=None) -> Tensor:
-        """Return the number of blocks that each key head chooses, (H_kv,); raises `ValueError` for other heads."""
+        """Return how many blocks each key head chooses at most, (H_kv,); raises `ValueError` for other heads."""
         numbers = (self.num_blocks,) * key_heads if isinstance(self.num_blocks, int) else self.num_blocks
         if len(numbers) != key_heads:
             raise ValueError(f"num_blocks must be one number or one for each of {key_heads} key heads, got {numbers!r}")

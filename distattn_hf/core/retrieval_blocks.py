@@ -88,6 +88,22 @@ class Layout:
         ahead = 0 if self.problem.inputs.is_causal else search.reach
         return (own - search.reach).clamp_min(0), (own + ahead + 1).clamp(max=self.blocks)
 
+    def fixed(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the blocks of sinks and window, (B or 1, N, f), and which of them each query sees."""
+        search, device = self.problem.search, self.key.device
+        start, stop = self.window(self.positions)
+        sinks = torch.arange(min(search.sink_blocks, self.blocks), device=device)
+        causal = self.problem.inputs.is_causal
+        width = (search.reach + 1 if causal else 2 * search.reach + 1) if search.window_size else 0
+        near = start[..., None] + torch.arange(width, device=device)
+        # A sink within the window is the window's; one behind a causal query does not exist yet.
+        sees_sink = sinks < start[..., None]
+        if not causal:
+            sees_sink = sees_sink | (sinks >= stop[..., None])
+        number = torch.cat([sinks.expand(*start.shape, -1), near], dim=-1)
+        exists = torch.cat([sees_sink, near < stop[..., None]], dim=-1) & (self.positions >= 0)[..., None]
+        return torch.where(exists, number, 0), exists
+
     def parts(self, entries: int) -> list[slice]:
         """Split the queries into slices for `entries` numbers a query to stay within what may exist at a time."""
         rows = max(1, ENTRIES // max(1, entries))
@@ -106,9 +122,11 @@ class Layout:
         results = []
         for part in self.parts(2 * batch * heads * self.blocks * search.block_size):
             # Of equal ones, which keys of the same token have, the first: by topk it would be any.
-            best = self._shared(score(part), self.may(part)).sort(dim=-1, descending=True, stable=True)
+            best = self._shared(score(part), self.may(part), part).sort(dim=-1, descending=True, stable=True)
             within = torch.arange(count, device=best.values.device) < budget[:, None, None]
-            results.append((best.indices[..., :count], (best.values[..., :count] > float("-inf")) & within))
+            value = best.values[..., :count]
+            large = value >= search.min_weight if search.min_weight else value > float("-inf")
+            results.append((best.indices[..., :count], large & within))
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
 
     def may(self, part: slice) -> Tensor:
@@ -136,9 +154,37 @@ class Layout:
         logits = logits.masked_fill(~self.keep[:, None, None], float("-inf"))
         return logits.unflatten(-1, (self.blocks, -1)).amax(-1)
 
-    def _shared(self, scores: Tensor, may: Tensor) -> Tensor:
-        """Return the scores by which heads choose together, -inf where `may` forbids."""
-        if self.share > 1:
-            scores = scores.unflatten(1, (-1, self.share))
-            scores = masked_softmax(scores, may[:, :, None].expand_as(scores)).amax(2)
+    def _shared(self, scores: Tensor, may: Tensor, part: slice) -> Tensor:
+        """Return the scores by which heads choose together, -inf where `may` forbids; shares where min_weight asks."""
+        needs_shares = self.problem.search.min_weight > 0
+        if self.share > 1 or needs_shares:
+            near = self._near(part) if needs_shares and self.problem.search.window_size else None
+            shares = masked_softmax(scores, may.expand_as(scores), near)
+            scores = shares.unflatten(1, (-1, self.share)).amax(2)
         return scores.masked_fill(~may, float("-inf"))
+
+    def _near(self, part: slice) -> Tensor:
+        """Return the log-sum of the exponentials of the logits of sinks and window, (B, H, n, 1)."""
+        inputs, size = self.problem.inputs, self.problem.search.block_size
+        query, key = inputs.query, self.key
+        if has_codes(inputs):
+            query, key = dot_form_of(inputs, key)
+        query, (blocks, exists) = query[:, :, part], (t[:, part] for t in self.fixed())
+        place = (blocks[..., None] * size + torch.arange(size, device=key.device)).flatten(2)
+        place = place.expand(len(key), -1, -1)
+        seen = exists.repeat_interleave(size, dim=-1) & self.keep[:, None].expand(-1, place.shape[1], -1).gather(
+            2, place
+        )
+        if inputs.is_causal:
+            seen = seen & (place <= self.positions[:, part, None])
+        rows = place.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[-1])
+        key = key.gather(2, rows).unflatten(2, place.shape[1:])
+        query = query.unflatten(1, (key.shape[1], -1)).transpose(2, 3)
+        if has_codes(inputs):
+            logits = query @ key.mT
+        else:
+            weight = torch.as_tensor(inputs.lam, dtype=query.dtype, device=query.device).expand(self.heads)
+            weight = weight.view(key.shape[1], 1, -1, 1) * inputs.scaling
+            logits = -weight * inputs.metric.checked_distance(query, key, inputs.p, epsilon=inputs.softening)
+        logits = logits.masked_fill(~seen[:, None, :, None], float("-inf"))
+        return logits.logsumexp(-1, keepdim=True).transpose(2, 3).flatten(1, 2)

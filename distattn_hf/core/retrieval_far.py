@@ -68,6 +68,7 @@ def has_far_field(problem: Retrieval) -> bool:
     if inputs.bias is not None or problem.relative_bias is not None:
         return False
     least = search.num_blocks if isinstance(search.num_blocks, int) else min(search.num_blocks)
+    least = 0 if search.min_weight else least
     blocks = -(-inputs.key.shape[2] // search.block_size)
     return blocks > least + search.reach + 1
 

@@ -149,17 +149,7 @@ class _Chosen:
         self.layout, self.seed = layout, seed
         inputs, search = layout.problem.inputs, layout.problem.search
         key_heads = layout.key.shape[1]
-        device, positions = layout.key.device, layout.positions
-        start, stop = layout.window(positions)
-        sinks = torch.arange(min(search.sink_blocks, layout.blocks), device=device)
-        width = (search.reach + 1 if inputs.is_causal else 2 * search.reach + 1) if search.window_size else 0
-        near = start[..., None] + torch.arange(width, device=device)
-        # A sink within the window is the window's; one behind a causal query does not exist yet.
-        sees_sink = sinks < start[..., None]
-        if not inputs.is_causal:
-            sees_sink = sees_sink | (sinks >= stop[..., None])
-        fixed = torch.cat([sinks.expand(*start.shape, -1), near], dim=-1)
-        fixed_exists = torch.cat([sees_sink, near < stop[..., None]], dim=-1) & (positions >= 0)[..., None]
+        fixed, fixed_exists = layout.fixed()
         repeats = key_heads // blocks.shape[1]
         blocks, exists = (t.repeat_interleave(repeats, dim=1) if repeats > 1 else t for t in (blocks, exists))
         shape = (*blocks.shape[:3], fixed.shape[-1])

@@ -21,7 +21,8 @@ def retrieval_attention(
     *,
     metric: str = "dot",
     block_size: int = 16,
-    num_blocks: int | tuple[int, ...] = 16,
+    num_blocks: int | tuple[int, ...] = 64,
+    min_weight: float = 0.003,
     window_size: int = 64,
     num_sinks: int = 4,
     far_field: bool = True,
@@ -41,11 +42,12 @@ def retrieval_attention(
     Softmax attention over the keys that a query reads, and over one key for each block that it does not; logits as in
     `distance_attention`. Keys stand in blocks, counted from the first that is not padding. A query reads the blocks
     that hold the first num_sinks keys, its own block (as far as causality lets it) and those beside it that hold
-    window_size - 1 more keys, and num_blocks others: those with the largest logits, as far as a copy of the keys in
-    four bits says, where logits are a dot product ("dot", "cosine"); other metrics look at the keys themselves. Query
-    heads of one key head choose together. The choice has no gradient. A block that is not read counts as a key of its
-    own, such that to first order about the mean of the first 64 queries (in both directions: of all) nothing is lost.
-    With num_blocks at least the number of blocks it is exact attention.
+    window_size - 1 more keys, and at most num_blocks others: those with the largest logits, as far as a copy of the
+    keys in four bits says, where logits are a dot product ("dot", "cosine"); other metrics look at the keys themselves.
+    Query heads of one key head choose together. The choice has no gradient. A block that is not read counts as a key of
+    its own, such that to first order about the mean of the first 64 queries (in both directions: of all) nothing is
+    lost.
+    With min_weight=0 and num_blocks at least the number of blocks it is exact attention.
 
     A query costs M products in whole numbers of four bits, and those with the keys it reads; memory is linear in N and
     M. On the CPU without gradients one kernel does it.
@@ -56,7 +58,9 @@ def retrieval_attention(
         value: (B, H_kv, M, d_v).
         metric: "dot" (λ·scaling·q·k, λ = 1), or any metric of `distance_attention`.
         block_size: keys of a block.
-        num_blocks: blocks that each query chooses: a number, or one for each key head.
+        num_blocks: blocks that each query chooses at most: a number, or one for each key head.
+        min_weight: the share of the query's weight that a block's best key must have, among the keys that are read in
+            any case and the best ones of all other blocks, for the block to be read. 0: num_blocks are.
         window_size: at least so many last keys are seen, the query's own included (in both directions unless causal).
         num_sinks: at least so many first keys are seen.
         far_field: False: blocks that are not read count as nothing. So they do across sequences and beside a bias.
@@ -91,7 +95,7 @@ def retrieval_attention(
     if not is_cross and (num_queries > num_keys if is_causal else num_queries != num_keys):
         wanted = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
         raise ValueError(f"retrieval attention needs {wanted}, got {num_queries} queries and {num_keys} keys")
-    search = Search(window_size, num_sinks, block_size, num_blocks, far_field)
+    search = Search(window_size, num_sinks, block_size, num_blocks, min_weight, far_field)
     search = replace(search, window_size=0, num_sinks=0) if is_cross else search
     search.budget(key.shape[1])
     if not is_cross and window_size < 1:

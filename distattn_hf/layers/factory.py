@@ -121,7 +121,7 @@ class RetrievalAttention(_SpecAttention):
     """Multi-head attention that reads sinks, window and the best few blocks of all other keys; projected.
 
     Options are those of `AttentionSpec` with mechanism "retrieval": window_size, num_sinks, block_size, num_blocks,
-    lam, ...; `metric`: "dot" unless another is given. attention_mask: (B, M) bool or integers, or None.
+    min_weight, lam, ...; `metric`: "dot" unless another is given. attention_mask: (B, M) bool or integers, or None.
     past_key_values: a transformers cache that keeps every key. output_attentions is quadratic.
     """
 

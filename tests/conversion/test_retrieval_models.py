@@ -22,10 +22,12 @@ DECODERS = pytest.mark.parametrize("family", ["gpt2", "llama"])
 
 def retrieval(**kwargs) -> AttentionSpec:
     """Blocks of 4 keys, so that few of 100 are read."""
-    sizes = {"window_size": 5, "num_sinks": 2, "block_size": 4, "num_blocks": 2}
+    sizes = {"window_size": 5, "num_sinks": 2, "block_size": 4, "num_blocks": 2, "min_weight": 0.02}
     return AttentionSpec(mechanism="retrieval", **{**sizes, **kwargs})
 
 
+# Exact attention.
+ALL = {"num_blocks": 40, "min_weight": 0.0}
 # What the CPU's kernel takes.
 WHOLE_PANELS = {"block_size": 16, "num_blocks": 1}
 
@@ -47,7 +49,7 @@ def test_all_blocks_are_the_teacher_and_few_are_not(family):
     real = batch["attention_mask"].bool()
     real = torch.ones_like(batch["decoder_input_ids"]).bool() if family == "t5" else real
     expected = teacher(**batch).logits[real]
-    student = convert(teacher, retrieval(num_blocks=40))
+    student = convert(teacher, retrieval(**ALL))
     assert student.conversion_report.init == "exact"
     assert not any(".distattn." in name for name in student.state_dict())
     assert (student(**batch).logits[real] - expected).abs().max() <= LIFT_FLOAT64
@@ -238,7 +240,7 @@ def test_a_fitted_distance_is_retrieved_from(metric):
     texts = [token_batch(teacher, length=60, seed=seed) for seed in range(2)]
     options = CalibrationOptions(steps=3, progress=False)
     exact = convert(teacher, AttentionSpec(metric), calibration=texts, options=options)
-    student = convert(teacher, retrieval(metric=metric, num_blocks=40), calibration=texts, options=options)
+    student = convert(teacher, retrieval(metric=metric, **ALL), calibration=texts, options=options)
     batch = long_batch(teacher)
     with torch.no_grad():
         expected = exact(**batch).logits
@@ -283,7 +285,7 @@ def test_everything_trains(family):
 def test_sinks_and_caps(kind):
     """All blocks are the teacher of models with learned sinks or capped logits; sliding layers stay as they are."""
     teacher = ABSOLUTE[kind]()
-    student = convert(teacher, retrieval(num_blocks=40))
+    student = convert(teacher, retrieval(**ALL))
     ids = torch.randint(3, teacher.config.get_text_config().vocab_size, (2, 60))
     assert (student(ids).logits - teacher(ids).logits).abs().max() <= EXACT_LOGITS
 
@@ -296,7 +298,7 @@ def test_only_layers_of_full_attention_are_converted():
     torch.manual_seed(0)
     teacher = Gemma2ForCausalLM(config).eval()
     types = teacher.config.layer_types
-    student = convert(teacher, retrieval(num_blocks=40))
+    student = convert(teacher, retrieval(**ALL))
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     assert [group.layer for group in student.conversion_report.groups] == full
     assert len(student.conversion_report.unconverted) == len(types) - len(full)
@@ -315,13 +317,13 @@ def test_some_heads_and_some_layers():
     batch = padded(80)
     real = batch["attention_mask"].bool()
     plans = {
-        "key head": [retrieval(num_blocks=40, heads=[0, 1])],
-        "part of a key head": [retrieval(num_blocks=40, heads=[1, 2])],
+        "key head": [retrieval(**ALL, heads=[0, 1])],
+        "part of a key head": [retrieval(**ALL, heads=[1, 2])],
         "beside an exact one": [
-            retrieval(num_blocks=40, heads=[0]),
+            retrieval(**ALL, heads=[0]),
             AttentionSpec("sqeuclidean", lift=True, heads=[1, 2, 3]),
         ],
-        "one layer": [retrieval(num_blocks=40, layers=[1])],
+        "one layer": [retrieval(**ALL, layers=[1])],
     }
     expected = teacher(**batch).logits
     for name, plan in plans.items():
@@ -372,7 +374,7 @@ def test_half_precision_is_as_good_as_the_teachers():
     teacher = llama()
     ids = torch.randint(3, VOCAB, (2, 100))
     exact = teacher(ids).logits
-    student = convert(teacher, retrieval(**{**WHOLE_PANELS, "num_blocks": 9})).to(torch.bfloat16)
+    student = convert(teacher, retrieval(**{**WHOLE_PANELS, "num_blocks": 9, "min_weight": 0.0})).to(torch.bfloat16)
     limit = (teacher.to(torch.bfloat16)(ids).logits.float() - exact).square().mean().sqrt()
     cache = DynamicCache(config=student.config)
     read = torch.cat([student(part, past_key_values=cache).logits for part in ids.split([60, 1, 39], dim=1)], dim=1)
@@ -394,7 +396,7 @@ def test_the_report_says_how_much_was_caught(family):
     """With text: the share of the teacher's own weights on the keys that are read, as the weights themselves say."""
     teacher = FAMILIES[family]()
     batch = long_batch(teacher, padded=True)
-    whole = convert(teacher, retrieval(num_blocks=40), calibration=[batch])
+    whole = convert(teacher, retrieval(**ALL), calibration=[batch])
     student = convert(teacher, retrieval(num_blocks=1, far_field=False), calibration=[batch])
     with_far_field = convert(teacher, retrieval(num_blocks=1), calibration=[batch])
     assert with_far_field.conversion_report.groups[0].caught == student.conversion_report.groups[0].caught
@@ -536,7 +538,7 @@ class TestACacheThatWasTouched:
     def test_another_padding_of_the_same_keys(self):
         """A mask that says less of earlier keys than before: with all blocks chosen it is the teacher's."""
         teacher = llama()
-        student = convert(teacher, retrieval(**{**WHOLE_PANELS, "num_blocks": 40}))
+        student = convert(teacher, retrieval(**{**WHOLE_PANELS, **ALL}))
         ids = torch.randint(3, VOCAB, (1, 140))
         hidden, open_mask = torch.ones(2, 1, 140, dtype=torch.long)
         hidden[:, 20:90] = 0
@@ -560,7 +562,7 @@ class TestACacheThatWasTouched:
     def test_a_mask_that_ends_before_the_new_tokens(self):
         """transformers' own rule, also of a static cache: what the mask does not reach is not there."""
         teacher = llama()
-        student = convert(teacher, retrieval(num_blocks=40))
+        student = convert(teacher, retrieval(**ALL))
         ids = torch.randint(3, VOCAB, (2, 70))
         results = []
         for model in (teacher, student):
@@ -576,6 +578,6 @@ def test_what_is_caught_is_of_the_keys_weight():
     """A learned sink takes its share before: with all blocks everything is caught."""
     teacher = ABSOLUTE["gpt_oss"]()
     batch = {"input_ids": torch.randint(3, teacher.config.vocab_size, (2, 60))}
-    student = convert(teacher, retrieval(num_blocks=40), calibration=[batch])
+    student = convert(teacher, retrieval(**ALL), calibration=[batch])
     for group in student.conversion_report.groups:
         assert min(group.caught) >= 1 - 1e-5

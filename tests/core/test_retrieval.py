@@ -22,9 +22,11 @@ from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
 from .cases import METRIC_CASES, metric_id
 
-SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3)
+SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3, min_weight=0.0)
 # What the kernel takes: blocks of whole panels.
-LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3)
+LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3, min_weight=0.0)
+# Queries read as many blocks as they need: some none, some all that they may.
+BY_WEIGHT = {"num_blocks": 5, "min_weight": 0.05}
 FORMS = ("causal", "bidirectional", "cross")
 needs_kernel = pytest.mark.skipif(compiler() is None, reason="no C++ compiler here")
 
@@ -112,14 +114,23 @@ class Loops:
             self.made[number] = query @ mean + ((query / step).round() * step @ rounded.T).amax(-1)
         return self.made[number]
 
-    def best(self, query: int, scores: dict[int, torch.Tensor], most: int) -> list[int]:
-        """The `most` numbers of which some query head's softmax over the scores is the largest."""
+    def best(self, query: int, scores: dict[int, torch.Tensor], most: int, near: list[int]) -> list[int]:
+        """The `most` numbers of which some query head's softmax over the scores is the largest, if it is large enough.
+
+        near: the keys that are read in any case, of whose logits the softmax is then, too.
+        """
         if not scores:
             return []
-        table = torch.stack(list(scores.values()), dim=-1)[:, query]
-        wanted = (table.softmax(-1).amax(0) if len(table) > 1 else table[0]).tolist()
+        table, least = torch.stack(list(scores.values()), dim=-1)[:, query], self.search.min_weight
+        if least:
+            beside = self.logits(self.key[near])[:, query]
+            if self.name == "cosine":
+                beside = beside + self.factor[..., 0]
+            wanted = torch.cat([table, beside], dim=-1).softmax(-1)[:, : len(scores)].amax(0).tolist()
+        else:
+            wanted = (table.softmax(-1).amax(0) if len(table) > 1 else table[0]).tolist()
         ranked = sorted(zip(wanted, scores, strict=True), key=lambda pair: (-pair[0], pair[1]))
-        return [number for _, number in ranked[:most]]
+        return [number for share, number in ranked[:most] if share >= least or not least]
 
     def seen(self, query: int, position: int) -> list[int]:
         """The keys that a query sees which stands at this place, counted from the first key."""
@@ -133,7 +144,9 @@ class Loops:
         if self.causal:
             far, sinks = ([n for n in numbers if n < near[0]] for numbers in (far, sinks))
         scores = {n: self.score(n) for n in far if self.real(n * size, (n + 1) * size)}
-        blocks = {*near, *sinks, *self.best(query, scores, self.budget)}
+        read = [j for n in {*near, *sinks} for j in self.real(n * size, (n + 1) * size)]
+        read = [j for j in read if not self.causal or j <= self.first + position]
+        blocks = {*near, *sinks, *self.best(query, scores, self.budget, read)}
         beyond = [n for n in scores if n not in blocks] if search.far_field and search.window_size else []
         return [j for n in sorted(blocks) for j in self.real(n * size, (n + 1) * size)], beyond
 
@@ -191,11 +204,12 @@ def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
     return weights @ inputs.value.repeat_interleave(groups, dim=1), weights
 
 
+@pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("far_field", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("metric", ["dot", "l2", "l1", "cosine"])
-def test_the_definition(metric, form, padded, far_field, monkeypatch):
+def test_the_definition(metric, form, padded, far_field, by_weight, monkeypatch):
     """Also with few queries, and a few queries at a time. Breaks if a block, a mean or a group is off by one."""
     monkeypatch.setattr(retrieval_blocks, "ENTRIES", 2**10)
     length = 44 if far_field and form != "cross" else 70
@@ -203,7 +217,8 @@ def test_the_definition(metric, form, padded, far_field, monkeypatch):
     if form == "cross":
         shape = (2, 4, 2, 23, 70)
     keep = padding(2, length) if padded else None
-    x = problem(form, replace(SMALL, far_field=far_field), metric=metric, keep=keep, shape=shape)
+    search = replace(SMALL, far_field=far_field, **(BY_WEIGHT if by_weight else {}))
+    x = problem(form, search, metric=metric, keep=keep, shape=shape, lam=1.0 if by_weight else 3.0)
     output, weights = retrieval_by_operators(x, return_weights=True)
     expected, expected_weights = by_loops(x)
     rows = torch.ones(2, 1, shape[3], dtype=torch.bool)
@@ -251,17 +266,19 @@ def test_all_blocks_are_exact_attention(form, metric):
 
 
 @needs_kernel
+@pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("form", [*FORMS, "steps", "one step"])
 @pytest.mark.parametrize("metric", METRIC_CASES, ids=metric_id)
-def test_the_kernel_is_the_operators(metric, form, padded):
+def test_the_kernel_is_the_operators(metric, form, padded, by_weight):
     name, p = metric
     queries = {"steps": 19, "one step": 1, "cross": 40}.get(form, 300)
     keep = padding(2, 300) if padded else None
     form = "causal" if "step" in form else form
     for heads, key_heads, sizes in ((6, 2, (24, 20)), (2, 2, (16, 16)), (5, 1, (7, 9))):
         x = problem(
-            form, LARGE, metric=name, p=p, keep=keep, shape=(2, heads, key_heads, queries, 300), dtype=torch.float32,
+            form, replace(LARGE, **(BY_WEIGHT if by_weight else {})), metric=name, p=p, keep=keep,
+            shape=(2, heads, key_heads, queries, 300), dtype=torch.float32,
             sizes=sizes, lam=torch.linspace(0.5, 4, heads),
         )  # fmt: skip
         if not cpp_supports(x):

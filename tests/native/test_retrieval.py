@@ -69,12 +69,12 @@ def test_a_layer_is_the_definition(is_causal, metric):
         query, key, value, get_metric(metric), layer.distattn.lam().double(), 8**-0.5, None, keep[:, None, None],
         None, is_causal,
     )  # fmt: skip
-    expected, weights = by_loops(Retrieval(inputs, Search(**FEW), first_keys(keep)))
+    expected, weights = by_loops(Retrieval(inputs, Search(**FEW, min_weight=0.0), first_keys(keep)))
     found, found_weights = layer(x, attention_mask=keep, output_attentions=True)
     assert_close(found, layer.o_proj(expected.transpose(1, 2).flatten(2)), "float64")
     assert_close(found_weights, weights, "float64")
     # Some key that causality and padding leave is not read.
-    weights = by_loops(Retrieval(inputs, Search(**FEW, far_field=False), first_keys(keep)))[1]
+    weights = by_loops(Retrieval(inputs, Search(**FEW, min_weight=0.0, far_field=False), first_keys(keep)))[1]
     seen = keep[:, None, None] & torch.ones(19, 19).bool().tril() if is_causal else keep[:, None, None]
     assert ((weights == 0) & seen).any()
 
