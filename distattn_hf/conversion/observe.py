@@ -1,5 +1,6 @@
 """Observe a converted model's attention while it runs, and replace its output."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from ..core.head_groups import key_padding
 from ..core.inputs import ModuleCall
 from ..core.interface import attend
 from ..core.relative_bias import of_heads
-from ..core.retrieval_gather import caught_weight
+from ..core.retrieval import Retrieval
+from ..core.retrieval_gather import caught_weight, visible_keys
 from ..core.retrieval_heads import retrieval_forward, retrieval_problem, some_heads
 
 
@@ -43,18 +45,13 @@ def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | No
     def observe(state, query, key, value, call):
         if not state.is_retrieval:
             return teacher_attention(query, key, value, call)
-        tensors = query, key[:, :: call.groups], value[:, :: call.groups]
         keep = None if call.mask is None else key_padding(call.mask, query, key.shape[2])
         shares = []
-        for heads, group in state.parts():
-            if group is None or group.spec.mechanism != "retrieval":
+        for problem in _problems(state, query, key, value, call, keep):
+            if problem is None:
                 shares.append(None)
                 continue
-            own = some_heads(heads, *tensors) if len(heads) < state.num_heads else tensors
-            index = torch.tensor(heads, device=query.device)
-            bias, sink = (of_heads(t, index) for t in (call.position_bias, call.sink_logit))
-            own_call = replace(call, position_bias=bias, sink_logit=sink)
-            share = caught_weight(retrieval_problem(group, *own, keep, own_call)).double()
+            share = caught_weight(problem).double()
             if keep is not None and not state.is_cross:
                 share = share * keep[:, None, -query.shape[2] :]  # queries that are padding count for nothing
             shares.append(torch.stack([share.sum((0, 2)), (share > 0).sum((0, 2)).double()]))
@@ -71,6 +68,45 @@ def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | No
         totals = [None if parts[0] is None else sum(parts) for parts in zip(*uses, strict=True)]
         shares[name] = [None if t is None else (t[0] / t[1].clamp_min(1)).float() for t in totals]
     return shares
+
+
+@torch.no_grad()
+def read_share(model, ids: Tensor, last: int) -> float:
+    """Return the share of a text's keys that its last queries read in retrieval heads, the mean over both.
+
+    ids: (1, N); last: how many queries. What counts as one key for all of its block is not read.
+
+    Raises `ValueError` where no head retrieves.
+    """
+    shares = []
+
+    def observe(state, query, key, value, call):
+        if not state.is_retrieval:
+            return teacher_attention(query, key, value, call)
+        for problem in _problems(state, query, key, value, call, None):
+            if problem is not None:
+                seen = visible_keys(problem)(query.shape[2] - last, query.shape[2])
+                shares.extend(seen.double().mean((0, 2, 3)).tolist())
+        return retrieval_forward(state, query, key, value, call, attend)[0]
+
+    with observed(model, observe):
+        model.base_model(input_ids=ids, use_cache=False)
+    if not shares:
+        raise ValueError("model must have heads with retrieval attention, got one without")
+    return sum(shares) / len(shares)
+
+
+def _problems(state, query, key, value, call, keep) -> Iterator[Retrieval | None]:
+    """Yield the problem of each group of a module's heads, None for one of another mechanism."""
+    tensors = query, key[:, :: call.groups], value[:, :: call.groups]
+    for heads, group in state.parts():
+        if group is None or group.spec.mechanism != "retrieval":
+            yield None
+            continue
+        own = some_heads(heads, *tensors) if len(heads) < state.num_heads else tensors
+        index = torch.tensor(heads, device=query.device)
+        bias, sink = (of_heads(t, index) for t in (call.position_bias, call.sink_logit))
+        yield retrieval_problem(group, *own, keep, replace(call, position_bias=bias, sink_logit=sink))
 
 
 def teacher_attention(query: Tensor, key: Tensor, value: Tensor, call: ModuleCall) -> Tensor:

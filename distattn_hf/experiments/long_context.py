@@ -21,13 +21,14 @@ from ..conversion.beyond import SELECTIONS
 from ..conversion.cache_bytes import TOKENS, cache_bytes
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
+from ..conversion.observe import read_share
 from ..core.attention_spec import AttentionSpec
 from ..data.sources import read_texts
 from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
-from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack
+from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack, Question
 from ..storage.models import load_checkpoint
 
-STUDENTS = ("teacher", "window", "retrieval", "blocks", "l2", "nystrom", "nystrom+retrieval")
+STUDENTS = ("teacher", "window", "retrieval", "fixed", "blocks", "l2", "nystrom", "nystrom+retrieval")
 TASKS = (*RETRIEVAL_TASKS, "perplexity")
 
 
@@ -37,8 +38,9 @@ class Options:
 
     checkpoint: a causal language model. data: what the texts are made of, and what is fitted on (of "news" articles
     that no text is made of; of a file the same).
-    students: "teacher"; "window": sinks and window alone; "retrieval", once for each of `blocks` (how many a query
-    reads); "blocks": the same without the far field; "l2": exact attention by distance; "nystrom": all heads;
+    students: "teacher"; "window": sinks and window alone; "retrieval", once for each of `min_weights` (by which queries
+    read blocks); "fixed", once for each of `blocks` (how many a query reads); "blocks": the same without the far field;
+    "l2": exact attention by distance; "nystrom": all heads;
     "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe").
     tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
     steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
@@ -54,6 +56,7 @@ class Options:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 20
     tail: int = 256
+    min_weights: tuple[float, ...] = (0.003,)
     blocks: tuple[int, ...] = (16,)
     shares: tuple[float, ...] = (0.1,)
     select: str = "probe"
@@ -91,7 +94,10 @@ class Options:
             return AttentionSpec(window_size=self.window_size, num_sinks=self.num_sinks, **fields)
 
         def blocks(count, far_field):
-            return near(mechanism="retrieval", block_size=self.block_size, num_blocks=count, far_field=far_field)
+            return retrieval(num_blocks=count, min_weight=0.0, far_field=far_field)
+
+        def retrieval(**options):
+            return near(mechanism="retrieval", block_size=self.block_size, **options)
 
         def fit(**choice):
             return CalibrationOptions(
@@ -104,7 +110,10 @@ class Options:
         found = {
             "teacher": {"teacher": (None, None)},
             "window": {"sinks and window": (blocks(0, False), None)},
-            "retrieval": {f"retrieval, {count} blocks": (blocks(count, True), None) for count in self.blocks},
+            "retrieval": {
+                f"retrieval, weight {least:g}": (retrieval(min_weight=least), None) for least in self.min_weights
+            },
+            "fixed": {f"retrieval, {count} blocks": (blocks(count, True), None) for count in self.blocks},
             "blocks": {f"{count} blocks alone": (blocks(count, False), None) for count in self.blocks},
             "l2": {"l2": (AttentionSpec("l2"), fit())},
             "nystrom": {"nystrom": (near(**nystrom), fit())},
@@ -120,11 +129,12 @@ class Options:
 
 QUICK = {
     "checkpoint": "tests/fixtures/gpt2-english", "data": "tests/fixtures/gpt2-english/heldout.txt",
-    "lengths": (128, 200), "depths": (0.0, 1.0), "samples": 2, "tail": 32, "blocks": (2,), "shares": (0.25,),
+    "lengths": (128, 200), "depths": (0.0, 1.0), "samples": 2, "tail": 32, "min_weights": (0.03,), "blocks": (2,),
+    "shares": (0.25,),
     "steps": 2, "fit_length": 200, "fit_tokens": 800, "probe_lengths": (180,), "num_landmarks": 8, "window_size": 16,
     "num_sinks": 2,
 }  # fmt: skip
-AXES = ("students", "tasks", "lengths", "depths", "blocks", "shares")
+AXES = ("students", "tasks", "lengths", "depths", "min_weights", "blocks", "shares")
 
 
 @only_errors("transformers")
@@ -159,18 +169,17 @@ def _measure(student: Callable, spec: AttentionSpec | None, questions: list, ask
     model = student()
     with tqdm(total=len(questions), desc=asked.task, disable=not sys.stderr.isatty(), leave=False) as bar:
         scores = score_cell(model, questions, asked, bar=bar)
-    return {**scores, **_sizes(model, spec, questions[0].ids.shape[1])}
+    return {**scores, **_sizes(model, spec, questions[0])}
 
 
-def _sizes(model, spec: AttentionSpec | None, length: int) -> dict[str, float]:
-    """Return the bytes of a text's cache and, of retrieval, the share of the keys that its last query reads at most.
+def _sizes(model, spec: AttentionSpec | None, question: Question) -> dict[str, float]:
+    """Return the bytes of a text's cache and, of retrieval, the share of its keys that the answer's queries read.
 
     The control has no such cache: it keeps keys that nothing reads.
     """
-    values = {}
+    values, length = {}, question.ids.shape[1]
     if spec is not None and spec.mechanism == "retrieval":
-        blocks = -(-spec.num_sinks // spec.block_size) + -(-(spec.window_size - 1) // spec.block_size) + 1
-        values["share_read"] = min(1.0, (blocks + spec.num_blocks) * spec.block_size / length)
+        values["share_read"] = read_share(model, question.ids.to(model.device), question.answer)
     if spec is None or spec.num_blocks != 0:
         sizes = cache_bytes(model)
         values["cache_bytes"] = sizes["growing"] * length // TOKENS + sizes["constant"]
