@@ -159,10 +159,10 @@ class DistAttnModel(DistAttnPreTrainedModel):
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
             position_ids = positions_of(attention_mask, num_queries, past, device)
-        num_keys = num_queries if self_cache is None else self_cache.get_mask_sizes(num_queries, 0)[0]
+        num_keys, cut = (num_queries, 0) if self_cache is None else self_cache.get_mask_sizes(num_queries, 0)
         return {
             "hidden_states": self.dropout(self.positions.embed(inputs_embeds, position_ids)),
-            "position_bias": self._bias(num_queries, num_keys, past, device),
+            "position_bias": self._bias(num_queries, num_keys, past - cut, device),
             "position_embeddings": self.positions.rotation(inputs_embeds, position_ids),
             "attention_mask": mask,
             CACHE_NAME: cache,

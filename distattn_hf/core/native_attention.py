@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from .compatibility import one_cache
 from .configuration_native import DEFAULT_METRICS, SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
+from .constant_cache import RecurrentLayer, layer_at
 from .derived_cache import use_derived_cache
 from .encodings import POSITIONAL_ENCODINGS
 from .inputs import split_mask
@@ -166,6 +167,7 @@ class AttentionHeads(nn.Module):
         self, hidden_size: int, num_heads: int, layer_idx: int, bias: bool, key_value_size=None, key_value_heads=None
     ):
         super().__init__()
+        self.mechanism = None
         self.num_heads, self.head_dim, self.layer_idx = num_heads, hidden_size // num_heads, layer_idx
         self.num_key_value_groups = num_heads // (key_value_heads or num_heads)
         inputs, outputs = key_value_size or hidden_size, num_heads // self.num_key_value_groups * self.head_dim
@@ -198,11 +200,27 @@ class AttentionHeads(nn.Module):
         return projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add to the cache and return keys and values of all tokens so far."""
+        """Add to the cache and return keys and values of all tokens so far, or of those that the mechanism needs."""
+        self.keep_less(cache)
         return cache.update(key, value, self.layer_idx)
+
+    def keep_less(self, cache: Cache) -> None:
+        """Give a `DynamicCache` the layer that the mechanism needs; other kinds keep every key, as they say."""
+        if self.mechanism is None or not self.is_causal or getattr(cache, "offloading", False):
+            return
+        if type(layer := layer_at(cache, self.layer_idx)) is DynamicLayer:
+            cache.layers[self.layer_idx] = self.mechanism.cache_layer(layer)
 
     def _by_mechanism(self, query, key, value, mask, **call) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, H, N, d), weights or None) of the module's mechanism; `call` as its forward takes it."""
+        layer = getattr(key, "distattn_layer", None)
+        if isinstance(layer, RecurrentLayer):
+            call["memory"] = layer
+        elif mask is not None and mask.shape[-1] < key.shape[2] and mask.dim() == 4:
+            # A static cache: the places behind are not filled yet.
+            key, value = (tensor[:, :, : mask.shape[-1]] for tensor in (key, value))
+            if call["position_bias"] is not None:
+                call["position_bias"] = call["position_bias"][..., : mask.shape[-1]]
         keep = padding_alone(self.mechanism.name, mask, query, key.shape[2])
         key, value = (repeat_kv(tensor, self.num_key_value_groups) for tensor in (key, value))
         return self.mechanism(query, key, value, keep=keep, is_causal=self.is_causal, **call)
@@ -233,7 +251,6 @@ class DistAttnAttention(AttentionHeads):
         self.is_cross_attention = is_cross
         self.is_causal = config.is_decoder and not is_cross
         mechanism, metric, options = attention_choice(config, is_cross)
-        self.mechanism = None
         if mechanism in SPEC_MECHANISMS:
             entry = {"num_heads": self.num_heads, "head_dim": self.head_dim, "kind": "cross" if is_cross else "self"}
             entry["groups"] = [{"spec": 0, "heads": None}]

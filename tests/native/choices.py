@@ -78,7 +78,8 @@ def make_config(mechanism: str, encoding: str, form: str, /, **settings) -> Dist
     options = OPTIONS.get(mechanism, {})
     if form == "cross":
         return DistAttnSeq2SeqConfig(**{"cross_mechanism": mechanism, "cross_options": options, **settings})
-    return DistAttnConfig(mechanism=mechanism, mechanism_options=options, is_decoder=form == "causal", **settings)
+    settings = {"mechanism_options": options, **settings}
+    return DistAttnConfig(mechanism=mechanism, is_decoder=form == "causal", **settings)
 
 
 def make_model(mechanism: str, encoding: str, form: str, /, seed: int = 0, **settings):
