@@ -133,12 +133,19 @@ class RecurrentLayer(ConstantLayer):
 
 
 class RingLayer(DynamicSlidingWindowLayer):
-    """transformers' layer of the last sliding_window - 1 keys, without the prompt that they were cut from."""
+    """transformers' layer of the last keys, `reach` of them: so far back a query looks.
+
+    Without the prompt that they were cut from.
+    """
+
+    def __init__(self, reach: int):
+        # One more, the query's own key; transformers' layer of a window of one would keep every key.
+        super().__init__(max(reach, 1) + 1)
 
     @classmethod
-    def from_layer(cls, layer: DynamicLayer, sliding_window: int) -> "RingLayer":
+    def from_layer(cls, layer: DynamicLayer, reach: int) -> "RingLayer":
         """Return a layer that goes on from the keys of a `DynamicLayer`, such as a prefix."""
-        new = cls(sliding_window)
+        new = cls(reach)
         if layer.get_seq_length():
             new.lazy_initialization(layer.keys, layer.values)
             new.keys, new.values, new.cumulative_length = layer.keys, layer.values, layer.get_seq_length()

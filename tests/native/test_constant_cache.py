@@ -13,10 +13,10 @@ from distattn_hf.core.mechanisms import MECHANISMS
 from tests.core.mechanism_oracles import MechanismCase, naive_attention
 from tests.tolerances import CACHED_LOGITS, HALF_ERROR_RATIO, assert_close
 
-from .choices import make_model, tokens
+from .choices import OPTIONS, make_model, tokens
 
 RECURRENT = ("linear", "performer")
-CONSTANT = RECURRENT
+CONSTANT = (*RECURRENT, "local", "strided")
 GREEDY = {"do_sample": False, "eos_token_id": None}
 
 
@@ -131,7 +131,7 @@ def test_a_cache_is_changed_as_any_other(mechanism):
 
 @pytest.mark.parametrize("mechanism", CONSTANT)
 def test_tokens_are_taken_back_where_the_past_is_recorded(mechanism):
-    model, ids = model_of(mechanism), tokens(length=12)
+    model, ids = model_of(mechanism), tokens(length=16)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
         with pytest.raises((ValueError, RuntimeError), match="activate_past_recording"):
@@ -245,9 +245,8 @@ def test_gradients_reach_all_parts_of_a_text(mechanism):
 
 @pytest.mark.parametrize("mechanism", CONSTANT)
 def test_a_layer_of_pytorch_keeps_as_little(mechanism):
-    """Grouped by nothing but its own cache; masks and biases still speak of all tokens."""
-    options = {"performer": {"num_features": 8}}.get(mechanism, {})
-    layer = AttentionFactory.create(mechanism, 16, 2, is_causal=True, **options).eval()
+    """Its masks still speak of all tokens."""
+    layer = AttentionFactory.create(mechanism, 16, 2, is_causal=True, **OPTIONS.get(mechanism, {})).eval()
     x, keep = torch.randn(2, 30, 16), torch.ones(2, 30, dtype=torch.bool)
     keep[0, :4] = False
     cache, parts = DynamicCache(), []
