@@ -110,6 +110,8 @@ class Mechanism(nn.Module):
     complexity: str
     memory: str
     options: dict[str, Option] = {}
+    # Whether this call goes on with a call before, so that what changes between calls (draws of features) must not.
+    holds_still: bool = False
 
     def __init__(self, num_heads: int, head_dim: int, *, max_length: int | None = None, **options):
         super().__init__()

@@ -63,7 +63,7 @@ class PerformerAttention(FeatureAttention):
         self.projection = features.to(self.projection)
 
     def forward(self, query, *args, memory=None, **kwargs):
-        goes_on = memory is not None and memory.length > query.shape[2]
+        goes_on = self.holds_still or memory is not None and memory.length > query.shape[2]
         # Gradient checkpointing calls again from within the backward pass and must meet the same features.
         if self.training and self.redraw_interval and not goes_on and torch._C._current_graph_task_id() == -1:
             if self._known_calls is None:

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
+from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
 from .native_layers import (
@@ -154,7 +155,9 @@ class DistAttnModel(DistAttnPreTrainedModel):
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
             check_documents(position_ids, attention_mask, self_cache)
-            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: self_cache})
+            documents = self._documents(position_ids, attention_mask, self_cache, len(inputs_embeds))
+            given = None if documents is not None else position_ids
+            mask = documents or create_causal_mask(**mask_of, position_ids=given, **{CACHE_NAME: self_cache})
         else:
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
@@ -168,6 +171,14 @@ class DistAttnModel(DistAttnPreTrainedModel):
             CACHE_NAME: cache,
             "use_cache": use_cache,
         }
+
+    def _documents(self, position_ids, attention_mask, cache, batch: int) -> Documents | None:
+        """Return the documents of packed rows, of a mechanism for which no mask can tell them apart; None without."""
+        separates = attention_mask is None and cache is None and self.config.mechanism not in ("dot", "distance")
+        # A compiled graph cannot cut by values: the mask that transformers makes is refused by such mechanisms.
+        if not separates or position_ids is None or torch.compiler.is_compiling():
+            return None
+        return Documents.of(position_ids.expand(batch, -1))
 
     def _new_cache(self) -> Cache:
         return DynamicCache(config=self.config)

@@ -1,5 +1,7 @@
 """The native family's attention module, whose mechanism the config names, and checks of which choices fit."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -13,6 +15,7 @@ from .compatibility import one_cache
 from .configuration_native import DEFAULT_METRICS, SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
 from .constant_cache import RecurrentLayer, layer_at
 from .derived_cache import use_derived_cache
+from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
@@ -267,7 +270,7 @@ class DistAttnAttention(AttentionHeads):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Documents | None = None,
         key_value_states: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         position_bias: Tensor | None = None,
@@ -278,8 +281,21 @@ class DistAttnAttention(AttentionHeads):
         """Return (output (B, N, D), weights (B, H, N, M) where they are asked for)."""
         cache = one_cache(past_key_values, cache)
         heads = self._project(hidden_states, key_value_states, position_embeddings, cache)
-        output, weights = self._attend(*heads, attention_mask, position_bias, kwargs)
+        if isinstance(attention_mask, Documents):
+            output, weights = attention_mask.apart(partial(self._attend_part, kwargs), *heads, position_bias)
+        else:
+            output, weights = self._attend(*heads, attention_mask, position_bias, kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _attend_part(self, kwargs, number: int, *call) -> tuple[Tensor, Tensor | None]:
+        """Return `_attend` of a batch of documents, of which several make up one call of the module."""
+        if self.mechanism is None:
+            return self._attend(*call, kwargs)
+        self.mechanism.holds_still = number > 0
+        try:
+            return self._attend(*call, kwargs)
+        finally:
+            self.mechanism.holds_still = False
 
     def _attend(self, query, key, value, mask, position_bias, kwargs) -> tuple[Tensor, Tensor | None]:
         """Return ((B, N, H, d), weights or None) by the mechanism's module or by transformers' attention interface."""
