@@ -18,6 +18,10 @@ class ConstantLayer(CacheLayerMixin):
         """Apply `change` to every tensor held."""
         raise NotImplementedError
 
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors held."""
+        raise NotImplementedError
+
     def get_seq_length(self) -> int:
         return self.length
 
