@@ -40,7 +40,7 @@ HAS = {
     "retrieval": (FORMS, True),
     "local": (("causal", "bidirectional"), True),
     "strided": (("causal", "bidirectional"), True),
-    "bigbird": (("bidirectional",), True),
+    "bigbird": (("causal", "bidirectional"), True),
     "landmark": (("causal", "bidirectional"), True),
     "linear": (FORMS, False),
     "linformer": (("bidirectional", "cross"), False),
