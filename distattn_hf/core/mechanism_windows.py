@@ -175,8 +175,8 @@ class StridedAttention(Mechanism):
         return RingLayer.from_layer(layer, max(self.window_size - 1, self.num_strides * self.stride))
 
     def _attend(self, call):
-        near, far = (torch.arange(n, device=call.query.device) for n in (self.window_size, self.num_strides + 1))
-        if (output := looked_up(call, torch.cat([near, far * self.stride]).unique())) is not None:
+        offsets = sorted({*range(self.window_size), *range(0, self.num_strides * self.stride + 1, self.stride)})
+        if (output := looked_up(call, torch.tensor(offsets, device=call.query.device))) is not None:
             return output
         parts = []
         for size, dilation, beyond in ((self.window_size, 1, 0), (self.num_strides + 1, self.stride, self.window_size)):
