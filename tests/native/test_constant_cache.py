@@ -265,3 +265,12 @@ def test_grouped_key_heads(mechanism):
         cache = model(ids[:, :7], use_cache=True).past_key_values
         found = model(ids[:, 7:], past_key_values=cache).logits
     torch.testing.assert_close(found, full(model, ids)[:, 7:], rtol=0, atol=CACHED_LOGITS)
+
+
+@pytest.mark.parametrize("mechanism", [*CONSTANT, "bigbird"])
+def test_a_prompt_compiles_to_one_graph(mechanism):
+    model, ids = model_of(mechanism), tokens(length=9)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=True).logits
+    torch.testing.assert_close(found, full(model, ids), rtol=0, atol=CACHED_LOGITS)
