@@ -161,6 +161,9 @@ class RingLayer(DynamicSlidingWindowLayer):
         if keys.shape[2] > self.keys.shape[2] + 1:
             # A slice would keep all of it alive.
             self.keys, self.values = self.keys.clone(), self.values.clone()
+        # A view of its own, so that the mark is not on the tensor that the cache holds, which may be copied.
+        keys = keys.view_as(keys)
+        keys.distattn_layer = self
         return keys, values
 
 

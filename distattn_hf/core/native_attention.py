@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .compatibility import one_cache
 from .configuration_native import DEFAULT_METRICS, SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
-from .constant_cache import RecurrentLayer, layer_at
+from .constant_cache import RecurrentLayer, RingLayer, layer_at
 from .derived_cache import use_derived_cache
 from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS
@@ -47,6 +47,11 @@ def eager_attention_forward(
 def attention_choice(config: DistAttnConfig, is_cross: bool) -> tuple[str, str | None, dict]:
     """Return (mechanism, metric, options) of a config's self- or cross-attention."""
     return config.cross_choice() if is_cross else (config.mechanism, config.metric, config.mechanism_options)
+
+
+def options_of_layer(options: dict, layer_idx: int) -> dict:
+    """Return a mechanism's options in one layer: those that are lists have a value for each."""
+    return {name: value[layer_idx] if isinstance(value, list | tuple) else value for name, value in options.items()}
 
 
 def known_mechanisms() -> str:
@@ -113,7 +118,15 @@ def _check_form(config, encoding, is_cross: bool, is_causal: bool) -> None:
                 _check_nystrom_bias(config, spec.window_size)
         else:
             kind = MECHANISMS.get(mechanism)
-            kind.check_options(max_length=config.max_position_embeddings, **options)
+            for name, value in options.items():
+                depths = {config.num_hidden_layers, getattr(config, "decoder_layers", config.num_hidden_layers)}
+                if isinstance(value, list | tuple) and depths != {len(value)}:
+                    raise ValueError(
+                        f"{name} of mechanism {mechanism!r} must be one value, or a list of one for each of "
+                        f"{' and '.join(map(str, sorted(depths)))} layers, got {value!r}"
+                    )
+            for layer_idx in range(config.num_hidden_layers):
+                kind.check_options(max_length=config.max_position_embeddings, **options_of_layer(options, layer_idx))
             kind.check(is_causal=is_causal, is_cross=is_cross, has_bias=has_bias)
     except ValueError as error:
         form = "cross-attention" if is_cross else "causal attention" if is_causal else "bidirectional attention"
@@ -219,6 +232,12 @@ class AttentionHeads(nn.Module):
         layer = getattr(key, "distattn_layer", None)
         if isinstance(layer, RecurrentLayer):
             call["memory"] = layer
+        elif isinstance(layer, RingLayer):
+            # Mask and bias speak of the keys of the layer that keeps most.
+            num_keys = key.shape[2]
+            mask = mask if mask is None else mask[..., -num_keys:]
+            bias = call["position_bias"]
+            call["position_bias"] = bias if bias is None else bias[..., -num_keys:]
         elif mask is not None and mask.shape[-1] < key.shape[2] and mask.dim() == 4:
             # A static cache: the places behind are not filled yet.
             key, value = (tensor[:, :, : mask.shape[-1]] for tensor in (key, value))
@@ -265,7 +284,8 @@ class DistAttnAttention(AttentionHeads):
                 self.register_forward_pre_hook(use_derived_cache, with_kwargs=True)
         elif mechanism != "dot":
             length = config.max_position_embeddings
-            self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **options)
+            own = options_of_layer(options, layer_idx)
+            self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **own)
 
     def forward(
         self,

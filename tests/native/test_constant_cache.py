@@ -11,9 +11,10 @@ from distattn_hf import AttentionFactory
 from distattn_hf.core.constant_cache import RecurrentLayer
 from distattn_hf.core.mechanisms import MECHANISMS
 from tests.core.mechanism_oracles import MechanismCase, naive_attention
+from tests.test_chunks import check
 from tests.tolerances import CACHED_LOGITS, HALF_ERROR_RATIO, assert_close
 
-from .choices import OPTIONS, make_model, tokens
+from .choices import OPTIONS, VOCAB, make_model, tokens
 
 RECURRENT = ("linear", "performer")
 CONSTANT = (*RECURRENT, "local", "strided")
@@ -274,3 +275,34 @@ def test_a_prompt_compiles_to_one_graph(mechanism):
     with torch.no_grad():
         found = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=True).logits
     torch.testing.assert_close(found, full(model, ids), rtol=0, atol=CACHED_LOGITS)
+
+
+@pytest.mark.parametrize("dilation", [[1, 4], [4, 1], (3, 3)])
+@pytest.mark.parametrize("encoding", ["rotary", "alibi"])
+def test_dilation_by_layer(dilation, encoding, tmp_path):
+    """As Longformer has it: rings of different reach, whichever layer's is the larger; in parts, saved and loaded."""
+    options = {"window_size": 3, "dilation": dilation}
+    model = make_model("local", encoding, "causal", mechanism_options=options)
+    assert [module.mechanism.dilation for module in model.attention_modules().values()] == list(dilation)
+    check(model, VOCAB)
+    model.save_pretrained(tmp_path)
+    again, ids = type(model).from_pretrained(tmp_path).eval(), tokens(length=14)
+    torch.testing.assert_close(full(again, ids), full(model, ids), rtol=1e-5, atol=1e-5)
+    other = make_model("local", encoding, "causal", mechanism_options={"window_size": 3, "dilation": [2, 2]})
+    other.load_state_dict(model.state_dict())
+    assert (full(other, ids) - full(model, ids)).abs().max() > 1e-3
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [2 * step for step in dilation]
+
+
+@pytest.mark.parametrize(
+    ("dilation", "message"),
+    [
+        ([1, 2, 3], r"dilation of mechanism 'local' must be one value, or a list of one for each of 2 layers, got"),
+        ([1, 0], "dilation of mechanism 'local' must be an integer >= 1, got 0"),
+    ],
+)
+def test_lists_that_do_not_fit_the_layers_are_refused(dilation, message):
+    with pytest.raises(ValueError, match=message):
+        make_model("local", "rotary", "causal", mechanism_options={"dilation": dilation})
