@@ -1,4 +1,4 @@
-"""The tests of transformers, and of ours beside them, that cannot hold for a native model, and why: {test, or class.test: reason}.
+"""The tests of transformers, and ours beside them, that cannot hold for a native model: {test, or class.test: reason}.
 
 They run all the same and are expected to fail (`xfail(strict=True)`), so an entry that no longer belongs here fails.
 """
