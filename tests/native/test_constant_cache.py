@@ -278,7 +278,7 @@ def test_a_prompt_compiles_to_one_graph(mechanism):
 
 
 @pytest.mark.parametrize("dilation", [[1, 4], [4, 1], (3, 3)])
-@pytest.mark.parametrize("encoding", ["rotary", "alibi"])
+@pytest.mark.parametrize("encoding", ["rotary", "relative"])
 def test_dilation_by_layer(dilation, encoding, tmp_path):
     """As Longformer has it: rings of different reach, whichever layer's is the larger; in parts, saved and loaded."""
     options = {"window_size": 3, "dilation": dilation}
