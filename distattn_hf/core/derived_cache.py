@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from .compatibility import given_cache
+from .constant_cache import layer_at
 from .discovery import argument_names
 from .retrieval_far import BEGINNING
 
@@ -265,11 +266,7 @@ def keeping_layer(cache, index: int):
 
     A `StaticLayer` becomes one that keeps first queries; other kinds stay as they are.
     """
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
-        return None
-    layer = cache.layers[index]
+    layer = layer_at(cache, index)
     if type(layer) is DynamicLayer:
         layer = cache.layers[index] = DerivedLayer.from_layer(layer)
     elif type(layer) is StaticLayer:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 
 from .attention import without_autocast
+from .constant_cache import RecurrentLayer
 from .inputs import causal_keep, masked_softmax
 from .registry import Registry
 
@@ -49,7 +51,8 @@ class Call:
     """Checked inputs of one call in at least float32: query (B, H, N, d), key (B, H, M, d), value (B, H, M, d_v).
 
     keep (B, M) bool, True for a real key, or None for all; bias (B or 1, H, N, M) or None. Causal: the last N of the M
-    keys are the queries' own. scaling: what the caller gave, None where it gave nothing.
+    keys are the queries' own. scaling: what the caller gave, None where it gave nothing. memory: what is kept of a text
+    whose earlier keys are not among these (see `Mechanism.cache_layer`).
     """
 
     query: Tensor
@@ -61,6 +64,7 @@ class Call:
     scaling: float | None
     dropout_p: float
     bias: Tensor | None
+    memory: RecurrentLayer | None = None
 
     @property
     def before(self) -> int:
@@ -106,6 +110,8 @@ class Mechanism(nn.Module):
     complexity: str
     memory: str
     options: dict[str, Option] = {}
+    # Whether this call goes on with a call before, so that what changes between calls (draws of features) must not.
+    holds_still: bool = False
 
     def __init__(self, num_heads: int, head_dim: int, *, max_length: int | None = None, **options):
         super().__init__()
@@ -144,6 +150,13 @@ class Mechanism(nn.Module):
                 "positional encoding that is not a bias"
             )
 
+    def cache_layer(self, layer: DynamicLayer) -> DynamicLayer | RecurrentLayer:
+        """Return what a causal text's cache has in the place of `layer`, with its keys: less than all, where less does.
+
+        A `RecurrentLayer` comes back as `memory` of the calls; a `RingLayer` gives keys up to those that are reached.
+        """
+        return layer
+
     def forward(
         self,
         query: Tensor,
@@ -157,6 +170,7 @@ class Mechanism(nn.Module):
         dropout_p: float = 0.0,
         position_bias: Tensor | None = None,
         return_weights: bool = False,
+        memory: RecurrentLayer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, H, N, d_v) in value's dtype, weights (B, H, N, M) before dropout, or None).
 
@@ -169,6 +183,8 @@ class Mechanism(nn.Module):
             dropout_p: dropout on the weights, applied whenever it is > 0.
             position_bias: (B or 1, H, N, M), finite, added to the logits.
             return_weights: also return the true weights, quadratic in time and memory here and only here.
+            memory: the cache layer that these keys came from and that has summed up those before, where the mechanism
+                made it; it is brought up to date.
 
         A query that sees nothing gets zeros.
 
@@ -181,9 +197,14 @@ class Mechanism(nn.Module):
             dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
             bias = None if position_bias is None else position_bias.to(dtype)
             tensors = (tensor.to(dtype) for tensor in (query, key, value))
-            call = Call(*tensors, keep, is_causal, is_cross, scaling, dropout_p, bias)
-            output = self._attend(call).to(value.dtype)
+            call = Call(*tensors, keep, is_causal, is_cross, scaling, dropout_p, bias, memory)
+            if return_weights and memory is not None and memory.state is not None:
+                raise ValueError(
+                    f"output_attentions is not available once keys are in the cache of mechanism {self.name!r}: they "
+                    "are sums by now. Pass use_cache=False"
+                )
             weights = self._weights(call).to(value.dtype) if return_weights else None
+            output = self._attend(call).to(value.dtype)
         shapes = {"_attend": (output, (*query.shape[:3], value.shape[-1]))}
         if weights is not None:
             shapes["_weights"] = weights, (*query.shape[:3], key.shape[2])

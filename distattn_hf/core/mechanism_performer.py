@@ -23,7 +23,8 @@ class PerformerAttention(FeatureAttention):
     With gradient checkpointing a redraw must not fall between a forward call and its backward pass; two forward calls
     before one backward pass want redraw_interval=0 and a call of `redraw` now and then.
 
-    A row whose features all underflow gives zeros. Causal: no exponent depends on a later key.
+    A text that goes on through a cache keeps its features: a redraw waits for the next text, and `redraw` is for
+    between texts. A row whose features all underflow gives zeros. Causal: no exponent depends on a later key.
     Source: Choromanski et al., Rethinking Attention with Performers (2021).
     """
 
@@ -61,16 +62,17 @@ class PerformerAttention(FeatureAttention):
         # Not in place: a graph that is still to be differentiated holds the old ones.
         self.projection = features.to(self.projection)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, query, *args, memory=None, **kwargs):
+        goes_on = self.holds_still or memory is not None and memory.length > query.shape[2]
         # Gradient checkpointing calls again from within the backward pass and must meet the same features.
-        if self.training and self.redraw_interval and torch._C._current_graph_task_id() == -1:
+        if self.training and self.redraw_interval and not goes_on and torch._C._current_graph_task_id() == -1:
             if self._known_calls is None:
                 self._known_calls = int(self.calls)
             if self._known_calls and self._known_calls % self.redraw_interval == 0:
                 self.redraw()
             self._known_calls += 1
             self.calls += 1
-        return super().forward(*args, **kwargs)
+        return super().forward(query, *args, memory=memory, **kwargs)
 
     def _features(self, call):
         factor = (call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling) ** 0.5

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .constant_cache import RingLayer
 from .mechanism_base import Call, Mechanism, Option, register_mechanism
 
 # Queries in one block: more make fewer and larger products, of which more entries are masked.
@@ -98,6 +99,24 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
     return logits, seen, around(call.value).mT, back
 
 
+def looked_up(call: Call, offsets: Tensor) -> Tensor | None:
+    """Return the output of causal queries to the keys `offsets` (L,) behind each, where that reads fewer than all keys.
+
+    None where it reads more: many queries share their keys, which blocks read once.
+    """
+    count, num_keys = call.query.shape[2], call.key.shape[2]
+    if not call.is_causal or count * len(offsets) > num_keys:
+        return None
+    place = torch.arange(count, device=offsets.device)[:, None] + call.before - offsets
+    seen, place = (place >= 0)[None], place.clamp(min=0)
+    if call.keep is not None:
+        seen = seen & call.keep[:, place]
+    logits = (call.scaled_query[..., None, :] @ call.key[:, :, place].mT).squeeze(-2)
+    if call.bias is not None:
+        logits = logits + call.bias.gather(-1, place.expand(*call.bias.shape[:2], -1, -1))
+    return attend(logits[..., None, :], seen[:, None, :, None], call.value[:, :, place], call.drop).squeeze(-2)
+
+
 def distances(call: Call) -> Tensor:
     """Return how many positions lie between each query and each key, (N, M)."""
     query = torch.arange(call.query.shape[2], device=call.query.device) + call.before
@@ -109,7 +128,8 @@ class LocalAttention(Mechanism):
     """Softmax attention to the keys j with |i - j| = 0, D, 2·D, ..., (W - 1)·D, W = window_size and D = dilation.
 
     Causal: W keys, the query's own among them. Bidirectional: W - 1 more ahead, so that every query has as many on
-    either side. A position bias is read at those keys only, but the caller has made all of it.
+    either side. A position bias is read at those keys only, but the caller has made all of it. A cache keeps the last
+    (W - 1)·D keys.
 
     Source: Beltagy et al., Longformer (2020).
     """
@@ -119,7 +139,13 @@ class LocalAttention(Mechanism):
     memory = "O(N·(W + d))"
     options = {"window_size": Option(128), "dilation": Option(1)}
 
+    def cache_layer(self, layer):
+        return RingLayer.from_layer(layer, (self.window_size - 1) * self.dilation)
+
     def _attend(self, call):
+        offsets = torch.arange(self.window_size, device=call.query.device) * self.dilation
+        if (output := looked_up(call, offsets)) is not None:
+            return output
         *problem, to_query_order = windows(call, self.window_size, self.dilation)
         return to_query_order(attend(*problem, call.drop))
 
@@ -134,7 +160,8 @@ class StridedAttention(Mechanism):
 
     W = window_size, s = stride, T = num_strides. Child et al. let the second kind go back to the first token, which is
     N²/s entries; here their number is fixed, so time and memory are linear, and T·s is how far one layer sees.
-    Bidirectional: as many on either side. Their other pattern ("fixed") is not here.
+    Bidirectional: as many on either side. Their other pattern ("fixed") is not here. A cache keeps the last T·s keys
+    (W - 1 if those are more): each of them is s, 2·s, ... behind some later query.
 
     Source: Child et al., Generating Long Sequences with Sparse Transformers (2019).
     """
@@ -144,7 +171,13 @@ class StridedAttention(Mechanism):
     memory = "O(N·(W + T + d))"
     options = {"window_size": Option(64), "stride": Option(64), "num_strides": Option(64)}
 
+    def cache_layer(self, layer):
+        return RingLayer.from_layer(layer, max(self.window_size - 1, self.num_strides * self.stride))
+
     def _attend(self, call):
+        offsets = sorted({*range(self.window_size), *range(0, self.num_strides * self.stride + 1, self.stride)})
+        if (output := looked_up(call, torch.tensor(offsets, device=call.query.device))) is not None:
+            return output
         parts = []
         for size, dilation, beyond in ((self.window_size, 1, 0), (self.num_strides + 1, self.stride, self.window_size)):
             *problem, to_query_order = windows(call, size, dilation, beyond)

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
+from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
 from .native_attention import DistAttnAttention
 from .native_layers import (
@@ -150,24 +151,38 @@ class DistAttnModel(DistAttnPreTrainedModel):
         # Static caches count in a tensor that the layers will change.
         past = past.clone() if isinstance(past, Tensor) else past
         check_padding_mask("attention_mask", attention_mask, inputs_embeds, past)
+        # Layers that keep fewer keys take the last part of mask and bias (rings of different reach).
+        widths = [layer.get_mask_sizes(num_queries)[0] for layer in ([] if self_cache is None else self_cache.layers)]
+        widest = widths.index(max(widths)) if widths else 0
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
             check_documents(position_ids, attention_mask, self_cache)
-            mask = create_causal_mask(**mask_of, position_ids=position_ids, **{CACHE_NAME: self_cache})
+            documents = self._documents(position_ids, attention_mask, self_cache, len(inputs_embeds))
+            given = None if documents is not None else position_ids
+            mask_of |= {"position_ids": given, CACHE_NAME: self_cache, "layer_idx": widest}
+            mask = documents or create_causal_mask(**mask_of)
         else:
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
             position_ids = positions_of(attention_mask, num_queries, past, device)
-        num_keys = num_queries if self_cache is None else self_cache.get_mask_sizes(num_queries, 0)[0]
+        num_keys, cut = (num_queries, 0) if self_cache is None else self_cache.get_mask_sizes(num_queries, widest)
         return {
             "hidden_states": self.dropout(self.positions.embed(inputs_embeds, position_ids)),
-            "position_bias": self._bias(num_queries, num_keys, past, device),
+            "position_bias": self._bias(num_queries, num_keys, past - cut, device),
             "position_embeddings": self.positions.rotation(inputs_embeds, position_ids),
             "attention_mask": mask,
             CACHE_NAME: cache,
             "use_cache": use_cache,
         }
+
+    def _documents(self, position_ids, attention_mask, cache, batch: int) -> Documents | None:
+        """Return the documents of packed rows, of a mechanism for which no mask can tell them apart; None without."""
+        separates = attention_mask is None and cache is None and self.config.mechanism not in ("dot", "distance")
+        # A compiled graph cannot cut by values: the mask that transformers makes is refused by such mechanisms.
+        if not separates or position_ids is None or torch.compiler.is_compiling():
+            return None
+        return Documents.of(position_ids.expand(batch, -1))
 
     def _new_cache(self) -> Cache:
         return DynamicCache(config=self.config)

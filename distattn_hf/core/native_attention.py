@@ -1,9 +1,11 @@
 """The native family's attention module, whose mechanism the config names, and checks of which choices fit."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -11,7 +13,9 @@ from transformers.utils import logging
 
 from .compatibility import one_cache
 from .configuration_native import DEFAULT_METRICS, SPEC_MECHANISMS, DistAttnConfig, config_checks, spec_of
+from .constant_cache import RecurrentLayer, RingLayer, layer_at
 from .derived_cache import use_derived_cache
+from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
@@ -43,6 +47,11 @@ def eager_attention_forward(
 def attention_choice(config: DistAttnConfig, is_cross: bool) -> tuple[str, str | None, dict]:
     """Return (mechanism, metric, options) of a config's self- or cross-attention."""
     return config.cross_choice() if is_cross else (config.mechanism, config.metric, config.mechanism_options)
+
+
+def options_of_layer(options: dict, layer_idx: int) -> dict:
+    """Return a mechanism's options in one layer: those that are lists have a value for each."""
+    return {name: value[layer_idx] if isinstance(value, list | tuple) else value for name, value in options.items()}
 
 
 def known_mechanisms() -> str:
@@ -109,7 +118,15 @@ def _check_form(config, encoding, is_cross: bool, is_causal: bool) -> None:
                 _check_nystrom_bias(config, spec.window_size)
         else:
             kind = MECHANISMS.get(mechanism)
-            kind.check_options(max_length=config.max_position_embeddings, **options)
+            for name, value in options.items():
+                depths = {config.num_hidden_layers, getattr(config, "decoder_layers", config.num_hidden_layers)}
+                if isinstance(value, list | tuple) and depths != {len(value)}:
+                    raise ValueError(
+                        f"{name} of mechanism {mechanism!r} must be one value, or a list of one for each of "
+                        f"{' and '.join(map(str, sorted(depths)))} layers, got {value!r}"
+                    )
+            for layer_idx in range(config.num_hidden_layers):
+                kind.check_options(max_length=config.max_position_embeddings, **options_of_layer(options, layer_idx))
             kind.check(is_causal=is_causal, is_cross=is_cross, has_bias=has_bias)
     except ValueError as error:
         form = "cross-attention" if is_cross else "causal attention" if is_causal else "bidirectional attention"
@@ -166,6 +183,7 @@ class AttentionHeads(nn.Module):
         self, hidden_size: int, num_heads: int, layer_idx: int, bias: bool, key_value_size=None, key_value_heads=None
     ):
         super().__init__()
+        self.mechanism = None
         self.num_heads, self.head_dim, self.layer_idx = num_heads, hidden_size // num_heads, layer_idx
         self.num_key_value_groups = num_heads // (key_value_heads or num_heads)
         inputs, outputs = key_value_size or hidden_size, num_heads // self.num_key_value_groups * self.head_dim
@@ -198,11 +216,33 @@ class AttentionHeads(nn.Module):
         return projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add to the cache and return keys and values of all tokens so far."""
+        """Add to the cache and return keys and values of all tokens so far, or of those that the mechanism needs."""
+        self.keep_less(cache)
         return cache.update(key, value, self.layer_idx)
+
+    def keep_less(self, cache: Cache) -> None:
+        """Give a `DynamicCache` the layer that the mechanism needs; other kinds keep every key, as they say."""
+        if self.mechanism is None or not self.is_causal or getattr(cache, "offloading", False):
+            return
+        if type(layer := layer_at(cache, self.layer_idx)) is DynamicLayer:
+            cache.layers[self.layer_idx] = self.mechanism.cache_layer(layer)
 
     def _by_mechanism(self, query, key, value, mask, **call) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, H, N, d), weights or None) of the module's mechanism; `call` as its forward takes it."""
+        layer = getattr(key, "distattn_layer", None)
+        if isinstance(layer, RecurrentLayer):
+            call["memory"] = layer
+        elif isinstance(layer, RingLayer):
+            # Mask and bias speak of the keys of the layer that keeps most.
+            num_keys = key.shape[2]
+            mask = mask if mask is None else mask[..., -num_keys:]
+            bias = call["position_bias"]
+            call["position_bias"] = bias if bias is None else bias[..., -num_keys:]
+        elif mask is not None and mask.shape[-1] < key.shape[2] and mask.dim() == 4:
+            # A static cache: the places behind are not filled yet.
+            key, value = (tensor[:, :, : mask.shape[-1]] for tensor in (key, value))
+            if call["position_bias"] is not None:
+                call["position_bias"] = call["position_bias"][..., : mask.shape[-1]]
         keep = padding_alone(self.mechanism.name, mask, query, key.shape[2])
         key, value = (repeat_kv(tensor, self.num_key_value_groups) for tensor in (key, value))
         return self.mechanism(query, key, value, keep=keep, is_causal=self.is_causal, **call)
@@ -233,7 +273,6 @@ class DistAttnAttention(AttentionHeads):
         self.is_cross_attention = is_cross
         self.is_causal = config.is_decoder and not is_cross
         mechanism, metric, options = attention_choice(config, is_cross)
-        self.mechanism = None
         if mechanism in SPEC_MECHANISMS:
             entry = {"num_heads": self.num_heads, "head_dim": self.head_dim, "kind": "cross" if is_cross else "self"}
             entry["groups"] = [{"spec": 0, "heads": None}]
@@ -245,12 +284,13 @@ class DistAttnAttention(AttentionHeads):
                 self.register_forward_pre_hook(use_derived_cache, with_kwargs=True)
         elif mechanism != "dot":
             length = config.max_position_embeddings
-            self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **options)
+            own = options_of_layer(options, layer_idx)
+            self.mechanism = MECHANISMS.get(mechanism)(self.num_heads, self.head_dim, max_length=length, **own)
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Documents | None = None,
         key_value_states: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         position_bias: Tensor | None = None,
@@ -261,8 +301,21 @@ class DistAttnAttention(AttentionHeads):
         """Return (output (B, N, D), weights (B, H, N, M) where they are asked for)."""
         cache = one_cache(past_key_values, cache)
         heads = self._project(hidden_states, key_value_states, position_embeddings, cache)
-        output, weights = self._attend(*heads, attention_mask, position_bias, kwargs)
+        if isinstance(attention_mask, Documents):
+            output, weights = attention_mask.apart(partial(self._attend_part, kwargs), *heads, position_bias)
+        else:
+            output, weights = self._attend(*heads, attention_mask, position_bias, kwargs)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _attend_part(self, kwargs, number: int, *call) -> tuple[Tensor, Tensor | None]:
+        """Return `_attend` of a batch of documents, of which several make up one call of the module."""
+        if self.mechanism is None:
+            return self._attend(*call, kwargs)
+        self.mechanism.holds_still = number > 0
+        try:
+            return self._attend(*call, kwargs)
+        finally:
+            self.mechanism.holds_still = False
 
     def _attend(self, query, key, value, mask, position_bias, kwargs) -> tuple[Tensor, Tensor | None]:
         """Return ((B, N, H, d), weights or None) by the mechanism's module or by transformers' attention interface."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import TransformersKwargs
@@ -204,6 +205,17 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
     def attention_modules(self) -> dict[str, nn.Module]:
         """Return all attention modules by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, DistAttnAttention)}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Now, and not at the first call: assisted generation tells the layers before to record what it may take back.
+        cache = model_kwargs.get(CACHE_NAME)
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if cache is not None:
+            for module in self.attention_modules().values():
+                module.keep_less(cache)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
 
     @classmethod
     def is_custom_code(cls) -> bool:

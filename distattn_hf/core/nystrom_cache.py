@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from transformers.generation import GenerationMode
 
 from .compatibility import given_cache
+from .constant_cache import ConstantLayer, layer_at
 from .derived_cache import DerivedLayer
 from .discovery import argument_names
 from .nystrom_hybrid import FarState
@@ -14,7 +15,7 @@ from .parameters import NystromParameters
 _TENSORS = ("keys", "values", "keep", "all_keys", "all_values")
 
 
-class NystromLayer(CacheLayerMixin):
+class NystromLayer(ConstantLayer):
     """Replaces `DynamicLayer` in any transformers cache; its size does not depend on the tokens seen.
 
     `update` hands back placeholders of the full length, which take no memory and hold NaN: the attention function takes
@@ -27,8 +28,6 @@ class NystromLayer(CacheLayerMixin):
     It cannot be cropped; `copy.deepcopy` of the cache that holds it keeps a state to go back to.
     """
 
-    is_sliding = False
-    is_compileable = False
     is_croppable = False
 
     def __init__(
@@ -43,7 +42,6 @@ class NystromLayer(CacheLayerMixin):
         self.window_size, self.exact_heads, self.num_heads = window_size, exact_heads, num_heads
         self.exact_below, self.retrieval_heads = exact_below, retrieval_heads
         self.retrieved = DerivedLayer()
-        self.length = 0
         self.keep: Tensor | None = None
         self.state: FarState | None = None
         self._new: tuple[Tensor, Tensor] | None = None
@@ -127,14 +125,8 @@ class NystromLayer(CacheLayerMixin):
             self.all_keys, self.all_values = self.all_keys[:, columns].clone(), self.all_values[:, columns].clone()
             self.full_key_heads = self.exact_key_heads
 
-    def get_seq_length(self) -> int:
-        return self.length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     def reset(self) -> None:
         self.keys = self.values = self.keep = self.all_keys = self.all_values = None
@@ -159,21 +151,18 @@ class NystromLayer(CacheLayerMixin):
             self.state = FarState(*map(change, tensors), state.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        super().reorder_cache(beam_idx)
         self.retrieved.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
-        self._rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)
         self.retrieved.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
-        self._rows(lambda tensor: tensor[indices])
+        super().batch_select_indices(indices)
         self.retrieved.batch_select_indices(indices)
-
-    def offload(self) -> None:
-        raise ValueError("a Nyström cache is not offloaded (its size is constant); leave offloading at False")
 
     def nbytes(self) -> int:
         """Return the bytes of all tensors held."""
@@ -229,9 +218,7 @@ def use_nystrom_cache(module: nn.Module, args, kwargs) -> None:
     index = getattr(module, "layer_idx", None)
     if index is None:
         raise ValueError(f"Nyström attention with a cache needs layer_idx in {type(module).__name__}, which has none")
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
+    layer = layer_at(cache, index)
     if isinstance(layer, NystromLayer):
         return
     if cache.offloading:

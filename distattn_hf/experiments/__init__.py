@@ -5,6 +5,7 @@ EXPERIMENTS = (
     "distances",
     "lipschitz",
     "long_context",
+    "native_decoding",
     "patterns",
     "training",
 )  # fmt: skip

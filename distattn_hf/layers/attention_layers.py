@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from ..core.attention import distance_attention, without_autocast
 from ..core.backends import validate_backend
 from ..core.configuration_native import check_integer
+from ..core.constant_cache import RecurrentLayer, RingLayer
 from ..core.families import Monitored
 from ..core.inputs import add_bias, causal_keep, masked_softmax, split_mask
 from ..core.metric_checks import check_distances
@@ -182,7 +183,8 @@ class ProjectedAttention(Monitored, AttentionHeads):
             position_bias: float (B or 1, H or 1, N, M), added to the logits.
             position_embeddings: (cos, sin) of rotary positions, each (B or 1, N, d).
             past_key_values: a transformers cache that keeps every key (`DynamicCache`, or `EncoderDecoderCache`, which
-                also keeps those of another sequence); it is filled in place.
+                also keeps those of another sequence); it is filled in place. Mechanisms that need less make its layer
+                one of constant size.
             need_weights: PyTorch's name of output_attentions. key_padding_mask: (B, M) bool, True = padding, as PyTorch
                 has it; in the place of attention_mask.
 
@@ -202,11 +204,16 @@ class ProjectedAttention(Monitored, AttentionHeads):
         # Only an `EncoderDecoderCache` has room for another sequence's keys; any other is of self-attention.
         cache = None if is_cross and not isinstance(past_key_values, EncoderDecoderCache) else past_key_values
         query, key, value = self._project(hidden_states, key_value_states, position_embeddings, cache)
-        if attention_mask is not None and attention_mask.shape[-1] != (num_keys := key.shape[2]):
+        num_keys = key.shape[2] if cache is None or is_cross else cache.get_seq_length(self.layer_idx)
+        if attention_mask is not None and attention_mask.shape[-1] != num_keys:
             raise ValueError(
                 f"attention_mask must speak of {num_keys} keys (M, those in the cache included), got shape "
                 f"{tuple(attention_mask.shape)}"
             )
+        # Of the keys that are left of them.
+        attention_mask, position_bias = (
+            each if each is None else each[..., num_keys - key.shape[2] :] for each in (attention_mask, position_bias)
+        )
         output, weights = self._attend(query, key, value, attention_mask, position_bias, is_cross, output_attentions)
         output = self.o_proj(output.transpose(1, 2).flatten(2))
         return (output, weights) if output_attentions else output
@@ -219,7 +226,7 @@ class ProjectedAttention(Monitored, AttentionHeads):
         """Return keys and values of all tokens so far; raises `ValueError` for a cache of another length."""
         total = cache.get_seq_length(self.layer_idx) + key.shape[2]
         key, value = super()._extend(cache, key, value)
-        if key.shape[2] != total:
+        if key.shape[2] != total and not isinstance(cache.layers[self.layer_idx], RecurrentLayer | RingLayer):
             raise ValueError(
                 f"past_key_values must keep every key and no empty places (DynamicCache does), got "
                 f"{type(cache).__name__} with {key.shape[2]} keys after {total} tokens"

@@ -133,12 +133,13 @@ def random_blocks(seed: int, head: int, block: int, draws: int, num_blocks: int)
 def _bigbird(row):
     m = row.module
     real = [j for j in range(len(row.keep)) if row.keep[j]]
-    num_blocks = max(real, default=0) // m.block_size + 1
-    mine = row.place // m.block_size
+    first = min(real, default=0) if row.is_causal else 0
+    mine = (row.place - first) // m.block_size
+    num_blocks = mine if row.is_causal else max(real, default=0) // m.block_size + 1
     random = random_blocks(m.seed, row.head, mine, m.num_random_blocks, num_blocks)
     chosen = []
     for j in row.open_keys:
-        block = j // m.block_size
+        block = (j - first) // m.block_size
         near, is_global = abs(block - mine) <= m.window_blocks, min(block, mine) < m.num_global_blocks
         if near or is_global or block in random:
             chosen.append(j)

@@ -40,7 +40,7 @@ HAS = {
     "retrieval": (FORMS, True),
     "local": (("causal", "bidirectional"), True),
     "strided": (("causal", "bidirectional"), True),
-    "bigbird": (("bidirectional",), True),
+    "bigbird": (("causal", "bidirectional"), True),
     "landmark": (("causal", "bidirectional"), True),
     "linear": (FORMS, False),
     "linformer": (("bidirectional", "cross"), False),
@@ -78,7 +78,8 @@ def make_config(mechanism: str, encoding: str, form: str, /, **settings) -> Dist
     options = OPTIONS.get(mechanism, {})
     if form == "cross":
         return DistAttnSeq2SeqConfig(**{"cross_mechanism": mechanism, "cross_options": options, **settings})
-    return DistAttnConfig(mechanism=mechanism, mechanism_options=options, is_decoder=form == "causal", **settings)
+    settings = {"mechanism_options": options, **settings}
+    return DistAttnConfig(mechanism=mechanism, is_decoder=form == "causal", **settings)
 
 
 def make_model(mechanism: str, encoding: str, form: str, /, seed: int = 0, **settings):

@@ -37,3 +37,28 @@ class CausalCommonTest(TrainingTesterMixin, NativeTests, GenerationTests, unitte
 class DotCommonTest(NativeTests, GenerationTests, unittest.TestCase):
     model_tester_class = DotTester
     all_model_classes = native("Model", "ForCausalLM")
+
+
+class RecurrentTester(NativeTester):
+    choices = {"is_decoder": True, "mechanism": "linear", "positional_encoding": "rotary"}
+    (causal_lm_class,) = native("ForCausalLM")
+
+
+class RingTester(NativeTester):
+    choices = {
+        "is_decoder": True,
+        "mechanism": "local",
+        "mechanism_options": {"window_size": 4},
+        "positional_encoding": "alibi",
+    }
+    (causal_lm_class,) = native("ForCausalLM")
+
+
+class RecurrentCommonTest(NativeTests, GenerationTests, unittest.TestCase):
+    model_tester_class = RecurrentTester
+    all_model_classes = native("Model", "ForCausalLM")
+
+
+class RingCommonTest(NativeTests, GenerationTests, unittest.TestCase):
+    model_tester_class = RingTester
+    all_model_classes = native("Model", "ForCausalLM")

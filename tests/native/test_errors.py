@@ -71,7 +71,7 @@ REFUSED = [
         {"positional_encoding": "relative", "mechanism": "nystrom", "mechanism_options": {"window_size": 64}},
         "window_size must be at least relative_attention_max_distance=128.*got 64",
     ),
-    ({"mechanism": "bigbird", "is_decoder": True}, "mechanism 'bigbird' has no causal form; it has: bidirectional"),
+    ({"mechanism": "linformer", "is_decoder": True}, "mechanism 'linformer' has no causal form; it has: bidirectional"),
     ({"positional_encoding": "relative", "relative_attention_num_buckets": 7}, "must be an even number >= 4, got 7"),
     ({"positional_encoding": "relative", "relative_attention_max_distance": 16}, "must exceed half of .*=32, got 16"),
     (
@@ -107,7 +107,7 @@ def test_configs_are_refused_by_name(fields, message):
         ({"cross_mechanism": "dot", "cross_options": 3}, "cross_options must be a dict or None, got 3"),
         ({"cross_mechanism": "foo"}, "unknown cross_mechanism 'foo'"),
         ({"mechanism": "local"}, "mechanism 'local' has no cross form.*; cross_mechanism can be another one"),
-        ({"mechanism": "bigbird", "cross_mechanism": "dot"}, "mechanism 'bigbird' has no causal form"),
+        ({"mechanism": "linformer", "cross_mechanism": "dot"}, "mechanism 'linformer' has no causal form"),
     ],
     ids=lambda value: str(value)[:60],
 )
