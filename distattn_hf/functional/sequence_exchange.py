@@ -135,6 +135,12 @@ def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return results
 
 
+def first_of_next(tensor: Tensor, stretch: Stretch, last: int) -> Tensor:
+    """Return the first column (B, 1) of the next rank's tensor (B, N); on the last rank, `last`."""
+    columns = [*_gather(tensor[:, :1], stretch.group), torch.full_like(tensor[:, :1], last)]
+    return columns[stretch.rank + 1]
+
+
 def tied(output: Tensor, *exchanged: Tensor) -> Tensor:
     """Return the output such that its backward pass visits what was exchanged, also where this rank has no use for it.
 
