@@ -25,7 +25,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Traffic:
     """What this rank sent: bytes of each kind of exchange, and rounds, in each of which it waits for others once.
 
-    A sum over all ranks is counted as a ring sends it: 2·(P - 1)/P of its bytes, in 2·(P - 1) rounds.
+    A sum over all ranks is counted as 2·(P - 1)/P of its bytes in 2·⌈log₂ P⌉ rounds, what is gathered from all as its
+    bytes times P - 1 in ⌈log₂ P⌉.
     """
 
     sent: dict[str, int]
@@ -53,6 +54,10 @@ def count_traffic() -> Iterator[Traffic]:
 def _count(kind: str, sent: int, rounds: int = 1) -> None:
     for traffic in _counting:
         traffic.add(kind, sent, rounds)
+
+
+def _doublings(size: int) -> int:
+    return (size - 1).bit_length()
 
 
 def _nbytes(tensor: Tensor) -> int:
@@ -131,7 +136,7 @@ def cut(keep: Tensor, count: int, group: dist.ProcessGroup | None, agreed: dict[
 def _gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     results = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(results, tensor.contiguous(), group=group)
-    _count("shapes", _nbytes(tensor) * (len(results) - 1), len(results) - 1)
+    _count("shapes", _nbytes(tensor) * (len(results) - 1), _doublings(len(results)))
     return results
 
 
@@ -309,5 +314,5 @@ class _SumOfAll(torch.autograd.Function):
 def _sum(tensor: Tensor, stretch: Stretch, kind: str) -> Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=stretch.group)
-    _count(kind, 2 * (stretch.size - 1) * _nbytes(total) // stretch.size, 2 * (stretch.size - 1))
+    _count(kind, 2 * (stretch.size - 1) * _nbytes(total) // stretch.size, 2 * _doublings(stretch.size))
     return total
