@@ -53,6 +53,8 @@ TABLE = {
     "tests/training/test_long_sequences.py::test_five": "system",
     "tests/training/test_resume.py": "system",
     "tests/training/test_sharded.py": "system",
+    "tests/training/test_tensor_parallel.py::test_five": "system",
+    "tests/training/test_tensor_parallel.py::test_what_cannot": "system",
     "tests/analysis/test_evaluate_metrics.py::test_two_processes": "system",
     "tests/test_cli.py::test_a_process_of_its_own": "system",
     # Whole runs of a command where one of its kind stays in model, the processes that measure memory, and pictures.
