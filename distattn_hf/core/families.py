@@ -41,7 +41,9 @@ def _storages(tensor: Tensor) -> Iterator[int]:
     """Yield identifiers of a tensor's memory, or of those that a sharded or quantised tensor is made of."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+            # Beside tensors, a DTensor names its mesh.
+            if isinstance(part := getattr(tensor, name), Tensor):
+                yield from _storages(part)
     else:
         yield tensor.untyped_storage()._cdata
 

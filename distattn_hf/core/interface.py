@@ -215,7 +215,8 @@ def _check_heads(module: nn.Module, state: DistanceAttentionState, query: Tensor
     if query.shape[1] != state.num_heads:
         raise ValueError(
             f"{type(module).__name__} was converted with {state.num_heads} heads but calls attention with "
-            f"{query.shape[1]}; convert the model again"
+            f"{query.shape[1]}; convert the model again, or, if heads are split over processes, load it with a plan of "
+            "tensor parallelism (tp_plan='auto'), which splits what was converted, too"
         )
 
 

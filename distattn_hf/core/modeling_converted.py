@@ -97,6 +97,16 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         for owner, group in fresh:
             group.reset_parameters(_own_scaling(owner))
 
+    def _resolve_parallel_plans(self, distributed_config):
+        if distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
+            # Here, because torch's distributed tensors take their time to import.
+            from .tensor_parallel import plan_by_heads
+
+            # A plan of the caller's own is put on top of the model's.
+            own = distributed_config.tp_plan if isinstance(distributed_config.tp_plan, dict) else {}
+            self._tp_plan = self.tp_plan | plan_by_heads(self, self.tp_plan | own, distributed_config.tp_size)
+        return super()._resolve_parallel_plans(distributed_config)
+
     @classmethod
     def is_custom_code(cls) -> bool:
         """Return what the base class does: for custom code transformers would leave out part of the initialisation.

@@ -14,7 +14,7 @@ from .landmarks import select_landmarks
 from .nystrom_cpp import SOURCE as FAR_SOURCE
 from .nystrom_cpp import far_outputs, far_sums
 
-_REGULARISATION = 1e-2
+REGULARISATION = 1e-2
 # Numbers (float32: 2 MB) of queries or keys that are worked on at a time.
 _PART_ENTRIES = 2**19
 _LEAST_ROWS = 64
@@ -36,7 +36,7 @@ def nystrom_attention(
     position_bias: WindowBias | None = None,
     is_causal: bool = False,
     lift: bool = False,
-    regularisation: float = _REGULARISATION,
+    regularisation: float = REGULARISATION,
     nonnegative: bool | None = None,
     seed: int = 0,
 ) -> Tensor:
@@ -78,8 +78,10 @@ def nystrom_attention(
     row softmax of the factors, and a causal form.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    keep = _check(query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation)
-    _check_bias(position_bias, query.shape[1], window_size)
+    keep = check_arguments(
+        query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation
+    )
+    check_bias(position_bias, query.shape[1], window_size)
     nonnegative = bool(window_size or num_sinks or is_causal) if nonnegative is None else nonnegative
     dtype = value.dtype
     if 0 in query.shape or 0 in key.shape:
@@ -98,18 +100,20 @@ def nystrom_attention(
             landmarks = select_landmarks(
                 key, num_landmarks, strategy, keep=keep[:, None], scaling=2 * _average(lam) * scaling, seed=seed
             )
-        landmarks = landmarks.to(key.dtype)
-        landmarks = landmarks if landmarks.dim() == 4 else landmarks[None]
-        weight = lam.to(key.dtype)[:, None, None] * scaling if isinstance(lam, Tensor) else lam * scaling
-        features = _Features(landmarks, weight, None if is_causal else (key, keep), lift, regularisation, nonnegative)
+        seen = None if is_causal else (key, keep)
+        features = features_of(landmarks, key.dtype, lam, scaling, seen, lift, regularisation, nonnegative)
         if not (is_causal or window_size or num_sinks):
             return _all_far(features, query, key, value, keep).to(dtype)
-        query, far_query = _in_parts(features.of_queries, query)
-        key, far_key = _in_parts(features.of_keys, key)
-        inputs = HybridInputs(
-            query, key, value, keep, far_query, far_key, num_sinks, window_size, is_causal, position_bias
-        )
+        inputs = features.hybrid_inputs(query, key, value, keep, num_sinks, window_size, is_causal, position_bias)
         return hybrid_attention(inputs)[0].to(dtype)
+
+
+def features_of(landmarks, dtype, lam, scaling, seen, lift, regularisation, nonnegative) -> "_Features":
+    """Return the features of queries and keys in `dtype`, from the arguments of `nystrom_attention`."""
+    landmarks = landmarks.to(dtype)
+    landmarks = landmarks if landmarks.dim() == 4 else landmarks[None]
+    weight = lam.to(dtype)[:, None, None] * scaling if isinstance(lam, Tensor) else lam * scaling
+    return _Features(landmarks, weight, seen, lift, regularisation, nonnegative)
 
 
 class _Features:
@@ -130,6 +134,14 @@ class _Features:
             self.radius, self.heights = radius, _root(radius - self.norms)
             lifted = torch.cat([landmarks.expand(len(radius), -1, -1, -1), self.heights.transpose(-1, -2)], dim=-1)
         self.inverse = _inverse(gaussian_kernel(lifted, lifted, weight), regularisation)
+
+    def hybrid_inputs(
+        self, query, key, value, keep, num_sinks: int, window_size: int, is_causal: bool, bias: WindowBias | None
+    ) -> HybridInputs:
+        """Return `HybridInputs` of query (B, H, N, d), key (B, H, M, d) and value (B, H, M, d_v) in full precision."""
+        query, far_query = _in_parts(self.of_queries, query)
+        key, far_key = _in_parts(self.of_keys, key)
+        return HybridInputs(query, key, value, keep, far_query, far_key, num_sinks, window_size, is_causal, bias)
 
     def weights(self) -> Tensor:
         """Return w = λ·scaling of each head, (H,)."""
@@ -236,7 +248,8 @@ def _average(lam: float | Tensor) -> float:
     return float(lam.detach().mean()) if isinstance(lam, Tensor) else lam
 
 
-def _check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
+def check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
+    """Raise `ValueError` for a position bias without a window, or of other shapes."""
     if bias is None:
         return
     if not window_size:
@@ -246,7 +259,7 @@ def _check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
             raise ValueError(f"position_bias.{name} must have shape {shape}, got {actual_shape}")
 
 
-def _check(
+def check_arguments(
     query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation
 ) -> Tensor:
     """Raise `ValueError` for arguments that are not possible; returns keep (B, M)."""

@@ -19,7 +19,7 @@ from distattn_hf.training.trainer import AdaptationTrainer
 from tests.conversion.models import FAMILIES, VOCAB
 from tests.training.rows import collate, rows
 
-# (family, task, stage, what trains, parts of a step)
+# (family, task, stage, what trains, parts of a step), and what is annealed
 CASES = [
     ("llama", "causal-lm", "transfer", "attention", 1),
     ("t5", "seq2seq", "transfer", "attention+qk", 1),
@@ -27,14 +27,16 @@ CASES = [
     ("llama", "causal-lm", "distillation", "all", 1),
     ("bert", "masked-lm", "task", "all", 1),
     ("llama", "causal-lm", "task", "lora", 2),
+    ("llama", "causal-lm", "distillation", "all", 2, {"alpha": 1.0}),
 ]
+STEPS = 5
 ROWS_A_STEP = 8
 NYSTROM = {"num_landmarks": 4, "window_size": 3, "num_sinks": 1, "exact_below": 64}
 
 
 def losses(case, processes: int) -> list[float]:
-    """The loss of each of four steps of 8 rows, and the one on held-out rows at the end."""
-    family, task, name, train, parts = case
+    """The loss of each of five steps of 8 rows, and the one on held-out rows at the end."""
+    family, task, name, train, parts, *annealed = case
     torch.manual_seed(0)
     teacher = FAMILIES[family]()
     for module in teacher.modules():
@@ -45,15 +47,24 @@ def losses(case, processes: int) -> list[float]:
         if hasattr(config, field):
             setattr(config, field, 0.0)
     student = convert(teacher, AttentionSpec("l2", transform="scalar"), init="plain")
-    options = StageOptions(train=train, learning_rates={"attention": 1e-2}, task_weight=0.5)
+    if annealed:
+        with torch.no_grad():
+            for state in student.attention_states.values():
+                state.groups[0].log_alpha.fill_(-1.0)
+    options = StageOptions(
+        train=train,
+        learning_rates={"attention": 1e-2},
+        task_weight=0.5,
+        anneal=annealed[0] if annealed else {},
+    )
     stage = Stage(name, student, teacher, task, options)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=4, per_device_train_batch_size=ROWS_A_STEP // parts // processes, learning_rate=1e-3,
+            folder, max_steps=STEPS, per_device_train_batch_size=ROWS_A_STEP // parts // processes, learning_rate=1e-3,
             gradient_accumulation_steps=parts, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
             save_strategy="no", train_sampling_strategy="sequential", seed=0,
         )  # fmt: skip
-        data = rows(task, 32)
+        data = rows(task, 8 * STEPS)
         trainer = AdaptationTrainer(stage, arguments, train_dataset=data, eval_dataset=data[:8], data_collator=collate)
         trainer.train()
         found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
