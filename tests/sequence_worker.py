@@ -18,7 +18,7 @@ BATCH, HEADS, SIZE, VALUE_SIZE, LANDMARKS = 2, 4, 6, 5, 7
 # Lengths of the stretches by number of processes: uneven, and of four, two shorter than the window and the sinks.
 LENGTHS = {2: (19, 30), 4: (3, 90, 2, 75)}
 NYSTROM = {"window_size": 6, "num_sinks": 4, "lam": 0.7}
-RETRIEVAL = {"block_size": 4, "num_blocks": 2, "window_size": 5, "num_sinks": 2}
+RETRIEVAL = {"block_size": 4, "num_blocks": 2, "min_weight": 0.02, "window_size": 5, "num_sinks": 2}
 # (function, options, dtype, padding: left and where else, key heads)
 CASES = {
     "nystrom": ("nystrom", NYSTROM, torch.float64, None, 2),

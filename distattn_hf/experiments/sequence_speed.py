@@ -124,7 +124,8 @@ def arguments_of(shape: Shape, mechanism: str, tokens: dict[str, Tensor]) -> dic
     options = {"window_size": shape.window, "num_sinks": shape.sinks}
     if mechanism == "nystrom":
         return {**options, "landmarks": tokens["landmarks"], "lift": True}
-    return {**options, "num_blocks": shape.blocks}
+    # Of random keys none has a weight by which it would be read.
+    return {**options, "num_blocks": shape.blocks, "min_weight": 0.0}
 
 
 @torch.no_grad()

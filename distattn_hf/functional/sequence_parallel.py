@@ -144,7 +144,8 @@ def retrieval_attention(
     *,
     metric: str = "dot",
     block_size: int = 16,
-    num_blocks: int | tuple[int, ...] = 16,
+    num_blocks: int | tuple[int, ...] = 64,
+    min_weight: float = 0.003,
     window_size: int = 64,
     num_sinks: int = 4,
     far_field: bool = True,
@@ -164,7 +165,8 @@ def retrieval_attention(
 
     Args:
         query, key, value, mask, group, stretch: as in `nystrom_attention` here.
-        metric, block_size, num_blocks, window_size, num_sinks, far_field, lam, p, scaling, softening: as there.
+        metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field, lam, p, scaling, softening: as
+            there.
 
     Returns:
         (B, H, N, d_v) in value's dtype, of the rank's own queries.
@@ -173,8 +175,9 @@ def retrieval_attention(
         ValueError: on all ranks, where one has impossible arguments or ranks differ in what must be the same.
     """
     options = {
-        "metric": metric, "block_size": block_size, "num_blocks": num_blocks, "window_size": window_size,
-        "num_sinks": num_sinks, "far_field": far_field, "lam": lam, "p": p, "scaling": scaling, "softening": softening,
+        "metric": metric, "block_size": block_size, "num_blocks": num_blocks, "min_weight": min_weight,
+        "window_size": window_size, "num_sinks": num_sinks, "far_field": far_field, "lam": lam, "p": p,
+        "scaling": scaling, "softening": softening,
     }  # fmt: skip
     error, keep = None, torch.ones(1, 1, dtype=torch.bool, device=query.device)
     try:

@@ -260,6 +260,8 @@ def test_everything_trains(family):
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0  # T5's attention drops by a number
     batch = long_batch(student, length=60)
     labels = batch.get("decoder_input_ids", batch["input_ids"])
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)

@@ -15,7 +15,14 @@ from tests.conversion.models import FAMILIES, token_batch
 
 STEPS = 5
 NYSTROM = {"mechanism": "nystrom", "num_landmarks": 4, "window_size": 6, "num_sinks": 2}
-RETRIEVAL = {"mechanism": "retrieval", "block_size": 4, "window_size": 4, "num_blocks": 2, "num_sinks": 1}
+RETRIEVAL = {
+    "mechanism": "retrieval",
+    "block_size": 4,
+    "window_size": 4,
+    "num_blocks": 2,
+    "min_weight": 0.02,
+    "num_sinks": 1,
+}
 # (family, specs, tokens of a row, gradient checkpointing)
 CASES = {
     "nystrom": ("llama", [NYSTROM], 47, False),

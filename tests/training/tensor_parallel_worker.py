@@ -12,7 +12,7 @@ from tests.conversion.models import token_batch
 
 STEPS = 5
 NYSTROM = {"mechanism": "nystrom", "num_landmarks": 4, "window_size": 8, "num_sinks": 2}
-RETRIEVAL = {"mechanism": "retrieval", "block_size": 4, "window_size": 4, "num_blocks": 1}
+RETRIEVAL = {"mechanism": "retrieval", "block_size": 4, "window_size": 4, "num_blocks": 1, "min_weight": 0.02}
 CASES = {
     "scalar": {"metric": "l2", "transform": "scalar"},
     "softened": {"metric": "l1", "transform": "scalar", "softening": "fit"},
