@@ -27,6 +27,7 @@ BAD = {
     "--exact-below": (["-1", "x"], NYSTROM),
     "--block-size": (["0", "x"], ("--mechanism", "retrieval")),
     "--num-blocks": (["-1", "x"], ("--mechanism", "retrieval")),
+    "--min-weight": (["-0.1", "1", "nan", "x"], ("--mechanism", "retrieval")),
     "--max-error": (["0", "-1", "nan", "x"], NYSTROM),
     "--beyond-share": (["0", "1.5", "nan", "x"], NYSTROM),
     "--select": (["all", "", "error"], NYSTROM),
@@ -49,7 +50,7 @@ IDLE = [
     (option, value, ("--metric", "l2", *PLAIN))
     for option, value in (
         ("--num-landmarks", "4"), ("--window-size", "4"), ("--num-sinks", "1"), ("--exact-below", "4"),
-        ("--block-size", "4"), ("--num-blocks", "4"),
+        ("--block-size", "4"), ("--num-blocks", "4"), ("--min-weight", "0.1"),
         ("--max-error", "0.4"), ("--beyond", "exact"),
         ("--beyond-share", "0.2"), ("--select", "probe"), ("--p", "2"), ("--steps", "4"), ("--seed", "1"),
         ("--column", "words"), ("--calibration", "TEXT"),

@@ -1,6 +1,7 @@
 """Retrieval attention inside models: conversion, caches, generation, saving."""
 
 import copy
+import json
 import re
 
 import pytest
@@ -233,6 +234,32 @@ def test_saved_and_loaded_bit_for_bit(family, tmp_path):
     assert not torch.equal(less(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("beyond", [False, True])
+@torch.no_grad()
+def test_what_was_saved_before_min_weight_reads_as_many_blocks(beyond, tmp_path):
+    """Also by Nyström heads that retrieve. Breaks if the default of new conversions reaches an old config."""
+    spec = retrieval(min_weight=0.0)
+    if beyond:
+        spec = AttentionSpec(
+            mechanism="nystrom", window_size=5, num_sinks=2, beyond="retrieval", block_size=4, num_blocks=2,
+            min_weight=0.0, num_landmarks=4,
+        )  # fmt: skip
+    teacher = llama()
+    options = CalibrationOptions(steps=1, beyond_share=0.5) if beyond else None
+    texts = [token_batch(teacher, length=60)] if beyond else None
+    student = convert(teacher, spec, calibration=texts, options=options)
+    ids = long_batch(student)["input_ids"]
+    expected = student(ids).logits
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["distattn"]["specs"][0].pop("min_weight") == 0.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(type(student).from_pretrained(tmp_path).eval()(ids).logits, expected)
+    by_weight = type(student).from_pretrained(tmp_path, min_weight=0.3).eval()
+    assert by_weight.config.attention_specs[0].min_weight == 0.3
+    assert not torch.equal(by_weight(ids).logits, expected)
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine", "l1"])
 def test_a_fitted_distance_is_retrieved_from(metric):
     """With all blocks it is the exact conversion, with few it comes near; both read a cache."""
@@ -342,6 +369,8 @@ def test_some_heads_and_some_layers():
     ("fields", "says"),
     [
         ({"num_blocks": -1}, "num_blocks must be an integer >= 0, got -1"),
+        ({"min_weight": 1.0}, "min_weight must be a number from 0 to below 1, got 1.0"),
+        ({"min_weight": True}, "min_weight must be a number from 0 to below 1, got True"),
         ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
         ({"window_size": 0}, "window_size must be an integer >= 1 with mechanism='retrieval', got 0"),
         ({"num_landmarks": 8}, "num_landmarks belongs to mechanism='nystrom', got num_landmarks=8 with 'retrieval'"),

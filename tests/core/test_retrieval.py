@@ -265,6 +265,22 @@ def test_all_blocks_are_exact_attention(form, metric):
     assert_close(retrieval_by_operators(x)[0][rows], expected[rows], "float64")
 
 
+def test_how_much_is_read_follows_what_is_looked_for():
+    """A query of one key alone reads its block, one of no key none; without min_weight both read all that they may."""
+    query, key = torch.zeros(1, 1, 128, 8, dtype=torch.float64), torch.randn(1, 1, 128, 8, dtype=torch.float64)
+    key[..., 0], key[0, 0, 40, 0] = 0.0, 30.0
+    query[0, 0, 100, 0] = 1.0
+    options = {"is_causal": True, "window_size": 4, "num_sinks": 1, "block_size": 4, "num_blocks": 8, "scaling": 1.0}
+    for min_weight, blocks in ((0.05, (1, 0)), (0.0, (8, 8))):
+        weights = retrieval_attention(
+            query, key, key, **options, min_weight=min_weight, far_field=False, return_weights=True
+        )[1]
+        near = 4 + 4 + 1, 4 + 4 + 2  # of sinks, window and the query's own block
+        read = [int((weights[0, 0, row] > 1e-20).sum()) for row in (100, 101)]
+        assert read == [n + 4 * count for n, count in zip(near, blocks, strict=True)]
+    assert weights[0, 0, 100, 40] > 0.99
+
+
 @needs_kernel
 @pytest.mark.parametrize("by_weight", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
@@ -532,6 +548,8 @@ class TestArguments:
         [
             ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
             ({"num_blocks": -1}, "num_blocks must be an integer >= 0, or one for each key head, got -1"),
+            ({"min_weight": -0.1}, "min_weight must be from 0 to below 1, got -0.1"),
+            ({"min_weight": "x"}, "min_weight must be a number, got 'x'"),
             ({"num_blocks": (1, 2, 3)}, "num_blocks must be one number or one for each of 2 key heads"),
             ({"window_size": 0}, "window_size must be an integer >= 1 unless is_cross, got 0"),
             ({"window_size": -5, "is_cross": True}, "window_size must be an integer >= 0, got -5"),

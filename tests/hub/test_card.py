@@ -219,7 +219,8 @@ def test_the_card_counts_the_heads_that_retrieve_beside_nystrom_heads(tmp_path):
     taken("llama", num_blocks=3).save_pretrained(tmp_path)
     text = str(build_card(tmp_path, "user/x", license="mit"))
     assert "linear-time Nyström attention" in text
-    assert "in 4 heads retrieval attention (each query reads the last 9 tokens, the first 2, and 48 others" in text
+    read = "each query reads the last 9 tokens, the first 2, and at most 48 others, whose weight is at least 0.003, in"
+    assert f"in 4 heads retrieval attention ({read}" in text
 
 
 def test_every_branch_of_the_template_renders(folder):
