@@ -103,7 +103,8 @@ class AttentionSpec:
         block_size: keys that "retrieval" finds and reads together. Default 16.
         num_blocks: blocks a query reads besides sinks and window, at most, chosen for each key head. Default 64.
         min_weight: the share of a query's weight, 0 to 1, that one key of a block must have for the block to be read,
-            as far as the search says: heads that look at few keys read few. 0: num_blocks are. Default 0.003.
+            as far as the search says: heads that look at few keys read few. 0: num_blocks are, and so they are
+            across sequences, beside a position bias and under a cap. Default 0.003.
         far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
             (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
         beyond: what heads of "nystrom" use whose far field loses too much (see `CalibrationOptions`), by the teacher's

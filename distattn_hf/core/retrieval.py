@@ -11,7 +11,8 @@ softmax over the scores, beside the logits of what it reads anyway where min_wei
 as it does for the head that wants it most. The choice has no gradient.
 
 min_weight lets every head and query read what it needs: in a language model most heads look at the sinks and the
-window, and blocks are spent on those few that look things up.
+window, and blocks are spent on those few that look things up. Across sequences, beside a position bias and under a cap
+the scores do not tell shares: num_blocks are read there.
 
 Means of keys do not do in place of the copies: they average out the one key that a query looks for. Nor does a choice
 of coarser blocks before the look, for the same reason.
@@ -131,6 +132,25 @@ class Retrieval:
     codes: Codes | None = None
     beginning: Tensor | None = None
     summaries: Any = None
+
+    @property
+    def is_of_metric_alone(self) -> bool:
+        """Whether logits are the metric's, of the queries' own sequence: what a block is worth as a whole is known.
+
+        Not across sequences, not beside a position bias, whose value for a whole block is none of its keys', and not
+        under a cap, which bends the logits.
+        """
+        return bool(
+            self.search.window_size
+            and self.inputs.softcap is None
+            and self.inputs.bias is None
+            and self.relative_bias is None
+        )
+
+    @property
+    def min_weight(self) -> float:
+        """The share that a block is read for; 0 where scores do not tell what a block's share is."""
+        return self.search.min_weight if self.is_of_metric_alone else 0.0
 
 
 def has_codes(inputs: AttentionInputs) -> bool:

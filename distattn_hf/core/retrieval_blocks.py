@@ -125,7 +125,8 @@ class Layout:
             best = self._shared(score(part), self.may(part), part).sort(dim=-1, descending=True, stable=True)
             within = torch.arange(count, device=best.values.device) < budget[:, None, None]
             value = best.values[..., :count]
-            large = value >= search.min_weight if search.min_weight else value > float("-inf")
+            least = self.problem.min_weight
+            large = value >= least if least else value > float("-inf")
             results.append((best.indices[..., :count], large & within))
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
 
@@ -156,10 +157,9 @@ class Layout:
 
     def _shared(self, scores: Tensor, may: Tensor, part: slice) -> Tensor:
         """Return the scores by which heads choose together, -inf where `may` forbids; shares where min_weight asks."""
-        needs_shares = self.problem.search.min_weight > 0
+        needs_shares = self.problem.min_weight > 0
         if self.share > 1 or needs_shares:
-            near = self._near(part) if needs_shares and self.problem.search.window_size else None
-            shares = masked_softmax(scores, may.expand_as(scores), near)
+            shares = masked_softmax(scores, may.expand_as(scores), self._near(part) if needs_shares else None)
             scores = shares.unflatten(1, (-1, self.share)).amax(2)
         return scores.masked_fill(~may, float("-inf"))
 

@@ -94,7 +94,7 @@ def cpp_retrieval(x) -> Tensor:
         far_groups=0 if x.summaries is None else x.summaries.key.shape[2],
         most=most, half=key.dtype == torch.bfloat16, kind=kind,
         threads=min(torch.get_num_threads(), batch * key_heads * -(-num_queries // search.block_size)),
-        k_stride=strides(key), v_stride=strides(value), p=inputs.p or 0.0, least=search.min_weight,
+        k_stride=strides(key), v_stride=strides(value), p=inputs.p or 0.0, least=x.min_weight,
     )  # fmt: skip
     tensors["keep"] = None if inputs.keep is None else inputs.keep[:, 0, 0].expand(batch, num_keys).contiguous()
     tensors["first"] = torch.zeros(batch, dtype=torch.long) if x.first is None else x.first.expand(batch).contiguous()

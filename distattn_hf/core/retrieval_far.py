@@ -57,15 +57,9 @@ def in_panels(key: Tensor, bias: Tensor, value: Tensor) -> Summaries:
 
 
 def has_far_field(problem: Retrieval) -> bool:
-    """Return whether blocks that a query does not read take part, and there may be any.
-
-    Not across sequences, not beside a position bias, whose value for a whole block is none of its keys', and not under
-    a cap, which bends the logits that the expansion takes for straight.
-    """
+    """Return whether blocks that a query does not read take part, and there may be any."""
     inputs, search = problem.inputs, problem.search
-    if not search.far_field or not search.window_size or inputs.softcap is not None:
-        return False
-    if inputs.bias is not None or problem.relative_bias is not None:
+    if not search.far_field or not problem.is_of_metric_alone:
         return False
     least = search.num_blocks if isinstance(search.num_blocks, int) else min(search.num_blocks)
     least = 0 if search.min_weight else least

@@ -15,6 +15,8 @@ from .interface import _own
 from .parameters import DistanceAttentionState
 
 _SPLIT = {"colwise", "rowwise"}
+# Of norms of queries and keys, which every rank has whole.
+_WHOLE = "replicated_with_grad_allreduce"
 
 
 class _ByHeads(TensorParallelLayer):
@@ -62,7 +64,18 @@ def plan_by_heads(model: nn.Module, plan: dict[str, str], size: int) -> dict[str
         styles = {child: style for child, style in styles.items() if style is not None}
         if not styles:
             continue
-        if reason := _reason_against(state, styles, size):
+        key_heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or state.num_heads
+        # A norm over the entries of a head is the same for any heads.
+        styles = {
+            child: style
+            for child, style in styles.items()
+            if style != _WHOLE
+            or any(
+                parameter.numel() != getattr(module, "head_dim", None)
+                for parameter in module.get_submodule(child).parameters()
+            )
+        }
+        if reason := _reason_against(state, styles, size, key_heads):
             raise ValueError(f"tensor parallelism cannot split the converted attention module {name!r}: {reason}")
         found[_generic(f"{name}.distattn")] = STYLE
         for number, group in enumerate(state.groups):
@@ -76,12 +89,14 @@ def _generic(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _reason_against(state: DistanceAttentionState, styles: dict[str, str], size: int) -> str | None:
+def _reason_against(state: DistanceAttentionState, styles: dict[str, str], size: int, key_heads: int) -> str | None:
     # Others hand over all heads, or heads in another order, or none.
     if others := {child: style for child, style in styles.items() if style not in _SPLIT}:
         return f"the plan has {others}, and its heads are split only where projections are colwise and rowwise"
     if state.num_heads % size:
         return f"{state.num_heads} heads are no multiple of {size} ranks"
+    if key_heads % size:
+        return f"{key_heads} key heads are no multiple of {size} ranks"
     if any(heads is not None for heads in state.head_lists):
         return (
             "some of its heads are converted in another way than the rest, and ranks would have other groups of heads"

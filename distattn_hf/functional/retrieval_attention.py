@@ -60,7 +60,8 @@ def retrieval_attention(
         block_size: keys of a block.
         num_blocks: blocks that each query chooses at most: a number, or one for each key head.
         min_weight: the share of the query's weight that a block's best key must have, among the keys that are read in
-            any case and the best ones of all other blocks, for the block to be read. 0: num_blocks are.
+            any case and the best ones of all other blocks, for the block to be read. 0: num_blocks are; so they are
+            with is_cross and beside a position_bias.
         window_size: at least so many last keys are seen, the query's own included (in both directions unless causal).
         num_sinks: at least so many first keys are seen.
         far_field: False: blocks that are not read count as nothing. So they do across sequences and beside a bias.

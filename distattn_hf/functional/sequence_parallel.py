@@ -65,7 +65,8 @@ def nystrom_attention(
         (B, H, N, d_v) in value's dtype, of the rank's own queries.
 
     Raises:
-        ValueError: on all ranks, where one has impossible arguments or ranks differ in what must be the same.
+        ValueError: on all ranks, where one has impossible arguments or ranks differ in shapes, dtypes or whether they
+            want gradients. Options must be the same on all ranks, too; they are not compared.
     """
     error, keep = None, torch.ones(1, 1, dtype=torch.bool, device=query.device)
     try:

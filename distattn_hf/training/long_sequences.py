@@ -18,6 +18,7 @@ from ..core.nystrom_heads import hybrid_inputs
 from ..core.parameters import DistanceAttentionState, HeadParameters, NystromParameters
 from ..core.retrieval_gather import run_retrieval
 from ..core.retrieval_heads import retrieval_problem, some_heads
+from ..data.tasks import TASKS
 from ..functional.sequence_exchange import Stretch, cut, first_of_next
 from ..functional.sequence_parallel import NystromContext, RetrievalContext
 
@@ -103,6 +104,10 @@ def _check(model: nn.Module) -> None:
         reason = "a convolution mixes tokens beside its attention"
     elif "position_ids" not in inspect.signature(model.forward).parameters:
         reason = "its forward takes no position_ids, so a stretch's tokens would count from 0"
+    elif not (TASKS["causal-lm"].covers(model) or model.base_model is model):
+        reason = "its head may join tokens of all ranks; take the base model or a causal language model"
+    elif counting := next((kind for kind in map(type, model.modules()) if _counts_mask(kind)), None):
+        reason = f"{counting.__name__} counts positions by the mask, of which a rank has its stretch alone"
     for module, state in states.items() if reason is None else ():
         entry, causal = kinds[module], getattr(model.get_submodule(_found(model, module)), "is_causal", False)
         if entry["kind"] != "self" or causal is not True:
@@ -115,6 +120,10 @@ def _check(model: nn.Module) -> None:
             break
     if reason:
         raise ValueError(f"sequence_parallel cannot run {name}: {reason}")
+
+
+def _counts_mask(kind: type) -> bool:
+    return issubclass(kind, nn.Embedding) and "attention_mask" in inspect.signature(kind.forward).parameters
 
 
 def _found(model: nn.Module, name: str) -> str:

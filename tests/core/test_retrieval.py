@@ -83,6 +83,7 @@ class Loops:
             self.search.num_blocks if isinstance(self.search.num_blocks, int) else self.search.num_blocks[key_head]
         )
         self.num_keys = len(self.key)
+        self.tells_shares = bool(self.search.min_weight and self.search.window_size and inputs.bias is None)
         keep = [True] * self.num_keys if inputs.keep is None else inputs.keep[row, 0, 0].tolist()
         self.keep, self.first = keep, keep.index(True)
         self.count = -(-(self.num_keys - self.first) // self.search.block_size)
@@ -122,7 +123,7 @@ class Loops:
         if not scores:
             return []
         table, least = torch.stack(list(scores.values()), dim=-1)[:, query], self.search.min_weight
-        if least:
+        if least and self.tells_shares:
             beside = self.logits(self.key[near])[:, query]
             if self.name == "cosine":
                 beside = beside + self.factor[..., 0]
@@ -130,7 +131,7 @@ class Loops:
         else:
             wanted = (table.softmax(-1).amax(0) if len(table) > 1 else table[0]).tolist()
         ranked = sorted(zip(wanted, scores, strict=True), key=lambda pair: (-pair[0], pair[1]))
-        return [number for share, number in ranked[:most] if share >= least or not least]
+        return [number for share, number in ranked[:most] if share >= least or not self.tells_shares]
 
     def seen(self, query: int, position: int) -> list[int]:
         """The keys that a query sees which stands at this place, counted from the first key."""
@@ -263,6 +264,26 @@ def test_all_blocks_are_exact_attention(form, metric):
     rows = keep if form != "cross" else torch.ones_like(keep)
     rows = rows[:, None].expand(2, 4, 70)
     assert_close(retrieval_by_operators(x)[0][rows], expected[rows], "float64")
+
+
+@pytest.mark.parametrize("where", ["cross", "bias", "cap"])
+def test_where_shares_are_not_known_blocks_are_read_by_number(where):
+    """Flat attention over many blocks: none has the share, nothing stands for them, and zeros would come."""
+    shape = (1, 2, 1, 3, 1000) if where == "cross" else (1, 2, 1, 1000, 1000)
+    changes = {"cap": {"softcap": 5.0}, "bias": {"bias": torch.zeros(1, 1, 1, 1000, dtype=torch.float64)}}
+    outputs = []
+    for min_weight in (0.1, 0.0):
+        torch.manual_seed(0)
+        search = replace(SMALL, num_blocks=9, min_weight=min_weight)
+        x = problem("cross" if where == "cross" else "causal", search, shape=shape, lam=1e-3)
+        x = replace(x, inputs=replace(x.inputs, **changes.get(where, {})))
+        outputs.append(retrieval_by_operators(x, return_weights=True))
+    assert_close(outputs[0][0], outputs[1][0], "equal")
+    assert_close(outputs[0][1].sum(-1), torch.ones(shape[0], 2, shape[3], dtype=torch.float64), "float64")
+    if compiler() is not None and where == "cross":
+        x = problem("cross", replace(LARGE, min_weight=0.1), shape=shape, lam=1e-3, dtype=torch.float32)
+        assert cpp_supports(x)
+        assert_close(run_retrieval(x)[0], retrieval_by_operators(x)[0], "float32_gradient")
 
 
 def test_how_much_is_read_follows_what_is_looked_for():

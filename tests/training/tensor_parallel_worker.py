@@ -17,6 +17,7 @@ CASES = {
     "scalar": {"metric": "l2", "transform": "scalar"},
     "softened": {"metric": "l1", "transform": "scalar", "softening": "fit"},
     "maps": {"metric": "l2", "transform": "maps"},
+    "norms of queries and keys": {"metric": "l2", "transform": "scalar"},
     "fixed lambdas": {"metric": "l2", "learnable_lambda": False},
     "nystrom": NYSTROM,
     "nystrom, exact below": {**NYSTROM, "exact_below": 12},

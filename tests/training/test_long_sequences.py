@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM
 
 from distattn_hf import AttentionSpec, DistAttnConfig, DistAttnForCausalLM, convert
 from distattn_hf.training.long_sequences import sequence_parallel, stretch_of
@@ -74,15 +75,40 @@ def test_one_process_is_a_group_too(alone):
         stretch_of({"input_ids": batch["input_ids"][:, :0]})
 
 
+def retrieving(model):
+    return convert(model, AttentionSpec(mechanism="retrieval"))
+
+
+def opt():
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+                  word_embed_proj_dim=16)
+    )  # fmt: skip
+
+
+def classifier():
+    return LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
         (lambda: FAMILIES["llama"](), "takes a converted model, got LlamaForCausalLM"),
+        (
+            lambda: convert(opt(), AttentionSpec(mechanism="retrieval")),
+            "PositionalEmbedding counts positions by the mask",
+        ),
+        (
+            lambda: convert(classifier(), AttentionSpec(mechanism="retrieval")),
+            "what its head makes of all tokens is not",
+        ),
         (lambda: student_of("llama", metric="l2"), "'layers.0.self_attn' has heads of exact attention; convert all"),
         (lambda: student_of("llama", **NYSTROM, layers=[1]), "'layers.0.self_attn' is not converted"),
         (lambda: student_of("llama", **NYSTROM, heads=(0, 1)), "has heads of exact attention"),
         (lambda: student_of("llama", **NYSTROM, exact_below=12), "exact_below=12 tokens, which no rank holds"),
-        (lambda: student_of("bert", **NYSTROM), "is not causal self-attention|takes no position_ids"),
+        (lambda: student_of("bert", **NYSTROM), "is not causal self-attention|takes no position_ids|its head may join"),
         (lambda: student_of("t5", **NYSTROM), "takes no position_ids|attention modules"),
         (
             lambda: DistAttnForCausalLM(

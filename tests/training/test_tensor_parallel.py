@@ -5,11 +5,23 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from distattn_hf import AttentionSpec, convert
 from distattn_hf.core.tensor_parallel import STYLE, plan_by_heads
+from tests.conversion.models import VOCAB
 from tests.conversion.test_offload import student_of
 from tests.training.tensor_parallel_worker import CASES, REFUSED, losses
 from tests.training.test_distributed import start
+
+
+def qwen3_of(options: dict, key_heads: int = 2):
+    """A converted model that normalises the queries and keys of each head."""
+    config = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=key_heads,
+        head_dim=8, intermediate_size=32, max_position_embeddings=64, pad_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return convert(Qwen3ForCausalLM(config), AttentionSpec(**options), init="plain")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +30,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor-parallel")
     for case, options in {**CASES, **{case: options for case, (options, _) in REFUSED.items()}}.items():
         torch.manual_seed(0)
-        student = student_of("llama", **options)
+        student = qwen3_of(options) if case.startswith("norms") else student_of("llama", **options)
         for name, fixed in student.named_buffers():
             if ".distattn." in name:
                 fixed += 0.3 * torch.randn_like(fixed)
@@ -85,3 +97,17 @@ def test_plans_that_split_heads_in_another_way_are_refused(plan, ranks, words):
     ) as e:
         plan_by_heads(student_of("llama", metric="l2"), plan, ranks)
     assert words in str(e.value)
+
+
+def test_fewer_key_heads_than_ranks_are_refused():
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn': 1 key heads are no multiple of 2 ranks"):
+        plan_by_heads(qwen3_of({"metric": "l2"}, key_heads=1), PLAN, 2)
+
+
+def test_a_norm_over_all_heads_is_no_norm_of_heads():
+    student = qwen3_of({"metric": "l2"})
+    plan = PLAN | {"model.layers.*.self_attn.q_norm": "replicated_with_grad_allreduce"}
+    assert plan_by_heads(student, plan, 2)
+    student.model.layers[0].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(ValueError, match="the plan has {'q_norm': 'replicated_with_grad_allreduce'}"):
+        plan_by_heads(student, plan, 2)
