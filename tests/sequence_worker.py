@@ -127,4 +127,5 @@ if __name__ == "__main__":
         {"cases": {case: own(case) for case in CASES}, "refusals": refusals()},
         Path(sys.argv[1]) / f"{dist.get_rank()}.pt",
     )
+    dist.barrier()  # none ends while another waits for it
     dist.destroy_process_group()

@@ -85,4 +85,5 @@ if __name__ == "__main__":
     results = {case: losses(case, split=True) for case in CASES}
     if dist.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]))
+    dist.barrier()  # none ends while another waits for it
     dist.destroy_process_group()

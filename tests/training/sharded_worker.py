@@ -83,4 +83,5 @@ if __name__ == "__main__":
             found[name] = repr(error)
     if torch.distributed.get_rank() == 0:
         torch.save(found, sys.argv[1])
+    torch.distributed.barrier()  # none ends while another waits for it
     torch.distributed.destroy_process_group()

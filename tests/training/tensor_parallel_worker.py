@@ -73,4 +73,5 @@ if __name__ == "__main__":
             results[case] = str(error)
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "found.pt")
+    torch.distributed.barrier()  # none ends while another waits for it
     torch.distributed.destroy_process_group()
