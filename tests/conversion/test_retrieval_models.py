@@ -282,18 +282,13 @@ def test_a_fitted_distance_is_retrieved_from(metric):
 
 @EVERY_FAMILY
 def test_everything_trains(family):
-    """Gradients reach all that they reach in the teacher, and are finite; a step lowers the loss."""
-    student = student_of(family).train()
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0  # T5's attention drops by a number
+    """Gradients reach all that they reach in the teacher, and are finite; steps lower the loss."""
+    student = student_of(family).eval()  # no dropout, which would decide what a step does
     batch = long_batch(student, length=60)
     labels = batch.get("decoder_input_ids", batch["input_ids"])
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
     losses = []
-    for _ in range(3):
+    for _ in range(5):  # of a few steps one may change what is read, and the loss with it
         loss = student(**batch, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
