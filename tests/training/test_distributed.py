@@ -24,8 +24,12 @@ RELATIVE = 5e-4
 def start(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.returncode == 0, ended.stderr
     return ended
+
+
+# Started once, and not beside others that meet over ports of this machine.
+pytestmark = pytest.mark.xdist_group("processes")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,9 @@ from tests.tolerances import assert_close
 from tests.training.long_sequences_worker import CASES, NYSTROM, STEPS, losses
 from tests.training.test_distributed import start
 
+# Started once, and not beside others that meet over ports of this machine.
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module", params=(2, 4), ids=lambda number: f"{number} processes")
 def split(request, tmp_path_factory):

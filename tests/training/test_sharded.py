@@ -8,6 +8,9 @@ import torch
 from tests.training.sharded_worker import CASES, STEPS, build, steps
 from tests.training.test_distributed import start
 
+# Started once, and not beside others that meet over ports of this machine.
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

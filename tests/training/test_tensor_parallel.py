@@ -24,6 +24,10 @@ def qwen3_of(options: dict, key_heads: int = 2):
     return convert(Qwen3ForCausalLM(config), AttentionSpec(**options), init="plain")
 
 
+# Started once, and not beside others that meet over ports of this machine.
+pytestmark = pytest.mark.xdist_group("processes")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """(folder of the models, what two processes found)"""
