@@ -61,7 +61,7 @@ def convert(
     ] = None,
     min_weight: Annotated[
         float | None,
-        typer.Option(help="retrieval: share of the weight that makes a block be read. 0: all. Default: 0.003."),
+        typer.Option(help="retrieval: share of the weight that makes a block be read. 0: num_blocks. Default: 0.003."),
     ] = None,
     far_field: Annotated[
         bool | None,
