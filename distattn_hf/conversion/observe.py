@@ -72,7 +72,7 @@ def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | No
 
 @torch.no_grad()
 def read_share(model, ids: Tensor, last: int) -> float:
-    """Return the share of a text's keys that its last queries read in retrieval heads, the mean over both.
+    """Return the share of a text's keys that its last queries read in causal retrieval heads, the mean over both.
 
     ids: (1, N); last: how many queries. What counts as one key for all of its block is not read.
 
@@ -85,7 +85,9 @@ def read_share(model, ids: Tensor, last: int) -> float:
             return teacher_attention(query, key, value, call)
         for problem in _problems(state, query, key, value, call, None):
             if problem is not None:
-                seen = visible_keys(problem)(query.shape[2] - last, query.shape[2])
+                # The choice of earlier queries is not asked for.
+                ends = replace(problem.inputs, query=problem.inputs.query[:, :, -last:])
+                seen = visible_keys(replace(problem, inputs=ends))(0, last)
                 shares.extend(seen.double().mean((0, 2, 3)).tolist())
         return retrieval_forward(state, query, key, value, call, attend)[0]
 

@@ -28,7 +28,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 # Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
-_OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True}
+OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True}
 # The fields of each mechanism and their defaults; what stays None is for `convert` to decide.
 _OWN = {
     "distance": {},
@@ -36,7 +36,7 @@ _OWN = {
         "num_landmarks": 64, "landmarks": "kmeans", "window_size": 64, "num_sinks": 4, "exact_below": None,
         "beyond": None,
     },
-    "retrieval": {"window_size": 64, "num_sinks": 4, **_OF_BLOCKS},
+    "retrieval": {"window_size": 64, "num_sinks": 4, **OF_BLOCKS},
 }  # fmt: skip
 _LEAST = {
     "num_landmarks": 1, "window_size": 0, "num_sinks": 0, "exact_below": 0,
@@ -193,13 +193,13 @@ class AttentionSpec:
 
     def _check_own(self):
         """Set the defaults of the mechanism's fields and check their values."""
-        defaults = {**_OWN[self.mechanism], **(_OF_BLOCKS if self.beyond == "retrieval" else {})}
+        defaults = {**_OWN[self.mechanism], **(OF_BLOCKS if self.beyond == "retrieval" else {})}
         for name in {name: None for own in _OWN.values() for name in own}:
             value = getattr(self, name)
             if name not in defaults:
                 if value is not None:
                     owners = [f"mechanism={mechanism!r}" for mechanism in MECHANISMS if name in _OWN[mechanism]]
-                    if name in _OF_BLOCKS and self.mechanism == "nystrom":
+                    if name in OF_BLOCKS and self.mechanism == "nystrom":
                         owners.append("beyond='retrieval'")
                     raise ValueError(
                         f"{name} belongs to {' or '.join(owners)}, got {name}={value!r} with {self.mechanism!r}"
@@ -235,7 +235,7 @@ class AttentionSpec:
 
     def has_option(self, name: str) -> bool:
         """Return whether `name` is one of `OPTIONS` that this spec has."""
-        return self.mechanism in OPTIONS.get(name, ()) or (name in _OF_BLOCKS and self.beyond == "retrieval")
+        return self.mechanism in OPTIONS.get(name, ()) or (name in OF_BLOCKS and self.beyond == "retrieval")
 
     def _check_nystrom(self):
         if self.metric not in SQUARED_NAMES:

@@ -111,9 +111,10 @@ class RecurrentLayer(ConstantLayer):
         waiting = self.keys.shape[2] if self.is_initialized else 0
         if not -waiting <= tokens_to_remove <= 0:
             raise ValueError(
-                f"crop takes a number of tokens to remove, from -{waiting} to 0 here, got {tokens_to_remove}: tokens "
-                "before them are sums by now. Keep copy.deepcopy(cache) from before them, or call "
-                "cache.activate_past_recording() first, which keeps the tokens until the next crop"
+                f"crop takes minus the number of tokens to remove, here {waiting} at most, got {tokens_to_remove}: "
+                "tokens before them are sums by now. Keep copy.deepcopy(cache) from before them, or call "
+                "cache.activate_past_recording() once it holds its first tokens, which keeps what comes until the "
+                "next crop"
             )
         if waiting:
             self.settled = waiting + tokens_to_remove

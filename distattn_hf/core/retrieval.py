@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attention_spec import OF_BLOCKS
 from .inputs import AttentionInputs
 from .metrics import BUILT_IN
 
@@ -48,8 +49,8 @@ class Search:
     window_size: int = 64
     num_sinks: int = 4
     block_size: int = 16
-    num_blocks: int | tuple[int, ...] = 64
-    min_weight: float = 0.003
+    num_blocks: int | tuple[int, ...] = OF_BLOCKS["num_blocks"]
+    min_weight: float = OF_BLOCKS["min_weight"]
     far_field: bool = True
 
     def __post_init__(self):

@@ -62,7 +62,7 @@ def has_far_field(problem: Retrieval) -> bool:
     if not search.far_field or not problem.is_of_metric_alone:
         return False
     least = search.num_blocks if isinstance(search.num_blocks, int) else min(search.num_blocks)
-    least = 0 if search.min_weight else least
+    least = 0 if problem.min_weight else least
     blocks = -(-inputs.key.shape[2] // search.block_size)
     return blocks > least + search.reach + 1
 

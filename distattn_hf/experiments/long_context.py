@@ -173,7 +173,7 @@ def _measure(student: Callable, spec: AttentionSpec | None, questions: list, ask
 
 
 def _sizes(model, spec: AttentionSpec | None, question: Question) -> dict[str, float]:
-    """Return the bytes of a text's cache and, of retrieval, the share of its keys that the answer's queries read.
+    """Return the bytes of a text's cache and, of retrieval, the share of its keys that its answer's queries read.
 
     The control has no such cache: it keeps keys that nothing reads.
     """

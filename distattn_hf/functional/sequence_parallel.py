@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core.attention import without_autocast
 from ..core.inputs import HALF
 from ..core.nystrom_hybrid import HybridInputs, WindowBias, advance, empty_state, hybrid_attention
+from ..core.retrieval import Search
 from ..core.retrieval_far import BEGINNING
 from ..core.retrieval_gather import run_retrieval
 from .nystrom import REGULARISATION, check_arguments, check_bias, features_of
@@ -145,8 +146,8 @@ def retrieval_attention(
     *,
     metric: str = "dot",
     block_size: int = 16,
-    num_blocks: int | tuple[int, ...] = 64,
-    min_weight: float = 0.003,
+    num_blocks: int | tuple[int, ...] = Search.num_blocks,
+    min_weight: float = Search.min_weight,
     window_size: int = 64,
     num_sinks: int = 4,
     far_field: bool = True,
@@ -173,7 +174,8 @@ def retrieval_attention(
         (B, H, N, d_v) in value's dtype, of the rank's own queries.
 
     Raises:
-        ValueError: on all ranks, where one has impossible arguments or ranks differ in what must be the same.
+        ValueError: on all ranks, where one has impossible arguments or ranks differ in shapes, dtypes or whether they
+            want gradients. Options must be the same on all ranks, too; they are not compared.
     """
     options = {
         "metric": metric, "block_size": block_size, "num_blocks": num_blocks, "min_weight": min_weight,

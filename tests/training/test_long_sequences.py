@@ -99,14 +99,8 @@ def classifier():
     ("model", "words"),
     [
         (lambda: FAMILIES["llama"](), "takes a converted model, got LlamaForCausalLM"),
-        (
-            lambda: convert(opt(), AttentionSpec(mechanism="retrieval")),
-            "PositionalEmbedding counts positions by the mask",
-        ),
-        (
-            lambda: convert(classifier(), AttentionSpec(mechanism="retrieval")),
-            "what its head makes of all tokens is not",
-        ),
+        (lambda: retrieving(opt()), "PositionalEmbedding counts positions by the mask"),
+        (lambda: retrieving(classifier()), "its head may join tokens of all ranks"),
         (lambda: student_of("llama", metric="l2"), "'layers.0.self_attn' has heads of exact attention; convert all"),
         (lambda: student_of("llama", **NYSTROM, layers=[1]), "'layers.0.self_attn' is not converted"),
         (lambda: student_of("llama", **NYSTROM, heads=(0, 1)), "has heads of exact attention"),
