@@ -13,7 +13,7 @@ from tests.training.test_distributed import start
 KINDS = {torch.float64: ("float64", "float64"), torch.float32: ("float32_forward", "float32_gradient")}
 
 
-# Started once, and not beside others that meet over ports of this machine.
+# In one worker, so that the processes are started once.
 pytestmark = pytest.mark.xdist_group("processes")
 
 

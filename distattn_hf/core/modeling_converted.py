@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from uuid import uuid4
 
 import torch
 import transformers
@@ -126,9 +127,11 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
         if (report := self.report_as_it_is()) is not None and kwargs.get("is_main_process", True):
             os.makedirs(save_directory, exist_ok=True)
             path = os.path.join(save_directory, REPORT_NAME)
-            with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            # A name of its own: of a model split by tensor parallelism all ranks save, at once.
+            temporary = f"{path}.{uuid4().hex}.tmp"
+            with open(temporary, "w", encoding="utf-8") as file:
                 json.dump(report, file, indent=1)
-            os.replace(f"{path}.tmp", path)
+            os.replace(temporary, path)
         result = super().save_pretrained(save_directory, *args, **kwargs)
         if not self.config.name_or_path:
             # Now it has a name, which adapters made from here on refer to.

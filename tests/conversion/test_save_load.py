@@ -83,6 +83,22 @@ def test_config_and_report_travel(tmp_path):
     assert stored == student.conversion_report.to_dict()
 
 
+def test_two_processes_may_save_to_one_folder(tmp_path, monkeypatch):
+    """As all ranks of tensor parallelism do: here the second saves while the first writes its report."""
+    student = convert(gpt2(), AttentionSpec("l2"), init="plain")
+    write = json.dump
+
+    def second_comes_first(*args, **kwargs):
+        monkeypatch.undo()
+        student.save_pretrained(tmp_path)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(json, "dump", second_comes_first)
+    student.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "distattn_report.json").read_text())["groups"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_the_report_says_when_its_parameters_have_changed_since(tmp_path):
     """Training by any trainer: the saved report has the λ and α of its checkpoint, and owns up to old divergences."""
     specs = [AttentionSpec("cosine", layers=[0]), AttentionSpec("l2", layers=[1])]

@@ -28,7 +28,7 @@ def start(*command):
     return ended
 
 
-# Started once, and not beside others that meet over ports of this machine.
+# In one worker, so that the processes are started once.
 pytestmark = pytest.mark.xdist_group("processes")
 
 

@@ -16,7 +16,7 @@ from tests.tolerances import assert_close
 from tests.training.long_sequences_worker import CASES, NYSTROM, STEPS, losses
 from tests.training.test_distributed import start
 
-# Started once, and not beside others that meet over ports of this machine.
+# In one worker, so that the processes are started once.
 pytestmark = pytest.mark.xdist_group("processes")
 
 

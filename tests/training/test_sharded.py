@@ -8,7 +8,7 @@ import torch
 from tests.training.sharded_worker import CASES, STEPS, build, steps
 from tests.training.test_distributed import start
 
-# Started once, and not beside others that meet over ports of this machine.
+# In one worker, so that the processes are started once.
 pytestmark = pytest.mark.xdist_group("processes")
 
 

@@ -24,7 +24,7 @@ def qwen3_of(options: dict, key_heads: int = 2):
     return convert(Qwen3ForCausalLM(config), AttentionSpec(**options), init="plain")
 
 
-# Started once, and not beside others that meet over ports of this machine.
+# In one worker, so that the processes are started once.
 pytestmark = pytest.mark.xdist_group("processes")
 
 
