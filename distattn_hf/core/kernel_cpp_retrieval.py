@@ -299,8 +299,9 @@ static int retrieve(const Retrieve& a) {
             unit.pack16(bk / key_heads, bk % key_heads, x * P16, a.panels + (bk * blocks * parts + x) * a.d * P16);
       }
 #pragma omp for schedule(dynamic) collapse(2)
-      for (long x = 0; x < units; x++)  // causal: those with the most to search first
-        for (long bk = 0; bk < a.B * key_heads; bk++) unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
+      for (long bk = 0; bk < a.B * key_heads; bk++)  // one after the other: what a head reads stays in the cache
+        for (long x = 0; x < units; x++)             // causal: those with the most to search first
+          unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
     }
   }
   return failed;
