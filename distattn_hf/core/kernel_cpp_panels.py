@@ -167,18 +167,46 @@ static void chances(float* s, long ld, long G, long n, float* most, const float*
   }
 }
 
+#if defined(__AVX512VNNI__)
+constexpr int CODE_ROWS = 8;  // rows that share what is read of the codes
+#else
+constexpr int CODE_ROWS = 4;
+#endif
 // out[r, 16 blocks] += step[r]·max over keys of scale·(Σ q·code - 8·Σ q); codes as in `Codes`, off = 8·Σ q.
 template <int R>
 INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code,
                       const float* scale, long block, float* out, long ldo) {
   long steps = dq / 8;
-#ifdef __AVX2__
+#if defined(__AVX512VNNI__)
+  const __m512i low = _mm512_set1_epi8(15);
+  vf best[R];
+  for (int r = 0; r < R; r++) best[r] = splat(-INF);
+  for (long t = 0; t < block; t++) {
+    const uint8_t* at = code + t * steps * 64;
+    __m512i sums[R];
+    for (int r = 0; r < R; r++) sums[r] = _mm512_setzero_si512();
+    for (long u = 0; u < steps; u++) {
+      __m512i both = _mm512_loadu_si512(at + u * 64), a = _mm512_and_si512(both, low);
+      __m512i b = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      for (int r = 0; r < R; r++) {
+        int32_t x, y;
+        memcpy(&x, q + r * dq + 4 * u, 4);
+        memcpy(&y, q + r * dq + dq / 2 + 4 * u, 4);
+        sums[r] = _mm512_dpbusd_epi32(sums[r], a, _mm512_set1_epi32(x));
+        sums[r] = _mm512_dpbusd_epi32(sums[r], b, _mm512_set1_epi32(y));
+      }
+    }
+    vf by = load(scale + t * P16);
+    for (int r = 0; r < R; r++) best[r] = vmax(best[r], ((vf)_mm512_cvtepi32_ps(sums[r]) - off[r]) * by);
+  }
+  for (int r = 0; r < R; r++) store(out + r * ldo, load(out + r * ldo) + step[r] * best[r]);
+#elif defined(__AVX2__)
   typedef float v8 __attribute__((vector_size(32)));
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   v8 best[R][2];
   for (int r = 0; r < R; r++) best[r][0] = best[r][1] = v8{} - INF;
   for (long t = 0; t < block; t++) {
-    const uint8_t* at = code + t * 2 * steps * 32;
+    const uint8_t* at = code + t * steps * 64;
     __m256i wide[R][2];
     for (int r = 0; r < R; r++) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
     for (long u0 = 0; u0 < steps; u0 += 8) {  // at most 16 products of pairs fit into 16 bits
@@ -187,7 +215,7 @@ INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* s
       for (long u = u0; u < std::min(u0 + 8, steps); u++) {
         __m256i a[2], b[2];
         for (int h = 0; h < 2; h++) {
-          __m256i both = _mm256_loadu_si256((const __m256i*)(at + (h * steps + u) * 32));
+          __m256i both = _mm256_loadu_si256((const __m256i*)(at + u * 64 + h * 32));
           a[h] = _mm256_and_si256(both, low), b[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         }
         for (int r = 0; r < R; r++) {
@@ -225,11 +253,11 @@ INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* s
     for (long lane = 0; lane < P16; lane++) {
       float best = -INF;
       for (long t = 0; t < block; t++) {
-        const uint8_t* at = code + (t * 2 + lane / 8) * steps * 32 + lane % 8 * 4;
+        const uint8_t* at = code + t * steps * 64 + lane * 4;
         int32_t sum = 0;
         for (long u = 0; u < steps; u++)
           for (long z = 0; z < 4; z++) {
-            int both = at[u * 32 + z];
+            int both = at[u * 64 + z];
             sum += (both & 15) * q[r * dq + 4 * u + z] + (both >> 4) * q[r * dq + dq / 2 + 4 * u + z];
           }
         best = std::max(best, ((float)sum - off[r]) * scale[t * P16 + lane]);

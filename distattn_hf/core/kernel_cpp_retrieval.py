@@ -90,7 +90,7 @@ struct Unit {
         const uint8_t* code = a.code + (bk * a.groups + x) * a.block * (a.dq / 8) * 64;
         const float* scale = a.scale + (bk * a.groups + x) * a.block * P16;
         long r = 0;
-        for (; r + 4 <= rows; r += 4) codes<4>(r, code, scale, out);
+        for (; r + CODE_ROWS <= rows; r += CODE_ROWS) codes<CODE_ROWS>(r, code, scale, out);
         for (; r < rows; r++) codes<1>(r, code, scale, out);
       } else {
         long count = std::min(P16, end - x * P16) * parts, width = count * P16;

@@ -97,8 +97,8 @@ class Search:
 class Codes:
     """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks side by side.
 
-    mean (B, H_kv, g, d, 16); scale (B, H_kv, g, b, 16); code (B, H_kv, g, b, 2, ⌈d/8⌉, 8, 4) uint8: of 8 blocks four
-    coordinates each, and in the high bits the four that stand half the head size (rounded up to 8) further on;
+    mean (B, H_kv, g, d, 16); scale (B, H_kv, g, b, 16); code (B, H_kv, g, b, ⌈d/8⌉, 16, 4) uint8: of each block four
+    coordinates, and in the high bits the four that stand half the head size (rounded up to 8) further on;
     real (B, g, 16) bool: blocks with keys that are not padding. Padding has the code of another key of its block.
     """
 
@@ -110,7 +110,7 @@ class Codes:
     def lines(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return mean (B, H_kv, n, d), code - 8 (B, H_kv, n, b, d), scale (B, H_kv, n, b), real (B, n); d = `size`."""
         batch, heads, groups, block = self.scale.shape[:4]
-        code = self.code.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, heads, groups * PANEL, block, -1)
+        code = self.code.permute(0, 1, 2, 5, 3, 4, 6).reshape(batch, heads, groups * PANEL, block, -1)
         code = torch.cat([code & 15, code >> 4], dim=-1)[..., :size].to(self.mean.dtype) - _MIDDLE
         return self.mean.mT.flatten(2, 3), code, self.scale.mT.flatten(2, 3), self.real.flatten(1)
 
@@ -196,7 +196,7 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     code = (rest / torch.where(scale > 0, scale, 1.0)[..., None]).round().to(torch.int8) + _MIDDLE
     code = F.pad(code.to(torch.uint8), (0, -size % 8), value=_MIDDLE)
     low, high = code.unflatten(-1, (2, -1, 4)).unbind(-3)
-    code = (low | (high << 4)).unflatten(2, (-1, 2, 8)).permute(0, 1, 2, 5, 3, 6, 4, 7)
+    code = (low | (high << 4)).unflatten(2, (-1, PANEL)).permute(0, 1, 2, 4, 5, 3, 6)
     mean, scale = (t.unflatten(2, (-1, PANEL)).mT for t in (mean, scale))
     return Codes(mean.contiguous(), scale.contiguous(), code.contiguous(), keep.any(-1).unflatten(1, (-1, PANEL)))
 

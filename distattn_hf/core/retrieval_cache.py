@@ -105,7 +105,7 @@ class KeyCodes(_OfKeys):
         codes = self.made
         codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
         codes.scale[:, :, panel, :, own] = new.scale[:, :, at, :, lane]
-        codes.code[:, :, panel, :, own // 8, :, own % 8] = new.code[:, :, at, :, lane // 8, :, lane % 8]
+        codes.code[:, :, panel, :, :, own] = new.code[:, :, at, :, :, lane]
         codes.real[:, panel, own] = new.real[:, at, lane]
 
 
