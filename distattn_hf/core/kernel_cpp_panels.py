@@ -108,43 +108,86 @@ static void weighted_rows(const float* w, long ldw, const typename T::type** run
   for (long x = 0; x < count; x++) runs[x] -= c;
 }
 
-// Numbers of the k largest of n entries, in order; of equal ones the first. -INF is none. Returns how many.
-static long largest_k(const float* x, long n, long k, long* numbers) {
+// Which numbers of a vector x > y, as bits; a NaN is, so that it is chosen and seen.
+INLINE uint32_t above(vf x, vf y) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_NLE_UQ);
+#else
+  uint32_t bits = 0;
+  vi not_above = x <= y;
+  for (int l = 0; l < W; l++) bits |= (uint32_t)(~not_above[l] & 1) << l;
+  return bits;
+#endif
+}
+INLINE long count_above(const float* x, long n, float limit) {
+  long count = 0;
+  for (long j = 0; j < n; j += W) count += __builtin_popcount(above(load(x + j), splat(limit)));
+  return count;
+}
+// Numbers of the k largest of n > k entries above -INF, in order; of equal ones the first. Returns how many.
+static long largest_of_few(const float* x, long n, long k, long* numbers) {
   float lo = INF, hi = -INF;
-  long real = 0;
-  for (long j = 0; j < n; j++) {
-    if (x[j] == -INF) continue;
-    lo = std::min(lo, x[j]), hi = std::max(hi, x[j]), real++;
-  }
+  for (long j = 0; j < n; j++) lo = std::min(lo, x[j]), hi = std::max(hi, x[j]);
   // More than k entries are above lo (or all at least lo), at most k above hi.
-  bool all = real <= k;
-  if (!all) {
-    lo = lo - 1e-30f - 1e-6f * fabsf(lo);
-    for (;;) {
-      float middle = lo + 0.5f * (hi - lo);
-      if (!(middle > lo && middle < hi)) break;
-      vi count = {};
-      vf limit = splat(middle);
-      for (long j = 0; j < n; j += W) count -= load(x + j) > limit;
-      long above = 0;
-      for (int l = 0; l < W; l++) above += count[l];
-      if (above > k)
-        lo = middle;
-      else
-        hi = middle;
-      if (above == k) break;
-    }
+  lo = lo - 1e-30f - 1e-6f * fabsf(lo);
+  for (;;) {
+    float middle = lo + 0.5f * (hi - lo);
+    if (!(middle > lo && middle < hi)) break;
+    long count = count_above(x, n, middle);
+    if (count > k)
+      lo = middle;
+    else
+      hi = middle;
+    if (count == k) break;
   }
-  long above = 0, taken = 0;
-  for (long j = 0; !all && j < n; j++) above += x[j] > hi;
-  for (long j = 0; j < n; j++) {
-    if (x[j] == -INF) continue;
-    if (all || x[j] > hi)
+  long more = count_above(x, n, hi), taken = 0;
+  for (long j = 0; j < n && taken < k; j++) {
+    if (!(x[j] <= hi))
       numbers[taken++] = j;
-    else if (x[j] > lo && above < k)
-      numbers[taken++] = j, above++;
+    else if (x[j] > lo && more < k)
+      numbers[taken++] = j, more++;
   }
   return taken;
+}
+// Numbers of the k largest of n entries, a multiple of 16, in order; of equal ones the first; -INF is none. room,
+// places: for as many numbers. Returns how many.
+static long largest_k(const float* x, long n, long k, long* numbers, float* room, int32_t* places) {
+  if (k == 0) return 0;
+  // A limit that at least k entries are above: k of the largest of groups of entries, where there are more.
+  float limit = -INF;
+  long fold = n / (8 * k), width = fold > 1 ? (n / W + fold - 1) / fold * W : 0;
+  if (width) {
+    memcpy(room, x, 4 * width);
+    for (long j = width; j < n; j += W) {
+      float* to = room + j % width;
+      store(to, vmax(load(to), load(x + j)));
+    }
+    float lo = INF, hi = largest_in(room, width);
+    for (long j = 0; j < width; j++)
+      if (room[j] > -INF) lo = std::min(lo, room[j]);
+    // A choice need not be a narrow one: what is above the limit is looked at once more.
+    for (int i = 0; i < 12; i++) {
+      float middle = lo + 0.5f * (hi - lo);
+      if (count_above(room, width, middle) >= k)
+        lo = limit = middle;
+      else
+        hi = middle;
+    }
+  }
+  long count = 0;
+  for (long j = 0; j < n; j += W)
+    for (uint32_t bits = above(load(x + j), splat(limit)); bits; bits &= bits - 1) {
+      long place = j + __builtin_ctz(bits);
+      places[count] = place, room[count++] = x[place];
+    }
+  if (count > k) {
+    for (long j = count; j % W; j++) room[j] = -INF;
+    long taken = largest_of_few(room, count, k, numbers);
+    for (long j = 0; j < taken; j++) numbers[j] = places[numbers[j]];
+    return taken;
+  }
+  for (long j = 0; j < count; j++) numbers[j] = places[j];
+  return count;
 }
 // The largest over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count. The sum is
 // also over `beside` numbers of each row of `other`.

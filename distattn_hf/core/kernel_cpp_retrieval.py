@@ -1,11 +1,13 @@
 """C++ source of retrieval attention on the CPU: search, then exact attention to the blocks found and the far field."""
 
+from .kernel_cpp_blocks import BLOCKS
 from .kernel_cpp_panels import PANELS
 from .kernel_cpp_tiles import TILES
 
 SOURCE = (
     TILES
     + PANELS
+    + BLOCKS
     + r"""
 // Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
 // far_key, far_bias, far_value: see `Summaries`, of `far_groups` panels, values of vp numbers; or null.
@@ -27,12 +29,13 @@ struct Unit {
   const Retrieve& a;
   long blocks, around, parts, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
-  float *q, *s, *o, *work, *most, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
+  float *q, *s, *o, *work, *most, *room, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const type*[]> runs;
   std::unique_ptr<const uint8_t*[]> keeps;
   std::unique_ptr<int8_t[]> whole;
   std::unique_ptr<long[]> lengths, chosen;
+  std::unique_ptr<int32_t[]> places;
 
   Unit(const Retrieve& a) : a(a), memory(nullptr, free) {
     blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
@@ -42,20 +45,21 @@ struct Unit {
     beyond = a.far_key ? tops : 0;
     ld = beyond + (near + far) * P16;
     long kept = a.panels ? 0 : a.d * P16, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
-    long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, rows * tops,
+    long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, tops, rows * tops,
                     near * kept, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows};
-    float** places[] = {&q, &s, &o, &work, &most, &rank, &near_keys, &far_keys, &values, &sums, &off, &step};
+    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
     memory = buffer(all);
     float* at = memory.get();
-    for (int i = 0; i < 12; i++) *places[i] = at, at += (sizes[i] + 31) / 16 * 16;
+    for (int i = 0; i < 13; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
     long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
     runs.reset(new const type*[list]);
     keeps.reset(new const uint8_t*[list]);
     lengths.reset(new long[list]);
     chosen.reset(new long[std::max(near, far) + a.sinks + 1]);
+    places.reset(new int32_t[tops + 1]);
     whole.reset(new int8_t[rows * a.dq + 1]);
   }
   const float* soft(long h0) const { return a.soft ? a.soft + h0 : nullptr; }
@@ -150,10 +154,12 @@ struct Unit {
     if (shares) {
       chances(work, tops, a.G, n, most, near, ld, a.least > 0 ? seen : 0);
       hide(most);  // what underflowed may still be chosen
-      for (long x = 0; a.least > 0 && x < n; x++)
-        if (most[x] < a.least) most[x] = -INF;
+      for (long x = 0; a.least > 0 && x < n; x += W) {
+        vf share = load(most + x);
+        store(most + x, where(share < a.least, splat(-INF), share));
+      }
     }
-    return largest_k(shares ? most : work, n, a.budget[kh], chosen.get());
+    return largest_k(shares ? most : work, n, a.budget[kh], chosen.get(), room, places.get());
   }
   // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
   long take_near(long b, long kh, const long* near, long count) {

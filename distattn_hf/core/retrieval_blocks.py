@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from .absolute_logits import unlifted
 from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
-from .retrieval import Retrieval, aligned, encode, has_codes, scores_by_codes
+from .retrieval import Retrieval, aligned, has_codes, scores_by_codes
+from .retrieval_cpp import encode_keys
 
 # Entries of what is gathered (float32: 16 MB) that exist at a time.
 ENTRIES = 2**22
@@ -145,7 +146,7 @@ class Layout:
 
     def _scores_by_codes(self) -> Callable[[slice], Tensor]:
         query, key = dot_form_of(self.problem.inputs, self.key)
-        codes = self.problem.codes or encode(key, self.keep, self.problem.search.block_size)
+        codes = self.problem.codes or encode_keys(key, self.keep, self.problem.search.block_size)
         return lambda part: scores_by_codes(query[:, :, part], codes)[..., : self.blocks]
 
     def _scores_by_keys(self, part: slice) -> Tensor:

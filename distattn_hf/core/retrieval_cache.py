@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .derived_cache import SPARE, same_values, writable
-from .retrieval import PANEL, Codes, Retrieval, aligned, encode
+from .retrieval import PANEL, Codes, Retrieval, aligned
+from .retrieval_cpp import encode_keys
 from .retrieval_far import Summaries, summaries_of
 
 
@@ -95,7 +96,7 @@ class KeyCodes(_OfKeys):
         if keep is not None:
             real = keep[:, begin:]
             tail = tail.masked_fill(~real[:, None, :, None], 0.0)
-        self._write(encode(aligned(tail, moved, 2), aligned(real, moved, 1), block_size), start, count)
+        self._write(encode_keys(aligned(tail, moved, 2), aligned(real, moved, 1), block_size), start, count)
         self.counted = num_keys
         return self.made
 

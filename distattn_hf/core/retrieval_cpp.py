@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernel_cpp_library import (
     ALIGNMENT,
@@ -19,7 +20,7 @@ from .kernel_cpp_library import (
 )
 from .kernel_cpp_retrieval import SOURCE
 from .metrics import BUILT_IN
-from .retrieval import has_codes, whole_numbers
+from .retrieval import PANEL, Codes, encode, has_codes, whole_numbers
 from .softening import LEAST
 
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
@@ -34,6 +35,15 @@ class _Retrieve(ctypes.Structure):
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3},
         "p least",
+    )
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = fields(
+        "k v center keep mean scale key bias value code",
+        "B H G M n d dv_ block groups centers threads",
+        {"k_stride": 3, "v_stride": 3},
+        "",
     )
 
 
@@ -75,7 +85,7 @@ def cpp_retrieval(x) -> Tensor:
         number, step = whole_numbers(query)
         tensors |= {name: getattr(x.codes, name) for name in ("mean", "scale", "code", "real")}
         tensors |= {"off": 8 * number.sum(-1), "step": step.contiguous()}
-        tensors["whole"] = torch.nn.functional.pad(number, (0, whole_size - size)).to(torch.int8).contiguous()
+        tensors["whole"] = F.pad(number, (0, whole_size - size)).to(torch.int8).contiguous()
     blocks = -(-num_keys // search.block_size)
     # Where most keys are read more than once, their panels are made once; a look at the keys themselves reads all.
     panels, most = None, min(search.most_blocks, blocks)
@@ -104,3 +114,68 @@ def cpp_retrieval(x) -> Tensor:
         **tensors,
     )  # fmt: skip
     return output[..., : value.shape[-1]]
+
+
+def _prepares(*tensors: Tensor | None) -> bool:
+    """Return whether the kernel makes codes and summaries of these tensors."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(t.device.type != "cpu" or 0 in t.shape or t.requires_grad for t in given) or not readable(*given):
+        return False
+    return all(t.dtype in (torch.float32, torch.bool) for t in given) and unavailable(SOURCE) is None
+
+
+def _blocks(key: Tensor, keep: Tensor, block_size: int, heads: int, **numbers) -> tuple[_Blocks, int]:
+    """Return the structure of keys (B, H_kv, M, d) for so many query heads, and how many panels of blocks there are."""
+    batch, key_heads, num_keys, size = key.shape
+    blocks = -(-num_keys // block_size)
+    panels = -(-blocks // PANEL)
+    data = _Blocks(
+        B=batch, H=heads, G=heads // key_heads, M=num_keys, n=blocks, d=size, block=block_size, groups=panels,
+        threads=min(torch.get_num_threads(), batch * key_heads * panels), k_stride=strides(key), **numbers,
+    )  # fmt: skip
+    return data, panels
+
+
+def encode_keys(key: Tensor, keep: Tensor, block_size: int) -> Codes:
+    """Return what `encode` does, by the CPU's kernel where it can."""
+    if not _prepares(key, keep):
+        return encode(key, keep, block_size)
+    batch, key_heads, _, size = key.shape
+    key, keep = key if key.stride(-1) == 1 else key.contiguous(), keep.expand(batch, -1).contiguous()
+    data, panels = _blocks(key, keep, block_size, key_heads)
+    made = Codes(
+        torch.empty(batch, key_heads, panels, size, PANEL, **FLOATS),
+        torch.empty(batch, key_heads, panels, block_size, PANEL, **FLOATS),
+        torch.empty(batch, key_heads, panels, block_size, -(-size // 8), PANEL, 4, dtype=torch.uint8, device="cpu"),
+        F.pad(keep, (0, panels * PANEL * block_size - keep.shape[1])).unflatten(1, (panels, PANEL, -1)).any(-1),
+    )
+    run_kernel(SOURCE, "encode_keys", data, k=key, keep=keep, mean=made.mean, scale=made.scale, code=made.code)
+    return made
+
+
+def summarise_keys(
+    center: Tensor, key: Tensor, value: Tensor, keep: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return key, bias and value of a `Summaries` of dot products, or None where the kernel cannot.
+
+    center (B, H, n or 1, d), with all factors of the logits in it; key (B, H_kv, n·b, d) and value, of which keep
+    (B, n·b) are real.
+    """
+    if not _prepares(center, key, value, keep):
+        return None
+    key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+    center, keep = center.expand(len(key), -1, -1, -1).contiguous(), keep.expand(len(key), -1).contiguous()
+    heads, width = center.shape[1], value.shape[-1]
+    data, panels = _blocks(
+        key, keep, block_size, heads, dv_=width, centers=center.shape[2], v_stride=strides(value)
+    )  # fmt: skip
+    made = (
+        torch.empty(len(key), heads, panels, key.shape[-1], PANEL, **FLOATS),
+        torch.empty(len(key), heads, panels, PANEL, **FLOATS),
+        torch.empty(len(key), heads, panels, PANEL, width, **FLOATS),
+    )
+    run_kernel(
+        SOURCE, "summarise_keys", data, k=key, v=value, center=center, keep=keep, key=made[0], bias=made[1],
+        value=made[2],
+    )  # fmt: skip
+    return made

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .inputs import AttentionInputs, masked_softmax
 from .retrieval import PANEL, Retrieval, aligned, has_codes
 from .retrieval_blocks import Layout, cut_blocks, dot_form_of, dotted, in_full
+from .retrieval_cpp import summarise_keys
 
 # Queries whose mean blocks are expanded about.
 BEGINNING = 64
@@ -133,14 +134,24 @@ class FarField(NamedTuple):
 
 def far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, start: int = 0) -> FarField:
     """Return the far field of blocks of keys, the first of which is number `start`."""
-    inputs, block = problem.inputs, problem.search.block_size
-    center = centers(problem, start + key.shape[2] // block)
-    about = replace(inputs, query=center[:, :, start:] if center.shape[2] > 1 else center)
-    query = inputs.query
+    inputs, query = problem.inputs, problem.inputs.query
+    about, own = _about(problem, key, start)
     if has_codes(inputs):
+        query = dot_form_of(inputs, key)[0]
+    return FarField(query, *summarise(about, own, value, keep, about.query, problem.search.block_size))
+
+
+def _about(problem: Retrieval, key: Tensor, start: int) -> tuple[AttentionInputs, Tensor]:
+    """Return inputs whose queries are those that blocks from number `start` on are expanded about, and their keys.
+
+    Both are of dot products where logits are.
+    """
+    center = centers(problem, start + key.shape[2] // problem.search.block_size)
+    about = replace(problem.inputs, query=center[:, :, start:] if center.shape[2] > 1 else center)
+    if has_codes(problem.inputs):
         about = dotted(replace(about, key=key))
-        query, key = dot_form_of(inputs, key)
-    return FarField(query, *summarise(about, key, value, keep, about.query, block))
+        return about, about.key
+    return about, key
 
 
 def far_field_of(layout: Layout, needs_shares: bool) -> FarField:
@@ -159,5 +170,9 @@ def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None) ->
     if stop is None:
         stop = -(-inputs.key.shape[2] // search.block_size)
     key, value, keep = cut_blocks(problem, start, stop)
+    if has_codes(inputs):
+        center, dot_key = _about(problem, key, start)
+        if (made := summarise_keys(center.query, dot_key, value, keep, search.block_size)) is not None:
+            return Summaries(*made)
     far = far_field(problem, key, value, keep, start)
     return in_panels(far.key, far.bias, far.value)

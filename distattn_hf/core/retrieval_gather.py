@@ -11,9 +11,9 @@ from .absolute_logits import finish_logits, row_constant
 from .attention import without_autocast
 from .inputs import AttentionInputs, masked_softmax, rows_of
 from .metrics import BUILT_IN
-from .retrieval import Retrieval, aligned, encode, has_codes
+from .retrieval import Retrieval, aligned, has_codes
 from .retrieval_blocks import Layout, dotted, in_full
-from .retrieval_cpp import cpp_retrieval, cpp_supports
+from .retrieval_cpp import cpp_retrieval, cpp_supports, encode_keys
 from .retrieval_far import far_field_of, has_far_field, summaries_of
 
 
@@ -47,7 +47,7 @@ def _with_codes(problem: Retrieval) -> Retrieval:
         keep = torch.ones(1, key.shape[2], dtype=torch.bool) if inputs.keep is None else inputs.keep[:, 0, 0]
         own = key.float() if inputs.keep is None else key.float().masked_fill(~keep[:, None, :, None], 0.0)
         keep = keep.expand(len(own), -1)
-        codes = encode(aligned(own, problem.first, 2), aligned(keep, problem.first, 1), search.block_size)
+        codes = encode_keys(aligned(own, problem.first, 2), aligned(keep, problem.first, 1), search.block_size)
     return replace(problem, inputs=inputs, codes=codes)
 
 

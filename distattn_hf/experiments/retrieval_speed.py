@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from ..core.inputs import AttentionInputs
 from ..core.metrics import get_metric
-from ..core.retrieval import Retrieval, Search, encode
-from ..core.retrieval_cpp import cpp_supports
+from ..core.retrieval import Retrieval, Search
+from ..core.retrieval_cpp import cpp_supports, encode_keys
 from ..core.retrieval_far import summaries_of
 from ..core.retrieval_gather import run_retrieval
 from ..storage.folders import write_json
@@ -48,7 +48,7 @@ def measure(length: int, heads: int, key_heads: int, pairs: int) -> dict:
     grouped = {"enable_gqa": heads != key_heads}
     # Of random keys none has a weight by which it would be read.
     search, step = Search(num_blocks=16, min_weight=0.0), query[:, :, -1:]
-    codes = encode(key, torch.ones(1, length, dtype=torch.bool), search.block_size)
+    codes = encode_keys(key, torch.ones(1, length, dtype=torch.bool), search.block_size)
     summaries = summaries_of(problem(query, key, value, search))
     runs = {
         "prefill": (
