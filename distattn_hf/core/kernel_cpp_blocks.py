@@ -1,7 +1,7 @@
 """C++ source of what stands for blocks of keys in retrieval attention: their codes and their summaries."""
 
 BLOCKS = r"""
-// What stands for blocks of keys (see `Codes` and `Summaries`), 16 blocks side by side in a panel. keep: (B, M) or null.
+// What stands for blocks of keys (see `Codes` and `Summaries`), 16 blocks a panel. keep: (B, M) or null.
 // center: of each head one for each of `centers` blocks, or one for all. n: blocks; real keys are those below M.
 struct Blocks {
   const float *k, *v, *center;

@@ -15,8 +15,8 @@ from distattn_hf.core.metrics import get_metric
 from distattn_hf.core.retrieval import Retrieval, Search, encode, first_keys
 from distattn_hf.core.retrieval_blocks import Layout
 from distattn_hf.core.retrieval_cache import KeyCodes, KeySummaries
-from distattn_hf.core.retrieval_cpp import cpp_supports
-from distattn_hf.core.retrieval_far import summaries_of
+from distattn_hf.core.retrieval_cpp import cpp_supports, encode_keys, summarise_keys
+from distattn_hf.core.retrieval_far import far_field, summaries_of
 from distattn_hf.core.retrieval_gather import retrieval_by_operators, run_retrieval
 from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
@@ -490,7 +490,7 @@ def test_codes_of_a_growing_cache_are_those_of_all_keys(cuts, padded):
     x = problem("causal", shape=(3, 2, 2, 200, 200), keep=keep, dtype=torch.float32)
     x = replace(x, inputs=replace(x.inputs, key=key))
     layout = Layout(x, 1)
-    expected = encode(layout.key, layout.keep, 4)
+    expected = encode_keys(layout.key, layout.keep, 4)
     blocks = layout.blocks
     for old, new, axis in zip(grown.lines(6), expected.lines(6), (2, 2, 2, 1), strict=True):
         assert torch.equal(old.narrow(axis, 0, blocks), new.narrow(axis, 0, blocks))
@@ -524,6 +524,60 @@ def test_summaries_of_a_growing_cache_are_those_of_all_keys(metric, padded):
             whole = (200 - (0 if first is None else int(first[row]))) // x.search.block_size
             for own, all_at_once in zip(made.lines(50), expected, strict=True):
                 assert torch.equal(own[row, :, :whole], all_at_once[row, :, :whole])
+
+
+@needs_kernel
+@pytest.mark.parametrize("block", [4, 16, 48])
+@pytest.mark.parametrize("size", [3, 40, 64])
+def test_the_kernels_codes_are_the_operators(size, block):
+    """Also of keys that lie apart in memory, and beside keys at padding that are no numbers."""
+    key, keep = torch.randn(2, 1000, 3, size).transpose(1, 2), padding(2, 1000)
+    keep[0, 96:192] = False
+    bare = key.masked_fill(~keep[:, None, :, None], float("nan"))
+    for given, own in ((key, torch.ones_like(keep)), (bare, keep)):
+        made = encode_keys(given, own, block)
+        expected = encode(given.masked_fill(~own[:, None, :, None], 0.0).double(), own, block)
+        real = expected.lines(size)[3]
+        assert torch.equal(made.lines(size)[3], real)
+        for mine, theirs, tolerance in zip(made.lines(size)[:3], expected.lines(size)[:3], (1e-6, 1.0, 1e-6)):
+            mine, theirs = (t.movedim(1, 2)[real].double() for t in (mine, theirs))
+            # A code on the border between two may be either.
+            assert ((mine - theirs).abs() > 1e-6).float().mean() < 1e-4
+            assert (mine - theirs).abs().max() <= tolerance
+
+
+@needs_kernel
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_the_kernels_summaries_are_the_operators(metric, padded):
+    x = problem(
+        search=LARGE, shape=(2, 6, 2, 300, 300), metric=metric, dtype=torch.float32, sizes=(24, 20),
+        keep=padding(2, 300) if padded else None, lam=torch.linspace(0.5, 4, 6),
+    )  # fmt: skip
+    layout = Layout(x, 3)
+    assert summarise_keys(x.inputs.query[:, :, :1], layout.key, layout.value, layout.keep, 16) is not None
+    names = ("query", "key", "value", "lam")
+    inputs = replace(x.inputs, **{name: getattr(x.inputs, name).double() for name in names})
+    expected = far_field(replace(x, inputs=inputs), layout.key.double(), layout.value.double(), layout.keep)
+    made = summaries_of(x).lines(layout.blocks)
+    for mine, theirs in zip(made, (expected.key, expected.bias, expected.value), strict=True):
+        assert torch.equal(mine.isinf(), theirs.isinf())
+        assert_close(mine.nan_to_num(neginf=0.0), theirs.nan_to_num(neginf=0.0).float(), "float32_forward")
+
+
+@needs_kernel
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_best_of_many_blocks(count):
+    """Of equal ones the first; a key that is no number is read, and seen. 190 blocks are ranked in two passes."""
+    x = problem(search=replace(LARGE, num_blocks=count), shape=(1, 2, 2, 3040, 3040), dtype=torch.float32)
+    key = x.inputs.key.clone()
+    key[:, :, 1600:] = key[:, :, :1440]
+    x = replace(x, inputs=replace(x.inputs, key=key))
+    assert_close(run_retrieval(x)[0], retrieval_by_operators(x)[0], "float32_gradient")
+    key[:, :, 100] = float("nan")
+    output = run_retrieval(replace(x, search=replace(x.search, far_field=False)))[0]
+    assert output[:, :, :100].isfinite().all()
+    assert output[:, :, 160:].isnan().all()
 
 
 def test_a_code_is_the_key_to_four_bits():
