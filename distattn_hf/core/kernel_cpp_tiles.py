@@ -179,24 +179,22 @@ INLINE vf sqrtv(vf x) {
   return x;
 }
 // The reciprocal of 1e-37 < x < 1e37 and its root, to the last two bits: a division takes three times as long.
-INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-  vf y = (vf)_mm512_rcp14_ps((__m512)x);
+INLINE vf near_reciprocal(vf x) { return (vf)_mm512_rcp14_ps((__m512)x); }
+INLINE vf near_reciprocal_root(vf x) { return (vf)_mm512_rsqrt14_ps((__m512)x); }
 #elif defined(__AVX__)
-  vf y = (vf)_mm256_rcp_ps((__m256)x);
+INLINE vf near_reciprocal(vf x) { return (vf)_mm256_rcp_ps((__m256)x); }
+INLINE vf near_reciprocal_root(vf x) { return (vf)_mm256_rsqrt_ps((__m256)x); }
 #else
-  return 1.0f / x;
+INLINE vf near_reciprocal(vf x) { return 1.0f / x; }
+INLINE vf near_reciprocal_root(vf x) { return 1.0f / sqrtv(x); }
 #endif
+INLINE vf reciprocal(vf x) {
+  vf y = near_reciprocal(x);
   return y + y * (1.0f - x * y);
 }
 INLINE vf reciprocal_root(vf x) {
-#if defined(__AVX512F__)
-  vf y = (vf)_mm512_rsqrt14_ps((__m512)x);
-#elif defined(__AVX__)
-  vf y = (vf)_mm256_rsqrt_ps((__m256)x);
-#else
-  return 1.0f / sqrtv(x);
-#endif
+  vf y = near_reciprocal_root(x);
   return y + 0.5f * y * (1.0f - x * y * y);
 }
 INLINE vf divide(vf w, vf d) { return where(d == 0, vf{}, w / where(d == 0, splat(1.0f), d)); }

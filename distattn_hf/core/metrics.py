@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .kernel_cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
 from .metric_checks import check_distances, refuse_parameters
@@ -93,8 +94,9 @@ class Metric:
 @lru_cache(maxsize=256)
 def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> float:
     """Measure the row deviation of distances of 256 queries, 1,024 keys from N(0, I_d) with a fixed seed."""
-    # transformers builds models on the meta device and in the checkpoint's dtype: neither may reach this measurement.
-    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    # transformers builds models on the meta device and in the checkpoint's dtype, and export runs them on tensors
+    # without numbers: none of it may reach this measurement.
+    with _disable_current_modes(), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(256, head_dim, generator=generator, dtype=torch.float32)
         key = torch.randn(1024, head_dim, generator=generator, dtype=torch.float32)

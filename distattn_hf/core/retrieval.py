@@ -188,10 +188,11 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     key = F.pad(key, (0, 0, 0, fill)).unflatten(2, (-1, block_size))
     keep = F.pad(keep, (0, fill), value=False).unflatten(1, (-1, block_size))
     own = keep[:, None, :, :, None]
-    mean = (key * own).sum(3) / own.sum(3).clamp_min(1)
+    mean = torch.where(own, key, 0.0).sum(3) / own.sum(3).clamp_min(1)
+    rest = torch.where(own, key - mean[:, :, :, None], 0.0)
     # Padding takes part in no maximum: it looks like the first real key of its block.
     other = keep.int().argmax(-1)[:, None, :, None, None].expand(-1, key.shape[1], -1, 1, size)
-    rest = torch.where(own, key, key.gather(3, other)) - mean[:, :, :, None]
+    rest = torch.where(own, rest, rest.gather(3, other))
     scale = rest.abs().amax(-1) / _LARGEST_CODE
     code = (rest / torch.where(scale > 0, scale, 1.0)[..., None]).round().to(torch.int8) + _MIDDLE
     code = F.pad(code.to(torch.uint8), (0, -size % 8), value=_MIDDLE)

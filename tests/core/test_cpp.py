@@ -1,6 +1,7 @@
 """The compiled CPU kernels beyond the shared tests: decoding, long and odd shapes, threads, NaN, a build."""
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distattn_hf import distance_attention, explain_backend
+from distattn_hf.core import kernel_cpp_hybrid, kernel_cpp_retrieval
 from distattn_hf.core import kernel_cpp_library as cpp_library
 from distattn_hf.core.backend_cpp import _backward, _decode, _forward
 from distattn_hf.core.metrics import METRICS, get_metric
@@ -456,3 +458,25 @@ def test_explanation(options, expected):
 def test_explanation_of_what_cannot_be(options, match):
     with pytest.raises(ValueError, match=match):
         explain_backend(**{"metric": "l1", "num_queries": 64, **options})
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86 processors")
+@pytest.mark.parametrize(
+    "without", [["avx512vnni"], ["avx512f"], ["avx2", "avx512f"], ["avx", "avx2", "avx512f"]], ids="-".join
+)
+@pytest.mark.parametrize(
+    "source",
+    [cpp_library.EXACT, kernel_cpp_hybrid.SOURCE, kernel_cpp_retrieval.SOURCE],
+    ids=["exact", "hybrid", "retrieval"],
+)
+def test_kernels_compile_for_lesser_processors(source, without):
+    """What takes the place of their instructions is not compiled here otherwise, but it is on ARM."""
+    command = [
+        *cpp_library.compiler(),
+        *(f"-mno-{name}" for name in without),
+        *cpp_library._FLAGS,
+        "-fsyntax-only",
+        "-",
+    ]
+    run = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[:2000]
