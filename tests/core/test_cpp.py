@@ -14,7 +14,7 @@ from distattn_hf import distance_attention, explain_backend
 from distattn_hf.core import kernel_cpp_hybrid, kernel_cpp_retrieval
 from distattn_hf.core import kernel_cpp_library as cpp_library
 from distattn_hf.core.backend_cpp import _backward, _decode, _forward
-from distattn_hf.core.metrics import METRICS, get_metric
+from distattn_hf.core.metrics import METRICS, _measured_temperature, get_metric
 from tests.tolerances import HALF_ERROR_RATIO, assert_close
 
 from .cases import (
@@ -390,6 +390,8 @@ def test_vmap_takes_another_backend(metric, length):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @every_metric
 def test_fake_tensors_have_a_shape_and_no_memory(metric, p, dropout_p):
+    """Also where a metric's default λ has not been measured yet."""
+    _measured_temperature.cache_clear()
     with FakeTensorMode():
         query = torch.randn(1, 2, 20, 8)
         output = distance_attention(query, query, query, metric=metric, p=p, dropout_p=dropout_p)
