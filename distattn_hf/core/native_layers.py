@@ -1,5 +1,6 @@
 """What the models of the native family share: layers, initial weights, attention functions, saving."""
 
+import functools
 import inspect
 from difflib import get_close_matches
 
@@ -140,8 +141,9 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
     segments = given.get("token_type_ids")
     if isinstance(segments, Tensor) and not torch.compiler.is_compiling() and bool(segments.any()):
         raise ValueError(
-            "token_type_ids mark a second segment, and these models embed no segments: leave them out, and mark the "
-            "border by a token of its own"
+            "token_type_ids mark a second segment, for which this model has no vectors: give its config "
+            "type_vocab_size=2, or leave them out (return_token_type_ids=False of the tokenizer) and mark the border "
+            "by a token of its own"
         )
 
 
@@ -227,9 +229,23 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
+def _naming_segments(forward):
+    """Return a forward with token_type_ids in its signature, where Trainer looks which columns a model reads."""
+
+    @functools.wraps(forward)
+    def named(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    own = inspect.signature(forward)
+    segments = inspect.Parameter("token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *parameters, keywords = own.parameters.values()
+    named.__signature__ = own.replace(parameters=[*parameters, segments, keywords])
+    return named
+
+
 def register_heads(config_class: type[DistAttnConfig], **kinds: type[PreTrainedModel]) -> None:
     """Register head classes of the native family by the name of their Auto class."""
     for auto_name, kind in kinds.items():
-        kind._auto_class = auto_name
+        kind._auto_class, kind.forward = auto_name, _naming_segments(kind.forward)
     NATIVE_HEADS[config_class.model_type] = {auto_name: (kind,) for auto_name, kind in kinds.items()}
     register_models(config_class, NATIVE_HEADS[config_class.model_type])
