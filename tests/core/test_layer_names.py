@@ -87,15 +87,15 @@ def test_a_native_config_knows_them():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("value_head_dim", [3, 16])
 def test_values_of_a_size_of_their_own(value_head_dim, backend):
-    layer = DistanceBasedAttention(
-        hidden_size=SIZE, num_heads=HEADS, d_v=value_head_dim, metric="l1", lam=0.7, backend=backend
-    ).double()
+    config = DistanceAttentionConfig(SIZE, HEADS, "l1", d_v=value_head_dim, backend=backend)
+    layer = DistanceBasedAttention(config).double()
+    lam = layer.lam
     x = torch.randn(2, 5, SIZE, dtype=torch.float64)
     query, key = (p(x).unflatten(-1, (HEADS, -1)) for p in (layer.q_proj, layer.k_proj))
     value = layer.v_proj(x).unflatten(-1, (HEADS, value_head_dim))
     heads = torch.zeros(2, 5, HEADS, value_head_dim, dtype=torch.float64)
     for b, h, i in product(range(2), range(HEADS), range(5)):
-        logits = torch.stack([-0.7 * (query[b, i, h] - key[b, j, h]).abs().sum() for j in range(5)])
+        logits = torch.stack([-lam[h] * (query[b, i, h] - key[b, j, h]).abs().sum() for j in range(5)])
         heads[b, i, h] = (logits * (SIZE // HEADS) ** -0.5).softmax(0) @ value[b, :, h]
     assert_close(layer(x), layer.o_proj(heads.flatten(2)), "float64")
     cache = DynamicCache()
