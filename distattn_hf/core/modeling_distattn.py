@@ -62,7 +62,9 @@ def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor =
         )
 
 
-def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> None:
+def check_documents(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, is_new: bool = False
+) -> None:
     """Raise `ValueError` for positions that start anew among tokens that would see each other.
 
     transformers takes each start for a document of its own where neither mask nor cache is given, and nowhere else.
@@ -78,9 +80,13 @@ def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, 
     earlier_max = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
     positions = position_ids[:, 1:]
     if bool((kept[:, 1:] & ((earlier_max > positions) | (positions == 0) & (earlier_max >= 0))).any()):
+        remedies = [] if attention_mask is None else ["leave out attention_mask"]
+        if cache is not None:
+            # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
+            remedies.append("pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False")
         raise ValueError(
             "position_ids start anew within a row (packed documents), which keeps documents apart only without "
-            "attention_mask and cache: leave out attention_mask and past_key_values, and pass use_cache=False"
+            f"attention_mask and cache: {' and '.join(remedies)}"
         )
 
 
@@ -150,7 +156,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
             if cache is not None:
                 raise ValueError("past_key_values needs is_decoder=True in the config: an encoder keeps no cache")
             use_cache = False
-        if use_cache and cache is None:
+        is_new = bool(use_cache) and cache is None
+        if is_new:
             cache = self._new_cache()
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         past = 0 if self_cache is None else self_cache.get_seq_length()
@@ -164,7 +171,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
-            check_documents(position_ids, attention_mask, self_cache)
+            check_documents(position_ids, attention_mask, self_cache, is_new)
             documents = self._documents(position_ids, attention_mask, self_cache, len(inputs_embeds))
             given = None if documents is not None else position_ids
             mask_of |= {"position_ids": given, CACHE_NAME: self_cache, "layer_idx": widest}
