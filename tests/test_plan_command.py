@@ -67,7 +67,7 @@ def test_what_fits_is_taken():
 
 def test_a_short_measurement(monkeypatch):
     monkeypatch.setattr("distattn_hf.benchmark.plan.TIMED_TOKENS", 64)
-    teacher = llama()
+    teacher = long_llama()
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
     plan = make_plan(teacher, 500, PLENTY)
     assert [choice.timed_tokens for choice in plan.choices] == [None, 64, 64]

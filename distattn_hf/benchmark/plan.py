@@ -14,7 +14,7 @@ from .measure import only_errors, time_pair
 # Texts below so many tokens leave nothing to gain but a geometry.
 SHORT = 4096
 # At most so many tokens are read to time a text, and so many pairs and seconds.
-TIMED_TOKENS, TIMED_PAIRS, TIMED_SECONDS = 2048, 3, 20.0
+TIMED_TOKENS, TIMED_PAIRS, TIMED_SECONDS = 2048, 2, 15.0
 # What each was measured to lose on SmolLM2-135M without training (model_cards/README.md; a test compares).
 MEASURED = {
     "dot": "nothing: it is the model itself",
@@ -55,8 +55,8 @@ class Plan:
 def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool = True) -> Plan:
     """Plan generation with a causal model of transformers: up to `length` tokens in each of `batch` rows.
 
-    Bytes count the weights and the whole cache, without what one step needs beside. Nyström attention keeps every key
-    as far as its `exact_below` and has a constant size beyond.
+    Bytes count the weights and the whole cache, without what one step needs beside. Nyström attention is that with
+    exact_below=0, of constant size from the first token on.
 
     Args:
         memory: bytes there are. measure: time reading of the length, 2,048 tokens at most, beside the model's own.
@@ -97,21 +97,15 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
 
 def _nystrom(model, ids):
     """Return the model with Nyström attention whose landmarks fit nothing: for its sizes and its speed alone."""
-    # Little memory and time: what is fitted has no part in either.
-    batch = {"input_ids": ids[:, :256], "attention_mask": torch.ones_like(ids[:, :256])}
-    return convert(model, "nystrom", calibration=[batch], options=CalibrationOptions(steps=0))
+    # Little text and the quickest strategy: what is fitted has no part in either.
+    spec = AttentionSpec(mechanism="nystrom", exact_below=0, landmarks="segment_means")
+    batch = {"input_ids": ids[:, :128], "attention_mask": torch.ones_like(ids[:, :128])}
+    return convert(model, spec, calibration=[batch], options=CalibrationOptions(steps=0, progress=False))
 
 
 def _size(model, length: int) -> int:
     found = cache_bytes(model)
-    whole = found["constant"] + found["growing"] * length // TOKENS
-    below = max((s.exact_below or 0 for s in _specs(model) if s.mechanism == "nystrom"), default=0)
-    # Below it all keys are kept.
-    return found["teacher"] * length // TOKENS if length <= below else whole
-
-
-def _specs(model) -> list[AttentionSpec]:
-    return getattr(model.config, "attention_specs", [])
+    return found["constant"] + found["growing"] * length // TOKENS
 
 
 @torch.no_grad()
