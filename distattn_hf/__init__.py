@@ -25,7 +25,8 @@ _MODULES = {
     "core.configuration_native": ("DistAttnConfig", "DistAttnSeq2SeqConfig"),
     "core.encodings": ("POSITIONAL_ENCODINGS", "PositionalEncoding", "register_encoding"),
     "core.backends": ("BackendChoice", "explain_backend"),
-    "layers.attention_layers": ("DistanceAttentionConfig", "DistanceBasedAttention", "DistanceType"),
+    "layers.attention_layers": ("DistanceBasedAttention",),
+    "layers.layer_settings": ("DistanceAttentionConfig", "DistanceType"),
     "layers.multihead": ("DistanceMultiheadAttention",),
     "layers.factory": ("AttentionFactory", "PositionalEncodingFactory", "create_distance_attention"),
     "layers.blocks": (

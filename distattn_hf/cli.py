@@ -16,6 +16,7 @@ from .commands import (
     command_evaluate,
     command_experiment,
     command_inspect,
+    command_plan,
     command_push,
     command_revert,
     command_set,
@@ -50,8 +51,8 @@ def _command_line(
 
 # In the order of --help.
 for module in (
-    command_convert, command_inspect, command_set, command_evaluate, command_analyse, command_revert, command_push,
-    command_adapt, command_train, command_compare, command_benchmark, command_experiment, command_check,
+    command_plan, command_convert, command_inspect, command_set, command_evaluate, command_analyse, command_revert,
+    command_push, command_adapt, command_train, command_compare, command_benchmark, command_experiment, command_check,
 ):  # fmt: skip
     app.add_typer(module.command)
 

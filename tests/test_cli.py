@@ -167,8 +167,18 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "NEW", "--calibration", "EMPTY"], "is a folder that Dataset.save_to_disk did not make"),
         (
             ["convert", "TEACHER", "NEW", "--calibration", "TEXT", "--max-error", "0.4"],
-            "--max-error 0.4 is for --mechanism",
+            "--max-error belongs to --mechanism nystrom, got --mechanism distance",
         ),
+        # What belongs to another mechanism comes before what is absent.
+        (
+            ["convert", "TEACHER", "NEW", "--metric", "l2", "--num-landmarks", "8"],
+            "--num-landmarks belongs to --mechanism 'nystrom', got --num-landmarks 8 with 'distance'",
+        ),
+        (
+            ["convert", "TEACHER", "NEW", "--mechanism", "nystrom", "--min-weight", "0.1"],
+            "--min-weight belongs to --mechanism 'retrieval' or --beyond 'retrieval'",
+        ),
+        (["convert", "TEACHER", "NEW", "--select", "probe"], "--select belongs to --mechanism nystrom"),
         (["inspect", "TEACHER"], "is not a converted model"),
         (["revert", "TEACHER", "NEW"], "is not a converted model"),
     ],

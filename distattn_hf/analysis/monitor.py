@@ -26,6 +26,7 @@ class PerformanceMonitor:
         self.statistics = statistics
         # Running calls by module and thread, as stacks since a module may call itself.
         self._open: dict[tuple[str, int], list[tuple]] = {}
+        self._layers = {name: _layer_of(name, modules) for name in modules}
         self._stats: dict[str, dict] = {name: _empty() for name in modules}
         self._handles = []
         for name, module in modules.items():
@@ -44,19 +45,20 @@ class PerformanceMonitor:
         device = _device(module)
         _synchronise(device)
         calls = self._open.setdefault((name, threading.get_ident()), [])
-        calls.append((time.perf_counter(), _mark_memory(device), token, injected))
+        calls.append((time.perf_counter(), _mark_memory(device), token, injected, _tokens(arguments, keywords)))
         return arguments, keywords
 
     def _after(self, name: str, module, arguments, output):
         device = _device(module)
         _synchronise(device)
-        started, memory_before, token, injected = self._open[name, threading.get_ident()].pop()
+        started, memory_before, token, injected, tokens = self._open[name, threading.get_ident()].pop()
         if token is not None:
             _active_collector.reset(token)
         if output is None:  # The module raised.
             return None
         stats = self._stats[name]
         stats["calls"] += 1
+        stats["tokens"] += tokens
         stats["seconds"] += time.perf_counter() - started
         peak = _peak_memory(device)
         if memory_before is not None and peak is not None:
@@ -70,11 +72,12 @@ class PerformanceMonitor:
     def stats(self) -> dict[str, dict]:
         """Return {module name: numbers} of the calls so far.
 
-        calls; seconds, of all calls; seconds_per_call; peak_bytes, the largest rise of memory in one call: on CUDA
-        allocated memory, on Linux resident memory (which misses memory that PyTorch had freed and reuses), elsewhere
-        None. With statistics also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the
-        rows that see more than one key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95;
-        None without weights. Keys of weight 0 count as unseen.
+        calls; seconds, of all calls; seconds_per_call; tokens, those of queries, padding included; tokens_per_second,
+        of this module's own time; peak_bytes, the largest rise of memory in one call: on CUDA allocated memory, on
+        Linux resident memory (which misses memory that PyTorch had freed and reuses), elsewhere None. With statistics
+        also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the rows that see more than one
+        key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95; None without weights. Keys
+        of weight 0 count as unseen.
         """
         numbers = {}
         for name, stats in self._stats.items():
@@ -83,11 +86,37 @@ class PerformanceMonitor:
                 "calls": calls,
                 "seconds": stats["seconds"],
                 "seconds_per_call": stats["seconds"] / calls if calls else None,
+                "tokens": stats["tokens"],
+                "tokens_per_second": stats["tokens"] / stats["seconds"] if stats["tokens"] else None,
                 "peak_bytes": stats["peak_bytes"],
             }
             if self.statistics:
                 sums = {n: stats["sums"][n] / rows if rows else None for n in (*ROW_NUMBERS, "collapsed")}
                 numbers[name] |= sums
+        return numbers
+
+    def layers(self) -> dict[str, dict]:
+        """Return {layer: numbers}: what its attention modules took together; weights' statistics are by module.
+
+        Names are "layer_0", ...; "encoder_layer_0" and "decoder_layer_0" where both are. calls: of the layer; seconds;
+        avg_forward_time, seconds of one call's attention; tokens, tokens_per_second, peak_bytes as in `stats`.
+        """
+        layers: dict[str, list[dict]] = {}
+        for name, stats in self.stats().items():
+            layers.setdefault(self._layers[name], []).append(stats)
+        numbers = {}
+        for layer, parts in layers.items():
+            calls, tokens = (max(part[name] for part in parts) for name in ("calls", "tokens"))
+            seconds = sum(part["seconds"] for part in parts)
+            peaks = [part["peak_bytes"] for part in parts if part["peak_bytes"] is not None]
+            numbers[layer] = {
+                "calls": calls,
+                "seconds": seconds,
+                "avg_forward_time": seconds / calls if calls else None,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds if tokens else None,
+                "peak_bytes": max(peaks, default=None),
+            }
         return numbers
 
     def reset(self) -> None:
@@ -101,10 +130,33 @@ class PerformanceMonitor:
         self._handles = []
 
 
+def _layer_of(name: str, names) -> str:
+    """Return the layer that a module is in, by the first number in its name; the name itself without one."""
+    stems = {stem for stem, number in map(_first_number, names) if number is not None}
+    stem, number = _first_number(name)
+    if number is None:
+        return name
+    kind = next((kind for kind in ("encoder", "decoder") if kind in stem.split(".")), stem) if len(stems) > 1 else ""
+    return f"{kind}_layer_{number}".removeprefix("_")
+
+
+def _first_number(name: str) -> tuple[str, str | None]:
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return (name, None) if place is None else (".".join(parts[:place]), parts[place])
+
+
+def _tokens(arguments: tuple, keywords: dict) -> int:
+    """Return B·N of the hidden states (B, N, D) that a module gets; 0 where it gets none."""
+    states = next((t for t in (*arguments, *keywords.values()) if isinstance(t, Tensor) and t.dim() == 3), None)
+    return 0 if states is None else states.shape[0] * states.shape[1]
+
+
 def _empty() -> dict:
     return {
         "calls": 0,
         "seconds": 0.0,
+        "tokens": 0,
         "peak_bytes": None,
         "rows": 0,
         "sums": dict.fromkeys((*ROW_NUMBERS, "collapsed"), 0.0),

@@ -13,7 +13,7 @@ METRICS = {
     "cosine": (),
     "chebyshev": ("linf",),
     "lifted_sqeuclidean": (),
-    "dot": (),
+    "dot": ("standard",),
 }
 CHOICES = {
     "mechanism": ("distance", "nystrom", "retrieval"),

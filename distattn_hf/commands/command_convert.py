@@ -144,6 +144,18 @@ def convert(
     retrieves = mechanism == "retrieval" and spec_file is None
     if init is None:
         init = "exact" if retrieves and metric in ("sqeuclidean", "squared_l2", "l2_squared") else "calibrated"
+    from ..core.attention_spec import AttentionSpec
+
+    if spec_file is None:
+        # What belongs to another mechanism is named before what this one lacks.
+        if mechanism != "nystrom" and (others := given(context, ("max_error", "beyond_share", "select"))):
+            raise ValueError(f"{others[0]} belongs to --mechanism nystrom, got --mechanism {mechanism}")
+        spec = AttentionSpec(
+            metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
+            heads=heads, softening=epsilon,
+            num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
+            block_size=block_size, num_blocks=num_blocks, min_weight=min_weight, far_field=far_field, beyond=beyond,
+        )  # fmt: skip
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")
     used = ("calibration", "column") if retrieves else ()
@@ -159,7 +171,6 @@ def convert(
     from ..conversion import convert as conversion
     from ..conversion import fold
     from ..conversion.calibrate import CalibrationOptions
-    from ..core.attention_spec import AttentionSpec
     from ..data.config import read_specs
     from ..data.sources import read_texts
     from ..storage.companions import Source, describe_source
@@ -169,13 +180,6 @@ def convert(
     if spec_file is not None:
         with reading("spec_file"):
             spec = read_specs(spec_file)
-    else:
-        spec = AttentionSpec(
-            metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
-            heads=heads, softening=epsilon,
-            num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-            block_size=block_size, num_blocks=num_blocks, min_weight=min_weight, far_field=far_field, beyond=beyond,
-        )  # fmt: skip
     texts = None
     if calibration is not None:
         with reading("calibration", "column"):

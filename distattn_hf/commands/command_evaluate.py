@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .choices import CHOICES, check_choices, read_numbers
-from .flags import flag, given, reading
+from .flags import Worded, flag, given, reading
 from .shared import DATA, Column, SourceArgument, begin, say
 
 command = typer.Typer()
@@ -91,7 +91,7 @@ def evaluate(
         _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out)
     elif task is not None:
         about = {"task": task, "lengths": lengths, "depths": depths, **counts}
-        _score_long_texts(path, against, data or "news", column, about, control, as_json, out)
+        _score_long_texts(path, against, data, column, about, control, as_json, out)
     else:
         _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json)
 
@@ -145,8 +145,16 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
     options = LongTextOptions(**about, progress=sys.stderr.isatty())
     if out is not None and options.task in RETRIEVAL_TASKS:
         require_matplotlib()
-    with reading("data", "column"):
-        texts = read_texts(data, column=column, split="test")
+    try:
+        with reading("data", "column"):
+            texts = read_texts(data or "news", column=column, split="test")
+    except ValueError as error:
+        if data is not None:
+            raise
+        raise Worded(
+            f"--task {about['task']} is about long texts, made of 'news' unless --data names other text (a .txt file "
+            f"will do); {str(error).removeprefix('--data: ')}"
+        ) from error
     loaded = _load(path, against)
     models = {name: model for name, (model, _) in loaded.items()}
     tokenizer = loaded[path][1] or loaded.get(against, (None, None))[1]
@@ -164,7 +172,7 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
         from ..analysis.retrieval_map import retrieval_map
 
         figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")
-    _report({**about, "data": data}, rows, score_table(rows), as_json, out, figure)
+    _report({**about, "data": data or "news"}, rows, score_table(rows), as_json, out, figure)
 
 
 def _report(about: dict, rows: list[dict], table: str, as_json: bool, out: Path | None, figure=None) -> None:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..core.modeling_converted import DistAttnModelMixin, model_class_for
 from ..core.nystrom_heads import SHORT_TEXT
 from ..core.parameters import check_backend
 from ..data.batches import MAX_LENGTH, MAX_TOKENS, calibration_batch, real_tokens
-from ..data.config import parse_specs
+from ..data.config import parse_specs, with_fields
 from ..functional.landmarks import STRATEGIES
 from ..storage.companions import Source, describe_source
 from ..storage.models import check_weights, rebuild
@@ -46,6 +47,7 @@ def convert(
     tokenizer=None,
     layers=None,
     options: CalibrationOptions | None = None,
+    **spec_fields,
 ) -> PreTrainedModel:
     """Return a converted copy of a pretrained model; the model itself is not touched and shares nothing with the copy.
 
@@ -61,6 +63,7 @@ def convert(
         tokenizer: needed when `calibration` is text.
         layers: shorthand for `AttentionSpec(layers=...)` on every spec that names none.
         options: `CalibrationOptions`; None for the defaults.
+        spec_fields: fields of `AttentionSpec` beside a name as spec: `convert(model, "retrieval", min_weight=0.01)`.
 
     Returns:
         The converted model, a `DistAttn<...>` class, in the mode (train or eval) the model is in, with a
@@ -70,6 +73,7 @@ def convert(
         ValueError: before anything is built, naming the field or the module: unknown metric, p < 1, λ <= 0, a layer or
             head out of range, an empty selection, a model without interface attention, NaN weights, no calibration.
     """
+    spec = with_fields(spec, spec_fields, "convert", signature(convert).parameters)
     # Fitting needs gradients, which inference mode would forbid for good on every tensor made under it.
     with torch.inference_mode(False):
         return _convert(model, spec, init, calibration, tokenizer, layers, options or CalibrationOptions())

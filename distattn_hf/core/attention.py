@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .absolute_logits import check_absolute
 from .backend_cpp import cpp_attention, few_queries
 from .backends import choose_backend, validate_backend
-from .inputs import HALF, AttentionInputs, merge_masks
+from .inputs import HALF, AttentionInputs, merge_masks, say_backend
 from .metrics import get_metric
 from .reference import reference_attention
 from .softening import check_softening
@@ -125,6 +125,7 @@ def run_attention(
             output, weights = reference_attention(inputs.written_out())
             return output.to(dtype), weights
         chosen = choose_backend(backend, inputs)
+        say_backend(inputs.metric.name, chosen.name, inputs.query, inputs.key)
         if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
             _say_what_dropout_costs(inputs)
         if chosen.run is not cpp_attention or not few_queries(inputs):

@@ -38,6 +38,18 @@ _ALIASES = {
     "distance_type": "metric",
     "attention_type": "mechanism",
     "positional_encoding_type": "positional_encoding",
+    "positional_encoding_max_len": "max_position_embeddings",
+    "positional_encoding_max_relative_position": "relative_attention_max_distance",
+    "use_causal_mask": "is_decoder",
+}
+# What papers and the layers for PyTorch call options of a mechanism.
+_OPTION_ALIASES = {
+    "lambda_param": "lam",
+    "p_norm": "p",
+    "use_learnable_lambda": "learnable_lambda",
+    "attention_window_size": "window_size",
+    "attention_num_landmarks": "num_landmarks",
+    "attention_max_relative_position": "max_distance",
 }
 # What transformers takes in every config, beside fields, settable properties and private names.
 _OF_TRANSFORMERS = {
@@ -48,14 +60,12 @@ _OF_TRANSFORMERS = {
 _ROPE = sorted({*RopeParameters.__annotations__, "type"} - {"partial_rotary_factor", "mrope_section"})
 _ELSEWHERE = {
     "head_dim": "it is hidden_size / num_attention_heads",
-    "type_vocab_size": "these models embed no segments",
     "use_mixed_precision": "train with bf16=True of TrainingArguments",
     "enable_performance_monitoring": "call model.enable_performance_monitoring()",
     "log_attention_weights": "call the model with output_attentions=True",
-    "lambda_param": "give mechanism_options={'lam': ...}",
-    "p_norm": "give mechanism_options={'p': ...}",
-    "use_learnable_lambda": "give mechanism_options={'learnable_lambda': ...}",
-    "attention_window_size": "give mechanism_options={'window_size': ...}",
+    "return_attention_weights": "call the model with output_attentions=True",
+    "use_padding_mask": "padding is masked wherever a call gives attention_mask",
+    "gradient_checkpointing": "call model.gradient_checkpointing_enable(), or give it to TrainingArguments",
 }
 
 # Called with every config that is made. The modelling files add the checks that need torch: names of mechanisms,
@@ -68,6 +78,8 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
 
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, max_position_embeddings: sizes.
+        type_vocab_size: kinds of segments (token_type_ids), whose vectors are added to the embeddings; None: there are
+            none. Of an encoder-decoder: its encoder's.
         intermediate_size: of the feed-forward layer; None: 4·hidden_size.
         num_key_value_heads: key and value heads, a divisor of num_attention_heads; None: as many.
         hidden_act: an activation of transformers. gated_mlp: down(act(gate(x))·up(x)) in place of down(act(up(x))).
@@ -92,7 +104,8 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         initializer_range: standard deviation of initial weights.
         is_decoder: causal attention. `DistAttnForCausalLM` needs True, `DistAttnForMaskedLM` False.
 
-    transformers' other names of these are understood, too (num_layers, n_head, d_model, ...: `attribute_map`).
+    transformers' other names of these are understood, too (num_layers, n_head, d_model, ...: `attribute_map`), and
+    papers' names of a mechanism's options (lambda_param, p_norm, attention_window_size, ...).
 
     Raises:
         ValueError: naming field, value and what is allowed; also for choices that do not go together, and for a name
@@ -137,6 +150,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
     is_decoder: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
+    type_vocab_size: int | None = None
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -193,7 +207,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
 
     @classmethod
     def _knows(cls, name: str) -> bool:
-        if name.startswith("_") or name in _OF_TRANSFORMERS or name in cls.attribute_map:
+        if name.startswith("_") or name in (*_OF_TRANSFORMERS, *cls.attribute_map, *_OPTION_ALIASES):
             return True
         attribute = getattr(cls, name, None)
         return name in {f.name for f in fields(cls)} or (isinstance(attribute, property) and attribute.fset is not None)
@@ -220,11 +234,20 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         for name, value in given.items():
             if not self._knows(name):
                 raise ValueError(self.describe_unknown(name))
-            if name not in self.attribute_map:
+            if name in _OPTION_ALIASES:
+                self._add_option(name, value)
+            elif name in self.attribute_map:
+                setattr(self, self.attribute_map[name], value)
+            else:
                 unaliased[name] = value
-                continue
-            setattr(self, self.attribute_map[name], value)
         return unaliased
+
+    def _add_option(self, name: str, value) -> None:
+        """Put an option that has another name into mechanism_options."""
+        option, options = _OPTION_ALIASES[name], self.mechanism_options or {}
+        if not isinstance(options, dict) or options.get(option, value) != value:
+            raise ValueError(f"{name} is another name of mechanism_options[{option!r}]: got {value!r} and {options!r}")
+        self.mechanism_options = {**options, option: value}
 
     @classmethod
     def _check_names_agree(cls, given: dict[str, Any]) -> None:
@@ -245,7 +268,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
             "relative_attention_max_distance",
         ):
             check_integer(name, getattr(self, name))
-        for name in ("intermediate_size", "num_key_value_heads"):
+        for name in ("intermediate_size", "num_key_value_heads", "type_vocab_size"):
             check_integer(name, getattr(self, name), optional=True)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -335,7 +358,7 @@ class DistAttnSeq2SeqConfig(DistAttnConfig):
         config = copy.deepcopy(self)
         config.is_decoder = is_decoder
         if is_decoder:
-            config.num_hidden_layers = self.decoder_layers
+            config.num_hidden_layers, config.type_vocab_size = self.decoder_layers, None
         else:
             config.use_cache = False
         return config

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from .registry import Registry
@@ -34,6 +35,7 @@ class PositionalEncoding(nn.Module):
     name: str
     is_bias: bool = False
     extrapolates: str
+    dropout: float = 0.0
 
     @classmethod
     def from_config(cls, config) -> "PositionalEncoding":
@@ -43,6 +45,27 @@ class PositionalEncoding(nn.Module):
     @classmethod
     def check(cls, config) -> None:
         """Raise `ValueError` for a native config in which this encoding is impossible."""
+
+    def forward(self, hidden_states: Tensor, length: int | None = None) -> Tensor:
+        """Add positions 0 to N - 1 to embeddings (B, N, D), or turn them by these, with `dropout` in training.
+
+        length: N, where a caller states it. Raises `ValueError` for another length, and for an encoding that adds to
+        the logits.
+        """
+        if hidden_states.dim() != 3 or length not in (None, hidden_states.shape[1]):
+            raise ValueError(
+                f"an encoding takes (B, N, D) and, if any, length=N; got {tuple(hidden_states.shape)} and {length=}"
+            )
+        if self.is_bias:
+            raise ValueError(
+                f"encoding {self.name!r} adds to the logits, not to embeddings: give a layer position_bias="
+                "encoding.bias(num_queries, num_keys)"
+            )
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        return F.dropout(self._at(hidden_states, positions), self.dropout, self.training)
+
+    def _at(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        return self.embed(hidden_states, position_ids)
 
     def embed(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         """Add positions (B or 1, N) to embeddings (B, N, D)."""
@@ -77,6 +100,19 @@ class SinusoidalEncoding(PositionalEncoding):
 
     extrapolates = "defined everywhere, quality falls soon"
 
+    def __init__(self, num_positions: int, size: int):
+        super().__init__()
+        self.num_positions, self.size = num_positions, size
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.max_position_embeddings, config.hidden_size)
+
+    @property
+    def encoding_matrix(self) -> Tensor:
+        """What is added at positions 0 to max_position_embeddings - 1: (positions, D)."""
+        return self.embed(torch.zeros(1, self.num_positions, self.size), torch.arange(self.num_positions)[None])[0]
+
     def embed(self, hidden_states, position_ids):
         size, device = hidden_states.shape[-1], hidden_states.device
         # An odd size has one sine more than cosines.
@@ -98,6 +134,11 @@ class LearnedEncoding(PositionalEncoding):
     def __init__(self, num_positions: int, size: int):
         super().__init__()
         self.position_embeddings = nn.Embedding(num_positions, size)
+
+    @property
+    def encoding_matrix(self) -> Tensor:
+        """What is added at each position: (positions, D), the parameter itself."""
+        return self.position_embeddings.weight
 
     @classmethod
     def from_config(cls, config):
@@ -144,6 +185,11 @@ class RotaryEncoding(PositionalEncoding):
 
     def rotation(self, hidden_states, position_ids):
         return self.rotary(hidden_states, position_ids)
+
+    def _at(self, hidden_states, position_ids):
+        cos, sin = self.rotation(hidden_states, position_ids)
+        heads = hidden_states.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+        return apply_rotary_pos_emb(heads, heads, cos, sin)[0].transpose(1, 2).flatten(2)
 
 
 @register_encoding("relative")

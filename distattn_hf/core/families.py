@@ -136,11 +136,13 @@ class Monitored:
             self._monitor.stop()
         object.__setattr__(self, "_monitor", None)
 
-    def get_performance_stats(self) -> dict[str, dict]:
-        """Return the statistics by attention module (see `PerformanceMonitor.stats`).
+    def get_performance_stats(self, by: str = "module") -> dict[str, dict]:
+        """Return the statistics by attention module, or time, tokens and memory by layer ("layer_0", ...).
 
-        Raises `RuntimeError` where monitoring is off.
+        See `PerformanceMonitor.stats` and `.layers`. Raises `RuntimeError` where monitoring is off.
         """
+        if by not in ("module", "layer"):
+            raise ValueError(f"by must be 'module' or 'layer', got {by!r}")
         if self._monitor is None:
             raise RuntimeError("performance monitoring is off; call enable_performance_monitoring() first")
-        return self._monitor.stats()
+        return self._monitor.stats() if by == "module" else self._monitor.layers()

@@ -1,5 +1,6 @@
 """The inputs of one attention call, as a module passes them and in the canonical form of the backends, and masks."""
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,11 @@ from torch import Tensor
 from .metrics import Metric
 from .softening import LEAST, knee
 
+logger = logging.getLogger(__name__)
+
 HALF = (torch.float16, torch.bfloat16)
+# What `say_backend` has said.
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -238,3 +243,18 @@ def masked_softmax(logits: Tensor, keep: Tensor | None, sink_logit: Tensor | Non
     logits = logits.masked_fill(~keep, float("-inf"))
     weights = torch.where(has_keys, logits, torch.zeros_like(logits)).softmax(dim=-1)
     return torch.where(keep, weights, torch.zeros_like(weights))
+
+
+def say_backend(attention: str, backend: str, query: Tensor, key: Tensor) -> None:
+    """Log at DEBUG, once for shapes (steps of generation: once for all lengths), what runs an attention."""
+    if torch.compiler.is_compiling() or not logger.isEnabledFor(logging.DEBUG):
+        return
+    batch, heads, num_queries, size = query.shape
+    num_keys = "M" if num_queries == 1 else key.shape[2]
+    said = (
+        f"{attention} by {backend}: {heads} heads ({key.shape[1]} of keys) of {size}, {batch} x {num_queries} queries, "
+        f"{num_keys} keys, {key.dtype}, {query.device}"
+    )
+    if said not in _said:
+        _said.add(said)
+        logger.debug(said)

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import without_autocast
 from .constant_cache import RecurrentLayer
-from .inputs import causal_keep, masked_softmax
+from .inputs import causal_keep, masked_softmax, say_backend
 from .registry import Registry
 
 MECHANISMS = Registry("mechanism")
@@ -193,6 +193,7 @@ class Mechanism(nn.Module):
         """
         self.check(is_causal=is_causal, is_cross=is_cross, has_bias=position_bias is not None)
         self._check_call(query, key, value, keep, is_causal, is_cross, scaling, dropout_p, position_bias)
+        say_backend(self.name, "operators", query, key)
         with without_autocast(query.device.type):
             dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
             bias = None if position_bias is None else position_bias.to(dtype)

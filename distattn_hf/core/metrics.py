@@ -333,7 +333,7 @@ class Chebyshev(Minkowski):
 class DotProduct(Metric):
     """-q·k with λ = 1: the dot-product attention of the teacher, as a control and for heads left unconverted."""
 
-    name, rotation_invariant, is_distance = "dot", True, False
+    name, rotation_invariant, is_distance, aliases = "dot", True, False, ("standard",)
 
     def distance(self, query, key, p=None):
         return -torch.matmul(query, key.transpose(-1, -2))

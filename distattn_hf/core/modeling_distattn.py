@@ -62,7 +62,9 @@ def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor =
         )
 
 
-def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> None:
+def check_documents(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, is_new: bool = False
+) -> None:
     """Raise `ValueError` for positions that start anew among tokens that would see each other.
 
     transformers takes each start for a document of its own where neither mask nor cache is given, and nowhere else.
@@ -78,9 +80,13 @@ def check_documents(position_ids: Tensor | None, attention_mask: Tensor | None, 
     earlier_max = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
     positions = position_ids[:, 1:]
     if bool((kept[:, 1:] & ((earlier_max > positions) | (positions == 0) & (earlier_max >= 0))).any()):
+        remedies = [] if attention_mask is None else ["leave out attention_mask"]
+        if cache is not None:
+            # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
+            remedies.append("pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False")
         raise ValueError(
             "position_ids start anew within a row (packed documents), which keeps documents apart only without "
-            "attention_mask and cache: leave out attention_mask and past_key_values, and pass use_cache=False"
+            f"attention_mask and cache: {' and '.join(remedies)}"
         )
 
 
@@ -98,6 +104,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
         scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         sizes = config.vocab_size, config.hidden_size, config.pad_token_id
         self.embed_tokens = BartScaledWordEmbedding(*sizes, embed_scale=scale)
+        kinds = config.type_vocab_size
+        self.token_type_embeddings = nn.Embedding(kinds, config.hidden_size) if kinds else None
         self.positions = POSITIONAL_ENCODINGS.get(config.positional_encoding).from_config(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(
@@ -122,6 +130,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return hidden states (B, N, D) of input_ids (B, N) or inputs_embeds (B, N, D); cache is past_key_values.
 
+        token_type_ids: segments (B or 1, N), 0 where none are given, of a config with type_vocab_size.
+
         position_ids that start anew within a row mark documents of their own (packing): a causal model keeps them apart
         where neither attention_mask nor cache is given (use_cache=False), and refuses them otherwise; an encoder never
         keeps them apart.
@@ -129,21 +139,25 @@ class DistAttnModel(DistAttnPreTrainedModel):
         cache = one_cache(past_key_values, cache)
         if misnamed := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
             raise ValueError(f"{misnamed[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
-        arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+        segments = None if self.token_type_embeddings is None else kwargs.pop("token_type_ids", None)
+        arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, segments)
         hidden_states = self._run(**arguments, **kwargs)
         return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
-    def _prepare(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache) -> dict:
+    def _prepare(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, segments) -> dict:
         """Return what all layers get, and the embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.token_type_embeddings is not None:
+            inputs_embeds = inputs_embeds + self._segments(segments, inputs_embeds)
         if not self.config.is_decoder:
             if cache is not None:
                 raise ValueError("past_key_values needs is_decoder=True in the config: an encoder keeps no cache")
             use_cache = False
-        if use_cache and cache is None:
+        is_new = bool(use_cache) and cache is None
+        if is_new:
             cache = self._new_cache()
         self_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         past = 0 if self_cache is None else self_cache.get_seq_length()
@@ -157,7 +171,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
             # Positions that the caller gave may start anew: packed sequences.
-            check_documents(position_ids, attention_mask, self_cache)
+            check_documents(position_ids, attention_mask, self_cache, is_new)
             documents = self._documents(position_ids, attention_mask, self_cache, len(inputs_embeds))
             given = None if documents is not None else position_ids
             mask_of |= {"position_ids": given, CACHE_NAME: self_cache, "layer_idx": widest}
@@ -175,6 +189,21 @@ class DistAttnModel(DistAttnPreTrainedModel):
             CACHE_NAME: cache,
             "use_cache": use_cache,
         }
+
+    def _segments(self, segments: Tensor | None, embeddings: Tensor) -> Tensor:
+        """Return the vectors of segments (B or 1, N), or of segment 0; raises `ValueError` for what cannot be."""
+        if segments is None:
+            return self.token_type_embeddings.weight[0]
+        if segments.shape[-1:] != embeddings.shape[1:2] or segments.shape[0] not in (1, len(embeddings)):
+            raise ValueError(
+                f"token_type_ids must have shape (B, N)={tuple(embeddings.shape[:2])}, got {tuple(segments.shape)}"
+            )
+        kinds = self.config.type_vocab_size
+        if not torch.compiler.is_compiling() and bool(((segments < 0) | (segments >= kinds)).any()):
+            raise ValueError(
+                f"token_type_ids must be from 0 to type_vocab_size - 1 = {kinds - 1}, got {segments.unique().tolist()}"
+            )
+        return self.token_type_embeddings(segments)
 
     def _documents(self, position_ids, attention_mask, cache, batch: int) -> Documents | None:
         """Return the documents of packed rows, of a mechanism for which no mask can tell them apart; None without."""

@@ -115,6 +115,8 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
             )
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        if self.config.type_vocab_size:
+            kwargs.pop("token_type_ids", None)  # the encoder has read them
         outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,

@@ -26,6 +26,11 @@ from .parameters import DistanceAttentionState
 
 logger = logging.get_logger(__name__)
 
+# Names that mean several mechanisms.
+_SEVERAL = {
+    "sparse": "which may be 'nystrom', with num_landmarks, 'landmark' or 'retrieval', which read the best blocks, "
+    "'strided', 'local' or 'bigbird', whose pattern is fixed"
+}
 # Attention functions that return true weights.
 _WITH_WEIGHTS = ("eager", "sdpa", *IMPLEMENTATIONS)
 
@@ -54,10 +59,14 @@ def options_of_layer(options: dict, layer_idx: int) -> dict:
     return {name: value[layer_idx] if isinstance(value, list | tuple) else value for name, value in options.items()}
 
 
-def known_mechanisms() -> str:
-    """Return the names that a config's `mechanism` may have, for error messages."""
+def unknown_mechanism(what: str, name: str) -> ValueError:
+    """Return an error with the names that a mechanism may have, and what a name of several may mean."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
-    return f"{', '.join(names)}; or a metric: {METRICS.describe()}"
+    hint = _SEVERAL.get(name.lower() if isinstance(name, str) else name)
+    return ValueError(
+        f"unknown {what} {name!r}{f' ({hint})' if hint else ''}; expected one of {', '.join(names)}; or a metric: "
+        f"{METRICS.describe()}"
+    )
 
 
 def check_choices(config: DistAttnConfig) -> None:
@@ -84,6 +93,8 @@ def check_choices(config: DistAttnConfig) -> None:
 def _canonical(field: str, mechanism: str, metric: str | None) -> tuple[str, str | None]:
     """Return (mechanism, metric) in canonical names."""
     name = mechanism.lower()
+    if name in METRICS and get_metric(name).name == "dot":
+        name = "dot"
     if name != "dot" and name not in SPEC_MECHANISMS:
         if name in MECHANISMS:
             name = MECHANISMS.canonical(name)
@@ -92,7 +103,7 @@ def _canonical(field: str, mechanism: str, metric: str | None) -> tuple[str, str
                 raise ValueError(f"{field}={mechanism!r} is a metric, and so is the other one given, {metric!r}")
             name, metric = "distance", name
         else:
-            raise ValueError(f"unknown {field} {mechanism!r}; expected one of {known_mechanisms()}")
+            raise unknown_mechanism(field, mechanism)
     if name in SPEC_MECHANISMS:
         metric = get_metric(metric or DEFAULT_METRICS[name]).name
     return name, metric
@@ -180,17 +191,19 @@ class AttentionHeads(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, layer_idx: int, bias: bool, key_value_size=None, key_value_heads=None
-    ):
+        self, hidden_size: int, num_heads: int, layer_idx: int, bias: bool, key_value_size=None, key_value_heads=None,
+        value_head_dim=None,
+    ):  # fmt: skip
         super().__init__()
         self.mechanism = None
         self.num_heads, self.head_dim, self.layer_idx = num_heads, hidden_size // num_heads, layer_idx
+        self.value_head_dim = value_head_dim or self.head_dim
         self.num_key_value_groups = num_heads // (key_value_heads or num_heads)
-        inputs, outputs = key_value_size or hidden_size, num_heads // self.num_key_value_groups * self.head_dim
+        inputs, kv_heads = key_value_size or hidden_size, num_heads // self.num_key_value_groups
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.k_proj = nn.Linear(inputs, outputs, bias=bias)
-        self.v_proj = nn.Linear(inputs, outputs, bias=bias)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.k_proj = nn.Linear(inputs, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(inputs, kv_heads * self.value_head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.value_head_dim, hidden_size, bias=bias)
 
     def _project(self, hidden_states, key_value_states, position_embeddings, cache) -> tuple[Tensor, Tensor, Tensor]:
         """Return query (B, H, N, d), and key and value (B, H_kv, M, d) of all tokens so far or of another sequence."""
@@ -200,7 +213,8 @@ class AttentionHeads(nn.Module):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return query, layer.keys, layer.values
         key_value_inputs = hidden_states if key_value_states is None else key_value_states
-        key, value = self._heads(self.k_proj, key_value_inputs), self._heads(self.v_proj, key_value_inputs)
+        key = self._heads(self.k_proj, key_value_inputs)
+        value = self._heads(self.v_proj, key_value_inputs, self.value_head_dim)
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cross:
@@ -211,9 +225,9 @@ class AttentionHeads(nn.Module):
             key, value = self._extend(self_cache, key, value)
         return query, key, value
 
-    def _heads(self, projection: nn.Linear, states: Tensor) -> Tensor:
-        """Project states to (B, heads, length, d)."""
-        return projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, projection: nn.Linear, states: Tensor, size: int | None = None) -> Tensor:
+        """Project states to (B, heads, length, size); None: d."""
+        return projection(states).unflatten(-1, (-1, size or self.head_dim)).transpose(1, 2)
 
     def _extend(self, cache: Cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add to the cache and return keys and values of all tokens so far, or of those that the mechanism needs."""

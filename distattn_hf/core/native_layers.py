@@ -1,5 +1,6 @@
 """What the models of the native family share: layers, initial weights, attention functions, saving."""
 
+import functools
 import inspect
 from difflib import get_close_matches
 
@@ -12,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import TransformersKwargs
 
+from .attention_spec import OPTIONS
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
 from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
@@ -19,7 +21,7 @@ from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
 from .nystrom_cache import RefusesAssistance
-from .parameters import HeadParameters
+from .parameters import HeadParameters, with_options
 
 
 def make_norm(config: DistAttnConfig) -> nn.Module:
@@ -140,8 +142,9 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
     segments = given.get("token_type_ids")
     if isinstance(segments, Tensor) and not torch.compiler.is_compiling() and bool(segments.any()):
         raise ValueError(
-            "token_type_ids mark a second segment, and these models embed no segments: leave them out, and mark the "
-            "border by a token of its own"
+            "token_type_ids mark a second segment, for which this model has no vectors: give its config "
+            "type_vocab_size=2, or leave them out (return_token_type_ids=False of the tokenizer) and mark the border "
+            "by a token of its own"
         )
 
 
@@ -222,14 +225,68 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         """Return False: transformers would initialise custom code only in part (see `KeepsLoadedWeights`)."""
         return False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as the base class does; options of `set_attention_options` are taken, too (`min_weight=0.01`)."""
+        chosen = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if chosen:
+            (result[0] if isinstance(result, tuple) else result).set_attention_options(**chosen)
+        return result
+
+    def set_attention_options(self, **options) -> None:
+        """Set options of "distance", "nystrom" and "retrieval" that no weight depends on, in modules and config.
+
+        They are those of converted models (`OPTIONS`: min_weight, num_blocks, exact_below, backend, ...). Options of
+        the other mechanisms are the config's: `from_pretrained(..., mechanism_options={...})`. Raises `ValueError`,
+        before anything is changed.
+        """
+        states = [m.distattn for m in self.attention_modules().values() if getattr(m, "distattn", None) is not None]
+        groups = [group for state in states for group in state.groups]
+        if not groups and options:
+            own = {**self.config.mechanism_options, **options}
+            raise ValueError(
+                f"mechanism {self.config.mechanism!r} has no options to set on a model: load it with "
+                f"from_pretrained(..., mechanism_options={own!r})"
+            )
+        with_options([group.spec for group in groups], options)
+        for group in groups:
+            group.spec = with_options([group.spec], {n: v for n, v in options.items() if group.spec.has_option(n)})[0]
+        for part in self.modules():
+            if isinstance(part, DistAttnPreTrainedModel):
+                _set_options(part.config, options)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.auto_map = auto_map_for(self, NATIVE_HEADS[self.config.model_type])
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
+def _naming_segments(forward):
+    """Return a forward with token_type_ids in its signature, where Trainer looks which columns a model reads."""
+
+    @functools.wraps(forward)
+    def named(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    own = inspect.signature(forward)
+    segments = inspect.Parameter("token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    *parameters, keywords = own.parameters.values()
+    named.__signature__ = own.replace(parameters=[*parameters, segments, keywords])
+    return named
+
+
+def _set_options(config: DistAttnConfig, options: dict) -> None:
+    """Put options of the mechanisms that have them into a config."""
+    for field, mechanism in (
+        ("mechanism_options", config.mechanism), ("cross_options", getattr(config, "cross_mechanism", None)),
+    ):  # fmt: skip
+        if own := {name: value for name, value in options.items() if mechanism in OPTIONS[name]}:
+            setattr(config, field, {**(getattr(config, field) or {}), **own})
+
+
 def register_heads(config_class: type[DistAttnConfig], **kinds: type[PreTrainedModel]) -> None:
     """Register head classes of the native family by the name of their Auto class."""
     for auto_name, kind in kinds.items():
-        kind._auto_class = auto_name
+        kind._auto_class, kind.forward = auto_name, _naming_segments(kind.forward)
     NATIVE_HEADS[config_class.model_type] = {auto_name: (kind,) for auto_name, kind in kinds.items()}
     register_models(config_class, NATIVE_HEADS[config_class.model_type])

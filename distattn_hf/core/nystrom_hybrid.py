@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .inputs import surely
+from .inputs import say_backend, surely
 from .kernel_cpp_hybrid import cpp_hybrid_attention, cpp_supports
 
 # Queries that share one running sum: fewer sums to keep, more work within a block.
@@ -96,7 +96,9 @@ def hybrid_attention(inputs: HybridInputs) -> tuple[Tensor, FarState, Tensor]:
 
     A query that sees nothing gets zeros.
     """
-    if cpp_supports(inputs):
+    by_kernel = cpp_supports(inputs)
+    say_backend("nystrom", "cpp" if by_kernel else "operators", inputs.query, inputs.key)
+    if by_kernel:
         return _by_kernel(inputs)
     if inputs.is_causal and inputs.query.shape[2] > (rows := _rows_at_once(inputs)):
         return _one_after_another(inputs, rows)

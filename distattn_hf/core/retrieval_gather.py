@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .absolute_logits import finish_logits, row_constant
 from .attention import without_autocast
-from .inputs import AttentionInputs, masked_softmax, rows_of
+from .inputs import AttentionInputs, masked_softmax, rows_of, say_backend
 from .metrics import BUILT_IN
 from .retrieval import Retrieval, aligned, has_codes
 from .retrieval_blocks import Layout, dotted, in_full
@@ -26,7 +26,10 @@ def run_retrieval(
     """
     dtype = problem.inputs.value.dtype
     with without_autocast(problem.inputs.query.device.type):
-        if not (return_weights or reference) and cpp_supports(problem):
+        by_kernel = not (return_weights or reference) and cpp_supports(problem)
+        query, key = problem.inputs.query, problem.inputs.key
+        say_backend(f"retrieval by {problem.inputs.metric.name}", "cpp" if by_kernel else "operators", query, key)
+        if by_kernel:
             return cpp_retrieval(_with_codes(problem)).to(dtype), None
         output, weights = retrieval_by_operators(problem, return_weights)
     return output.to(dtype), weights if weights is None else weights.to(dtype)

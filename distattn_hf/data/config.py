@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -139,6 +139,26 @@ def parse_specs(spec) -> list[AttentionSpec]:
     if not specs:
         raise ValueError(_expected(spec))
     return specs
+
+
+def with_fields(spec, given: dict, function: str, arguments: Iterable[str]):
+    """Return a spec that is a name with further fields of `AttentionSpec`, which `function` was given beside it.
+
+    Raises `ValueError` for what is neither a field nor one of the function's arguments, and for fields beside a spec
+    that is no name.
+    """
+    known = [field.name for field in fields(AttentionSpec) if field.name not in ("metric", "mechanism")]
+    for name in given:
+        if name not in known:
+            nearest = get_close_matches(name, [*arguments, *known])
+            hint = f"did you mean {', '.join(nearest)}?" if nearest else "nor has AttentionSpec a field of that name"
+            raise ValueError(f"{function} has no argument {name!r}; {hint}")
+    if given and not isinstance(spec, str):
+        name, value = next(iter(given.items()))
+        raise ValueError(
+            f"{name}={value!r} beside a spec that is no name: set it there, AttentionSpec(..., {name}={value!r})"
+        )
+    return replace(_parsed(spec), **given) if given else spec
 
 
 def read_specs(path: str | Path) -> list[AttentionSpec]:

@@ -259,6 +259,15 @@ def check_bias(bias: WindowBias | None, heads: int, window_size: int) -> None:
             raise ValueError(f"position_bias.{name} must have shape {shape}, got {actual_shape}")
 
 
+def check_mask_length(mask: Tensor | None, num_keys: int) -> None:
+    """Raise `ValueError` for a mask of more keys than there are; models, whose static cache has room, cut it."""
+    if mask is not None and mask.dim() and mask.shape[-1] > num_keys:
+        raise ValueError(
+            f"mask must speak of the M={num_keys} keys, got {mask.shape[-1]} in shape "
+            f"{tuple(mask.shape)}; cut it to the keys that are given"
+        )
+
+
 def check_arguments(
     query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation
 ) -> Tensor:
@@ -305,6 +314,7 @@ def check_arguments(
     for name, number, least in (("scaling", scaling, "> 0"), ("regularisation", regularisation, ">= 0")):
         if not math.isfinite(number) or number < 0 or (number == 0 and least == "> 0"):
             raise ValueError(f"{name} must be a finite number {least}, got {number!r}")
+    check_mask_length(mask, num_keys)
     keep, bias = split_mask(mask, (batch, heads, num_queries, num_keys))
     if bias is not None or (keep is not None and (keep.shape[1] != 1 or keep.shape[2] != 1)):
         raise ValueError(

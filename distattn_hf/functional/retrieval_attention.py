@@ -12,6 +12,7 @@ from ..core.metrics import get_metric
 from ..core.retrieval import Retrieval, Search, first_keys
 from ..core.retrieval_gather import run_retrieval
 from ..core.softening import check_softening
+from .nystrom import check_mask_length
 
 
 def retrieval_attention(
@@ -115,6 +116,7 @@ def problem_of(
     search.budget(key.shape[1])
     if not is_cross and window_size < 1:
         raise ValueError(f"window_size must be an integer >= 1 unless is_cross, got {window_size!r}")
+    check_mask_length(mask, num_keys)
     keep = _padding(mask, (batch, heads, num_queries, num_keys))
     open_entries, bias = merge_masks(None, position_bias, (batch, heads, num_queries, num_keys))
     if open_entries is not None and not bool(open_entries.all()):

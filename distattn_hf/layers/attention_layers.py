@@ -2,9 +2,6 @@
 
 import math
 import warnings
-from dataclasses import dataclass
-from enum import StrEnum
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -12,137 +9,15 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from ..core.attention import distance_attention, without_autocast
-from ..core.backends import validate_backend
-from ..core.configuration_native import check_integer
 from ..core.constant_cache import RecurrentLayer, RingLayer
 from ..core.families import Monitored
 from ..core.inputs import add_bias, causal_keep, masked_softmax, split_mask
 from ..core.metric_checks import check_distances
 from ..core.metrics import get_metric
 from ..core.native_attention import AttentionHeads
-from ..core.softening import check_softening
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, row_statistics
-from .names import with_aliases
-
-
-class DistanceType(StrEnum):
-    """The built-in distances; each is also the name that `metric` takes."""
-
-    SQUARED_EUCLIDEAN = "sqeuclidean"
-    EUCLIDEAN = "l2"
-    MANHATTAN = "l1"
-    MINKOWSKI = "lp"
-    COSINE = "cosine"
-    CHEBYSHEV = "chebyshev"
-    SQEUCLIDEAN, L2, L1, LP = SQUARED_EUCLIDEAN, EUCLIDEAN, MANHATTAN, MINKOWSKI
-
-    @classmethod
-    def _missing_(cls, value):
-        """Return the member of an alias of its metric, such as "manhattan" or "linf"."""
-        canonical = get_metric(value).name
-        return next((member for member in cls if member.value == canonical), None)
-
-
-@with_aliases
-@dataclass
-class DistanceAttentionConfig:
-    """Settings of a distance-attention layer: softmax(-λ·distance(q_i, k_j) / (√d·temperature) + bias_ij)·v.
-
-    Args:
-        hidden_size: E, a multiple of num_heads. num_heads: H; each head has d = E / H.
-        metric: a `DistanceType`, a metric's name or alias, or a name from `register_metric`; "dot" is dot-product
-            attention. p: order of "lp"; None: 2.
-        lam: λ > 0 of every head at the start; None: the metric's default, at which logits of N(0, I) vectors have unit
-            deviation. learnable_lambda: whether λ trains, one per head.
-        softening: ε >= 0 of every head at the start, below which the distance is quadratic (see softening.py); 0: the
-            plain distance. learnable_softening: whether ε trains, one per head; from 0 it cannot.
-        temperature: > 0; larger is nearer to uniform weights.
-        dropout: of the weights (and of what a block adds to its residual), in training.
-        is_causal: whether a token sees itself and earlier ones only. bias: of the projections.
-        key_value_size: size of the other sequence's vectors in cross-attention; None: hidden_size.
-        logit_clip: None, or the most that a logit may stay below the largest of its row, so that no weight is less than
-            e^-logit_clip of another. Runs written out, quadratic in memory.
-        detect_collapse: warn once for each head in which a row has an entropy below 0.1 nats or a weight above 0.95.
-            Runs written out, as it looks at all weights.
-        backend: as in `distance_attention`.
-        use_residual, use_layer_norm, norm_first, layer_norm_eps: of blocks around attention; norm_first: before it
-            rather than after the sum.
-        intermediate_size: of feed-forward parts; None: 4·hidden_size. activation: its name in transformers.
-
-    Other names of these are understood, too: distance_type, lambda_param, p_norm, use_learnable_lambda, d_model, ...
-    (`names.ALIASES`).
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-
-    hidden_size: int = 768
-    num_heads: int = 12
-    metric: str = "l2"
-    p: float | None = None
-    lam: float | None = None
-    learnable_lambda: bool = False
-    temperature: float = 1.0
-    dropout: float = 0.0
-    is_causal: bool = False
-    bias: bool = True
-    key_value_size: int | None = None
-    logit_clip: float | None = None
-    detect_collapse: bool = False
-    backend: str = "auto"
-    use_residual: bool = True
-    use_layer_norm: bool = True
-    norm_first: bool = True
-    layer_norm_eps: float = 1e-5
-    intermediate_size: int | None = None
-    activation: str = "gelu"
-    softening: float = 0.0
-    learnable_softening: bool = False
-
-    def __post_init__(self):
-        for name in ("hidden_size", "num_heads", "key_value_size", "intermediate_size"):
-            check_integer(name, getattr(self, name), optional=name in ("key_value_size", "intermediate_size"))
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
-        metric = get_metric(self.metric)
-        p = 2.0 if metric.name == "lp" and self.p is None else self.p
-        self.metric, self.p = metric.name, metric.validate(p)
-        if isinstance(self.softening, Tensor):
-            raise ValueError(
-                "softening must be a number, got a tensor; learnable_softening=True gives each head its own"
-            )
-        self.softening = check_softening(metric, self.softening) or 0.0
-        if self.learnable_softening and not self.softening:
-            raise ValueError("learnable_softening=True needs a softening > 0 to start from, got softening=0")
-        self.backend = validate_backend(self.backend)
-        for name in ("lam", "temperature", "logit_clip", "layer_norm_eps"):
-            value = getattr(self, name)
-            optional = name in ("lam", "logit_clip")
-            is_valid = isinstance(value, Real) and not isinstance(value, bool) and 0 < value < math.inf
-            if not is_valid and not (optional and value is None):
-                raise ValueError(f"{name} must be a positive finite number{' or None' * optional}, got {value!r}")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, Real) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.logit_clip is not None and self.backend not in ("auto", "reference"):
-            raise ValueError(
-                f"logit_clip runs written out: backend must be 'auto' or 'reference', got {self.backend!r}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """d = hidden_size / num_heads."""
-        return self.hidden_size // self.num_heads
-
-
-def config_of(config: DistanceAttentionConfig | None, given: dict) -> DistanceAttentionConfig:
-    """Return the config of a layer that was made by one or by its fields; raises `ValueError` for both."""
-    if config is None:
-        return DistanceAttentionConfig(**given)
-    if not isinstance(config, DistanceAttentionConfig):
-        raise ValueError(f"config must be a DistanceAttentionConfig, got {config!r}; give sizes by name: hidden_size=")
-    if given:
-        raise ValueError(f"a config and {sorted(given)[0]}= were given; set it in the config")
-    return config
+from .layer_settings import DistanceAttentionConfig, config_of, initialize
+from .names import with_words_at_call
 
 
 class ProjectedAttention(Monitored, AttentionHeads):
@@ -154,12 +29,15 @@ class ProjectedAttention(Monitored, AttentionHeads):
     gives_weights_on_request = True
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, is_causal=False, bias=True, key_value_size=None, layer_idx: int = 0
-    ):
-        super().__init__(hidden_size, num_heads, layer_idx, bias, key_value_size)
+        self, hidden_size: int, num_heads: int, *, is_causal=False, bias=True, key_value_size=None, layer_idx: int = 0,
+        value_head_dim=None,
+    ):  # fmt: skip
+        super().__init__(hidden_size, num_heads, layer_idx, bias, key_value_size, value_head_dim=value_head_dim)
         self.hidden_size, self.key_value_size = hidden_size, key_value_size or hidden_size
         self.is_causal = is_causal
+        self.output_dropout = 0.0
 
+    @with_words_at_call
     def forward(
         self,
         hidden_states: Tensor,
@@ -170,7 +48,6 @@ class ProjectedAttention(Monitored, AttentionHeads):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
-        need_weights: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, N, E) -> (B, N, E); with `output_attentions` also the weights (B, H, N, M) before dropout.
@@ -185,14 +62,15 @@ class ProjectedAttention(Monitored, AttentionHeads):
             past_key_values: a transformers cache that keeps every key (`DynamicCache`, or `EncoderDecoderCache`, which
                 also keeps those of another sequence); it is filled in place. Mechanisms that need less make its layer
                 one of constant size.
-            need_weights: PyTorch's name of output_attentions. key_padding_mask: (B, M) bool, True = padding, as PyTorch
-                has it; in the place of attention_mask.
+            key_padding_mask: (B, M) bool, True = padding, as PyTorch has it; in the place of attention_mask.
+
+        Other words: need_weights (output_attentions), mask (attention_mask), and query, key and value, of which key and
+        value are one tensor (`DistanceMultiheadAttention` takes three).
 
         Raises:
             ValueError: for tensors, masks and caches that do not fit.
         """
         self._check(hidden_states, key_value_states)
-        output_attentions = output_attentions or need_weights
         if key_padding_mask is not None:
             if attention_mask is not None or key_padding_mask.dtype != torch.bool or key_padding_mask.dim() != 2:
                 raise ValueError(
@@ -216,6 +94,7 @@ class ProjectedAttention(Monitored, AttentionHeads):
         )
         output, weights = self._attend(query, key, value, attention_mask, position_bias, is_cross, output_attentions)
         output = self.o_proj(output.transpose(1, 2).flatten(2))
+        output = F.dropout(output, self.output_dropout, self.training)
         return (output, weights) if output_attentions else output
 
     def _attend(self, query, key, value, mask, position_bias, is_cross, output_attentions):
@@ -264,9 +143,10 @@ class DistanceBasedAttention(ProjectedAttention):
         config = config_of(config, fields)
         super().__init__(
             config.hidden_size, config.num_heads, is_causal=config.is_causal, bias=config.bias,
-            key_value_size=config.key_value_size, layer_idx=layer_idx,
+            key_value_size=config.key_value_size, layer_idx=layer_idx, value_head_dim=config.value_head_dim,
         )  # fmt: skip
-        self.config = config
+        initialize(self, config.initializer)
+        self.config, self.output_dropout = config, config.output_dropout or 0.0
         lam = config.lam
         if lam is None:
             lam = get_metric(config.metric).default_lambda(self.head_dim, self.head_dim**-0.5, config.p)

@@ -7,7 +7,9 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 
 from ..core.families import Monitored
-from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, config_of
+from .attention_layers import DistanceBasedAttention
+from .layer_settings import DistanceAttentionConfig, config_of, initialize
+from .names import with_words_at_call
 
 
 class _Residual(nn.Module):
@@ -18,7 +20,7 @@ class _Residual(nn.Module):
         self.config = config
         size, epsilon = config.hidden_size, config.layer_norm_eps
         self.norm = nn.LayerNorm(size, eps=epsilon) if config.use_layer_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout if config.output_dropout is None else config.output_dropout)
 
     def before(self, hidden_states: Tensor) -> Tensor:
         """Return the input of f."""
@@ -48,14 +50,14 @@ class MultiHeadDistanceAttention(Monitored, nn.Module):
         super().__init__()
         config = config_of(config, fields)
         self.config = config
-        self.attention = DistanceBasedAttention(config, layer_idx) if attention is None else attention
+        # The residual drops its output.
+        inner = replace(config, output_dropout=None)
+        self.attention = DistanceBasedAttention(inner, layer_idx) if attention is None else attention
         self.residual = _Residual(config)
 
-    def forward(
-        self, hidden_states: Tensor, *args, output_attentions: bool = False, need_weights: bool = False, **kwargs
-    ):
+    @with_words_at_call
+    def forward(self, hidden_states: Tensor, *args, output_attentions: bool = False, **kwargs):
         """Map (B, N, E) -> (B, N, E), or with weights (B, H, N, M); arguments as for `DistanceBasedAttention`."""
-        output_attentions = output_attentions or need_weights
         result = self.attention(
             self.residual.before(hidden_states), *args, output_attentions=output_attentions, **kwargs
         )
@@ -78,6 +80,7 @@ class FeedForward(nn.Module):
         if config.activation not in ACT2FN:
             raise ValueError(f"unknown activation {config.activation!r}; expected one of {', '.join(ACT2FN)}")
         self.activation = ACT2FN[config.activation]
+        initialize(self, config.initializer)
         self.residual = _Residual(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

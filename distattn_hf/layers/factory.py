@@ -11,13 +11,14 @@ from ..core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding
 from ..core.inputs import ModuleCall
 from ..core.mechanisms import MECHANISMS
 from ..core.metrics import METRICS, get_metric
-from ..core.native_attention import padding_alone
+from ..core.native_attention import padding_alone, unknown_mechanism
 from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import hybrid_attention
 from ..core.parameters import parameters_for
 from ..core.reference import reference_hybrid
 from ..core.retrieval_heads import retrieve
-from .attention_layers import DistanceAttentionConfig, DistanceBasedAttention, ProjectedAttention
+from .attention_layers import DistanceBasedAttention, ProjectedAttention
+from .layer_settings import DistanceAttentionConfig
 from .names import ALIASES, canonical
 
 
@@ -164,8 +165,11 @@ def create_distance_attention(
     return DistanceBasedAttention(layer_idx=layer_idx, **{"hidden_size": hidden_size, **options})
 
 
-def _named(name: str | None, options: dict, num_heads: int) -> dict:
+def _named(name: str | None, options: dict, num_heads: int, words: dict[str, str]) -> dict:
     """Return the arguments of a factory's `create`, under its own names; sizes have defaults."""
+    if twice := [word for word, own in words.items() if word in options and own in options]:
+        raise ValueError(f"{twice[0]!r} is another name of {words[twice[0]]!r}, which is given, too")
+    options = {words.get(word, word): value for word, value in options.items()}
     given = {"hidden_size": 768, "num_heads": num_heads}
     options = canonical(options, [*options.keys() - ALIASES, *ALIASES.values()], "a factory")
     if name is not None and "name" in options:
@@ -174,6 +178,12 @@ def _named(name: str | None, options: dict, num_heads: int) -> dict:
     if "name" not in given:
         raise ValueError("a factory needs the name of what to create: name=, attention_type= or encoding_type=")
     return given
+
+
+_OF_RELATIVE = {
+    **dict.fromkeys(("max_relative_position", "max_relative_distance"), "relative_attention_max_distance"),
+    "num_buckets": "relative_attention_num_buckets",
+}
 
 
 class AttentionFactory:
@@ -195,15 +205,12 @@ class AttentionFactory:
             return create_distance_attention(hidden_size, num_heads, name, **options)
         if name in MECHANISMS:
             return MechanismAttention(name, hidden_size, num_heads, **options)
-        raise ValueError(
-            f"unknown attention {name!r}; expected a metric ({METRICS.describe()}) or a mechanism "
-            f"({', '.join(_OF_SPECS)}, {MECHANISMS.describe()})"
-        )
+        raise unknown_mechanism("attention", name)
 
     @classmethod
     def create_attention(cls, name: str | None = None, **options) -> ProjectedAttention:
         """Create as `create` does, by keywords and by their other names: attention_type, d_model, ..."""
-        return cls.create(**_named(name, options, num_heads=12))
+        return cls.create(**_named(name, options, 12, {"max_relative_position": "max_distance"}))
 
     @staticmethod
     def names() -> list[str]:
@@ -226,12 +233,14 @@ class PositionalEncodingFactory:
         *,
         max_length: int = 2048,
         is_causal: bool = False,
+        dropout: float = 0.0,
         **options,
     ) -> PositionalEncoding:
         """Create an encoding for layers of E = hidden_size and H = num_heads; use the method that it implements.
 
         `embed(x, position_ids)` adds to embeddings; `rotation(x, position_ids)` gives a layer's `position_embeddings`;
-        `bias(num_queries, num_keys, past)` gives a layer's `position_bias`. max_length: of "learned".
+        `bias(num_queries, num_keys, past)` gives a layer's `position_bias`. Called, it adds to or turns whole sequences
+        (B, N, E). max_length: of "learned", and of `encoding_matrix`. dropout: of what a call gives, in training.
 
         Raises:
             ValueError: for an unknown name, an option that does not exist, or an encoding impossible at these sizes.
@@ -246,12 +255,16 @@ class PositionalEncodingFactory:
         )  # fmt: skip
         kind = POSITIONAL_ENCODINGS.get(name)
         kind.check(config)
-        return kind.from_config(config)
+        encoding = kind.from_config(config)
+        encoding.dropout = DistanceAttentionConfig(dropout=dropout).dropout
+        if encoding.is_bias and dropout:
+            raise ValueError(f"encoding {name!r} adds to the logits, where there is nothing to drop; got {dropout=}")
+        return encoding
 
     @classmethod
     def create_positional_encoding(cls, name: str | None = None, **options) -> PositionalEncoding:
         """Create as `create` does, by keywords and by their other names: encoding_type, d_model, max_len, ..."""
-        return cls.create(**_named(name, options, num_heads=1))
+        return cls.create(**_named(name, options, 1, _OF_RELATIVE))
 
     @staticmethod
     def names() -> list[str]:

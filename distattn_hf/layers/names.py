@@ -1,6 +1,6 @@
 """Other names of a layer's settings, as papers, PyTorch and transformers have them; one word of each is ours."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
@@ -14,7 +14,10 @@ ALIASES = {
     **dict.fromkeys(("num_attention_heads", "n_heads", "nhead"), "num_heads"),
     **dict.fromkeys(("attention_type", "encoding_type"), "name"),
     "max_len": "max_length",
+    "d_v": "value_head_dim",
 }
+
+_WORDS_AT_CALL = {"need_weights": "output_attentions", "mask": "attention_mask"}
 
 
 def canonical(given: dict, known: Iterable[str], what: str) -> dict:
@@ -47,3 +50,33 @@ def with_aliases(kind: type) -> type:
     names = [field.name for field in fields(kind)]
     kind.__init__ = __init__
     return kind
+
+
+def with_words_at_call(forward: Callable) -> Callable:
+    """Let a layer's `forward(hidden_states, key_value_states, ...)` be called by PyTorch's and papers' words, too."""
+
+    @wraps(forward)
+    def called(self, *args, **given):
+        for word, own in _WORDS_AT_CALL.items():
+            if word in given:
+                if own in given:
+                    raise ValueError(f"{word!r} is another name of {own!r}, which is given, too")
+                given[own] = given.pop(word)
+        if {"query", "key", "value"} & given.keys():
+            args = (*_sequences(args, given), *args)
+        return forward(self, *args, **given)
+
+    return called
+
+
+def _sequences(args: tuple, given: dict) -> tuple:
+    """Take query, key and value out of a call; return (hidden_states, key_value_states or None for self-attention)."""
+    query = given.pop("query", None)
+    key, value = given.pop("key", query), given.pop("value", None)
+    if args or query is None or {"hidden_states", "key_value_states"} & given.keys():
+        raise ValueError("give query= (and key=, value= of another sequence), or hidden_states and key_value_states")
+    if value is not None and value is not key:
+        raise ValueError(
+            "key and value must be one tensor here; distattn_hf.DistanceMultiheadAttention takes three sequences"
+        )
+    return query, None if key is query else key

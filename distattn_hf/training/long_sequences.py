@@ -14,6 +14,7 @@ from ..core.attention import without_autocast
 from ..core.discovery import argument_names, find_attention_modules
 from ..core.head_groups import join_heads, key_padding
 from ..core.inputs import ModuleCall
+from ..core.native_layers import DistAttnPreTrainedModel
 from ..core.nystrom_heads import hybrid_inputs
 from ..core.parameters import DistanceAttentionState, HeadParameters, NystromParameters
 from ..core.retrieval_gather import run_retrieval
@@ -92,7 +93,12 @@ def _check(model: nn.Module) -> None:
     """Raise `ValueError` for a model in which tokens meet anywhere but in causal Nyström and retrieval heads."""
     states = getattr(model, "attention_states", None)
     if not states:
-        raise ValueError(f"sequence_parallel takes a converted model, got {type(model).__name__}")
+        native = f", mechanism {model.config.mechanism!r}" if isinstance(model, DistAttnPreTrainedModel) else ""
+        raise ValueError(
+            "sequence_parallel takes a converted causal model whose attention modules all have nystrom or retrieval "
+            f"heads (distattn_hf.convert(model, 'retrieval')), got {type(model).__name__}{native}, which is not "
+            "converted; functional.sequence_parallel has the attention functions for layers of one's own"
+        )
     kinds = find_attention_modules(model)
     layers, name = getattr(model.config, "num_hidden_layers", None), type(model).__name__
     reason = None

@@ -10,12 +10,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from distattn_hf.core.mechanisms import MECHANISMS
 from distattn_hf.core.metrics import METRICS, get_metric
-from distattn_hf.layers.attention_layers import DistanceAttentionConfig, DistanceBasedAttention
+from distattn_hf.layers.attention_layers import DistanceBasedAttention
 from distattn_hf.layers.factory import (
     AttentionFactory,
     PositionalEncodingFactory,
     create_distance_attention,
 )
+from distattn_hf.layers.layer_settings import DistanceAttentionConfig
 from tests.tolerances import STANDARD_ERRORS, assert_close
 
 from .cases import METRIC_CASES, every_metric

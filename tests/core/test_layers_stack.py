@@ -12,7 +12,7 @@ from distattn_hf.core.encodings import POSITIONAL_ENCODINGS
 from distattn_hf.core.mechanisms import MECHANISMS
 from distattn_hf.core.metrics import METRICS
 from distattn_hf.core.native_attention import AttentionHeads, DistAttnAttention
-from distattn_hf.layers.attention_layers import DistanceAttentionConfig, DistanceBasedAttention, DistanceType
+from distattn_hf.layers.attention_layers import DistanceBasedAttention
 from distattn_hf.layers.blocks import (
     DistanceDecoder,
     DistanceDecoderLayer,
@@ -26,6 +26,7 @@ from distattn_hf.layers.factory import (
     PositionalEncodingFactory,
     create_distance_attention,
 )
+from distattn_hf.layers.layer_settings import DistanceAttentionConfig, DistanceType
 from tests.tolerances import assert_close
 
 from .test_layers import HEADS, SIZE, Stretched, layer_of, naive, states
@@ -246,7 +247,10 @@ def test_positional_encoding_factory(name):
         (lambda: AttentionFactory.create_attention("l2", attention_type="l1"), "two names of what to create"),
         (lambda: DistanceEncoder(DistanceAttentionConfig(12, 3), 0), "num_layers must be an integer >= 1, got 0"),
         (lambda: DistanceEncoderLayer(DistanceAttentionConfig(12, 3, activation="x")), "unknown activation 'x'"),
-        (lambda: AttentionFactory.create("magic", 12, 3), "unknown attention 'magic'; expected a metric .* mechanism"),
+        (
+            lambda: AttentionFactory.create("magic", 12, 3),
+            "unknown attention 'magic'; expected one of dot.* or a metric: ",
+        ),
         (lambda: AttentionFactory.create("local", 10, 3), "hidden_size=10 must be a multiple of num_heads=3"),
         (lambda: AttentionFactory.create("local", 12, 3, rank=2), "mechanism 'local' has no option 'rank'"),
         (

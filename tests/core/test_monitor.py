@@ -17,6 +17,8 @@ from distattn_hf import (
     DistanceEncoder,
     DistAttnConfig,
     DistAttnForCausalLM,
+    DistAttnForConditionalGeneration,
+    DistAttnSeq2SeqConfig,
     convert,
 )
 from distattn_hf.analysis.monitor import PerformanceMonitor
@@ -47,7 +49,8 @@ def test_calls_time_and_memory():
     assert stats["seconds_per_call"] == stats["seconds"] / 3
     # Linux says how much memory rose; allocators take up to a few MB more or have some left from before.
     assert stats["peak_bytes"] is None or 0 <= stats["peak_bytes"] < 100_000_000
-    assert set(stats) == {"calls", "seconds", "seconds_per_call", "peak_bytes"}
+    assert set(stats) == {"calls", "seconds", "seconds_per_call", "peak_bytes", "tokens", "tokens_per_second"}
+    assert (stats["tokens"], stats["tokens_per_second"]) == (0, None)
     assert module.asked == [False] * 3
     monitor.reset()
     assert monitor.stats()["a"]["calls"] == 0
@@ -165,3 +168,38 @@ def test_a_copy_counts_for_itself_and_threads_do_not_meet():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: model(x), range(20)))
     assert {stats["calls"] for stats in model.get_performance_stats().values()} == {20}
+
+
+def test_by_layer():
+    """The names and numbers of both families, and of an encoder-decoder, whose decoder layers have two modules."""
+    stack = DistanceEncoder(DistanceAttentionConfig(16, 2), num_layers=2)
+    teacher = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30))
+    converted = convert(teacher, AttentionSpec("l2", transform="scalar"), init="plain")
+    ids = torch.ones(3, 5, dtype=torch.long)
+    for model, call in ((stack, torch.randn(3, 5, 16)), (converted, ids)):
+        model.enable_performance_monitoring()
+        for _ in range(2):
+            model(call)
+        stats = model.get_performance_stats(by="layer")
+        assert list(stats) == ["layer_0", "layer_1"]
+        first, module = stats["layer_0"], next(iter(model.get_performance_stats().values()))
+        assert (first["calls"], first["tokens"]) == (2, 30)
+        assert first["seconds"] == module["seconds"] > 0
+        assert first["avg_forward_time"] == module["seconds_per_call"] == first["seconds"] / 2
+        assert first["tokens_per_second"] == 30 / first["seconds"]
+    with pytest.raises(ValueError, match="by must be 'module' or 'layer', got 'head'"):
+        stack.get_performance_stats(by="head")
+
+
+def test_layers_of_an_encoder_decoder():
+    config = DistAttnSeq2SeqConfig(
+        vocab_size=30, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, decoder_layers=2, mechanism="l1"
+    )
+    model = DistAttnForConditionalGeneration(config)
+    model.enable_performance_monitoring()
+    model(input_ids=torch.ones(2, 7, dtype=torch.long), decoder_input_ids=torch.ones(2, 4, dtype=torch.long))
+    stats, modules = model.get_performance_stats(by="layer"), model.get_performance_stats()
+    assert list(stats) == ["encoder_layer_0", "decoder_layer_0", "decoder_layer_1"]
+    assert [layer["tokens"] for layer in stats.values()] == [14, 8, 8]
+    both = [modules[f"model.decoder.layers.0.{part}"]["seconds"] for part in ("self_attn", "cross_attn")]
+    assert stats["decoder_layer_0"]["seconds"] == sum(both)

@@ -1,0 +1,144 @@
+"""Which attention suits a model at a length and in so much memory: bytes, a short measurement, what it loses."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..conversion.cache_bytes import TOKENS, cache_bytes
+from ..conversion.calibrate import CalibrationOptions
+from ..conversion.convert import convert
+from ..core.attention_spec import AttentionSpec
+from ..core.discovery import max_positions
+from .measure import only_errors, time_pair
+
+# Texts below so many tokens leave nothing to gain but a geometry.
+SHORT = 4096
+# At most so many tokens are read to time a text, and so many pairs and seconds.
+TIMED_TOKENS, TIMED_PAIRS, TIMED_SECONDS = 2048, 2, 15.0
+# What each was measured to lose on SmolLM2-135M without training (model_cards/README.md; a test compares).
+MEASURED = {
+    "dot": "nothing: it is the model itself",
+    "retrieval": "2,048 tokens: perplexity × 0.999, numbers 20 of 20, needles 17 of 18",
+    "nystrom": "1,024 tokens: perplexity × 1.13 all heads, × 1.05 with max_error=0.4; far text blurs",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One attention at one length: bytes of the weights and of the cache of all rows, and whether they fit.
+
+    time_ratio: of reading `timed_tokens` tokens, to the model's own attention, here; None where it was not measured.
+    """
+
+    attention: str
+    weight_bytes: int
+    cache_bytes: int
+    fits: bool
+    measured_loss: str
+    time_ratio: float | None = None
+    timed_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices, the one to take (None: none fits), and why."""
+
+    choices: list[Choice]
+    take: str | None
+    why: str
+
+    def to_dict(self) -> dict:
+        """Return the plan as JSON has it."""
+        return asdict(self)
+
+
+def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool = True) -> Plan:
+    """Plan generation with a causal model of transformers: up to `length` tokens in each of `batch` rows.
+
+    Bytes count the weights and the whole cache, without what one step needs beside. Nyström attention is that with
+    exact_below=0, of constant size from the first token on.
+
+    Args:
+        memory: bytes there are. measure: time reading of the length, 2,048 tokens at most, beside the model's own.
+
+    Raises:
+        ValueError: for a model without a growing cache, a length that it has no positions for, or numbers below 1.
+    """
+    for name, value in (("length", length), ("memory", memory), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if cache_bytes(model) is None:
+        raise ValueError(
+            f"a plan is about generating with a cache of all keys, which {type(model).__name__} does not have"
+        )
+    if (most := max_positions(model.config)) is not None and length > most:
+        raise ValueError(f"length must be at most the {most:,} positions of {type(model).__name__}, got {length:,}")
+    weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
+    vocabulary, shape = model.config.get_text_config().vocab_size, (1, min(length, TIMED_TOKENS))
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    choices, modes = [], {module: module.training for module in model.modules()}
+    with only_errors("transformers", "distattn_hf"):
+        model.eval()
+        candidates = {"dot": model, "retrieval": convert(model, "retrieval"), "nystrom": _nystrom(model, ids)}
+        for name, candidate in candidates.items():
+            size = batch * _size(candidate, length)
+            ratio = _time(model, candidate, ids) if measure and name != "dot" else None
+            choices.append(
+                Choice(
+                    name, weights, size, weights + size <= memory, MEASURED[name], ratio,
+                    None if ratio is None else ids.shape[1],
+                )
+            )  # fmt: skip
+    for module, mode in modes.items():
+        module.training = mode
+    take, why = _advice({choice.attention: choice for choice in choices}, length)
+    return Plan(choices, take, why)
+
+
+def _nystrom(model, ids):
+    """Return the model with Nyström attention whose landmarks fit nothing: for its sizes and its speed alone."""
+    # Little text and the quickest strategy: what is fitted has no part in either.
+    spec = AttentionSpec(mechanism="nystrom", exact_below=0, landmarks="segment_means")
+    batch = {"input_ids": ids[:, :128], "attention_mask": torch.ones_like(ids[:, :128])}
+    return convert(model, spec, calibration=[batch], options=CalibrationOptions(steps=0, progress=False))
+
+
+def _size(model, length: int) -> int:
+    found = cache_bytes(model)
+    return found["constant"] + found["growing"] * length // TOKENS
+
+
+@torch.no_grad()
+def _time(model, candidate, ids) -> float:
+    def read(which):
+        return lambda: which(ids, use_cache=False)
+
+    timed = time_pair(
+        read(model), read(candidate), "cpu", repeats=TIMED_PAIRS, warmup=1, min_seconds=0, max_seconds=TIMED_SECONDS
+    )
+    return round(timed["ratio"]["median"], 3)
+
+
+def _advice(by_name: dict[str, Choice], length: int) -> tuple[str | None, str]:
+    if by_name["retrieval"].fits and length >= SHORT:
+        return "retrieval", "it fits, and reads few of the keys: less time, next to nothing lost, all keys kept"
+    if by_name["dot"].fits:
+        short = f" below {SHORT:,} tokens" if length < SHORT else ""
+        return "dot", f"the model's own attention fits{short}, and loses nothing; take a distance for its geometry"
+    if by_name["nystrom"].fits:
+        return "nystrom", "no cache of all keys fits; this one's size does not grow, and far text blurs"
+    return None, "not even a cache of constant size fits: fewer rows, quantised weights or a smaller model"
+
+
+def lines(plan: Plan) -> list[str]:
+    """Return the lines of a table, and the advice."""
+    made = [f"{'attention':<10} {'weights MB':>11} {'cache MB':>10} {'fits':>5} {'time':>7}  measured on SmolLM2-135M"]
+    for choice in plan.choices:
+        time = "" if choice.time_ratio is None else f"x {choice.time_ratio:.2f}"
+        made.append(
+            f"{choice.attention:<10} {choice.weight_bytes / 1e6:>11,.1f} {choice.cache_bytes / 1e6:>10,.1f} "
+            f"{'yes' if choice.fits else 'no':>5} {time:>7}  {choice.measured_loss}"
+        )
+    if timed := next((choice.timed_tokens for choice in plan.choices if choice.timed_tokens), None):
+        made.append(f"time: of reading {timed:,} tokens here, to the model's own attention")
+    return [*made, f"take {plan.take or 'none of them'}: {plan.why}"]
