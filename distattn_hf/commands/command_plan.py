@@ -13,7 +13,7 @@ command = typer.Typer()
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@command.command(epilog="Example:  distattn plan smollm2-135m --length 32768 --memory 2GB")
+@command.command(epilog="Example:  distattn plan smollm2-135m --length 8192 --memory 2GB")
 def plan(
     path: SourceArgument,
     length: Annotated[int, typer.Option(help="Tokens of a text, those that are generated included.")],

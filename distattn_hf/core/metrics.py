@@ -94,8 +94,7 @@ class Metric:
 @lru_cache(maxsize=256)
 def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> float:
     """Measure the row deviation of distances of 256 queries, 1,024 keys from N(0, I_d) with a fixed seed."""
-    # transformers builds models on the meta device and in the checkpoint's dtype, and export runs them on tensors
-    # without numbers: none of it may reach this measurement.
+    # Neither a meta device or a dtype that transformers builds models in, nor fake tensors, may reach this measurement.
     with _disable_current_modes(), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(256, head_dim, generator=generator, dtype=torch.float32)
