@@ -128,7 +128,6 @@ class Options:
 
 
 QUICK = {
-    "checkpoint": "tests/fixtures/gpt2-english", "data": "tests/fixtures/gpt2-english/heldout.txt",
     "lengths": (128, 200), "depths": (0.0, 1.0), "samples": 2, "tail": 32, "min_weights": (0.03,), "blocks": (2,),
     "shares": (0.25,),
     "steps": 2, "fit_length": 200, "fit_tokens": 800, "probe_lengths": (180,), "num_landmarks": 8, "window_size": 16,
