@@ -90,7 +90,7 @@ def main(endpoint: str) -> None:
     if len(losses) != 1:
         raise SystemExit(f"the pushed checkpoint is another model: {found}, local {local}")
     print("loaded from the Hub, with the package and by its own code, and from the folder: equal bit for bit")
-    for name in ("training", "native_decoding"):
+    for name in ("training", "native_decoding", "long_context"):
         run("distattn", "experiment", name, "--quick")
     run("distattn", "experiment", "distances", "--config", "configs/experiments/distances.yaml", "--quick")
     run("distattn", "benchmark", "--config", "configs/experiments/benchmark_quick.yaml", "--metrics", "l2", "--lengths",
