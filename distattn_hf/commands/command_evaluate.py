@@ -26,7 +26,6 @@ _OF_TASK = {
     "new_tokens": ("generation",),
     "tail": ("perplexity",),
     "control": _LONG,
-    "out": CHOICES["task"],
 }
 
 
@@ -56,7 +55,10 @@ def evaluate(
     ] = False,
     label_column: Annotated[str | None, typer.Option(help="classification: the column of the labels.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="With --task: a folder for TASK.json and its figure.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for TASK.json (text.json) and its figure; distattn push --results takes it."),
+    ] = None,
 ):
     """Score a model on text, alone or beside its teacher.
 
@@ -93,7 +95,7 @@ def evaluate(
         about = {"task": task, "lengths": lengths, "depths": depths, **counts}
         _score_long_texts(path, against, data or "news", column, about, control, as_json, out)
     else:
-        _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json)
+        _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json, out)
 
 
 def _load(path: str, against: str | None) -> dict[str, tuple]:
@@ -102,7 +104,7 @@ def _load(path: str, against: str | None) -> dict[str, tuple]:
     return {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
 
 
-def _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json) -> None:
+def _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json, out) -> None:
     from ..data.sources import read_texts
     from ..data.tasks import text_task_of
     from ..evaluation.score import EvaluationOptions, compare_models, describe_scores
@@ -118,6 +120,10 @@ def _score_texts(path, against, data, column, max_length, max_tokens, max_texts,
     print(json.dumps(result, indent=1) if as_json else _table(result))
     if not as_json:
         print(describe_scores(kind, result[path], poolings.get(path, "")))
+    if out is not None:
+        rows = [{"model": name, **row} for name, row in result.items()]
+        options = {"max_length": max_length, "max_tokens": max_tokens, "max_texts": max_texts}
+        _write(_about("text", path, against, data) | options, rows, out)
 
 
 def _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out) -> None:
@@ -131,7 +137,7 @@ def _score_labels(path, against, data, column, label_column, max_length, max_tex
     with reading("data", "column", "label_column"):
         scores = evaluate_labels(_load(path, against), arguments, progress=sys.stderr.isatty())
     rows = [{"model": name, **row} for name, row in scores.items()]
-    _report({"task": "classification", "data": data}, rows, _table(scores), as_json, out)
+    _report(_about("classification", path, against, data), rows, _table(scores), as_json, out)
 
 
 def _score_long_texts(path, against, data, column, about: dict, control: bool, as_json, out) -> None:
@@ -164,25 +170,38 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
         from ..analysis.retrieval_map import retrieval_map
 
         figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")
-    _report({**about, "data": data}, rows, score_table(rows), as_json, out, figure)
+    about |= _about(options.task, path, against, data)
+    _report(about, rows, score_table(rows), as_json, out, figure)
+
+
+def _about(task: str, path: str, against: str | None, data: str) -> dict:
+    """Return what a file says of its rows; digest: of the checkpoint, by which its card knows them for its own."""
+    from ..storage.files import checkpoint_digest
+
+    return {"task": task, "model": path, "against": against, "digest": checkpoint_digest(path), "data": data}
 
 
 def _report(about: dict, rows: list[dict], table: str, as_json: bool, out: Path | None, figure=None) -> None:
-    """Print the rows, and write them with where they come from, and the figure, into a folder."""
+    """Print the rows, and write them, and the figure, into a folder."""
+    from ..storage.folders import json_values
+
+    print(json.dumps(json_values({**about, "rows": rows}), indent=1) if as_json else table)
+    if out is not None:
+        _write(about, rows, out, figure)
+
+
+def _write(about: dict, rows: list[dict], out: Path, figure=None) -> None:
+    """Write the rows with where they come from, and the figure, into a folder."""
+    from ..benchmark.results import provenance
     from ..storage.folders import json_values, write_json
 
-    result = json_values({**about, "rows": rows})
-    print(json.dumps(result, indent=1) if as_json else table)
-    if out is not None:
-        from ..benchmark.results import provenance
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{about['task']}.json", {**provenance("cpu"), **json_values({**about, "rows": rows})})
+    if figure is not None:
+        from ..analysis.figure_style import save_figure
 
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"{about['task']}.json", {**provenance("cpu"), **result})
-        if figure is not None:
-            from ..analysis.figure_style import save_figure
-
-            save_figure(figure, out / about["task"])
-        say(f"saved to {out}")
+        save_figure(figure, out / about["task"])
+    say(f"saved to {out}")
 
 
 def _table(result: dict[str, dict[str, float]]) -> str:
