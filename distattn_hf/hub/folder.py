@@ -186,6 +186,9 @@ def read_results(files, folder: Path) -> tuple[list[dict], list[Measured]]:
         content = _read_json(file, (list, dict))
         if is_measured(content):
             measured.append(read_measured(content, repr(str(file)), folder))
+            *before, last = [{(part.data, name) for name, _, _ in part.results} for part in measured]
+            if twice := next(iter(sorted(last & set().union(*before))), None):
+                raise ValueError(f"{str(file)!r} measures {twice[1]!r} on {twice[0]!r}, as a file before it does")
         else:
             owners += _owners_results(file)
     return owners, measured
