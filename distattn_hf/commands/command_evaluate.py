@@ -20,12 +20,12 @@ _OF_TASK = {
     "max_length": (None, "classification"),
     "max_texts": (None, "classification"),
     "label_column": ("classification",),
-    "lengths": _LONG,
+    "lengths": (*_LONG, "ruler"),
     "depths": ("passkey", "needle", "kv"),
-    "samples": _LONG,
+    "samples": (*_LONG, "ruler"),
     "new_tokens": ("generation",),
     "tail": ("perplexity",),
-    "control": _LONG,
+    "control": (*_LONG, "ruler"),
 }
 
 
@@ -68,12 +68,14 @@ def evaluate(
 
     --task asks a causal model about long texts: passkey hides a number and asks for it, needle a sentence, kv pairs of
     random tokens; perplexity is of the same last tokens after more and more text; generation is how many of the tokens
-    that --against goes on with are the same. classification gives accuracy and macro F1 of a sequence or token
-    classifier on data with labels.
+    that --against goes on with are the same. ruler runs lm-eval's own six tasks that need no download (pip install
+    'lm-eval[ruler]'); those that need longer texts are left out of a length. classification gives accuracy and macro
+    F1 of a sequence or token classifier on data with labels.
     """
     counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)
-    for name in (name for name, tasks in _OF_TASK.items() if task not in tasks and given(context, [name])):
+    of_task = _OF_TASK if task != "ruler" else _OF_TASK | {"data": (), "column": ()}
+    for name in (name for name, tasks in of_task.items() if task not in tasks and given(context, [name])):
         raise ValueError(f"{flag(name)} does nothing {f'with --task {task}' if task else 'without --task'}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
@@ -81,7 +83,7 @@ def evaluate(
         from ..storage.folders import check_writable
 
         check_writable(out / "any")
-    if data is None and task not in _LONG:
+    if data is None and task not in (*_LONG, "ruler"):
         raise ValueError(f"--data must be given. {DATA}")
     if task == "generation" and against is None:
         raise ValueError("--task generation compares with a teacher: give --against")
@@ -91,6 +93,8 @@ def evaluate(
     begin(path, against)
     if task == "classification":
         _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out)
+    elif task == "ruler":
+        _score_ruler(path, against, lengths, samples, control, as_json, out)
     elif task is not None:
         about = {"task": task, "lengths": lengths, "depths": depths, **counts}
         _score_long_texts(path, against, data or "news", column, about, control, as_json, out)
@@ -142,26 +146,16 @@ def _score_labels(path, against, data, column, label_column, max_length, max_tex
 
 def _score_long_texts(path, against, data, column, about: dict, control: bool, as_json, out) -> None:
     from ..analysis.figure_style import require_matplotlib
-    from ..data.datasets import check_tokenizers
     from ..data.sources import read_texts
     from ..evaluation.long_text_scores import LongTextOptions, evaluate_long_texts, score_table
     from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack
-    from ..evaluation.scorecard import without_far_field
 
     options = LongTextOptions(**about, progress=sys.stderr.isatty())
     if out is not None and options.task in RETRIEVAL_TASKS:
         require_matplotlib()
     with reading("data", "column"):
         texts = read_texts(data, column=column, split="test")
-    loaded = _load(path, against)
-    models = {name: model for name, (model, _) in loaded.items()}
-    tokenizer = loaded[path][1] or loaded.get(against, (None, None))[1]
-    if tokenizer is None:
-        raise ValueError(f"{path!r} has no tokenizer files, so it cannot read text")
-    for model, own in loaded.values():
-        check_tokenizers(model, tokenizer, own)
-    if control:
-        models[f"{path}, sinks and window"] = without_far_field(models[path])
+    models, tokenizer = _load_readers(path, against, control)
     with reading("data", "lengths", "depths"):
         haystack = Haystack(tokenizer, texts)
     rows = evaluate_long_texts(models, haystack, options, teacher=against)
@@ -172,6 +166,33 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
         figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")
     about |= _about(options.task, path, against, data)
     _report(about, rows, score_table(rows), as_json, out, figure)
+
+
+def _load_readers(path: str, against: str | None, control: bool) -> tuple[dict, object]:
+    """Return {name: model}, the control among them, and their tokenizer; raises `ValueError` without one."""
+    from ..data.datasets import check_tokenizers
+    from ..evaluation.scorecard import without_far_field
+
+    loaded = _load(path, against)
+    models = {name: model for name, (model, _) in loaded.items()}
+    tokenizer = loaded[path][1] or loaded.get(against, (None, None))[1]
+    if tokenizer is None:
+        raise ValueError(f"{path!r} has no tokenizer files, so it cannot read text")
+    for model, own in loaded.values():
+        check_tokenizers(model, tokenizer, own)
+    if control:
+        models[f"{path}, sinks and window"] = without_far_field(models[path])
+    return models, tokenizer
+
+
+def _score_ruler(path, against, lengths, samples: int, control: bool, as_json, out) -> None:
+    from ..evaluation.ruler import RulerOptions, evaluate_ruler, require_lm_eval, ruler_table
+
+    require_lm_eval()
+    options = RulerOptions(lengths, samples, progress=sys.stderr.isatty())
+    rows = evaluate_ruler(*_load_readers(path, against, control), options)
+    about = {**_about("ruler", path, against, "texts that lm-eval makes"), "lengths": lengths, "samples": samples}
+    _report(about, rows, ruler_table(rows), as_json, out)
 
 
 def _about(task: str, path: str, against: str | None, data: str) -> dict:
