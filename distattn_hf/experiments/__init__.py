@@ -2,6 +2,7 @@
 
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
+    "compute",
     "distances",
     "lipschitz",
     "long_context",
