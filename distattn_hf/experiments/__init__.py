@@ -3,10 +3,13 @@
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
     "compute",
+    "conversion_quality",
     "distances",
     "lipschitz",
     "long_context",
+    "model_speed",
     "native_decoding",
+    "nystrom_quality",
     "patterns",
     "training",
 )  # fmt: skip
