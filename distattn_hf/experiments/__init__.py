@@ -11,5 +11,6 @@ EXPERIMENTS = (
     "native_decoding",
     "nystrom_quality",
     "patterns",
+    "sinks_and_caps",
     "training",
 )  # fmt: skip

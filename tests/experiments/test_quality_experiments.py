@@ -62,6 +62,17 @@ def test_model_speed(tmp_path):
         assert row["ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
 
 
+def test_sinks_and_caps(tmp_path):
+    """The exact conversion is the teacher, and a resumed run trains the same one."""
+    given = [f"data={GPT2_ENGLISH / 'heldout.txt'}", "attentions=l2"]
+    teacher, exact, l2 = run_experiment("sinks_and_caps", tmp_path / "a", given, quick=True).rows
+    assert exact["perplexity"] == pytest.approx(teacher["perplexity"], rel=1e-4)
+    assert l2["ratio"] == pytest.approx(l2["perplexity"] / teacher["perplexity"])
+    assert l2["plain"] != l2["perplexity"]
+    run_experiment("sinks_and_caps", tmp_path / "b", [given[0], "attentions=[]"], quick=True)
+    assert run_experiment("sinks_and_caps", tmp_path / "b", given, quick=True).rows == [teacher, exact, l2]
+
+
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
@@ -69,6 +80,8 @@ def test_model_speed(tmp_path):
         ("conversion_quality", "inits=exact", "inits must be among plain, calibrated, got 'exact'"),
         ("nystrom_quality", "max_errors=-1", "max_error must be"),
         ("nystrom_quality", "checkpoint=gpt2", "checkpoint must be one of iglm, minilm, smollm2, got 'gpt2'"),
+        ("sinks_and_caps", "kinds=bias", "kinds must be among sinks; caps, got 'bias'"),
+        ("sinks_and_caps", "steps=0", "steps must be >= 1, got 0"),
         ("model_speed", "rounds=0", "rounds must be >= 1, got 0"),
         ("model_speed", "prompt_tokens=128", "prompt_tokens must be at most prefill_tokens, got 128"),
     ],
