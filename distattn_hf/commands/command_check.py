@@ -22,7 +22,7 @@ def check(
 
     Formulas against loops, kernels and gradients against float64, huge and zero inputs, masks, every mechanism,
     converted models, saving and loading; which backend runs what and why, and its speed beside PyTorch's attention.
-    Exit code 1 if anything failed. `scripts/gpu_check.sh` checks a GPU's kernels at length.
+    Exit code 1 if anything failed. `python -m distattn_hf.benchmark.gpu_check` checks a GPU's kernels at length.
     """
     from ..storage.folders import check_writable, json_values, write_json
 

@@ -20,13 +20,12 @@ _OF_TASK = {
     "max_length": (None, "classification"),
     "max_texts": (None, "classification"),
     "label_column": ("classification",),
-    "lengths": _LONG,
+    "lengths": (*_LONG, "ruler"),
     "depths": ("passkey", "needle", "kv"),
-    "samples": _LONG,
+    "samples": (*_LONG, "ruler"),
     "new_tokens": ("generation",),
     "tail": ("perplexity",),
-    "control": _LONG,
-    "out": CHOICES["task"],
+    "control": (*_LONG, "ruler"),
 }
 
 
@@ -56,7 +55,10 @@ def evaluate(
     ] = False,
     label_column: Annotated[str | None, typer.Option(help="classification: the column of the labels.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    out: Annotated[Path | None, typer.Option(help="With --task: a folder for TASK.json and its figure.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for TASK.json (text.json) and its figure; distattn push --results takes it."),
+    ] = None,
 ):
     """Score a model on text, alone or beside its teacher.
 
@@ -66,12 +68,14 @@ def evaluate(
 
     --task asks a causal model about long texts: passkey hides a number and asks for it, needle a sentence, kv pairs of
     random tokens; perplexity is of the same last tokens after more and more text; generation is how many of the tokens
-    that --against goes on with are the same. classification gives accuracy and macro F1 of a sequence or token
-    classifier on data with labels.
+    that --against goes on with are the same. ruler runs lm-eval's own six tasks that need no download (pip install
+    'lm-eval[ruler]'); those that need longer texts are left out of a length. classification gives accuracy and macro
+    F1 of a sequence or token classifier on data with labels.
     """
     counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)
-    for name in (name for name, tasks in _OF_TASK.items() if task not in tasks and given(context, [name])):
+    of_task = _OF_TASK if task != "ruler" else _OF_TASK | {"data": (), "column": ()}
+    for name in (name for name, tasks in of_task.items() if task not in tasks and given(context, [name])):
         raise ValueError(f"{flag(name)} does nothing {f'with --task {task}' if task else 'without --task'}")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
@@ -79,7 +83,7 @@ def evaluate(
         from ..storage.folders import check_writable
 
         check_writable(out / "any")
-    if data is None and task not in _LONG:
+    if data is None and task not in (*_LONG, "ruler"):
         raise ValueError(f"--data must be given. {DATA}")
     if task == "generation" and against is None:
         raise ValueError("--task generation compares with a teacher: give --against")
@@ -89,11 +93,13 @@ def evaluate(
     begin(path, against)
     if task == "classification":
         _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out)
+    elif task == "ruler":
+        _score_ruler(path, against, lengths, samples, control, as_json, out)
     elif task is not None:
         about = {"task": task, "lengths": lengths, "depths": depths, **counts}
         _score_long_texts(path, against, data, column, about, control, as_json, out)
     else:
-        _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json)
+        _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json, out)
 
 
 def _load(path: str, against: str | None) -> dict[str, tuple]:
@@ -102,7 +108,7 @@ def _load(path: str, against: str | None) -> dict[str, tuple]:
     return {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
 
 
-def _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json) -> None:
+def _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json, out) -> None:
     from ..data.sources import read_texts
     from ..data.tasks import text_task_of
     from ..evaluation.score import EvaluationOptions, compare_models, describe_scores
@@ -118,6 +124,10 @@ def _score_texts(path, against, data, column, max_length, max_tokens, max_texts,
     print(json.dumps(result, indent=1) if as_json else _table(result))
     if not as_json:
         print(describe_scores(kind, result[path], poolings.get(path, "")))
+    if out is not None:
+        rows = [{"model": name, **row} for name, row in result.items()]
+        options = {"max_length": max_length, "max_tokens": max_tokens, "max_texts": max_texts}
+        _write(_about("text", path, against, data) | options, rows, out)
 
 
 def _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out) -> None:
@@ -131,16 +141,14 @@ def _score_labels(path, against, data, column, label_column, max_length, max_tex
     with reading("data", "column", "label_column"):
         scores = evaluate_labels(_load(path, against), arguments, progress=sys.stderr.isatty())
     rows = [{"model": name, **row} for name, row in scores.items()]
-    _report({"task": "classification", "data": data}, rows, _table(scores), as_json, out)
+    _report(_about("classification", path, against, data), rows, _table(scores), as_json, out)
 
 
 def _score_long_texts(path, against, data, column, about: dict, control: bool, as_json, out) -> None:
     from ..analysis.figure_style import require_matplotlib
-    from ..data.datasets import check_tokenizers
     from ..data.sources import read_texts
     from ..evaluation.long_text_scores import LongTextOptions, evaluate_long_texts, score_table
     from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack
-    from ..evaluation.scorecard import without_far_field
 
     options = LongTextOptions(**about, progress=sys.stderr.isatty())
     if out is not None and options.task in RETRIEVAL_TASKS:
@@ -155,6 +163,24 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
             f"--task {about['task']} is about long texts, made of 'news' unless --data names other text (a .txt file "
             f"will do); {str(error).removeprefix('--data: ')}"
         ) from error
+    models, tokenizer = _load_readers(path, against, control)
+    with reading("data", "lengths", "depths"):
+        haystack = Haystack(tokenizer, texts)
+    rows = evaluate_long_texts(models, haystack, options, teacher=against)
+    figure = None
+    if out is not None and options.task in RETRIEVAL_TASKS:
+        from ..analysis.retrieval_map import retrieval_map
+
+        figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")
+    about |= _about(options.task, path, against, data or "news")
+    _report(about, rows, score_table(rows), as_json, out, figure)
+
+
+def _load_readers(path: str, against: str | None, control: bool) -> tuple[dict, object]:
+    """Return {name: model}, the control among them, and their tokenizer; raises `ValueError` without one."""
+    from ..data.datasets import check_tokenizers
+    from ..evaluation.scorecard import without_far_field
+
     loaded = _load(path, against)
     models = {name: model for name, (model, _) in loaded.items()}
     tokenizer = loaded[path][1] or loaded.get(against, (None, None))[1]
@@ -164,33 +190,47 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
         check_tokenizers(model, tokenizer, own)
     if control:
         models[f"{path}, sinks and window"] = without_far_field(models[path])
-    with reading("data", "lengths", "depths"):
-        haystack = Haystack(tokenizer, texts)
-    rows = evaluate_long_texts(models, haystack, options, teacher=against)
-    figure = None
-    if out is not None and options.task in RETRIEVAL_TASKS:
-        from ..analysis.retrieval_map import retrieval_map
+    return models, tokenizer
 
-        figure = retrieval_map(rows, f"{options.task}: exact answers, {options.samples} texts a cell (%)")
-    _report({**about, "data": data or "news"}, rows, score_table(rows), as_json, out, figure)
+
+def _score_ruler(path, against, lengths, samples: int, control: bool, as_json, out) -> None:
+    from ..evaluation.ruler import RulerOptions, evaluate_ruler, require_lm_eval, ruler_table
+
+    require_lm_eval()
+    options = RulerOptions(lengths, samples, progress=sys.stderr.isatty())
+    rows = evaluate_ruler(*_load_readers(path, against, control), options)
+    about = {**_about("ruler", path, against, "texts that lm-eval makes"), "lengths": lengths, "samples": samples}
+    _report(about, rows, ruler_table(rows), as_json, out)
+
+
+def _about(task: str, path: str, against: str | None, data: str) -> dict:
+    """Return what a file says of its rows; digest: of the checkpoint, by which its card knows them for its own."""
+    from ..storage.files import checkpoint_digest
+
+    return {"task": task, "model": path, "against": against, "digest": checkpoint_digest(path), "data": data}
 
 
 def _report(about: dict, rows: list[dict], table: str, as_json: bool, out: Path | None, figure=None) -> None:
-    """Print the rows, and write them with where they come from, and the figure, into a folder."""
+    """Print the rows, and write them, and the figure, into a folder."""
+    from ..storage.folders import json_values
+
+    print(json.dumps(json_values({**about, "rows": rows}), indent=1) if as_json else table)
+    if out is not None:
+        _write(about, rows, out, figure)
+
+
+def _write(about: dict, rows: list[dict], out: Path, figure=None) -> None:
+    """Write the rows with where they come from, and the figure, into a folder."""
+    from ..benchmark.results import provenance
     from ..storage.folders import json_values, write_json
 
-    result = json_values({**about, "rows": rows})
-    print(json.dumps(result, indent=1) if as_json else table)
-    if out is not None:
-        from ..benchmark.results import provenance
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{about['task']}.json", {**provenance("cpu"), **json_values({**about, "rows": rows})})
+    if figure is not None:
+        from ..analysis.figure_style import save_figure
 
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"{about['task']}.json", {**provenance("cpu"), **result})
-        if figure is not None:
-            from ..analysis.figure_style import save_figure
-
-            save_figure(figure, out / about["task"])
-        say(f"saved to {out}")
+        save_figure(figure, out / about["task"])
+    say(f"saved to {out}")
 
 
 def _table(result: dict[str, dict[str, float]]) -> str:

@@ -14,7 +14,8 @@ command = typer.Typer()
 
 @command.command(
     epilog="Examples:  distattn push out/minilm-l2 me/minilm-l2 --base-model minilm   |   "
-    "distattn push out/minilm-l2 me/minilm-l2 --license apache-2.0 --dry-run"
+    "distattn push out/minilm-l2 me/minilm-l2 --license apache-2.0 --dry-run   |   "
+    "distattn push out/smol me/smol --results out/passkey/passkey.json --results out/kv/kv.json"
 )
 def push(
     context: typer.Context,
@@ -30,10 +31,10 @@ def push(
         bool, typer.Option("--overwrite-card", help="Replace a README.md that somebody wrote or edited.")
     ] = False,
     results: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Your own results for the card, marked as yours: a JSON list of "
-            '{"dataset", "metric", "value"}, optionally "base" (the base model\'s value) and "note".'
+            help="Of the card: a file of distattn evaluate --out or, marked as yours, a JSON list of "
+            '{"dataset", "metric", "value"}, optionally "base" (the base model\'s value) and "note". Again for more.'
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the card, upload nothing.")] = False,
@@ -44,8 +45,9 @@ def push(
     """
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is not a folder; give the folder of a converted checkpoint")
-    if results is not None and not results.is_file():
-        raise ValueError(f"--results {str(results)!r} does not exist")
+    for file in results or ():
+        if not file.is_file():
+            raise ValueError(f"--results {str(file)!r} does not exist")
     start()
     from ..hub import push as push_folder
 

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from ..data.shipped import find_config
+
 SOURCE = "A Hub name, a folder, or an embedded checkpoint: minilm, smollm2-135m, iglm, iglm-s."
 DATA = "A .txt, .json, .jsonl, .csv, .tsv or .parquet file, 'news', or a data set's Hub name."
 
@@ -40,9 +42,12 @@ def begin(*sources: str | None) -> None:
 
 
 def check_config(path: Path) -> None:
-    """Raise `ValueError` for a missing file."""
-    if not path.is_file():
+    """Raise `ValueError` for a missing file; say so where a path of configs/ is the package's own."""
+    found = find_config(path)
+    if not found.is_file():
         raise ValueError(f"config {str(path)!r} does not exist")
+    if found != path:
+        say(f"config: {found}, the package's own")
 
 
 def say(text: str) -> None:

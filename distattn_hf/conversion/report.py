@@ -118,6 +118,11 @@ class ConversionReport:
         return self._mean("divergence_after")
 
     @property
+    def mean_caught(self) -> float | None:
+        """The share of exact attention's weight on the keys that are read, mean over heads that retrieve."""
+        return self._mean("caught")
+
+    @property
     def softening_ratios(self) -> list[float]:
         """ε of every softened head, in medians of its plain distances: towards 0 it is the plain distance."""
         return [value for group in self.groups if group.softening for value in group.softening_ratio or ()]
@@ -150,9 +155,35 @@ class ConversionReport:
         """Return the entries of `to_dict`."""
         return self.to_dict().items()
 
+    @property
+    def loss(self) -> list[str]:
+        """What is known of the loss, in sentences: none by construction, or not measured, of how many heads; and how to
+        measure it. Of heads that were measured the numbers speak."""
+        heads = dict.fromkeys(("exact", "retrieval", "other"), 0)
+        for group in self.groups:
+            if group.mechanism == "distance" and group.metric == "lifted_sqeuclidean":
+                heads["exact"] += len(group.heads)
+            elif all(getattr(group, name) is None for name in ("divergence_after", "output_error", "caught")):
+                heads["retrieval" if group.mechanism == "retrieval" else "other"] += len(group.heads)
+        lines = []
+        if heads["exact"]:
+            lines.append(f"none by construction in {heads['exact']} heads, which equal the teacher's up to rounding")
+        if heads["retrieval"]:
+            lines.append(
+                f"not measured without text in {heads['retrieval']} heads that retrieve; give calibration (on the "
+                "command line --calibration) to measure the share of the attention that they catch"
+            )
+        if heads["other"]:
+            lines.append(f"not measured in {heads['other']} heads, to which nothing was fitted: expect a large one")
+        if heads["retrieval"] or heads["other"]:
+            lines.append(
+                "what it costs: distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: --task passkey)"
+            )
+        return lines
+
     def to_dict(self) -> dict:
         """Return a JSON-serialisable dict that `from_dict` turns back into an equal report."""
-        return {**asdict(self), "mean_alpha": self.mean_alpha}
+        return {**asdict(self), "mean_alpha": self.mean_alpha, "loss": self.loss}
 
     @classmethod
     def from_dict(cls, data: dict) -> "ConversionReport":
@@ -218,6 +249,7 @@ class ConversionReport:
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines += self._legend()
         lines.append(self.summary())
+        lines += [f"loss: {text}" for text in self.loss]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
@@ -235,7 +267,7 @@ class ConversionReport:
                 "in medians of its norms (0: the plain distance), as fitted; KL plain: of the plain distance, with its "
                 "own λ and α"
             )
-        if self._mean("caught") is not None:
+        if self.mean_caught is not None:
             lines.append(
                 "caught: share of exact attention's weight on the keys that are read, mean over the text's queries"
             )
@@ -281,7 +313,7 @@ class ConversionReport:
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
             parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
-        if (caught := self._mean("caught")) is not None:
+        if (caught := self.mean_caught) is not None:
             parts.append(f"{caught:.2%} of the attention's weight caught")
         if self.cache_bytes:
             growing, teacher, constant = (self.cache_bytes[name] for name in ("growing", "teacher", "constant"))

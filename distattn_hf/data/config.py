@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..core.attention_spec import AttentionSpec
+from .shipped import find_config
 
 _SHOWN_KEYS = 30
 
@@ -35,11 +36,11 @@ def is_integer(value, least: int | None = None) -> bool:
 
 
 def read_yaml(path: str | Path, name: str):
-    """Return the contents of a YAML or JSON file (None for an empty one); errors call it `name`.
+    """Return the contents of a YAML or JSON file (None for an empty one), by `find_config`; errors call it `name`.
 
     Raises `ValueError` for a file that is absent or not YAML.
     """
-    path = Path(path)
+    path = find_config(path)
     if not path.is_file():
         raise ValueError(f"{name} {str(path)!r} does not exist")
     return parse_yaml(path.read_text(encoding="utf-8"), f"{name} {str(path)!r}")

@@ -2,10 +2,15 @@
 
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
+    "compute",
+    "conversion_quality",
     "distances",
     "lipschitz",
     "long_context",
+    "model_speed",
     "native_decoding",
+    "nystrom_quality",
     "patterns",
+    "sinks_and_caps",
     "training",
 )  # fmt: skip

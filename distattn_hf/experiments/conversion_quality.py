@@ -1,12 +1,13 @@
-"""What a conversion without training costs, on real checkpoints: the quality tables of the README.
+"""What a conversion without training costs, on real checkpoints.
 
-python -m distattn_hf.experiments.conversion_quality {iglm|minilm|smollm2} [METRIC ...] [softening=0]
-
-softening=0: the plain distances.
+`python -m distattn_hf.experiments.conversion_quality {iglm|minilm|smollm2} [METRIC ...] [softening=0]` is the same with
+other words.
 """
 
 import sys
-import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from ..core.attention_spec import AttentionSpec
 from ..data.sources import news_articles
 from ..evaluation.score import EvaluationOptions, TokenScores, embedding_agreement, evaluate_model
 from ..storage.models import load_checkpoint
+from .run_experiment import run_experiment
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev")
 # Tokens that IgLM's own generation forbids, and the end token.
@@ -76,26 +78,74 @@ def smollm2(max_tokens: int = 4096):
     return (model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options))
 
 
+CHECKPOINTS = {"iglm": iglm, "minilm": minilm, "smollm2": smollm2}
+INITS = ("plain", "calibrated")
+AXES = ("metrics", "inits")
+
+
+@dataclass(frozen=True)
+class Options:
+    """checkpoint: iglm (perplexity of antibody sequences), minilm (articles found by their titles) or smollm2
+    (perplexity of news at 512 tokens). metrics: of its conversions, lp with p = 3. inits: plain, calibrated. softening:
+    ε of all of them, 0 the plain distances; null: fitted by calibrated, none of plain.
+    """
+
+    checkpoint: str = "smollm2"
+    metrics: tuple[str, ...] = METRICS
+    inits: tuple[str, ...] = INITS
+    softening: float | None = None
+
+    def __post_init__(self):
+        if self.checkpoint not in CHECKPOINTS:
+            raise ValueError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, got {self.checkpoint!r}")
+        for init in self.inits:
+            if init not in INITS:
+                raise ValueError(f"inits must be among {', '.join(INITS)}, got {init!r}")
+        for metric in self.metrics:
+            self.spec(metric)
+
+    def spec(self, metric: str) -> AttentionSpec:
+        """Return what replaces dot-product attention."""
+        return AttentionSpec(metric, p=3.0 if metric == "lp" else None, softening=self.softening)
+
+
+QUICK = {"metrics": ("l2",), "inits": ("plain",)}
+
+
 @only_errors("transformers")
+def run(options: Options, results) -> None:
+    """Score the teacher, then each conversion: a row each, with its ratios to the teacher's scores."""
+
+    @cache
+    def task():
+        return CHECKPOINTS[options.checkpoint]()
+
+    teacher = results.row({"attention": "teacher", "init": None}, lambda: task()[3](task()[0]))
+    for metric in options.metrics:
+        for init in options.inits:
+
+            def measure(metric=metric, init=init):
+                model, tokenizer, calibration, score = task()
+                texts = calibration if init == "calibrated" else None
+                student = convert(model, options.spec(metric), init=init, calibration=texts, tokenizer=tokenizer)
+                scores, report = score(student), student.conversion_report
+                ratios = {f"{name}_ratio": value / teacher[name] for name, value in scores.items()}
+                return {
+                    **scores, **ratios, "divergence": report.mean_divergence_after, "alpha": report.mean_alpha,
+                    "softening_ratio": report.median_softening_ratio, "convert_seconds": report.seconds,
+                }  # fmt: skip
+
+            results.row({"attention": metric, "init": init}, measure)
+
+
 def main(names: list[str]) -> None:
-    """Print one line per metric and initialisation, as each is ready."""
-    if not names or names[0] not in ("iglm", "minilm", "smollm2"):
+    """Run the experiment on a checkpoint, by metrics and softening=0 as they are named."""
+    if not names or names[0] not in CHECKPOINTS:
         raise SystemExit(__doc__)
-    model, tokenizer, calibration, score = globals()[names[0]]()
-    teacher = score(model)
-    print("teacher", teacher, flush=True)
-    plain = "softening=0" in names
-    for metric in [name for name in names[1:] if name != "softening=0"] or METRICS:
-        spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None, softening=0 if plain else None)
-        for init in ("plain", "calibrated"):
-            start = time.perf_counter()
-            texts = calibration if init == "calibrated" else None
-            student = convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer)
-            seconds = time.perf_counter() - start
-            scores = score(student)
-            ratios = {name: round(value / teacher[name], 4) for name, value in scores.items()}
-            summary = student.conversion_report.summary()
-            print(f"{metric:<12} {init:<11} {scores} ratio {ratios} {seconds:.0f} s  {summary}", flush=True)
+    metrics = [name for name in names[1:] if "=" not in name]
+    given = [f"checkpoint={names[0]}", *(name for name in names[1:] if "=" in name)]
+    given += [f"metrics={','.join(metrics)}"] if metrics else []
+    run_experiment("conversion_quality", Path("out", "experiments", f"conversion_quality-{names[0]}"), given)
 
 
 if __name__ == "__main__":

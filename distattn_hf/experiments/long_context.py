@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..analysis.figure_style import COLOURS, INK, new_figure, save_figure, styled
 from ..analysis.retrieval_map import retrieval_map
@@ -24,12 +25,14 @@ from ..conversion.convert import convert
 from ..conversion.observe import read_share
 from ..core.attention_spec import AttentionSpec
 from ..data.sources import read_texts
+from ..data.tokenizer import byte_level_bpe
 from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
 from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack, Question
 from ..storage.models import load_checkpoint
 
 STUDENTS = ("teacher", "window", "retrieval", "fixed", "blocks", "l2", "nystrom", "nystrom+retrieval")
 TASKS = (*RETRIEVAL_TASKS, "perplexity")
+MADE = "made"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Options:
     """Options of the experiment.
 
     checkpoint: a causal language model. data: what the texts are made of, and what is fitted on (of "news" articles
-    that no text is made of; of a file the same).
+    that no text is made of; of a file the same). "made", of either: a small Llama with random weights, the package's
+    own source; they need nothing installed, and say nothing but that it runs.
     students: "teacher"; "window": sinks and window alone; "retrieval", once for each of `min_weights` (by which queries
     read blocks); "fixed", once for each of `blocks` (how many a query reads); "blocks": the same without the far field;
     "l2": exact attention by distance; "nystrom": all heads;
@@ -128,7 +132,7 @@ class Options:
 
 
 QUICK = {
-    "checkpoint": "tests/fixtures/gpt2-english", "data": "tests/fixtures/gpt2-english/heldout.txt",
+    "checkpoint": MADE, "data": MADE,
     "lengths": (128, 200), "depths": (0.0, 1.0), "samples": 2, "tail": 32, "min_weights": (0.03,), "blocks": (2,),
     "shares": (0.25,),
     "steps": 2, "fit_length": 200, "fit_tokens": 800, "probe_lengths": (180,), "num_landmarks": 8, "window_size": 16,
@@ -143,9 +147,9 @@ def run(options: Options, results) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be 'auto' or 'cpu' here, where there is no GPU, got 'cuda'")
     device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(options.device, options.device)
-    teacher, tokenizer = load_checkpoint(options.checkpoint)
+    teacher, tokenizer = made_checkpoint() if options.checkpoint == MADE else load_checkpoint(options.checkpoint)
     teacher.eval().to(device)
-    text = Haystack(tokenizer, read_texts(options.data, split="test"))
+    text = Haystack(tokenizer, _texts(options, "test"))
     cells = []
     for task in options.tasks:
         asked = options.texts(task)
@@ -157,12 +161,33 @@ def run(options: Options, results) -> None:
         def student(spec=spec, fit=fit):
             if spec is None:
                 return teacher
-            texts = None if fit is None else read_texts(options.data, split="train")
+            texts = None if fit is None else _texts(options, "train")
             return convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
 
         for asked, cell, questions in cells:
             key = {"student": label, "task": asked.task, **cell}
             results.row(key, partial(_measure, student, spec, questions, asked))
+
+
+def made_texts() -> list[str]:
+    """Return texts that are in every installation: the source of `evaluation`."""
+    folder = Path(__file__).parents[1] / "evaluation"
+    return [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py"))]
+
+
+def made_checkpoint() -> tuple:
+    """Return a Llama of two layers with random weights, the same ones each time, and a tokenizer of `made_texts`."""
+    tokenizer = byte_level_bpe(made_texts(), 2000)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), tokenizer
+
+
+def _texts(options: Options, split: str) -> list[str]:
+    return made_texts() if options.data == MADE else read_texts(options.data, split=split)
 
 
 def _measure(student: Callable, spec: AttentionSpec | None, questions: list, asked: LongTextOptions) -> dict:

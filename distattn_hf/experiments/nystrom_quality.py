@@ -1,13 +1,15 @@
 """What linear time costs without training: Nyström conversions of real checkpoints beside their window-only control.
 
-python -m distattn_hf.experiments.nystrom_quality {iglm|minilm|smollm2} [--landmarks 16 64 ...] [--max-error 0.4 ...]
+`python -m distattn_hf.experiments.nystrom_quality {iglm|minilm|smollm2} [--landmarks 16 64 ...] [--max-error 0.4 ...]`
+is the same with other words.
 """
 
 import argparse
 import copy
 import math
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,7 @@ from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_
 from ..evaluation.scorecard import without_far_field
 from ..storage.models import load_checkpoint
 from .conversion_quality import iglm as iglm_task
+from .run_experiment import run_experiment
 
 
 def iglm():
@@ -79,44 +82,93 @@ def gap_closed(found: dict, control: dict, teacher: dict) -> float | None:
     return (control_loss - student_loss) / (control_loss - teacher_loss)
 
 
+CHECKPOINTS = {"iglm": iglm, "minilm": minilm, "smollm2": smollm2}
+AXES = ("landmarks", "max_errors")
+
+
+@dataclass(frozen=True)
+class Options:
+    """checkpoint: iglm, minilm or smollm2. landmarks: of every head, each number once. max_errors: heads further off
+    stay exact; beside no limit. refit: fit anew for each limit, as `convert` does; else once. steps: of the fit; null:
+    as in `convert`.
+    """
+
+    checkpoint: str = "smollm2"
+    landmarks: tuple[int, ...] = (64,)
+    max_errors: tuple[float, ...] = ()
+    refit: bool = False
+    steps: int | None = None
+
+    def __post_init__(self):
+        if self.checkpoint not in CHECKPOINTS:
+            raise ValueError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, got {self.checkpoint!r}")
+        for count in self.landmarks:
+            AttentionSpec(mechanism="nystrom", num_landmarks=count)
+        for limit in (None, *self.max_errors):
+            self.fit(limit)
+
+    def fit(self, limit: float | None) -> CalibrationOptions:
+        """Return the options of a fit whose heads further off than `limit` stay exact."""
+        return CalibrationOptions(steps=self.steps, max_error=limit, progress=False)
+
+
+QUICK = {"landmarks": (8,), "steps": 2}
+
+
 @only_errors("transformers")
-def main() -> None:
-    """Print a line for the teacher, the control, and each number of landmarks and limit of the error."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=("iglm", "minilm", "smollm2"))
-    parser.add_argument("--landmarks", type=int, nargs="+", default=[64])
-    parser.add_argument("--max-error", type=float, nargs="*", default=[], help="beside no limit: heads left exact")
-    parser.add_argument("--refit", action="store_true", help="fit anew for each limit, as `convert` does; else once")
-    parser.add_argument("--steps", type=int, default=None)
-    options = parser.parse_args()
-    model, tokenizer, calibration, score, fields = globals()[options.task]()
-    teacher = score(model)
-    print("teacher", teacher, flush=True)
-    control = None
-    for count in options.landmarks:
+def run(options: Options, results) -> None:
+    """Measure a row for the teacher, the control, and each number of landmarks and limit of the error."""
+
+    @cache
+    def task():
+        return CHECKPOINTS[options.checkpoint]()
+
+    @cache
+    def fitted(count: int, limit: float | None):
+        model, tokenizer, calibration, _, fields = task()
         # The texts are short, and the far field is to be measured.
         spec = AttentionSpec(mechanism="nystrom", num_landmarks=count, exact_below=0, **fields)
-        fitted = None
-        for limit in (None, *options.max_error):
-            start = time.perf_counter()
-            if fitted is None or options.refit:
-                fit = CalibrationOptions(steps=options.steps, max_error=limit, progress=False)
-                own = spec if limit is None else replace(spec, beyond="exact")
-                fitted = convert(model, own, calibration=calibration, tokenizer=tokenizer, options=fit)
-                print(fitted.conversion_report.summary())
-            student = fitted if limit is None or options.refit else limited(fitted, limit)
-            seconds = time.perf_counter() - start
-            if control is None:
-                control = score(without_far_field(student))
-                print("window only", control, flush=True)
-            scores = score(student)
-            ratios = {name: round(value / teacher[name], 4) for name, value in scores.items()}
-            share_closed = gap_closed(scores, control, teacher)
-            gap_note = "" if share_closed is None else f"gap closed {share_closed:.3f}, "
-            print(
-                f"m={count} max_error={limit} {scores} ratio {ratios} {gap_note}"
-                f"{count_nystrom_heads(student)} Nyström heads, {seconds:.0f} s", flush=True,
-            )  # fmt: skip
+        own = spec if limit is None else replace(spec, beyond="exact")
+        return convert(model, own, calibration=calibration, tokenizer=tokenizer, options=options.fit(limit))
+
+    def student(count: int, limit: float | None):
+        if limit is None or options.refit:
+            return fitted(count, limit)
+        return limited(fitted(count, None), limit)
+
+    def score(model) -> dict:
+        return task()[3](model)
+
+    teacher = results.row({"attention": "teacher"}, lambda: score(task()[0]))
+    control = results.row(
+        {"attention": "window only"}, lambda: score(without_far_field(student(options.landmarks[0], None)))
+    )
+    for count in options.landmarks:
+        for limit in (None, *options.max_errors):
+
+            def measure(count=count, limit=limit):
+                made = student(count, limit)
+                scores = score(made)
+                ratios = {f"{name}_ratio": value / teacher[name] for name, value in scores.items()}
+                closed = gap_closed(scores, control, teacher)
+                return {**scores, **ratios, "gap_closed": closed, "nystrom_heads": count_nystrom_heads(made)}
+
+            results.row({"attention": "nystrom", "landmarks": count, "max_error": limit}, measure)
+        fitted.cache_clear()
+
+
+def main() -> None:
+    """Run the experiment with the options of a command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=CHECKPOINTS)
+    parser.add_argument("--landmarks", nargs="+", default=["64"])
+    parser.add_argument("--max-error", nargs="*", default=[], help="beside no limit: heads left exact")
+    parser.add_argument("--refit", action="store_true", help="fit anew for each limit, as `convert` does; else once")
+    parser.add_argument("--steps", default="null")
+    found = parser.parse_args()
+    given = [f"checkpoint={found.task}", f"landmarks={','.join(found.landmarks)}", f"steps={found.steps}"]
+    given += [f"max_errors=[{','.join(found.max_error)}]", f"refit={str(found.refit).lower()}"]
+    run_experiment("nystrom_quality", Path("out", "experiments", f"nystrom_quality-{found.task}"), given)
 
 
 if __name__ == "__main__":

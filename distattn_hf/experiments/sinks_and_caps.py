@@ -1,13 +1,14 @@
 """What conversions cost small models with learned sinks (gpt-oss) or capped logits (Gemma 2), trained on a text here.
 
-python -m distattn_hf.experiments.sinks_and_caps TEXT_FILE [STEPS]
-
 Bytes are the tokens, nine tenths of the text train the model and calibrate, the rest is scored. No checkpoint of these
-architectures is small enough to be at hand.
+architectures is small enough to be at hand. `python -m distattn_hf.experiments.sinks_and_caps TEXT_FILE [STEPS]` is the
+same with other words.
 """
 
 import math
 import sys
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from ..benchmark.measure import only_errors
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
+from ..data.sources import read_texts
+from .run_experiment import run_experiment
 
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,12 +28,13 @@ SIZES = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.05,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
-STEPS, ROWS, LENGTH = 400, 16, 128
+KINDS = ("sinks", "caps")
+ROWS, LENGTH = 16, 128
 LEARNING_RATE = 5e-3
 SPECS = {
     "sqeuclidean": AttentionSpec("sqeuclidean"),
     **{metric: AttentionSpec(metric) for metric in ("l2", "cosine", "l1")},
-    **{f"{metric}, ε = 0": AttentionSpec(metric, softening=0) for metric in ("l2", "cosine", "l1")},
+    **{f"{metric} ε 0": AttentionSpec(metric, softening=0) for metric in ("l2", "cosine", "l1")},
 }
 
 
@@ -48,7 +52,7 @@ def rows(text: Tensor, count: int, length: int, generator: torch.Generator) -> T
     return torch.stack([text[start : start + length] for start in starts])
 
 
-def train(model: PreTrainedModel, text: Tensor, steps: int = STEPS) -> PreTrainedModel:
+def train(model: PreTrainedModel, text: Tensor, steps: int) -> PreTrainedModel:
     """Train on rows of a text, in place; returns the model in eval mode."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -75,25 +79,70 @@ def calibration(text: Tensor) -> list[dict[str, Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)]
 
 
+@dataclass(frozen=True)
+class Options:
+    """data: a text file, news or a data set: its bytes are the tokens. kinds: of models, sinks (gpt-oss) and caps
+    (Gemma 2). attentions: of conversions: sqeuclidean, l2, cosine, l1, and "l2 ε 0", the plain distance, of the last
+    three. steps: of the training of each model.
+    """
+
+    data: str = "news"
+    kinds: tuple[str, ...] = KINDS
+    attentions: tuple[str, ...] = tuple(SPECS)
+    steps: int = 400
+
+    def __post_init__(self):
+        for name, allowed in (("kinds", KINDS), ("attentions", tuple(SPECS))):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"{name} must be among {'; '.join(allowed)}, got {value!r}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps!r}")
+
+
+QUICK = {"kinds": ("caps",), "attentions": ("l2",), "steps": 2}
+AXES = ("kinds", "attentions")
+
+
 @only_errors("transformers")
-def main(path: Path, steps: int) -> None:
-    """Print one line for each conversion."""
-    text = torch.tensor(list(path.read_bytes()))
+def run(options: Options, results) -> None:
+    """Train a model of each kind, and measure a row for it, its exact conversion and each other one."""
+    text = torch.tensor(list("\n\n".join(read_texts(options.data)).encode("utf-8")))
     cut = len(text) * 9 // 10
-    for kind in ("sinks", "caps"):
-        teacher = train(build(kind), text[:cut], steps)
-        scores = {"teacher": perplexity(teacher, text[cut:])}
-        scores["exact"] = perplexity(convert(teacher, AttentionSpec(), init="exact"), text[cut:])
-        print(f"{kind:<6} teacher {scores['teacher']:.3f}  exact {scores['exact']:.3f}", flush=True)
-        for name, spec in SPECS.items():
-            plain = perplexity(convert(teacher, spec, init="plain"), text[cut:])
-            options = CalibrationOptions(progress=False)
-            student = convert(teacher, spec, calibration=calibration(text[:cut]), options=options)
-            ratio, report = perplexity(student, text[cut:]) / scores["teacher"], student.conversion_report
-            print(f"{kind:<6} {name:<13} x {ratio:.3f}  KL {report.mean_divergence_after:.4f}  plain {plain:.2f}")
+    for kind in options.kinds:
+
+        @cache
+        def teacher(kind=kind):
+            return train(build(kind), text[:cut], options.steps)
+
+        def scored(student) -> dict:
+            return {"perplexity": perplexity(student, text[cut:])}
+
+        reference = results.row({"kind": kind, "attention": "teacher"}, lambda: scored(teacher()))["perplexity"]
+        results.row(
+            {"kind": kind, "attention": "exact"}, lambda: scored(convert(teacher(), AttentionSpec(), init="exact"))
+        )
+        for name in options.attentions:
+
+            def measure(spec=SPECS[name], reference=reference):
+                fit = CalibrationOptions(progress=False)
+                student = convert(teacher(), spec, calibration=calibration(text[:cut]), options=fit)
+                values = scored(student)
+                return {
+                    **values, "ratio": values["perplexity"] / reference,
+                    "divergence": student.conversion_report.mean_divergence_after,
+                    "plain": perplexity(convert(teacher(), spec, init="plain"), text[cut:]),
+                }  # fmt: skip
+
+            results.row({"kind": kind, "attention": name}, measure)
+
+
+def main(path: str, steps: str = "400") -> None:
+    """Run the experiment on a text file."""
+    run_experiment("sinks_and_caps", Path("out", "experiments", "sinks_and_caps"), [f"data={path}", f"steps={steps}"])
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else STEPS)
+    main(*sys.argv[1:])

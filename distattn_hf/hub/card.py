@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..conversion.report import ConversionReport
 from .base import BaseModel, add_noted, find_base_model, license_metadata
 from .folder import ConvertedFolder, read_folder, read_results
+from .measured import Measured
 
 # Rows of the scorecard that may be the checkpoint in the folder, the last step first.
 _STEPS = ("task", "distillation", "transfer", "calibrated", "plain")
@@ -40,7 +41,7 @@ def build_card(
     *,
     license: str | None = None,
     base_model: str | None = None,
-    results: str | Path | None = None,
+    results: str | Path | list[str | Path] | None = None,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> ModelCard:
@@ -50,7 +51,7 @@ def build_card(
         license: the licence's identifier on the Hub; None takes the base model's, or that recorded at the conversion.
         base_model: a Hub name, a folder (its README.md is read), or an embedded checkpoint; None takes the teacher of
             the scorecard or the report, where that is known to be one of these.
-        results: a JSON file of the owner's own results (see `read_results`).
+        results: JSON files: what `distattn evaluate FOLDER --out` wrote, or the owner's own (see `read_results`).
         token, endpoint: for looking the base model up, as in `push`.
 
     Raises:
@@ -60,7 +61,7 @@ def build_card(
     folder = read_folder(path)
     scorecard = folder.scorecard or {}
     teacher = scorecard.get("teacher") or (folder.report and folder.report.base_model)
-    owner_results = read_results(results) if results is not None else []
+    owner_results, measured = read_results(results or [], folder.path)
     base = find_base_model(base_model, teacher, HfApi(endpoint=endpoint, token=token))
     if folder.report:
         add_noted(base, folder.report.source, folder.files)
@@ -71,10 +72,12 @@ def build_card(
             f"license must be given, such as 'apache-2.0': the base model's is not known ({base.source}); or name the "
             "base model with base_model"
         )
-    data = _metadata(folder, repo, base)
+    data = _metadata(folder, repo, base, measured)
     # Not ModelCard.from_template, which silently renders undefined names as empty.
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(read_template())
-    return sign(ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base, owner_results))))
+    return sign(
+        ModelCard(template.render(card_data=data.to_yaml(), **contents(folder, repo, base, owner_results, measured)))
+    )
 
 
 def read_template() -> str:
@@ -109,8 +112,12 @@ def _digest(text: str) -> str:
 # ------------------------------------------------------------------------------------------------- front matter
 
 
-def _metadata(folder: ConvertedFolder, repo: str, base: BaseModel) -> ModelCardData:
+def _metadata(folder: ConvertedFolder, repo: str, base: BaseModel, measured: list[Measured]) -> ModelCardData:
     results = _results(folder)
+    metrics = [folder.scorecard["metric"]] if results else []
+    for part in measured:
+        results += part.index(folder.pipeline_tag or "text-generation", _public(part.data))
+        metrics += [metric for _, metric, _ in part.results]
     scorecard = folder.scorecard or {}
     train = (scorecard.get("data") or {}).get("train")
     fields = {
@@ -119,7 +126,7 @@ def _metadata(folder: ConvertedFolder, repo: str, base: BaseModel) -> ModelCardD
         "pipeline_tag": folder.pipeline_tag,
         "tags": [*_library_tags(folder), "distattn", *_attention_tags(folder.config)],
         "datasets": [train] if train and _is_hub_name(train) else None,
-        "metrics": [scorecard["metric"]] if results else None,
+        "metrics": list(dict.fromkeys(metrics)) or None,
         "model_name": repo.partition("/")[2] if results else None,
         "eval_results": results or None,
         **base.metadata,
@@ -180,7 +187,9 @@ def _results(folder: ConvertedFolder) -> list[EvalResult]:
 # ------------------------------------------------------------------------------------------------- text
 
 
-def contents(folder: ConvertedFolder, repo: str, base: BaseModel, results: list[dict] = ()) -> dict:
+def contents(
+    folder: ConvertedFolder, repo: str, base: BaseModel, results: list[dict] = (), measured: list[Measured] = ()
+) -> dict:
     """Return the values of the template; each is None or empty where nothing was measured."""
     block, report, scorecard = folder.config["distattn"], folder.report, folder.scorecard
     row, data = own_row(scorecard), (scorecard or {}).get("data") or {}
@@ -191,11 +200,15 @@ def contents(folder: ConvertedFolder, repo: str, base: BaseModel, results: list[
         "architecture": folder.architecture,
         "attention": _attention_text(folder.config),
         "init": block.get("init"),
+        "exact": block.get("init") == "exact" and "retrieval-attention" not in _attention_tags(folder.config),
+        "retrieves": "retrieval-attention" in _attention_tags(folder.config),
+        "caught": report.mean_caught if report else None,
         "auto_class": folder.auto_class,
         "preparation": folder.preparation,
         "is_sentence_transformer": folder.is_sentence_transformer,
         "package": _package_link(),
         "owners_table": _owners_table(results),
+        "measured": [(f"{part.caption}, on {_public(part.data)}", _table(part.head, part.rows)) for part in measured],
         "report": report,
         "exact_heads": _exact_heads(report),
         "changed_since": bool(report) and report.changed_since,

@@ -11,6 +11,7 @@ from ..data.config import is_number
 from ..data.tasks import TASKS
 from ..storage.embedded import EMBEDDED
 from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
+from .measured import Measured, is_measured, read_measured
 
 SCORECARD_NAME = "distattn_scorecard.json"
 
@@ -159,7 +160,7 @@ def _check_modules(path: Path, files: list[str], left_out: dict[str, str]) -> No
             )
 
 
-def _read_json(file: Path, kind: type = dict):
+def _read_json(file: Path, kind: type | tuple[type, ...] = dict):
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -170,15 +171,30 @@ def _read_json(file: Path, kind: type = dict):
     return data
 
 
-def read_results(file: str | Path) -> list[dict]:
-    """Read the results that a model's owner measured: a JSON list of objects with "dataset", "metric" (text), "value"
-    (a number), and, optionally, "base" (the base model's value, a number) and "note" (text).
+def read_results(files, folder: Path) -> tuple[list[dict], list[Measured]]:
+    """Read results for the card of `folder` from one file or several: (the owner's own, what the package measured).
 
-    Raises `ValueError` naming the file, the entry and the field.
+    A JSON list is the owner's: objects with "dataset", "metric" (text), "value" (a number) and, optionally, "base" (the
+    base model's value, a number) and "note" (text). A JSON object is what `distattn evaluate FOLDER --out` wrote.
+
+    Raises `ValueError` naming the file, the entry and the field, and for measurements of other weights.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"results file {str(file)!r} does not exist")
+    owners, measured = [], []
+    for file in map(Path, [files] if isinstance(files, str | Path) else files):
+        if not file.is_file():
+            raise ValueError(f"results file {str(file)!r} does not exist")
+        content = _read_json(file, (list, dict))
+        if is_measured(content):
+            measured.append(read_measured(content, repr(str(file)), folder))
+            *before, last = [{(part.data, name) for name, _, _ in part.results} for part in measured]
+            if twice := next(iter(sorted(last & set().union(*before))), None):
+                raise ValueError(f"{str(file)!r} measures {twice[1]!r} on {twice[0]!r}, as a file before it does")
+        else:
+            owners += _owners_results(file)
+    return owners, measured
+
+
+def _owners_results(file: Path) -> list[dict]:
     results = _read_json(file, list)
     if not results:
         raise ValueError(f"{str(file)!r} must name at least one result, got an empty list")

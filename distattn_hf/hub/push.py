@@ -36,7 +36,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     overwrite_card: bool = False,
-    results: str | Path | None = None,
+    results: str | Path | list[str | Path] | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
 ) -> PushResult:
@@ -54,7 +54,8 @@ def push(
         token: None takes HF_TOKEN or the stored login; it is neither printed nor written.
         revision: a branch, created if it does not exist; None for the main one.
         commit_message: None for "Upload <class> with distattn_hf".
-        results: a JSON file of your own results (see `read_results`), which the card shows as yours.
+        results: JSON files for the card: what `distattn evaluate FOLDER --out` wrote, or your own results (see
+            `read_results`), which the card shows as yours.
         overwrite_card: replace a README.md that somebody wrote or edited.
         dry_run: do all checks and build the card, but create and upload nothing.
         endpoint: None takes HF_ENDPOINT or the Hub.
@@ -97,14 +98,18 @@ def choose_card(
     """Return the folder's README.md where somebody wrote or edited it, else a new card; and notes for the user."""
     own_card = _local_card(folder)
     if own_card is not None and not overwrite_card and not is_unedited(own_card):
-        if results is not None:
+        if results:
             raise ValueError(
-                f"results={str(results)!r} go into a new card, but somebody wrote {CARD_NAME} of the folder; write "
+                f"results={_named(results)} go into a new card, but somebody wrote {CARD_NAME} of the folder; write "
                 "them there, or replace it by overwrite_card"
             )
         return own_card, [f"{CARD_NAME} of the folder is uploaded as it is; overwrite_card replaces it"]
     card_options = {"license": license, "base_model": base_model, "results": results}
     return str(build_card(folder.path, repo, **card_options, token=token, endpoint=endpoint)), []
+
+
+def _named(results) -> str:
+    return ", ".join(repr(str(file)) for file in ([results] if isinstance(results, str | Path) else results))
 
 
 class Upload:

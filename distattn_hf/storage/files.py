@@ -1,5 +1,7 @@
 """Which files of a checkpoint's folder go where: into a conversion of it, or to the Hub. Needs no torch."""
 
+import hashlib
+import json
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -82,3 +84,19 @@ def list_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 def _is_blob(target: Path) -> bool:
     """Return whether a file lies where the Hub's cache keeps the contents of a repository's files."""
     return target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+
+
+def checkpoint_digest(folder: str | Path) -> str | None:
+    """Return SHA-256 of a folder's weights (its safetensors files) and of its config's distattn block; None where there
+    is no such folder: of a name on the Hub, or of weights in another form.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = hashlib.sha256(json.dumps(config.get("distattn"), sort_keys=True).encode())
+    for file in files:
+        with file.open("rb") as opened:
+            found.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()

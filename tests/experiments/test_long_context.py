@@ -98,3 +98,18 @@ def test_the_config_file_is_read():
     options = read_options(load_experiment("long_context"), "configs/experiments/long_context.yaml", ())
     assert max(options.lengths) == 8192
     assert options.samples >= 20
+
+
+def test_the_quick_setting_needs_no_file(tmp_path, monkeypatch):
+    """Where nothing but the package is: model and text are made, the same ones each time."""
+    monkeypatch.chdir(tmp_path)
+    given = ["students=teacher,retrieval", "tasks=passkey,perplexity", "lengths=200", "depths=0.5", "samples=1"]
+    first, again = (run_experiment("long_context", tmp_path / name, given, quick=True).rows for name in ("a", "b"))
+    assert first == again
+    assert [row["student"] for row in first] == [
+        "teacher",
+        "teacher",
+        "retrieval, weight 0.03",
+        "retrieval, weight 0.03",
+    ]
+    assert first[1]["log_loss"] != first[3]["log_loss"]

@@ -72,4 +72,4 @@ def test_what_others_test_is_a_mapping(path):
 
 
 def test_no_kind_is_missing():
-    assert {p.parts[1] for p in FILES} == {"attention", "training", "accelerate", "experiments", "model"}
+    assert {p.parts[1] for p in FILES} == {"attention", "training", "accelerate", "experiments", "evaluation", "model"}

@@ -1,0 +1,112 @@
+"""Experiments on real checkpoints, `distattn experiment NAME`, with tiny models in their place: what rows there are."""
+
+import math
+import sys
+
+import pytest
+
+from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
+from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality
+from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
+from tests.fixtures.load import GPT2_ENGLISH, gpt2_english
+
+
+def task():
+    """The self-trained GPT-2, and its perplexity on a text."""
+    teacher, tokenizer, texts = gpt2_english()
+    options = EvaluationOptions(max_length=128, max_tokens=256, progress=False)
+
+    def score(model):
+        return {"perplexity": evaluate_model(model, tokenizer, texts[1:], options=options)["perplexity"]}
+
+    return teacher, tokenizer, texts[:1], score
+
+
+def test_conversion_quality(tmp_path, monkeypatch):
+    monkeypatch.setitem(conversion_quality.CHECKPOINTS, "smollm2", task)
+    run_experiment("conversion_quality", tmp_path, ["inits=plain"], quick=True, echo=lambda line: None)
+    rows = run_experiment("conversion_quality", tmp_path, ["metrics=l2,lp", "inits=plain"], quick=True).rows
+    assert [(row["attention"], row["init"]) for row in rows] == [("teacher", None), ("l2", "plain"), ("lp", "plain")]
+    teacher, *others = rows
+    for row in others:
+        assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / teacher["perplexity"])
+        assert row["perplexity_ratio"] > 1.02
+    model, _, _, score = task()
+    assert teacher["perplexity"] == pytest.approx(score(model)["perplexity"])
+
+
+def test_nystrom_quality(tmp_path, monkeypatch):
+    monkeypatch.setitem(nystrom_quality.CHECKPOINTS, "smollm2", lambda: (*task(), {"window_size": 8}))
+    fits = []
+    monkeypatch.setattr(
+        nystrom_quality, "convert", lambda *a, convert=nystrom_quality.convert, **k: fits.append(1) or convert(*a, **k)
+    )
+    rows = run_experiment("nystrom_quality", tmp_path, ["max_errors=0.2"], quick=True).rows
+    assert [(row["attention"], row.get("max_error")) for row in rows] == [
+        ("teacher", None), ("window only", None), ("nystrom", None), ("nystrom", 0.2),
+    ]  # fmt: skip
+    teacher, control, whole, limited = (math.log(row["perplexity"]) for row in rows)
+    assert rows[2]["gap_closed"] == pytest.approx((control - whole) / (control - teacher))
+    assert rows[3]["nystrom_heads"] < rows[2]["nystrom_heads"]
+    assert abs(limited - teacher) < abs(whole - teacher)
+    assert len(fits) == 1
+
+
+def test_model_speed(tmp_path):
+    rows = run_experiment("model_speed", tmp_path, [f"checkpoint={GPT2_ENGLISH}"], quick=True).rows
+    assert [(row["job"], row["attention"]) for row in rows] == [
+        (job, name) for job in ("prefill", "generate") for name in ("untouched", "l2")
+    ]
+    assert [row["ratio"] for row in rows[::2]] == [1.0, 1.0]
+    for reference, row in zip(rows[::2], rows[1::2]):
+        assert row["ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
+
+
+def test_sinks_and_caps(tmp_path):
+    """The exact conversion is the teacher, and a resumed run trains the same one."""
+    given = [f"data={GPT2_ENGLISH / 'heldout.txt'}", "attentions=l2"]
+    teacher, exact, l2 = run_experiment("sinks_and_caps", tmp_path / "a", given, quick=True).rows
+    assert exact["perplexity"] == pytest.approx(teacher["perplexity"], rel=1e-4)
+    assert l2["ratio"] == pytest.approx(l2["perplexity"] / teacher["perplexity"])
+    assert l2["plain"] != l2["perplexity"]
+    run_experiment("sinks_and_caps", tmp_path / "b", [given[0], "attentions=[]"], quick=True)
+    assert run_experiment("sinks_and_caps", tmp_path / "b", given, quick=True).rows == [teacher, exact, l2]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("conversion_quality", "checkpoint=gpt2", "checkpoint must be one of iglm, minilm, smollm2, got 'gpt2'"),
+        ("conversion_quality", "inits=exact", "inits must be among plain, calibrated, got 'exact'"),
+        ("nystrom_quality", "max_errors=-1", "max_error must be"),
+        ("nystrom_quality", "checkpoint=gpt2", "checkpoint must be one of iglm, minilm, smollm2, got 'gpt2'"),
+        ("sinks_and_caps", "kinds=bias", "kinds must be among sinks; caps, got 'bias'"),
+        ("sinks_and_caps", "steps=0", "steps must be >= 1, got 0"),
+        ("model_speed", "rounds=0", "rounds must be >= 1, got 0"),
+        ("model_speed", "prompt_tokens=128", "prompt_tokens must be at most prefill_tokens, got 128"),
+    ],
+)
+def test_bad_options(tmp_path, name, given, message):
+    with pytest.raises(ValueError, match=message):
+        run_experiment(name, tmp_path / "out", [given], quick=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_words_of_before(monkeypatch):
+    """`python -m distattn_hf.experiments.NAME` is the experiment, with the options it had."""
+    asked = []
+    for module in (conversion_quality, model_speed, nystrom_quality):
+        monkeypatch.setattr(module, "run_experiment", lambda name, out, given: asked.append((name, given)))
+    conversion_quality.main(["minilm", "l2", "l1", "softening=0"])
+    model_speed.main(["iglm", "l1"])
+    monkeypatch.setattr(sys, "argv", ["", "iglm", "--landmarks", "16", "64", "--max-error", "0.2", "--steps", "5"])
+    nystrom_quality.main()
+    monkeypatch.setattr(sys, "argv", ["", "smollm2"])
+    nystrom_quality.main()
+    options = [read_options(load_experiment(name), None, given) for name, given in asked]
+    assert options == [
+        conversion_quality.Options("minilm", ("l2", "l1"), softening=0.0),
+        model_speed.Options("iglm", ("l1",)),
+        nystrom_quality.Options("iglm", (16, 64), (0.2,), steps=5),
+        nystrom_quality.Options(),
+    ]
