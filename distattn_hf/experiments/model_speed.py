@@ -1,7 +1,7 @@
-"""Speed of converted models beside the untouched one: prefill and generation, interleaved in one run.
+"""Speed of converted models beside the untouched one: reading, steps after it, generation; interleaved in one run.
 
-`python -m distattn_hf.experiments.model_speed {smollm2-135m|iglm|FOLDER|HUB NAME} [METRIC ...]` is the same with other
-words.
+`python -m distattn_hf.experiments.model_speed {smollm2-135m|iglm|FOLDER|HUB NAME} [ATTENTION ...]` is the same with
+other words.
 """
 
 import random
@@ -18,48 +18,59 @@ from ..benchmark.measure import only_errors, spread
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
+from ..data.sources import read_texts
 from ..storage.models import load_checkpoint
 from .run_experiment import run_experiment
 
-METRICS = ("sqeuclidean", "l2", "cosine", "l1")
+ATTENTIONS = ("sqeuclidean", "l2", "cosine", "l1")
+JOBS = ("prefill", "step", "generate")
 
 
-def _seconds(run, model) -> float:
-    start = time.perf_counter()
-    run(model)
-    return time.perf_counter() - start
+def model_speed(models: dict, ids: torch.Tensor, options: "Options") -> dict[str, dict[str, list[float]]]:
+    """Return {job: {model's name: seconds of each round}}; the order within a round is random.
 
-
-def model_speed(models: dict, vocabulary: int, options: "Options") -> dict[str, dict[str, list[float]]]:
-    """Return {"prefill" or "generate": {model's name: seconds of each round}}; the order within a round is random."""
-    ids = torch.randint(100, vocabulary, (1, options.prefill_tokens), generator=torch.Generator().manual_seed(0))
-    prompt, new = ids[:, : options.prompt_tokens], options.new_tokens
-    asked = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    jobs = {
-        "prefill": lambda model: model(ids, use_cache=True, logits_to_keep=1),
-        "generate": lambda model: model.generate(prompt, attention_mask=torch.ones_like(prompt), **asked),
-    }
-    order, seconds_by_job = list(models), {job: {name: [] for name in models} for job in jobs}
+    "prefill": the text `ids` (1, N) is read; "step": one token after it, the median of `new_tokens`; "generate":
+    `prompt_tokens` of it are read and `new_tokens` made.
+    """
+    order, seconds = list(models), {job: {name: [] for name in models} for job in JOBS}
     with torch.no_grad():
         for round_number in range(options.rounds + 1):
             random.Random(round_number).shuffle(order)
-            for job, run in jobs.items():
-                for name in order:
-                    seconds = _seconds(run, models[name])
+            for name in order:
+                for job, value in zip(JOBS, _round(models[name], ids, options), strict=True):
                     if round_number:  # The first round warms up.
-                        seconds_by_job[job][name].append(seconds)
-    return seconds_by_job
+                        seconds[job][name].append(value)
+    return seconds
+
+
+def _round(model, ids: torch.Tensor, options: "Options") -> tuple[float, float, float]:
+    prompt, new = ids[:, : options.prompt_tokens], options.new_tokens
+    asked = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    read, read_seconds = _timed(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    cache, steps = read.past_key_values, []
+    for _ in range(new):
+        steps.append(_timed(lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))[1])
+    generated = _timed(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **asked))[1]
+    return read_seconds, statistics.median(steps), generated
+
+
+def _timed(run) -> tuple:
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
 
 
 @dataclass(frozen=True)
 class Options:
-    """checkpoint: a causal model, "untouched". metrics: of its conversions, lp with p = 3; two steps fit them, as speed
-    does not depend on how good a fit is. prefill_tokens: of a text that is read. prompt_tokens, new_tokens: of one
-    that is gone on with. rounds: in which each model runs once, in random order.
+    """checkpoint: a causal model, "untouched". attentions: "retrieval", or metrics of its conversions, lp with p = 3;
+    two steps fit them, as speed does not depend on how good a fit is. data: what is read, which decides what retrieval
+    reads; None for random tokens. prefill_tokens: of a text that is read, which leaves room for the new ones.
+    prompt_tokens, new_tokens: of one that is gone on with. rounds: in which each model runs once, in random order.
     """
 
     checkpoint: str = "smollm2-135m"
-    metrics: tuple[str, ...] = METRICS
+    attentions: tuple[str, ...] = ATTENTIONS
+    data: str | None = None
     prefill_tokens: int = 1024
     prompt_tokens: int = 512
     new_tokens: int = 32
@@ -71,15 +82,32 @@ class Options:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
         if self.prompt_tokens > self.prefill_tokens:
             raise ValueError(f"prompt_tokens must be at most prefill_tokens, got {self.prompt_tokens}")
-        for metric in self.metrics:
-            _spec(metric)
+        for name in self.attentions:
+            _spec(name)
 
 
-QUICK = {"metrics": ("l2",), "prefill_tokens": 64, "prompt_tokens": 32, "new_tokens": 2, "rounds": 1}
+QUICK = {
+    "attentions": ("l2", "retrieval"), "prefill_tokens": 64, "prompt_tokens": 32, "new_tokens": 2, "rounds": 1
+}  # fmt: skip
 
 
-def _spec(metric: str) -> AttentionSpec:
-    return AttentionSpec(metric, p=3.0 if metric == "lp" else None)
+def _spec(name: str) -> AttentionSpec:
+    if name == "retrieval":
+        return AttentionSpec(mechanism="retrieval")
+    return AttentionSpec(name, p=3.0 if name == "lp" else None)
+
+
+def _ids(options: Options, tokenizer, vocabulary: int) -> torch.Tensor:
+    """Return the tokens (1, prefill_tokens) that are read."""
+    count = options.prefill_tokens
+    if options.data is None:
+        return torch.randint(100, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+    texts, ids = iter(read_texts(options.data, split="test")), []
+    while len(ids) < count and (text := next(texts, None)) is not None:
+        ids += tokenizer(text + "\n\n")["input_ids"]
+    if len(ids) < count:
+        raise ValueError(f"prefill_tokens must be at most the {len(ids):,} tokens of {options.data!r}, got {count:,}")
+    return torch.tensor([ids[:count]])
 
 
 @only_errors("transformers")
@@ -92,12 +120,13 @@ def run(options: Options, results) -> None:
         models = {"untouched": teacher.eval()}
         fit = CalibrationOptions(steps=2, sequences=2, progress=False)
         text = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
-        for metric in options.metrics:
-            models[metric] = convert(teacher, _spec(metric), calibration=text, tokenizer=tokenizer, options=fit).eval()
-        return model_speed(models, teacher.config.vocab_size, options)
+        for name in options.attentions:
+            fitted = {} if name == "retrieval" else {"calibration": text, "tokenizer": tokenizer, "options": fit}
+            models[name] = convert(teacher, _spec(name), **fitted).eval()
+        return model_speed(models, _ids(options, tokenizer, teacher.config.vocab_size), options)
 
-    for job in ("prefill", "generate"):
-        for name in ("untouched", *options.metrics):
+    for job in JOBS:
+        for name in ("untouched", *options.attentions):
             results.row({"job": job, "attention": name}, lambda j=job, n=name: _compared(times()[j], n))
 
 
@@ -108,10 +137,10 @@ def _compared(times: dict[str, list[float]], name: str) -> dict:
 
 
 def main(names: list[str]) -> None:
-    """Run the experiment on a checkpoint, by metrics as they are named."""
+    """Run the experiment on a checkpoint, by attentions as they are named."""
     if not names:
         raise SystemExit(__doc__)
-    given = [f"checkpoint={names[0]}", *([f"metrics={','.join(names[1:])}"] if names[1:] else [])]
+    given = [f"checkpoint={names[0]}", *([f"attentions={','.join(names[1:])}"] if names[1:] else [])]
     run_experiment("model_speed", Path("out", "experiments", f"model_speed-{Path(names[0]).name}"), given)
 
 

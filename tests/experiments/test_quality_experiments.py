@@ -55,11 +55,21 @@ def test_nystrom_quality(tmp_path, monkeypatch):
 def test_model_speed(tmp_path):
     rows = run_experiment("model_speed", tmp_path, [f"checkpoint={GPT2_ENGLISH}"], quick=True).rows
     assert [(row["job"], row["attention"]) for row in rows] == [
-        (job, name) for job in ("prefill", "generate") for name in ("untouched", "l2")
+        (job, name) for job in ("prefill", "step", "generate") for name in ("untouched", "l2", "retrieval")
     ]
-    assert [row["ratio"] for row in rows[::2]] == [1.0, 1.0]
-    for reference, row in zip(rows[::2], rows[1::2]):
-        assert row["ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
+    assert [row["ratio"] for row in rows[::3]] == [1.0, 1.0, 1.0]
+    for reference, *others in zip(rows[::3], rows[1::3], rows[2::3]):
+        for row in others:
+            assert row["ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
+
+
+def test_model_speed_reads_the_text_it_is_given(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One two three. " * 10, encoding="utf-8")
+    given = [f"checkpoint={GPT2_ENGLISH}", f"data={text}", "attentions=retrieval"]
+    assert run_experiment("model_speed", tmp_path / "a", [*given, "prefill_tokens=32"], quick=True).rows
+    with pytest.raises(ValueError, match="prefill_tokens must be at most the .* tokens of .*text.txt', got 4000"):
+        run_experiment("model_speed", tmp_path / "b", [*given, "prefill_tokens=4000"], quick=True)
 
 
 def test_sinks_and_caps(tmp_path):
