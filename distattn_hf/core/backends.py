@@ -19,6 +19,7 @@ from .backend_triton import declined as triton_declined
 from .backend_triton import triton_attention
 from .backend_triton import unsupported as triton_unsupported
 from .inputs import AttentionInputs
+from .kernel_cpp_library import in_onnx_export
 from .metrics import get_metric
 from .reference import reference_attention
 from .registry import Registry
@@ -62,6 +63,9 @@ def validate_backend(name: str) -> str:
 
 def choose_backend(name: str, inputs: AttentionInputs) -> Backend:
     """Return the backend to run: the first able one for "auto"; an explicit one that cannot raises `ValueError`."""
+    if name == "auto" and in_onnx_export():
+        # No kernels of one's own, and no loops whose length is that of the text.
+        return next(b for b in map(BACKENDS.get, ("sdpa", "reference")) if b.unsupported(inputs) is None)
     if name == "auto":
         return next(b for b in map(BACKENDS.get, BACKENDS) if b.unsupported(inputs) is None and not b.declined(inputs))
     backend = BACKENDS.get(name)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernel_cpp_library import in_onnx_export
 from .metrics import Metric
 from .softening import LEAST, knee
 
@@ -243,6 +244,14 @@ def masked_softmax(logits: Tensor, keep: Tensor | None, sink_logit: Tensor | Non
     logits = logits.masked_fill(~keep, float("-inf"))
     weights = torch.where(has_keys, logits, torch.zeros_like(logits)).softmax(dim=-1)
     return torch.where(keep, weights, torch.zeros_like(weights))
+
+
+def refuse_onnx(attention: str) -> None:
+    """Raise `NotImplementedError` where an attention that depends on the text's length in Python is written as ONNX."""
+    if in_onnx_export():
+        raise NotImplementedError(
+            f"{attention} attention has no ONNX form, as its work depends on the text; models of exact metrics have one"
+        )
 
 
 def say_backend(attention: str, backend: str, query: Tensor, key: Tensor) -> None:

@@ -142,6 +142,12 @@ def readable(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
+def in_onnx_export() -> bool:
+    """Return whether this is being written as ONNX, which has PyTorch's own operators alone."""
+    # What says so takes a second to import; while it is not, nothing is written.
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def can_run(source: str, *tensors: Tensor) -> bool:
     """Return whether kernels without gradients can read these tensors: float32 on the CPU, no gradient asked for."""
     if any(t.device.type != "cpu" or t.dtype != torch.float32 or 0 in t.shape for t in tensors):

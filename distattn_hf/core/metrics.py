@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .kernel_cpp_library import distance_backward, distance_forward, kind_of, readable, unavailable
+from .kernel_cpp_library import distance_backward, distance_forward, in_onnx_export, kind_of, readable, unavailable
 from .metric_checks import check_distances, refuse_parameters
 from .registry import Registry
 from .softening import huber, knee, plummer, soft_maximum, soft_normalize, soft_power_mean
@@ -106,17 +106,17 @@ def _measured_temperature(metric: Metric, head_dim: int, p: float | None) -> flo
 
 
 def _pairwise_difference(query: Tensor, key: Tensor, reduce) -> Tensor:
-    """Apply reduce(q_i - k_j) over the last axis, by blocks of queries: (..., N, M, d) never exists at once."""
+    """Apply reduce(q_i - k_j) over the last axis, by blocks of queries: but in ONNX (..., N, M, d) never exists."""
+    if in_onnx_export():  # how many blocks there are depends on the shapes
+        return reduce(query[..., :, None, :] - key[..., None, :, :])
     block = max(1, 2**24 // max(1, key.numel()))
     rows = [reduce(query[..., i : i + block, None, :] - key[..., None, :, :]) for i in range(0, query.shape[-2], block)]
     return torch.cat(rows, dim=-2) if rows else query.new_zeros(*query.shape[:-1], key.shape[-2])
 
 
 def _squared_distance(query: Tensor, key: Tensor) -> Tensor:
-    """Compute ‖q‖² + ‖k‖² - 2q·k; an entry depends on its own query and key only, so masked keys change no other.
-
-    (Moving both by the mean key first would lose fewer digits where q ≈ k, at the price of that property.)
-    """
+    """Compute ‖q‖² + ‖k‖² - 2q·k; an entry depends on its own query and key only, so masked keys change no other."""
+    # Moving both by the mean key first would lose fewer digits where q ≈ k, at the price of that property.
     squared = query.square().sum(-1)[..., :, None] + key.square().sum(-1)[..., None, :]
     return squared - 2 * torch.matmul(query, key.transpose(-1, -2))
 
@@ -307,7 +307,7 @@ class Minkowski(Metric):
         )
 
     def _eager_distance(self, query, key, p):
-        return _cdist(query, key, self._order(p))
+        return self.distance(query, key, p) if in_onnx_export() else _cdist(query, key, self._order(p))
 
 
 class Manhattan(Minkowski):

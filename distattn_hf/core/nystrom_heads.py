@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .attention_spec import version_note
 from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
-from .inputs import ModuleCall, surely
+from .inputs import ModuleCall, refuse_onnx, surely
 from .nystrom_cache import NystromLayer, layer_behind
 from .nystrom_hybrid import FarState, HybridInputs, advance, hybrid_attention
 from .parameters import DistanceAttentionState, HeadParameters, NystromParameters
@@ -76,6 +76,7 @@ def nystrom_forward(
 
     `attend` runs exact attention on all keys: of heads that are not Nyström's, and of queries that see few keys.
     """
+    refuse_onnx("Nyström")
     if call.groups > 1:
         key, value = key[:, :: call.groups], value[:, :: call.groups]
     layer, num_keys, num_queries = layer_behind(key), key.shape[2], query.shape[2]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .absolute_logits import finish_logits, row_constant
 from .inputs import AttentionInputs, add_triangle, masked_softmax
+from .kernel_cpp_library import in_onnx_export
 from .metrics import BUILT_IN
 from .nystrom_hybrid import HEADROOM, HybridInputs, take_sinks
 
@@ -17,7 +18,8 @@ def attention_logits(inputs: AttentionInputs) -> tuple[Tensor, Tensor | None]:
 
     Where there is a cap or a sink (see absolute_logits.py) the lift's logits are those of q·k, its constant undone.
     """
-    distance = inputs.distances(inputs.query, inputs.key, fast=False)
+    # Written as ONNX this is what runs, and should take the matmuls that a metric has.
+    distance = inputs.distances(inputs.query, inputs.key, fast=in_onnx_export())
     if inputs.is_absolute and inputs.metric is BUILT_IN["lifted_sqeuclidean"]:
         distance = distance + row_constant(inputs.metric, inputs.query, inputs.key)
     logits = -inputs.lambda_column() * inputs.scaling * distance

@@ -11,7 +11,7 @@ from .attention import without_autocast
 from .attention_spec import AttentionSpec
 from .derived_cache import FirstQueries
 from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
-from .inputs import AttentionInputs, ModuleCall, surely
+from .inputs import AttentionInputs, ModuleCall, refuse_onnx, surely
 from .metrics import get_metric
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
@@ -86,6 +86,7 @@ def retrieve(
     layer: the cache layer that holds the key, or None. first_queries: what keeps the text's first ones, or None.
     number: that of the group in both.
     """
+    refuse_onnx("retrieval")
     problem = retrieval_problem(group, query, key, value, keep, call)
     known, is_whole = None, query.shape[2] == key.shape[2]
     if first_queries is not None and call.is_causal:
