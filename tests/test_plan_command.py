@@ -73,6 +73,7 @@ def test_a_short_measurement(monkeypatch):
     assert [choice.timed_tokens for choice in plan.choices] == [None, 64, 64]
     assert all(choice.time_ratio > 0 for choice in plan.choices[1:])
     assert "time: of reading 64 tokens here" in lines(plan)[-2]
+    assert "weights and cache in float32" in lines(plan)[-3]
     assert all(t.equal(before[name]) for name, t in teacher.state_dict().items())
 
 
@@ -91,6 +92,11 @@ def test_what_cannot_be_planned():
         make_plan(gpt2(), 100_000, PLENTY)
     with pytest.raises(ValueError, match="length must be an integer >= 1, got 0"):
         make_plan(gpt2(), 0, PLENTY)
+    broken = gpt2().train()
+    broken.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN|not finite"):
+        make_plan(broken, 10, PLENTY)
+    assert all(module.training for module in broken.modules())
 
 
 def test_the_command(tmp_path):
@@ -108,6 +114,6 @@ def test_the_command(tmp_path):
 def test_memory_is_read():
     found = [read_bytes(text) for text in ("16GB", "1.5 gib", "500MB", "123")]
     assert found == [16 * 10**9, 3 * 2**29, 5 * 10**8, 123]
-    for text in ("16 G", "-1GB", "GB", "0GB", "1e9"):
+    for text in ("16 G", "-1GB", "GB", "0GB", "1e9", "0.5"):
         with pytest.raises(ValueError, match="--memory must be a number and a unit such as 16GB"):
             read_bytes(text)

@@ -98,7 +98,8 @@ class PerformanceMonitor:
     def layers(self) -> dict[str, dict]:
         """Return {layer: numbers}: what its attention modules took together; weights' statistics are by module.
 
-        Names are "layer_0", ...; "encoder_layer_0" and "decoder_layer_0" where both are. calls: of the layer; seconds;
+        Names are "layer_0", ...; "encoder_layer_0" and "decoder_layer_0" where both are, or
+        what stands before the number where two would have one name. calls: of the layer; seconds;
         avg_forward_time, seconds of one call's attention; tokens, tokens_per_second, peak_bytes as in `stats`.
         """
         layers: dict[str, list[dict]] = {}
@@ -136,8 +137,13 @@ def _layer_of(name: str, names) -> str:
     stem, number = _first_number(name)
     if number is None:
         return name
-    kind = next((kind for kind in ("encoder", "decoder") if kind in stem.split(".")), stem) if len(stems) > 1 else ""
+    kinds = [_kind_of(each) for each in stems]
+    kind = "" if len(stems) == 1 else _kind_of(stem) if len(set(kinds)) == len(kinds) else stem
     return f"{kind}_layer_{number}".removeprefix("_")
+
+
+def _kind_of(stem: str) -> str:
+    return next((kind for kind in ("encoder", "decoder") if kind in stem.split(".")), stem)
 
 
 def _first_number(name: str) -> tuple[str, str | None]:

@@ -1,5 +1,6 @@
 """Which attention suits a model at a length and in so much memory: bytes, a short measurement, what it loses."""
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -46,6 +47,7 @@ class Plan:
     choices: list[Choice]
     take: str | None
     why: str
+    dtype: str
 
     def to_dict(self) -> dict:
         """Return the plan as JSON has it."""
@@ -77,7 +79,7 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
     vocabulary, shape = model.config.get_text_config().vocab_size, (1, min(length, TIMED_TOKENS))
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     choices, modes = [], {module: module.training for module in model.modules()}
-    with only_errors("transformers", "distattn_hf"):
+    with only_errors("transformers", "distattn_hf"), _modes_kept(modes):
         model.eval()
         candidates = {"dot": model, "retrieval": convert(model, "retrieval"), "nystrom": _nystrom(model, ids)}
         for name, candidate in candidates.items():
@@ -89,10 +91,17 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
                     None if ratio is None else ids.shape[1],
                 )
             )  # fmt: skip
-    for module, mode in modes.items():
-        module.training = mode
     take, why = _advice({choice.attention: choice for choice in choices}, length)
-    return Plan(choices, take, why)
+    return Plan(choices, take, why, str(model.dtype).removeprefix("torch."))
+
+
+@contextmanager
+def _modes_kept(modes: dict):
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _nystrom(model, ids):
@@ -121,7 +130,9 @@ def _time(model, candidate, ids) -> float:
 
 def _advice(by_name: dict[str, Choice], length: int) -> tuple[str | None, str]:
     if by_name["retrieval"].fits and length >= SHORT:
-        return "retrieval", "it fits, and reads few of the keys: less time, next to nothing lost, all keys kept"
+        timed = by_name["retrieval"].timed_tokens
+        grows = "" if timed is None or timed >= length else f" (at {timed:,} tokens as above; what it saves grows)"
+        return "retrieval", f"it fits, reads few of the keys{grows}, loses next to nothing, and all keys are kept"
     if by_name["dot"].fits:
         short = f" below {SHORT:,} tokens" if length < SHORT else ""
         return "dot", f"the model's own attention fits{short}, and loses nothing; take a distance for its geometry"
@@ -139,6 +150,7 @@ def lines(plan: Plan) -> list[str]:
             f"{choice.attention:<10} {choice.weight_bytes / 1e6:>11,.1f} {choice.cache_bytes / 1e6:>10,.1f} "
             f"{'yes' if choice.fits else 'no':>5} {time:>7}  {choice.measured_loss}"
         )
+    made.append(f"weights and cache in {plan.dtype}, in which the model is loaded here")
     if timed := next((choice.timed_tokens for choice in plan.choices if choice.timed_tokens), None):
         made.append(f"time: of reading {timed:,} tokens here, to the model's own attention")
     return [*made, f"take {plan.take or 'none of them'}: {plan.why}"]

@@ -44,6 +44,6 @@ def plan(
 def read_bytes(text: str) -> int:
     """Return the bytes of "16GB", "1.5 GiB" or a plain number; raises `ValueError` for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) == 0:
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
         raise ValueError(f"--memory must be a number and a unit such as 16GB, 500MB or 8GiB, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -35,7 +35,8 @@ class PositionalEncoding(nn.Module):
     name: str
     is_bias: bool = False
     extrapolates: str
-    dropout: float = 0.0
+    # Of what `forward` gives; an encoding may have a module named dropout.
+    dropout_p: float = 0.0
 
     @classmethod
     def from_config(cls, config) -> "PositionalEncoding":
@@ -47,7 +48,7 @@ class PositionalEncoding(nn.Module):
         """Raise `ValueError` for a native config in which this encoding is impossible."""
 
     def forward(self, hidden_states: Tensor, length: int | None = None) -> Tensor:
-        """Add positions 0 to N - 1 to embeddings (B, N, D), or turn them by these, with `dropout` in training.
+        """Add positions 0 to N - 1 to embeddings (B, N, D), or turn them by these, with dropout in training.
 
         length: N, where a caller states it. Raises `ValueError` for another length, and for an encoding that adds to
         the logits.
@@ -62,7 +63,7 @@ class PositionalEncoding(nn.Module):
                 "encoding.bias(num_queries, num_keys)"
             )
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        return F.dropout(self._at(hidden_states, positions), self.dropout, self.training)
+        return F.dropout(self._at(hidden_states, positions), self.dropout_p, self.training)
 
     def _at(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
         return self.embed(hidden_states, position_ids)
@@ -100,7 +101,7 @@ class SinusoidalEncoding(PositionalEncoding):
 
     extrapolates = "defined everywhere, quality falls soon"
 
-    def __init__(self, num_positions: int, size: int):
+    def __init__(self, num_positions: int = 512, size: int = 768):
         super().__init__()
         self.num_positions, self.size = num_positions, size
 

@@ -18,6 +18,7 @@ from ..benchmark.measure import only_errors, spread
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
+from ..core.discovery import max_positions
 from ..data.sources import read_texts
 from ..storage.models import load_checkpoint
 from .run_experiment import run_experiment
@@ -84,6 +85,8 @@ class Options:
             raise ValueError(f"prompt_tokens must be at most prefill_tokens, got {self.prompt_tokens}")
         for name in self.attentions:
             _spec(name)
+        if len(set(self.attentions)) < len(self.attentions):
+            raise ValueError(f"attentions must be different ones, got {', '.join(self.attentions)}")
 
 
 QUICK = {
@@ -101,7 +104,7 @@ def _ids(options: Options, tokenizer, vocabulary: int) -> torch.Tensor:
     """Return the tokens (1, prefill_tokens) that are read."""
     count = options.prefill_tokens
     if options.data is None:
-        return torch.randint(100, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+        return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
     texts, ids = iter(read_texts(options.data, split="test")), []
     while len(ids) < count and (text := next(texts, None)) is not None:
         ids += tokenizer(text + "\n\n")["input_ids"]
@@ -117,6 +120,12 @@ def run(options: Options, results) -> None:
     @cache
     def times():
         teacher, tokenizer = load_checkpoint(options.checkpoint)
+        most, needed = max_positions(teacher.config), options.prefill_tokens + options.new_tokens
+        if most is not None and needed > most:
+            raise ValueError(
+                f"prefill_tokens + new_tokens must be at most the {most:,} positions of {options.checkpoint}, "
+                f"got {needed:,}"
+            )
         models = {"untouched": teacher.eval()}
         fit = CalibrationOptions(steps=2, sequences=2, progress=False)
         text = ["The quick brown fox jumps over the lazy dog. " * 20] * 4

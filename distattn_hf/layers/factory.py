@@ -256,7 +256,7 @@ class PositionalEncodingFactory:
         kind = POSITIONAL_ENCODINGS.get(name)
         kind.check(config)
         encoding = kind.from_config(config)
-        encoding.dropout = DistanceAttentionConfig(dropout=dropout).dropout
+        encoding.dropout_p = DistanceAttentionConfig(dropout=dropout).dropout
         if encoding.is_bias and dropout:
             raise ValueError(f"encoding {name!r} adds to the logits, where there is nothing to drop; got {dropout=}")
         return encoding

@@ -21,7 +21,7 @@ from distattn_hf import (
     DistAttnSeq2SeqConfig,
     convert,
 )
-from distattn_hf.analysis.monitor import PerformanceMonitor
+from distattn_hf.analysis.monitor import PerformanceMonitor, _layer_of
 
 
 class Sleepy(nn.Module):
@@ -203,3 +203,11 @@ def test_layers_of_an_encoder_decoder():
     assert [layer["tokens"] for layer in stats.values()] == [14, 8, 8]
     both = [modules[f"model.decoder.layers.0.{part}"]["seconds"] for part in ("self_attn", "cross_attn")]
     assert stats["decoder_layer_0"]["seconds"] == sum(both)
+
+
+def test_two_towers_are_not_one():
+    """CLIP's are both called encoder."""
+    names = [f"{tower}_model.encoder.layers.0.self_attn" for tower in ("text", "vision")]
+    assert [_layer_of(name, names) for name in names] == [
+        "text_model.encoder.layers_layer_0", "vision_model.encoder.layers_layer_0"
+    ]  # fmt: skip

@@ -568,7 +568,10 @@ def test_the_kernels_summaries_are_the_operators(metric, padded):
 @needs_kernel
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_the_best_of_many_blocks(count):
-    """Of equal ones the first; a key that is no number is read, and seen. 190 blocks are ranked in two passes."""
+    """Of equal ones the first; where one query head has a key head, a key that is no number is read, and seen.
+
+    190 blocks are ranked in two passes.
+    """
     x = problem(search=replace(LARGE, num_blocks=count), shape=(1, 2, 2, 3040, 3040), dtype=torch.float32)
     key = x.inputs.key.clone()
     key[:, :, 1600:] = key[:, :, :1440]

@@ -276,7 +276,7 @@ def test_using_factories():
     )  # fmt: skip
 
     assert attention(pos_encoding(x)).shape == x.shape
-    assert (attention.mechanism.window_size, attention.dropout, pos_encoding.dropout) == (128, 0.1, 0.1)
+    assert (attention.mechanism.window_size, attention.dropout, pos_encoding.dropout_p) == (128, 0.1, 0.1)
 
 
 def test_transformer_config_parameters():

@@ -68,8 +68,10 @@ def test_model_speed_reads_the_text_it_is_given(tmp_path):
     text.write_text("One two three. " * 10, encoding="utf-8")
     given = [f"checkpoint={GPT2_ENGLISH}", f"data={text}", "attentions=retrieval"]
     assert run_experiment("model_speed", tmp_path / "a", [*given, "prefill_tokens=32"], quick=True).rows
-    with pytest.raises(ValueError, match="prefill_tokens must be at most the .* tokens of .*text.txt', got 4,000"):
-        run_experiment("model_speed", tmp_path / "b", [*given, "prefill_tokens=4000"], quick=True)
+    with pytest.raises(ValueError, match="prefill_tokens must be at most the .* tokens of .*text.txt', got 200"):
+        run_experiment("model_speed", tmp_path / "b", [*given, "prefill_tokens=200"], quick=True)
+    with pytest.raises(ValueError, match=r"prefill_tokens \+ new_tokens must be at most the 256 positions of"):
+        run_experiment("model_speed", tmp_path / "c", [*given, "prefill_tokens=256"], quick=True)
 
 
 def test_sinks_and_caps(tmp_path):

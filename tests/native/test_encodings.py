@@ -10,7 +10,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from distattn_hf import DistAttnConfig, DistAttnModel
+from distattn_hf import DistAttnConfig, DistAttnModel, PositionalEncodingFactory
 from distattn_hf.core.encodings import POSITIONAL_ENCODINGS, PositionalEncoding, register_encoding
 from tests.tolerances import assert_close
 
@@ -222,5 +222,13 @@ def test_a_registered_encoding_is_a_choice():
         def embed(self, hidden_states, position_ids):
             return hidden_states - position_ids[..., None]
 
+        @classmethod
+        def from_config(cls, config):
+            made = cls()
+            made.dropout = torch.nn.Dropout(0.1)  # as PyTorch's tutorial has it
+            return made
+
+    made = PositionalEncodingFactory.create("reversed_for_test", 8, 2, dropout=0.2)
+    assert (made.dropout_p, made.dropout.p) == (0.2, 0.1)
     config = DistAttnConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, positional_encoding="reversed_for_test")
     assert isinstance(DistAttnModel(config).positions, Reversed)
