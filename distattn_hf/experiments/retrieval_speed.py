@@ -1,6 +1,6 @@
 """How fast retrieval attention is beside scaled_dot_product_attention, reading a text and generating after it.
 
-python -m distattn_hf.experiments.retrieval_speed OUT.json [--lengths 4096,16384,32768] [--heads 12] [--key-heads 12]
+python -m distattn_hf.experiments.retrieval_speed OUT.json [--lengths 4096,16384,32768] [--heads 12] [--key-heads 12,4]
 
 Random float32 tensors, d = 64, causal, 16 blocks. First both are compared where all blocks are chosen. Then each
 length is timed in pairs, one after the other in one run: a prefill with nothing cached (codes and summaries included),
@@ -83,24 +83,27 @@ def check() -> None:
         raise RuntimeError(f"all blocks are not exact attention: {error:.1e}")
 
 
-def main(out: Path, lengths: list[int], heads: int, key_heads: int, pairs: int) -> None:
+def main(out: Path, lengths: list[int], heads: int, key_heads: list[int], pairs: int) -> None:
     """Check, measure each length, print a line for each and write the file."""
     check()
     rows = []
-    for length in lengths:
-        rows.append(measure(length, heads, key_heads, pairs))
-        write_json(out, {"threads": torch.get_num_threads(), "rows": rows})
-        print(rows[-1], flush=True)
+    for count in key_heads:
+        for length in lengths:
+            rows.append(measure(length, heads, count, pairs))
+            write_json(out, {"threads": torch.get_num_threads(), "rows": rows})
+            print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--lengths", default="4096,16384,32768", type=lambda text: [int(part) for part in text.split(",")]
-    )
+
+    def numbers(text):
+        return [int(part) for part in text.split(",")]
+
+    parser.add_argument("--lengths", default="4096,16384,32768", type=numbers)
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--key-heads", type=int, default=12)
+    parser.add_argument("--key-heads", type=numbers, default="12,4")
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
     main(given.out, given.lengths, given.heads, given.key_heads, given.pairs)
