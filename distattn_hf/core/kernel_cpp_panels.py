@@ -226,8 +226,8 @@ INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* s
   for (int r = 0; r < R; r++) best[r] = splat(-INF);
   for (long t = 0; t < block; t++) {
     const uint8_t* at = code + t * steps * 64;
-    __m512i sums[R];
-    for (int r = 0; r < R; r++) sums[r] = _mm512_setzero_si512();
+    __m512i sums[R], more[R];  // of a few rows, what would wait for the sum before
+    for (int r = 0; r < R; r++) sums[r] = more[r] = _mm512_setzero_si512();
     for (long u = 0; u < steps; u++) {
       __m512i both = _mm512_loadu_si512(at + u * 64), a = _mm512_and_si512(both, low);
       __m512i b = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
@@ -236,9 +236,11 @@ INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* s
         memcpy(&x, q + r * dq + 4 * u, 4);
         memcpy(&y, q + r * dq + dq / 2 + 4 * u, 4);
         sums[r] = _mm512_dpbusd_epi32(sums[r], a, _mm512_set1_epi32(x));
-        sums[r] = _mm512_dpbusd_epi32(sums[r], b, _mm512_set1_epi32(y));
+        __m512i& other = R < 4 ? more[r] : sums[r];
+        other = _mm512_dpbusd_epi32(other, b, _mm512_set1_epi32(y));
       }
     }
+    for (int r = 0; R < 4 && r < R; r++) sums[r] = _mm512_add_epi32(sums[r], more[r]);
     vf by = load(scale + t * P16);
     for (int r = 0; r < R; r++) best[r] = vmax(best[r], ((vf)_mm512_cvtepi32_ps(sums[r]) - off[r]) * by);
   }

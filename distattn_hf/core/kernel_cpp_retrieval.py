@@ -41,7 +41,8 @@ struct Unit {
     blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
     around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
     tops = (blocks + P16 - 1) / P16 * P16;
-    long near = ((a.window ? 2 * around + 1 : 0) + a.sinks) * parts, far = a.most * parts, rows = a.block * a.G;
+    long near = ((a.window ? 2 * around + 1 : 0) + a.sinks) * parts, far = a.most * parts;
+    long rows = std::min(a.block, a.N) * a.G;
     beyond = a.far_key ? tops : 0;
     ld = beyond + (near + far) * P16;
     long kept = a.panels ? 0 : a.d * P16, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
@@ -290,7 +291,9 @@ struct Unit {
 template <class Metric, class T>
 static int retrieve(const Retrieve& a) {
   long key_heads = a.H / a.G, blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
-  long units = a.window ? blocks : (a.N + a.block - 1) / a.block;
+  long units = a.window ? blocks : (a.N + a.block - 1) / a.block, lowest = 0;
+  if (a.window && a.causal)  // of a step the last block alone has a query
+    lowest = std::max(0L, a.M - a.N - *std::max_element(a.first, a.first + a.B)) / a.block;
   int failed = 0;
 #pragma omp parallel num_threads(a.threads)
   {
@@ -306,7 +309,7 @@ static int retrieve(const Retrieve& a) {
       }
 #pragma omp for schedule(dynamic) collapse(2)
       for (long bk = 0; bk < a.B * key_heads; bk++)  // one after the other: what a head reads stays in the cache
-        for (long x = 0; x < units; x++)             // causal: those with the most to search first
+        for (long x = 0; x < units - lowest; x++)    // causal: those with the most to search first
           unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
     }
   }
