@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from typer.testing import CliRunner
 
 from distattn_hf import (
@@ -14,13 +14,16 @@ from distattn_hf import (
     DistAttnForCausalLM,
     DistAttnForConditionalGeneration,
     convert,
+    load_checkpoint,
     nystrom_attention,
     retrieval_attention,
 )
 from distattn_hf.cli import app
+from distattn_hf.evaluation.score import EvaluationOptions, embed
 from distattn_hf.storage import embedded
 from distattn_hf.training.long_sequences import sequence_parallel
-from tests.conversion.models import gpt2
+from tests.conversion.models import bert, gpt2, t5
+from tests.fixtures.load import gpt2_english
 from tests.native.choices import make_model, tokens
 
 
@@ -169,3 +172,23 @@ def test_a_mask_of_more_keys_than_there_are(shape):
         with pytest.raises(ValueError, match=r"mask must speak of the M=8 keys, got 9 in shape"):
             attend(x, x, x, mask=torch.ones(shape, dtype=torch.bool))
         attend(x, x, x, mask=torch.ones((*shape[:-1], 8), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+def test_no_tokenizer_is_made_up(kind, tmp_path):
+    """transformers makes an empty one for a folder without its files, and all words would be unknown to it."""
+    {"bert": bert, "gpt2": gpt2, "t5": t5}[kind]().save_pretrained(tmp_path / "bare")
+    assert load_checkpoint(tmp_path / "bare")[1] is None
+    teacher, tokenizer, _ = gpt2_english()
+    teacher.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    assert len(load_checkpoint(tmp_path / "whole")[1]) == len(tokenizer)
+    ByT5Tokenizer().save_pretrained(tmp_path / "bare")
+    assert load_checkpoint(tmp_path / "bare")[1]("a")["input_ids"] == [100, 1]
+
+
+def test_embeddings_keep_no_gradients():
+    teacher, tokenizer, texts = gpt2_english()
+    model = teacher.transformer.requires_grad_(True)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert not embed(model, tokenizer, [text[:80] for text in texts[:2]], EvaluationOptions()).requires_grad

@@ -12,6 +12,7 @@ from distattn_hf import DistanceAttentionTester, TestConfig, distance_attention
 from distattn_hf.benchmark import self_check
 from distattn_hf.cli import app
 from distattn_hf.core.backends import BACKENDS
+from distattn_hf.core.compatibility import CACHE_NAME
 
 SMALL = TestConfig(batch_size=1, seq_len=12, hidden_size=16, num_heads=2, device="cpu")
 
@@ -87,9 +88,9 @@ def test_nan_in_the_steps_alone_is_found(monkeypatch):
     """Python's max(0.0, nan) is 0.0."""
     forward = self_check.DistAttnForCausalLM.forward
 
-    def broken(self, input_ids, past_key_values=None, **options):
-        output = forward(self, input_ids, past_key_values=past_key_values, **options)
-        if past_key_values is not None:
+    def broken(self, input_ids, **options):
+        output = forward(self, input_ids, **options)
+        if options.get(CACHE_NAME) is not None:
             output.logits = output.logits * math.nan
         return output
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ..core.attention import distance_attention
 from ..core.backends import BACKENDS, explain_backend
+from ..core.compatibility import CACHE_NAME, cache_of
 from ..core.configuration_native import DistAttnConfig
 from ..core.mechanisms import MECHANISMS
 from ..core.metrics import get_metric
@@ -287,9 +288,9 @@ class DistanceAttentionTester:
             changed[:, 30:] = (changed[:, 30:] + 1) % 64
             leak = (model(changed).logits - logits.logits)[:, :30].abs()
             first = model(ids[:, :30], use_cache=True)
-            steps, cache = [first.logits], first.past_key_values
+            steps, cache = [first.logits], cache_of(first)
             for position in range(30, 40):
-                steps.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+                steps.append(model(ids[:, position : position + 1], use_cache=True, **{CACHE_NAME: cache}).logits)
             apart = (torch.cat(steps, dim=1) - logits.logits).abs()
         # Of Python's max a NaN may be lost.
         return _judged(torch.cat([leak, apart], dim=1).max(), 1e-3)

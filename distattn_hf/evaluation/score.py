@@ -254,6 +254,7 @@ def first_sentence_pairs(texts) -> list[tuple[str, str]]:
     return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and pair[0].strip() and pair[1].strip()]
 
 
+@torch.no_grad()
 def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
     """Return unit embeddings (len(texts), hidden size), pooled as set in the options."""
     embeddings = []

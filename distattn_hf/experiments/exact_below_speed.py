@@ -19,6 +19,7 @@ from ..benchmark.results import provenance
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert, revert
 from ..core.attention_spec import AttentionSpec
+from ..core.compatibility import CACHE_NAME, cache_of
 from ..data.tasks import text_task_of
 from ..storage.folders import write_json
 from ..storage.models import load_checkpoint
@@ -62,7 +63,7 @@ def check(models: dict, teacher, length: int) -> dict:
 
     def logits(model):
         prefill = model(ids[:, :-1], use_cache=True)
-        step = model(ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
+        step = model(ids[:, -1:], use_cache=True, **{CACHE_NAME: cache_of(prefill)})
         return torch.cat([prefill.logits, step.logits], dim=1).double()
 
     expected = logits(teacher)
@@ -89,9 +90,9 @@ def measure(models: dict, length: int, pairs: int, steps: int) -> dict:
             start = time.perf_counter()
             output = models[name](ids, use_cache=True, logits_to_keep=1)
             seconds = time.perf_counter() - start
-            sizes[name] = cache_bytes(output.past_key_values)
+            sizes[name] = cache_bytes(cache_of(output))
             token = output.logits[:, -1:].argmax(-1)
-            step = seconds_per_token(models[name], output.past_key_values, token, steps)
+            step = seconds_per_token(models[name], cache_of(output), token, steps)
             timing[name] = {"prefill": seconds, "decode": step}
         if round_number:  # The first pair warms up.
             samples.append(timing)

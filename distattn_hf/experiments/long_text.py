@@ -16,6 +16,7 @@ import torch
 
 from ..analysis.figure_style import new_figure, save_figure, styled
 from ..benchmark.measure import only_errors
+from ..core.compatibility import CACHE_NAME, cache_of
 from ..core.constant_cache import ConstantLayer
 from ..data.packing import start_tokens, token_stream
 from ..data.sources import read_texts
@@ -54,7 +55,7 @@ def seconds_per_token(model, cache, token: torch.Tensor, steps: int) -> float:
     cache, seconds = copy.deepcopy(cache), []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, use_cache=True, **{CACHE_NAME: cache}).logits[:, -1:].argmax(-1)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
@@ -69,8 +70,8 @@ def read_in_chunks(model, ids: torch.Tensor, chunk: int = CHUNK, steps: int = 0)
     for start in range(0, ids.shape[1], chunk):
         started = time.perf_counter()
         chunk_ids = ids[:, start : start + chunk]
-        output = model(chunk_ids, past_key_values=cache, use_cache=True)
-        seconds, cache = time.perf_counter() - started, output.past_key_values
+        output = model(chunk_ids, use_cache=True, **{CACHE_NAME: cache})
+        seconds, cache = time.perf_counter() - started, cache_of(output)
         # The first token of a chunk is predicted by the last logits of the one before.
         sums = TokenScores("causal-lm")
         logits = output.logits if last is None else torch.cat([last, output.logits], dim=1)

@@ -18,6 +18,7 @@ from ..benchmark.measure import only_errors, spread
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
+from ..core.compatibility import CACHE_NAME, cache_of
 from ..core.discovery import max_positions
 from ..data.sources import read_texts
 from ..storage.models import load_checkpoint
@@ -48,9 +49,9 @@ def _round(model, ids: torch.Tensor, options: "Options") -> tuple[float, float, 
     prompt, new = ids[:, : options.prompt_tokens], options.new_tokens
     asked = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     read, read_seconds = _timed(lambda: model(ids, use_cache=True, logits_to_keep=1))
-    cache, steps = read.past_key_values, []
+    cache, steps = cache_of(read), []
     for _ in range(new):
-        steps.append(_timed(lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))[1])
+        steps.append(_timed(lambda: model(ids[:, -1:], use_cache=True, **{CACHE_NAME: cache}))[1])
     generated = _timed(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **asked))[1]
     return read_seconds, statistics.median(steps), generated
 

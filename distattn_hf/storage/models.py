@@ -16,11 +16,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..core.configuration_distattn import CLASS_PREFIX
 from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source
 
+# Of any kind of tokenizer; a kind has others beside.
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 _QUANTISED = (
     "weight {name!r} is quantised ({kind}): load the model in floating point before {doing}. A quantised converted "
     "model comes the other way round: convert, save_pretrained, then from_pretrained(folder, quantization_config=...) "
@@ -77,10 +79,19 @@ def _class_of(config) -> type:
 
 def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, TypeError):
         # A checkpoint without tokenizer files (a vision model, a test fixture) is a valid one.
         return None
+    # For some model types transformers makes an empty tokenizer then, to which every word is unknown. Tokenizers of
+    # bytes need no files.
+    names = set(tokenizer.vocab_files_names.values())
+    return tokenizer if not names or any(_has(source, name) for name in _TOKENIZER_FILES | names) else None
+
+
+def _has(source, name: str) -> bool:
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(source, name, **missing) is not None
 
 
 def _load_embedded(checkpoint: EmbeddedCheckpoint):

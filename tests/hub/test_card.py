@@ -277,4 +277,6 @@ def test_both_snippets_load_what_prepares_the_inputs(folder, file, content, expe
     (folder / "tokenizer_config.json").unlink(missing_ok=True)
     (folder / file).write_text(content)
     text = build_card(folder, "user/x", license="mit").text
-    assert text.count(f'{expected}.from_pretrained("user/x")') == 2
+    # Without the package this asks before it runs the repository's code, too.
+    for arguments in ('"user/x"', '"user/x", trust_remote_code=True'):
+        assert text.count(f"{expected}.from_pretrained({arguments})") == 1
