@@ -203,6 +203,7 @@ def contents(
         "exact": block.get("init") == "exact" and "retrieval-attention" not in _attention_tags(folder.config),
         "retrieves": "retrieval-attention" in _attention_tags(folder.config),
         "caught": report.mean_caught if report else None,
+        "options_changed": bool(report) and report.options_changed,
         "auto_class": folder.auto_class,
         "preparation": folder.preparation,
         "is_sentence_transformer": folder.is_sentence_transformer,

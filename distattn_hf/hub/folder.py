@@ -102,8 +102,9 @@ def read_folder(path: str | Path) -> ConvertedFolder:
     _check_modules(path, files, reasons)
     left_out = [f"{name}{why}" for name, why in sorted(reasons.items())]
     return ConvertedFolder(
-        path, config, architecture, auto_class, _read_report(path, files), _read_scorecard(path, files), files, left_out
-    )
+        path, config, architecture, auto_class, _read_report(path, files, config), _read_scorecard(path, files),
+        files, left_out,
+    )  # fmt: skip
 
 
 def _auto_class(config: dict, architecture: str | None) -> str | None:
@@ -213,12 +214,12 @@ def _owners_results(file: Path) -> list[dict]:
     return results
 
 
-def _read_report(path: Path, files: list[str]) -> ConversionReport | None:
+def _read_report(path: Path, files: list[str], config: dict) -> ConversionReport | None:
     if REPORT_NAME not in files:
         return None
     data = _read_json(path / REPORT_NAME)
     try:
-        return ConversionReport.from_dict(data)
+        return ConversionReport.from_dict(data, config["distattn"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path / REPORT_NAME)!r} is no conversion report of this version: {error}") from error
 
