@@ -39,6 +39,9 @@ class GroupReport:
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
     more off.
 
+    exact: whether these heads were the teacher's by construction as they were converted, up to rounding: the lift, or
+    a dot product at the teacher's own scale. Training since then is not known here.
+
     measured_with: the options that need no fit (`OPTIONS`) as they were set when `caught` and these were measured; None
     if nothing was measured, or in reports from before they were recorded.
     """
@@ -65,6 +68,11 @@ class GroupReport:
     caught: list[float] | None = None
     probe_rise: list[float] | None = None
     measured_with: dict | None = None
+    exact: bool | None = None
+
+    def __post_init__(self):
+        if self.exact is None:  # A report from before it was recorded.
+            self.exact = self.mechanism == "distance" and self.metric == "lifted_sqeuclidean"
 
     @property
     def attention(self) -> str:
@@ -170,28 +178,44 @@ class ConversionReport:
         return self.to_dict().items()
 
     @property
+    def heads_by_loss(self) -> dict[str, int]:
+        """Heads that are "exact" by construction, "unread" (what they retrieve was not measured), "unfitted": how many.
+
+        A head can be both of the last two: of a metric that was not fitted, and of which few keys are read.
+        """
+        heads = dict.fromkeys(("exact", "unread", "unfitted"), 0)
+        for group in self.groups:
+            retrieves = group.mechanism == "retrieval"
+            if group.exact:
+                heads["exact"] += len(group.heads)
+                continue
+            if retrieves and group.caught is None:
+                heads["unread"] += len(group.heads)
+            has_own_logits = not (retrieves and group.metric == "lifted_sqeuclidean")
+            if has_own_logits and group.divergence_after is None and group.output_error is None:
+                heads["unfitted"] += len(group.heads)
+        return heads
+
+    @property
     def loss(self) -> list[str]:
         """What is known of the loss, in sentences: none by construction, or not measured, of how many heads; and how to
         measure it. Of heads that were measured the numbers speak."""
-        heads = dict.fromkeys(("exact", "retrieval", "other"), 0)
-        for group in self.groups:
-            if group.mechanism == "distance" and group.metric == "lifted_sqeuclidean":
-                heads["exact"] += len(group.heads)
-            elif all(getattr(group, name) is None for name in ("divergence_after", "output_error", "caught")):
-                heads["retrieval" if group.mechanism == "retrieval" else "other"] += len(group.heads)
-        lines = []
+        heads, lines = self.heads_by_loss, []
         if heads["exact"]:
-            lines.append(f"none by construction in {heads['exact']} heads, which equal the teacher's up to rounding")
-        if heads["retrieval"]:
             lines.append(
-                f"not measured without text in {heads['retrieval']} heads that retrieve; give calibration (on the "
+                f"none by construction in {heads['exact']} heads as they were converted, equal to the teacher's up to "
+                "rounding (training since then is not recorded here)"
+            )
+        if heads["unread"]:
+            lines.append(
+                f"not measured without text in {heads['unread']} heads that retrieve; give calibration (on the "
                 "command line --calibration) to measure the share of the attention that they catch"
             )
-        if heads["other"]:
-            lines.append(f"not measured in {heads['other']} heads, to which nothing was fitted: expect a large one")
-        if heads["retrieval"] or heads["other"]:
+        if heads["unfitted"]:
+            lines.append(f"not measured in {heads['unfitted']} heads, to which nothing was fitted: expect a large one")
+        if heads["unread"] or heads["unfitted"]:
             lines.append(
-                "what it costs: distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: --task passkey)"
+                "measure it by distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: --task passkey)"
             )
         return lines
 
