@@ -71,8 +71,8 @@ def read_measured(content: dict, label: str, folder: Path) -> Measured:
             raise ValueError(f"{label}: {name} must be {'text' if kind is str else 'rows'}, got {content.get(name)!r}")
     if content.get("digest") != checkpoint_digest(folder):
         raise ValueError(
-            f"{label} was measured of {content['model']!r}, whose weights or attention are not those of folder "
-            f"{str(folder)!r}; run distattn evaluate {folder} again, with --out"
+            f"{label} was measured of {content['model']!r}, whose weights, config, tokenizer or pooling are not those "
+            f"of folder {str(folder)!r}; run distattn evaluate {folder} again, with --out"
         )
     if task in _OF_DATA:
         return _of_data(content, label)

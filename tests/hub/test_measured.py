@@ -101,8 +101,51 @@ def test_measurements_of_other_weights_are_refused(folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["distattn"]["specs"][0]["num_blocks"] = 3
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="kv.json' was measured of .*student', whose weights or attention are not"):
+    with pytest.raises(
+        ValueError, match="kv.json' was measured of .*student', whose weights, config, tokenizer or pooling are not"
+    ):
         build_card(copy, "user/x", license="mit", results=files(folder))
+
+
+def rewrite(file, change) -> None:
+    data = json.loads(file.read_text()) if file.is_file() else {}
+    change(data)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(data))
+
+
+OTHER_NUMBERS = {
+    "position base": ("config.json", lambda c: c.update(rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+    "soft cap": ("config.json", lambda c: c.update(attn_logit_softcapping=5.0)),
+    "sliding window": ("config.json", lambda c: c.update(sliding_window=8)),
+    "attention": ("config.json", lambda c: c["distattn"]["specs"][0].update(num_sinks=1)),
+    "tokenizer": ("tokenizer.json", lambda c: c.update(truncation={"max_length": 8})),
+    "tokenizer's settings": ("tokenizer_config.json", lambda c: c.update(add_bos_token=True)),
+    "generation": ("generation_config.json", lambda c: c.update(eos_token_id=3)),
+    "pooling": ("1_Pooling/config.json", lambda c: c.update(pooling_mode_cls_token=True)),
+    "a dense module": ("2_Dense/model.safetensors", lambda c: c.update(changed=1)),
+    "its settings": ("sentence_bert_config.json", lambda c: c.update(max_seq_length=8)),
+}
+SAME_NUMBERS = {
+    "versions": ("config.json", lambda c: c.update(transformers_version="1", _name_or_path="x", dtype="bfloat16")),
+    "code": ("config.json", lambda c: c.update(auto_map={})),
+    "order": ("config.json", lambda c: c.update({name: c.pop(name) for name in sorted(c, reverse=True)})),
+    "generation's version": ("generation_config.json", lambda c: c.update(transformers_version="1")),
+    "licence": ("LICENSE.json", lambda c: c.update(mit=True)),
+    "card": ("README.md", lambda c: c.update(a=1)),
+    "an older export": ("onnx/config.json", lambda c: c.update(a=1)),
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER_NUMBERS, *SAME_NUMBERS])
+def test_what_changes_the_numbers_changes_the_digest(folder, tmp_path, name):
+    copy = shutil.copytree(folder / "student", tmp_path / "student")
+    (copy / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
+    rewrite(copy / "1_Pooling" / "config.json", lambda c: c.update(pooling_mode_mean_tokens=True))
+    before = checkpoint_digest(copy)
+    file, change = (OTHER_NUMBERS | SAME_NUMBERS)[name]
+    rewrite(copy / file, change)
+    assert (checkpoint_digest(copy) == before) == (name in SAME_NUMBERS)
 
 
 def test_nothing_is_told_twice(folder):
@@ -119,7 +162,7 @@ def test_nothing_is_told_twice(folder):
         ({"task": "luck"}, "task must be one of passkey, .*, got 'luck'"),
         ({"model": None}, "model must be text, got None"),
         ({"rows": []}, r"rows must be rows, got \[\]"),
-        ({"digest": None}, "was measured of .* whose weights or attention are not those of folder"),
+        ({"digest": None}, "was measured of .* whose weights, config, tokenizer or pooling are not those of folder"),
         ({"rows": [{"model": "M", "length": 8}]}, r"rows\[0\].exact must be a number, got None"),
         ({"rows": [{"model": "other", "length": 8, "exact": 1}]}, r"rows\[0\].model must be one of 'M'.*, got 'other'"),
         ({"rows": [{"model": "M", "length": "8", "exact": 1}]}, r"rows\[0\].length must be an integer >= 1"),
