@@ -14,12 +14,6 @@ SIZES = {
     "intermediate_size": 64,
     "vocab_size": 100,
 }
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 100,
-}
 EXACT = ("sqeuclidean", "l2", "l1", "cosine", "chebyshev", "lp")
 
 
