@@ -11,7 +11,7 @@ from ..data.config import is_number
 from ..data.tasks import TASKS
 from ..storage.embedded import EMBEDDED
 from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
-from .measured import Measured, is_measured, read_measured
+from .measured import Measured, is_finite, is_measured, read_measured
 
 SCORECARD_NAME = "distattn_scorecard.json"
 
@@ -209,8 +209,10 @@ def _owners_results(file: Path) -> list[dict]:
             value = entry.get(name)
             if value is None and not required:
                 continue
-            if not (_is_number(value) if kind is float else isinstance(value, str) and value.strip()):
-                raise ValueError(f"{label}: {name} must be {'a number' if kind is float else 'text'}, got {value!r}")
+            if not (is_finite(value) if kind is float else isinstance(value, str) and value.strip()):
+                raise ValueError(
+                    f"{label}: {name} must be {'a finite number' if kind is float else 'text'}, got {value!r}"
+                )
     return results
 
 

@@ -156,6 +156,9 @@ def test_nothing_is_told_twice(folder):
         card_of(folder, [*files(folder), kv])
 
 
+ROW = {"model": "M", "length": 8, "exact": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,10 +166,28 @@ def test_nothing_is_told_twice(folder):
         ({"model": None}, "model must be text, got None"),
         ({"rows": []}, r"rows must be rows, got \[\]"),
         ({"digest": None}, "was measured of .* whose weights, config, tokenizer or pooling are not those of folder"),
-        ({"rows": [{"model": "M", "length": 8}]}, r"rows\[0\].exact must be a number, got None"),
+        ({"rows": [{"model": "M", "length": 8}]}, r"rows\[0\].exact must be a number from 0 to 1, got None"),
         ({"rows": [{"model": "other", "length": 8, "exact": 1}]}, r"rows\[0\].model must be one of 'M'.*, got 'other'"),
         ({"rows": [{"model": "M", "length": "8", "exact": 1}]}, r"rows\[0\].length must be an integer >= 1"),
         ({"rows": [{"model": "M, sinks and window", "length": 8, "exact": 1}]}, "has no row of 'M' itself"),
+        ({"rows": [ROW, 3]}, r"rows\[1\] must be an object, got 3"),
+        ({"rows": [ROW | {"model": ["M"]}]}, r"rows\[0\].model must be one of 'M'.*, got \['M'\]"),
+        ({"rows": [ROW | {"length": [8]}]}, r"rows\[0\].length must be an integer >= 1, got \[8\]"),
+        ({"rows": [ROW | {"samples": [8]}]}, r"rows\[0\].samples must be an integer >= 1, got \[8\]"),
+        ({"rows": [ROW | {"exact": 7.0}]}, r"rows\[0\].exact must be a number from 0 to 1, got 7.0"),
+        ({"rows": [ROW | {"exact": float("inf")}]}, r"rows\[0\].exact must be a number from 0 to 1, got inf"),
+        ({"rows": [ROW | {"exact": 10**400}]}, r"rows\[0\].exact must be a number from 0 to 1, got 1000"),
+        ({"rows": [ROW | {"exact": True}]}, r"rows\[0\].exact must be a number from 0 to 1, got True"),
+        (
+            {"task": "perplexity", "rows": [ROW | {"perplexity": float("inf")}]},
+            "perplexity must be a finite number >= 0",
+        ),
+        ({"task": "text", "rows": [3]}, r"rows\[0\] must be an object, got 3"),
+        ({"task": "text", "rows": [ROW]}, "rows must have one of perplexity, loss, retrieval_at_1, mrr, got"),
+        ({"task": "text", "rows": [ROW | {"mrr": 7}]}, r"rows\[0\].mrr must be a number from 0 to 1, got 7"),
+        ({"task": "classification", "rows": [ROW | {"f1": -1}]}, r"rows\[0\].f1 must be a number from 0 to 1, got -1"),
+        ({"against": ["T"]}, r"against must be text, got \['T'\]"),
+        ({"depths": 3}, "depths must be a list, got 3"),
     ],
 )
 def test_files_that_are_not_whole_are_refused(folder, tmp_path, change, message):
