@@ -179,7 +179,7 @@ ROW = {"model": "M", "length": 8, "exact": 1}
         ({"rows": [ROW | {"exact": 10**400}]}, r"rows\[0\].exact must be a number from 0 to 1, got 1000"),
         ({"rows": [ROW | {"exact": True}]}, r"rows\[0\].exact must be a number from 0 to 1, got True"),
         (
-            {"task": "perplexity", "rows": [ROW | {"perplexity": float("inf")}]},
+            {"task": "perplexity", "rows": [ROW | {"perplexity": -1}]},
             "perplexity must be a finite number >= 0",
         ),
         ({"task": "text", "rows": [3]}, r"rows\[0\] must be an object, got 3"),
