@@ -4,8 +4,9 @@
 # it where no clone is: check, convert, load, push to a Hub on the loopback interface and load from it, configs by name,
 # experiments. FOLDER: keeps what was built. Ten minutes on two cores, most of them for downloads; leaves nothing else.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 keep="${1:-}"
+case "$keep" in "" | /*) ;; *) keep="$PWD/$keep" ;; esac
+cd "$(dirname "$0")/.."
 here="$(mktemp -d)"
 trap 'rm -rf "$here"' EXIT
 python="${PYTHON:-python3}"

@@ -100,3 +100,22 @@ def test_the_readme_can_be_cited():
         line for line in (ROOT / "distattn_hf" / "__init__.py").read_text().splitlines() if "__version__ =" in line
     )
     assert f"version = {{{yaml.safe_load(version.partition('=')[2])}}}" in entry
+
+
+def test_what_the_check_keeps_lies_where_the_caller_said(tmp_path):
+    """FOLDER is the caller's, not the repository's; the tools that build are stood in for."""
+    stub = tmp_path / "python"
+    stub.write_text(
+        '#!/usr/bin/env bash\ncase "$*" in\n'
+        '"-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/twine";;\n'
+        '"-m build "*) mkdir -p "$4"; touch "$4/it.whl";;\nesac\n'
+    )
+    stub.chmod(0o755)
+    (caller := tmp_path / "caller").mkdir()
+    for folder, place in (("kept/here", caller / "kept" / "here"), (tmp_path / "whole", tmp_path / "whole")):
+        command = ["bash", ROOT / "scripts" / "check_release.sh", folder]
+        subprocess.run(command, cwd=caller, env=os.environ | {"PYTHON": str(stub)}, check=True, capture_output=True)
+        assert [file.name for file in place.iterdir()] == ["it.whl"]
+    assert not (ROOT / "kept").exists()
+    subprocess.run(command[:2], cwd=caller, env=os.environ | {"PYTHON": str(stub)}, check=True, capture_output=True)
+    assert sorted(path.name for path in caller.iterdir()) == ["kept"]

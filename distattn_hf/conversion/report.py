@@ -4,6 +4,9 @@ import copy
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean, median
 
+from ..core.attention_spec import OPTIONS, AttentionSpec
+from ..core.parameters import spec_of_group
+
 # What calibration measures of a group of heads under these names, beside divergences.
 MEASURED = (
     "softening_ratio",
@@ -35,6 +38,12 @@ class GroupReport:
     Nyström attention: window_error and output_error are relative errors of the
     outputs, of sinks and window alone and as fitted; rows_off is the share of rows whose softmax denominator is 25% or
     more off.
+
+    exact: whether these heads were the teacher's by construction as they were converted, up to rounding: the lift, or
+    a dot product at the teacher's own scale. Training since then is not known here.
+
+    measured_with: the options that need no fit (`OPTIONS`) as they were set when `caught` and these were measured; None
+    if nothing was measured, or in reports from before they were recorded.
     """
 
     module: str
@@ -58,6 +67,12 @@ class GroupReport:
     mechanism: str = "distance"
     caught: list[float] | None = None
     probe_rise: list[float] | None = None
+    measured_with: dict | None = None
+    exact: bool | None = None
+
+    def __post_init__(self):
+        if self.exact is None:  # A report from before it was recorded.
+            self.exact = self.mechanism == "distance" and self.metric == "lifted_sqeuclidean"
 
     @property
     def attention(self) -> str:
@@ -65,6 +80,11 @@ class GroupReport:
         if self.mechanism == "retrieval":
             return "retrieval" if self.metric == "lifted_sqeuclidean" else f"retrieval {self.metric}"
         return "nystrom" if self.output_error else self.metric
+
+
+def settings_of(spec: AttentionSpec) -> dict:
+    """Return those options of a spec that change what its heads read, and need no fit."""
+    return {name: getattr(spec, name) for name in OPTIONS if name != "backend" and spec.has_option(name)}
 
 
 def _fields_of(kind: type, data: dict) -> dict:
@@ -79,9 +99,10 @@ class ConversionReport:
     unconverted names the attention modules left as they were; exact_heads the heads of the others that keep dot-product
     attention, by module. base_model is the teacher's name as it was loaded, if that is no folder; source what is known
     of where it was loaded from (`describe_source`: its name, its licence). changed_since: λ, α or ε are no longer those
-    of the fit, from which the KL values and ε/median are. cache_bytes, of models that read on from a cache: what 1,000
-    more tokens of a text take in all self-attention ("growing"), and in the teacher's ("teacher"), and what does not
-    depend on the length ("constant"), once a text is longer than `exact_below`.
+    of the fit, from which the KL values and ε/median are. options_changed: what heads read (window_size, num_blocks)
+    is set otherwise than when `caught` and the errors of outputs were measured. cache_bytes, of models that read on
+    from a cache: what 1,000 more tokens of a text take in all self-attention ("growing"), and in the teacher's
+    ("teacher"), and what does not depend on the length ("constant"), once a text is longer than `exact_below`.
     """
 
     base_architecture: str
@@ -94,6 +115,7 @@ class ConversionReport:
     seconds: float = 0.0
     base_model: str | None = None
     changed_since: bool = False
+    options_changed: bool = False
     source: dict | None = None
     cache_bytes: dict[str, int] | None = None
 
@@ -156,28 +178,44 @@ class ConversionReport:
         return self.to_dict().items()
 
     @property
+    def heads_by_loss(self) -> dict[str, int]:
+        """Heads that are "exact" by construction, "unread" (what they retrieve was not measured), "unfitted": how many.
+
+        A head can be both of the last two: of a metric that was not fitted, and of which few keys are read.
+        """
+        heads = dict.fromkeys(("exact", "unread", "unfitted"), 0)
+        for group in self.groups:
+            retrieves = group.mechanism == "retrieval"
+            if group.exact:
+                heads["exact"] += len(group.heads)
+                continue
+            if retrieves and group.caught is None:
+                heads["unread"] += len(group.heads)
+            has_own_logits = not (retrieves and group.metric == "lifted_sqeuclidean")
+            if has_own_logits and group.divergence_after is None and group.output_error is None:
+                heads["unfitted"] += len(group.heads)
+        return heads
+
+    @property
     def loss(self) -> list[str]:
         """What is known of the loss, in sentences: none by construction, or not measured, of how many heads; and how to
         measure it. Of heads that were measured the numbers speak."""
-        heads = dict.fromkeys(("exact", "retrieval", "other"), 0)
-        for group in self.groups:
-            if group.mechanism == "distance" and group.metric == "lifted_sqeuclidean":
-                heads["exact"] += len(group.heads)
-            elif all(getattr(group, name) is None for name in ("divergence_after", "output_error", "caught")):
-                heads["retrieval" if group.mechanism == "retrieval" else "other"] += len(group.heads)
-        lines = []
+        heads, lines = self.heads_by_loss, []
         if heads["exact"]:
-            lines.append(f"none by construction in {heads['exact']} heads, which equal the teacher's up to rounding")
-        if heads["retrieval"]:
             lines.append(
-                f"not measured without text in {heads['retrieval']} heads that retrieve; give calibration (on the "
+                f"none by construction in {heads['exact']} heads as they were converted, equal to the teacher's up to "
+                "rounding (training since then is not recorded here)"
+            )
+        if heads["unread"]:
+            lines.append(
+                f"not measured without text in {heads['unread']} heads that retrieve; give calibration (on the "
                 "command line --calibration) to measure the share of the attention that they catch"
             )
-        if heads["other"]:
-            lines.append(f"not measured in {heads['other']} heads, to which nothing was fitted: expect a large one")
-        if heads["retrieval"] or heads["other"]:
+        if heads["unfitted"]:
+            lines.append(f"not measured in {heads['unfitted']} heads, to which nothing was fitted: expect a large one")
+        if heads["unread"] or heads["unfitted"]:
             lines.append(
-                "what it costs: distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: --task passkey)"
+                "measure it by distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: --task passkey)"
             )
         return lines
 
@@ -186,8 +224,10 @@ class ConversionReport:
         return {**asdict(self), "mean_alpha": self.mean_alpha, "loss": self.loss}
 
     @classmethod
-    def from_dict(cls, data: dict) -> "ConversionReport":
+    def from_dict(cls, data: dict, block: dict | None = None) -> "ConversionReport":
         """Return the report that `to_dict` described; entries that are no fields are left out.
+
+        block: the `distattn` block of the model's config, which says what is set now, for `options_changed`.
 
         Raises `ValueError` for what is no report.
         """
@@ -197,7 +237,20 @@ class ConversionReport:
                 f"a conversion report must have {', '.join(missing)}, got only {', '.join(data) or 'nothing'}"
             )
         data["groups"] = [GroupReport(**_fields_of(GroupReport, group)) for group in data["groups"]]
-        return cls(**_fields_of(cls, data))
+        report = cls(**_fields_of(cls, data))
+        # A block without modules belongs to a model made from its config, of which nothing was measured.
+        if block is not None and block.get("modules"):
+            report.options_changed = report._measured_otherwise(block)
+        return report
+
+    def _measured_otherwise(self, block: dict) -> bool:
+        specs = [AttentionSpec.from_dict(spec) for spec in block["specs"]]
+        now = {}
+        for module, entry in block["modules"].items():
+            for group in entry["groups"]:
+                heads = range(entry["num_heads"]) if group["heads"] is None else group["heads"]
+                now[module, tuple(heads)] = settings_of(spec_of_group(specs, group))
+        return any(g.measured_with not in (None, now.get((g.module, tuple(g.heads)))) for g in self.groups)
 
     def table(self, per_head: bool = False) -> str:
         """Return a table for a terminal: a line per group of heads, or per head.
@@ -313,8 +366,9 @@ class ConversionReport:
         if self.mean_divergence_after is not None:
             before = "" if self.mean_divergence_before is None else f"{self.mean_divergence_before:.4f} -> "
             parts.append(f"KL {before}{self.mean_divergence_after:.4f} nats per query{note}")
+        others = " at the conversion (with other options than those set now)" if self.options_changed else ""
         if (caught := self.mean_caught) is not None:
-            parts.append(f"{caught:.2%} of the attention's weight caught")
+            parts.append(f"{caught:.2%} of the attention's weight caught{others}")
         if self.cache_bytes:
             growing, teacher, constant = (self.cache_bytes[name] for name in ("growing", "teacher", "constant"))
             parts.append(
@@ -326,6 +380,7 @@ class ConversionReport:
             parts.append(
                 f"outputs {error:.1%} off (sinks and window alone: {self._mean('window_error'):.1%})"
                 + (f", softmax denominator 25% or more off in {off:.1%} of rows" if off is not None else "")
+                + others
             )
         return ", ".join(parts)
 

@@ -1,12 +1,14 @@
 """The report of a converted model, from the model as it is and what its conversion measured."""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.discovery import find_attention_modules, select_modules
 from ..core.modeling_converted import DistAttnModelMixin
+from ..core.parameters import HeadParameters
 from .cache_bytes import cache_bytes
-from .report import MEASURED, ConversionReport, GroupReport
+from .report import MEASURED, ConversionReport, GroupReport, settings_of
 
 
 def report_of(base_class, student, modules, divergences, init, warnings) -> ConversionReport:
@@ -36,10 +38,20 @@ def report_of(base_class, student, modules, divergences, init, warnings) -> Conv
                     divergence_after=_numbers(measured.get("after")),
                     divergence_plain=_numbers(measured.get("plain")),
                     **{name: _numbers(measured.get(name)) for name in MEASURED},
+                    measured_with=measured.get("measured_with", settings_of(group.spec)) if measured else None,
+                    exact=measured["exact"] if "exact" in measured else _is_exact(group),
                 )
             )
     report.cache_bytes = cache_bytes(student)
     return report
+
+
+def _is_exact(group: HeadParameters) -> bool:
+    """Return whether heads, as they were just converted, are the teacher's: the lift, or q·k at its own scale."""
+    if group.spec.mechanism != "distance" or group.transform != "none":
+        return False
+    own = torch.as_tensor(group.lam())
+    return group.is_absolute or (group.metric == "dot" and bool((own == 1).all()))
 
 
 def _numbers(values: Tensor | list[float] | None) -> list[float] | None:
@@ -60,7 +72,7 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
     divergences: dict[str, list[dict]] = {}
     for group in saved.groups if saved else ():
         measured = {"before": group.divergence_before, "after": group.divergence_after}
-        measured["plain"] = group.divergence_plain
+        measured |= {"plain": group.divergence_plain, "measured_with": group.measured_with, "exact": group.exact}
         measured |= {name: getattr(group, name) for name in MEASURED}
         divergences.setdefault(group.module, []).append(measured)
     # A model made from a config names no modules: its specs choose them.
@@ -70,4 +82,4 @@ def current_report(model: PreTrainedModel) -> ConversionReport:
         for name in ("calibration_tokens", "seconds", "base_model", "source"):
             setattr(report, name, getattr(saved, name))
         report.changed_since = model.report_as_it_is()["changed_since"]
-    return report
+    return ConversionReport.from_dict(report, block)

@@ -199,7 +199,7 @@ class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
             from distattn_hf.conversion.report import ConversionReport
         except ImportError:
             return data
-        return ConversionReport.from_dict(data)
+        return ConversionReport.from_dict(data, self.config.distattn)
 
     @conversion_report.setter
     def conversion_report(self, report):

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..core.attention_spec import AttentionSpec
-from .shipped import find_config
+from .shipped import find_config, say_own
 
 _SHOWN_KEYS = 30
 
@@ -165,10 +165,13 @@ def with_fields(spec, given: dict, function: str, arguments: Iterable[str]):
 def read_specs(path: str | Path) -> list[AttentionSpec]:
     """Return the specs in a YAML or JSON file: a mapping of `AttentionSpec` fields, or a list of them for a mixed plan.
 
+    Where a path of configs/ is the package's own file (see `find_config`), a warning says so.
+
     Raises `ValueError` naming the file where it is absent, not YAML, or holds something else, and naming the field
     where `AttentionSpec` does not have it.
     """
     data = read_yaml(path, "spec file")
+    say_own(path, "spec file")
     entries = data if isinstance(data, list) else [data]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"spec file {str(Path(path))!r} must hold a mapping of AttentionSpec fields or a list of them")

@@ -101,7 +101,7 @@ def evaluate_ruler(models: dict, tokenizer, options: RulerOptions) -> list[dict]
             )
     cells = options.cells(tokenizer)
     rows = []
-    with TemporaryDirectory() as folder, _quiet(options.progress):
+    with TemporaryDirectory() as folder, _quiet(options.progress), _left_as_it_was():
         _lay_out(Path(folder), tokenizer)
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -140,6 +140,21 @@ def _lay_out(folder: Path, tokenizer) -> None:
     # lm-eval downloads this as it is imported, unless there is one; none of these tasks reads it.
     (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
     nltk.data.path.append(str(folder / "nltk"))
+
+
+@contextmanager
+def _left_as_it_was():
+    """Put back what is drawn from, and where nltk looks for data, which lie outside lm-eval and its tasks."""
+    import nltk
+
+    states, path = (random.getstate(), numpy.random.get_state(), torch.get_rng_state()), list(nltk.data.path)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        nltk.data.path[:] = path
 
 
 @contextmanager

@@ -200,9 +200,12 @@ def contents(
         "architecture": folder.architecture,
         "attention": _attention_text(folder.config),
         "init": block.get("init"),
-        "exact": block.get("init") == "exact" and "retrieval-attention" not in _attention_tags(folder.config),
+        "exact": _is_exact(folder),
+        "unfitted": _is_unfitted(folder),
+        "lifted": any(spec.get("lift") for spec in block["specs"]),
         "retrieves": "retrieval-attention" in _attention_tags(folder.config),
         "caught": report.mean_caught if report else None,
+        "options_changed": bool(report) and report.options_changed,
         "auto_class": folder.auto_class,
         "preparation": folder.preparation,
         "is_sentence_transformer": folder.is_sentence_transformer,
@@ -286,6 +289,21 @@ def _owners_table(results: list[dict]) -> str | None:
         rows.append([" ".join(cell.replace("|", "\\|").split()) for cell in cells])
     head = ["dataset", "metric", "this model", *("base model" if name == "base" else name for name in columns)]
     return _table(head, rows) if rows else None
+
+
+def _is_exact(folder: ConvertedFolder) -> bool:
+    """Return whether all heads were the teacher's by construction; without a report, as `init` says."""
+    if folder.report and folder.report.groups:
+        return all(group.exact for group in folder.report.groups)
+    init = folder.config["distattn"].get("init")
+    return init == "exact" and "retrieval-attention" not in _attention_tags(folder.config)
+
+
+def _is_unfitted(folder: ConvertedFolder) -> bool:
+    """Return whether there are heads of a metric that nothing was fitted to."""
+    if folder.report and folder.report.groups:
+        return folder.report.heads_by_loss["unfitted"] > 0
+    return folder.config["distattn"].get("init") == "plain"
 
 
 def _exact_heads(report: ConversionReport | None) -> int:

@@ -11,7 +11,7 @@ from ..data.config import is_number
 from ..data.tasks import TASKS
 from ..storage.embedded import EMBEDDED
 from ..storage.files import MODULES, PICKLED_WEIGHTS, goes_to_the_hub, list_files, matches
-from .measured import Measured, is_measured, read_measured
+from .measured import Measured, is_finite, is_measured, read_measured
 
 SCORECARD_NAME = "distattn_scorecard.json"
 
@@ -102,8 +102,9 @@ def read_folder(path: str | Path) -> ConvertedFolder:
     _check_modules(path, files, reasons)
     left_out = [f"{name}{why}" for name, why in sorted(reasons.items())]
     return ConvertedFolder(
-        path, config, architecture, auto_class, _read_report(path, files), _read_scorecard(path, files), files, left_out
-    )
+        path, config, architecture, auto_class, _read_report(path, files, config), _read_scorecard(path, files),
+        files, left_out,
+    )  # fmt: skip
 
 
 def _auto_class(config: dict, architecture: str | None) -> str | None:
@@ -208,17 +209,19 @@ def _owners_results(file: Path) -> list[dict]:
             value = entry.get(name)
             if value is None and not required:
                 continue
-            if not (_is_number(value) if kind is float else isinstance(value, str) and value.strip()):
-                raise ValueError(f"{label}: {name} must be {'a number' if kind is float else 'text'}, got {value!r}")
+            if not (is_finite(value) if kind is float else isinstance(value, str) and value.strip()):
+                raise ValueError(
+                    f"{label}: {name} must be {'a finite number' if kind is float else 'text'}, got {value!r}"
+                )
     return results
 
 
-def _read_report(path: Path, files: list[str]) -> ConversionReport | None:
+def _read_report(path: Path, files: list[str], config: dict) -> ConversionReport | None:
     if REPORT_NAME not in files:
         return None
     data = _read_json(path / REPORT_NAME)
     try:
-        return ConversionReport.from_dict(data)
+        return ConversionReport.from_dict(data, config["distattn"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path / REPORT_NAME)!r} is no conversion report of this version: {error}") from error
 

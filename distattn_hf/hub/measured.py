@@ -1,13 +1,14 @@
 """What `distattn evaluate --out` wrote of a checkpoint, as tables of its card and entries of the model index."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from huggingface_hub import EvalResult
 
-from ..data.config import is_integer
+from ..data.config import is_integer, is_number
 from ..storage.files import checkpoint_digest
 
 # Task -> (the number of its rows that is shown, its name in the model index, in words, whether it is a share).
@@ -19,10 +20,10 @@ _OF_LENGTHS = {
     "generation": ("agreement", "token_agreement", "tokens that go on as the teacher's, greedily", True),
     "ruler": ("score", "exact_match", "RULER by lm-eval, answers that hold what is asked for", True),
 }
-# Tasks whose rows are of a whole data set -> the metrics that are shown.
+# Tasks whose rows are of a whole data set -> the metrics that are shown, and which of them are shares.
 _OF_DATA = {
-    "classification": ("accuracy", "f1", "loss"),
-    "text": ("perplexity", "loss", "retrieval_at_1", "mrr"),
+    "classification": (("accuracy", "f1", "loss"), ("accuracy", "f1")),
+    "text": (("perplexity", "loss", "retrieval_at_1", "mrr"), ("retrieval_at_1", "mrr")),
 }
 THIS, TEACHER, CONTROL = "**this checkpoint**", "teacher", "sinks and window alone (control)"
 
@@ -69,11 +70,19 @@ def read_measured(content: dict, label: str, folder: Path) -> Measured:
     for name, kind in (("model", str), ("data", str), ("rows", list)):
         if not isinstance(content.get(name), kind) or not content[name]:
             raise ValueError(f"{label}: {name} must be {'text' if kind is str else 'rows'}, got {content.get(name)!r}")
+    for name, kind in (("against", str), ("depths", list)):
+        if content.get(name) is not None and not isinstance(content[name], kind):
+            raise ValueError(f"{label}: {name} must be {'text' if kind is str else 'a list'}, got {content[name]!r}")
     if content.get("digest") != checkpoint_digest(folder):
         raise ValueError(
-            f"{label} was measured of {content['model']!r}, whose weights or attention are not those of folder "
-            f"{str(folder)!r}; run distattn evaluate {folder} again, with --out"
+            f"{label} was measured of {content['model']!r}, whose weights, config, tokenizer or pooling are not those "
+            f"of folder {str(folder)!r}; run distattn evaluate {folder} again, with --out"
         )
+    for number, row in enumerate(content["rows"]):
+        if not isinstance(row, dict):
+            raise ValueError(f"{label}: rows[{number}] must be an object, got {row!r}")
+        if row.get("samples") is not None and not is_integer(row["samples"], 1):
+            raise ValueError(f"{label}: rows[{number}].samples must be an integer >= 1, got {row['samples']!r}")
     if task in _OF_DATA:
         return _of_data(content, label)
     return _of_lengths(content, label)
@@ -85,9 +94,9 @@ def _of_lengths(content: dict, label: str) -> Measured:
     cells: dict[tuple[str, str], dict[int, list[float]]] = {}
     counts = set()
     for number, row in enumerate(content["rows"]):
-        if not isinstance(row, dict) or not is_integer(row.get("length"), 1):
-            raise ValueError(f"{label}: rows[{number}].length must be an integer >= 1, got {row!r}")
-        value = _number(row, name, f"{label}: rows[{number}]")
+        if not is_integer(row.get("length"), 1):
+            raise ValueError(f"{label}: rows[{number}].length must be an integer >= 1, got {row.get('length')!r}")
+        value = _number(row, name, f"{label}: rows[{number}]", is_share)
         of = (_who(content, row, f"{label}: rows[{number}]"), str(row.get("task", "")))
         cells.setdefault(of, {}).setdefault(row["length"], []).append(value)
         counts.add(row.get("samples"))
@@ -122,10 +131,13 @@ def _hides(content: dict) -> bool:
 def _of_data(content: dict, label: str) -> Measured:
     """Return a column for each metric."""
     rows, own = [], []
-    shown = [name for name in _OF_DATA[content["task"]] if any(name in row for row in content["rows"])]
+    metrics, shares = _OF_DATA[content["task"]]
+    shown = [name for name in metrics if any(name in row for row in content["rows"])]
+    if not shown:
+        raise ValueError(f"{label}: rows must have one of {', '.join(metrics)}, got {content['rows'][0]!r}")
     for number, row in enumerate(content["rows"]):
         who = _who(content, row, f"{label}: rows[{number}]")
-        values = [_number(row, name, f"{label}: rows[{number}]") for name in shown]
+        values = [_number(row, name, f"{label}: rows[{number}]", name in shares) for name in shown]
         rows.append([who, *(_shown(value, False) for value in values)])
         own += [(content["task"], name, value) for name, value in zip(shown, values)] if who == THIS else []
     if not own:
@@ -137,20 +149,27 @@ def _of_data(content: dict, label: str) -> Measured:
 
 def _who(content: dict, row: dict, label: str) -> str:
     """Return what a row's model is called in the card: nobody else has the folders of this machine."""
-    name = row.get("model") if isinstance(row, dict) else None
+    name = row.get("model")
     known = {content["model"]: THIS, f"{content['model']}, sinks and window": CONTROL, content.get("against"): TEACHER}
-    if name is None or name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{label}.model must be one of {', '.join(map(repr, filter(None, known)))}, got {name!r}")
     return known[name]
 
 
-def _number(row: dict, name: str, label: str) -> float:
+def is_finite(value) -> bool:
+    """Return whether a value is a number, no bool, that a float can hold and that is not infinite or NaN."""
+    # By bounds: `math.isfinite` raises for the integers of JSON that no float can hold.
+    return is_number(value) and abs(value) <= sys.float_info.max
+
+
+def _number(row: dict, name: str, label: str, is_share: bool) -> float:
     """Return a number of a row; null, which JSON has for one that is not finite, is NaN."""
     value = row.get(name, "")
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{label}.{name} must be a number, got {row.get(name)!r}")
+    if not is_finite(value) or not 0 <= value <= (1 if is_share else math.inf):
+        wanted = "a number from 0 to 1" if is_share else "a finite number >= 0"
+        raise ValueError(f"{label}.{name} must be {wanted}, got {row.get(name)!r}")
     return float(value)
 
 

@@ -28,6 +28,16 @@ _FOLDERS_OF_THE_ATTENTION = (
 # Weights in a form for which an upload is refused, not just left out.
 PICKLED_WEIGHTS = ("*model*.bin", "*model*.pt", "*model*.pth", "*model*.ckpt", "tf_model.h5", "*.msgpack")
 
+# Files of a checkpoint's own folder that its numbers depend on, beside the folders of its modules.
+_SETTINGS = ("*config.json",)
+_MEASURED = (
+    "*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "added_tokens.json",
+    "special_tokens_map.json", "chat_template*", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", MODULES, "sentence_bert_config.json",
+)  # fmt: skip
+# Who wrote a config, where and in which precision; evaluation loads in float32.
+_NOT_MEASURED = ("transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype")
+
 
 def matches(name: str, patterns) -> bool:
     """Return whether a name matches one of the patterns."""
@@ -87,16 +97,27 @@ def _is_blob(target: Path) -> bool:
 
 
 def checkpoint_digest(folder: str | Path) -> str | None:
-    """Return SHA-256 of a folder's weights (its safetensors files) and of its config's distattn block; None where there
-    is no such folder: of a name on the Hub, or of weights in another form.
+    """Return SHA-256 of what a folder's model computes from: weights (safetensors), config, and the files of tokenizer,
+    generation, processor and pooling. None where there is no such folder: of a name on the Hub, or of weights in
+    another form.
+
+    Of JSON its content counts, but for what changes no measured number (`_NOT_MEASURED`).
     """
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = hashlib.sha256(json.dumps(config.get("distattn"), sort_keys=True).encode())
-    for file in files:
-        with file.open("rb") as opened:
-            found.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    names = list_files(folder)[0]
+    modules = json.loads((folder / MODULES).read_text(encoding="utf-8")) if MODULES in names else ()
+    folders = [Path(entry["path"]) for entry in modules if entry.get("path")]
+    found = hashlib.sha256()
+    for name in names:
+        if Path(name).parent not in folders and not ("/" not in name and matches(name, _MEASURED)):
+            continue
+        with (folder / name).open("rb") as opened:
+            if matches(Path(name).name, _SETTINGS):
+                content = {k: v for k, v in json.load(opened).items() if k not in _NOT_MEASURED}
+                part = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+            else:
+                part = hashlib.file_digest(opened, "sha256")
+        found.update(name.encode() + part.digest())
     return found.hexdigest()

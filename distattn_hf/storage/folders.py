@@ -84,7 +84,7 @@ def change_options(folder: str | Path, **options) -> list:
     specs = with_options([AttentionSpec.from_dict(spec) for spec in block["specs"]], options)
     for saved, spec in zip(block["specs"], specs, strict=True):
         # Nothing else: the code in the folder may be older than this and know other words.
-        saved.update({name: getattr(spec, name) for name in options if spec.mechanism in OPTIONS[name]})
+        saved.update({name: getattr(spec, name) for name in options if spec.has_option(name)})
     write_atomically(path, (json.dumps(data, indent=2, sort_keys=True) + "\n").encode())
     return specs
 

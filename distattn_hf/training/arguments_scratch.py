@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from ..core.configuration_native import DistAttnConfig, DistAttnSeq2SeqConfig
 from ..data.config import is_integer, override, parse_kinds, read_mapping, refuse_unknown
 from ..data.datasets import DataArguments
+from ..data.shipped import say_own
 from ..data.tasks import LANGUAGE_MODELS, TASKS
 from ..data.tokenizer import LEAST_VOCABULARY
 
@@ -84,6 +85,7 @@ def read_scratch_config(path: str | Path, overrides: list[str] | tuple[str, ...]
             override(values, text)
         # Read the model's file as soon as it is named, so that the next override can change one of its fields.
         if isinstance(values.get("model"), str):
+            say_own(values["model"], "model")
             values["model"] = read_mapping(values["model"], "model")
     return parse_scratch_config(values)
 

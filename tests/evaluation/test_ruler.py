@@ -1,8 +1,10 @@
 """RULER by lm-eval's tasks at lengths of ours: the texts, the scores of models that know or do not, what is refused."""
 
 import json
+import random
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,13 +100,48 @@ def test_without_lm_eval_the_install_command_is_said(tiny, tmp_path, monkeypatch
     assert "--data does nothing with --task ruler" in run.stderr
 
 
+def test_what_is_outside_is_left_as_it_was(tiny, monkeypatch):
+    """Also after an error: what is drawn next, and where nltk looks, which had a deleted folder more for each call."""
+    nltk = pytest.importorskip("nltk")
+    model, tokenizer = tiny
+
+    def stop(*args, **kwargs):
+        random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+        nltk.data.path.append("nowhere")
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(ruler, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(ruler, "_lay_out", stop)
+
+    def drawn():
+        return random.random(), numpy.random.rand(), float(torch.rand(()))
+
+    random.seed(7), numpy.random.seed(7), torch.manual_seed(7)
+    expected, path = drawn(), list(nltk.data.path)
+    random.seed(7), numpy.random.seed(7), torch.manual_seed(7)
+    with pytest.raises(RuntimeError, match="stop"):
+        evaluate_ruler({"it": model}, tokenizer, RulerOptions((2048,)))
+    assert drawn() == expected
+    assert nltk.data.path == path
+
+
 def test_one_that_knows_finds_all_and_one_that_does_not_finds_nothing(tiny, monkeypatch):
     """By lm-eval's own tasks and scores."""
     monkeypatch.setattr(ruler, "TASKS", {"niah_single_1": 512, "niah_multikey_2": 512})
     model, tokenizer = tiny
     knows = one_that_knows(LlamaForCausalLM(model.config).eval(), tokenizer)
     options = RulerOptions((2048,), samples=3)
+    import nltk
+
+    path = list(nltk.data.path)
+    random.seed(7)
+    numpy.random.seed(7)
+    expected = random.random(), numpy.random.rand()
+    random.seed(7)
+    numpy.random.seed(7)
     rows = evaluate_ruler({"knows": knows, "guesses": model}, tokenizer, options)
+    assert (random.random(), numpy.random.rand()) == expected
+    assert nltk.data.path == path
     assert [(row["model"], row["task"], row["length"]) for row in rows] == [
         (name, task, 2048) for task in ("niah_single_1", "niah_multikey_2") for name in ("knows", "guesses")
     ]

@@ -251,7 +251,10 @@ def test_results_of_the_owner_are_shown_as_theirs(folder, tmp_path):
     [
         ([], "at least one result"),
         ({"metric": "mrr"}, "must hold a JSON list, got dict"),
-        ([{"dataset": "a", "metric": "b", "value": "0.5"}], "entry 0: value must be a number, got '0.5'"),
+        ([{"dataset": "a", "metric": "b", "value": "0.5"}], "entry 0: value must be a finite number, got '0.5'"),
+        ([{"dataset": "a", "metric": "b", "value": float("inf")}], "entry 0: value must be a finite number, got inf"),
+        ([{"dataset": "a", "metric": "b", "value": 10**400}], "entry 0: value must be a finite number, got 1000"),
+        ([3], "entry 0 must be an object, got 3"),
         ([{"dataset": "a", "value": 1}], "entry 0: metric must be text, got None"),
         (
             [{"dataset": "a", "metric": "b", "value": 1, "score": 2}],

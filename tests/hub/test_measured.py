@@ -101,8 +101,51 @@ def test_measurements_of_other_weights_are_refused(folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["distattn"]["specs"][0]["num_blocks"] = 3
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="kv.json' was measured of .*student', whose weights or attention are not"):
+    with pytest.raises(
+        ValueError, match="kv.json' was measured of .*student', whose weights, config, tokenizer or pooling are not"
+    ):
         build_card(copy, "user/x", license="mit", results=files(folder))
+
+
+def rewrite(file, change) -> None:
+    data = json.loads(file.read_text()) if file.is_file() else {}
+    change(data)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(data))
+
+
+OTHER_NUMBERS = {
+    "position base": ("config.json", lambda c: c.update(rope_parameters={"rope_theta": 1e6, "rope_type": "default"})),
+    "soft cap": ("config.json", lambda c: c.update(attn_logit_softcapping=5.0)),
+    "sliding window": ("config.json", lambda c: c.update(sliding_window=8)),
+    "attention": ("config.json", lambda c: c["distattn"]["specs"][0].update(num_sinks=1)),
+    "tokenizer": ("tokenizer.json", lambda c: c.update(truncation={"max_length": 8})),
+    "tokenizer's settings": ("tokenizer_config.json", lambda c: c.update(add_bos_token=True)),
+    "generation": ("generation_config.json", lambda c: c.update(eos_token_id=3)),
+    "pooling": ("1_Pooling/config.json", lambda c: c.update(pooling_mode_cls_token=True)),
+    "a dense module": ("2_Dense/model.safetensors", lambda c: c.update(changed=1)),
+    "its settings": ("sentence_bert_config.json", lambda c: c.update(max_seq_length=8)),
+}
+SAME_NUMBERS = {
+    "versions": ("config.json", lambda c: c.update(transformers_version="1", _name_or_path="x", dtype="bfloat16")),
+    "code": ("config.json", lambda c: c.update(auto_map={})),
+    "order": ("config.json", lambda c: c.update({name: c.pop(name) for name in sorted(c, reverse=True)})),
+    "generation's version": ("generation_config.json", lambda c: c.update(transformers_version="1")),
+    "licence": ("LICENSE.json", lambda c: c.update(mit=True)),
+    "card": ("README.md", lambda c: c.update(a=1)),
+    "an older export": ("onnx/config.json", lambda c: c.update(a=1)),
+}
+
+
+@pytest.mark.parametrize("name", [*OTHER_NUMBERS, *SAME_NUMBERS])
+def test_what_changes_the_numbers_changes_the_digest(folder, tmp_path, name):
+    copy = shutil.copytree(folder / "student", tmp_path / "student")
+    (copy / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
+    rewrite(copy / "1_Pooling" / "config.json", lambda c: c.update(pooling_mode_mean_tokens=True))
+    before = checkpoint_digest(copy)
+    file, change = (OTHER_NUMBERS | SAME_NUMBERS)[name]
+    rewrite(copy / file, change)
+    assert (checkpoint_digest(copy) == before) == (name in SAME_NUMBERS)
 
 
 def test_nothing_is_told_twice(folder):
@@ -113,17 +156,38 @@ def test_nothing_is_told_twice(folder):
         card_of(folder, [*files(folder), kv])
 
 
+ROW = {"model": "M", "length": 8, "exact": 1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"task": "luck"}, "task must be one of passkey, .*, got 'luck'"),
         ({"model": None}, "model must be text, got None"),
         ({"rows": []}, r"rows must be rows, got \[\]"),
-        ({"digest": None}, "was measured of .* whose weights or attention are not those of folder"),
-        ({"rows": [{"model": "M", "length": 8}]}, r"rows\[0\].exact must be a number, got None"),
+        ({"digest": None}, "was measured of .* whose weights, config, tokenizer or pooling are not those of folder"),
+        ({"rows": [{"model": "M", "length": 8}]}, r"rows\[0\].exact must be a number from 0 to 1, got None"),
         ({"rows": [{"model": "other", "length": 8, "exact": 1}]}, r"rows\[0\].model must be one of 'M'.*, got 'other'"),
         ({"rows": [{"model": "M", "length": "8", "exact": 1}]}, r"rows\[0\].length must be an integer >= 1"),
         ({"rows": [{"model": "M, sinks and window", "length": 8, "exact": 1}]}, "has no row of 'M' itself"),
+        ({"rows": [ROW, 3]}, r"rows\[1\] must be an object, got 3"),
+        ({"rows": [ROW | {"model": ["M"]}]}, r"rows\[0\].model must be one of 'M'.*, got \['M'\]"),
+        ({"rows": [ROW | {"length": [8]}]}, r"rows\[0\].length must be an integer >= 1, got \[8\]"),
+        ({"rows": [ROW | {"samples": [8]}]}, r"rows\[0\].samples must be an integer >= 1, got \[8\]"),
+        ({"rows": [ROW | {"exact": 7.0}]}, r"rows\[0\].exact must be a number from 0 to 1, got 7.0"),
+        ({"rows": [ROW | {"exact": float("inf")}]}, r"rows\[0\].exact must be a number from 0 to 1, got inf"),
+        ({"rows": [ROW | {"exact": 10**400}]}, r"rows\[0\].exact must be a number from 0 to 1, got 1000"),
+        ({"rows": [ROW | {"exact": True}]}, r"rows\[0\].exact must be a number from 0 to 1, got True"),
+        (
+            {"task": "perplexity", "rows": [ROW | {"perplexity": -1}]},
+            "perplexity must be a finite number >= 0",
+        ),
+        ({"task": "text", "rows": [3]}, r"rows\[0\] must be an object, got 3"),
+        ({"task": "text", "rows": [ROW]}, "rows must have one of perplexity, loss, retrieval_at_1, mrr, got"),
+        ({"task": "text", "rows": [ROW | {"mrr": 7}]}, r"rows\[0\].mrr must be a number from 0 to 1, got 7"),
+        ({"task": "classification", "rows": [ROW | {"f1": -1}]}, r"rows\[0\].f1 must be a number from 0 to 1, got -1"),
+        ({"against": ["T"]}, r"against must be text, got \['T'\]"),
+        ({"depths": 3}, "depths must be a list, got 3"),
     ],
 )
 def test_files_that_are_not_whole_are_refused(folder, tmp_path, change, message):

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from distattn_hf.commands.shared import check_config
-from distattn_hf.data.config import read_yaml
+from distattn_hf.data.config import read_specs, read_yaml
 from distattn_hf.data.shipped import CONFIGS, find_config
+from tests.conversion.models import gpt2
+from tests.test_cli import distattn
 
 NAME = "configs/training/minilm_l1.yaml"
 
@@ -28,6 +30,24 @@ def test_a_file_of_the_working_directory_comes_first(tmp_path, monkeypatch, caps
     assert read_yaml(NAME, "config") == {"teacher": "mine"}
     check_config(mine.relative_to(tmp_path))
     assert capsys.readouterr().err == ""
+
+
+def test_a_spec_that_is_the_packages_own_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    name = "configs/attention/l2.yaml"
+    said = [f"spec file: {CONFIGS / 'attention' / 'l2.yaml'}, the package's own"]
+    assert read_specs(name)[0].metric == "l2"
+    assert caplog.messages == said
+    gpt2().save_pretrained(tmp_path / "teacher")
+    run = distattn("convert", tmp_path / "teacher", tmp_path / "out", "--spec", name, "--init", "plain")
+    assert f"warning: {said[0]}" in run.stderr.splitlines()
+    assert "the package's own" not in run.stdout
+    caplog.clear()
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("metric: l1")
+    assert read_specs(name)[0].metric == "l1"
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
