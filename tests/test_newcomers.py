@@ -19,7 +19,7 @@ from distattn_hf import (
     retrieval_attention,
 )
 from distattn_hf.cli import app
-from distattn_hf.evaluation.score import EvaluationOptions, embed
+from distattn_hf.evaluation.score import evaluate_models
 from distattn_hf.storage import embedded
 from distattn_hf.training.long_sequences import sequence_parallel
 from tests.conversion.models import bert, gpt2, t5
@@ -187,8 +187,11 @@ def test_no_tokenizer_is_made_up(kind, tmp_path):
     assert load_checkpoint(tmp_path / "bare")[1]("a")["input_ids"] == [100, 1]
 
 
-def test_embeddings_keep_no_gradients():
+def test_embeddings_are_compared_without_gradients(recwarn):
     teacher, tokenizer, texts = gpt2_english()
     model = teacher.transformer.requires_grad_(True)
     tokenizer.pad_token = tokenizer.eos_token
-    assert not embed(model, tokenizer, [text[:80] for text in texts[:2]], EvaluationOptions()).requires_grad
+    models = {"student": (model, tokenizer), "teacher": (model, tokenizer)}
+    scores = evaluate_models(models, [text[:80] for text in texts[:2]])
+    assert scores["student"]["embedding_cosine"] == pytest.approx(1.0)
+    assert not [warning for warning in recwarn if "requires_grad" in str(warning.message)]

@@ -25,14 +25,12 @@ from .kernel_cpp_tiles import TILES
 
 # Exact attention. Other libraries use TILES, too, and are compiled where they are used.
 EXACT = "\n".join((TILES, SOFTENED, FORWARD, BACKWARD, DECODE))
-# No -ffast-math: a NaN must stay one, and -inf masks. -O3 because only there GCC unrolls the register tiles (half the
-# time of -O2).
+# No -ffast-math: a NaN must stay one, and -inf masks. -O3: there GCC unrolls the register tiles (half the time of -O2).
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-shared", "-fPIC", "-Wno-psabi", "-x", "c++"),
 )
-_COMPILERS = ("g++", "c++", "clang++")
-_SECONDS = 300
+_COMPILERS, _SECONDS = ("g++", "c++", "clang++"), 300
 # Rows of q, k and v are padded to this many floats.
 ALIGNMENT = 16
 
@@ -143,8 +141,7 @@ def readable(*tensors: Tensor | None) -> bool:
 
 
 def in_onnx_export() -> bool:
-    """Return whether this is being written as ONNX, which has PyTorch's own operators alone."""
-    # What says so takes a second to import; while it is not, nothing is written.
+    """Return whether this is being written as ONNX; what says so takes a second to import, and is there then."""
     return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 

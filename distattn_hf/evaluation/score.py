@@ -222,8 +222,9 @@ def compare_models(
     if len(models) == 2:
         (name, (model, tokenizer)), (teacher_name, (teacher, _)) = models.items()
         if kinds[name] == "embedding":
-            embeddings = embed(model, tokenizer, texts, by_name[name])
-            teacher_embeddings = embed(teacher, tokenizer, texts, by_name[teacher_name])
+            with torch.no_grad():
+                embeddings = embed(model, tokenizer, texts, by_name[name])
+                teacher_embeddings = embed(teacher, tokenizer, texts, by_name[teacher_name])
             result[name]["embedding_cosine"] = float((embeddings * teacher_embeddings).sum(-1).mean())
             result[teacher_name]["embedding_cosine"] = 1.0
         else:
@@ -254,9 +255,8 @@ def first_sentence_pairs(texts) -> list[tuple[str, str]]:
     return [(pair[0], pair[1]) for pair in pairs if len(pair) == 2 and pair[0].strip() and pair[1].strip()]
 
 
-@torch.no_grad()
 def embed(model, tokenizer, texts, options: EvaluationOptions) -> Tensor:
-    """Return unit embeddings (len(texts), hidden size), pooled as set in the options."""
+    """Return unit embeddings (len(texts), hidden size), pooled as set in the options, with gradients where wanted."""
     embeddings = []
     for start in _steps(range(0, len(texts), 8 * options.batch_size), "embed", options):
         batch = tokenizer(

@@ -98,7 +98,7 @@ def classifier():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: FAMILIES["llama"](), "takes a converted model, got LlamaForCausalLM"),
+        (lambda: FAMILIES["llama"](), "got LlamaForCausalLM, which is not converted"),
         (lambda: retrieving(opt()), "PositionalEmbedding counts positions by the mask"),
         (lambda: retrieving(classifier()), "its head may join tokens of all ranks"),
         (lambda: student_of("llama", metric="l2"), "'layers.0.self_attn' has heads of exact attention; convert all"),
@@ -111,7 +111,7 @@ def classifier():
             lambda: DistAttnForCausalLM(
                 DistAttnConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, is_decoder=True)
             ),
-            "takes a converted model, got DistAttnForCausalLM",
+            "got DistAttnForCausalLM, mechanism 'dot', which is not converted",
         ),
     ],
 )
