@@ -19,7 +19,7 @@ from distattn_hf import (
     retrieval_attention,
 )
 from distattn_hf.cli import app
-from distattn_hf.evaluation.score import evaluate_models
+from distattn_hf.evaluation.score import compare_models
 from distattn_hf.storage import embedded
 from distattn_hf.training.long_sequences import sequence_parallel
 from tests.conversion.models import bert, gpt2, t5
@@ -192,6 +192,6 @@ def test_embeddings_are_compared_without_gradients(recwarn):
     model = teacher.transformer.requires_grad_(True)
     tokenizer.pad_token = tokenizer.eos_token
     models = {"student": (model, tokenizer), "teacher": (model, tokenizer)}
-    scores = evaluate_models(models, [text[:80] for text in texts[:2]])
+    scores = compare_models(models, [text[:80] for text in texts[:2]])
     assert scores["student"]["embedding_cosine"] == pytest.approx(1.0)
     assert not [warning for warning in recwarn if "requires_grad" in str(warning.message)]
