@@ -115,7 +115,6 @@ def warn_without_far_keys(model):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def embedding_agreement(model, teacher, tokenizer, texts, options: EvaluationOptions | None = None) -> float:
     """Return the mean cosine between the two models' embeddings of the same texts, pooled as set in the options."""
     options = options or EvaluationOptions()
