@@ -7,6 +7,7 @@ from statistics import fmean
 import torch
 from transformers import Trainer, TrainerCallback
 
+from ..conversion.observe import in_eval_mode
 from ..core.configuration_native import check_integer
 from ..core.discovery import base_prefix
 from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT
@@ -115,14 +116,8 @@ class AttentionLoggingCallback(TrainerCallback):
             self._pending = {}
 
     def _measure(self, model, batch: dict, warn: bool) -> dict[str, float]:
-        modes = {module: module.training for module in model.modules()}
-        try:
-            model.eval()
-            with torch.no_grad():
-                statistics = measure(model, [batch])
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with in_eval_mode(model), torch.no_grad():
+            statistics = measure(model, [batch])
         numbers = {}
         for module in statistics.modules:
             heads = statistics.of(module)

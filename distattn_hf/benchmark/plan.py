@@ -1,6 +1,5 @@
 """Which attention suits a model at a length and in so much memory: bytes, a short measurement, what it loses."""
 
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from ..conversion.cache_bytes import TOKENS, cache_bytes
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
+from ..conversion.observe import in_eval_mode
 from ..core.attention_spec import AttentionSpec
 from ..core.discovery import max_positions
 from .measure import only_errors, time_pair
@@ -78,9 +78,8 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
     weights = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
     vocabulary, shape = model.config.get_text_config().vocab_size, (1, min(length, TIMED_TOKENS))
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    choices, modes = [], {module: module.training for module in model.modules()}
-    with only_errors("transformers", "distattn_hf"), _modes_kept(modes):
-        model.eval()
+    choices = []
+    with only_errors("transformers", "distattn_hf"), in_eval_mode(model):
         candidates = {"dot": model, "retrieval": convert(model, "retrieval"), "nystrom": _nystrom(model, ids)}
         for name, candidate in candidates.items():
             size = batch * _size(candidate, length)
@@ -93,15 +92,6 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
             )  # fmt: skip
     take, why = _advice({choice.attention: choice for choice in choices}, length)
     return Plan(choices, take, why, str(model.dtype).removeprefix("torch."))
-
-
-@contextmanager
-def _modes_kept(modes: dict):
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _nystrom(model, ids):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.attention import distance_attention
 from ..core.head_groups import key_padding
@@ -15,6 +15,18 @@ from ..core.relative_bias import of_heads
 from ..core.retrieval import Retrieval
 from ..core.retrieval_gather import caught_weight, visible_keys
 from ..core.retrieval_heads import retrieval_forward, retrieval_problem, some_heads
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a module and all in it into eval mode, and back into the modes they were in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

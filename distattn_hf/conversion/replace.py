@@ -14,7 +14,7 @@ from ..layers.multihead import DistanceMultiheadAttention, check_replaceable, ch
 from .calibrate import CalibrationOptions, fit_group
 from .convert import INITS, prepared
 from .fit import LayerData
-from .observe import teacher_attention
+from .observe import in_eval_mode, teacher_attention
 
 
 def replace_attention(
@@ -107,19 +107,15 @@ def _calibrate(module: nn.Module, batches: list, options: CalibrationOptions) ->
         seen[layer].append((query, key, call))
         return teacher_attention(query, key, value, call)
 
-    modes = {part: part.training for part in module.modules()}
     try:
-        module.eval()
         for layer in layers:
             layer.observer = observe
-        with torch.inference_mode(False), torch.no_grad():
+        with in_eval_mode(module), torch.inference_mode(False), torch.no_grad():
             for args, kwargs in batches:
                 module(*args, **kwargs)
     finally:
         for layer in layers:
             layer.observer = None
-        for part, mode in modes.items():
-            part.training = mode
     off = {}
     for layer, uses in seen.items():
         if not uses:
