@@ -137,7 +137,8 @@ def _blocks(key: Tensor, keep: Tensor, block_size: int, heads: int, **numbers) -
 
 
 def encode_keys(key: Tensor, keep: Tensor, block_size: int) -> Codes:
-    """Return what `encode` does, by the CPU's kernel where it can."""
+    """Return what `encode` does, by the CPU's kernel where it can; codes have no gradient."""
+    key = key.detach()
     if not _prepares(key, keep):
         return encode(key, keep, block_size)
     batch, key_heads, _, size = key.shape
