@@ -81,7 +81,7 @@ def test_names_known_without_torch_are_those_of_the_package():
         "attention": attention_spec.ATTENTION_KINDS,
         "transform": attention_spec.TRANSFORMS,
         "beyond": attention_spec.BEYOND,
-        "task": (*LONG_TEXT_TASKS, "classification"),
+        "task": (*LONG_TEXT_TASKS, "ruler", "classification"),
     } == choices.CHOICES
 
 
