@@ -21,14 +21,14 @@ OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
     "backend": ("distance",),
-    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "min_weight", "far_field"), ("retrieval",)),
+    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "min_weight", "far_field", "cluster_keys"), ("retrieval",)),
 }
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
 # Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
-OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True}
+OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True, "cluster_keys": True}
 # The fields of each mechanism and their defaults; what stays None is for `convert` to decide.
 _OWN = {
     "distance": {},
@@ -107,6 +107,9 @@ class AttentionSpec:
             across sequences, beside a position bias and under a cap. Default 0.003.
         far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
             (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
+        cluster_keys: whether keys that came before the window's own 16 blocks stand in blocks by their likeness, which
+            a query finds by their means (see retrieval_order.py; causal, not beside a position bias or under a cap), or
+            where they stand in the text. Default True.
         beyond: what heads of "nystrom" use whose far field loses too much (see `CalibrationOptions`), by the teacher's
             own logits and with all keys of their key head in the cache. "retrieval": retrieval attention (block_size,
             num_blocks, min_weight, and window_size and num_sinks as they are) at any length, for whole key heads.
@@ -139,6 +142,7 @@ class AttentionSpec:
     num_blocks: int | None = None
     min_weight: float | None = None
     far_field: bool | None = None
+    cluster_keys: bool | None = None
     beyond: str | None = None
 
     def __post_init__(self):
@@ -215,9 +219,9 @@ class AttentionSpec:
             elif name == "landmarks":
                 if not isinstance(value, str) or not value:
                     raise ValueError(f"landmarks must be a strategy's name (str), got {value!r}")
-            elif name == "far_field":
+            elif name in ("far_field", "cluster_keys"):
                 if not isinstance(value, bool):
-                    raise ValueError(f"far_field must be True, False or None, got {value!r}")
+                    raise ValueError(f"{name} must be True, False or None, got {value!r}")
             elif name == "min_weight":
                 if not _is_number(value) or not 0 <= value < 1:
                     raise ValueError(f"min_weight must be a number from 0 to below 1, got {value!r}")
@@ -230,7 +234,7 @@ class AttentionSpec:
         return AttentionSpec(
             mechanism="retrieval", window_size=max(1, self.window_size), num_sinks=self.num_sinks,
             block_size=self.block_size, num_blocks=self.num_blocks, min_weight=self.min_weight,
-            far_field=self.far_field,
+            far_field=self.far_field, cluster_keys=self.cluster_keys,
         )  # fmt: skip
 
     def has_option(self, name: str) -> bool:
@@ -325,9 +329,9 @@ def layer_pattern_matches(pattern: str, layer: int | None, name: str) -> bool:
 
 
 def _saved_spec(data: dict[str, Any]) -> AttentionSpec:
-    """Return the spec in a config; what was saved before `min_weight` was there reads num_blocks blocks, as it did."""
+    """Return the spec in a config; what was saved before a field of retrieval was there is read as it was meant."""
     if isinstance(data, dict) and data.get("num_blocks") is not None:
-        data = {"min_weight": 0.0, **data}
+        data = {"min_weight": 0.0, "cluster_keys": False, **data}
     return AttentionSpec.from_dict(data)
 
 

@@ -1,16 +1,22 @@
-"""C++ source of what stands for blocks of keys in retrieval attention: their codes and their summaries."""
+"""C++ source of which keys stand in a block of retrieval attention, and of its codes and its summary."""
 
 BLOCKS = r"""
 // What stands for blocks of keys (see `Codes` and `Summaries`), 16 blocks a panel. keep: (B, M) or null.
 // center: of each head one for each of `centers` blocks, or one for all. n: blocks; real keys are those below M.
+// order: which key stands at each place of the blocks, (B, H_kv, n·block), or null.
 struct Blocks {
   const float *k, *v, *center;
+  const int64_t* order;
   const uint8_t* keep;
   float *mean, *scale, *key, *bias, *value;
   uint8_t* code;
   long B, H, G, M, n, d, dv_, block, groups, centers, threads;
   long k_stride[3], v_stride[3];
 };
+static long number_of(const Blocks& a, long b, long kh, long x, long t) {
+  long place = x * a.block + t;
+  return a.order ? a.order[(b * (a.H / a.G) + kh) * a.n * a.block + place] : place;
+}
 struct Rows {  // of one block, filled with zeros to whole vectors; which of them are real
   long d, ld;
   std::unique_ptr<float, void (*)(void*)> memory;
@@ -20,7 +26,7 @@ struct Rows {  // of one block, filled with zeros to whole vectors; which of the
   float* at(long t) const { return memory.get() + t * ld; }
   void read(const Blocks& a, const float* from, const long* stride, long b, long kh, long x, const bool* real) const {
     for (long t = 0; t < a.block; t++) {
-      const float* row = from + b * stride[0] + kh * stride[1] + (x * a.block + t) * stride[2];
+      const float* row = from + b * stride[0] + kh * stride[1] + (real[t] ? number_of(a, b, kh, x, t) : 0) * stride[2];
       if (real[t])
         memcpy(at(t), row, 4 * d);
       else
@@ -28,15 +34,17 @@ struct Rows {  // of one block, filled with zeros to whole vectors; which of the
     }
   }
 };
-static long which(const Blocks& a, long b, long x, bool* real) {
+static long which(const Blocks& a, long b, long kh, long x, bool* real) {
   long count = 0;
-  for (long t = 0, j = x * a.block; t < a.block; t++, j++)
-    count += real[t] = x < a.n && j < a.M && (!a.keep || a.keep[b * a.M + j]);
+  for (long t = 0; t < a.block; t++) {
+    long j = x < a.n ? number_of(a, b, kh, x, t) : a.M;
+    count += real[t] = j < a.M && (!a.keep || a.keep[b * a.M + j]);
+  }
   return count;
 }
 static void encode_block(const Blocks& a, long b, long kh, long x, const Rows& rows, bool* real, float* mean) {
   long bk = b * (a.H / a.G) + kh, at = bk * a.groups + x / P16, lane = x % P16, steps = (a.d + 7) / 8, half = 4 * steps;
-  long count = which(a, b, x, real), other = 0;
+  long count = which(a, b, kh, x, real), other = 0;
   rows.read(a, a.k, a.k_stride, b, kh, x, real);
   memset(mean, 0, 4 * rows.ld);
   for (long t = 0; t < a.block; t++)
@@ -48,20 +56,20 @@ static void encode_block(const Blocks& a, long b, long kh, long x, const Rows& r
     vf most = {};
     for (long c = 0; c < rows.ld; c += W) most = largest_of(most, vabs(load(row + c) - load(mean + c)));
     largest = largest_bits(most) / 7;
-    a.scale[(at * a.block + t) * P16 + lane] = largest;
+    a.scale[(at * P16 + lane) * a.block + t] = largest;
     float by = largest > 0 ? largest : 1;
-    uint8_t* to = a.code + (at * a.block + t) * steps * 64 + lane * 4;
+    uint8_t* to = a.code + ((at * P16 + lane) * steps * a.block + t) * 4;
     for (long c = 0; c < half; c++) {
       auto code = [&](long c) {
         return c < a.d ? (int)nearbyintf((row[c] - mean[c]) / by) + 8 & 15 : 8;
       };
-      to[c / 4 * 64 + c % 4] = code(c) | code(half + c) << 4;
+      to[c / 4 * a.block * 4 + c % 4] = code(c) | code(half + c) << 4;
     }
   }
 }
 static void summarise_block(const Blocks& a, long b, long kh, long x, const Rows& rows, const Rows& values, bool* real,
                             float* work) {
-  bool any = which(a, b, x, real) > 0;
+  bool any = which(a, b, kh, x, real) > 0;
   rows.read(a, a.k, a.k_stride, b, kh, x, real);
   values.read(a, a.v, a.v_stride, b, kh, x, real);
   float *center = work, *mean = work + rows.ld, *logit = mean + rows.ld, *middle = logit + (a.block + W - 1) / W * W;
@@ -103,6 +111,109 @@ static int blocks_of(const Blocks* a, bool codes) {
         else
           summarise_block(*a, b, kh, x, rows, values, real.get(), work.get());
       }
+  }
+  return failed;
+}
+
+// Which key stands at which place, (B, H, levels, n·unit): see `order_by_likeness`. keep: (B, M).
+struct Order {
+  const float* k;
+  const uint8_t* keep;
+  int64_t* place;
+  long B, H, M, d, n, unit, block, pinned, levels, threads, k_stride[3];
+};
+struct Segment {  // the order of the keys of one segment
+  const Order& a;
+  long ld, ready;
+  std::unique_ptr<float, void (*)(void*)> memory;
+  float *rows, *mean, *axis, *next, *along;
+  std::unique_ptr<int32_t[]> number;
+  Segment(const Order& a, long most) : a(a), ld((a.d + W - 1) / W * W), memory(buffer((most + 3) * ld + most)) {
+    number.reset(new int32_t[most]);
+    rows = memory.get(), mean = rows + most * ld, axis = mean + ld, next = axis + ld, along = next + ld;
+    if (memory) memset(rows, 0, 4 * (most + 3) * ld);
+  }
+  // Halves places lo .. hi - 1, of which the first `low` and the last `high` stay where they are, down to blocks.
+  void halve(long lo, long hi, long low, long high) {
+    long from = lo + low, to = hi - high, middle = lo + (hi - lo) / 2;
+    if (hi - lo <= a.block) {
+      if (from < to) std::sort(number.get() + from, number.get() + to);
+      return;
+    }
+    if (from < middle && middle < to) {
+      memset(mean, 0, 4 * ld);
+      for (long x = from; x < to; x++)
+        for (long c = 0; c < ld; c += W) store(mean + c, load(mean + c) + load(row(x) + c));
+      for (long c = 0; c < ld; c += W) store(mean + c, load(mean + c) / splat(to - from));
+      float most = -1;
+      for (long x = from; x < to; x++) {
+        vf sum = {};
+        for (long c = 0; c < ld; c += W) {
+          vf rest = load(row(x) + c) - load(mean + c);
+          sum += rest * rest;
+        }
+        if (float far = ::total(sum); far > most) {
+          most = far;
+          for (long c = 0; c < ld; c += W) store(axis + c, load(row(x) + c) - load(mean + c));
+        }
+      }
+      for (int i = 0; i < 2; i++) {  // towards the direction in which they differ most
+        float all = 0, base = dot_product(mean, axis, ld), size = 0;
+        memset(next, 0, 4 * ld);
+        for (long x = from; x < to; x++) {
+          float part = dot_product(row(x), axis, ld) - base;
+          all += part;
+          for (long c = 0; c < ld; c += W) store(next + c, load(next + c) + part * load(row(x) + c));
+        }
+        for (long c = 0; c < ld; c++) next[c] -= all * mean[c], size = std::max(size, fabsf(next[c]));
+        for (long c = 0; c < ld; c++) axis[c] = size > 0 ? next[c] / size : 0;
+      }
+      for (long x = from; x < to; x++) {
+        float part = dot_product(row(x), axis, ld);
+        along[number[x]] = part == part ? part : INF;
+      }
+      std::nth_element(number.get() + from, number.get() + middle, number.get() + to, [&](int32_t x, int32_t y) {
+        return along[x] < along[y] || (along[x] == along[y] && x < y);
+      });
+    }
+    halve(lo, middle, std::min(low, middle - lo), std::max(0L, middle - to));
+    halve(middle, hi, std::max(0L, from - middle), std::min(high, hi - middle));
+  }
+  const float* row(long x) const { return rows + number[x] * ld; }
+  void run(long b, long h, long level, long start, long count) {
+    int64_t* out = a.place + ((b * a.H + h) * a.levels + level) * a.n * a.unit + start;
+    long pinned = start ? 0 : std::min(a.pinned, count), real = 0;
+    auto is_real = [&](long x) { return a.keep[b * a.M + start + x]; };
+    for (long x = 0; x < count; x++) {
+      if (x >= pinned && !is_real(x)) continue;
+      number[real++] = x;
+      memcpy(rows + x * ld, a.k + b * a.k_stride[0] + h * a.k_stride[1] + (start + x) * a.k_stride[2], 4 * a.d);
+    }
+    for (long x = pinned, at = real; x < count; x++)
+      if (!is_real(x)) number[at++] = x;
+    halve(0, count, pinned, count - real);
+    for (long x = 0; x < count; x++) out[x] = start + number[x];
+  }
+};
+extern "C" int order_keys(const Order* a) {
+  long most = a->unit << 2 * (a->levels - 1);
+  int failed = 0;
+#pragma omp parallel num_threads(a->threads)
+  {
+    Segment segment(*a, std::min(most, a->n * a->unit));
+    if (!segment.memory) failed = 1;
+#pragma omp barrier
+    for (long level = a->levels - 1; level >= 0; level--) {
+      long size = a->unit << 2 * level, whole = a->n * a->unit / size;
+#pragma omp for schedule(dynamic) collapse(2) nowait
+      for (long bh = 0; bh < a->B * a->H; bh++)
+        for (long x = 0; x <= whole; x++) {
+          if (failed) continue;
+          if (x < whole) segment.run(bh / a->H, bh % a->H, level, x * size, size);
+          int64_t* out = a->place + (bh * a->levels + level) * a->n * a->unit;
+          for (long j = whole * size; x == whole && j < a->n * a->unit; j++) out[j] = j;  // of no whole segment
+        }
+    }
   }
   return failed;
 }

@@ -74,38 +74,30 @@ static void logits(const float* q, long ldq, long rows, const float* const* pane
   if (rows - r == 2) row_logits<Metric, 2>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
   if (rows - r == 1) row_logits<Metric, 1>(rest, ldq, panels, count, d, to, ldo, coef, soft, G, r, p);
 }
-// out[r, :] += Σ_j w[r, j]·value of the j-th of `count` runs of 16 keys; keys that `keep` omits are not read.
+// out[r, :] += Σ_j w[r, j]·value of the j-th of `count` keys, C vectors of it; rows that are null are not read.
 template <class T, int R, int C>
-INLINE void weighted(const float* w, long ldw, const typename T::type* const* runs, const uint8_t* const* keeps,
-                     const long* lengths, long count, long stride, float* out, long ldo) {
+INLINE void weighted(const float* w, long ldw, const typename T::type* const* rows, long count, long from, float* out,
+                     long ldo) {
   vf acc[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) acc[r][c] = load(out + r * ldo + c * W);
-  for (long x = 0; x < count; x++)
-    for (long j = 0; j < lengths[x]; j++) {
-      if (keeps[x] && !keeps[x][j]) continue;
-      for (int c = 0; c < C; c++) {
-        vf y = T::read(runs[x] + j * stride + c * W);
-        for (int r = 0; r < R; r++) acc[r][c] += w[r * ldw + x * P16 + j] * y;
-      }
+  for (long j = 0; j < count; j++) {
+    if (!rows[j]) continue;
+    for (int c = 0; c < C; c++) {
+      vf y = T::read(rows[j] + from + c * W);
+      for (int r = 0; r < R; r++) acc[r][c] += w[r * ldw + j] * y;
     }
+  }
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) store(out + r * ldo + c * W, acc[r][c]);
 }
 template <class T, int R>
-static void weighted_rows(const float* w, long ldw, const typename T::type** runs, const uint8_t* const* keeps,
-                          const long* lengths, long count, long stride, long width, float* out, long ldo) {
+static void weighted_rows(const float* w, long ldw, const typename T::type* const* rows, long count, long width,
+                          float* out, long ldo) {
   constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;
   long c = 0;
-  for (; c + C * W <= width; c += C * W) {
-    weighted<T, R, C>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
-    for (long x = 0; x < count; x++) runs[x] += C * W;
-  }
-  for (; c < width; c += W) {
-    weighted<T, R, 1>(w, ldw, runs, keeps, lengths, count, stride, out + c, ldo);
-    for (long x = 0; x < count; x++) runs[x] += W;
-  }
-  for (long x = 0; x < count; x++) runs[x] -= c;
+  for (; c + C * W <= width; c += C * W) weighted<T, R, C>(w, ldw, rows, count, c, out + c, ldo);
+  for (; c < width; c += W) weighted<T, R, 1>(w, ldw, rows, count, c, out + c, ldo);
 }
 
 // Which numbers of a vector x > y, as bits; a NaN is, so that it is chosen and seen.
@@ -215,7 +207,7 @@ constexpr int CODE_ROWS = 8;  // rows that share what is read of the codes
 #else
 constexpr int CODE_ROWS = 4;
 #endif
-// out[r, 16 blocks] += step[r]·max over keys of scale·(Σ q·code - 8·Σ q); codes as in `Codes`, off = 8·Σ q.
+// out[r] += step[r]·max over the keys of a block of scale·(Σ q·code - 8·Σ q); codes as in `Codes`, off = 8·Σ q.
 template <int R>
 INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code,
                       const float* scale, long block, float* out, long ldo) {
@@ -224,12 +216,11 @@ INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* s
   const __m512i low = _mm512_set1_epi8(15);
   vf best[R];
   for (int r = 0; r < R; r++) best[r] = splat(-INF);
-  for (long t = 0; t < block; t++) {
-    const uint8_t* at = code + t * steps * 64;
+  for (long t = 0; t < block; t += P16) {
     __m512i sums[R], more[R];  // of a few rows, what would wait for the sum before
     for (int r = 0; r < R; r++) sums[r] = more[r] = _mm512_setzero_si512();
     for (long u = 0; u < steps; u++) {
-      __m512i both = _mm512_loadu_si512(at + u * 64), a = _mm512_and_si512(both, low);
+      __m512i both = _mm512_loadu_si512(code + (u * block + t) * 4), a = _mm512_and_si512(both, low);
       __m512i b = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
       for (int r = 0; r < R; r++) {
         int32_t x, y;
@@ -241,74 +232,55 @@ INLINE void code_rows(const int8_t* q, long dq, const float* off, const float* s
       }
     }
     for (int r = 0; R < 4 && r < R; r++) sums[r] = _mm512_add_epi32(sums[r], more[r]);
-    vf by = load(scale + t * P16);
+    vf by = load(scale + t);
     for (int r = 0; r < R; r++) best[r] = vmax(best[r], ((vf)_mm512_cvtepi32_ps(sums[r]) - off[r]) * by);
   }
-  for (int r = 0; r < R; r++) store(out + r * ldo, load(out + r * ldo) + step[r] * best[r]);
+  for (int r = 0; r < R; r++) out[r * ldo] += step[r] * most(best[r]);
 #elif defined(__AVX2__)
-  typedef float v8 __attribute__((vector_size(32)));
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  v8 best[R][2];
-  for (int r = 0; r < R; r++) best[r][0] = best[r][1] = v8{} - INF;
-  for (long t = 0; t < block; t++) {
-    const uint8_t* at = code + t * steps * 64;
-    __m256i wide[R][2];
-    for (int r = 0; r < R; r++) wide[r][0] = wide[r][1] = _mm256_setzero_si256();
+  vf best[R];
+  for (int r = 0; r < R; r++) best[r] = splat(-INF);
+  for (long t = 0; t < block; t += 8) {
+    __m256i wide[R];
+    for (int r = 0; r < R; r++) wide[r] = _mm256_setzero_si256();
     for (long u0 = 0; u0 < steps; u0 += 8) {  // at most 16 products of pairs fit into 16 bits
-      __m256i acc[R][2];
-      for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+      __m256i acc[R];
+      for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_si256();
       for (long u = u0; u < std::min(u0 + 8, steps); u++) {
-        __m256i a[2], b[2];
-        for (int h = 0; h < 2; h++) {
-          __m256i both = _mm256_loadu_si256((const __m256i*)(at + u * 64 + h * 32));
-          a[h] = _mm256_and_si256(both, low), b[h] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        }
+        __m256i both = _mm256_loadu_si256((const __m256i*)(code + (u * block + t) * 4));
+        __m256i a = _mm256_and_si256(both, low), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         for (int r = 0; r < R; r++) {
           int32_t x, y;
           memcpy(&x, q + r * dq + 4 * u, 4);
           memcpy(&y, q + r * dq + dq / 2 + 4 * u, 4);
-          __m256i left = _mm256_set1_epi32(x), right = _mm256_set1_epi32(y);
-          for (int h = 0; h < 2; h++) {
-            acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(a[h], left));
-            acc[r][h] = _mm256_add_epi16(acc[r][h], _mm256_maddubs_epi16(b[h], right));
-          }
+          acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(a, _mm256_set1_epi32(x)));
+          acc[r] = _mm256_add_epi16(acc[r], _mm256_maddubs_epi16(b, _mm256_set1_epi32(y)));
         }
       }
-      for (int r = 0; r < R; r++)
-        for (int h = 0; h < 2; h++) wide[r][h] = _mm256_add_epi32(wide[r][h], _mm256_madd_epi16(acc[r][h], ones));
+      for (int r = 0; r < R; r++) wide[r] = _mm256_add_epi32(wide[r], _mm256_madd_epi16(acc[r], ones));
     }
-    for (int h = 0; h < 2; h++) {
-      v8 by;
-      memcpy(&by, scale + t * P16 + h * 8, sizeof by);
-      for (int r = 0; r < R; r++) {
-        v8 x = ((v8)_mm256_cvtepi32_ps(wide[r][h]) - off[r]) * by;
-        best[r][h] = best[r][h] > x ? best[r][h] : x;
-      }
+    float sums[8], of_eight[W];
+    for (int r = 0; r < R; r++) {
+      _mm256_storeu_ps(sums, _mm256_cvtepi32_ps(wide[r]));
+      for (int l = 0; l < W; l++) of_eight[l] = (sums[l % 8] - off[r]) * scale[t + l % 8];
+      best[r] = vmax(best[r], load(of_eight));
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int h = 0; h < 2; h++) {
-      v8 y;
-      memcpy(&y, out + r * ldo + h * 8, sizeof y);
-      y += step[r] * best[r][h];
-      memcpy(out + r * ldo + h * 8, &y, sizeof y);
-    }
+  for (int r = 0; r < R; r++) out[r * ldo] += step[r] * most(best[r]);
 #else
-  for (int r = 0; r < R; r++)
-    for (long lane = 0; lane < P16; lane++) {
-      float best = -INF;
-      for (long t = 0; t < block; t++) {
-        const uint8_t* at = code + t * steps * 64 + lane * 4;
-        int32_t sum = 0;
-        for (long u = 0; u < steps; u++)
-          for (long z = 0; z < 4; z++) {
-            int both = at[u * 64 + z];
-            sum += (both & 15) * q[r * dq + 4 * u + z] + (both >> 4) * q[r * dq + dq / 2 + 4 * u + z];
-          }
-        best = std::max(best, ((float)sum - off[r]) * scale[t * P16 + lane]);
-      }
-      out[r * ldo + lane] += step[r] * best;
+  for (int r = 0; r < R; r++) {
+    float best = -INF;
+    for (long t = 0; t < block; t++) {
+      int32_t sum = 0;
+      for (long u = 0; u < steps; u++)
+        for (long z = 0; z < 4; z++) {
+          int both = code[(u * block + t) * 4 + z];
+          sum += (both & 15) * q[r * dq + 4 * u + z] + (both >> 4) * q[r * dq + dq / 2 + 4 * u + z];
+        }
+      best = std::max(best, ((float)sum - off[r]) * scale[t]);
     }
+    out[r * ldo] += step[r] * best;
+  }
 #endif
 }
 """

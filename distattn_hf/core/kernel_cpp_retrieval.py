@@ -12,14 +12,17 @@ SOURCE = (
 // Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
 // far_key, far_bias, far_value: see `Summaries`, of `far_groups` panels, values of vp numbers; or null.
 // whole, off, step: queries as whole numbers (B, H, N, dq), 8 times their sum, and what one of them is worth.
+// order: where keys are in an order of likeness, which key stands at each place, (B, H_kv, levels, units·16·block); else
+// null and levels 0. candidates: blocks at least whose codes are looked at then, by their means.
 struct Retrieve {
   const float *q, *coef, *soft, *mean, *scale, *off, *step, *far_key, *far_bias, *far_value;
   const void *k, *v;
   const uint8_t *code, *real, *keep;
   const int8_t* whole;
-  const int64_t *first, *budget;
+  const int64_t *order, *first, *budget;
   float *o, *panels;
   long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
+  long units, levels, candidates;
   long k_stride[3], v_stride[3];
   float p, least;
 };
@@ -31,23 +34,23 @@ struct Unit {
   std::unique_ptr<float, void (*)(void*)> memory;
   float *q, *s, *o, *work, *most, *room, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
   std::unique_ptr<const float*[]> panel;
-  std::unique_ptr<const type*[]> runs;
-  std::unique_ptr<const uint8_t*[]> keeps;
+  std::unique_ptr<const type*[]> value_rows;
   std::unique_ptr<int8_t[]> whole;
-  std::unique_ptr<long[]> lengths, chosen;
+  std::unique_ptr<long[]> chosen, stored;  // stored: which panel of blocks is the x-th for the queries at hand
   std::unique_ptr<int32_t[]> places;
 
   Unit(const Retrieve& a) : a(a), memory(nullptr, free) {
     blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
     around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
     tops = (blocks + P16 - 1) / P16 * P16;
-    long near = ((a.window ? 2 * around + 1 : 0) + a.sinks) * parts, far = a.most * parts;
+    // In an order of likeness the window goes on to the start of its unit.
+    long near = ((a.window ? 2 * around + 1 + (a.levels ? P16 : 0) : 0) + a.sinks) * parts, far = a.most * parts;
     long rows = std::min(a.block, a.N) * a.G;
     beyond = a.far_key ? tops : 0;
     ld = beyond + (near + far) * P16;
-    long kept = a.panels ? 0 : a.d * P16, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
+    long kept = a.panels ? 0 : a.d * P16, kept_near = a.levels ? a.d * P16 : kept, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
     long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, tops, rows * tops,
-                    near * kept, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows};
+                    near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows};
     float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
@@ -56,10 +59,10 @@ struct Unit {
     for (int i = 0; i < 13; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
     long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
-    runs.reset(new const type*[list]);
-    keeps.reset(new const uint8_t*[list]);
-    lengths.reset(new long[list]);
-    chosen.reset(new long[std::max(near, far) + a.sinks + 1]);
+    value_rows.reset(new const type*[list * P16]);
+    chosen.reset(new long[std::max(std::max(near, far), a.candidates) + a.sinks + 1]);
+    stored.reset(new long[tops / P16 + 1]);
+    for (long x = 0; x <= tops / P16; x++) stored[x] = x;
     places.reset(new int32_t[tops + 1]);
     whole.reset(new int8_t[rows * a.dq + 1]);
   }
@@ -71,49 +74,73 @@ struct Unit {
     return (const type*)a.v + b * a.v_stride[0] + kh * a.v_stride[1] + (a.first[b] + j) * a.v_stride[2];
   }
   long length(long b) const { return a.M - a.first[b]; }  // keys from `first` on
-  void pack16(long b, long kh, long j, float* to) const {
-    long n = std::max(0L, std::min(P16, length(b) - j));
-    if (n < P16) memset(to, 0, 4 * P16 * a.d);
-    for (long x = 0; x < n; x++) {
-      const type* from = key(b, kh, j + x);
-      for (long c = 0; c < a.d; c++) to[c * P16 + x] = T::one(from[c]);
+  // The key at a place of the blocks that are searched.
+  long at_place(long b, long kh, long place) const {
+    return a.levels ? a.order[(b * (a.H / a.G) + kh) * a.levels * a.units * P16 * a.block + place] : place;
+  }
+  bool is_real(long b, long j) const { return j < length(b) && (!a.keep || a.keep[b * a.M + a.first[b] + j]); }
+  long block_of(long x) const { return stored[x / P16] * P16 + x % P16; }
+  template <class Number>
+  void pack16(long b, long kh, Number number, float* to) const {
+    for (long x = 0; x < P16; x++) {
+      long j = number(x);
+      const type* from = key(b, kh, j);
+      for (long c = 0; c < a.d; c++) to[c * P16 + x] = j < length(b) ? T::one(from[c]) : 0;
     }
   }
+  void pack_place(long b, long kh, long place, float* to) const {
+    pack16(b, kh, [&](long x) { return at_place(b, kh, place + x); }, to);
+  }
+  // The number-th 16 keys of the blocks that are searched.
   const float* panel_of(long b, long kh, long number, float* room) const {
-    if (a.panels) return a.panels + ((b * (a.H / a.G) + kh) * blocks * parts + number) * a.d * P16;
-    pack16(b, kh, number * P16, room);
+    if (a.panels) return a.panels + number * a.d * P16;
+    pack_place(b, kh, number * P16, room);
     return room;
   }
-  // rank[rows, blocks] of blocks below `end`: their largest logits, by the codes or by the keys themselves.
+  // The same of keys where they stand.
+  const float* near_panel(long b, long kh, long number, float* room) const {
+    if (!a.levels) return panel_of(b, kh, number, room);
+    pack16(b, kh, [&](long x) { return number * P16 + x; }, room);
+    return room;
+  }
+  // rank[rows, blocks] of blocks below `end`: their largest logits by their codes or, in an order of likeness, the logits
+  // of their means; or those by the keys themselves.
   void look(long b, long kh, long rows, long end) {
     long bk = b * (a.H / a.G) + kh, h0 = kh * a.G;
     for (long x = 0; x * P16 < end; x++) {
       float* out = rank + x * P16;
       if constexpr (is_dot<Metric>) {
-        panel[0] = a.mean + (bk * a.groups + x) * a.d * P16;
+        panel[0] = a.mean + (bk * a.groups + stored[x]) * a.d * P16;
         logits<Metric>(q, a.dp, rows, panel.get(), 1, a.d, out, tops, a.coef + h0, soft(h0), a.G, a.p);
-        const uint8_t* code = a.code + (bk * a.groups + x) * a.block * (a.dq / 8) * 64;
-        const float* scale = a.scale + (bk * a.groups + x) * a.block * P16;
-        long r = 0;
-        for (; r + CODE_ROWS <= rows; r += CODE_ROWS) codes<CODE_ROWS>(r, code, scale, out);
-        for (; r < rows; r++) codes<1>(r, code, scale, out);
+        for (long z = 0; !a.levels && z < P16; z++) look_closer(bk, x * P16 + z, 0, rows, out + z);
       } else {
-        long count = std::min(P16, end - x * P16) * parts, width = count * P16;
-        for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, x * P16 * parts + y, far_keys + y * a.d * P16);
+        long count = std::min(P16, end - x * P16) * parts, width = count * P16, from = stored[x] * P16 * parts;
+        for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, from + y, far_keys + y * a.d * P16);
         logits<Metric>(q, a.dp, rows, panel.get(), count, a.d, work, width, a.coef + h0, soft(h0), a.G, a.p);
-        for (long r = 0; r < rows; r++)
-          for (long y = 0; y < width; y++) {
-            long j = x * P16 * a.block + y, block = y / a.block;
-            bool real = j < length(b) && (!a.keep || a.keep[b * a.M + a.first[b] + j]);
-            float value = real ? work[r * width + y] : -INF, *to = out + r * tops + block;
+        for (long y = 0; y < width; y++) {
+          bool real = is_real(b, at_place(b, kh, from * P16 + y));
+          for (long r = 0; r < rows; r++) {
+            float value = real ? work[r * width + y] : -INF, *to = out + r * tops + y / a.block;
             *to = y % a.block == 0 ? value : std::max(*to, value);
           }
+        }
       }
     }
   }
+  // Adds to the logit of a block's mean what its codes say of its best key, for `rows` rows from r on.
+  void look_closer(long bk, long block, long r, long rows, float* out) {
+    const uint8_t* code = a.code + (bk * a.groups * P16 + block) * a.block * (a.dq / 2);
+    const float* scale = a.scale + (bk * a.groups * P16 + block) * a.block;
+    long x = 0;
+    for (; x + CODE_ROWS <= rows; x += CODE_ROWS) codes<CODE_ROWS>(r + x, code, scale, out + x * tops);
+    for (; x + 4 <= rows; x += 4) codes<4>(r + x, code, scale, out + x * tops);
+    if (rows - x == 3) codes<3>(r + x, code, scale, out + x * tops);
+    if (rows - x == 2) codes<2>(r + x, code, scale, out + x * tops);
+    if (rows - x == 1) codes<1>(r + x, code, scale, out + x * tops);
+  }
   template <int R>
   void codes(long r, const uint8_t* code, const float* scale, float* out) {
-    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out + r * tops, tops);
+    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out, tops);
   }
   // Logits of the summaries of blocks below `end`, for `positions` queries, to the end of each row's place for them;
   // -INF for what the window of blocks lo .. hi - 1 and the sinks show already. Returns how many there are.
@@ -122,13 +149,13 @@ struct Unit {
     for (long g = 0; g < G; g++) {
       long head = b * a.H + kh * G + g;
       float* out = s + g * ld + beyond - n;
-      for (long x = 0; x * P16 < n; x++) panel[x] = a.far_key + (head * a.far_groups + x) * a.d * P16;
+      for (long x = 0; x * P16 < n; x++) panel[x] = a.far_key + (head * a.far_groups + stored[x]) * a.d * P16;
       logits<Metric>(q + g * a.dp, G * a.dp, positions, panel.get(), n / P16, a.d, out, G * ld, a.coef + kh * G + g,
                      soft(kh * G + g), 1, a.p);
       const float* bias = a.far_bias + head * a.far_groups * P16;
       for (long i = 0; i < positions; i++) {
         float* row = out + i * G * ld;
-        for (long x = 0; x < n; x += W) store(row + x, load(row + x) + load(bias + x));
+        for (long x = 0; x < n; x += W) store(row + x, load(row + x) + load(bias + block_of(x)));
         for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
         for (long x = lo; x < std::min(hi, n); x++) row[x] = -INF;
         for (long x = end; x < n; x++) row[x] = -INF;
@@ -136,31 +163,44 @@ struct Unit {
     }
     return n;
   }
-  // Chooses the blocks of one position, whose near window is blocks lo .. hi - 1, by its G rows; near: the logits of
-  // the `seen` keys of sinks and window. Returns how many.
-  long choose(long b, long kh, const float* rows, const float* near, long seen, long lo, long hi) {
-    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16;
+  // Chooses the blocks of position i, whose near window is blocks lo .. hi - 1, by its G rows; near: the logits of the
+  // `seen` keys of sinks and window. Returns how many.
+  long choose(long b, long kh, long i, const float* near, long seen, long lo, long hi) {
+    const float* rows = rank + i * a.G * tops;
+    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16, looked = -1;
     auto hide = [&](float* row) {
       for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
       for (long x = end; x < n; x++) row[x] = -INF;
       for (long x = lo; !a.causal && x < hi; x++) row[x] = -INF;
       for (long x = 0; a.keep && x < end; x++)
-        if (is_dot<Metric> ? !a.real[b * a.groups * P16 + x] : rows[x] == -INF) row[x] = -INF;
+        if (is_dot<Metric> ? !a.real[b * a.groups * P16 + block_of(x)] : rows[x] == -INF) row[x] = -INF;
     };
-    for (long g = 0; g < a.G; g++) {
-      memcpy(work + g * tops, rows + g * tops, 4 * n);
-      hide(work + g * tops);
-    }
-    bool shares = a.G > 1 || a.least > 0;
-    if (shares) {
+    // What is chosen by: logits, or the largest share of a block in any row where there are several or shares matter.
+    auto scores = [&](bool closer) {
+      for (long g = 0; g < a.G; g++) {
+        memcpy(work + g * tops, rows + g * tops, 4 * n);
+        hide(work + g * tops);
+      }
+      for (long x = 0; closer && x < looked; x++)
+        look_closer(b * (a.H / a.G) + kh, block_of(chosen[x]), i * a.G, a.G, work + chosen[x]);
+      if (a.G == 1 && a.least == 0) return work;
       chances(work, tops, a.G, n, most, near, ld, a.least > 0 ? seen : 0);
       hide(most);  // what underflowed may still be chosen
-      for (long x = 0; a.least > 0 && x < n; x += W) {
-        vf share = load(most + x);
-        store(most + x, where(share < a.least, splat(-INF), share));
-      }
+      return most;
+    };
+    float* by = scores(false);
+    if (a.levels && is_dot<Metric>) {
+      looked = largest_k(by, n, std::max(a.candidates, a.budget[kh]), chosen.get(), room, places.get());
+      by = scores(true);
+      for (long x = 0; x < looked; x++) room[x] = by[chosen[x]];
+      std::fill(by, by + n, -INF);
+      for (long x = 0; x < looked; x++) by[chosen[x]] = room[x];
     }
-    return largest_k(shares ? most : work, n, a.budget[kh], chosen.get(), room, places.get());
+    for (long x = 0; a.least > 0 && x < n; x += W) {
+      vf share = load(by + x);
+      store(by + x, where(share < a.least, splat(-INF), share));
+    }
+    return largest_k(by, n, a.budget[kh], chosen.get(), room, places.get());
   }
   // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
   long take_near(long b, long kh, const long* near, long count) {
@@ -168,7 +208,7 @@ struct Unit {
     for (long x = 0; x < count; x++)
       for (long y = 0; y < parts; y++, fixed++) {
         long number = near[x] * parts + y, n = std::max(0L, std::min(P16, length(b) - number * P16));
-        panel[fixed] = panel_of(b, kh, number, near_keys + fixed * a.d * P16);
+        panel[fixed] = near_panel(b, kh, number, near_keys + fixed * a.d * P16);
         memset(values + fixed * P16 * a.vp, 0, 4 * P16 * a.vp);
         for (long j = 0; j < n; j++) {
           if (a.keep && !a.keep[b * a.M + a.first[b] + number * P16 + j]) continue;
@@ -209,7 +249,14 @@ struct Unit {
     for (long r = 0; r < rows; r++)
       memcpy(q + r * a.dp, a.q + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.dp, 4 * a.dp);
     if (a.window) {
-      lo = std::max(0L, c - around), hi = a.causal ? c + 1 : std::min(blocks, c + around + 1);
+      lo = std::max(0L, c - around);
+      if (a.levels) lo = lo / P16 * P16;
+      for (long x = 0; a.levels && x < lo / P16; x++) {  // in the largest whole segment before the window
+        long level = a.levels - 1;
+        while (((x >> 2 * level) + 1) << 2 * level > lo / P16) level--;
+        stored[x] = level * a.units + x;
+      }
+      hi = a.causal ? c + 1 : std::min(blocks, c + around + 1);
       long count = 0;
       for (long x = 0; x < a.sinks && x < blocks; x++)
         if (x < lo || x >= hi) chosen[count++] = x;
@@ -234,34 +281,33 @@ struct Unit {
     memset(o, 0, 4 * rows * a.vp);
     for (long i = 0; i < positions; i++) {
       float *mine = s + i * G * ld + beyond, *own = q + i * G * a.dp;
-      long count = searches ? choose(b, kh, rank + i * G * tops, mine, seen, lo, hi) : 0, n = count * parts;
+      long count = searches ? choose(b, kh, i, mine, seen, lo, hi) : 0, n = count * parts;
       for (long x = 0; far && x < count; x++)
         for (long g = 0; g < G; g++) mine[g * ld - far + chosen[x]] = -INF;
       for (long x = 0; x < n; x++) {
-        long number = chosen[x / parts] * parts + x % parts;
+        long number = block_of(chosen[x / parts]) * parts + x % parts;
         panel[x] = panel_of(b, kh, number, far_keys + x * a.d * P16);
-        runs[x] = value(b, kh, number * P16);
-        keeps[x] = a.keep ? a.keep + b * a.M + a.first[b] + number * P16 : nullptr;
-        lengths[x] = std::max(0L, std::min(P16, length(b) - number * P16));
-      }
-      for (long x = 0; x < n; x++)  // the beginning: the rest follows by itself
-        for (long z = 0; z < 16; z++) {
-          __builtin_prefetch(panel[x] + z * 16);
-          __builtin_prefetch(runs[x] + z * a.v_stride[2]);
+        for (long z = 0; z < P16; z++) {
+          long j = at_place(b, kh, number * P16 + z);
+          value_rows[x * P16 + z] = is_real(b, j) ? value(b, kh, j) : nullptr;
+          __builtin_prefetch(panel[x] + z * 16);  // the beginning: the rest follows by itself
+          __builtin_prefetch(value_rows[x * P16 + z]);
         }
+      }
       logits<Metric>(own, a.dp, G, panel.get(), n, a.d, mine + seen, ld, a.coef + h0, soft(h0), G, a.p);
-      for (long x = 0; x < n; x++)
-        for (long z = 0; (keeps[x] || lengths[x] < P16) && z < P16; z++)
-          for (long g = 0; g < G; g++)
-            if (z >= lengths[x] || (keeps[x] && !keeps[x][z])) mine[g * ld + seen + x * P16 + z] = -INF;
+      for (long x = 0; x < n * P16; x++)
+        for (long g = 0; !value_rows[x] && g < G; g++) mine[g * ld + seen + x] = -INF;
       for (long g = 0; g < G; g++) weigh(mine + g * ld - far, far + seen + n * P16, sums + i * G + g);
       far_values(mine + seen, n, o + i * G * a.vp);
     }
     if (seen) multiply_rows<true>(s + beyond, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
     for (long g = 0; far && g < G; g++) {
       const float* middle = a.far_value + (b * a.H + h0 + g) * a.far_groups * P16 * a.vp;
-      multiply_rows<true>(s + g * ld + beyond - far, G * ld, 1, middle, a.vp, far, o + g * a.vp, G * a.vp, positions,
-                          a.vp);
+      for (long x = 0, y = 1; x * P16 < far; x = y++) {  // as many as stand one after another
+        while (y * P16 < far && stored[y] == stored[y - 1] + 1) y++;
+        multiply_rows<true>(s + g * ld + beyond - far + x * P16, G * ld, 1, middle + stored[x] * P16 * a.vp, a.vp,
+                            (y - x) * P16, o + g * a.vp, G * a.vp, positions, a.vp);
+      }
     }
     for (long r = 0; r < rows; r++) {
       float* out = a.o + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.vp;
@@ -271,27 +317,26 @@ struct Unit {
   }
   void far_values(const float* w, long n, float* out) {
     if (!n) return;
-    long g = 0, width = a.dv_ / W * W, stride = a.v_stride[2];
-    for (; g + 4 <= a.G; g += 4) rows_of<4>(w, g, n, width, stride, out);
-    if (a.G - g == 3) rows_of<3>(w, g, n, width, stride, out);
-    if (a.G - g == 2) rows_of<2>(w, g, n, width, stride, out);
-    if (a.G - g == 1) rows_of<1>(w, g, n, width, stride, out);
+    long g = 0, width = a.dv_ / W * W;
+    for (; g + 4 <= a.G; g += 4) rows_of<4>(w, g, n, width, out);
+    if (a.G - g == 3) rows_of<3>(w, g, n, width, out);
+    if (a.G - g == 2) rows_of<2>(w, g, n, width, out);
+    if (a.G - g == 1) rows_of<1>(w, g, n, width, out);
     for (long z = width; z < a.dv_; z++)  // sizes that fill no vector
       for (g = 0; g < a.G; g++)
-        for (long x = 0; x < n; x++)
-          for (long j = 0; j < lengths[x]; j++)
-            if (!keeps[x] || keeps[x][j])
-              out[g * a.vp + z] += w[g * ld + x * P16 + j] * T::one(runs[x][j * stride + z]);
+        for (long x = 0; x < n * P16; x++)
+          if (value_rows[x]) out[g * a.vp + z] += w[g * ld + x] * T::one(value_rows[x][z]);
   }
   template <int R>
-  void rows_of(const float* w, long g, long n, long width, long stride, float* out) {
-    weighted_rows<T, R>(w + g * ld, ld, runs.get(), keeps.get(), lengths.get(), n, stride, width, out + g * a.vp, a.vp);
+  void rows_of(const float* w, long g, long n, long width, float* out) {
+    weighted_rows<T, R>(w + g * ld, ld, value_rows.get(), n * P16, width, out + g * a.vp, a.vp);
   }
 };
 template <class Metric, class T>
 static int retrieve(const Retrieve& a) {
   long key_heads = a.H / a.G, blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
   long units = a.window ? blocks : (a.N + a.block - 1) / a.block, lowest = 0;
+  long searched = (a.levels ? a.levels * a.units * P16 : blocks) * parts;
   if (a.window && a.causal)  // of a step the last block alone has a query
     lowest = std::max(0L, a.M - a.N - *std::max_element(a.first, a.first + a.B)) / a.block;
   int failed = 0;
@@ -301,16 +346,18 @@ static int retrieve(const Retrieve& a) {
     if (!unit.memory) failed = 1;
 #pragma omp barrier
     if (!failed) {
-      if (a.panels) {
-#pragma omp for schedule(dynamic, 8) collapse(2)
-        for (long bk = 0; bk < a.B * key_heads; bk++)
-          for (long x = 0; x < blocks * parts; x++)
-            unit.pack16(bk / key_heads, bk % key_heads, x * P16, a.panels + (bk * blocks * parts + x) * a.d * P16);
+      // One head after the other: what a head reads stays in the cache.
+      for (long bk = 0; a.panels && bk < a.B * key_heads; bk++) {
+#pragma omp for schedule(static)
+        for (long x = 0; x < searched; x++)
+          unit.pack_place(bk / key_heads, bk % key_heads, x * P16, a.panels + x * a.d * P16);
+#pragma omp for schedule(dynamic)
+        for (long x = 0; x < units - lowest; x++)  // causal: those with the most to search first
+          unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
       }
 #pragma omp for schedule(dynamic) collapse(2)
-      for (long bk = 0; bk < a.B * key_heads; bk++)  // one after the other: what a head reads stays in the cache
-        for (long x = 0; x < units - lowest; x++)    // causal: those with the most to search first
-          unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
+      for (long bk = 0; bk < (a.panels ? 0 : a.B * key_heads); bk++)
+        for (long x = 0; x < units - lowest; x++) unit.run(bk / key_heads, bk % key_heads, units - 1 - x);
     }
   }
   return failed;

@@ -31,6 +31,8 @@ from .metrics import BUILT_IN
 
 # Blocks whose codes lie side by side, for the CPU kernel's vectors.
 PANEL = 16
+# Blocks of an order of likeness whose codes a query looks at, at least.
+CANDIDATES = 64
 # Codes are 1 to 15 about 8; queries whole numbers up to 63, so that 64 products of both fit into 16 bits.
 _MIDDLE, _LARGEST_CODE, _LARGEST_QUERY = 8, 7, 63
 
@@ -52,14 +54,16 @@ class Search:
     num_blocks: int | tuple[int, ...] = OF_BLOCKS["num_blocks"]
     min_weight: float = OF_BLOCKS["min_weight"]
     far_field: bool = True
+    cluster_keys: bool = OF_BLOCKS["cluster_keys"]
 
     def __post_init__(self):
         for name, least in (("window_size", 0), ("num_sinks", 0), ("block_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if not isinstance(self.far_field, bool):
-            raise ValueError(f"far_field must be True or False, got {self.far_field!r}")
+        for name in ("far_field", "cluster_keys"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if isinstance(self.min_weight, bool) or not isinstance(self.min_weight, int | float):
             raise ValueError(f"min_weight must be a number, got {self.min_weight!r}")
         if not 0 <= self.min_weight < 1:
@@ -95,9 +99,9 @@ class Search:
 
 @dataclass(frozen=True)
 class Codes:
-    """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks side by side.
+    """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks together.
 
-    mean (B, H_kv, g, d, 16); scale (B, H_kv, g, b, 16); code (B, H_kv, g, b, ⌈d/8⌉, 16, 4) uint8: of each block four
+    mean (B, H_kv, g, d, 16); scale (B, H_kv, g, 16, b); code (B, H_kv, g, 16, ⌈d/8⌉, b, 4) uint8: of each key four
     coordinates, and in the high bits the four that stand half the head size (rounded up to 8) further on;
     real (B, g, 16) bool: blocks with keys that are not padding. Padding has the code of another key of its block.
     """
@@ -109,10 +113,9 @@ class Codes:
 
     def lines(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return mean (B, H_kv, n, d), code - 8 (B, H_kv, n, b, d), scale (B, H_kv, n, b), real (B, n); d = `size`."""
-        batch, heads, groups, block = self.scale.shape[:4]
-        code = self.code.permute(0, 1, 2, 5, 3, 4, 6).reshape(batch, heads, groups * PANEL, block, -1)
+        code = self.code.transpose(-3, -2).flatten(2, 3).flatten(-2)
         code = torch.cat([code & 15, code >> 4], dim=-1)[..., :size].to(self.mean.dtype) - _MIDDLE
-        return self.mean.mT.flatten(2, 3), code, self.scale.mT.flatten(2, 3), self.real.flatten(1)
+        return self.mean.mT.flatten(2, 3), code, self.scale.flatten(2, 3), self.real.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class Retrieval:
     codes: those of the keys in the metric's dot form, where they are known already. beginning (B, H, n, d): the first
     queries of each row, counted from `first`, where the problem's own are later ones. summaries: of whole blocks, where
     they are known already, a `retrieval_far.Summaries`.
+    order: where the keys before the window stand in an order of likeness, if it is known already (retrieval_order.py),
+    int64 (B, H_kv, levels, n whole units); codes and summaries are those of its places then.
     """
 
     inputs: AttentionInputs
@@ -133,6 +138,7 @@ class Retrieval:
     codes: Codes | None = None
     beginning: Tensor | None = None
     summaries: Any = None
+    order: Tensor | None = None
 
     @property
     def is_of_metric_alone(self) -> bool:
@@ -147,6 +153,11 @@ class Retrieval:
             and self.inputs.bias is None
             and self.relative_bias is None
         )
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether keys before the window stand in blocks by their likeness."""
+        return self.search.cluster_keys and self.inputs.is_causal and self.is_of_metric_alone
 
     @property
     def min_weight(self) -> float:
@@ -197,9 +208,9 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     code = (rest / torch.where(scale > 0, scale, 1.0)[..., None]).round().to(torch.int8) + _MIDDLE
     code = F.pad(code.to(torch.uint8), (0, -size % 8), value=_MIDDLE)
     low, high = code.unflatten(-1, (2, -1, 4)).unbind(-3)
-    code = (low | (high << 4)).unflatten(2, (-1, PANEL)).permute(0, 1, 2, 4, 5, 3, 6)
-    mean, scale = (t.unflatten(2, (-1, PANEL)).mT for t in (mean, scale))
-    return Codes(mean.contiguous(), scale.contiguous(), code.contiguous(), keep.any(-1).unflatten(1, (-1, PANEL)))
+    code = (low | (high << 4)).unflatten(2, (-1, PANEL)).transpose(-3, -2).contiguous()
+    mean, scale = mean.unflatten(2, (-1, PANEL)).mT.contiguous(), scale.unflatten(2, (-1, PANEL)).contiguous()
+    return Codes(mean, scale, code, keep.any(-1).unflatten(1, (-1, PANEL)))
 
 
 def whole_numbers(query: Tensor) -> tuple[Tensor, Tensor]:

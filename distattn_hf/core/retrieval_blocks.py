@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from .absolute_logits import unlifted
 from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
-from .retrieval import Retrieval, aligned, has_codes, scores_by_codes
-from .retrieval_cpp import encode_keys
+from .retrieval import CANDIDATES, PANEL, Retrieval, aligned, has_codes, scores_by_codes
+from .retrieval_cpp import encode_keys, order_keys
+from .retrieval_order import in_order, level_of, levels_of, units_of
 
 # Entries of what is gathered (float32: 16 MB) that exist at a time.
 ENTRIES = 2**22
@@ -59,10 +60,30 @@ def cut_blocks(problem: Retrieval, start: int, stop: int) -> tuple[Tensor, Tenso
     return *(F.pad(t, (0, 0, 0, fill)) for t in (key, value)), F.pad(keep, (0, fill), value=False)
 
 
+def order_of(problem: Retrieval) -> Tensor:
+    """Return the order of likeness of a clustered problem's keys, at all levels (see `Retrieval`)."""
+    units = units_of(problem)
+    return order_of_blocks(problem, 0, units * PANEL, levels_of(units))
+
+
+@torch.no_grad()
+def order_of_blocks(problem: Retrieval, start: int, stop: int, levels: int) -> Tensor:
+    """Return the order of the keys of blocks start to stop, whole segments, counted from the first of them."""
+    size = problem.search.block_size
+    key, _, keep = cut_blocks(problem, start, stop)
+    if has_codes(problem.inputs):
+        # Of cosine the keys' directions.
+        key = dot_form_of(problem.inputs, key)[1]
+    return order_keys(key, keep, size, max(0, problem.search.sink_blocks - start) * size, levels)
+
+
 class Layout:
     """A problem with its keys cut into blocks: key (B, H_kv, M', d), value, keep (B, M'), M' whole blocks.
 
-    positions (B or 1, N): where each query stands among them. share: consecutive query heads that choose together.
+    place (B or 1, H_kv or 1, M'): where each of them stands, counted from `first`. Where they are in an order of
+    likeness, the blocks that are searched come behind those where keys stand, `offset` of them; else they are the same.
+    numbers: of the blocks that are searched, their numbers where keys stand or, at each level, in order.
+    positions (B or 1, N): where each query stands. share: consecutive query heads that choose together.
     """
 
     def __init__(self, problem: Retrieval, share: int):
@@ -72,14 +93,36 @@ class Layout:
         num_keys, device = inputs.key.shape[2], inputs.key.device
         self.blocks, self.num_keys = -(-num_keys // search.block_size), num_keys
         self.key, self.value, self.keep = cut_blocks(problem, 0, self.blocks)
+        self.offset, self.numbers = 0, torch.arange(self.blocks, device=device)
+        self.place = torch.arange(self.key.shape[2], device=device).expand(1, 1, -1)
+        if problem.order is not None:
+            self._append(problem.order)
         self.first = torch.zeros(1, dtype=torch.long, device=device) if problem.first is None else problem.first
         before = num_keys - num_queries if inputs.is_causal else 0
         self.positions = before + torch.arange(num_queries, device=device) - self.first[:, None]
 
+    def _append(self, order: Tensor) -> None:
+        """Put the blocks of an order behind those where keys stand."""
+        levels, places = order.shape[2:]
+        self.offset, size = self.blocks, self.problem.search.block_size
+        self.numbers = torch.arange(places // size, device=order.device).repeat(levels)
+        # An ε of each head makes keys of each query head's own.
+        order = order.flatten(2).repeat_interleave(self.key.shape[1] // order.shape[1], dim=1)
+        self.key, self.value = (torch.cat([t, in_order(t, order)], dim=2) for t in (self.key, self.value))
+        self.keep = torch.cat([self.keep, self.keep.gather(1, order[:, 0])], dim=1)
+        self.place = torch.cat([self.place.expand(*order.shape[:2], -1), order], dim=2)
+        self.blocks += len(self.numbers)
+
+    def searched(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return key (B, H_kv, n·b, d), value and keep (B, n·b) of the blocks that are searched."""
+        start = self.offset * self.problem.search.block_size
+        return self.key[:, :, start:], self.value[:, :, start:], self.keep[:, start:]
+
     def window(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first block of the window of queries at these positions and the one after its last, (B or 1, n).
 
-        Without a window it is empty, at the start. Before a row's first key it ends before it begins.
+        Without a window it is empty, at the start. Before a row's first key it ends before it begins. In an order of
+        likeness it goes back to the start of its unit.
         """
         search = self.problem.search
         if not search.window_size:
@@ -87,15 +130,20 @@ class Layout:
             return nowhere, nowhere
         own = positions.div(search.block_size, rounding_mode="floor")
         ahead = 0 if self.problem.inputs.is_causal else search.reach
-        return (own - search.reach).clamp_min(0), (own + ahead + 1).clamp(max=self.blocks)
+        start = (own - search.reach).clamp_min(0)
+        if self.problem.order is not None:
+            start = start // PANEL * PANEL
+        return start, (own + ahead + 1).clamp(max=self.offset or self.blocks)
 
     def fixed(self) -> tuple[Tensor, Tensor]:
         """Return the numbers of the blocks of sinks and window, (B or 1, N, f), and which of them each query sees."""
         search, device = self.problem.search, self.key.device
         start, stop = self.window(self.positions)
-        sinks = torch.arange(min(search.sink_blocks, self.blocks), device=device)
+        sinks = torch.arange(min(search.sink_blocks, self.offset or self.blocks), device=device)
         causal = self.problem.inputs.is_causal
         width = (search.reach + 1 if causal else 2 * search.reach + 1) if search.window_size else 0
+        if self.problem.order is not None:
+            width += PANEL - 1
         near = start[..., None] + torch.arange(width, device=device)
         # A sink within the window is the window's; one behind a causal query does not exist yet.
         sees_sink = sinks < start[..., None]
@@ -114,47 +162,67 @@ class Layout:
         """Return (numbers of the chosen blocks (B, H / share, N, k), which of them exist)."""
         search, inputs = self.problem.search, self.problem.inputs
         batch, heads, num_queries, _ = inputs.query.shape
-        count, choosers = min(search.most_blocks, self.blocks), heads // self.share
+        count, choosers = min(search.most_blocks, len(self.numbers)), heads // self.share
         if not count:
             empty = torch.zeros(batch, choosers, num_queries, 0, dtype=torch.long, device=inputs.key.device)
             return empty, empty.bool()
         score = self._scores_by_codes() if has_codes(self.problem.inputs) else self._scores_by_keys
         budget = search.budget(choosers, inputs.key.device)
         results = []
-        for part in self.parts(2 * batch * heads * self.blocks * search.block_size):
+        for part in self.parts(2 * batch * heads * len(self.numbers) * search.block_size):
             # Of equal ones, which keys of the same token have, the first: by topk it would be any.
-            best = self._shared(score(part), self.may(part), part).sort(dim=-1, descending=True, stable=True)
+            best = score(part).sort(dim=-1, descending=True, stable=True)
             within = torch.arange(count, device=best.values.device) < budget[:, None, None]
             value = best.values[..., :count]
             least = self.problem.min_weight
             large = value >= least if least else value > float("-inf")
-            results.append((best.indices[..., :count], large & within))
+            results.append((self.offset + best.indices[..., :count], large & within))
         return tuple(torch.cat(tensors, dim=2) for tensors in zip(*results))
 
     def may(self, part: slice) -> Tensor:
-        """Return which blocks the queries of a part may choose, (B, 1, n, blocks)."""
-        search = self.problem.search
+        """Return which of the blocks that are searched the queries of a part may choose, (B, 1, n, blocks)."""
+        search, number = self.problem.search, self.numbers
         start, stop = (t[:, None, :, None] for t in self.window(self.positions[:, part]))
-        number = torch.arange(self.blocks, device=self.key.device)
         may = (number >= search.sink_blocks) & (number < start)
+        if (order := self.problem.order) is not None:
+            levels = order.shape[2]
+            level = torch.arange(levels, device=number.device).repeat_interleave(len(number) // levels)
+            may = may & (level_of(number // PANEL, start // PANEL, levels) == level)
         if not self.problem.inputs.is_causal:
             may = may | ((number >= search.sink_blocks) & (number >= stop))
         if search.window_size:
             # A query of padding before the first key sees nothing.
             may = may & (self.positions[:, part] >= 0)[:, None, :, None]
-        return may & self.keep.unflatten(1, (-1, search.block_size)).any(-1)[:, None, None]
+        return may & self.searched()[2].unflatten(1, (-1, search.block_size)).any(-1)[:, None, None]
 
     def _scores_by_codes(self) -> Callable[[slice], Tensor]:
-        query, key = dot_form_of(self.problem.inputs, self.key)
-        codes = self.problem.codes or encode_keys(key, self.keep, self.problem.search.block_size)
-        return lambda part: scores_by_codes(query[:, :, part], codes)[..., : self.blocks]
+        key, _, keep = self.searched()
+        query, key = dot_form_of(self.problem.inputs, key)
+        codes = self.problem.codes or encode_keys(key, keep, self.problem.search.block_size)
+
+        def score(part: slice) -> Tensor:
+            own, may = query[:, :, part], self.may(part)
+            scores = scores_by_codes(own, codes)[..., : len(self.numbers)]
+            if self.problem.order is None:
+                return self._shared(scores, may, part)
+            # By means, and the best ones of these by their codes.
+            mean = codes.lines(own.shape[-1])[0].repeat_interleave(self.heads // key.shape[1], dim=1)
+            means = (own @ mean.mT)[..., : len(self.numbers)]
+            rank = self._shared(means, may, part).sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+            count = self.problem.search.budget(rank.shape[1], rank.device).clamp_min(CANDIDATES)
+            looked = rank < count[:, None, None]
+            closer = looked.repeat_interleave(self.share, dim=1) if self.share > 1 else looked
+            return self._shared(torch.where(closer, scores, means), may, part).masked_fill(~looked, float("-inf"))
+
+        return score
 
     def _scores_by_keys(self, part: slice) -> Tensor:
-        inputs = self.problem.inputs
-        key = self.key.repeat_interleave(self.heads // self.key.shape[1], dim=1)
+        inputs, (key, _, keep) = self.problem.inputs, self.searched()
+        key = key.repeat_interleave(self.heads // key.shape[1], dim=1)
         logits = -inputs.lambda_column() * inputs.scaling * inputs.distances(inputs.query[:, :, part], key)
-        logits = logits.masked_fill(~self.keep[:, None, None], float("-inf"))
-        return logits.unflatten(-1, (self.blocks, -1)).amax(-1)
+        logits = logits.masked_fill(~keep[:, None, None], float("-inf"))
+        scores = logits.unflatten(-1, (len(self.numbers), -1)).amax(-1)
+        return self._shared(scores, self.may(part), part)
 
     def _shared(self, scores: Tensor, may: Tensor, part: slice) -> Tensor:
         """Return the scores by which heads choose together, -inf where `may` forbids; shares where min_weight asks."""

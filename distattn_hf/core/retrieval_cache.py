@@ -105,8 +105,8 @@ class KeyCodes(_OfKeys):
         at, lane, panel, own = self._places(new, start, count)
         codes = self.made
         codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
-        codes.scale[:, :, panel, :, own] = new.scale[:, :, at, :, lane]
-        codes.code[:, :, panel, :, :, own] = new.code[:, :, at, :, :, lane]
+        codes.scale[:, :, panel, own] = new.scale[:, :, at, lane]
+        codes.code[:, :, panel, own] = new.code[:, :, at, lane]
         codes.real[:, panel, own] = new.real[:, at, lane]
 
 

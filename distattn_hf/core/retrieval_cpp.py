@@ -20,18 +20,21 @@ from .kernel_cpp_library import (
 )
 from .kernel_cpp_retrieval import SOURCE
 from .metrics import BUILT_IN
-from .retrieval import PANEL, Codes, encode, has_codes, whole_numbers
+from .retrieval import CANDIDATES, PANEL, Codes, encode, has_codes, whole_numbers
+from .retrieval_order import in_order, order_by_likeness
 from .softening import LEAST
 
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
 _PLAIN = (("l1", None), ("sqeuclidean", None), ("l2", None), ("lp", 3.0), ("chebyshev", None))
 _KINDS = {kind_of(*metric) for metric in _PLAIN} | {kind_of(name, None, softened=True) for name in ("l1", "l2")}
-_NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads"
+_NUMBERS = (
+    "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads units levels candidates"
+)
 
 
 class _Retrieve(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft mean scale off step far_key far_bias far_value k v code real keep whole first budget o panels",
+        "q coef soft mean scale off step far_key far_bias far_value k v code real keep whole order first budget o panels",
         _NUMBERS,
         {"k_stride": 3, "v_stride": 3},
         "p least",
@@ -40,11 +43,15 @@ class _Retrieve(ctypes.Structure):
 
 class _Blocks(ctypes.Structure):
     _fields_ = fields(
-        "k v center keep mean scale key bias value code",
+        "k v center order keep mean scale key bias value code",
         "B H G M n d dv_ block groups centers threads",
         {"k_stride": 3, "v_stride": 3},
         "",
     )
+
+
+class _Order(ctypes.Structure):
+    _fields_ = fields("k keep place", "B H M d n unit block pinned levels threads", {"k_stride": 3}, "")
 
 
 def cpp_supports(x) -> bool:
@@ -87,10 +94,11 @@ def cpp_retrieval(x) -> Tensor:
         tensors |= {"off": 8 * number.sum(-1), "step": step.contiguous()}
         tensors["whole"] = F.pad(number, (0, whole_size - size)).to(torch.int8).contiguous()
     blocks = -(-num_keys // search.block_size)
+    levels, places = (0, blocks * search.block_size) if x.order is None else x.order.shape[2:]
     # Where most keys are read more than once, their panels are made once; a look at the keys themselves reads all.
     panels, most = None, min(search.most_blocks, blocks)
     if num_queries * (most + 1) > blocks or (num_queries > search.block_size and not is_dot):
-        panels = torch.empty(batch, key_heads, blocks * search.block_size * size, **FLOATS)
+        panels = torch.empty(max(1, levels) * places * size, **FLOATS)
     rows = padded_rows(query)
     value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
@@ -104,8 +112,10 @@ def cpp_retrieval(x) -> Tensor:
         far_groups=0 if x.summaries is None else x.summaries.key.shape[2],
         most=most, half=key.dtype == torch.bfloat16, kind=kind,
         threads=min(torch.get_num_threads(), batch * key_heads * -(-num_queries // search.block_size)),
+        units=places // (PANEL * search.block_size), levels=levels, candidates=CANDIDATES,
         k_stride=strides(key), v_stride=strides(value), p=inputs.p or 0.0, least=x.min_weight,
     )  # fmt: skip
+    tensors["order"] = None if x.order is None else x.order.contiguous()
     tensors["keep"] = None if inputs.keep is None else inputs.keep[:, 0, 0].expand(batch, num_keys).contiguous()
     tensors["first"] = torch.zeros(batch, dtype=torch.long) if x.first is None else x.first.expand(batch).contiguous()
     tensors["budget"] = search.budget(key_heads).clamp(max=blocks)
@@ -124,10 +134,12 @@ def _prepares(*tensors: Tensor | None) -> bool:
     return all(t.dtype in (torch.float32, torch.bool) for t in given) and unavailable(SOURCE) is None
 
 
-def _blocks(key: Tensor, keep: Tensor, block_size: int, heads: int, **numbers) -> tuple[_Blocks, int]:
+def _blocks(
+    key: Tensor, keep: Tensor, block_size: int, heads: int, order: Tensor | None, **numbers
+) -> tuple[_Blocks, int]:
     """Return the structure of keys (B, H_kv, M, d) for so many query heads, and how many panels of blocks there are."""
     batch, key_heads, num_keys, size = key.shape
-    blocks = -(-num_keys // block_size)
+    blocks = -(-(num_keys if order is None else order.shape[2]) // block_size)
     panels = -(-blocks // PANEL)
     data = _Blocks(
         B=batch, H=heads, G=heads // key_heads, M=num_keys, n=blocks, d=size, block=block_size, groups=panels,
@@ -136,31 +148,57 @@ def _blocks(key: Tensor, keep: Tensor, block_size: int, heads: int, **numbers) -
     return data, panels
 
 
-def encode_keys(key: Tensor, keep: Tensor, block_size: int) -> Codes:
-    """Return what `encode` does, by the CPU's kernel where it can; codes have no gradient."""
-    key = key.detach()
+def order_keys(key: Tensor, keep: Tensor, block_size: int, pinned: int, levels: int) -> Tensor:
+    """Return what `order_by_likeness` does, by the CPU's kernel where it can."""
+    key = key.detach().to(torch.promote_types(key.dtype, torch.float32))
     if not _prepares(key, keep):
-        return encode(key, keep, block_size)
+        return order_by_likeness(key, keep, block_size, pinned, levels)
+    (batch, heads, num_keys, size), unit = key.shape, PANEL * block_size
+    units = num_keys // unit
+    key, keep = key if key.stride(-1) == 1 else key.contiguous(), keep.expand(batch, -1).contiguous()
+    place = torch.empty(batch, heads, levels, units * unit, dtype=torch.long, device="cpu")
+    data = _Order(
+        B=batch, H=heads, M=num_keys, d=size, n=units, unit=unit, block=block_size, pinned=pinned, levels=levels,
+        threads=torch.get_num_threads(), k_stride=strides(key),
+    )  # fmt: skip
+    run_kernel(SOURCE, "order_keys", data, k=key, keep=keep, place=place)
+    return place
+
+
+def encode_keys(key: Tensor, keep: Tensor, block_size: int, order: Tensor | None = None) -> Codes:
+    """Return what `encode` does, by the CPU's kernel where it can; codes have no gradient.
+
+    order (B, H_kv, n·b): which key stands at each place of the blocks, if not each at its own.
+    """
+    key = key.detach()
+    # What is no key stands at the same places for all heads.
+    real = keep if order is None else keep.expand(len(key), -1).gather(1, order[:, 0])
+    if not _prepares(key, keep):
+        return encode(key if order is None else in_order(key, order), real, block_size)
     batch, key_heads, _, size = key.shape
     key, keep = key if key.stride(-1) == 1 else key.contiguous(), keep.expand(batch, -1).contiguous()
-    data, panels = _blocks(key, keep, block_size, key_heads)
+    data, panels = _blocks(key, keep, block_size, key_heads, order)
+    fill = panels * PANEL * block_size - real.shape[1]
     made = Codes(
         torch.empty(batch, key_heads, panels, size, PANEL, **FLOATS),
-        torch.empty(batch, key_heads, panels, block_size, PANEL, **FLOATS),
-        torch.empty(batch, key_heads, panels, block_size, -(-size // 8), PANEL, 4, dtype=torch.uint8, device="cpu"),
-        F.pad(keep, (0, panels * PANEL * block_size - keep.shape[1])).unflatten(1, (panels, PANEL, -1)).any(-1),
+        torch.empty(batch, key_heads, panels, PANEL, block_size, **FLOATS),
+        torch.empty(batch, key_heads, panels, PANEL, -(-size // 8), block_size, 4, dtype=torch.uint8, device="cpu"),
+        F.pad(real.expand(batch, -1), (0, fill)).unflatten(1, (panels, PANEL, -1)).any(-1),
     )
-    run_kernel(SOURCE, "encode_keys", data, k=key, keep=keep, mean=made.mean, scale=made.scale, code=made.code)
+    order = None if order is None else order.contiguous()
+    run_kernel(
+        SOURCE, "encode_keys", data, k=key, keep=keep, order=order, mean=made.mean, scale=made.scale, code=made.code
+    )  # fmt: skip
     return made
 
 
 def summarise_keys(
-    center: Tensor, key: Tensor, value: Tensor, keep: Tensor, block_size: int
+    center: Tensor, key: Tensor, value: Tensor, keep: Tensor, block_size: int, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return key, bias and value of a `Summaries` of dot products, or None where the kernel cannot.
 
     center (B, H, n or 1, d), with all factors of the logits in it; key (B, H_kv, n·b, d) and value, of which keep
-    (B, n·b) are real.
+    (B, n·b) are real; or of any number of keys with an order (B, H_kv, n·b) of them.
     """
     if not _prepares(center, key, value, keep):
         return None
@@ -168,7 +206,7 @@ def summarise_keys(
     center, keep = center.expand(len(key), -1, -1, -1).contiguous(), keep.expand(len(key), -1).contiguous()
     heads, width = center.shape[1], value.shape[-1]
     data, panels = _blocks(
-        key, keep, block_size, heads, dv_=width, centers=center.shape[2], v_stride=strides(value)
+        key, keep, block_size, heads, order, dv_=width, centers=center.shape[2], v_stride=strides(value)
     )  # fmt: skip
     made = (
         torch.empty(len(key), heads, panels, key.shape[-1], PANEL, **FLOATS),
@@ -177,6 +215,6 @@ def summarise_keys(
     )
     run_kernel(
         SOURCE, "summarise_keys", data, k=key, v=value, center=center, keep=keep, key=made[0], bias=made[1],
-        value=made[2],
+        value=made[2], order=None if order is None else order.contiguous(),
     )  # fmt: skip
     return made

@@ -25,6 +25,7 @@ from .inputs import AttentionInputs, masked_softmax
 from .retrieval import PANEL, Retrieval, aligned, has_codes
 from .retrieval_blocks import Layout, cut_blocks, dot_form_of, dotted, in_full
 from .retrieval_cpp import summarise_keys
+from .retrieval_order import in_order, units_of
 
 # Queries whose mean blocks are expanded about.
 BEGINNING = 64
@@ -64,6 +65,8 @@ def has_far_field(problem: Retrieval) -> bool:
         return False
     least = search.num_blocks if isinstance(search.num_blocks, int) else min(search.num_blocks)
     least = 0 if problem.min_weight else least
+    if problem.is_clustered:
+        return units_of(problem) > 0
     blocks = -(-inputs.key.shape[2] // search.block_size)
     return blocks > least + search.reach + 1
 
@@ -132,22 +135,22 @@ class FarField(NamedTuple):
     shares: Tensor | None
 
 
-def far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, start: int = 0) -> FarField:
-    """Return the far field of blocks of keys, the first of which is number `start`."""
+def far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, numbers: Tensor) -> FarField:
+    """Return the far field of blocks of keys of these numbers."""
     inputs, query = problem.inputs, problem.inputs.query
-    about, own = _about(problem, key, start)
+    about, own = _about(problem, key, numbers)
     if has_codes(inputs):
         query = dot_form_of(inputs, key)[0]
     return FarField(query, *summarise(about, own, value, keep, about.query, problem.search.block_size))
 
 
-def _about(problem: Retrieval, key: Tensor, start: int) -> tuple[AttentionInputs, Tensor]:
-    """Return inputs whose queries are those that blocks from number `start` on are expanded about, and their keys.
+def _about(problem: Retrieval, key: Tensor, numbers: Tensor) -> tuple[AttentionInputs, Tensor]:
+    """Return inputs whose queries are those that blocks of these numbers are expanded about, and their keys.
 
     Both are of dot products where logits are.
     """
-    center = centers(problem, start + key.shape[2] // problem.search.block_size)
-    about = replace(problem.inputs, query=center[:, :, start:] if center.shape[2] > 1 else center)
+    center = centers(problem, int(numbers.max()) + 1)
+    about = replace(problem.inputs, query=center[:, :, numbers] if center.shape[2] > 1 else center)
     if has_codes(problem.inputs):
         about = dotted(replace(about, key=key))
         return about, about.key
@@ -158,21 +161,31 @@ def far_field_of(layout: Layout, needs_shares: bool) -> FarField:
     """Return the far field of a layout, by the summaries that are known if they will do."""
     inputs, known = layout.problem.inputs, layout.problem.summaries
     if known is None or needs_shares:
-        return far_field(layout.problem, layout.key, layout.value, layout.keep)
+        return far_field(layout.problem, *layout.searched(), layout.numbers)
     query = dot_form_of(inputs, layout.key[:, :, :0])[0] if has_codes(inputs) else inputs.query
-    return FarField(query, *known.lines(layout.blocks), None)
+    return FarField(query, *known.lines(len(layout.numbers)), None)
 
 
-def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None) -> Summaries:
-    """Return the summaries of blocks start to stop (None: all) of a problem, in at least float32."""
+def summaries_of(
+    problem: Retrieval, start: int = 0, stop: int | None = None, order: Tensor | None = None
+) -> Summaries:
+    """Return the summaries of blocks start to stop (None: all) of a problem, in at least float32.
+
+    order (B, H_kv, levels, n·b): which of those keys stands at each place of as many blocks at each level.
+    """
     inputs, search = in_full(problem.inputs), problem.search
     problem = replace(problem, inputs=inputs)
     if stop is None:
         stop = -(-inputs.key.shape[2] // search.block_size)
     key, value, keep = cut_blocks(problem, start, stop)
+    numbers = torch.arange(start, stop, device=key.device)
+    if order is not None:
+        numbers, order = numbers[: order.shape[3] // search.block_size].repeat(order.shape[2]), order.flatten(2)
     if has_codes(inputs):
-        center, dot_key = _about(problem, key, start)
-        if (made := summarise_keys(center.query, dot_key, value, keep, search.block_size)) is not None:
+        center, dot_key = _about(problem, key, numbers)
+        if (made := summarise_keys(center.query, dot_key, value, keep, search.block_size, order)) is not None:
             return Summaries(*made)
-    far = far_field(problem, key, value, keep, start)
+    if order is not None:
+        key, value, keep = in_order(key, order), in_order(value, order), keep.gather(1, order[:, 0])
+    far = far_field(problem, key, value, keep, numbers)
     return in_panels(far.key, far.bias, far.value)

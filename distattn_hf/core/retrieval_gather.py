@@ -12,7 +12,7 @@ from .attention import without_autocast
 from .inputs import AttentionInputs, masked_softmax, rows_of, say_backend
 from .metrics import BUILT_IN
 from .retrieval import Retrieval, aligned, has_codes
-from .retrieval_blocks import Layout, dotted, in_full
+from .retrieval_blocks import Layout, dotted, in_full, order_of
 from .retrieval_cpp import cpp_retrieval, cpp_supports, encode_keys
 from .retrieval_far import far_field_of, has_far_field, summaries_of
 
@@ -26,6 +26,7 @@ def run_retrieval(
     """
     dtype = problem.inputs.value.dtype
     with without_autocast(problem.inputs.query.device.type):
+        problem = _with_order(problem)
         by_kernel = not (return_weights or reference) and cpp_supports(problem)
         query, key = problem.inputs.query, problem.inputs.key
         say_backend(f"retrieval by {problem.inputs.metric.name}", "cpp" if by_kernel else "operators", query, key)
@@ -35,22 +36,33 @@ def run_retrieval(
     return output.to(dtype), weights if weights is None else weights.to(dtype)
 
 
+def _with_order(problem: Retrieval) -> Retrieval:
+    """Return the problem with the order of its keys, where they are clustered."""
+    if not problem.is_clustered or problem.order is not None or 0 in problem.inputs.key.shape:
+        return problem
+    return replace(problem, order=order_of(problem))
+
+
 def _with_codes(problem: Retrieval) -> Retrieval:
     """Return the problem with its keys in full precision's dot form, where there is one, codes and summaries."""
     inputs, search = problem.inputs, problem.search
+    order = problem.order
     if has_far_field(problem) and problem.summaries is None:
-        problem = replace(problem, summaries=summaries_of(problem))
+        problem = replace(problem, summaries=summaries_of(problem, order=order))
     if not has_codes(inputs):
         return problem
     if inputs.metric is BUILT_IN["cosine"] or problem.codes is None or inputs.key.dtype == torch.float16:
         inputs = inputs.in_full_precision()
     inputs = dotted(replace(inputs, query=inputs.query.float()))
     key, codes = inputs.key, problem.codes
-    if codes is None and search.most_blocks:
+    if codes is None and search.most_blocks and (order is None or order.shape[3]):
         keep = torch.ones(1, key.shape[2], dtype=torch.bool) if inputs.keep is None else inputs.keep[:, 0, 0]
         own = key.float() if inputs.keep is None else key.float().masked_fill(~keep[:, None, :, None], 0.0)
         keep = keep.expand(len(own), -1)
-        codes = encode_keys(aligned(own, problem.first, 2), aligned(keep, problem.first, 1), search.block_size)
+        codes = encode_keys(
+            aligned(own, problem.first, 2), aligned(keep, problem.first, 1), search.block_size,
+            None if order is None else order.flatten(2),
+        )  # fmt: skip
     return replace(problem, inputs=inputs, codes=codes)
 
 
@@ -71,8 +83,9 @@ def caught_weight(problem: Retrieval) -> Tensor:
     """Return the share (B, H, N) of exact attention's weight that each query's keys have; 0 where it sees nothing."""
     chosen, inputs = _chosen_for(problem)
     layout = chosen.layout
-    key = layout.key.repeat_interleave(layout.heads // layout.key.shape[1], dim=1)
-    place = torch.arange(layout.key.shape[2], device=key.device)
+    count = -(-layout.num_keys // problem.search.block_size) * problem.search.block_size
+    key = layout.key[:, :, :count].repeat_interleave(layout.heads // layout.key.shape[1], dim=1)
+    place = torch.arange(count, device=key.device)
     shares = []
     for part in layout.parts(4 * len(key) * layout.heads * len(place)):
         query, positions = inputs.query[:, :, part], layout.positions[:, part]
@@ -82,7 +95,7 @@ def caught_weight(problem: Retrieval) -> Tensor:
         joined = chosen.biases(part, everywhere, bias, problem.relative_bias)
         joined = None if joined is None else joined.transpose(2, 3).flatten(1, 2)
         logits = finish_logits(inputs, logits, shift, joined)
-        seen = layout.keep[:, None, None]
+        seen = layout.keep[:, None, None, :count]
         if inputs.is_causal:
             seen = seen & (place <= positions[:, None, :, None])
         weights = masked_softmax(logits, seen.expand_as(logits), sink)
@@ -94,6 +107,7 @@ def caught_weight(problem: Retrieval) -> Tensor:
 
 def _chosen_for(problem: Retrieval, choose: Callable | None = None) -> tuple["_Chosen", AttentionInputs]:
     """Return the blocks that the queries of a problem see, and its inputs as operators take them."""
+    problem = _with_order(problem)
     inputs, beginning, heads = _for_operators(problem.inputs), problem.beginning, problem.inputs.key.shape[1]
     if beginning is not None:
         beginning = _for_operators(replace(problem.inputs, query=beginning)).query
@@ -160,6 +174,8 @@ class _Chosen:
         blocks = torch.cat([fixed[:, None].expand(shape), blocks], dim=-1)
         self.blocks = torch.where(self.exists, blocks, 0)
         entries = self.blocks.shape[-1] * search.block_size * max(layout.key.shape[-1], layout.value.shape[-1])
+        # (B, H_kv, M'): where each key of the table stands.
+        self.table_place = layout.place.expand(inputs.query.shape[0], key_heads, -1)
         self.parts = layout.parts(inputs.query.shape[0] * (key_heads * entries + layout.heads * layout.blocks))
         self.shares: Tensor | None = None
 
@@ -176,12 +192,13 @@ class _Chosen:
         return rows.view(*self.blocks[:, :, part].shape[:3], -1, tensor.shape[-1])
 
     def places(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Return where the seen keys stand among the blocks, (B, H_kv, n, L), and which of them count."""
+        """Return where the seen keys stand, counted from `first`, (B, H_kv, n, L), and which of them count."""
         layout, size = self.layout, self.layout.problem.search.block_size
-        place = (self.blocks[:, :, part, :, None] * size + torch.arange(size, device=self.blocks.device)).flatten(3)
-        keep = layout.keep[:, None, :].expand(-1, place.shape[1], -1)
+        entry = (self.blocks[:, :, part, :, None] * size + torch.arange(size, device=self.blocks.device)).flatten(3)
+        keep = layout.keep[:, None, :].expand(-1, entry.shape[1], -1)
         seen = self.exists[:, :, part].repeat_interleave(size, dim=-1)
-        seen = seen & keep.gather(2, place.flatten(2)).view(place.shape)
+        seen = seen & keep.gather(2, entry.flatten(2)).view(entry.shape)
+        place = self.table_place.gather(2, entry.flatten(2)).view(entry.shape)
         if layout.problem.inputs.is_causal:
             seen = seen & (place <= layout.positions[:, part][:, None, :, None])
         return place, seen
@@ -190,7 +207,8 @@ class _Chosen:
         """Return which blocks of the far field the queries of a part do not read, (B, H_kv, n, blocks)."""
         blocks, exists = self.blocks[:, :, part], self.exists[:, :, part]
         read = torch.zeros(*blocks.shape[:3], self.layout.blocks, dtype=torch.int32, device=blocks.device)
-        return self.layout.may(part) & (read.scatter_add(-1, blocks, exists.int()) == 0)
+        read = read.scatter_add(-1, blocks, exists.int())[..., self.layout.offset :]
+        return self.layout.may(part) & (read == 0)
 
     def attend(self, part, query, key, value, lam, bias, relative_bias, sink, shift, *far, weights=False) -> Tensor:
         """Return (B, H, n, d_v) of the queries of a part, or their weights (B, H_kv, n, G, L + blocks).
@@ -267,9 +285,10 @@ class _Chosen:
         return query[:, :, part], *gathered, lam, bias, relative_bias, sink, shift, far_query, *far
 
     def seen_blocks(self, part: slice) -> Tensor:
-        """Return which keys of all blocks the queries of a part see, bool (B, H, n, M')."""
+        """Return which keys of the blocks where keys stand the queries of a part see, bool (B, H, n, whole blocks)."""
         place, seen = self.places(part)
-        result = seen.new_zeros(*place.shape[:3], self.layout.key.shape[2], dtype=torch.int32)
+        size = self.layout.problem.search.block_size
+        result = seen.new_zeros(*place.shape[:3], -(-self.layout.num_keys // size) * size, dtype=torch.int32)
         result = result.scatter_add(-1, place, seen.int()) > 0
         return result.repeat_interleave(self.layout.heads // result.shape[1], dim=1)
 
@@ -286,6 +305,12 @@ class _Chosen:
         if self.shares is None:
             return result
         spread = beyond.repeat_interleave(layout.problem.search.block_size, dim=-1) * self.shares[:, :, None]
+        if layout.problem.order is not None:
+            searched = self.table_place[:, :, -spread.shape[-1] :].repeat_interleave(
+                layout.heads // self.table_place.shape[1], dim=1
+            )
+            own = spread.new_zeros(*spread.shape[:3], layout.offset * layout.problem.search.block_size)
+            spread = own.scatter_add(-1, searched[:, :, None].expand_as(spread), spread)
         return result + self._at_positions(spread)
 
     def visible(self, part: slice) -> Tensor:

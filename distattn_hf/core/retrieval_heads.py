@@ -24,7 +24,9 @@ from .retrieval_gather import run_retrieval
 def search_of(spec: AttentionSpec, is_cross: bool) -> Search:
     """Return the search that a spec with mechanism "retrieval" asks for."""
     window_size, num_sinks = (0, 0) if is_cross else (spec.window_size, spec.num_sinks)
-    return Search(window_size, num_sinks, spec.block_size, spec.num_blocks, spec.min_weight, spec.far_field)
+    return Search(
+        window_size, num_sinks, spec.block_size, spec.num_blocks, spec.min_weight, spec.far_field, spec.cluster_keys
+    )
 
 
 def retrieval_forward(
