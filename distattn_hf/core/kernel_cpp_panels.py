@@ -116,12 +116,37 @@ INLINE long count_above(const float* x, long n, float limit) {
   for (long j = 0; j < n; j += W) count += __builtin_popcount(above(load(x + j), splat(limit)));
   return count;
 }
-// Numbers of the k largest of n > k entries above -INF, in order; of equal ones the first. Returns how many.
-static long largest_of_few(const float* x, long n, long k, long* numbers) {
-  float lo = INF, hi = -INF;
-  for (long j = 0; j < n; j++) lo = std::min(lo, x[j]), hi = std::max(hi, x[j]);
+// Appends to `numbers` and `values` those of x[0 .. W - 1] that bits name, j being the number of the first; there must be
+// room for W of each. Returns how many.
+INLINE long append(uint32_t bits, const float* x, long j, int32_t* numbers, float* values) {
+#if defined(__AVX512F__)
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32(j));
+  _mm512_storeu_si512(numbers, _mm512_maskz_compress_epi32(bits, at));
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(x)));
+  return __builtin_popcount(bits);
+#else
+  long count = 0;
+  for (; bits; bits &= bits - 1) {
+    long lane = __builtin_ctz(bits);
+    numbers[count] = j + lane, values[count++] = x[lane];
+  }
+  return count;
+#endif
+}
+// Numbers of the k largest of n > k entries above -INF, in order; of equal ones the first. x: filled with -INF to whole
+// vectors; room, places: for n + W numbers. Returns how many.
+static long largest_of_few(const float* x, long n, long k, long* numbers, float* room, int32_t* places) {
+  vf least = splat(INF);
+  for (long j = 0; j < n; j += W) {
+    vf y = load(x + j);
+    least = vmin(least, where(y == -INF, splat(INF), y));
+  }
+  float lo = INF, hi = largest_in(x, (n + W - 1) / W * W);
+  for (int l = 0; l < W; l++) lo = std::min(lo, least[l]);
   // More than k entries are above lo (or all at least lo), at most k above hi.
   lo = lo - 1e-30f - 1e-6f * fabsf(lo);
+  long more = -1;
   for (;;) {
     float middle = lo + 0.5f * (hi - lo);
     if (!(middle > lo && middle < hi)) break;
@@ -129,10 +154,17 @@ static long largest_of_few(const float* x, long n, long k, long* numbers) {
     if (count > k)
       lo = middle;
     else
-      hi = middle;
+      hi = middle, more = count;
     if (count == k) break;
   }
-  long more = count_above(x, n, hi), taken = 0;
+  if (more == k) {
+    long count = 0;
+    for (long j = 0; j < n; j += W) count += append(above(load(x + j), splat(hi)), x + j, j, places + count, room + count);
+    for (long j = 0; j < k; j++) numbers[j] = places[j];
+    return k;
+  }
+  long taken = 0;
+  more = count_above(x, n, hi);
   for (long j = 0; j < n && taken < k; j++) {
     if (!(x[j] <= hi))
       numbers[taken++] = j;
@@ -142,23 +174,27 @@ static long largest_of_few(const float* x, long n, long k, long* numbers) {
   return taken;
 }
 // Numbers of the k largest of n entries, a multiple of 16, in order; of equal ones the first; -INF is none. room,
-// places: for as many numbers. Returns how many.
+// places: for twice as many numbers and 16. Returns how many.
 static long largest_k(const float* x, long n, long k, long* numbers, float* room, int32_t* places) {
   if (k == 0) return 0;
   // A limit that at least k entries are above: k of the largest of groups of entries, where there are more.
   float limit = -INF;
-  long fold = n / (8 * k), width = fold > 1 ? (n / W + fold - 1) / fold * W : 0;
+  long fold = n / (2 * k), width = fold > 1 ? (n / W + fold - 1) / fold * W : 0;
   if (width) {
     memcpy(room, x, 4 * width);
     for (long j = width; j < n; j += W) {
       float* to = room + j % width;
       store(to, vmax(load(to), load(x + j)));
     }
+    vf least = splat(INF);
+    for (long j = 0; j < width; j += W) {
+      vf y = load(room + j);
+      least = vmin(least, where(y == -INF, splat(INF), y));
+    }
     float lo = INF, hi = largest_in(room, width);
-    for (long j = 0; j < width; j++)
-      if (room[j] > -INF) lo = std::min(lo, room[j]);
+    for (int l = 0; l < W; l++) lo = std::min(lo, least[l]);
     // A choice need not be a narrow one: what is above the limit is looked at once more.
-    for (int i = 0; i < 12; i++) {
+    for (int i = 0; i < 10; i++) {
       float middle = lo + 0.5f * (hi - lo);
       if (count_above(room, width, middle) >= k)
         lo = limit = middle;
@@ -168,37 +204,37 @@ static long largest_k(const float* x, long n, long k, long* numbers, float* room
   }
   long count = 0;
   for (long j = 0; j < n; j += W)
-    for (uint32_t bits = above(load(x + j), splat(limit)); bits; bits &= bits - 1) {
-      long place = j + __builtin_ctz(bits);
-      places[count] = place, room[count++] = x[place];
-    }
+    if (uint32_t bits = above(load(x + j), splat(limit))) count += append(bits, x + j, j, places + count, room + count);
   if (count > k) {
     for (long j = count; j % W; j++) room[j] = -INF;
-    long taken = largest_of_few(room, count, k, numbers);
+    long past = (count + W - 1) / W * W;
+    long taken = largest_of_few(room, count, k, numbers, room + past, places + past);
     for (long j = 0; j < taken; j++) numbers[j] = places[numbers[j]];
     return taken;
   }
   for (long j = 0; j < count; j++) numbers[j] = places[j];
   return count;
 }
-// The largest over G rows of exp(row - its largest) / sum; rows of n numbers, -INF for what does not count. The sum is
-// also over `beside` numbers of each row of `other`.
-static void chances(float* s, long ld, long G, long n, float* most, const float* other, long ld2, long beside) {
-  memset(most, 0, 4 * n);
+// The largest over G rows of exp(row - top) / sum, top the largest of the row; rows of n numbers, -INF for what does not
+// count. Both are also over `beside` numbers of each row of `other`.
+static void chances(const float* s, long ld, long G, long n, float* largest, const float* other, long ld2, long beside,
+                    float* tops, float* sums, float* room) {
+  memset(largest, 0, 4 * n);
   for (long g = 0; g < G; g++) {
-    float *row = s + g * ld, top = largest_in(row, n);
-    if (top == -INF) continue;
-    const float* more = other + g * ld2;
+    const float *row = s + g * ld, *more = other + g * ld2;
+    float top = largest_in(row, n);
     if (beside) top = std::max(top, largest_in(more, beside));
+    tops[g] = top = top == -INF ? 0 : top;
     vf sum = {};
     for (long j = 0; j < beside; j += W) sum += expv(load(more + j) - top);
     for (long j = 0; j < n; j += W) {
       vf w = expv(load(row + j) - top);
-      store(row + j, w);
+      store(room + j, w);
       sum += w;
     }
-    float by = 1 / ::total(sum);
-    for (long j = 0; j < n; j += W) store(most + j, vmax(load(most + j), by * load(row + j)));
+    sums[g] = ::total(sum);
+    float by = sums[g] > 0 ? 1 / sums[g] : 0;
+    for (long j = 0; j < n; j += W) store(largest + j, vmax(load(largest + j), by * load(room + j)));
   }
 }
 

@@ -32,11 +32,11 @@ struct Unit {
   const Retrieve& a;
   long blocks, around, parts, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
-  float *q, *s, *o, *work, *most, *room, *rank, *near_keys, *far_keys, *values, *sums, *off, *step;
+  float *q, *s, *o, *work, *most, *room, *rank, *near_keys, *far_keys, *values, *sums, *off, *step, *top, *sum, *closer;
   std::unique_ptr<const float*[]> panel;
-  std::unique_ptr<const type*[]> value_rows;
+  std::unique_ptr<const void*[]> value_rows;
   std::unique_ptr<int8_t[]> whole;
-  std::unique_ptr<long[]> chosen, stored;  // stored: which panel of blocks is the x-th for the queries at hand
+  std::unique_ptr<long[]> chosen, best, stored;  // stored: which panel of blocks is the x-th for the queries at hand
   std::unique_ptr<int32_t[]> places;
 
   Unit(const Retrieve& a) : a(a), memory(nullptr, free) {
@@ -49,21 +49,24 @@ struct Unit {
     beyond = a.far_key ? tops : 0;
     ld = beyond + (near + far) * P16;
     long kept = a.panels ? 0 : a.d * P16, kept_near = a.levels ? a.d * P16 : kept, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
-    long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, tops, rows * tops,
-                    near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows};
-    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step};
+    long looks_at = (std::max(a.candidates, a.most) + P16) / P16 * P16;
+    long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, 2 * tops + P16, rows * tops,
+                    near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows, a.G, a.G, (a.G + 1) * looks_at};
+    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step,
+                       &top, &sum, &closer};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
     memory = buffer(all);
     float* at = memory.get();
-    for (int i = 0; i < 13; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
+    for (int i = 0; i < 16; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
     long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
-    value_rows.reset(new const type*[list * P16]);
+    value_rows.reset(new const void*[list * P16]);
     chosen.reset(new long[std::max(std::max(near, far), a.candidates) + a.sinks + 1]);
+    best.reset(new long[a.most + 1]);
     stored.reset(new long[tops / P16 + 1]);
     for (long x = 0; x <= tops / P16; x++) stored[x] = x;
-    places.reset(new int32_t[tops + 1]);
+    places.reset(new int32_t[2 * tops + P16]);
     whole.reset(new int8_t[rows * a.dq + 1]);
   }
   const float* soft(long h0) const { return a.soft ? a.soft + h0 : nullptr; }
@@ -97,6 +100,28 @@ struct Unit {
     pack_place(b, kh, number * P16, room);
     return room;
   }
+  // Whether every key of the blocks that are searched is one.
+  bool all_real() const { return a.levels && !a.keep; }
+  // Where the values of 16 places from `place` on are, null for what is no key; with panels they lie behind them.
+  void find_values(long b, long kh, long place, const void** rows) const {
+    const float* copies = a.panels ? a.panels + all_places() * a.d : nullptr;
+    for (long z = 0; z < P16; z++) {
+      if (a.panels && all_real()) {
+        rows[z] = copies + (place + z) * a.vp;
+        continue;
+      }
+      long j = at_place(b, kh, place + z);
+      rows[z] = !is_real(b, j) ? nullptr : a.panels ? (const void*)(copies + (place + z) * a.vp) : value(b, kh, j);
+      __builtin_prefetch(rows[z]);
+    }
+  }
+  long all_places() const { return (a.levels ? a.levels * a.units * P16 : blocks) * a.block; }
+  void pack_values(long b, long kh, long place, float* to) const {
+    for (long x = 0; x < P16; x++) {
+      long j = at_place(b, kh, place + x);
+      for (long c = 0; c < a.dv_; c++) to[x * a.vp + c] = is_real(b, j) ? T::one(value(b, kh, j)[c]) : 0;
+    }
+  }
   // The same of keys where they stand.
   const float* near_panel(long b, long kh, long number, float* room) const {
     if (!a.levels) return panel_of(b, kh, number, room);
@@ -112,7 +137,7 @@ struct Unit {
       if constexpr (is_dot<Metric>) {
         panel[0] = a.mean + (bk * a.groups + stored[x]) * a.d * P16;
         logits<Metric>(q, a.dp, rows, panel.get(), 1, a.d, out, tops, a.coef + h0, soft(h0), a.G, a.p);
-        for (long z = 0; !a.levels && z < P16; z++) look_closer(bk, x * P16 + z, 0, rows, out + z);
+        for (long z = 0; !a.levels && z < P16; z++) look_closer(bk, x * P16 + z, 0, rows, out + z, tops);
       } else {
         long count = std::min(P16, end - x * P16) * parts, width = count * P16, from = stored[x] * P16 * parts;
         for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, from + y, far_keys + y * a.d * P16);
@@ -128,19 +153,19 @@ struct Unit {
     }
   }
   // Adds to the logit of a block's mean what its codes say of its best key, for `rows` rows from r on.
-  void look_closer(long bk, long block, long r, long rows, float* out) {
+  void look_closer(long bk, long block, long r, long rows, float* out, long ldo) {
     const uint8_t* code = a.code + (bk * a.groups * P16 + block) * a.block * (a.dq / 2);
     const float* scale = a.scale + (bk * a.groups * P16 + block) * a.block;
     long x = 0;
-    for (; x + CODE_ROWS <= rows; x += CODE_ROWS) codes<CODE_ROWS>(r + x, code, scale, out + x * tops);
-    for (; x + 4 <= rows; x += 4) codes<4>(r + x, code, scale, out + x * tops);
-    if (rows - x == 3) codes<3>(r + x, code, scale, out + x * tops);
-    if (rows - x == 2) codes<2>(r + x, code, scale, out + x * tops);
-    if (rows - x == 1) codes<1>(r + x, code, scale, out + x * tops);
+    for (; x + CODE_ROWS <= rows; x += CODE_ROWS) codes<CODE_ROWS>(r + x, code, scale, out + x * ldo, ldo);
+    for (; x + 4 <= rows; x += 4) codes<4>(r + x, code, scale, out + x * ldo, ldo);
+    if (rows - x == 3) codes<3>(r + x, code, scale, out + x * ldo, ldo);
+    if (rows - x == 2) codes<2>(r + x, code, scale, out + x * ldo, ldo);
+    if (rows - x == 1) codes<1>(r + x, code, scale, out + x * ldo, ldo);
   }
   template <int R>
-  void codes(long r, const uint8_t* code, const float* scale, float* out) {
-    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out, tops);
+  void codes(long r, const uint8_t* code, const float* scale, float* out, long ldo) {
+    code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out, ldo);
   }
   // Logits of the summaries of blocks below `end`, for `positions` queries, to the end of each row's place for them;
   // -INF for what the window of blocks lo .. hi - 1 and the sinks show already. Returns how many there are.
@@ -167,7 +192,7 @@ struct Unit {
   // `seen` keys of sinks and window. Returns how many.
   long choose(long b, long kh, long i, const float* near, long seen, long lo, long hi) {
     const float* rows = rank + i * a.G * tops;
-    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16, looked = -1;
+    long end = a.causal ? lo : blocks, n = (end + P16 - 1) / P16 * P16;
     auto hide = [&](float* row) {
       for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
       for (long x = end; x < n; x++) row[x] = -INF;
@@ -175,32 +200,62 @@ struct Unit {
       for (long x = 0; a.keep && x < end; x++)
         if (is_dot<Metric> ? !a.real[b * a.groups * P16 + block_of(x)] : rows[x] == -INF) row[x] = -INF;
     };
-    // What is chosen by: logits, or the largest share of a block in any row where there are several or shares matter.
-    auto scores = [&](bool closer) {
-      for (long g = 0; g < a.G; g++) {
-        memcpy(work + g * tops, rows + g * tops, 4 * n);
-        hide(work + g * tops);
-      }
-      for (long x = 0; closer && x < looked; x++)
-        look_closer(b * (a.H / a.G) + kh, block_of(chosen[x]), i * a.G, a.G, work + chosen[x]);
-      if (a.G == 1 && a.least == 0) return work;
-      chances(work, tops, a.G, n, most, near, ld, a.least > 0 ? seen : 0);
+    for (long g = 0; g < a.G; g++) {
+      memcpy(work + g * tops, rows + g * tops, 4 * n);
+      hide(work + g * tops);
+    }
+    // By logits, or by the largest share of a block in any row where there are several or shares matter.
+    bool shares = a.G > 1 || a.least > 0;
+    long beside = a.least > 0 ? seen : 0, looked = 0;
+    if (shares) {
+      chances(work, tops, a.G, n, most, near, ld, beside, top, sum, room);
       hide(most);  // what underflowed may still be chosen
-      return most;
-    };
-    float* by = scores(false);
-    if (a.levels && is_dot<Metric>) {
+    }
+    float* by = shares ? most : work;
+    bool by_means = a.levels && is_dot<Metric>;
+    if (by_means) {
       looked = largest_k(by, n, std::max(a.candidates, a.budget[kh]), chosen.get(), room, places.get());
-      by = scores(true);
-      for (long x = 0; x < looked; x++) room[x] = by[chosen[x]];
-      std::fill(by, by + n, -INF);
-      for (long x = 0; x < looked; x++) by[chosen[x]] = room[x];
+      by = look_at(b * (a.H / a.G) + kh, i, looked, shares);
+      n = (looked + P16 - 1) / P16 * P16;
     }
     for (long x = 0; a.least > 0 && x < n; x += W) {
       vf share = load(by + x);
       store(by + x, where(share < a.least, splat(-INF), share));
     }
-    return largest_k(by, n, a.budget[kh], chosen.get(), room, places.get());
+    if (!by_means) return largest_k(by, n, a.budget[kh], chosen.get(), room, places.get());
+    long count = largest_k(by, n, a.budget[kh], best.get(), room, places.get());
+    for (long x = 0; x < count; x++) chosen[x] = chosen[best[x]];
+    return count;
+  }
+  // What the codes of the `looked` blocks in `chosen` say of position i: their logits, or their largest shares, beside
+  // blocks that were not looked at. Filled with -INF to whole vectors.
+  float* look_at(long bk, long i, long looked, bool shares) {
+    long n = (looked + P16 - 1) / P16 * P16;
+    float *result = closer + a.G * n, *row = closer;
+    std::fill(result, result + n, shares ? 0 : -INF);
+    for (long g = 0; g < a.G; g++, row += n) {
+      for (long x = 0; x < looked; x++) row[x] = work[g * tops + chosen[x]];
+      for (long x = looked; x < n; x++) row[x] = -INF;
+      vf gone = {};
+      for (long x = 0; shares && x < n; x += W) gone += expv(load(row + x) - top[g]);
+      sum[g] = std::max(0.0f, sum[g] - ::total(gone));
+    }
+    for (long x = 0; x < looked; x++) look_closer(bk, block_of(chosen[x]), i * a.G, a.G, closer + x, n);
+    row = closer;
+    for (long g = 0; g < a.G; g++, row += n) {
+      if (!shares) return row;
+      float before = top[g], now = std::max(before, largest_in(row, n));
+      vf all = {};
+      for (long x = 0; x < n; x += W) {
+        vf w = expv(load(row + x) - now);
+        store(row + x, w);
+        all += w;
+      }
+      float whole = sum[g] * expf(before - now) + ::total(all), part = whole > 0 ? 1 / whole : 0;
+      for (long x = 0; x < n; x += W) store(result + x, vmax(load(result + x), part * load(row + x)));
+    }
+    for (long x = looked; x < n; x++) result[x] = -INF;
+    return result;
   }
   // Copies the blocks that all queries of block c see: panels of keys in `panel`, values in `values`. Returns how many.
   long take_near(long b, long kh, const long* near, long count) {
@@ -287,15 +342,14 @@ struct Unit {
       for (long x = 0; x < n; x++) {
         long number = block_of(chosen[x / parts]) * parts + x % parts;
         panel[x] = panel_of(b, kh, number, far_keys + x * a.d * P16);
-        for (long z = 0; z < P16; z++) {
-          long j = at_place(b, kh, number * P16 + z);
-          value_rows[x * P16 + z] = is_real(b, j) ? value(b, kh, j) : nullptr;
-          __builtin_prefetch(panel[x] + z * 16);  // the beginning: the rest follows by itself
-          __builtin_prefetch(value_rows[x * P16 + z]);
+        find_values(b, kh, number * P16, value_rows.get() + x * P16);
+        for (long z = 0; z < 4; z++) {  // the beginning: the rest follows by itself
+          __builtin_prefetch(panel[x] + z * 16);
+          if (a.panels) __builtin_prefetch((const float*)value_rows[x * P16] + z * 16);
         }
       }
       logits<Metric>(own, a.dp, G, panel.get(), n, a.d, mine + seen, ld, a.coef + h0, soft(h0), G, a.p);
-      for (long x = 0; x < n * P16; x++)
+      for (long x = 0; !all_real() && x < n * P16; x++)
         for (long g = 0; !value_rows[x] && g < G; g++) mine[g * ld + seen + x] = -INF;
       for (long g = 0; g < G; g++) weigh(mine + g * ld - far, far + seen + n * P16, sums + i * G + g);
       far_values(mine + seen, n, o + i * G * a.vp);
@@ -317,19 +371,26 @@ struct Unit {
   }
   void far_values(const float* w, long n, float* out) {
     if (!n) return;
-    long g = 0, width = a.dv_ / W * W;
-    for (; g + 4 <= a.G; g += 4) rows_of<4>(w, g, n, width, out);
-    if (a.G - g == 3) rows_of<3>(w, g, n, width, out);
-    if (a.G - g == 2) rows_of<2>(w, g, n, width, out);
-    if (a.G - g == 1) rows_of<1>(w, g, n, width, out);
+    long width = a.dv_ / W * W;
+    if (a.panels)
+      sum_of<F32>(w, n, width, out);
+    else
+      sum_of<T>(w, n, width, out);
+  }
+  template <class Row>
+  void sum_of(const float* w, long n, long width, float* out) {
+    auto rows = (const typename Row::type* const*)value_rows.get();
+    long g = 0, count = n * P16;
+    for (; g + 4 <= a.G; g += 4) weighted_rows<Row, 4>(w + g * ld, ld, rows, count, width, out + g * a.vp, a.vp);
+    w += g * ld, out += g * a.vp;
+    if (a.G - g == 3) weighted_rows<Row, 3>(w, ld, rows, count, width, out, a.vp);
+    if (a.G - g == 2) weighted_rows<Row, 2>(w, ld, rows, count, width, out, a.vp);
+    if (a.G - g == 1) weighted_rows<Row, 1>(w, ld, rows, count, width, out, a.vp);
+    w -= g * ld, out -= g * a.vp;
     for (long z = width; z < a.dv_; z++)  // sizes that fill no vector
       for (g = 0; g < a.G; g++)
-        for (long x = 0; x < n * P16; x++)
-          if (value_rows[x]) out[g * a.vp + z] += w[g * ld + x] * T::one(value_rows[x][z]);
-  }
-  template <int R>
-  void rows_of(const float* w, long g, long n, long width, float* out) {
-    weighted_rows<T, R>(w + g * ld, ld, value_rows.get(), n * P16, width, out + g * a.vp, a.vp);
+        for (long x = 0; x < count; x++)
+          if (rows[x]) out[g * a.vp + z] += w[g * ld + x] * Row::one(rows[x][z]);
   }
 };
 template <class Metric, class T>
@@ -349,8 +410,10 @@ static int retrieve(const Retrieve& a) {
       // One head after the other: what a head reads stays in the cache.
       for (long bk = 0; a.panels && bk < a.B * key_heads; bk++) {
 #pragma omp for schedule(static)
-        for (long x = 0; x < searched; x++)
+        for (long x = 0; x < searched; x++) {
           unit.pack_place(bk / key_heads, bk % key_heads, x * P16, a.panels + x * a.d * P16);
+          unit.pack_values(bk / key_heads, bk % key_heads, x * P16, a.panels + (searched * a.d + x * a.vp) * P16);
+        }
 #pragma omp for schedule(dynamic)
         for (long x = 0; x < units - lowest; x++)  // causal: those with the most to search first
           unit.run(bk / key_heads, bk % key_heads, units - 1 - x);

@@ -98,7 +98,7 @@ def cpp_retrieval(x) -> Tensor:
     # Where most keys are read more than once, their panels are made once; a look at the keys themselves reads all.
     panels, most = None, min(search.most_blocks, blocks)
     if num_queries * (most + 1) > blocks or (num_queries > search.block_size and not is_dot):
-        panels = torch.empty(max(1, levels) * places * size, **FLOATS)
+        panels = torch.empty(max(1, levels) * places * (size + value.shape[-1] + -value.shape[-1] % ALIGNMENT), **FLOATS)
     rows = padded_rows(query)
     value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
