@@ -63,18 +63,18 @@ def cut_blocks(problem: Retrieval, start: int, stop: int) -> tuple[Tensor, Tenso
 def order_of(problem: Retrieval) -> Tensor:
     """Return the order of likeness of a clustered problem's keys, at all levels (see `Retrieval`)."""
     units = units_of(problem)
-    return order_of_blocks(problem, 0, units * PANEL, levels_of(units))
+    return order_of_blocks(problem, 0, units * PANEL, PANEL, levels_of(units))
 
 
 @torch.no_grad()
-def order_of_blocks(problem: Retrieval, start: int, stop: int, levels: int) -> Tensor:
-    """Return the order of the keys of blocks start to stop, whole segments, counted from the first of them."""
+def order_of_blocks(problem: Retrieval, start: int, stop: int, unit: int, levels: int = 1) -> Tensor:
+    """Return the order of the keys of blocks start to stop, counted from the first, in segments of unit·4^l blocks."""
     size = problem.search.block_size
     key, _, keep = cut_blocks(problem, start, stop)
     if has_codes(problem.inputs):
         # Of cosine the keys' directions.
         key = dot_form_of(problem.inputs, key)[1]
-    return order_keys(key, keep, size, max(0, problem.search.sink_blocks - start) * size, levels)
+    return order_keys(key, keep, size, unit * size, max(0, problem.search.sink_blocks - start) * size, levels)
 
 
 class Layout:

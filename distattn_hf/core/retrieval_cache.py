@@ -1,13 +1,18 @@
-"""What a cache keeps beside its keys for retrieval attention: codes and summaries of their blocks."""
+"""What a cache keeps beside its keys for retrieval attention: order, codes and summaries of their blocks."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .derived_cache import SPARE, same_values, writable
-from .retrieval import PANEL, Codes, Retrieval, aligned
+from .retrieval import PANEL, Codes, Retrieval, aligned, has_codes
+from .retrieval_blocks import cut_blocks, dot_form_of, in_full, order_of_blocks
 from .retrieval_cpp import encode_keys
-from .retrieval_far import Summaries, summaries_of
+from .retrieval_far import Summaries, has_far_field, summaries_of
+from .retrieval_order import segments_before, units_before
 
 
 class _OfKeys:
@@ -27,8 +32,8 @@ class _OfKeys:
         """Return whether what there is can stay: of the same keys and padding, and of a kind to write into."""
         if self.made is None or self.size != block_size or self.counted > key.shape[2]:
             return False
-        like = next(iter(vars(self.made).values()))
-        if like.dtype != torch.promote_types(key.dtype, torch.float32) or not writable(like):
+        held, dtype = vars(self.made).values(), torch.promote_types(key.dtype, torch.float32)
+        if any(t.is_floating_point() and t.dtype != dtype for t in held) or not all(writable(t) for t in held):
             return False
         if self.first.shape != first.shape or bool((self.first != first).any()):
             return False
@@ -143,3 +148,64 @@ class KeySummaries(_OfKeys):
         summaries.key[:, :, panel, :, own] = new.key[:, :, at, :, lane]
         summaries.bias[:, :, panel, own] = new.bias[:, :, at, lane]
         summaries.value[:, :, panel, own] = new.value[:, :, at, lane]
+
+
+class KeyClusters(_OfKeys):
+    """Order, codes and summaries of keys in blocks by their likeness, for queries whose windows begin in one unit.
+
+    A new unit moves the keys of the segments that grow with it; the others stay. What has no keys yet is zeros.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._parameters: list[Tensor] = []
+        self._segments: list[list[tuple[int, int]]] = []
+
+    def update(self, problem: Retrieval, parameters: list[Tensor], keeps_summaries: bool) -> Retrieval:
+        """Return the problem, which is `of_one_unit`, with its order, codes and, if asked for, summaries.
+
+        parameters: what the problem depends on beside the model's queries, keys and values.
+        """
+        if not same_values(self._parameters, parameters):
+            self.made, self._parameters = None, [tensor.detach().clone() for tensor in parameters]
+        inputs, size = problem.inputs, problem.search.block_size
+        keep = None if inputs.keep is None else inputs.keep[:, 0, 0]
+        self._start(inputs.key, keep, problem.first, size)
+        self.counted = inputs.key.shape[2]
+        wanted = [segments_before(units) for units in units_before(problem, self.counted - 1)]
+        keeps_summaries = keeps_summaries and has_far_field(problem)
+        if self.made is None or (keeps_summaries and not hasattr(self.made, "key")):
+            self.made, self._segments = None, [[] for _ in wanted]
+        for segment in sorted({segment for row in wanted for segment in row}):
+            new = [segment in row and segment not in old for row, old in zip(wanted, self._segments, strict=True)]
+            if any(new):
+                self._take(problem, *segment, new, keeps_summaries)
+        self._segments = wanted
+        if self.made is None:
+            return problem
+        known = vars(self.made)
+        changes = {"order": self.made.order.flatten(2)[:, :, None]}
+        if "code" in known:
+            changes["codes"] = Codes(*(known[name] for name in ("mean", "scale", "code", "real")))
+        if keeps_summaries:
+            changes["summaries"] = Summaries(*(known[name] for name in ("key", "bias", "value")))
+        return replace(problem, **changes)
+
+    def _take(self, problem: Retrieval, start: int, count: int, rows: list[bool], keeps_summaries: bool) -> None:
+        """Put in what is made of `count` units from unit `start` on, in these rows of the batch."""
+        size = problem.search.block_size
+        problem = replace(problem, inputs=in_full(problem.inputs))
+        blocks = start * PANEL, (start + count) * PANEL
+        order = order_of_blocks(problem, *blocks, count * PANEL)
+        new = {"order": (order + blocks[0] * size).flatten(2).unflatten(2, (count, -1))}
+        if has_codes(problem.inputs) and problem.search.most_blocks:
+            key, _, keep = cut_blocks(problem, *blocks)
+            new |= vars(encode_keys(dot_form_of(problem.inputs, key)[1], keep, size, order.flatten(2)))
+        if keeps_summaries:
+            new |= vars(summaries_of(problem, *blocks, order))
+        if self.made is None or self.made.order.shape[2] < start + count:
+            self._grow(SimpleNamespace(**new), start + count)
+        chosen = slice(None) if all(rows) or len(rows) < len(order) else torch.tensor(rows, device=order.device)
+        for name, tensor in new.items():
+            place = getattr(self.made, name).narrow(1 if name == "real" else 2, start, count)
+            place[chosen] = tensor[chosen]

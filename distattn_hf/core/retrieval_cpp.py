@@ -148,12 +148,12 @@ def _blocks(
     return data, panels
 
 
-def order_keys(key: Tensor, keep: Tensor, block_size: int, pinned: int, levels: int) -> Tensor:
+def order_keys(key: Tensor, keep: Tensor, block_size: int, unit: int, pinned: int, levels: int) -> Tensor:
     """Return what `order_by_likeness` does, by the CPU's kernel where it can."""
     key = key.detach().to(torch.promote_types(key.dtype, torch.float32))
     if not _prepares(key, keep):
-        return order_by_likeness(key, keep, block_size, pinned, levels)
-    (batch, heads, num_keys, size), unit = key.shape, PANEL * block_size
+        return order_by_likeness(key, keep, block_size, unit, pinned, levels)
+    batch, heads, num_keys, size = key.shape
     units = num_keys // unit
     key, keep = key if key.stride(-1) == 1 else key.contiguous(), keep.expand(batch, -1).contiguous()
     place = torch.empty(batch, heads, levels, units * unit, dtype=torch.long, device="cpu")

@@ -5,20 +5,22 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .absolute_logits import absolute_shift
 from .attention import without_autocast
 from .attention_spec import AttentionSpec
 from .derived_cache import FirstQueries
 from .head_groups import exact_heads, join_heads, key_heads_of, key_padding
-from .inputs import AttentionInputs, ModuleCall, refuse_onnx, surely
+from .inputs import AttentionInputs, ModuleCall, refuse_onnx, rows_of, surely
 from .metrics import get_metric
 from .parameters import DistanceAttentionState, HeadParameters
 from .relative_bias import RelativeBias, of_heads
 from .retrieval import Retrieval, Search, first_keys, has_codes
-from .retrieval_cache import KeyCodes, KeySummaries
+from .retrieval_cache import KeyClusters, KeyCodes, KeySummaries
 from .retrieval_far import has_far_field
 from .retrieval_gather import run_retrieval
+from .retrieval_order import of_one_unit
 
 
 def search_of(spec: AttentionSpec, is_cross: bool) -> Search:
@@ -97,11 +99,46 @@ def retrieve(
         # The model's own, mapped as those of the call are.
         with without_autocast(query.device.type):
             problem = replace(problem, beginning=group(known, key[:, :, :1]).query)
+    keeps = (is_whole or known is not None) and not problem.inputs.needs_grad()
+    is_reference = call.backend == "reference"
+    if layer is not None and problem.is_clustered:
+        if is_whole or problem.inputs.needs_grad():
+            output, weights = run_retrieval(problem, call.return_weights, is_reference)
+        else:
+            clusters = layer.derived_for(("clusters", number), KeyClusters)
+            parameters, results = list(group.fitted_tensors().values()), []
+            for part in of_one_unit(problem):
+                with torch.no_grad(), without_autocast(query.device.type):
+                    own = clusters.update(_of_queries(problem, part), parameters, keeps)
+                results.append(run_retrieval(own, call.return_weights, is_reference))
+            output, weights = _joined(results, key.shape[2])
+        return output.to(value.dtype), weights
     if layer is not None:
-        keeps = (is_whole or known is not None) and not problem.inputs.needs_grad()
         problem = _with_what_is_cached(group, problem, key, keep, layer, number, keeps)
-    output, weights = run_retrieval(problem, call.return_weights, reference=call.backend == "reference")
+    output, weights = run_retrieval(problem, call.return_weights, reference=is_reference)
     return output.to(value.dtype), weights
+
+
+def _of_queries(problem: Retrieval, part: slice) -> Retrieval:
+    """Return the problem of some of the queries, with the keys up to the last of them."""
+    inputs, count = problem.inputs, problem.inputs.query.shape[2]
+    if part.stop - part.start == count:
+        return problem
+    last = inputs.key.shape[2] - count + part.stop
+    inputs = replace(
+        inputs, query=inputs.query[:, :, part], key=inputs.key[:, :, :last], value=inputs.value[:, :, :last],
+        keep=None if inputs.keep is None else inputs.keep[..., :last], sink_logit=rows_of(inputs.sink_logit, part),
+        shift=rows_of(inputs.shift, part),
+    )  # fmt: skip
+    return replace(problem, inputs=inputs)
+
+
+def _joined(results: list[tuple[Tensor, Tensor | None]], num_keys: int) -> tuple[Tensor, Tensor | None]:
+    """Return outputs, and weights of so many keys, of parts of the queries one after another."""
+    outputs, weights = zip(*results)
+    if weights[0] is not None:
+        weights = torch.cat([F.pad(w, (0, num_keys - w.shape[-1])) for w in weights], dim=2)
+    return torch.cat(outputs, dim=2), None if weights[0] is None else weights
 
 
 def _with_what_is_cached(

@@ -16,11 +16,33 @@ from torch import Tensor
 from .retrieval import PANEL, Retrieval
 
 
+def units_before(problem: Retrieval, number: int) -> list[int]:
+    """Return how many whole units of keys there are before the window of key `number`'s query, of each row (or of all).
+
+    None before a row's first key.
+    """
+    search, firsts = problem.search, [0] if problem.first is None else problem.first.tolist()
+    return [max(0, max(0, number - first) // search.block_size - search.reach) // PANEL for first in firsts]
+
+
 def units_of(problem: Retrieval) -> int:
     """Return how many whole units of keys there are before the window of a problem's last query, at most in any row."""
-    first = 0 if problem.first is None else int(problem.first.min())
-    last_block = (problem.inputs.key.shape[2] - 1 - first) // problem.search.block_size
-    return max(0, last_block - problem.search.reach) // PANEL
+    return max(units_before(problem, problem.inputs.key.shape[2] - 1))
+
+
+def of_one_unit(problem: Retrieval) -> list[slice]:
+    """Split the queries of a causal problem into slices whose windows begin in the same unit, in each row."""
+    (count, num_keys), search = (t.shape[2] for t in (problem.inputs.query, problem.inputs.key)), problem.search
+    size, before = search.block_size, num_keys - count
+    firsts = [0] if problem.first is None else problem.first.tolist()
+    # A window begins `reach` blocks before its query's own.
+    starts = {
+        first + (unit * PANEL + search.reach) * size - before
+        for first in firsts
+        for unit in range(1, (num_keys - first) // (PANEL * size) + 1)
+    }
+    cuts = [0, *sorted(start for start in starts if 0 < start < count), count]
+    return [slice(start, stop) for start, stop in zip(cuts, cuts[1:])]
 
 
 def levels_of(units: int) -> int:
@@ -49,13 +71,12 @@ def segments_before(units: int) -> list[tuple[int, int]]:
     return found
 
 
-def order_by_likeness(key: Tensor, keep: Tensor, block_size: int, pinned: int, levels: int) -> Tensor:
+def order_by_likeness(key: Tensor, keep: Tensor, block_size: int, unit: int, pinned: int, levels: int) -> Tensor:
     """Return which key stands at each place, int64 (B, H, levels, n·unit), of keys (B, H, M, d), M ≥ n whole units.
 
-    keep (B, M): real keys; the others stay last in their segments. pinned: first keys that stay where they are.
-    The order has no gradient.
+    Segments of level l are unit·4^l keys. keep (B, M): real keys; the others stay last in their segments. pinned: first
+    keys that stay where they are. The order has no gradient.
     """
-    unit = PANEL * block_size
     units = key.shape[2] // unit
     key, batch, heads = key.detach(), *key.shape[:2]
     orders = []
