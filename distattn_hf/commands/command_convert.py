@@ -15,7 +15,7 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
-    "min_weight", "far_field", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
+    "min_weight", "far_field", "cluster_keys", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 
@@ -66,6 +66,9 @@ def convert(
     far_field: Annotated[
         bool | None,
         typer.Option(help="retrieval: a block that is not read counts as one key that stands for it. Default: yes."),
+    ] = None,
+    cluster_keys: Annotated[
+        bool | None, typer.Option(help="retrieval: older keys stand in blocks by their likeness. Default: yes.")
     ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="nystrom: heads that stay further off (relative error) use --beyond instead.")
@@ -154,7 +157,8 @@ def convert(
             metric=metric, mechanism=mechanism, p=p, lam=lam, transform=transform, layers=layers, attention=attention,
             heads=heads, softening=epsilon,
             num_landmarks=num_landmarks, window_size=window_size, num_sinks=num_sinks, exact_below=exact_below,
-            block_size=block_size, num_blocks=num_blocks, min_weight=min_weight, far_field=far_field, beyond=beyond,
+            block_size=block_size, num_blocks=num_blocks, min_weight=min_weight, far_field=far_field,
+            cluster_keys=cluster_keys, beyond=beyond,
         )  # fmt: skip
     if init == "calibrated" and calibration is None:
         raise ValueError("--init calibrated needs --calibration: a text file, 'news' or a data set; got none")

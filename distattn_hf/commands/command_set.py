@@ -30,6 +30,9 @@ def set_options(
         bool | None,
         typer.Option(help="retrieval: each block that is not read counts as one key that stands for it."),
     ] = None,
+    cluster_keys: Annotated[
+        bool | None, typer.Option(help="retrieval: older keys stand in blocks by their likeness, or as in the text.")
+    ] = None,
     num_sinks: Annotated[int | None, typer.Option(help="retrieval: first tokens seen exactly.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="distance: auto, cpp, sdpa, triton, chunked or reference.")
@@ -41,7 +44,7 @@ def set_options(
     options = {
         "exact_below": exact_below, "window_size": window_size, "num_blocks": num_blocks, "min_weight": min_weight,
         "block_size": block_size,
-        "num_sinks": num_sinks, "far_field": far_field, "backend": backend,
+        "num_sinks": num_sinks, "far_field": far_field, "cluster_keys": cluster_keys, "backend": backend,
     }  # fmt: skip
     check_min_weight(min_weight)
     changes = {name: value for name, value in options.items() if value is not None}

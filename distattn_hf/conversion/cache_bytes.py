@@ -43,6 +43,8 @@ def cache_bytes(model) -> dict[str, int] | None:
                 # The codes of a block (see `Codes`): its mean, a scale for each key, and half a byte a coordinate.
                 codes = 4 * size + block * (4 + 4 * -(-size // 8))
                 beside = len({head // groups for head in heads}) * codes if group.is_absolute else 0
+                if group.spec.cluster_keys:  # and which key stands where
+                    beside += len({head // groups for head in heads}) * 8 * block
                 if group.spec.far_field:
                     # A key, its bias and a value for each query head (see `Summaries`), and the first queries.
                     beside += 4 * len(heads) * (sizes + 1)

@@ -21,7 +21,9 @@ OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
     "backend": ("distance",),
-    **dict.fromkeys(("num_sinks", "block_size", "num_blocks", "min_weight", "far_field", "cluster_keys"), ("retrieval",)),
+    **dict.fromkeys(
+        ("num_sinks", "block_size", "num_blocks", "min_weight", "far_field", "cluster_keys"), ("retrieval",)
+    ),
 }
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")

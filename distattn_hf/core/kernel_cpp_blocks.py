@@ -157,6 +157,7 @@ struct Segment {  // the order of the keys of one segment
           for (long c = 0; c < ld; c += W) store(axis + c, load(row(x) + c) - load(mean + c));
         }
       }
+      bool finite = true;
       for (int i = 0; i < 2; i++) {  // towards the direction in which they differ most
         float all = 0, base = dot_product(mean, axis, ld), size = 0;
         memset(next, 0, 4 * ld);
@@ -165,12 +166,15 @@ struct Segment {  // the order of the keys of one segment
           all += part;
           for (long c = 0; c < ld; c += W) store(next + c, load(next + c) + part * load(row(x) + c));
         }
-        for (long c = 0; c < ld; c++) next[c] -= all * mean[c], size = std::max(size, fabsf(next[c]));
+        for (long c = 0; c < ld; c++) {
+          next[c] -= all * mean[c], size = std::max(size, fabsf(next[c]));
+          finite &= fabsf(next[c]) < INF;
+        }
         for (long c = 0; c < ld; c++) axis[c] = size > 0 ? next[c] / size : 0;
       }
       for (long x = from; x < to; x++) {
         float part = dot_product(row(x), axis, ld);
-        along[number[x]] = part == part ? part : INF;
+        along[number[x]] = finite && part == part ? part : INF;
       }
       std::nth_element(number.get() + from, number.get() + middle, number.get() + to, [&](int32_t x, int32_t y) {
         return along[x] < along[y] || (along[x] == along[y] && x < y);
@@ -182,7 +186,7 @@ struct Segment {  // the order of the keys of one segment
   const float* row(long x) const { return rows + number[x] * ld; }
   void run(long b, long h, long level, long start, long count) {
     int64_t* out = a.place + ((b * a.H + h) * a.levels + level) * a.n * a.unit + start;
-    long pinned = start ? 0 : std::min(a.pinned, count), real = 0;
+    long pinned = std::min(std::max(0L, a.pinned - start), count), real = 0;
     auto is_real = [&](long x) { return a.keep[b * a.M + start + x]; };
     for (long x = 0; x < count; x++) {
       if (x >= pinned && !is_real(x)) continue;

@@ -72,7 +72,8 @@ class LandmarkAttention(Mechanism):
             call.scaled_query, call.key, call.value, BUILT_IN["dot"], 1.0, 1.0, None, keep, call.bias, call.is_causal,
             call.dropout_p,
         )  # fmt: skip
-        return Retrieval(inputs, Search(1, 0, self.block_size, self.num_blocks, min_weight=0.0, far_field=False))
+        search = Search(1, 0, self.block_size, self.num_blocks, min_weight=0.0, far_field=False, cluster_keys=False)
+        return Retrieval(inputs, search)
 
     def _attend(self, call):
         return retrieval_by_operators(self._problem(call), choose=self._choose)[0]

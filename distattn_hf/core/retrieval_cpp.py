@@ -27,9 +27,7 @@ from .softening import LEAST
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
 _PLAIN = (("l1", None), ("sqeuclidean", None), ("l2", None), ("lp", 3.0), ("chebyshev", None))
 _KINDS = {kind_of(*metric) for metric in _PLAIN} | {kind_of(name, None, softened=True) for name in ("l1", "l2")}
-_NUMBERS = (
-    "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads units levels candidates"
-)
+_NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads units levels candidates"
 
 
 class _Retrieve(ctypes.Structure):
@@ -98,7 +96,9 @@ def cpp_retrieval(x) -> Tensor:
     # Where most keys are read more than once, their panels are made once; a look at the keys themselves reads all.
     panels, most = None, min(search.most_blocks, blocks)
     if num_queries * (most + 1) > blocks or (num_queries > search.block_size and not is_dot):
-        panels = torch.empty(max(1, levels) * places * (size + value.shape[-1] + -value.shape[-1] % ALIGNMENT), **FLOATS)
+        panels = torch.empty(
+            max(1, levels) * places * (size + value.shape[-1] + -value.shape[-1] % ALIGNMENT), **FLOATS
+        )
     rows = padded_rows(query)
     value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)

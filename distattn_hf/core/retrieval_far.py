@@ -166,9 +166,7 @@ def far_field_of(layout: Layout, needs_shares: bool) -> FarField:
     return FarField(query, *known.lines(len(layout.numbers)), None)
 
 
-def summaries_of(
-    problem: Retrieval, start: int = 0, stop: int | None = None, order: Tensor | None = None
-) -> Summaries:
+def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None, order: Tensor | None = None) -> Summaries:
     """Return the summaries of blocks start to stop (None: all) of a problem, in at least float32.
 
     order (B, H_kv, levels, n·b): which of those keys stands at each place of as many blocks at each level.

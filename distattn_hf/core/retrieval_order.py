@@ -130,4 +130,3 @@ def in_order(tensor: Tensor, order: Tensor) -> Tensor:
     """Return (B, H, levels·n·unit, x): the rows of (B, H, M, x) at each place of an order."""
     index = order.flatten(2)[..., None].expand(-1, -1, -1, tensor.shape[-1])
     return tensor.gather(2, index.expand(len(tensor), -1, -1, -1))
-

@@ -27,6 +27,7 @@ def retrieval_attention(
     window_size: int = 64,
     num_sinks: int = 4,
     far_field: bool = True,
+    cluster_keys: bool = Search.cluster_keys,
     lam: float | Tensor | None = None,
     p: float | None = None,
     scaling: float | None = None,
@@ -45,13 +46,16 @@ def retrieval_attention(
     that hold the first num_sinks keys, its own block (as far as causality lets it) and those beside it that hold
     window_size - 1 more keys, and at most num_blocks others: those with the largest logits, as far as a copy of the
     keys in four bits says, where logits are a dot product ("dot", "cosine"); other metrics look at the keys themselves.
+    With cluster_keys a causal query reads the keys from the start of the unit of 16 blocks on in which its window
+    begins; those before it stand in blocks by their likeness, and only of the 64 blocks (num_blocks, if more) whose
+    means match best are the copies looked at.
     Query heads of one key head choose together. The choice has no gradient. A block that is not read counts as a key of
     its own, such that to first order about the mean of the first 64 queries (in both directions: of all) nothing is
     lost.
     With min_weight=0 and num_blocks at least the number of blocks it is exact attention.
 
-    A query costs M products in whole numbers of four bits, and those with the keys it reads; memory is linear in N and
-    M. On the CPU without gradients one kernel does it.
+    A query costs M / block_size products (without cluster_keys M more, in whole numbers of four bits), and those with
+    the keys it reads; memory is linear in N and M. On the CPU without gradients one kernel does it.
 
     Args:
         query: (B, H, N, d).
@@ -67,6 +71,8 @@ def retrieval_attention(
         num_sinks: at least so many first keys are seen.
         far_field: False: blocks that are not read count as nothing. So they do across sequences and beside a bias.
             With fewer queries than keys, the first of which are not here, blocks are expanded about the first of these.
+        cluster_keys: False: blocks are those of the text. So they are in both directions, across sequences and beside a
+            bias. (Ordering keys by likeness costs O(M·log M·d).)
         lam, p, scaling, dropout_p, softening: as in `distance_attention`.
         mask: padding: (B, M) or (B, 1, 1, M), bool or 0/1 integers, True = keep.
         position_bias: (B or 1, H, N, M), added to the logits of the keys that are seen; it has no part in the choice.
@@ -80,11 +86,11 @@ def retrieval_attention(
     Raises:
         ValueError: naming the field, its value and what is allowed.
 
-    Sources: Landmark attention (Mohtashami & Jaggi, 2023), Quest (Tang et al., 2024).
+    Sources: Landmark attention (Mohtashami & Jaggi, 2023), Quest (Tang et al., 2024), RetroInfer (Chen et al., 2025).
     """
     problem = problem_of(
         query, key, value, metric=metric, block_size=block_size, num_blocks=num_blocks, window_size=window_size,
-        num_sinks=num_sinks, min_weight=min_weight, far_field=far_field, lam=lam, p=p, scaling=scaling, mask=mask,
+        num_sinks=num_sinks, min_weight=min_weight, far_field=far_field, cluster_keys=cluster_keys, lam=lam, p=p, scaling=scaling, mask=mask,
         position_bias=position_bias, is_causal=is_causal, is_cross=is_cross, dropout_p=dropout_p, softening=softening,
     )  # fmt: skip
     output, weights = run_retrieval(problem, return_weights)
@@ -92,8 +98,8 @@ def retrieval_attention(
 
 
 def problem_of(
-    query, key, value, *, metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field, lam, p,
-    scaling, mask, softening, position_bias=None, is_causal=True, is_cross=False, dropout_p=0.0,
+    query, key, value, *, metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field,
+    cluster_keys, lam, p, scaling, mask, softening, position_bias=None, is_causal=True, is_cross=False, dropout_p=0.0,
 ) -> Retrieval:  # fmt: skip
     """Return the problem that the arguments of `retrieval_attention` describe; raises as it does."""
     metric = get_metric(metric)
@@ -111,7 +117,7 @@ def problem_of(
     if not is_cross and (num_queries > num_keys if is_causal else num_queries != num_keys):
         wanted = "no fewer keys than queries" if is_causal else "as many keys as queries, or is_cross=True"
         raise ValueError(f"retrieval attention needs {wanted}, got {num_queries} queries and {num_keys} keys")
-    search = Search(window_size, num_sinks, block_size, num_blocks, min_weight, far_field)
+    search = Search(window_size, num_sinks, block_size, num_blocks, min_weight, far_field, cluster_keys)
     search = replace(search, window_size=0, num_sinks=0) if is_cross else search
     search.budget(key.shape[1])
     if not is_cross and window_size < 1:

@@ -151,6 +151,7 @@ def retrieval_attention(
     window_size: int = 64,
     num_sinks: int = 4,
     far_field: bool = True,
+    cluster_keys: bool = Search.cluster_keys,
     lam: float | Tensor | None = None,
     p: float | None = None,
     scaling: float | None = None,
@@ -167,8 +168,8 @@ def retrieval_attention(
 
     Args:
         query, key, value, mask, group, stretch: as in `nystrom_attention` here.
-        metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field, lam, p, scaling, softening: as
-            there.
+        metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field, cluster_keys, lam, p, scaling,
+            softening: as there.
 
     Returns:
         (B, H, N, d_v) in value's dtype, of the rank's own queries.
@@ -179,7 +180,8 @@ def retrieval_attention(
     """
     options = {
         "metric": metric, "block_size": block_size, "num_blocks": num_blocks, "min_weight": min_weight,
-        "window_size": window_size, "num_sinks": num_sinks, "far_field": far_field, "lam": lam, "p": p,
+        "window_size": window_size, "num_sinks": num_sinks, "far_field": far_field,
+        "cluster_keys": cluster_keys, "lam": lam, "p": p,
         "scaling": scaling, "softening": softening,
     }  # fmt: skip
     error, keep = None, torch.ones(1, 1, dtype=torch.bool, device=query.device)

@@ -22,9 +22,9 @@ from tests.tolerances import HALF_ERROR_RATIO, STANDARD_ERRORS, assert_close
 
 from .cases import METRIC_CASES, metric_id
 
-SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3, min_weight=0.0)
+SMALL = Search(window_size=6, num_sinks=3, block_size=4, num_blocks=3, min_weight=0.0, cluster_keys=False)
 # What the kernel takes: blocks of whole panels.
-LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3, min_weight=0.0)
+LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=3, min_weight=0.0, cluster_keys=False)
 # Queries read as many blocks as they need: some none, some all that they may.
 BY_WEIGHT = {"num_blocks": 5, "min_weight": 0.05}
 FORMS = ("causal", "bidirectional", "cross")
@@ -91,17 +91,24 @@ class Loops:
         self.logits = lambda keys: (
             -lam * inputs.scaling * inputs.metric.checked_distance(self.query, keys, inputs.p, fast=False)
         )
-        self.name, self.factor, self.made = inputs.metric.name, lam * inputs.scaling, {}
+        self.name, self.factor, self.made, self.stand_ins = inputs.metric.name, lam * inputs.scaling, {}, {}
 
     def real(self, start: int, stop: int) -> list[int]:
         """Keys that are not padding, at places start to stop from the first one."""
         return [j for j in range(self.first + start, min(self.first + stop, self.num_keys)) if self.keep[j]]
 
-    def score(self, number: int) -> torch.Tensor:
+    def keys_of(self, number) -> list[int]:
+        """The real keys of a block."""
+        return self.real(number * self.search.block_size, (number + 1) * self.search.block_size)
+
+    def end_of(self, number) -> int:
+        """How many keys of the row there are up to a block's end."""
+        return (number + 1) * self.search.block_size
+
+    def score(self, number) -> torch.Tensor:
         """(G, N): the largest logit of a block; of dot products as four bits of each key and seven of a query say."""
         if number not in self.made:
-            size = self.search.block_size
-            keys = self.key[self.real(number * size, (number + 1) * size)]
+            keys = self.key[self.keys_of(number)]
             if self.name not in ("dot", "cosine"):
                 self.made[number] = self.logits(keys).amax(-1)
                 return self.made[number]
@@ -144,21 +151,25 @@ class Loops:
         far = [n for n in range(self.count) if n not in near and n not in sinks]
         if self.causal:
             far, sinks = ([n for n in numbers if n < near[0]] for numbers in (far, sinks))
-        scores = {n: self.score(n) for n in far if self.real(n * size, (n + 1) * size)}
+        scores = {n: self.score(n) for n in far if self.keys_of(n)}
         read = [j for n in {*near, *sinks} for j in self.real(n * size, (n + 1) * size)]
         read = [j for j in read if not self.causal or j <= self.first + position]
         blocks = {*near, *sinks, *self.best(query, scores, self.budget, read)}
         beyond = [n for n in scores if n not in blocks] if search.far_field and search.window_size else []
         return [j for n in sorted(blocks) for j in self.real(n * size, (n + 1) * size)], beyond
 
-    def stand_in(self, number: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    def stand_in(self, number) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         """A block's real keys, their shares (G, n) of the weight that a mean query gives it, and (G, N) logits."""
-        size = self.search.block_size
-        where, keys, queries = self.real(number * size, (number + 1) * size), self.key, self.query
+        if number not in self.stand_ins:
+            self.stand_ins[number] = self._stand_in(number)
+        return self.stand_ins[number]
+
+    def _stand_in(self, number):
+        where, keys, queries = self.keys_of(number), self.key, self.query
         if self.name == "cosine":
             keys, queries = (t / t.norm(dim=-1, keepdim=True) for t in (keys, queries))
         keys = keys[where]
-        end = min(64, (number + 1) * size) if self.causal else self.num_keys
+        end = min(64, self.end_of(number)) if self.causal else self.num_keys
         center = self.query[:, self.real(0, end)].mean(1)
         if self.name == "cosine":
             center = center / center.norm(dim=-1, keepdim=True)
@@ -177,7 +188,7 @@ class Loops:
         return where, shares, torch.cat([logits(q, mean) for q in queries.unbind(1)], dim=-1) + bias
 
 
-def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
+def by_loops(x: Retrieval, of_row: type = Loops) -> tuple[torch.Tensor, torch.Tensor]:
     """(output, weights) by the definition."""
     inputs = x.inputs
     batch, heads, num_queries, _ = inputs.query.shape
@@ -188,7 +199,7 @@ def by_loops(x: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
     before = num_keys - num_queries if inputs.is_causal else 0
     for row in range(batch):
         for key_head in range(key_heads):
-            loops, own = Loops(x, row, key_head), slice(key_head * groups, (key_head + 1) * groups)
+            loops, own = of_row(x, row, key_head), slice(key_head * groups, (key_head + 1) * groups)
             logits = loops.logits(loops.key) + bias[row, own]
             for query in range(num_queries):
                 position = before + query - loops.first
