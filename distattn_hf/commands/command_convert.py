@@ -15,7 +15,8 @@ command = typer.Typer()
 # Options of `convert` that a spec file replaces.
 OF_SPEC = (
     "metric", "mechanism", "num_landmarks", "window_size", "num_sinks", "exact_below", "block_size", "num_blocks",
-    "min_weight", "far_field", "cluster_keys", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
+    "min_weight", "far_field",
+    "cluster_keys", "beyond", "layers", "heads", "attention", "p", "lam", "transform", "softening",
 )  # fmt: skip
 
 

@@ -90,9 +90,9 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         metric: of "distance"; None: "l2". Of "retrieval"; None: "dot". Of "nystrom": "sqeuclidean".
         mechanism_options: the mechanism's own. "distance": p, lam, learnable_lambda, transform, lift, backend;
             "nystrom": also num_landmarks, window_size, num_sinks, exact_below; "retrieval": also window_size,
-            num_sinks, block_size, num_blocks (16), min_weight (0), cluster_keys (False) (see `AttentionSpec`); λ is a parameter of each head
-            from the metric's default on unless they say otherwise, and nothing is lifted. Options of mechanisms in
-            `MECHANISMS` may be lists, a value for each layer: {"dilation": [1, 1, 2, 4]}.
+            num_sinks, block_size, num_blocks (16), min_weight (0), cluster_keys (False) (see `AttentionSpec`); λ is a
+            parameter of each head from the metric's default on unless they say otherwise, and nothing is lifted.
+            Options of mechanisms in `MECHANISMS` may be lists, a value for each layer: {"dilation": [1, 1, 2, 4]}.
         positional_encoding: a name registered in `POSITIONAL_ENCODINGS`: "sinusoidal", "learned", "rotary",
             "relative", "alibi", "none".
         rope_parameters: of "rotary", as transformers has them, over whole heads; rope_theta=... alone will do.

@@ -1,4 +1,4 @@
-"""C++ source of which keys stand in a block of retrieval attention, and of its codes and its summary."""
+"""C++ source of which keys stand in a block of retrieval attention, where they are, its codes and its summary."""
 
 BLOCKS = r"""
 // What stands for blocks of keys (see `Codes` and `Summaries`), 16 blocks a panel. keep: (B, M) or null.
@@ -223,4 +223,86 @@ extern "C" int order_keys(const Order* a) {
 }
 extern "C" int encode_keys(const Blocks* a) { return blocks_of(a, true); }
 extern "C" int summarise_keys(const Blocks* a) { return blocks_of(a, false); }
+
+// Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
+// far_key, far_bias, far_value: see `Summaries`, of `far_groups` panels, values of vp numbers; or null.
+// whole, off, step: queries as whole numbers (B, H, N, dq), 8 times their sum, and what one of them is worth.
+// order: where keys are in an order of likeness, which key stands at each place, (B, H_kv, levels, units·16·block);
+// else null and levels 0. candidates: blocks at least whose codes are looked at then, by their means.
+struct Retrieve {
+  const float *q, *coef, *soft, *mean, *scale, *off, *step, *far_key, *far_bias, *far_value;
+  const void *k, *v;
+  const uint8_t *code, *real, *keep;
+  const int8_t* whole;
+  const int64_t *order, *first, *budget;
+  float *o, *panels;
+  long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
+  long units, levels, candidates;
+  long k_stride[3], v_stride[3];
+  float p, least;
+};
+template <class T>
+struct Keys {  // where the keys and values of blocks are
+  typedef typename T::type type;
+  const Retrieve& a;
+  long blocks, parts;
+  Keys(const Retrieve& a) : a(a), blocks((a.M + a.block - 1) / a.block), parts(a.block / P16) {}
+  const type* key(long b, long kh, long j) const {
+    return (const type*)a.k + b * a.k_stride[0] + kh * a.k_stride[1] + (a.first[b] + j) * a.k_stride[2];
+  }
+  const type* value(long b, long kh, long j) const {
+    return (const type*)a.v + b * a.v_stride[0] + kh * a.v_stride[1] + (a.first[b] + j) * a.v_stride[2];
+  }
+  long length(long b) const { return a.M - a.first[b]; }  // keys from `first` on
+  // The key at a place of the blocks that are searched.
+  long at_place(long b, long kh, long place) const {
+    return a.levels ? a.order[(b * (a.H / a.G) + kh) * a.levels * a.units * P16 * a.block + place] : place;
+  }
+  bool is_real(long b, long j) const { return j < length(b) && (!a.keep || a.keep[b * a.M + a.first[b] + j]); }
+  template <class Number>
+  void pack16(long b, long kh, Number number, float* to) const {
+    for (long x = 0; x < P16; x++) {
+      long j = number(x);
+      const type* from = key(b, kh, j);
+      for (long c = 0; c < a.d; c++) to[c * P16 + x] = j < length(b) ? T::one(from[c]) : 0;
+    }
+  }
+  void pack_place(long b, long kh, long place, float* to) const {
+    pack16(b, kh, [&](long x) { return at_place(b, kh, place + x); }, to);
+  }
+  // The number-th 16 keys of the blocks that are searched.
+  const float* panel_of(long b, long kh, long number, float* room) const {
+    if (a.panels) return a.panels + number * a.d * P16;
+    pack_place(b, kh, number * P16, room);
+    return room;
+  }
+  // Whether every key of the blocks that are searched is one.
+  bool all_real() const { return a.levels && !a.keep; }
+  // Where the values of 16 places from `place` on are, null for what is no key; with panels they lie behind them.
+  void find_values(long b, long kh, long place, const void** rows) const {
+    const float* copies = a.panels ? a.panels + all_places() * a.d : nullptr;
+    for (long z = 0; z < P16; z++) {
+      if (a.panels && all_real()) {
+        rows[z] = copies + (place + z) * a.vp;
+        continue;
+      }
+      long j = at_place(b, kh, place + z);
+      rows[z] = !is_real(b, j) ? nullptr : a.panels ? (const void*)(copies + (place + z) * a.vp) : value(b, kh, j);
+      __builtin_prefetch(rows[z]);
+    }
+  }
+  long all_places() const { return (a.levels ? a.levels * a.units * P16 : blocks) * a.block; }
+  void pack_values(long b, long kh, long place, float* to) const {
+    for (long x = 0; x < P16; x++) {
+      long j = at_place(b, kh, place + x);
+      for (long c = 0; c < a.dv_; c++) to[x * a.vp + c] = is_real(b, j) ? T::one(value(b, kh, j)[c]) : 0;
+    }
+  }
+  // The same of keys where they stand.
+  const float* near_panel(long b, long kh, long number, float* room) const {
+    if (!a.levels) return panel_of(b, kh, number, room);
+    pack16(b, kh, [&](long x) { return number * P16 + x; }, room);
+    return room;
+  }
+};
 """

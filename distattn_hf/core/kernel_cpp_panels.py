@@ -116,8 +116,8 @@ INLINE long count_above(const float* x, long n, float limit) {
   for (long j = 0; j < n; j += W) count += __builtin_popcount(above(load(x + j), splat(limit)));
   return count;
 }
-// Appends to `numbers` and `values` those of x[0 .. W - 1] that bits name, j being the number of the first; there must be
-// room for W of each. Returns how many.
+// Appends to `numbers` and `values` those of x[0 .. W - 1] that bits name, j being the number of the first; there must
+// be room for W of each. Returns how many.
 INLINE long append(uint32_t bits, const float* x, long j, int32_t* numbers, float* values) {
 #if defined(__AVX512F__)
   const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -159,7 +159,8 @@ static long largest_of_few(const float* x, long n, long k, long* numbers, float*
   }
   if (more == k) {
     long count = 0;
-    for (long j = 0; j < n; j += W) count += append(above(load(x + j), splat(hi)), x + j, j, places + count, room + count);
+    for (long j = 0; j < n; j += W)
+      count += append(above(load(x + j), splat(hi)), x + j, j, places + count, room + count);
     for (long j = 0; j < k; j++) numbers[j] = places[j];
     return k;
   }
@@ -215,8 +216,8 @@ static long largest_k(const float* x, long n, long k, long* numbers, float* room
   for (long j = 0; j < count; j++) numbers[j] = places[j];
   return count;
 }
-// The largest over G rows of exp(row - top) / sum, top the largest of the row; rows of n numbers, -INF for what does not
-// count. Both are also over `beside` numbers of each row of `other`.
+// The largest over G rows of exp(row - top) / sum, top the largest of the row; rows of n numbers, -INF for what does
+// not count. Both are also over `beside` numbers of each row of `other`.
 static void chances(const float* s, long ld, long G, long n, float* largest, const float* other, long ld2, long beside,
                     float* tops, float* sums, float* room) {
   memset(largest, 0, 4 * n);

@@ -9,28 +9,12 @@ SOURCE = (
     + PANELS
     + BLOCKS
     + r"""
-// Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
-// far_key, far_bias, far_value: see `Summaries`, of `far_groups` panels, values of vp numbers; or null.
-// whole, off, step: queries as whole numbers (B, H, N, dq), 8 times their sum, and what one of them is worth.
-// order: where keys are in an order of likeness, which key stands at each place, (B, H_kv, levels, units·16·block); else
-// null and levels 0. candidates: blocks at least whose codes are looked at then, by their means.
-struct Retrieve {
-  const float *q, *coef, *soft, *mean, *scale, *off, *step, *far_key, *far_bias, *far_value;
-  const void *k, *v;
-  const uint8_t *code, *real, *keep;
-  const int8_t* whole;
-  const int64_t *order, *first, *budget;
-  float *o, *panels;
-  long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
-  long units, levels, candidates;
-  long k_stride[3], v_stride[3];
-  float p, least;
-};
 template <class Metric, class T>
-struct Unit {
+struct Unit : Keys<T> {
   typedef typename T::type type;
-  const Retrieve& a;
-  long blocks, around, parts, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
+  using Keys<T>::a, Keys<T>::blocks, Keys<T>::parts, Keys<T>::key, Keys<T>::value, Keys<T>::length, Keys<T>::at_place;
+  using Keys<T>::is_real, Keys<T>::all_real, Keys<T>::panel_of, Keys<T>::near_panel, Keys<T>::find_values;
+  long around, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
   float *q, *s, *o, *work, *most, *room, *rank, *near_keys, *far_keys, *values, *sums, *off, *step, *top, *sum, *closer;
   std::unique_ptr<const float*[]> panel;
@@ -39,8 +23,7 @@ struct Unit {
   std::unique_ptr<long[]> chosen, best, stored;  // stored: which panel of blocks is the x-th for the queries at hand
   std::unique_ptr<int32_t[]> places;
 
-  Unit(const Retrieve& a) : a(a), memory(nullptr, free) {
-    blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
+  Unit(const Retrieve& a) : Keys<T>(a), memory(nullptr, free) {
     around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
     tops = (blocks + P16 - 1) / P16 * P16;
     // In an order of likeness the window goes on to the start of its unit.
@@ -48,12 +31,14 @@ struct Unit {
     long rows = std::min(a.block, a.N) * a.G;
     beyond = a.far_key ? tops : 0;
     ld = beyond + (near + far) * P16;
-    long kept = a.panels ? 0 : a.d * P16, kept_near = a.levels ? a.d * P16 : kept, looks = is_dot<Metric> ? 0 : rows * a.block * P16;
-    long looks_at = (std::max(a.candidates, a.most) + P16) / P16 * P16;
-    long sizes[] = {rows * a.dp,  rows * ld,  rows * a.vp,       std::max(a.G * tops, looks), tops, 2 * tops + P16, rows * tops,
-                    near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows, a.G, a.G, (a.G + 1) * looks_at};
+    long kept = a.panels ? 0 : a.d * P16, kept_near = a.levels ? a.d * P16 : kept;
+    long looks = is_dot<Metric> ? 0 : rows * a.block * P16;
+    long few = (std::max(a.candidates, a.most) + P16) / P16 * P16;
+    long sizes[] = {rows * a.dp, rows * ld, rows * a.vp, std::max(a.G * tops, looks), tops, 2 * tops + P16,
+                    rows * tops, near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows,
+                    a.G, a.G, (a.G + 1) * few};
     float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step,
-                       &top, &sum, &closer};
+                        &top, &sum, &closer};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
     memory = buffer(all);
@@ -70,66 +55,10 @@ struct Unit {
     whole.reset(new int8_t[rows * a.dq + 1]);
   }
   const float* soft(long h0) const { return a.soft ? a.soft + h0 : nullptr; }
-  const type* key(long b, long kh, long j) const {
-    return (const type*)a.k + b * a.k_stride[0] + kh * a.k_stride[1] + (a.first[b] + j) * a.k_stride[2];
-  }
-  const type* value(long b, long kh, long j) const {
-    return (const type*)a.v + b * a.v_stride[0] + kh * a.v_stride[1] + (a.first[b] + j) * a.v_stride[2];
-  }
-  long length(long b) const { return a.M - a.first[b]; }  // keys from `first` on
-  // The key at a place of the blocks that are searched.
-  long at_place(long b, long kh, long place) const {
-    return a.levels ? a.order[(b * (a.H / a.G) + kh) * a.levels * a.units * P16 * a.block + place] : place;
-  }
-  bool is_real(long b, long j) const { return j < length(b) && (!a.keep || a.keep[b * a.M + a.first[b] + j]); }
+  // Where block x of those that the queries at hand may choose from is stored.
   long block_of(long x) const { return stored[x / P16] * P16 + x % P16; }
-  template <class Number>
-  void pack16(long b, long kh, Number number, float* to) const {
-    for (long x = 0; x < P16; x++) {
-      long j = number(x);
-      const type* from = key(b, kh, j);
-      for (long c = 0; c < a.d; c++) to[c * P16 + x] = j < length(b) ? T::one(from[c]) : 0;
-    }
-  }
-  void pack_place(long b, long kh, long place, float* to) const {
-    pack16(b, kh, [&](long x) { return at_place(b, kh, place + x); }, to);
-  }
-  // The number-th 16 keys of the blocks that are searched.
-  const float* panel_of(long b, long kh, long number, float* room) const {
-    if (a.panels) return a.panels + number * a.d * P16;
-    pack_place(b, kh, number * P16, room);
-    return room;
-  }
-  // Whether every key of the blocks that are searched is one.
-  bool all_real() const { return a.levels && !a.keep; }
-  // Where the values of 16 places from `place` on are, null for what is no key; with panels they lie behind them.
-  void find_values(long b, long kh, long place, const void** rows) const {
-    const float* copies = a.panels ? a.panels + all_places() * a.d : nullptr;
-    for (long z = 0; z < P16; z++) {
-      if (a.panels && all_real()) {
-        rows[z] = copies + (place + z) * a.vp;
-        continue;
-      }
-      long j = at_place(b, kh, place + z);
-      rows[z] = !is_real(b, j) ? nullptr : a.panels ? (const void*)(copies + (place + z) * a.vp) : value(b, kh, j);
-      __builtin_prefetch(rows[z]);
-    }
-  }
-  long all_places() const { return (a.levels ? a.levels * a.units * P16 : blocks) * a.block; }
-  void pack_values(long b, long kh, long place, float* to) const {
-    for (long x = 0; x < P16; x++) {
-      long j = at_place(b, kh, place + x);
-      for (long c = 0; c < a.dv_; c++) to[x * a.vp + c] = is_real(b, j) ? T::one(value(b, kh, j)[c]) : 0;
-    }
-  }
-  // The same of keys where they stand.
-  const float* near_panel(long b, long kh, long number, float* room) const {
-    if (!a.levels) return panel_of(b, kh, number, room);
-    pack16(b, kh, [&](long x) { return number * P16 + x; }, room);
-    return room;
-  }
-  // rank[rows, blocks] of blocks below `end`: their largest logits by their codes or, in an order of likeness, the logits
-  // of their means; or those by the keys themselves.
+  // rank[rows, blocks] of blocks below `end`: their largest logits by their codes or, in an order of likeness, the
+  // logits of their means; or those by the keys themselves.
   void look(long b, long kh, long rows, long end) {
     long bk = b * (a.H / a.G) + kh, h0 = kh * a.G;
     for (long x = 0; x * P16 < end; x++) {

@@ -27,13 +27,14 @@ from .softening import LEAST
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
 _PLAIN = (("l1", None), ("sqeuclidean", None), ("l2", None), ("lp", 3.0), ("chebyshev", None))
 _KINDS = {kind_of(*metric) for metric in _PLAIN} | {kind_of(name, None, softened=True) for name in ("l1", "l2")}
-_NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads units levels candidates"
+_NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups most half kind threads"
 
 
 class _Retrieve(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft mean scale off step far_key far_bias far_value k v code real keep whole order first budget o panels",
-        _NUMBERS,
+        "q coef soft mean scale off step far_key far_bias far_value k v code real keep whole order first budget o "
+        "panels",
+        f"{_NUMBERS} units levels candidates",
         {"k_stride": 3, "v_stride": 3},
         "p least",
     )
@@ -93,14 +94,12 @@ def cpp_retrieval(x) -> Tensor:
         tensors["whole"] = F.pad(number, (0, whole_size - size)).to(torch.int8).contiguous()
     blocks = -(-num_keys // search.block_size)
     levels, places = (0, blocks * search.block_size) if x.order is None else x.order.shape[2:]
+    value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     # Where most keys are read more than once, their panels are made once; a look at the keys themselves reads all.
     panels, most = None, min(search.most_blocks, blocks)
     if num_queries * (most + 1) > blocks or (num_queries > search.block_size and not is_dot):
-        panels = torch.empty(
-            max(1, levels) * places * (size + value.shape[-1] + -value.shape[-1] % ALIGNMENT), **FLOATS
-        )
+        panels = torch.empty(max(1, levels) * places * (size + value_size), **FLOATS)
     rows = padded_rows(query)
-    value_size = value.shape[-1] + -value.shape[-1] % ALIGNMENT
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
     if x.summaries is not None:
         tensors |= {f"far_{name}": getattr(x.summaries, name).float() for name in ("key", "bias")}

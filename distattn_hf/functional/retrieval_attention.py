@@ -90,16 +90,17 @@ def retrieval_attention(
     """
     problem = problem_of(
         query, key, value, metric=metric, block_size=block_size, num_blocks=num_blocks, window_size=window_size,
-        num_sinks=num_sinks, min_weight=min_weight, far_field=far_field, cluster_keys=cluster_keys, lam=lam, p=p, scaling=scaling, mask=mask,
-        position_bias=position_bias, is_causal=is_causal, is_cross=is_cross, dropout_p=dropout_p, softening=softening,
+        num_sinks=num_sinks, min_weight=min_weight, far_field=far_field, cluster_keys=cluster_keys, lam=lam, p=p,
+        scaling=scaling, mask=mask, position_bias=position_bias, is_causal=is_causal, is_cross=is_cross,
+        dropout_p=dropout_p, softening=softening,
     )  # fmt: skip
     output, weights = run_retrieval(problem, return_weights)
     return (output, weights) if return_weights else output
 
 
 def problem_of(
-    query, key, value, *, metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field,
-    cluster_keys, lam, p, scaling, mask, softening, position_bias=None, is_causal=True, is_cross=False, dropout_p=0.0,
+    query, key, value, *, metric, block_size, num_blocks, min_weight, window_size, num_sinks, far_field, cluster_keys,
+    lam, p, scaling, mask, softening, position_bias=None, is_causal=True, is_cross=False, dropout_p=0.0,
 ) -> Retrieval:  # fmt: skip
     """Return the problem that the arguments of `retrieval_attention` describe; raises as it does."""
     metric = get_metric(metric)

@@ -297,7 +297,8 @@ def test_where_shares_are_not_known_blocks_are_read_by_number(where):
         assert_close(run_retrieval(x)[0], retrieval_by_operators(x)[0], "float32_gradient")
 
 
-def test_how_much_is_read_follows_what_is_looked_for():
+@pytest.mark.parametrize("cluster_keys", [False, True])
+def test_how_much_is_read_follows_what_is_looked_for(cluster_keys):
     """A query of one key alone reads its block, one of no key none; without min_weight both read all that they may."""
     query, key = torch.zeros(1, 1, 128, 8, dtype=torch.float64), torch.randn(1, 1, 128, 8, dtype=torch.float64)
     key[..., 0], key[0, 0, 40, 0] = 0.0, 30.0
@@ -305,9 +306,11 @@ def test_how_much_is_read_follows_what_is_looked_for():
     options = {"is_causal": True, "window_size": 4, "num_sinks": 1, "block_size": 4, "num_blocks": 8, "scaling": 1.0}
     for min_weight, blocks in ((0.05, (1, 0)), (0.0, (8, 8))):
         weights = retrieval_attention(
-            query, key, key, **options, min_weight=min_weight, far_field=False, return_weights=True
-        )[1]
-        near = 4 + 4 + 1, 4 + 4 + 2  # of sinks, window and the query's own block
+            query, key, key, **options, min_weight=min_weight, far_field=False, return_weights=True,
+            cluster_keys=cluster_keys,
+        )[1]  # fmt: skip
+        # Of sinks, window and the query's own block; in clusters from key 64 on, the start of the window's unit.
+        near = (4 + 37, 4 + 38) if cluster_keys else (4 + 4 + 1, 4 + 4 + 2)
         read = [int((weights[0, 0, row] > 1e-20).sum()) for row in (100, 101)]
         assert read == [n + 4 * count for n, count in zip(near, blocks, strict=True)]
     assert weights[0, 0, 100, 40] > 0.99
@@ -569,7 +572,9 @@ def test_the_kernels_summaries_are_the_operators(metric, padded):
     assert summarise_keys(x.inputs.query[:, :, :1], layout.key, layout.value, layout.keep, 16) is not None
     names = ("query", "key", "value", "lam")
     inputs = replace(x.inputs, **{name: getattr(x.inputs, name).double() for name in names})
-    expected = far_field(replace(x, inputs=inputs), layout.key.double(), layout.value.double(), layout.keep)
+    expected = far_field(
+        replace(x, inputs=inputs), layout.key.double(), layout.value.double(), layout.keep, layout.numbers
+    )
     made = summaries_of(x).lines(layout.blocks)
     for mine, theirs in zip(made, (expected.key, expected.bias, expected.value), strict=True):
         assert torch.equal(mine.isinf(), theirs.isinf())
