@@ -25,6 +25,9 @@ def paged_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value
             f"attn_implementation={PAGED_IMPLEMENTATION!r} is for continuous batching alone, which gives masks; call "
             "set_attn_implementation('sdpa') on the model"
         )
+    if (cache := kwargs.pop("cache", None)) is not None:
+        # Before transformers 5.24 modules leave it to the attention.
+        key, value = cache.update(key, value, module.layer_idx, kwargs)
     return distattn_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

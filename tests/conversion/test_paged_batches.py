@@ -41,7 +41,7 @@ MODELS = {
     "llama": llama,
     "mistral, sliding": of(MistralForCausalLM, MistralConfig, sliding_window=8),
     # Layers of two kinds, and a cap on the logits.
-    "gemma2": of(Gemma2ForCausalLM, Gemma2Config, sliding_window=8, attn_logit_softcapping=5.0),
+    "gemma2": of(Gemma2ForCausalLM, Gemma2Config, sliding_window=8, attn_logit_softcapping=0.5),
     # A learned sink.
     "gpt-oss": of(GptOssForCausalLM, GptOssConfig, sliding_window=8, num_local_experts=2, num_experts_per_tok=1),
 }
