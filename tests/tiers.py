@@ -50,6 +50,7 @@ TABLE = {
     "tests/test_sequence_parallel.py": "system",
     "tests/test_onnx.py": "system",
     "tests/test_lm_eval.py": "system",
+    "tests/test_serve.py": "system",
     "tests/evaluation/test_ruler.py::test_one_that": "system",
     "tests/evaluation/test_ruler.py::test_the_command": "system",
     "tests/experiments/test_long_context.py::test_a_run_that_was_killed": "system",

@@ -4,7 +4,7 @@ transformers gathers the keys of all texts of a batch from their pages into one 
 """
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .interface import EAGER_IMPLEMENTATION, distattn_attention_forward
@@ -34,6 +34,19 @@ def paged_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value
 AttentionInterface.register(PAGED_IMPLEMENTATION, paged_attention_forward)
 
 
+def refuse_paged(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` where a model of this config, if it is a converted one, cannot use a paged cache."""
+    if others := sorted({spec.mechanism for spec in getattr(config, "attention_specs", ())} - {"distance"}):
+        reason = {
+            "nystrom": "keeps running sums in place of keys",
+            "retrieval": "chooses blocks of keys of one text, and its cache keeps the text's first queries",
+        }[others[0]]
+        raise ValueError(
+            f"continuous batching has no form for mechanism={others[0]!r}, which {reason}; pages hold keys and values "
+            "alone, of all texts together: use generate, or serve without it"
+        )
+
+
 class BatchesContinuously:
     """Mixin before `PreTrainedModel`: a converted model of exact metrics serves a paged cache."""
 
@@ -42,15 +55,7 @@ class BatchesContinuously:
 
         Raises `ValueError` for Nyström and retrieval attention, and for a model set to "eager".
         """
-        if others := sorted({spec.mechanism for spec in self.config.attention_specs} - {"distance"}):
-            reason = {
-                "nystrom": "keeps running sums in place of keys",
-                "retrieval": "chooses blocks of keys of one text, and its cache keeps the text's first queries",
-            }[others[0]]
-            raise ValueError(
-                f"continuous batching has no form for mechanism={others[0]!r}, which {reason}; pages hold keys and "
-                "values alone, of all texts together: use generate"
-            )
+        refuse_paged(self.config)
         implementation = self.config._attn_implementation
         if implementation == EAGER_IMPLEMENTATION:
             raise ValueError(
