@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.attention import without_autocast
+from ..core.attention import check_shapes, without_autocast
 from ..core.inputs import HALF, split_mask
 from ..core.kernel_cpp_library import can_run
 from ..core.nystrom_hybrid import HybridInputs, WindowBias, hybrid_attention
@@ -273,7 +273,7 @@ def check_arguments(
 ) -> Tensor:
     """Raise `ValueError` for arguments that are not possible; returns keep (B, M)."""
     check_shapes(query, key, value)
-    heads, num_queries, num_keys = query.shape[1], query.shape[2], key.shape[2]
+    (batch, heads, num_queries, size), num_keys = query.shape, key.shape[2]
     for name, number in (("window_size", window_size), ("num_sinks", num_sinks)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"{name} must be an integer >= 0, got {number!r}")
