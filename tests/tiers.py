@@ -79,6 +79,7 @@ TABLE = {
     "tests/training/test_trainer.py::test_gradient_checkpointing": "system",
     "tests/native/test_training.py::test_half_precision": "system",
     "tests/native/test_constant_cache.py::test_a_prompt_compiles": "system",
+    "tests/conversion/test_quantised.py": "system",
     # Continuous batching has a thread, and seconds, of its own; one metric and all refusals are in model.
     "tests/conversion/test_paged_batches.py::test_every": "system",
     "tests/conversion/test_paged_batches.py::test_every_metric[l2": "model",

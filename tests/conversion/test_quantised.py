@@ -22,7 +22,8 @@ SPECS = {
         AttentionSpec(mechanism="nystrom", num_landmarks=8, window_size=6, num_sinks=2, exact_below=0),
         {"calibration": 2},
     ),
-    "retrieval": (AttentionSpec(mechanism="retrieval", block_size=2, window_size=4, num_blocks=2, min_weight=0), {}),
+    # All blocks: which ones are best differs with the weights.
+    "retrieval": (AttentionSpec(mechanism="retrieval", block_size=2, window_size=4, num_blocks=64, min_weight=0), {}),
 }
 OPTIONS = CalibrationOptions(steps=20, progress=False)
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -91,13 +92,16 @@ def test_a_quantised_teacher_is_converted_as_it_stands(folder, tmp_path, kind, s
     assert type(teacher).__name__ == "LlamaForCausalLM"
     assert type(student.model.layers[0].mlp.up_proj) is type(teacher.model.layers[0].mlp.up_proj)
     after = logits(student)
-    if spec == "exact":
-        torch.testing.assert_close(after, before, atol=1e-2 * float(before.std()), rtol=0)
+    if spec in ("exact", "retrieval"):
+        # bitsandbytes rounds what goes into a layer, to half precision or to 8 bits.
+        assert off(after, before) < (1e-4 if "torchao" in kind else 1e-2)
     else:
         assert 0 < off(after, before) < 0.9
     student.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert logits(again).equal(after)
+    assert logits(again).equal(logits(student))
+    # On a CPU bitsandbytes itself changes a model of 4 bits that has run when it is saved, an untouched one, too.
+    assert "nf4" in kind or logits(again).equal(after)
     assert kinds_of(again) == kinds_of(student)
     assert str(again.conversion_report) == str(student.conversion_report)
     for call in (revert, fold_alpha):
