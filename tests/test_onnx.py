@@ -102,9 +102,7 @@ def test_what_has_no_onnx_form_is_refused_by_name(name, make, tmp_path):
     attention, student_of = REFUSED[name]
     called, axes = Called(student_of(make())).eval(), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with pytest.raises(torch.onnx.errors.OnnxExporterError) as error:
-        torch.onnx.export(
-            called, texts(2, 12), dynamo=True, dynamic_shapes=(axes, axes), optimize=False, verbose=False
-        )
+        torch.onnx.export(called, texts(2, 12), dynamo=True, dynamic_shapes=(axes, axes), optimize=False, verbose=False)
     causes, cause = [], error.value
     while cause is not None:
         causes.append(str(cause))

@@ -56,7 +56,17 @@ def served(folder, *options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "distattn_hf.cli", "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "distattn_hf.cli",
+        "serve",
+        str(folder),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
     with subprocess.Popen(
         [*command, "--device", "cpu", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -26,7 +26,7 @@ class _Names:
 )
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A folder or a Hub name, whose tokenizer has a chat template for chats.")],
+    model: Annotated[str, typer.Argument(help="A folder or a Hub name; chats need a tokenizer with a chat template.")],
 ):
     """Serve a model over HTTP as `transformers serve` does, whose options it takes (transformers serve --help)."""
     start()

@@ -172,4 +172,3 @@ def test_the_name_is_for_nothing_else():
     student.config._attn_implementation = PAGED_IMPLEMENTATION
     with pytest.raises(ValueError, match="for continuous batching alone"):
         student(torch.tensor([prompts()[0]]))
-
