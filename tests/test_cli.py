@@ -95,10 +95,7 @@ def test_convert_to_linear_time(folder):
     (spec,) = AutoModelForCausalLM.from_pretrained(folder / "linear").config.attention_specs
     assert (spec.exact_below, spec.window_size) == (7, 6)
     said = distattn("set", folder / "l2", "--backend", "triton").stderr
-    assert (
-        torch.cuda.is_available()
-        or "note: on this machine it would be refused: backend 'triton' cannot run this: Triton needs a GPU" in said
-    )
+    assert torch.cuda.is_available() or "note: on this machine it would be refused: backend 'triton' cannot" in said
     assert not distattn("set", folder / "l2", "--backend", "auto").stderr
     run = distattn("set", folder / "l2", "--exact-below", "7", check=False)
     assert "--exact-below 7 belongs to mechanism='nystrom', which this model does not have" in run.stderr

@@ -1,4 +1,4 @@
-"""`distattn serve`: over HTTP a model writes what its `generate` writes, whole and as a stream, alone and in batches."""
+"""`distattn serve`: over HTTP models write what `generate` writes, whole and as a stream, alone and in a batch."""
 
 import socket
 import subprocess

@@ -17,11 +17,9 @@ _plain_attention = ALL_ATTENTION_FUNCTIONS[PAGED_IMPLEMENTATION]
 
 def paged_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     """Run attention of converted models, by each spec's backend, and transformers' own of all others."""
-    state = getattr(module, "distattn", None)
-    if (
-        not isinstance(state, DistanceAttentionState)
-        and getattr(getattr(module, "config", None), "distattn", None) is None
-    ):
+    converted = isinstance(getattr(module, "distattn", None), DistanceAttentionState)
+    # Of a converted model the other modules, too: they may have a cap, which transformers' own leaves out here.
+    if not converted and getattr(getattr(module, "config", None), "distattn", None) is None:
         return _plain_attention(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None:
         raise ValueError(

@@ -100,8 +100,10 @@ def test_maps_and_heads_apart(name):
 
 
 def test_layers_that_were_not_converted_run_as_the_teachers():
-    # Its cap is one that transformers' own paged attention would leave out.
-    check(convert(MODELS["gemma2"](), AttentionSpec("l1", layers=[1]), init="plain"), prompts())
+    """Their cap is one that transformers' own paged attention leaves out."""
+    student = convert(MODELS["gemma2"](), AttentionSpec("l1", layers=[1]), init="plain")
+    check(student, prompts())
+    check_log_probabilities(student)
 
 
 def test_texts_with_a_beginning_in_common_share_its_pages():
@@ -126,8 +128,7 @@ def test_persistent_managers():
     student.destroy_cached_continuous_batching_manager()
 
 
-def test_log_probabilities():
-    student = convert(llama(), "l2", init="plain")
+def check_log_probabilities(student):
     text = prompts()[1]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     pages = ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=24, return_logprobs=True)
@@ -135,6 +136,10 @@ def test_log_probabilities():
     logits = student(torch.tensor([text + result.generated_tokens])).logits[0, len(text) - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, torch.tensor(result.generated_tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(result.logprobs), expected, atol=CACHED_LOGITS, rtol=0)
+
+
+def test_log_probabilities():
+    check_log_probabilities(convert(llama(), "l2", init="plain"))
 
 
 @pytest.mark.parametrize(
