@@ -19,6 +19,7 @@ from .commands import (
     command_plan,
     command_push,
     command_revert,
+    command_serve,
     command_set,
     command_train,
 )
@@ -52,7 +53,8 @@ def _command_line(
 # In the order of --help.
 for module in (
     command_plan, command_convert, command_inspect, command_set, command_evaluate, command_analyse, command_revert,
-    command_push, command_adapt, command_train, command_compare, command_benchmark, command_experiment, command_check,
+    command_push, command_serve, command_adapt, command_train, command_compare, command_benchmark, command_experiment,
+    command_check,
 ):  # fmt: skip
     app.add_typer(module.command)
 

@@ -94,6 +94,9 @@ def test_convert_to_linear_time(folder):
     distattn("set", folder / "linear", "--exact-below", "7", "--window-size", "6")
     (spec,) = AutoModelForCausalLM.from_pretrained(folder / "linear").config.attention_specs
     assert (spec.exact_below, spec.window_size) == (7, 6)
+    said = distattn("set", folder / "l2", "--backend", "triton").stderr
+    assert torch.cuda.is_available() or "note: on this machine it would be refused: backend 'triton' cannot" in said
+    assert not distattn("set", folder / "l2", "--backend", "auto").stderr
     run = distattn("set", folder / "l2", "--exact-below", "7", check=False)
     assert "--exact-below 7 belongs to mechanism='nystrom', which this model does not have" in run.stderr
 

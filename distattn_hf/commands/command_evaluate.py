@@ -189,7 +189,13 @@ def _load_readers(path: str, against: str | None, control: bool) -> tuple[dict, 
     for model, own in loaded.values():
         check_tokenizers(model, tokenizer, own)
     if control:
-        models[f"{path}, sinks and window"] = without_far_field(models[path])
+        try:
+            models[f"{path}, sinks and window"] = without_far_field(models[path])
+        except ValueError:
+            raise Worded(
+                f"--control runs the model with sinks and window alone, and in {path!r} no attention is nystrom or "
+                "retrieval, which read more; leave it out"
+            ) from None
     return models, tokenizer
 
 

@@ -7,6 +7,7 @@ import typer
 
 from .choices import check_min_weight
 from .flags import flag
+from .shared import say
 
 command = typer.Typer()
 
@@ -50,5 +51,23 @@ def set_options(
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         raise ValueError(f"nothing to set; give one of {', '.join(map(flag, options))}")
-    change_options(path, **changes)
+    specs = change_options(path, **changes)
     print(f"changed {path / 'config.json'}")
+    if backend is not None:
+        _say_where_it_cannot_run(specs)
+
+
+def _say_where_it_cannot_run(specs) -> None:
+    """Note which backends this machine lacks: the folder may be for another one, which has a GPU or a compiler."""
+    import torch
+
+    from ..core.backends import explain_backend
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for spec in specs:
+        if not spec.has_option("backend"):
+            continue
+        try:
+            explain_backend(metric=spec.metric, p=spec.p, num_queries=2, device=device, backend=spec.backend)
+        except ValueError as error:
+            say(f"note: on this machine it would be refused: {error}")

@@ -28,6 +28,7 @@ from ..storage.models import check_weights, rebuild
 from .calibrate import CalibrationOptions, calibrate, fitted_defaults
 from .calibrate_nystrom import far_field_warnings
 from .observe import caught_shares
+from .quantised_copy import is_quantised, quantised_copy
 from .report_of_model import current_report as current_report
 from .report_of_model import report_of
 
@@ -193,7 +194,7 @@ def _check_arguments(model, specs: list[AttentionSpec], init: str, layers) -> li
     if isinstance(model, DistAttnModelMixin):
         raise ValueError(f"{type(model).__name__} is converted already; call distattn_hf.revert(model) first")
     _refuse_adapters(model)
-    check_weights(model, "converting it")
+    check_weights(model, "converting it", quantised=is_quantised(model))
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     checked = []
@@ -273,7 +274,7 @@ def prepared(spec: AttentionSpec, init: str) -> AttentionSpec:
 
 def _check_modules(model, modules: dict, specs: list[AttentionSpec]) -> None:
     """Raise `ValueError`, before anything is built, for what would fail later."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if not is_quantised(model) else ():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"weight {name!r} of the checkpoint holds NaN or infinite values")
     for name in modules:
@@ -319,6 +320,8 @@ def _build_student(model, specs, modules, init) -> PreTrainedModel:
     # The teacher's name is not the student's: PEFT would put an adapter of the student on the teacher.
     config.name_or_path = ""
     config.dtype = model.dtype
+    if is_quantised(model):
+        return quantised_copy(model, student_class, config)
     # The head parameters at their start values, under the names they will have.
     with torch.device("cpu"):
         state = dict(model.state_dict())

@@ -69,6 +69,9 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> tup
         if base_model is not None:
             raise ValueError(f"base_model is for adapter checkpoints, which {str(source)!r} is not")
         return None, None
+    # There is no file of all weights in which transformers could look for "auto".
+    saved_dtype = config.dtype
+    arguments = {name: value for name, value in arguments.items() if "dtype" not in name or value != "auto"}
     base = base_model if isinstance(base_model, PreTrainedModel) else _load_base(cls, base_model, entry, hub)
     check_base(base, entry, str(source))
     own = base.state_dict()
@@ -85,7 +88,7 @@ def put_on_base(cls: type, source, base_model, arguments: dict[str, Any]) -> tup
         config, arguments = cls.config_class.from_pretrained(where, **hub, return_unused_kwargs=True, **arguments)
     config = copy.deepcopy(config)
     config.distattn = without_base(config.distattn)
-    dtype = arguments.pop("torch_dtype", None) or arguments.get("dtype") or config.dtype
+    dtype = arguments.pop("torch_dtype", None) or arguments.get("dtype") or saved_dtype
     whole = {**arguments, "config": config, "state_dict": state, "dtype": dtype, "generation_config": generation}
     return str(base.config.name_or_path or entry["name"]), whole
 

@@ -72,14 +72,15 @@ def cache_of(output: Any) -> Any:
 def given_cache(arguments: dict[str, Any]) -> Any:
     """Return the cache among the arguments of a module's forward, by its kind or else by name; None for none.
 
-    Raises `ValueError` for what stands under a cache's name and is no transformers `Cache`.
+    Raises `ValueError` for what stands under a cache's name and is no transformers `Cache`, such as the paged cache of
+    continuous batching.
     """
     if (cache := next((value for value in arguments.values() if isinstance(value, Cache)), None)) is not None:
         return cache
     for name in CACHE_NAMES:
         if arguments.get(name) is not None:
             raise ValueError(
-                f"{name} must be a transformers Cache, got {type(arguments[name]).__name__}; the paged cache of "
-                "continuous batching is not implemented"
+                f"{name} must be a transformers Cache, got {type(arguments[name]).__name__}; a paged cache is for "
+                "exact metrics, by generate_batch"
             )
     return None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from .compatibility import given_cache
 from .constant_cache import layer_at
@@ -279,13 +280,16 @@ def keeping_layer(cache, index: int):
 def use_derived_cache(module: nn.Module, args, kwargs) -> None:
     """Make the layer of a model's `DynamicCache` a `DerivedLayer` (forward pre-hook of modules of self-attention).
 
-    Other kinds of layers stay: what is derived from keys is then made anew at every call. Static layers
-    keep the text's first queries for retrieval heads, too.
+    Other kinds of layers stay, and paged caches: what is derived from keys is then made anew at every call. Static
+    layers keep the text's first queries for retrieval heads, too.
     """
     module.distattn.first_queries = None
     if module.distattn.observer is not None or not module.distattn.derives_from_keys:
         return
-    cache = given_cache({**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs})
+    arguments = {**(dict(zip(argument_names(type(module)), args)) if args else {}), **kwargs}
+    if any(isinstance(value, PagedAttentionCache) for value in arguments.values()):
+        return
+    cache = given_cache(arguments)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     index = getattr(module, "layer_idx", None)

@@ -246,6 +246,11 @@ def masked_softmax(logits: Tensor, keep: Tensor | None, sink_logit: Tensor | Non
     return torch.where(keep, weights, torch.zeros_like(weights))
 
 
+# Asked as a graph is traced, where Dynamo takes False without asking: the mark that `torch.compiler`'s
+# `assume_constant_result` sets, whose import takes a second.
+in_onnx_export._dynamo_marked_constant = True
+
+
 def refuse_onnx(attention: str) -> None:
     """Raise `NotImplementedError` where an attention that depends on the text's length in Python is written as ONNX."""
     if in_onnx_export():

@@ -35,6 +35,7 @@ from .discovery import base_prefix, find_attention_modules, locate, max_position
 from .families import Heads, KeepsLoadedWeights, Monitored, register_models
 from .interface import IMPLEMENTATIONS, resolve_implementation, say_what_sdpa_means
 from .nystrom_cache import RefusesAssistance, use_nystrom_cache
+from .paged_batches import PAGED_IMPLEMENTATION, BatchesContinuously
 from .parameters import DistanceAttentionState, check_backend, set_options, with_options
 from .relative_bias import give_relative_bias, has_relative_bias
 
@@ -50,7 +51,7 @@ def _same(before: list[float] | None, now: list[float] | None) -> bool:
     )
 
 
-class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, Monitored):
+class DistAttnModelMixin(KeepsLoadedWeights, RefusesAssistance, BatchesContinuously, Monitored):
     """Attaches distance attention to a model class of transformers (see `model_class_for`)."""
 
     _keep_in_fp32_modules_strict = {"distattn"}
@@ -262,7 +263,7 @@ def _own_scaling(module: nn.Module) -> float | None:
 def _check_implementation(module: nn.Module, arguments) -> None:
     """Refuse another implementation, which would run dot product (forward pre-hook of converted modules)."""
     implementation = module.config._attn_implementation
-    if implementation not in IMPLEMENTATIONS:
+    if implementation not in (*IMPLEMENTATIONS, PAGED_IMPLEMENTATION):
         raise ValueError(
             f"config._attn_implementation was set to {implementation!r}, which would run dot-product attention in a "
             "converted model; call set_attn_implementation('sdpa' or 'eager') on the whole converted model instead"

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,9 @@ class CallArguments(TransformersKwargs, total=False):
     return_dict: bool
     cache_position: Tensor
     token_type_ids: Tensor
+    # `generate` hands its own on to every call.
+    tokenizer: Any
+    assistant_tokenizer: Any
 
 
 _CALL_NAMES = {*inspect.signature(DistAttnLayer.forward).parameters, *CallArguments.__annotations__}

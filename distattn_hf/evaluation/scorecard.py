@@ -225,8 +225,8 @@ def without_far_field(student):
     groups = [g for state in states.values() for g in state.groups if g.spec.mechanism in ("nystrom", "retrieval")]
     if not groups:
         raise ValueError(
-            "control 'window_only' needs a model with mechanism='nystrom' or 'retrieval', whose far keys can be taken "
-            f"away, got {type(student).__name__}"
+            "the control of sinks and window alone ('window_only') needs a model with mechanism='nystrom' or "
+            f"'retrieval', whose far keys can be taken away, got {type(student).__name__} without"
         )
     for group in groups:
         if isinstance(group, NystromParameters):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..core.attention import without_autocast
+from ..core.attention import check_shapes, without_autocast
 from ..core.inputs import HALF, split_mask
 from ..core.kernel_cpp_library import can_run
 from ..core.nystrom_hybrid import HybridInputs, WindowBias, hybrid_attention
@@ -272,19 +272,8 @@ def check_arguments(
     query, key, value, landmarks, window_size, num_sinks, lam, scaling, mask, is_causal, regularisation
 ) -> Tensor:
     """Raise `ValueError` for arguments that are not possible; returns keep (B, M)."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} must be a float tensor (batch, heads, length, head_dim), got {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}"
-            )
+    check_shapes(query, key, value)
     (batch, heads, num_queries, size), num_keys = query.shape, key.shape[2]
-    if key.shape[0] != batch or key.shape[-1] != size or key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit"
-        )
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"query heads ({heads}) must be a multiple of key heads ({key.shape[1]})")
     for name, number in (("window_size", window_size), ("num_sinks", num_sinks)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ValueError(f"{name} must be an integer >= 0, got {number!r}")

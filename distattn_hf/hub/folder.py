@@ -82,6 +82,11 @@ def read_folder(path: str | Path) -> ConvertedFolder:
             + (adapter if (path / "adapter_config.json").exists() else ", so it is no transformers checkpoint")
         )
     config = _read_json(path / "config.json")
+    if str(config.get("model_type")).startswith("distattn") and "mechanism" in config:
+        raise ValueError(
+            f"folder {str(path)!r} holds a native model, which has no conversion to check and report; load it and call "
+            "model.push_to_hub(name), which brings its code along"
+        )
     if not isinstance(config.get("distattn"), dict):
         raise ValueError(
             f"folder {str(path)!r}: config.json has no 'distattn' block, so this is no converted model; "

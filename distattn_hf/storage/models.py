@@ -133,12 +133,13 @@ def _load_iglm(folder: Path, name: str):
     return model, tokenizer
 
 
-def check_weights(model: PreTrainedModel, doing: str) -> None:
+def check_weights(model: PreTrainedModel, doing: str, quantised: bool = False) -> None:
     """Raise `ValueError` where not every weight is here as plain floating-point numbers, which cannot be worked on.
 
     doing: what is about to be done with them, for the message: "converting it", ...
+    quantised: such weights will do.
     """
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if not quantised else ():
         # torch.ao's layers have a method of that name, GPTQ's and AWQ's packed weights another name.
         # (A module called so is none of these: torch's parametrizations, as of weight norm, are.)
         weight = getattr(module, "weight", None)
@@ -150,7 +151,7 @@ def check_weights(model: PreTrainedModel, doing: str) -> None:
                 f"weight {name!r} is cut up over processes (FSDP, tensor parallelism): shard the model after {doing}"
             )
         is_plain = parameter.is_floating_point() and parameter.element_size() > 1
-        if not is_plain or is_traceable_wrapper_subclass(parameter):
+        if not quantised and (not is_plain or is_traceable_wrapper_subclass(parameter)):
             kind = f"{type(parameter.data).__name__} of {parameter.dtype}"
             raise ValueError(_QUANTISED.format(name=name, kind=kind, doing=doing))
         if parameter.is_meta:

@@ -106,9 +106,10 @@ def test_in_half_precision_it_is_what_the_full_checkpoint_is(dtype, tmp_path):
     half = converted(type(base).from_pretrained(tmp_path / "base", dtype=dtype).eval(), "l2")
     assert half.save_adapter(tmp_path / "half", base=base)["changed"] == []
     assert base.dtype == torch.float32
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half").eval()
-    assert again.dtype == dtype
-    assert logits(again).equal(logits(half))
+    for asked in ({}, {"dtype": "auto"}, {"torch_dtype": "auto"}):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "half", **asked).eval()
+        assert again.dtype == dtype
+        assert logits(again).equal(logits(half))
 
 
 def test_another_head_of_the_same_body(tmp_path):

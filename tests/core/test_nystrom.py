@@ -339,13 +339,14 @@ BIAS = WindowBias(torch.zeros(2, 5), torch.zeros(2), torch.zeros(2))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.ones(2, 5, 8)}, r"query must be a float tensor \(batch, .* of shape \(2, 5, 8\)"),
-        ({"key": torch.ones(SHAPE).long()}, "key must be a float tensor .* got torch.int64"),
-        ({"value": torch.ones(SHAPE).bool()}, "value must be a float tensor .* got torch.bool"),
-        ({"query": torch.ones(1, 2, 5, 8)}, r"query \(1, 2, 5, 8\), key .* and value .* do not fit"),
-        ({"query": torch.ones(2, 2, 5, 7)}, r"query \(2, 2, 5, 7\), key .* do not fit"),
-        ({"value": torch.ones(2, 2, 6, 8)}, r"value \(2, 2, 6, 8\) do not fit"),
-        ({"value": torch.ones(2, 1, 5, 8)}, r"value \(2, 1, 5, 8\) do not fit"),
+        ({"query": torch.ones(2, 5, 8)}, r"query must be \(batch, .* got shape \(2, 5, 8\)"),
+        ({"key": torch.ones(SHAPE).long()}, "key must be a floating-point tensor, got torch.int64"),
+        ({"value": torch.ones(SHAPE).bool()}, "value must be a floating-point tensor, got torch.bool"),
+        ({"value": torch.ones(SHAPE).half()}, "must share a dtype .* key torch.float32, value torch.float16"),
+        ({"query": torch.ones(1, 2, 5, 8)}, r"query \(1, 2, 5, 8\) and key .* must agree in batch"),
+        ({"query": torch.ones(2, 2, 5, 7)}, r"query \(2, 2, 5, 7\) and key .* must agree in batch and head_dim"),
+        ({"value": torch.ones(2, 2, 6, 8)}, r"value \(2, 2, 6, 8\) must agree in batch, heads and length"),
+        ({"value": torch.ones(2, 1, 5, 8)}, r"value \(2, 1, 5, 8\) must agree"),
         ({"query": torch.ones(2, 3, 5, 8)}, r"query heads \(3\) must be a multiple of key heads \(2\)"),
         (
             {"key": torch.ones(2, 0, 5, 8), "value": torch.ones(2, 0, 5, 8)},

@@ -85,7 +85,7 @@ def test_labels(folder, tmp_path):
         (["L2", "--task", "kv", "--depths", "0,2"], "--depths must be shares from 0 to 1"),
         (
             ["L2", "--task", "kv", "--lengths", "200", "--control"],
-            "--control 'window_only' needs a model with mechanism='nystrom' or",
+            "--control runs the model with sinks and window alone, and in",
         ),
         (["minilm", "--task", "passkey"], "task 'passkey' needs a causal language model, and 'minilm' is BertModel"),
         (["L2", "--task", "generation"], "--task generation compares with a teacher: give --against"),

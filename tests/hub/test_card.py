@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import distattn_hf
-from distattn_hf import AttentionSpec, CalibrationOptions, convert
+from distattn_hf import AttentionSpec, CalibrationOptions, DistAttnConfig, convert
 from distattn_hf.evaluation.scorecard import Scorecard
 from distattn_hf.hub import build_card
 from distattn_hf.hub.base import BaseModel
@@ -44,6 +44,7 @@ def edit_config(folder: Path, **fields) -> None:
     [
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json' is not readable JSON"),
+        (lambda f: DistAttnConfig(mechanism="l2").save_pretrained(f), "holds a native model, .*model.push_to_hub"),
         (lambda f: edit_config(f, distattn=None), "config.json has no 'distattn' block"),
         (lambda f: edit_config(f, auto_map={}), "names no Auto class for architectures="),
         (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),

@@ -148,6 +148,13 @@ CALLS = [
 ]
 
 
+def test_generation_may_have_a_tokenizer():
+    """transformers' `generate` gives it on to every call of the model; stop strings need it."""
+    model, tokenizer = make_model("l2", "rotary", "causal").eval(), object()
+    expected = model.generate(tokens(), max_new_tokens=4, do_sample=False)
+    assert model.generate(tokens(), max_new_tokens=4, do_sample=False, tokenizer=tokenizer).equal(expected)
+
+
 @pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "local"])
 @pytest.mark.parametrize("form", ["causal", "bidirectional"])
 def test_arguments_that_would_do_nothing_are_refused(mechanism, form):
