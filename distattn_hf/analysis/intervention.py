@@ -223,8 +223,8 @@ def prune_heads(model, heads: Mapping, batch: dict | None = None):
     The columns of the output projection that read these heads are set to zero: the same function as removing them, in
     every architecture, with unchanged shapes, so that the copy saves, loads and generates like any other checkpoint
     (removing them physically would need each architecture's config to hold the number of heads of each layer;
-    `pruning.remove_heads` does where all layers lose as many). It does not save time. config.pruned_attention_heads records the pruned heads. batch: an input to find the projections
-    with; None: eight tokens.
+    `pruning.remove_heads` does where all layers lose as many). It does not save time. config.pruned_attention_heads
+    records the pruned heads. batch: an input to find the projections with; None: that of `probe_batch`.
 
     Raises `ValueError` for a head that does not exist, and a module whose outputs do not go straight into a linear
     layer.

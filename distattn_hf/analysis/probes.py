@@ -1,4 +1,4 @@
-"""Probe what single heads look for: a token's earlier neighbours, what repeats, and pairs of tokens that a user names."""
+"""Probe what single heads look for: what followed a token before, what repeats, and pairs of tokens from a user."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

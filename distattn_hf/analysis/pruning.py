@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.attention_spec import AttentionSpec, numeric_pattern
 from ..core.discovery import locate
 from ..data.config import is_integer
-from .intervention import PRUNED, output_projections, probe_batch, replaced_heads, resolve_heads
+from .intervention import PRUNED, probe_batch, replaced_heads, resolve_heads
 from .watch import attention_modules, forward, no_weights
 
 
@@ -78,8 +78,8 @@ def remove_heads(model, heads: Mapping, batch: dict | None = None):
     architectures no config could load the result; `intervention.prune_heads` sets heads to zero in any.
 
     Raises:
-        ValueError: for a converted model (prune the teacher, then convert), another architecture or choice of heads, and
-            what transformers says of a config with so many heads.
+        ValueError: for a converted model (prune the teacher, then convert), another architecture or choice of heads,
+            and what transformers says of a config with so many heads.
     """
     chosen = resolve_heads(model, heads)
     config, entries = copy.deepcopy(model.config), attention_modules(model)
@@ -217,5 +217,5 @@ def _check_same(pruned, batch: dict, expected: Tensor, why: str) -> None:
     tolerance = 1e-3 if torch.finfo(pruned.dtype).eps < 1e-6 else 3e-2
     if not difference <= tolerance * float(expected.abs().max().clamp_min(1e-6)):
         raise ValueError(
-            f"{why}: without these parts outputs differ by {difference:.3g} from those of the model that leaves them out"
+            f"{why}: without these parts outputs differ by {difference:.3g} from the whole model's that leaves them out"
         )

@@ -239,7 +239,7 @@ def analyse_weights(weights, mask: Tensor | None = None, tokens: list[str] | Non
             patterns "separator" and "block" are left out.
 
     Raises:
-        ValueError: for anything but floating-point weights >= 0 of four dimensions, and a mask or tokens of other sizes.
+        ValueError: for anything but floating-point weights >= 0 of four dimensions, or a mask or tokens of other sizes.
     """
     layers = [weights] if isinstance(weights, Tensor) else list(weights)
     if not layers:

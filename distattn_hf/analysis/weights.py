@@ -118,7 +118,7 @@ class AttentionCall:
         return torch.cat([rows.weights for rows in self.blocks()], dim=2)
 
     def check_sums(self) -> None:
-        """Raise `ValueError` where the output is no weighted sum of the values, so that a weight alone says too little."""
+        """Raise `ValueError` where the output is no weighted sum of the values, so that one weight says too little."""
 
     def _part(self, heads: list[int], group) -> Callable:
         index = torch.tensor(heads, device=self.query.device)

@@ -152,7 +152,8 @@ def test_edges_are_weight_times_pytorchs_gradient(family):
     everything = edge_attribution(model, loss, top=expected.numel())
     found = torch.zeros_like(expected)
     layers = [*dict.fromkeys(edge.module for edge in everything)]
-    assert len(everything) == expected.numel() and len(layers) == 2
+    assert len(everything) == expected.numel()
+    assert len(layers) == 2
     for edge in everything:
         found[edge.layer, edge.text, edge.head, edge.query, edge.key] = edge.value
         kept = output.attentions[edge.layer][edge.text, edge.head, edge.query, edge.key]
