@@ -4,6 +4,7 @@
 EXPERIMENTS = (
     "compute",
     "conversion_quality",
+    "digits",
     "distances",
     "lipschitz",
     "long_context",
