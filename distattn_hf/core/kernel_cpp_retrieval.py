@@ -19,6 +19,7 @@ struct Retrieve {
   const int8_t* whole;
   const int64_t *first, *budget;
   float *o, *panels;
+  int64_t *read;  // of every query how many keys it reads, or null
   long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
   long k_stride[3], v_stride[3];
   float p, least;
@@ -235,6 +236,7 @@ struct Unit {
     for (long i = 0; i < positions; i++) {
       float *mine = s + i * G * ld + beyond, *own = q + i * G * a.dp;
       long count = searches ? choose(b, kh, rank + i * G * tops, mine, seen, lo, hi) : 0, n = count * parts;
+      if (a.read) a.read[(b * key_heads + kh) * a.N + from + i + first - before] = seen + n * P16;
       for (long x = 0; far && x < count; x++)
         for (long g = 0; g < G; g++) mine[g * ld - far + chosen[x]] = -INF;
       for (long x = 0; x < n; x++) {
