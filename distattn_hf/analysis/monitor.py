@@ -82,8 +82,9 @@ class PerformanceMonitor:
         """Return {module name: numbers} of the calls so far.
 
         calls; seconds, of all calls; seconds_per_call; tokens, those of queries, padding included; tokens_per_second,
-        of this module's own time; flops, of all calls, with the projections (None unless they are counted); peak_bytes, the largest rise of memory in one call: on CUDA allocated memory, on
-        Linux resident memory (which misses memory that PyTorch had freed and reuses), elsewhere None. With statistics
+        of this module's own time; flops, of all calls, with the projections (None unless they are counted);
+        peak_bytes, the largest rise of memory in one call: on CUDA allocated memory, on Linux resident memory (which
+        misses memory that PyTorch had freed and reuses), elsewhere None. With statistics
         also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the rows that see more than one
         key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95; None without weights. Keys
         of weight 0 count as unseen.
