@@ -65,9 +65,7 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     calibrated = part_paths["calibrated"]
     if state.is_main_process and "calibrated" not in finished_parts:
         if model.student is None:
-            fits = model.init == "calibrated" and not training.disable_tqdm
-            progress_note = "the fit shows its progress" if fits else "no training yet"
-            say(f"conversion begins: {model.teacher} -> {calibrated}; {progress_note}")
+            say(f"conversion begins: {model.teacher} -> {calibrated}; {_fit_note(config)}")
         run.save(first_student(config, teacher, tokenizer, data), tokenizer, calibrated)
     state.wait_for_everyone()
     options = {stage: config.adaptation.options_for(stage) for stage in stages}
@@ -84,7 +82,8 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     if "plain" in controls and model.specs is None:
         raise ValueError("control 'plain' needs spec: a given student says nothing about a swap")
     if examiner.missing(["teacher", "calibrated"]):
-        say("scoring the teacher and the student as it was converted, on the evaluation data")
+        rows = f"{len(pairs):,} pairs (max_pairs)" if pairs else "the evaluation data (max_eval_samples)"
+        say(f"scoring the teacher and the student as it was converted, on {rows}; then each stage's student")
     if examiner.missing(["teacher"]):
         examiner.record("teacher", teacher)
     if controls or examiner.missing(["calibrated"]):
@@ -118,6 +117,16 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     card.checkpoint = stages[-1]
     run.publish(part_paths[stages[-1]], "student", card.save)
     return card
+
+
+def _fit_note(config: AdaptationConfig) -> str:
+    """Say how long the conversion's fit is and which fields shorten it: max_steps is of the stages alone."""
+    model = config.model
+    if model.init != "calibrated":
+        return "no training yet"
+    length = f"{model.calibration_steps or '100 (maps: 200)'} steps a layer (calibration_steps)"
+    tokens = f"{model.calibration_tokens or '8,192 (Nyström: 16,384)'} tokens (calibration_tokens)"
+    return f"its fit takes {length} on {tokens}, whatever max_steps is"
 
 
 def load_inputs(config: AdaptationConfig) -> tuple:

@@ -8,6 +8,7 @@ import pytest
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
 from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality
 from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
+from distattn_hf.storage.models import load_checkpoint
 from tests.fixtures.load import GPT2_ENGLISH, gpt2_english
 
 
@@ -50,6 +51,26 @@ def test_nystrom_quality(tmp_path, monkeypatch):
     assert rows[3]["nystrom_heads"] < rows[2]["nystrom_heads"]
     assert abs(limited - teacher) < abs(whole - teacher)
     assert len(fits) == 1
+
+
+def test_model_speed_to_see_it_run_needs_no_checkpoint(tmp_path):
+    rows = run_experiment("model_speed", tmp_path, quick=True, echo=lambda line: None).rows
+    assert [row["attention"] for row in rows] == 3 * ["untouched", "l2", "retrieval"]
+    assert all(row["seconds"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="data must be None with checkpoint='random'"):
+        read_options(load_experiment("model_speed"), None, ["data=news"], quick=True)
+
+
+def test_digits(tmp_path):
+    """The whole chain: a ViT trained here, converted, adapted and scored by `adapt`."""
+    rows = run_experiment("digits", tmp_path, quick=True, echo=lambda line: None).rows
+    (row,) = rows
+    names = ("teacher", "calibrated", "distillation", "window_only")
+    assert all(0 <= row[f"{name}_accuracy"] <= 1 for name in names)
+    assert row["calibrated_accuracy"] == pytest.approx(row["teacher_accuracy"], abs=0.1), "it reads most of the keys"
+    assert load_checkpoint(tmp_path / "retrieval" / "student")[0].config.num_labels == 10
+    with pytest.raises(ValueError, match="attentions must be among l2; l1; "):
+        read_options(load_experiment("digits"), None, ["attentions=l3"])
 
 
 def test_model_speed(tmp_path):
