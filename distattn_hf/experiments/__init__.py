@@ -12,6 +12,7 @@ EXPERIMENTS = (
     "native_decoding",
     "nystrom_quality",
     "patterns",
+    "quantised",
     "sinks_and_caps",
     "training",
 )  # fmt: skip
