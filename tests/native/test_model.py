@@ -91,6 +91,29 @@ def test_generation_with_left_padding_and_beams_is_the_full_forward(mechanism):
 
 
 @pytest.mark.parametrize("mechanism", CAUSAL)
+def test_values_of_a_size_of_their_own(mechanism, tmp_path):
+    """As many numbers go into the output projection, with and without a cache, saved and loaded."""
+    if mechanism == "relative":
+        with pytest.raises(ValueError, match=r"value_head_dim must be None or \d+, the size of the embeddings"):
+            make_model(mechanism, "rotary", "causal", value_head_dim=5)
+        return
+    model = make_model(mechanism, "rotary", "causal", value_head_dim=5)
+    heads = model.config.num_attention_heads
+    layer = next(module for module in model.modules() if isinstance(module, DistAttnAttention))
+    assert layer.v_proj.out_features == 5 * model.config.num_key_value_heads
+    assert layer.o_proj.in_features == 5 * heads
+    ids = tokens(length=6)
+    with torch.no_grad():
+        greedy = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        logits = model(greedy, use_cache=False).logits
+        assert logits[:, 5:-1].argmax(-1).tolist() == greedy[:, 6:].tolist()
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path).eval()
+        assert again.config.value_head_dim == 5
+        assert torch.equal(again(greedy, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("mechanism", CAUSAL)
 def test_padding_on_the_left_changes_nothing(mechanism):
     """Each row with as much padding of its own: blocks, windows and strides are counted from its first token."""
     model, ids = make_model(mechanism, "rotary", "causal"), tokens(length=14)
