@@ -52,9 +52,6 @@ class Options:
         for name in ("prompt_tokens", "scored_tokens", "group_size", "residual_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
-        for part in self.parts:
-            if missing := [package for package in PARTS[part] if find_spec(package) is None]:
-                raise ValueError(f"parts: {part!r} needs {missing[0]}; run: pip install 'distattn_hf[beyond]'")
 
 
 QUICK = {"attentions": ("untouched", "exact"), "parts": ("nothing",), "prompt_tokens": 32, "scored_tokens": 4}
@@ -64,6 +61,9 @@ AXES = ("attentions", "parts")
 @only_errors("transformers")
 def run(options: Options, results) -> None:
     """Measure a row for each attention and what of it has 8 bits; ratios are to the same attention without."""
+    for part in options.parts:
+        if missing := [package for package in PARTS[part] if find_spec(package) is None]:
+            raise ValueError(f"parts: {part!r} needs {missing[0]}; run: pip install 'distattn_hf[beyond]'")
 
     @cache
     def loaded():
