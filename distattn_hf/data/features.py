@@ -42,8 +42,7 @@ def feature_rows(job: Job, dataset, argument: str):
         column = column_of(first, "label_column", arguments.label_column, LABEL_COLUMNS)
         options |= label_options(job, dataset, column, argument == "train_data")
     if limit is not None:
-        streamed = isinstance(dataset, IterableDataset)
-        dataset = dataset.take(limit) if streamed else dataset.select(range(min(limit, len(dataset))))
+        dataset = _first_rows(dataset, limit)
     names = [name for name in (dataset.features or first) if name != "labels"]
     return dataset.map(
         _read, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers_of(job, dataset)
@@ -60,9 +59,14 @@ def input_batches(dataset, model, processor, column: str | None = None, *, count
     if first is None:
         raise ValueError("calibration holds no rows")
     options = _columns(first, "calibration", kind, processor, column)
-    batches = dataset.take(count).iter(size)
+    batches = _first_rows(dataset, count).iter(size)
     rows = (_read(batch, **options, max_length=None, label_column=None) for batch in batches)
     return [collate_features([dict(zip(batch, row)) for row in zip(*batch.values())]) for batch in rows]
+
+
+def _first_rows(dataset, count: int):
+    streamed = isinstance(dataset, IterableDataset)
+    return dataset.take(count) if streamed else dataset.select(range(min(count, len(dataset))))
 
 
 def _columns(first: dict, argument: str, kind: str, processor, column: str | None) -> dict:

@@ -58,6 +58,18 @@ def test_heads_of_native_mechanisms_are_watched_changed_and_ranked(mechanism):
     assert torch.equal(model(**batch, use_cache=False).logits, plain), "nothing is left behind"
 
 
+def test_a_uniform_head_of_a_window_takes_the_mean_of_its_window():
+    model = small("local", MECHANISMS["local"])
+    batch = token_batch(model, length=12)
+    name = "layers.0.self_attn"
+    value = capture(model, batch)[name].value
+    with torch.no_grad(), replaced_heads(model, {0: [1]}, "uniform"):
+        seen = capture_inside(model, batch, name)
+    for query in range(12):
+        expected = value[:, 1, max(0, query - 3) : query + 1].mean(1)
+        assert_close(seen[:, 1, query], expected.detach(), "float32_forward", f"query {query}")
+
+
 def test_a_mechanism_that_adds_more_than_values_is_not_changed_by_its_weights():
     model = small("relative", {})
     batch = token_batch(model, length=12)
