@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Imported on first use, so that importing the package costs little more than transformers' Auto classes.
 _MODULES = {
     "analysis.logging_callback": ("AttentionLoggingCallback",),
+    "analysis.statistics": ("analyse_weights", "measure"),
     "benchmark.self_check": ("DistanceAttentionTester", "TestConfig"),
     "training.lambda_search": ("grid_search", "optimize_lambda_parameters"),
     "conversion.calibrate": ("CalibrationOptions",),

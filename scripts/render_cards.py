@@ -65,6 +65,36 @@ def pivot(name: str, down: str, across: str, value: str, digits: int = 3, **wher
     return table([down.replace("_", " "), *(f"{across.replace('_', ' ')} {column}" for column in columns)], lines)
 
 
+def digits() -> str:
+    """Return the table of the ViT's conversions."""
+    columns = ["attention", "swapped", "converted", "distilled", "F1"]
+    names = ("calibrated_accuracy", "distillation_accuracy", "f1")
+    lines = []
+    for row in rows_of("digits"):
+        swapped = row.get("plain_accuracy", row.get("window_only_accuracy"))
+        lines.append([row["attention"], *(f"{value:.4f}" for value in (swapped, *(row[name] for name in names)))])
+    return table(columns, lines)
+
+
+def quantised() -> str:
+    """Return the table of what 8 bits cost; ratios to the same attention without."""
+    rows = {(row["attention"], row["int8"]): row for row in rows_of("quantised")}
+    lines = []
+    for (name, part), row in rows.items():
+        whole = rows[name, "nothing"]
+        ratio = row["perplexity"] / whole["perplexity"]
+        sizes = [f"{row[key] / 1e6:.1f}" for key in ("weight_bytes", "cache_bytes")]
+        lines.append([name, part, f"{row['perplexity']:.3f}", f"× {ratio:.4f}", *sizes])
+    options = results("quantised")["options"]
+    note = (
+        f"{options['checkpoint']}, {options['scored_tokens']} tokens of {options['data']} after "
+        f"{options['prompt_tokens']:,}; int8 weights by torchao, the cache by HQQ with a scale for "
+        f"{options['group_size']} numbers, the last {options['residual_tokens']} tokens as they are."
+    )
+    columns = ["attention", "8 bits", "perplexity", "to the same without", "weights, MB", "keys and values, MB"]
+    return f"{note}\n\n{table(columns, lines)}"
+
+
 def sweep() -> dict[str, int]:
     """Return how many architectures have each outcome in tests/sweep/RESULTS.txt, and "tested"."""
     lines = (ROOT / "tests" / "sweep" / "RESULTS.txt").read_text(encoding="utf-8").splitlines()
@@ -87,6 +117,8 @@ def rendered() -> dict[Path, str]:
         "table": table,
         "earlier": earlier,
         "sweep": sweep,
+        "digits": digits,
+        "quantised": quantised,
         "rows_of": rows_of,
         "pivot": pivot,
     }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertTokenizerFast
 
-from distattn_hf import cli
+from distattn_hf import DistAttnConfig, DistAttnForCausalLM, cli
 from tests.conversion.models import gpt2
 
 TEXT = "\n\n".join(" ".join(["the cat sat on the mat and the dog sat on the log"] * 6) for _ in range(8))
@@ -224,3 +224,20 @@ def test_a_process_of_its_own(folder):
     assert run.returncode == 1
     assert len([line for line in run.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "Traceback" not in run.stderr
+
+
+def test_native_models_are_inspected_by_their_config_and_no_plan_is_made_for_them(tmp_path):
+    config = DistAttnConfig(
+        mechanism="performer", mechanism_options={"num_features": 8}, is_decoder=True, num_hidden_layers=2,
+        hidden_size=16, num_attention_heads=2, vocab_size=32, intermediate_size=16,
+    )  # fmt: skip
+    DistAttnForCausalLM(config).save_pretrained(tmp_path / "native")
+    told = distattn("inspect", tmp_path / "native").stdout.splitlines()
+    assert told[0] == "native model: 2 layers of 2 heads, head_dim 8"
+    assert told[1] == "attention: performer, num_features=8"
+    assert told[-1] == "positions: rotary"
+    assert json.loads(distattn("inspect", tmp_path / "native", "--json").stdout)["attention"] == told[1][11:]
+    refused = distattn("inspect", tmp_path / "native", "--per-head", check=False)
+    assert "--per-head is about what a conversion fitted" in refused.stderr
+    refused = distattn("plan", tmp_path / "native", "--length", "64", "--memory", "1GB", check=False)
+    assert "is a native model with mechanism='performer'" in refused.stderr

@@ -15,6 +15,7 @@ from distattn_hf.conversion.beyond import SELECTIONS
 from distattn_hf.conversion.convert import INITS
 from distattn_hf.core import attention_spec
 from distattn_hf.core.metrics import BUILT_IN
+from distattn_hf.evaluation.classification import KINDS
 from distattn_hf.evaluation.retrieval_tasks import LONG_TEXT_TASKS
 
 
@@ -81,7 +82,7 @@ def test_names_known_without_torch_are_those_of_the_package():
         "attention": attention_spec.ATTENTION_KINDS,
         "transform": attention_spec.TRANSFORMS,
         "beyond": attention_spec.BEYOND,
-        "task": (*LONG_TEXT_TASKS, "ruler", "classification"),
+        "task": (*LONG_TEXT_TASKS, "ruler", *KINDS),
     } == choices.CHOICES
 
 

@@ -55,6 +55,7 @@ TABLE = {
     "tests/evaluation/test_ruler.py::test_the_command": "system",
     "tests/experiments/test_long_context.py::test_a_run_that_was_killed": "system",
     "tests/experiments/test_sequence_speed.py::test_a_small": "system",
+    "tests/experiments/test_quality_experiments.py::test_digits": "system",
     "tests/training/test_distributed.py": "system",
     "tests/training/test_long_sequences.py::test_five": "system",
     "tests/training/test_resume.py": "system",

@@ -5,22 +5,26 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
-from .intervention import replaced_heads
-from .samples import TextLoss, check_texts, make_batches
+from .intervention import output_projections, replaced_heads
+from .rollout import rollout_without_heads
+from .samples import TextLoss, check_texts, make_batches, padding_of
 from .watch import attention_modules, forward, no_weights, watched
 
 
 @dataclass
 class HeadImportance:
-    """One score per head, a list per module, and the loss in nats that they refer to.
+    """One score per head, a list per module, and the loss in nats that they refer to (None: they need none).
 
     kind: "gradient": Σ over texts x of |∂loss/∂ξ_x|, ξ_x a factor of 1 on the head's output in text x (Michel et al.,
     Are sixteen heads really better than one?, 2019). "ablation": the increase of the loss without the head.
+    "magnitude": the mean norm of what the head adds to the hidden states. "rollout": how far the attention rollout of a
+    text moves without the head. "induction": see `probes.induction_scores`.
     """
 
     kind: str
-    loss: float
+    loss: float | None
     scores: dict[str, list[float]] = field(default_factory=dict)
 
     def ranking(self) -> list[tuple[str, int, float]]:
@@ -45,7 +49,7 @@ class HeadImportance:
 
 def gradient_importance(model, loss: TextLoss, *, progress: bool = False) -> HeadImportance:
     """Measure the importance of every head by one forward and backward pass over the loss's texts, without changing the
-    gradients of parameters.
+    gradients of parameters. loss: a `TextLoss`, or a `samples.LabelLoss` of batches with labels.
 
     Raises `ValueError` for a model without attention weights.
     """
@@ -96,6 +100,51 @@ def ablation_importance(
                     result.scores[name].append(loss.value(model) - baseline)
                 bar.update()
     return result
+
+
+@torch.no_grad()
+def magnitude_importance(model, batches: list[dict]) -> HeadImportance:
+    """Measure the mean norm ‖W_O[h]·o_h‖₂ of what each head adds to the hidden states, over queries without padding.
+
+    W_O[h]: the columns of the output projection that read the head's output o_h. One forward pass, no loss.
+    Raises `ValueError` for no batch, and a module whose outputs do not go straight into a linear layer.
+    """
+    if not batches:
+        raise ValueError("batches is empty: give some text")
+    model.eval()
+    projections = output_projections(model, batches[0])
+    sums: dict[str, tuple[Tensor, int]] = {}
+    for batch in batches:
+
+        def add(call, batch=batch):
+            layer, size = projections[call.name]
+            columns = layer.weight if isinstance(layer, Conv1D) else layer.weight.mT
+            added = torch.einsum("bhnd,hdm->bhnm", call.output, columns.unflatten(0, (-1, size)).to(call.output))
+            keep = padding_of(model, call, batch)[0]
+            norms = (torch.linalg.vector_norm(added.float(), dim=-1) * keep[:, None]).double().sum((0, 2)).cpu()
+            total, count = sums.get(call.name, (0.0, 0))
+            sums[call.name] = total + norms, count + int(keep.sum())
+
+        with watched(model, add):
+            forward(model, batch)
+    scores = {name: (total / max(count, 1)).tolist() for name, (total, count) in sums.items()}
+    return HeadImportance("magnitude", None, scores)
+
+
+@torch.no_grad()
+def rollout_importance(model, batches: list[dict], **options) -> HeadImportance:
+    """Measure how far the attention rollout moves when a head is left out of its layer's mean.
+
+    Σ_ij |R_ij - R_ij without the head| / 2N: the share of a position's rollout that goes elsewhere, mean over texts.
+    options: of `attention_rollout`. A layer of one head loses its attention, and passes on what came to it.
+    """
+    scores: dict[str, Tensor] = {}
+    for batch in batches:
+        moved = rollout_without_heads(model, batch, **options)
+        for name, row in moved.items():
+            scores[name] = scores.get(name, 0.0) + row
+    count = sum(len(next(iter(batch.values()))) for batch in batches)
+    return HeadImportance("rollout", None, {name: (row / count).tolist() for name, row in scores.items()})
 
 
 def gradient_attribution(model, tokenizer, text: str, *, target: int | None = None, max_length: int = 512) -> dict:

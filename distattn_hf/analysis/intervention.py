@@ -1,7 +1,7 @@
 """Change the output of single heads, temporarily or permanently, and measure the effect on the loss."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ PRUNED = "pruned_attention_heads"
 
 
 def resolve_heads(model, heads: Mapping) -> dict[str, list[int]]:
-    """Resolve {layer number or module name: heads} to {module name: heads}.
+    """Resolve {layer number or module name: heads} to {module name: heads}; None: all heads.
 
     A layer number stands for all attention modules of that layer. Raises `ValueError` for a layer, module or head that
     does not exist, and for an empty selection.
@@ -32,6 +32,7 @@ def resolve_heads(model, heads: Mapping) -> dict[str, list[int]]:
             raise ValueError(f"there is no layer or module {key!r}; layers are {layers}, modules {', '.join(modules)}")
         for name in names:
             count = modules[name]["num_heads"]
+            numbers = range(count or 0) if numbers is None else numbers
             for head in numbers:
                 if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < (count or 0):
                     raise ValueError(f"there is no head {head!r} in {name!r}, which has heads 0 to {(count or 0) - 1}")
@@ -41,16 +42,44 @@ def resolve_heads(model, heads: Mapping) -> dict[str, list[int]]:
     return resolved
 
 
+def knocked_out(edges: Iterable[tuple[int, int]]) -> Callable[[Tensor], Tensor]:
+    """Return a replacement for `replaced_heads` in which no query i sees key j, for (i, j) in edges.
+
+    The rest of a row keeps its sum, as if a mask hid the keys (Geva et al., Dissecting recall of factual associations,
+    2023). A row of which nothing is left gives zeros. Raises `ValueError` for edges that are no pairs of positions.
+    """
+    edges = sorted(set(edges))
+    if not edges or any(len(edge) != 2 or min(edge) < 0 for edge in edges):
+        raise ValueError(f"edges must be pairs (query, key) of positions from 0, at least one, got {edges[:3]!r}")
+
+    def change(weights: Tensor) -> Tensor:
+        for axis, size in enumerate(weights.shape[2:]):
+            if (largest := max(edge[axis] for edge in edges)) >= size:
+                raise ValueError(f"edges name {('query', 'key')[axis]} {largest}, and there are {size}")
+        queries, keys = (torch.tensor(positions, device=weights.device) for positions in zip(*edges))
+        left = weights.clone()
+        left[:, :, queries, keys] = 0.0
+        total = left.sum(-1, keepdim=True)
+        scale = weights.sum(-1, keepdim=True) / total
+        # A row without any of the edges stays bit for bit.
+        changed = torch.zeros_like(total, dtype=torch.bool).index_fill_(2, queries, True)
+        return torch.where(changed, torch.where(total > 0, left * scale, 0.0), weights)
+
+    return change
+
+
 @contextmanager
-def replaced_heads(model, heads: Mapping, replacement: str = "zero", means: dict[str, Tensor] | None = None):
+def replaced_heads(model, heads: Mapping, replacement="zero", means: dict[str, Tensor] | None = None):
     """Replace the outputs of some heads within the context.
 
     replacement: "zero"; "uniform": the mean value vector of the keys that a query may see; "mean": the head's mean
-    output over a data set, `means` as from `mean_outputs`. Raises `ValueError` for another name or missing means.
+    output over a data set, `means` as from `mean_outputs`; or a function that is given the weights (B, heads, N, M) of
+    a module's chosen heads, in float32 or more, and returns those that are to be in their place (see `knocked_out`).
+    Raises `ValueError` for another name, missing means, and weights of another shape.
     """
     heads_by_module = resolve_heads(model, heads)
-    if replacement not in REPLACEMENTS:
-        raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
+    if not callable(replacement) and replacement not in REPLACEMENTS:
+        raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)} or a function, got {replacement!r}")
     if replacement == "mean" and (missing := [name for name in heads_by_module if name not in (means or {})]):
         raise ValueError(f"replacement 'mean' needs means of {missing[0]!r}; see mean_outputs")
 
@@ -62,6 +91,8 @@ def replaced_heads(model, heads: Mapping, replacement: str = "zero", means: dict
             output[:, index] = 0.0
         elif replacement == "mean":
             output[:, index] = means[call.name][index][:, None].to(output)
+        elif callable(replacement):
+            output[:, index] = _reweighted(call, index, replacement).to(output.dtype)
         else:
             for head in index:
                 output[:, head] = _uniform(call, head).to(output.dtype)
@@ -69,6 +100,19 @@ def replaced_heads(model, heads: Mapping, replacement: str = "zero", means: dict
 
     with watched(model, change):
         yield model
+
+
+def _reweighted(call, heads: list[int], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the outputs (B, heads, N, d_v) with weights that `change` returns."""
+    call.check_sums()
+    weights = call.full()[:, heads]
+    changed = change(weights)
+    if not isinstance(changed, Tensor) or changed.shape != weights.shape:
+        raise ValueError(
+            f"a replacement must return weights of shape {tuple(weights.shape)}, as it is given, got "
+            f"{tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__}"
+        )
+    return changed @ call.value[:, heads].to(changed.dtype)
 
 
 def _uniform(call, head: int) -> Tensor:
@@ -150,8 +194,20 @@ def output_projections(model, batch: dict) -> dict[str, tuple[nn.Module, int]]:
     return projections
 
 
-def _probe(model) -> dict:
-    """Return a small input that makes the activations of every layer nonzero."""
+def probe_batch(model) -> dict:
+    """Return a small input that makes the activations of every layer nonzero: eight tokens, or one image.
+
+    Raises `ValueError` for a model of other inputs.
+    """
+    if model.main_input_name == "pixel_values":
+        size = getattr(model.config, "image_size", None)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        if not height:
+            raise ValueError(f"{type(model).__name__} does not say the size of its images; give a batch")
+        pixels = torch.linspace(-1, 1, model.config.num_channels * height * width, device=model.device)
+        return {"pixel_values": pixels.sin().view(1, -1, height, width).to(model.dtype)}
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{type(model).__name__} reads {model.main_input_name}, not tokens or images; give a batch")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, 9, device=model.device)[None] % vocabulary
     batch = {"input_ids": ids}
@@ -166,16 +222,16 @@ def prune_heads(model, heads: Mapping, batch: dict | None = None):
 
     The columns of the output projection that read these heads are set to zero: the same function as removing them, in
     every architecture, with unchanged shapes, so that the copy saves, loads and generates like any other checkpoint
-    (removing them physically would need each architecture's config to hold the number of heads of each layer). It
-    does not save time. config.pruned_attention_heads records the pruned heads. batch: an input to find the projections
-    with; None: eight tokens.
+    (removing them physically would need each architecture's config to hold the number of heads of each layer;
+    `pruning.remove_heads` does where all layers lose as many). It does not save time. config.pruned_attention_heads
+    records the pruned heads. batch: an input to find the projections with; None: that of `probe_batch`.
 
     Raises `ValueError` for a head that does not exist, and a module whose outputs do not go straight into a linear
     layer.
     """
     heads_by_module = resolve_heads(model, heads)
     pruned = copy.deepcopy(model).eval()
-    projections = output_projections(pruned, batch or _probe(pruned))
+    projections = output_projections(pruned, batch or probe_batch(pruned))
     if missing := [name for name in heads_by_module if name not in projections]:
         raise ValueError(f"{missing[0]!r} did not run on this input; give a batch on which it does")
     for name, numbers in heads_by_module.items():

@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ..core.discovery import argument_names
 from ..functional.row_statistics import ROW_NUMBERS, row_statistics
+from .flops import FlopCounter
 
 
 class PerformanceMonitor:
@@ -20,10 +21,12 @@ class PerformanceMonitor:
         modules: {name: attention module}, whose forward gives (output, weights or None, ...) or the output alone.
         statistics: ask each module for its weights (output_attentions=True, slow for most mechanisms) and record
             mean entropy, sparsity, largest weight and attended distance of their rows.
+        flops: count floating-point operations (see `flops.FlopCounter`), which slows what is timed; not in compiled
+            graphs.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], statistics: bool = False):
-        self.statistics = statistics
+    def __init__(self, modules: dict[str, nn.Module], statistics: bool = False, flops: bool = False):
+        self.statistics, self.flops = statistics, flops
         # Running calls by module and thread, as stacks since a module may call itself.
         self._open: dict[tuple[str, int], list[tuple]] = {}
         self._layers = {name: _layer_of(name, modules) for name in modules}
@@ -42,16 +45,21 @@ class PerformanceMonitor:
                 keywords = {**keywords, "output_attentions": True}
             # Modules of transformers models compute weights where a collector is active.
             token = _active_collector.set({**(_active_collector.get() or {}), "monitored_attentions": []})
+        counter = FlopCounter().__enter__() if self.flops else None
         device = _device(module)
         _synchronise(device)
         calls = self._open.setdefault((name, threading.get_ident()), [])
-        calls.append((time.perf_counter(), _mark_memory(device), token, injected, _tokens(arguments, keywords)))
+        calls.append(
+            (time.perf_counter(), _mark_memory(device), token, injected, _tokens(arguments, keywords), counter)
+        )
         return arguments, keywords
 
     def _after(self, name: str, module, arguments, output):
         device = _device(module)
         _synchronise(device)
-        started, memory_before, token, injected, tokens = self._open[name, threading.get_ident()].pop()
+        started, memory_before, token, injected, tokens, counter = self._open[name, threading.get_ident()].pop()
+        if counter is not None:
+            counter.__exit__(None, None, None)
         if token is not None:
             _active_collector.reset(token)
         if output is None:  # The module raised.
@@ -60,6 +68,7 @@ class PerformanceMonitor:
         stats["calls"] += 1
         stats["tokens"] += tokens
         stats["seconds"] += time.perf_counter() - started
+        stats["flops"] += 0 if counter is None else counter.total
         peak = _peak_memory(device)
         if memory_before is not None and peak is not None:
             stats["peak_bytes"] = max(stats["peak_bytes"] or 0, peak - memory_before)
@@ -73,8 +82,9 @@ class PerformanceMonitor:
         """Return {module name: numbers} of the calls so far.
 
         calls; seconds, of all calls; seconds_per_call; tokens, those of queries, padding included; tokens_per_second,
-        of this module's own time; peak_bytes, the largest rise of memory in one call: on CUDA allocated memory, on
-        Linux resident memory (which misses memory that PyTorch had freed and reuses), elsewhere None. With statistics
+        of this module's own time; flops, of all calls, with the projections (None unless they are counted);
+        peak_bytes, the largest rise of memory in one call: on CUDA allocated memory, on Linux resident memory (which
+        misses memory that PyTorch had freed and reuses), elsewhere None. With statistics
         also entropy (nats), sparsity, maximum, distance (tokens), each a mean over the rows that see more than one
         key, and collapsed, the share of those rows with entropy < 0.1 or a weight > 0.95; None without weights. Keys
         of weight 0 count as unseen.
@@ -89,6 +99,7 @@ class PerformanceMonitor:
                 "tokens": stats["tokens"],
                 "tokens_per_second": stats["tokens"] / stats["seconds"] if stats["tokens"] else None,
                 "peak_bytes": stats["peak_bytes"],
+                "flops": stats["flops"] if self.flops else None,
             }
             if self.statistics:
                 sums = {n: stats["sums"][n] / rows if rows else None for n in (*ROW_NUMBERS, "collapsed")}
@@ -100,7 +111,7 @@ class PerformanceMonitor:
 
         Names are "layer_0", ...; "encoder_layer_0" and "decoder_layer_0" where both are, or
         what stands before the number where two would have one name. calls: of the layer; seconds;
-        avg_forward_time, seconds of one call's attention; tokens, tokens_per_second, peak_bytes as in `stats`.
+        avg_forward_time, seconds of one call's attention; tokens, tokens_per_second, flops, peak_bytes as in `stats`.
         """
         layers: dict[str, list[dict]] = {}
         for name, stats in self.stats().items():
@@ -117,6 +128,7 @@ class PerformanceMonitor:
                 "tokens": tokens,
                 "tokens_per_second": tokens / seconds if tokens else None,
                 "peak_bytes": max(peaks, default=None),
+                "flops": sum(part["flops"] for part in parts) if self.flops else None,
             }
         return numbers
 
@@ -164,6 +176,7 @@ def _empty() -> dict:
         "seconds": 0.0,
         "tokens": 0,
         "peak_bytes": None,
+        "flops": 0,
         "rows": 0,
         "sums": dict.fromkeys((*ROW_NUMBERS, "collapsed"), 0.0),
     }

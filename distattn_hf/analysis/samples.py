@@ -1,5 +1,6 @@
 """Turn text into model inputs, find padding and separators, and compute a loss to judge changes by."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -194,4 +195,30 @@ class TextLoss:
     @torch.no_grad()
     def value(self, model) -> float:
         """Return the mean loss over all texts."""
+        return sum(float(loss) * weight for loss, weight in self(model))
+
+
+class LabelLoss:
+    """The loss of a model on batches with labels, whatever its head and inputs (pixels, sound): the model's own.
+
+    Called as `TextLoss` is. batches: arguments of the model, `labels` among them (-100 is ignored); raises `ValueError`
+    where one has none.
+    """
+
+    def __init__(self, batches: Iterable[dict]):
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("batches is empty: give at least one batch with labels")
+        for batch in self.batches:
+            if batch.get("labels") is None or not bool((batch["labels"] != -100).any()):
+                raise ValueError(f"every batch must have labels, got one with {', '.join(batch)}")
+
+    def __call__(self, model):
+        counts = [int((batch["labels"] != -100).sum()) for batch in self.batches]
+        for batch, count in zip(self.batches, counts, strict=True):
+            yield forward(model, batch).loss, count / sum(counts)
+
+    @torch.no_grad()
+    def value(self, model) -> float:
+        """Return the mean loss over all labels."""
         return sum(float(loss) * weight for loss, weight in self(model))

@@ -12,6 +12,7 @@ from ..functional.row_statistics import COLLAPSED_ENTROPY, COLLAPSED_WEIGHT, ROW
 from .head_patterns import PATTERNS, Places, dominant_pattern, pattern_masses, pattern_strength
 from .samples import SeparatorFinder, key_ids, padding_of
 from .watch import run_watched
+from .weights import StoredCall
 
 
 @dataclass
@@ -121,16 +122,19 @@ class _Sums:
 class StatisticsCollector:
     """Accumulates the statistics of attention calls (`measure` runs a model for it)."""
 
-    def __init__(self, model, tokenizer=None):
+    def __init__(self, model=None, tokenizer=None):
         self.model = model
         self.separators = None if tokenizer is None else SeparatorFinder(tokenizer)
         self.sums: dict[str, _Sums] = {}
 
     def add(self, call, batch: dict) -> None:
         """Add one attention call of a batch."""
-        query_keep, key_keep = padding_of(self.model, call, batch)
         ids = key_ids(self.model, call, batch)
         separators = None if self.separators is None or ids is None else self.separators(ids)
+        self.add_call(call, *padding_of(self.model, call, batch), separators)
+
+    def add_call(self, call, query_keep: Tensor, key_keep: Tensor, separators: Tensor | None) -> None:
+        """Add one attention call: which queries (B, N) and keys (B, M) are no padding, which keys are separators."""
         places = Places.of(key_keep, separators)
         sums = self.sums.setdefault(call.name, _Sums(call))
         for rows in call.blocks():
@@ -162,7 +166,7 @@ class StatisticsCollector:
 
     def result(self, num_texts: int, num_tokens: int) -> AttentionStatistics:
         """Return the statistics so far."""
-        name = self.model.config.name_or_path or type(self.model).__name__
+        name = "weights" if self.model is None else self.model.config.name_or_path or type(self.model).__name__
         heads = [
             _head(module, sums, head) for module, sums in self.sums.items() for head in range(len(sums.values["rows"]))
         ]
@@ -222,3 +226,45 @@ def measure(model, batches: list[dict], tokenizer=None, *, progress: bool = Fals
         texts += len(ids)
         tokens += ids.shape[0] * ids.shape[1] if mask is None or mask.dim() != 2 else int(mask.sum())
     return collector.result(texts, tokens)
+
+
+def analyse_weights(weights, mask: Tensor | None = None, tokens: list[str] | None = None) -> AttentionStatistics:
+    """Measure the statistics of raw attention weights, wherever they come from (modules "0", "1", ... by layer).
+
+    Args:
+        weights: (B, H, N, M), or one such tensor per layer, as `output_attentions` gives. A weight of exactly 0 counts
+            as a masked key; N = M is taken for self-attention.
+        mask: (B, M), true or 1 for keys that are no padding; in self-attention for queries, too. None: all.
+        tokens: the M keys' texts, of which those without a letter or digit are separators (in every row); None: the
+            patterns "separator" and "block" are left out.
+
+    Raises:
+        ValueError: for anything but floating-point weights >= 0 of four dimensions, or a mask or tokens of other sizes.
+    """
+    layers = [weights] if isinstance(weights, Tensor) else list(weights)
+    if not layers:
+        raise ValueError("weights is empty: give (B, H, N, M), or one such tensor per layer")
+    collector = StatisticsCollector()
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, Tensor) or layer.dim() != 4 or not layer.is_floating_point():
+            shape = tuple(layer.shape) if isinstance(layer, Tensor) else type(layer).__name__
+            raise ValueError(f"weights must be floating-point (B, H, N, M), got {shape}")
+        if bool((layer < 0).any()) or not bool(layer.isfinite().all()):
+            raise ValueError(f"weights must be finite and not negative, got {float(layer.min())} in layer {number}")
+        batch, _, num_queries, num_keys = layer.shape
+        keys = torch.ones(batch, num_keys, dtype=torch.bool, device=layer.device)
+        if mask is not None:
+            if mask.shape != keys.shape:
+                raise ValueError(f"mask must have shape (B, M)={tuple(keys.shape)}, got {tuple(mask.shape)}")
+            keys = mask.to(layer.device).bool()
+        separators = None
+        if tokens is not None:
+            if len(tokens) != num_keys:
+                raise ValueError(f"tokens must have one text for each of {num_keys} keys, got {len(tokens)}")
+            flags = [not any(character.isalnum() for character in token) for token in tokens]
+            separators = torch.tensor(flags, device=layer.device).expand(batch, -1)
+        is_self = num_queries == num_keys
+        queries = keys if is_self else keys.new_ones(batch, num_queries)
+        call = StoredCall(str(number), number, "self" if is_self else "cross", layer.detach(), keys[:, None, None])
+        collector.add_call(call, queries, keys, separators)
+    return collector.result(len(layers[0]), int(keys.sum()))

@@ -29,7 +29,7 @@ from ..core.native_attention import DistAttnAttention
 from ..core.nystrom_heads import nystrom_forward
 from ..core.parameters import DistanceAttentionState
 from ..core.retrieval_heads import retrieval_forward
-from .weights import AttentionCall, StoredCall
+from .weights import AttentionCall, MechanismCall, StoredCall
 
 _NYSTROM = (NYSTROM_IMPLEMENTATION, NYSTROM_EAGER_IMPLEMENTATION)
 # Other implementations (flash, flex) use other masks; a watched model runs sdpa instead of them.
@@ -42,12 +42,10 @@ def no_weights(model, why: str) -> ValueError:
 
 
 def attention_modules(model) -> dict[str, dict]:
-    """Return `find_attention_modules`, or the native family's modules; {} if a native mechanism runs one of them."""
+    """Return `find_attention_modules`, or the native family's modules."""
     native = {name: m for name, m in model.named_modules() if isinstance(m, DistAttnAttention)}
     if not native:
         return find_attention_modules(model)
-    if any(module.mechanism is not None for module in native.values()):
-        return {}
     prefix = base_prefix(model)
     return {
         name.removeprefix(prefix): {
@@ -74,7 +72,7 @@ def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
 
     A tensor (B, H, N, d_v) that it returns replaces the output. Works through transformers' attention interface: within
     the context, the function under the model's implementation name is wrapped; the model makes the same masks as for
-    it. A converted module is observed through its state.
+    it. A converted module is observed through its state, a native mechanism through a hook.
 
     Raises:
         ValueError: if no module follows the interface, and in the forward pass for an argument whose effect on the
@@ -101,9 +99,16 @@ def watched(model, watcher: Callable[[AttentionCall], Tensor | None]):
     for name in names:
         original = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         overridden[name] = _wrapper(name, original, modules, watcher)
+    hooks = [
+        module.mechanism.register_forward_hook(_mechanism_hook(name, entry, watcher), with_kwargs=True)
+        for module, (name, entry) in modules.items()
+        if isinstance(module, DistAttnAttention) and module.mechanism is not None
+    ]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for name in names:
             del overridden[name]
         overridden.update(earlier_overrides)
@@ -135,6 +140,17 @@ def _wrapper(implementation: str, original, modules: dict, watcher: Callable):
         return output if replacement is None else replacement.transpose(1, 2).contiguous(), weights
 
     return run
+
+
+def _mechanism_hook(name: str, entry: dict, watcher: Callable):
+    """Return a forward hook of a native mechanism that passes its call to `watcher`."""
+
+    def after(mechanism, arguments, options, result):
+        call = MechanismCall(name, entry, mechanism, arguments, options, result[0])
+        replacement = watcher(call)
+        return None if replacement is None else (replacement, result[1])
+
+    return after
 
 
 def _observer(name: str, entry: dict, watcher: Callable):

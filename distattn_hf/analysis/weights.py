@@ -10,6 +10,7 @@ from ..core.absolute_logits import absolute_shift
 from ..core.head_groups import join_heads, key_padding
 from ..core.inputs import ModuleCall, add_triangle, masked_softmax, rows_of
 from ..core.metrics import get_metric
+from ..core.nystrom_cache import NystromLayer
 from ..core.nystrom_heads import hybrid_inputs
 from ..core.nystrom_hybrid import HybridInputs
 from ..core.parameters import NystromParameters
@@ -85,8 +86,13 @@ class AttentionCall:
         return keep
 
     def rows(self, start: int, stop: int) -> Rows:
-        """Return the weights of queries start to stop."""
+        """Return the weights of queries start to stop; raises `ValueError` with a Nyström cache."""
         if self._heads is None:
+            if isinstance(getattr(self.key, "distattn_layer", None), NystromLayer):
+                raise ValueError(
+                    f"{self.name!r}: with a cache its keys are sums by now and weights are not available; pass "
+                    "use_cache=False"
+                )
             self._heads = [(heads, self._part(heads, group)) for heads, group in self.parts]
         keep = self.keep_rows(start, stop)
         results = [(heads, *weights(start, stop, keep)) for heads, weights in self._heads]
@@ -110,6 +116,9 @@ class AttentionCall:
     def full(self) -> Tensor:
         """Return all weights (B, H, N, M), for short texts."""
         return torch.cat([rows.weights for rows in self.blocks()], dim=2)
+
+    def check_sums(self) -> None:
+        """Raise `ValueError` where the output is no weighted sum of the values, so that one weight says too little."""
 
     def _part(self, heads: list[int], group) -> Callable:
         index = torch.tensor(heads, device=self.query.device)
@@ -236,3 +245,47 @@ class StoredCall(AttentionCall):
         keep = self.keep_rows(start, stop)
         # It is unknown whether the model is causal: a weight of exactly 0 counts as a masked key.
         return Rows(start, weights, keep & (weights > 0))
+
+
+class MechanismCall(AttentionCall):
+    """A call of a native mechanism, which writes out its weights when they are asked for, all at once."""
+
+    def __init__(self, name: str, entry: dict, mechanism, tensors: tuple, options: dict, output: Tensor):
+        query, key, value = tensors
+        keep, scaling = options.get("keep"), options.get("scaling") or query.shape[-1] ** -0.5
+        super().__init__(
+            name, entry["layer"], entry["kind"], query, key, value, scaling,
+            None if keep is None else keep[:, None, None], options.get("position_bias"),
+            options.get("is_causal", False), [], output=output,
+        )  # fmt: skip
+        self.mechanism, self.options, self._written_out = mechanism, options, None
+
+    def keep_rows(self, start: int, stop: int) -> Tensor:
+        """Return which keys queries start to stop look at: (B, H, n, M)."""
+        return self._all()[:, :, start:stop] > 0
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Return the weights of queries start to stop."""
+        return Rows(start, self._all()[:, :, start:stop], self.keep_rows(start, stop))
+
+    def check_sums(self) -> None:
+        """Raise `ValueError` for a mechanism that adds more than values, as 'relative' does embeddings of offsets."""
+        sums, output = self._all() @ self.value.to(self._all().dtype), self.output
+        if not bool(((sums - output).abs() <= 1e-2 * output.abs().max()).all()):
+            raise ValueError(
+                f"{self.name!r}: the outputs of mechanism {self.mechanism.name!r} are not the sum of the values by its "
+                "weights, so its weights cannot be changed or credited one by one"
+            )
+
+    def _all(self) -> Tensor:
+        if self._written_out is None:
+            options = {**self.options, "return_weights": True, "dropout_p": 0.0}
+            # The method, so that hooks see the model's own calls alone.
+            weights = self.mechanism.forward(self.query, self.key, self.value, **options)[1]
+            if bool((weights < 0).any()):
+                raise ValueError(
+                    f"no attention weights available from {self.name!r}: mechanism {self.mechanism.name!r} gives "
+                    "negative numbers, which are no weights"
+                )
+            self._written_out = weights.to(torch.promote_types(weights.dtype, torch.float32))
+        return self._written_out

@@ -64,11 +64,18 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
         memory: bytes there are. measure: time reading of the length, 2,048 tokens at most, beside the model's own.
 
     Raises:
-        ValueError: for a model without a growing cache, a length that it has no positions for, or numbers below 1.
+        ValueError: for a native model, one without a growing cache, a length that it has no positions for, or numbers
+            below 1.
     """
     for name, value in (("length", length), ("memory", memory), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if (mechanism := getattr(model.config, "mechanism", None)) is not None:
+        raise ValueError(
+            f"a plan says what to convert a model of transformers to; {type(model).__name__} is a native model with "
+            f"mechanism={mechanism!r}. What those cost: distattn benchmark --mechanism native, and distattn experiment "
+            "native_decoding"
+        )
     if cache_bytes(model) is None:
         raise ValueError(
             f"a plan is about generating with a cache of all keys, which {type(model).__name__} does not have"

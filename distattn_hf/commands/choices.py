@@ -22,7 +22,7 @@ CHOICES = {
     "attention": ("self", "cross"),
     "transform": ("none", "scalar", "maps"),
     "beyond": ("retrieval", "exact"),
-    "task": ("passkey", "needle", "kv", "perplexity", "generation", "ruler", "classification"),
+    "task": ("passkey", "needle", "kv", "perplexity", "generation", "ruler", "classification", "speech"),
 }
 # Least values of the numbers; p and λ are checked separately.
 LEAST = {

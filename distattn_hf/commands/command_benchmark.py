@@ -12,7 +12,9 @@ _LIST = "Separated by commas."
 
 
 @command.command(
-    epilog="Example:  distattn benchmark --config configs/experiments/benchmark_quick.yaml --metrics l1,lp3 --out out/b"
+    epilog="Examples, of seconds and of minutes:  distattn benchmark --metrics l2,l1 --lengths 256 --passes forward "
+    "--head-sizes 64 --no-memory --no-plot --repeats 3 --min-seconds 0 --out out/b   |   distattn benchmark --config "
+    "configs/experiments/benchmark_quick.yaml --metrics l1,lp3 --out out/b2"
 )
 def benchmark(
     config: Annotated[Path | None, typer.Option(help="A YAML file of options; those given here win.")] = None,

@@ -177,19 +177,25 @@ def convert(
     from ..conversion import fold
     from ..conversion.calibrate import CalibrationOptions
     from ..data.config import read_specs
-    from ..data.sources import read_texts
+    from ..data.sources import TEXT_SUFFIXES, read_texts
     from ..storage.companions import Source, describe_source
     from ..storage.folders import save_checkpoint
-    from ..storage.models import load_checkpoint
+    from ..storage.models import load_checkpoint, load_processor
 
     if spec_file is not None:
         with reading("spec_file"):
             spec = read_specs(spec_file)
     texts = None
-    if calibration is not None:
+    if calibration is not None and Path(calibration).suffix in TEXT_SUFFIXES:
+        # Before a model is loaded.
         with reading("calibration", "column"):
             texts = read_texts(calibration, column=column)
     model, tokenizer = load_checkpoint(source)
+    if model.main_input_name not in ("input_ids", "inputs_embeds"):
+        tokenizer = load_processor(source)
+    if calibration is not None and texts is None:
+        with reading("calibration", "column"):
+            texts = _calibration(calibration, column, model, tokenizer)
     source_files = Source(source)
     if fold_alpha:
         fold.check_foldable(model, [spec] if isinstance(spec, AttentionSpec) else spec)
@@ -210,6 +216,17 @@ def convert(
         print(as_flags(line, option_names(context.command)) if line.startswith("warning: ") else line)
     _print_left(source, left_behind)
     print(f"saved to {out}")
+
+
+def _calibration(source: str, column: str | None, model, processor) -> list:
+    """Return texts to fit on, or batches of pictures or sound for a model that reads those."""
+    from ..data.features import READY, input_batches
+    from ..data.sources import open_data, read_texts
+
+    if not any(model.main_input_name in names for names in READY.values()):
+        return read_texts(source, column=column)
+    data = open_data(source)
+    return input_batches(data["train"] if isinstance(data, dict) else data, model, processor, column)
 
 
 def _print_left(source: str, left: list[str]) -> None:

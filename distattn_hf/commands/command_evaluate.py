@@ -14,12 +14,13 @@ from .shared import DATA, Column, SourceArgument, begin, say
 command = typer.Typer()
 
 _LONG = ("passkey", "needle", "kv", "perplexity", "generation")
+_LABELS = ("classification", "speech")
 # Which tasks have an option; None: without --task.
 _OF_TASK = {
     "max_tokens": (None,),
-    "max_length": (None, "classification"),
-    "max_texts": (None, "classification"),
-    "label_column": ("classification",),
+    "max_length": (None, *_LABELS),
+    "max_texts": (None, *_LABELS),
+    "label_column": _LABELS,
     "lengths": (*_LONG, "ruler"),
     "depths": ("passkey", "needle", "kv"),
     "samples": (*_LONG, "ruler"),
@@ -53,7 +54,7 @@ def evaluate(
     control: Annotated[
         bool, typer.Option("--control", help="Also the same model with sinks and window alone (nystrom, retrieval).")
     ] = False,
-    label_column: Annotated[str | None, typer.Option(help="classification: the column of the labels.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="classification, speech: the column of the labels.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[
         Path | None,
@@ -70,7 +71,8 @@ def evaluate(
     random tokens; perplexity is of the same last tokens after more and more text; generation is how many of the tokens
     that --against goes on with are the same. ruler runs lm-eval's own six tasks that need no download (pip install
     'lm-eval[ruler]'); those that need longer texts are left out of a length. classification gives accuracy and macro
-    F1 of a sequence or token classifier on data with labels.
+    F1 of a classifier of texts, words, pictures or sound on data with labels; speech the perplexity of transcripts,
+    given the sound.
     """
     counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)
@@ -91,8 +93,8 @@ def evaluate(
         raise ValueError(f"--against must be another model than the one that is evaluated, got {against!r} twice")
     lengths, depths = read_numbers("lengths", lengths), read_numbers("depths", depths, float)
     begin(path, against)
-    if task == "classification":
-        _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out)
+    if task in _LABELS:
+        _score_labels(task, path, against, data, column, label_column, max_length, max_texts, as_json, out)
     elif task == "ruler":
         _score_ruler(path, against, lengths, samples, control, as_json, out)
     elif task is not None:
@@ -106,6 +108,17 @@ def _load(path: str, against: str | None) -> dict[str, tuple]:
     from ..storage.models import load_checkpoint
 
     return {path: load_checkpoint(path), **({against: load_checkpoint(against)} if against else {})}
+
+
+def _load_labelled(path: str, against: str | None) -> dict[str, tuple]:
+    """Return {name: (model, its tokenizer, or processor where it reads no text)}."""
+    from ..data.tasks import TASKS, task_of
+    from ..storage.models import load_processor
+
+    return {
+        name: (model, tokenizer if TASKS[task_of(model)].inputs == "text" else load_processor(name))
+        for name, (model, tokenizer) in _load(path, against).items()
+    }
 
 
 def _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json, out) -> None:
@@ -130,7 +143,7 @@ def _score_texts(path, against, data, column, max_length, max_tokens, max_texts,
         _write(_about("text", path, against, data) | options, rows, out)
 
 
-def _score_labels(path, against, data, column, label_column, max_length, max_texts, as_json, out) -> None:
+def _score_labels(task, path, against, data, column, label_column, max_length, max_texts, as_json, out) -> None:
     from ..data.datasets import DataArguments
     from ..evaluation.classification import evaluate_labels
 
@@ -139,9 +152,9 @@ def _score_labels(path, against, data, column, label_column, max_length, max_tex
         max_train_samples=max_texts,
     )  # fmt: skip
     with reading("data", "column", "label_column"):
-        scores = evaluate_labels(_load(path, against), arguments, progress=sys.stderr.isatty())
+        scores = evaluate_labels(_load_labelled(path, against), arguments, task=task, progress=sys.stderr.isatty())
     rows = [{"model": name, **row} for name, row in scores.items()]
-    _report(_about("classification", path, against, data), rows, _table(scores), as_json, out)
+    _report(_about(task, path, against, data), rows, _table(scores), as_json, out)
 
 
 def _score_long_texts(path, against, data, column, about: dict, control: bool, as_json, out) -> None:

@@ -2,11 +2,13 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import transformers
+
+from .registry import warn_unless_known, with_known_fields
 
 # The releases of transformers that this code was tested with.
 OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
@@ -63,6 +65,7 @@ def is_newer_than_tested() -> bool:
     return minor(transformers.__version__) > minor(NEWEST_TESTED)
 
 
+@with_known_fields
 @dataclass(frozen=True)
 class AttentionSpec:
     """Settings of the attention that replaces dot-product attention, and of the layers and heads it applies to.
@@ -119,8 +122,8 @@ class AttentionSpec:
             are any.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed. Metric names are checked where metrics are known:
-            by `convert`, and when a model is built.
+        ValueError: naming the field, its value and what is allowed. Metric names are checked by `convert`, and when a
+            model is built, as one may be registered later; a name that looks misspelt is warned of.
     """
 
     metric: str = "sqeuclidean"
@@ -150,6 +153,7 @@ class AttentionSpec:
     def __post_init__(self):
         if not isinstance(self.metric, str) or not self.metric:
             raise ValueError(f"metric must be a metric's name (str), got {self.metric!r}")
+        warn_unless_known("metric", self.metric)
         if self.mechanism not in MECHANISMS:
             raise ValueError(f"mechanism must be one of {', '.join(MECHANISMS)}, got {self.mechanism!r}")
         if self.p is not None:
@@ -269,11 +273,8 @@ class AttentionSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AttentionSpec":
         """Return the spec described by `data`; raises `ValueError` for a key that is not a field."""
-        known = [f.name for f in fields(cls)]
         if not isinstance(data, dict):
             raise ValueError(f"an AttentionSpec in a config must be a dict like {{'metric': 'l2'}}, got {data!r}")
-        if unknown := sorted(set(data) - set(known)):
-            raise ValueError(f"unknown AttentionSpec field {unknown[0]!r}; expected one of {', '.join(known)}")
         return cls(**data)
 
     def matches_layer(self, layer: int | None, name: str, layer_type: str = "full_attention") -> bool:

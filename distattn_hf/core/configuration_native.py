@@ -26,6 +26,7 @@ _NOT_OPTIONS = ("metric", "mechanism", "layers", "heads", "attention", "landmark
 # What transformers' own configs call the same things, and what the layers for PyTorch call a metric.
 _ALIASES = {
     **dict.fromkeys(("d_model", "n_embd"), "hidden_size"),
+    "d_v": "value_head_dim",
     **dict.fromkeys(("d_ff", "ffn_dim", "n_inner"), "intermediate_size"),
     **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_hidden_layers"),
     **dict.fromkeys(("num_heads", "n_head", "n_heads"), "num_attention_heads"),
@@ -81,7 +82,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         type_vocab_size: kinds of segments (token_type_ids), whose vectors are added to the embeddings; None: there are
             none. Of an encoder-decoder: its encoder's.
         intermediate_size: of the feed-forward layer; None: 4·hidden_size.
-        num_key_value_heads: key and value heads, a divisor of num_attention_heads; None: as many.
+        num_key_value_heads: key and value heads, a divisor of num_attention_heads; None: as many. value_head_dim: d_v.
         hidden_act: an activation of transformers. gated_mlp: down(act(gate(x))·up(x)) in place of down(act(up(x))).
         attention_bias, mlp_bias: whether the linear layers have a bias.
         mechanism: "dot" (transformers' own attention), "distance", "nystrom", "retrieval", a mechanism registered in
@@ -127,6 +128,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
+    value_head_dim: int | None = None
     hidden_act: str = "gelu"
     gated_mlp: bool = False
     attention_bias: bool = False
@@ -268,7 +270,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
             "relative_attention_max_distance",
         ):
             check_integer(name, getattr(self, name))
-        for name in ("intermediate_size", "num_key_value_heads", "type_vocab_size"):
+        for name in ("intermediate_size", "num_key_value_heads", "value_head_dim", "type_vocab_size"):
             check_integer(name, getattr(self, name), optional=True)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -278,10 +280,8 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads={self.num_attention_heads}, got "
-                f"{self.num_key_value_heads}"
-            )
+            whole = f"num_attention_heads={self.num_attention_heads}"
+            raise ValueError(f"num_key_value_heads must divide {whole}, got {self.num_key_value_heads}")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
@@ -310,8 +310,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name} must be a name (str), got {getattr(self, name)!r}")
         self.mechanism = self.mechanism.lower()
-        if self.mechanism_options is None:
-            self.mechanism_options = {}
+        self.mechanism_options = {} if self.mechanism_options is None else self.mechanism_options
         if not isinstance(self.mechanism_options, dict):
             raise ValueError(f"mechanism_options must be a dict, got {self.mechanism_options!r}")
         self.metric = self.metric or DEFAULT_METRICS.get(self.mechanism)

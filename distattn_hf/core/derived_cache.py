@@ -1,11 +1,13 @@
 """A cache layer that keeps, beside its keys, what attention makes of them at every step: codes, mapped keys."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.generation.continuous_batching import PagedAttentionCache
 
@@ -14,6 +16,8 @@ from .constant_cache import layer_at
 from .discovery import argument_names
 from .retrieval_far import BEGINNING
 
+# Older releases have one kind of quantised layer.
+_QUANTISED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 # Keys for which there is room beyond those held, as a share of them, and at least.
 SPARE, _LEAST_ROOM = 4, 64
 
@@ -137,8 +141,8 @@ class KeepsFirstQueries:
         return self.first_queries
 
 
-class FirstQueriesStaticLayer(KeepsFirstQueries, StaticLayer):
-    """A `StaticLayer` that keeps the text's first queries."""
+class FirstQueriesBeside(KeepsFirstQueries):
+    """Mixin before a layer of transformers that keeps the text's first queries beside its keys."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -147,6 +151,26 @@ class FirstQueriesStaticLayer(KeepsFirstQueries, StaticLayer):
     def reset(self) -> None:
         super().reset()
         self.first_queries = FirstQueries()
+
+
+class FirstQueriesStaticLayer(FirstQueriesBeside, StaticLayer):
+    """A `StaticLayer` that keeps the text's first queries."""
+
+
+@lru_cache
+def _beside(kind: type) -> type:
+    """Return the class of quantised layers `kind` with first queries, which a batch's rows can follow."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        kind.batch_repeat_interleave(self, repeats)
+        self.change_first_queries(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        kind.batch_select_indices(self, indices)
+        self.change_first_queries(lambda tensor: tensor[indices])
+
+    methods = {"batch_repeat_interleave": batch_repeat_interleave, "batch_select_indices": batch_select_indices}
+    return type(f"FirstQueries{kind.__name__}", (FirstQueriesBeside, kind), methods)
 
 
 class DerivedLayer(KeepsFirstQueries, DynamicLayer):
@@ -265,23 +289,31 @@ class DerivedLayer(KeepsFirstQueries, DynamicLayer):
 def keeping_layer(cache, index: int):
     """Return layer `index` of a cache: a `DerivedLayer` in place of a `DynamicLayer`, or None where there is none yet.
 
-    A `StaticLayer` becomes one that keeps first queries; other kinds stay as they are.
+    A `StaticLayer`, and a quantised one, becomes one that keeps first queries; other kinds stay as they are.
     """
     layer = layer_at(cache, index)
+    if isinstance(layer, _QUANTISED) and not isinstance(layer, KeepsFirstQueries):
+        return _put(cache, index, _beside(type(layer)))
     if type(layer) is DynamicLayer:
         layer = cache.layers[index] = DerivedLayer.from_layer(layer)
     elif type(layer) is StaticLayer:
-        kept = cache.layers[index] = FirstQueriesStaticLayer.__new__(FirstQueriesStaticLayer)
-        vars(kept).update(vars(layer))
-        layer = kept
+        layer = _put(cache, index, FirstQueriesStaticLayer)
     return layer
+
+
+def _put(cache, index: int, kind: type):
+    """Return layer `index` of a cache, which becomes one of a class `kind` that adds no state to its own."""
+    kept = kind.__new__(kind)
+    vars(kept).update(vars(cache.layers[index]))
+    cache.layers[index] = kept
+    return kept
 
 
 def use_derived_cache(module: nn.Module, args, kwargs) -> None:
     """Make the layer of a model's `DynamicCache` a `DerivedLayer` (forward pre-hook of modules of self-attention).
 
-    Other kinds of layers stay, and paged caches: what is derived from keys is then made anew at every call. Static
-    layers keep the text's first queries for retrieval heads, too.
+    Other kinds of layers stay, and paged caches: what is derived from keys is then made anew at every call. Static and
+    quantised layers keep the text's first queries for retrieval heads, too.
     """
     module.distattn.first_queries = None
     if module.distattn.observer is not None or not module.distattn.derives_from_keys:

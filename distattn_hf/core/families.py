@@ -116,8 +116,8 @@ class Monitored:
         layers = {n: m for n, m in self.named_modules() if getattr(m, "gives_weights_on_request", False)}
         return {name or type(module).__name__: module for name, module in layers.items()}
 
-    def enable_performance_monitoring(self, statistics: bool = False) -> None:
-        """Count time and memory of every attention module from now on, starting anew if it was on.
+    def enable_performance_monitoring(self, statistics: bool = False, flops: bool = False) -> None:
+        """Count time and memory (and FLOPs) of every attention module from now on, starting anew if it was on.
 
         See `distattn_hf.analysis.monitor.PerformanceMonitor`.
         """
@@ -128,7 +128,7 @@ class Monitored:
             raise ImportError("performance monitoring needs the package: pip install distattn_hf") from error
         self.disable_performance_monitoring()
         # Not an attribute that torch would register or copy as a submodule.
-        object.__setattr__(self, "_monitor", PerformanceMonitor(self.attention_modules(), statistics))
+        object.__setattr__(self, "_monitor", PerformanceMonitor(self.attention_modules(), statistics, flops))
 
     def disable_performance_monitoring(self) -> None:
         """Stop counting and discard the statistics."""

@@ -14,8 +14,9 @@ from .softening import LEAST, knee
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
-# What `say_backend` has said.
-_said: set[str] = set()
+# What `say_backend` has said, the oldest first; the oldest of so many is forgotten for a new one.
+_said: dict[str, None] = {}
+_MOST_SAID = 1000
 
 
 @dataclass(frozen=True)
@@ -270,5 +271,7 @@ def say_backend(attention: str, backend: str, query: Tensor, key: Tensor) -> Non
         f"{num_keys} keys, {key.dtype}, {query.device}"
     )
     if said not in _said:
-        _said.add(said)
+        if len(_said) >= _MOST_SAID:
+            del _said[next(iter(_said))]
+        _said[said] = None
         logger.debug(said)

@@ -236,6 +236,7 @@ struct Retrieve {
   const int8_t* whole;
   const int64_t *order, *first, *budget;
   float *o, *panels;
+  int64_t *read;  // of every query how many keys it reads, or null
   long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
   long units, levels, candidates;
   long k_stride[3], v_stride[3];

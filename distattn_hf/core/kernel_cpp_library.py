@@ -155,6 +155,7 @@ def can_run(source: str, *tensors: Tensor) -> bool:
 
 
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+kernel_listeners: list = []  # called after every kernel: (name, its structure, its numbers, its tensors)
 
 
 def fields(pointers: str, numbers: str, strides: dict[str, int], reals: str) -> list[tuple[str, type]]:
@@ -171,8 +172,15 @@ def run_kernel(source: str, name: str, data: ctypes.Structure, **tensors: Tensor
     """Call a kernel of a library with a structure whose pointers are set to these tensors, which must stay alive."""
     for field, tensor in tensors.items():
         setattr(data, field, None if tensor is None else tensor.data_ptr())
-    if getattr(_load(source)[0], name)(ctypes.byref(data)):
+    if _call(source, name, data, **tensors):
         raise MemoryError(f"the CPU kernel {name} got no memory for its work")
+
+
+def _call(source: str, name: str, data: ctypes.Structure, *numbers: int, **tensors: Tensor | None) -> int:
+    failed = getattr(_load(source)[0], name)(ctypes.byref(data), *numbers)
+    for listener in kernel_listeners:
+        listener(name, data, numbers, tensors)
+    return failed
 
 
 def strides(tensor: Tensor) -> ctypes.Array:
@@ -277,7 +285,7 @@ class _Call:
         self.point(shift=_numbers(shift))
 
     def run(self, name: str, *numbers: int) -> None:
-        if getattr(_load(EXACT)[0], name)(ctypes.byref(self.data), *numbers):
+        if _call(EXACT, name, self.data, *numbers):
             raise RuntimeError(f"no CPU kernel {name} for metric number {numbers[0]}")
 
 
@@ -292,16 +300,8 @@ def attention_forward(query, key, value, coef, soft, keep, bias, sink, shift, ki
     call.norms(query, key, kind)
     output = torch.empty(*query.shape[:3], call.data.vp, **FLOATS)
     lse = torch.empty(query.shape[:3], **FLOATS)
-    call.point(
-        q=padded_rows(query),
-        kpanels=_panels(key),
-        v=padded_rows(value),
-        coef=coef.float().contiguous(),
-        soft=_numbers(soft),
-        sink=_numbers(sink),
-        o=output,
-        l=lse,
-    )
+    call.point(q=padded_rows(query), kpanels=_panels(key), v=padded_rows(value), o=output, l=lse)
+    call.point(coef=coef.float().contiguous(), soft=_numbers(soft), sink=_numbers(sink))
     call.mask(keep, bias)
     call.cap(cap, shift)
     call.data.causal = causal

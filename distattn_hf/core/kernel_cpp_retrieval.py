@@ -266,6 +266,7 @@ struct Unit : Keys<T> {
     for (long i = 0; i < positions; i++) {
       float *mine = s + i * G * ld + beyond, *own = q + i * G * a.dp;
       long count = searches ? choose(b, kh, i, mine, seen, lo, hi) : 0, n = count * parts;
+      if (a.read) a.read[(b * key_heads + kh) * a.N + from + i + first - before] = seen + n * P16;
       for (long x = 0; far && x < count; x++)
         for (long g = 0; g < G; g++) mine[g * ld - far + chosen[x]] = -INF;
       for (long x = 0; x < n; x++) {

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .inputs import AttentionInputs
 from .mechanism_base import Call, Mechanism, Option, register_mechanism
 from .metrics import BUILT_IN
-from .retrieval import Retrieval, Search
+from .retrieval import Retrieval, Search, first_keys
 from .retrieval_gather import retrieval_by_operators, visible_keys
 
 # Scores of blocks (float32: 16 MB) that exist at a time.
@@ -21,7 +21,7 @@ _ENTRIES = 2**22
 class LandmarkAttention(Mechanism):
     """Softmax attention of each query to its own block of b = block_size keys, and to the num_blocks best of others.
 
-    Blocks start at the first key, so pad on the right: padding on the left moves them.
+    Blocks are counted from the first real key, so that padding on the left changes nothing.
     A block's landmark is the mean of its real keys, and the best blocks are those of the
     largest q·landmark, each query choosing for itself among the num_candidates nearest blocks: causal, those before its
     own, which are whole; bidirectional, num_candidates // 2 on either side. So one layer sees num_candidates·b keys
@@ -46,17 +46,18 @@ class LandmarkAttention(Mechanism):
         # Keys of padding are zeros here.
         sums = layout.key.unflatten(2, (-1, self.block_size)).sum(3)
         landmarks = sums / keep.sum(-1).clamp(min=1)[:, None, :, None]
-        real, own = keep.any(-1)[:, None, None], layout.positions[0] // self.block_size
+        # Of each row, (B or 1, N): its blocks are counted from its first real key.
+        real, own = keep.any(-1)[:, None, None], layout.positions // self.block_size
         behind = self.num_candidates if is_causal else self.num_candidates // 2
         ahead = 0 if is_causal else behind
         chosen, exists = [], []
         # Together, so many queries meet at most twice as many candidates as one of them does.
         reach = behind + ahead
         rows = max(1, min(reach * self.block_size, _ENTRIES // (2 * len(query) * self.num_heads * reach)))
-        for query_part, own_part in zip(query.split(rows, dim=2), own.split(rows)):
-            start = max(0, int(own_part[0]) - behind)
-            stop = min(layout.blocks, int(own_part[-1]) + ahead + 1)
-            offset = torch.arange(start, stop, device=own.device) - own_part[:, None]
+        for query_part, own_part in zip(query.split(rows, dim=2), own.split(rows, dim=1)):
+            start = min(max(0, int(own_part.min()) - behind), layout.blocks - 1)
+            stop = max(start + 1, min(layout.blocks, int(own_part.max()) + ahead + 1))
+            offset = (torch.arange(start, stop, device=own.device) - own_part[..., None])[:, None]
             may = (offset >= -behind) & (offset <= ahead) & (offset != 0) & real[..., start:stop]
             scores = (query_part @ landmarks[:, :, start:stop].mT).masked_fill(~may, float("-inf"))
             best = scores.topk(min(self.num_blocks, stop - start), dim=-1)
@@ -73,7 +74,7 @@ class LandmarkAttention(Mechanism):
             call.dropout_p,
         )  # fmt: skip
         search = Search(1, 0, self.block_size, self.num_blocks, min_weight=0.0, far_field=False, cluster_keys=False)
-        return Retrieval(inputs, search)
+        return Retrieval(inputs, search, first_keys(call.keep))
 
     def _attend(self, call):
         return retrieval_by_operators(self._problem(call), choose=self._choose)[0]

@@ -129,6 +129,11 @@ def _check_form(config, encoding, is_cross: bool, is_causal: bool) -> None:
                 _check_nystrom_bias(config, spec.window_size)
         else:
             kind = MECHANISMS.get(mechanism)
+            if mechanism == "relative" and config.value_head_dim not in (None, config.head_dim):
+                raise ValueError(
+                    f"value_head_dim must be None or {config.head_dim}, the size of the embeddings that are added to "
+                    f"values, got {config.value_head_dim}"
+                )
             for name, value in options.items():
                 depths = {config.num_hidden_layers, getattr(config, "decoder_layers", config.num_hidden_layers)}
                 if isinstance(value, list | tuple) and depths != {len(value)}:
@@ -280,7 +285,10 @@ class DistAttnAttention(AttentionHeads):
 
     def __init__(self, config: DistAttnConfig, layer_idx: int, is_cross: bool = False):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        super().__init__(config.hidden_size, heads, layer_idx, config.attention_bias, key_value_heads=kv_heads)
+        super().__init__(
+            config.hidden_size, heads, layer_idx, config.attention_bias, key_value_heads=kv_heads,
+            value_head_dim=config.value_head_dim,
+        )  # fmt: skip
         self.config = config
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout

@@ -1,6 +1,53 @@
 """Register and look up things by name, with errors that list what exists."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import wraps
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Words of papers and other libraries for fields of specs; layers take them as they are (layers/names.py).
+_OTHER_WORDS = {
+    "distance_type": "metric", "distance": "metric", "lambda_param": "lam", "lambda_": "lam", "temperature": "lam",
+    "p_norm": "p", "use_learnable_lambda": "learnable_lambda", "epsilon": "softening", "eps": "softening",
+}  # fmt: skip
+
+
+# Registries by kind.
+_TABLES: dict[str, "Registry"] = {}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "did you mean a, b? " for the known names like `name`, or ""."""
+    matches = get_close_matches(str(name).lower(), list(known), n=3, cutoff=0.65)
+    return f"did you mean {', '.join(matches)}? " if matches else ""
+
+
+def warn_unless_known(kind: str, name: str) -> None:
+    """Warn of a name that no registry of `kind` has, if it has one like it; what is not imported yet knows no names."""
+    table = _TABLES.get(kind)
+    if table is not None and name not in table and (hint := nearest(name, table.names())):
+        logger.warning(f"{kind} {name!r} is not known (yet); {hint}")
+
+
+def with_known_fields(kind: type) -> type:
+    """Let a dataclass refuse keywords that are no fields with the nearest names (class decorator)."""
+    made, names = kind.__init__, [field.name for field in fields(kind)]
+
+    @wraps(made)
+    def __init__(self, *args, **given):
+        for name in given:
+            if name not in names:
+                own = _OTHER_WORDS.get(name)
+                hint = f"did you mean {own}? " if own in names else nearest(name, names)
+                raise ValueError(f"{kind.__name__} has no field {name!r}; {hint}its fields are {', '.join(names)}")
+        made(self, *args, **given)
+
+    kind.__init__ = __init__
+    return kind
 
 
 class Registry:
@@ -12,6 +59,7 @@ class Registry:
 
     def __init__(self, kind: str):
         self.kind = kind
+        _TABLES[kind] = self
         self._entries: dict[str, object] = {}
         self._aliases: dict[str, str] = {}
 
@@ -34,12 +82,17 @@ class Registry:
         key = name.lower()
         key = self._aliases.get(key, key)
         if key not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}; expected one of {self.describe()}")
+            hint = nearest(key, self.names())
+            raise ValueError(f"unknown {self.kind} {name!r}; {hint}expected one of {self.describe()}")
         return key
 
     def get(self, name: str):
         """Return the entry registered under `name` or an alias of it."""
         return self._entries[self.canonical(name)]
+
+    def names(self) -> list[str]:
+        """Return all names, aliases among them."""
+        return [*self._entries, *self._aliases]
 
     def describe(self) -> str:
         """Return the names with their aliases, for error messages and help texts."""

@@ -11,6 +11,7 @@ from .kernel_cpp_library import (
     FLOATS,
     KINDS,
     fields,
+    kernel_listeners,
     kind_of,
     padded_rows,
     readable,
@@ -33,7 +34,7 @@ _NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups
 class _Retrieve(ctypes.Structure):
     _fields_ = fields(
         "q coef soft mean scale off step far_key far_bias far_value k v code real keep whole order first budget o "
-        "panels",
+        "panels read",
         f"{_NUMBERS} units levels candidates",
         {"k_stride": 3, "v_stride": 3},
         "p least",
@@ -118,6 +119,8 @@ def cpp_retrieval(x) -> Tensor:
     tensors["keep"] = None if inputs.keep is None else inputs.keep[:, 0, 0].expand(batch, num_keys).contiguous()
     tensors["first"] = torch.zeros(batch, dtype=torch.long) if x.first is None else x.first.expand(batch).contiguous()
     tensors["budget"] = search.budget(key_heads).clamp(max=blocks)
+    if kernel_listeners:
+        tensors["read"] = torch.zeros(batch, key_heads, num_queries, dtype=torch.long, device="cpu")
     run_kernel(
         SOURCE, "retrieval_forward", data, q=rows, coef=coef.contiguous(), k=key, v=value, o=output, panels=panels,
         **tensors,

@@ -1,4 +1,4 @@
-"""Turn text data into data sets and a collator for `Trainer` or a plain training loop."""
+"""Turn text, pictures and sound into data sets and a collator for `Trainer` or a plain training loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .batches import length_for
 from .config import is_integer
+from .features import collate_features, feature_rows
 from .rows import (
     LABEL_COLUMNS,
     SOURCE_COLUMNS,
@@ -125,7 +126,7 @@ class DataArguments:
 
 @dataclass
 class TaskData:
-    """Rows of token ids and the collator that batches them.
+    """Rows of token ids (or of pictures, or sound) and the collator that batches them.
 
     train, evaluation: `Dataset`, or `IterableDataset` when streaming; evaluation is None if there is no such data.
     collator: list of rows -> dict of tensors (B, N); rows of the evaluation set go through the same one.
@@ -139,7 +140,7 @@ class TaskData:
 
 
 def build_data(
-    arguments: DataArguments, task: str, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+    arguments: DataArguments, task: str, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig
 ) -> TaskData:
     """Build training and evaluation rows of `task` for a model of `model_config`, and their collator.
 
@@ -154,6 +155,8 @@ def build_data(
     sequence-classification: "labels" (B,) from integers or names; floats for a model with num_labels=1.
     token-classification: "labels" (B, N): a word's label at its first piece, -100 elsewhere.
     embedding: one text per row, no labels.
+    image-classification, audio-classification, speech-recognition: see `features.feature_rows`; `tokenizer` is a
+    processor of transformers there, None where the rows hold the model's own inputs.
 
     Empty texts are left out. Rows keep the order of the data, also when streaming. A missing padding token
     becomes the end token for causal-lm (the tokenizer is changed, with a warning).
@@ -164,6 +167,11 @@ def build_data(
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if TASKS[task].inputs != "text":
+        job = Job(arguments, task, tokenizer, model_config, arguments.max_length)
+        splits = zip(("train_data", "eval_data"), find_data(arguments))
+        rows = [None if data is None else feature_rows(job, data, name) for name, data in splits]
+        return TaskData(*rows, collate_features, job.label_names)
     if tokenizer is None:
         raise ValueError("tokenizer must be given: the data is text, got None")
     _check_model(task, model_config)

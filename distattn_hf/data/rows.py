@@ -50,14 +50,15 @@ class Job:
 # Columns
 
 
-def _first(dataset, argument: str, arguments, why: str = "") -> dict:
+def first_row(dataset, argument: str, arguments, why: str = "") -> dict:
+    """Return the first row of a data set; raises `ValueError`, which calls it `argument`, if it holds none."""
     row = next(iter(dataset), None)
     if row is None:
         raise ValueError(f"{argument} {str(getattr(arguments, argument) or arguments.train_data)!r} holds no rows{why}")
     return row
 
 
-def _column(first: dict, argument: str, given: str | None, names: tuple[str, ...]) -> str:
+def column_of(first: dict, argument: str, given: str | None, names: tuple[str, ...]) -> str:
     """Return the column `given`, or the first of `names` that the data has; raises `ValueError` if absent."""
     for name in (given,) if given is not None else names:
         if name in first:
@@ -72,15 +73,15 @@ def _text_column(dataset, first: dict, given: str | None) -> str:
         strings = [n for n in first if getattr(types.get(n), "dtype", None) in ("string", "large_string")]
         strings = strings or [name for name, value in first.items() if isinstance(value, str)]
         given = strings[0] if len(strings) == 1 else None
-    return _column(first, "text_column", given, ("text",))
+    return column_of(first, "text_column", given, ("text",))
 
 
 def _without_empty(job: Job, dataset, columns: list[str], argument: str):
     """Return the rows whose columns all hold text (or a list of words)."""
     filtered = dataset.filter(
-        _holds_text, fn_kwargs={"columns": columns}, batched=True, input_columns=columns, **_workers(job, dataset)
+        _holds_text, fn_kwargs={"columns": columns}, batched=True, input_columns=columns, **workers_of(job, dataset)
     )
-    _first(filtered, argument, job.arguments, f" with anything in {', '.join(columns)}")
+    first_row(filtered, argument, job.arguments, f" with anything in {', '.join(columns)}")
     if isinstance(filtered, Dataset) and len(filtered) < len(dataset):
         logger.warning(f"{argument}: {len(dataset) - len(filtered)} rows without anything in {columns} are left out.")
     return filtered
@@ -94,7 +95,8 @@ def _holds_text(*values: list, columns: list[str]) -> list[bool]:
     return [all(v.strip() if isinstance(v, str) else v for v in row) for row in zip(*values, strict=True)]
 
 
-def _workers(job: Job, dataset) -> dict[str, Any]:
+def workers_of(job: Job, dataset) -> dict[str, Any]:
+    """Return the options of `map` and `filter` that say how many processes work, which streams do not take."""
     return {"num_proc": job.arguments.num_proc} if isinstance(dataset, Dataset) else {}
 
 
@@ -104,7 +106,7 @@ def _workers(job: Job, dataset) -> dict[str, Any]:
 def rows_for(job: Job, dataset, argument: str, limit: int | None):
     """Return the data set of token ids for one split."""
     arguments = job.arguments
-    first = _first(dataset, argument, arguments)
+    first = first_row(dataset, argument, arguments)
     training = argument == "train_data"
     function, columns, options = _READERS[job.task](job, dataset, first, training)
     options |= {"tokenizer": job.tokenizer, "max_length": job.max_length}
@@ -128,7 +130,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
     if packing and limit is not None and arguments.num_proc is None and kind is Dataset:
         # Lazily, so that no more is tokenised than the rows need.
         dataset = dataset.to_iterable_dataset()
-    workers = _workers(job, dataset)
+    workers = workers_of(job, dataset)
     rows = dataset.map(function, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers)
     if packing:
         return packed(kind, rows, job.max_length, argument, limit, start)
@@ -139,7 +141,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
             _mask_row,
             with_indices=True,
             fn_kwargs={"collator": collator, "seed": arguments.seed},
-            **_workers(job, rows),
+            **workers_of(job, rows),
         )
     return rows
 
@@ -159,18 +161,18 @@ def _read_documents(job: Job, dataset, first: dict, training: bool):
 
 def _read_labelled(job: Job, dataset, first: dict, training: bool):
     _, columns, options = _read_texts(job, dataset, first, training)
-    label_column = _column(first, "label_column", job.arguments.label_column, LABEL_COLUMNS)
-    return _tokenise_labelled, columns, {**options, **_label_options(job, dataset, label_column, training)}
+    label_column = column_of(first, "label_column", job.arguments.label_column, LABEL_COLUMNS)
+    return _tokenise_labelled, columns, {**options, **label_options(job, dataset, label_column, training)}
 
 
 def _read_words(job: Job, dataset, first: dict, training: bool):
-    column = _column(first, "text_column", job.arguments.text_column, WORD_COLUMNS)
-    label_column = _column(first, "label_column", job.arguments.label_column, WORD_LABEL_COLUMNS)
+    column = column_of(first, "text_column", job.arguments.text_column, WORD_COLUMNS)
+    label_column = column_of(first, "label_column", job.arguments.label_column, WORD_LABEL_COLUMNS)
     if not getattr(job.tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer must be a fast one for task {job.task!r} (it aligns words), got {type(job.tokenizer).__name__}"
         )
-    return _tokenise_words, [column], {"column": column, **_label_options(job, dataset, label_column, training)}
+    return _tokenise_words, [column], {"column": column, **label_options(job, dataset, label_column, training)}
 
 
 def _read_pairs(job: Job, dataset, first: dict, training: bool):
@@ -193,8 +195,8 @@ _READERS = {
 def pair_columns(first: dict, arguments) -> list[str]:
     """Return the source and target columns of sequence-to-sequence data."""
     return [
-        _column(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
-        _column(first, "target_column", arguments.target_column, TARGET_COLUMNS),
+        column_of(first, "source_column", arguments.source_column, SOURCE_COLUMNS),
+        column_of(first, "target_column", arguments.target_column, TARGET_COLUMNS),
     ]
 
 
@@ -209,7 +211,7 @@ def _tokenise_pairs(batch, *, tokenizer, columns, max_length):
 
 def _tokenise_labelled(batch, *, tokenizer, column, max_length, label_column, ids, num_labels):
     rows = _tokenise_texts(batch, tokenizer=tokenizer, column=column, max_length=max_length)
-    rows["labels"] = [_label(value, label_column, ids, num_labels) for value in batch[label_column]]
+    rows["labels"] = [label_of(value, label_column, ids, num_labels) for value in batch[label_column]]
     return rows
 
 
@@ -224,7 +226,9 @@ def _tokenise_words(batch, *, tokenizer, column, max_length, label_column, ids, 
                 f"{label_column!r} must have one label for each word of {column!r}, got {len(values)} for {len(words)} "
                 f"words: {list(words)[:8]}"
             )
-        word_labels = [value if value == IGNORED else _label(value, label_column, ids, num_labels) for value in values]
+        word_labels = [
+            value if value == IGNORED else label_of(value, label_column, ids, num_labels) for value in values
+        ]
         word_ids = rows.word_ids(index)
         starts = (word is not None and word != previous for previous, word in zip([None, *word_ids], word_ids))
         labels.append([word_labels[word] if start else IGNORED for start, word in zip(starts, word_ids, strict=True)])
@@ -241,7 +245,7 @@ def _mask_row(row: dict, index: int, *, collator: "_MaskingCollator", seed: int)
 # Labels
 
 
-def _label_options(job: Job, dataset, column: str, training: bool) -> dict[str, Any]:
+def label_options(job: Job, dataset, column: str, training: bool) -> dict[str, Any]:
     """Return {"label_column", "ids", "num_labels"}; "ids" maps this data set's values to ids, None if they are ids."""
     num_labels = job.model_config.num_labels
     feature = (dataset.features or {}).get(column)
@@ -288,7 +292,8 @@ def _names_in(dataset: Dataset, column: str) -> list[str]:
     return sorted(name for name in label_names if name is not None)
 
 
-def _label(value, column: str, ids: dict | None, num_labels: int):
+def label_of(value, column: str, ids: dict | None, num_labels: int):
+    """Return the id of a label (a float for num_labels=1); raises `ValueError` for one that is no class."""
     if ids is not None:
         if value not in ids:
             raise ValueError(f"label_column {column!r} must hold one of {', '.join(map(str, ids))}, got {value!r}")
@@ -333,7 +338,7 @@ def collator_for(job: Job):
 
 def training_texts(dataset, arguments, task: str) -> Iterator[str]:
     """Yield the training texts, for a tokenizer to learn from: both columns of sequence-to-sequence data."""
-    first = _first(dataset, "train_data", arguments)
+    first = first_row(dataset, "train_data", arguments)
     pairs = task == "seq2seq"
     columns = pair_columns(first, arguments) if pairs else [_text_column(dataset, first, arguments.text_column)]
     return (row[name] for row in dataset for name in columns if isinstance(row[name], str) and row[name].strip())

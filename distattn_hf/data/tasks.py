@@ -16,6 +16,7 @@ class Task:
         pipeline_tag: the Hub's name of the task; None if it has none.
         shifted: whether logits at i predict the label at i + 1.
         reads_text: whether plain text alone is enough to score a model.
+        inputs: what a row holds beside labels: "text", "image" or "sound" (see `features`).
     """
 
     name: str
@@ -25,11 +26,12 @@ class Task:
     pipeline_tag: str | None
     shifted: bool = False
     reads_text: bool = True
+    inputs: str = "text"
 
     @property
     def is_language_model(self) -> bool:
         """Whether a model can learn the task from text without labels, as in `distattn train`."""
-        return self.metric == "perplexity"
+        return self.metric == "perplexity" and self.inputs == "text"
 
     def covers(self, model) -> bool:
         """Return whether `model` has this head: transformers' own, converted, or registered with the Auto class."""
@@ -53,6 +55,13 @@ TASKS = {
         Task("causal-lm", "AutoModelForCausalLM", "perplexity", False, "text-generation", shifted=True),
         Task("seq2seq", "AutoModelForSeq2SeqLM", "perplexity", False, None),
         Task("masked-lm", "AutoModelForMaskedLM", "perplexity", False, "fill-mask"),
+        # Before sequence classification, as which some models of sound are named.
+        Task("audio-classification", "AutoModelForAudioClassification", "accuracy", True, "audio-classification",
+             reads_text=False, inputs="sound"),
+        Task("image-classification", "AutoModelForImageClassification", "accuracy", True, "image-classification",
+             reads_text=False, inputs="image"),
+        Task("speech-recognition", "AutoModelForSpeechSeq2Seq", "perplexity", False, "automatic-speech-recognition",
+             reads_text=False, inputs="sound"),
         Task("sequence-classification", "AutoModelForSequenceClassification", "accuracy", True, "text-classification",
              reads_text=False),
         Task("token-classification", "AutoModelForTokenClassification", "accuracy", True, "token-classification",

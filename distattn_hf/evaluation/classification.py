@@ -1,4 +1,4 @@
-"""Score classification heads on data with labels."""
+"""Score heads for classes, and for transcripts of speech, on data with labels."""
 
 from dataclasses import replace
 
@@ -6,26 +6,36 @@ from ..data.datasets import DataArguments, TaskData, build_data
 from ..data.tasks import task_of
 from .score import score_model
 
-_KINDS = ("sequence-classification", "token-classification")
+# Of the command's tasks the heads that each can score.
+KINDS = {
+    "classification": (
+        "sequence-classification", "token-classification", "image-classification", "audio-classification",
+    ),
+    "speech": ("speech-recognition",),
+}  # fmt: skip
 
 
-def evaluate_labels(models: dict, arguments: DataArguments, *, progress: bool = False) -> dict[str, dict[str, float]]:
-    """Return {name: {"loss", "accuracy", "f1" (macro), "texts"}} of models {name: (model, tokenizer)} with such heads.
+def evaluate_labels(
+    models: dict, arguments: DataArguments, *, task: str = "classification", progress: bool = False
+) -> dict[str, dict[str, float]]:
+    """Return {name: scores} of models {name: (model, tokenizer or processor)} with a head of `KINDS[task]`.
 
-    arguments: train_data is what they are scored on, with its columns (see `DataArguments`). Of token classification
-    each word counts at its first piece.
+    "classification": "loss", "accuracy", "f1" (macro); of token classification each word counts at its first piece.
+    "speech": "loss" and "perplexity" of each transcript's tokens given the sound and those before, and "accuracy". Both
+    with the number of "texts" (rows). arguments: train_data is what they are scored on, with its columns (see
+    `DataArguments`; of pictures and sound `features.feature_rows`).
 
     Raises `ValueError`, before any model is run, for another head or several kinds of them, a regression head, labels
     that are no class of the model, names where the model's classes have none, and as `build_data`.
     """
     kinds = {name: task_of(model) for name, (model, _) in models.items()}
     for name, kind in kinds.items():
-        if kind not in _KINDS:
+        if kind not in KINDS[task]:
             raise ValueError(
-                f"task 'classification' needs a head of {' or '.join(_KINDS)}, and {name!r} is "
+                f"task {task!r} needs one of the heads {', '.join(KINDS[task])}, and {name!r} is "
                 f"{type(models[name][0]).__name__} ({kind})"
             )
-        if models[name][0].config.num_labels == 1:
+        if task == "classification" and models[name][0].config.num_labels == 1:
             raise ValueError(f"{name!r} has a regression head (num_labels=1), which has no accuracy")
     if len(set(kinds.values())) > 1:
         raise ValueError(f"the models have different heads: {kinds}")

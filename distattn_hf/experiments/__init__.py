@@ -4,6 +4,7 @@
 EXPERIMENTS = (
     "compute",
     "conversion_quality",
+    "digits",
     "distances",
     "lipschitz",
     "long_context",
@@ -11,6 +12,7 @@ EXPERIMENTS = (
     "native_decoding",
     "nystrom_quality",
     "patterns",
+    "quantised",
     "sinks_and_caps",
     "training",
 )  # fmt: skip

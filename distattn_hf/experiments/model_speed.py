@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..benchmark.measure import only_errors, spread
 from ..conversion.calibrate import CalibrationOptions
@@ -26,6 +27,7 @@ from .run_experiment import run_experiment
 
 ATTENTIONS = ("sqeuclidean", "l2", "cosine", "l1")
 JOBS = ("prefill", "step", "generate")
+RANDOM = "random"
 
 
 def model_speed(models: dict, ids: torch.Tensor, options: "Options") -> dict[str, dict[str, list[float]]]:
@@ -64,7 +66,8 @@ def _timed(run) -> tuple:
 
 @dataclass(frozen=True)
 class Options:
-    """checkpoint: a causal model, "untouched". attentions: "retrieval", or metrics of its conversions, lp with p = 3;
+    """checkpoint: a causal model, "untouched"; "random": a small Llama with random weights, to see it run.
+    attentions: "retrieval", or metrics of its conversions, lp with p = 3;
     two steps fit them, as speed does not depend on how good a fit is. data: what is read, which decides what retrieval
     reads; None for random tokens. prefill_tokens: of a text that is read, which leaves room for the new ones.
     prompt_tokens, new_tokens: of one that is gone on with. rounds: in which each model runs once, in random order.
@@ -86,12 +89,15 @@ class Options:
             raise ValueError(f"prompt_tokens must be at most prefill_tokens, got {self.prompt_tokens}")
         for name in self.attentions:
             _spec(name)
+        if self.checkpoint == RANDOM and self.data is not None:
+            raise ValueError(f"data must be None with checkpoint={RANDOM!r}, which reads no text, got {self.data!r}")
         if len(set(self.attentions)) < len(self.attentions):
             raise ValueError(f"attentions must be different ones, got {', '.join(self.attentions)}")
 
 
 QUICK = {
-    "attentions": ("l2", "retrieval"), "prefill_tokens": 64, "prompt_tokens": 32, "new_tokens": 2, "rounds": 1
+    "checkpoint": RANDOM, "attentions": ("l2", "retrieval"), "prefill_tokens": 64, "prompt_tokens": 32,
+    "new_tokens": 2, "rounds": 1,
 }  # fmt: skip
 
 
@@ -99,6 +105,15 @@ def _spec(name: str) -> AttentionSpec:
     if name == "retrieval":
         return AttentionSpec(mechanism="retrieval")
     return AttentionSpec(name, p=3.0 if name == "lp" else None)
+
+
+def _random_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def _ids(options: Options, tokenizer, vocabulary: int) -> torch.Tensor:
@@ -120,7 +135,12 @@ def run(options: Options, results) -> None:
 
     @cache
     def times():
-        teacher, tokenizer = load_checkpoint(options.checkpoint)
+        text = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
+        if options.checkpoint == RANDOM:
+            teacher, tokenizer = _random_model(), None
+            text = [{"input_ids": torch.randint(256, (4, 128), generator=torch.Generator().manual_seed(1))}]
+        else:
+            teacher, tokenizer = load_checkpoint(options.checkpoint)
         most, needed = max_positions(teacher.config), options.prefill_tokens + options.new_tokens
         if most is not None and needed > most:
             raise ValueError(
@@ -129,7 +149,6 @@ def run(options: Options, results) -> None:
             )
         models = {"untouched": teacher.eval()}
         fit = CalibrationOptions(steps=2, sequences=2, progress=False)
-        text = ["The quick brown fox jumps over the lazy dog. " * 20] * 4
         for name in options.attentions:
             fitted = {} if name == "retrieval" else {"calibration": text, "tokenizer": tokenizer, "options": fit}
             models[name] = convert(teacher, _spec(name), **fitted).eval()

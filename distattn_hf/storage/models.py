@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoProcessor,
     AutoTokenizer,
     BertTokenizerFast,
     GPT2LMHeadModel,
@@ -23,6 +24,7 @@ from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source
 
 # Of any kind of tokenizer; a kind has others beside.
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _QUANTISED = (
     "weight {name!r} is quantised ({kind}): load the model in floating point before {doing}. A quantised converted "
     "model comes the other way round: convert, save_pretrained, then from_pretrained(folder, quantization_config=...) "
@@ -87,6 +89,14 @@ def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
     # bytes need no files.
     names = set(tokenizer.vocab_files_names.values())
     return tokenizer if not names or any(_has(source, name) for name in _TOKENIZER_FILES | names) else None
+
+
+def load_processor(source: str | Path):
+    """Return the processor of a model of pictures or sound (an image processor or feature extractor where there is no
+    other); None where the checkpoint has no files of one."""
+    if str(source) in EMBEDDED or not any(_has(source, name) for name in _PROCESSOR_FILES):
+        return None
+    return AutoProcessor.from_pretrained(source)
 
 
 def _has(source, name: str) -> bool:

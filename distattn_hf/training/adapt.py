@@ -6,9 +6,9 @@ from dataclasses import fields
 from accelerate import PartialState
 
 from ..data.datasets import build_data, check_tokenizers, row_length
-from ..data.tasks import task_of
+from ..data.tasks import TASKS, task_of
 from ..evaluation.scorecard import Examiner, Scorecard, evaluation_pairs, passkey_questions
-from ..storage.models import load_checkpoint
+from ..storage.models import load_checkpoint, load_processor
 from ..storage.pooling import read_pooling
 from ..storage.runs import TRAINER_STATE, RunFolder, finished, spent_on
 from .arguments import FINETUNED, AdaptationConfig, StageOptions
@@ -65,13 +65,12 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     calibrated = part_paths["calibrated"]
     if state.is_main_process and "calibrated" not in finished_parts:
         if model.student is None:
-            fits = model.init == "calibrated" and not training.disable_tqdm
-            progress_note = "the fit shows its progress" if fits else "no training yet"
-            say(f"conversion begins: {model.teacher} -> {calibrated}; {progress_note}")
+            say(f"conversion begins: {model.teacher} -> {calibrated}; {_fit_note(config)}")
         run.save(first_student(config, teacher, tokenizer, data), tokenizer, calibrated)
     state.wait_for_everyone()
     options = {stage: config.adaptation.options_for(stage) for stage in stages}
-    length = row_length(config.data, tokenizer, teacher.config)
+    reads_text = TASKS[task].inputs == "text"
+    length = row_length(config.data, tokenizer, teacher.config) if reads_text else config.data.max_length
     check_stages(load_checkpoint(calibrated)[0], teacher, task, options, length)
 
     # The rows of the scorecard that need no training.
@@ -83,7 +82,8 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     if "plain" in controls and model.specs is None:
         raise ValueError("control 'plain' needs spec: a given student says nothing about a swap")
     if examiner.missing(["teacher", "calibrated"]):
-        say("scoring the teacher and the student as it was converted, on the evaluation data")
+        rows = f"{len(pairs):,} pairs (max_pairs)" if pairs else "the evaluation data (max_eval_samples)"
+        say(f"scoring the teacher and the student as it was converted, on {rows}; then each stage's student")
     if examiner.missing(["teacher"]):
         examiner.record("teacher", teacher)
     if controls or examiner.missing(["calibrated"]):
@@ -119,18 +119,32 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     return card
 
 
+def _fit_note(config: AdaptationConfig) -> str:
+    """Say how long the conversion's fit is and which fields shorten it: max_steps is of the stages alone."""
+    model = config.model
+    if model.init != "calibrated":
+        return "no training yet"
+    length = f"{model.calibration_steps or '100 (maps: 200)'} steps a layer (calibration_steps)"
+    tokens = f"{model.calibration_tokens or '8,192 (Nyström: 16,384)'} tokens (calibration_tokens)"
+    return f"its fit takes {length} on {tokens}, whatever max_steps is"
+
+
 def load_inputs(config: AdaptationConfig) -> tuple:
-    """Load (teacher, tokenizer, task, data); raises `ValueError` where they do not fit together."""
+    """Load (teacher, tokenizer or processor, task, data); raises `ValueError` where they do not fit together."""
     model = config.model
     teacher, tokenizer = load_checkpoint(model.teacher)
-    if tokenizer is None:
-        raise ValueError(f"teacher {model.teacher!r} has no tokenizer files, so it cannot read text")
     task = task_of(teacher)
+    reads_text = TASKS[task].inputs == "text"
+    if not reads_text:
+        tokenizer = load_processor(model.teacher)
+    elif tokenizer is None:
+        raise ValueError(f"teacher {model.teacher!r} has no tokenizer files, so it cannot read text")
     if model.task not in (None, task):
         raise ValueError(f"task {model.task!r} needs another head than {type(teacher).__name__} ({task})")
     if task == "embedding" and (config.adaptation.teacher_finetuned or "task" in config.adaptation.stages):
         raise ValueError(f"{model.teacher!r} has no loss of its own: leave out stage 'task' and teacher_finetuned")
-    check_tokenizers(teacher, tokenizer)
+    if reads_text:
+        check_tokenizers(teacher, tokenizer)
     return teacher, tokenizer, task, build_data(config.data, task, tokenizer, teacher.config)
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.datasets import TaskData, check_data
+from ..data.tasks import TASKS
 from ..storage.runs import RunFolder, check_space, last_checkpoint
 from .annealing import AnnealingCallback
 from .stages import Stage, attention_means
@@ -214,6 +215,10 @@ def _duration(seconds: float) -> str:
 def train_stage(stage: Stage, arguments, data: TaskData, tokenizer, run: RunFolder, before, say) -> None:
     """Train one stage from the checkpoint `before`, or resume its own last one, and save the trained student."""
     set_seed(arguments.seed)
+    reads_text = TASKS[stage.task].inputs == "text"
+    if not reads_text:
+        # It would count numbers of pictures.
+        arguments.include_num_input_tokens_seen = "no"
     trainer = AdaptationTrainer(
         stage,
         arguments,
@@ -227,7 +232,8 @@ def train_stage(stage: Stage, arguments, data: TaskData, tokenizer, run: RunFold
     trainer.announce(say, before)
     trainer.train(resume_from_checkpoint=True)
     if trainer.is_world_process_zero():
-        spent = {"tokens": int(trainer.state.num_input_tokens_seen), "seconds": round(trainer.seconds, 1)}
+        spent = {"seconds": round(trainer.seconds, 1)}
+        spent |= {"tokens": int(trainer.state.num_input_tokens_seen)} if reads_text else {}
         spent["trained_parameters"] = trained
         final = Path(arguments.output_dir) / "final"
         run.save(stage.finish(), tokenizer, final, spent=spent, before=Path(before))

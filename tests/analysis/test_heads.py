@@ -101,13 +101,13 @@ def test_a_model_without_attention_says_so():
 
 def native(**options):
     from distattn_hf.core.configuration_native import DistAttnConfig
-    from distattn_hf.core.modeling_distattn import DistAttnForCausalLM
+    from distattn_hf.core.modeling_distattn import DistAttnForCausalLM, DistAttnForMaskedLM
 
     config = DistAttnConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=64, intermediate_size=16,
-        max_position_embeddings=32, is_decoder=True, pad_token_id=0, initializer_range=0.5, **options,
+        max_position_embeddings=32, pad_token_id=0, initializer_range=0.5, **{"is_decoder": True, **options},
     )  # fmt: skip
-    return DistAttnForCausalLM(config).eval()
+    return (DistAttnForCausalLM if config.is_decoder else DistAttnForMaskedLM)(config).eval()
 
 
 @pytest.mark.parametrize("mechanism", ["dot", "l2"])
@@ -128,10 +128,17 @@ def test_native_mechanisms_give_their_own_maps():
     model = native(mechanism="performer")
     batch = token_batch(model, length=9)
     found = measure(model, [batch])
-    assert found.modules == ["attentions.0", "attentions.1"]
+    assert found.modules == ["layers.0.self_attn", "layers.1.self_attn"]
     assert [head.rows for head in found.heads] == [16] * 4
-    with pytest.raises(ValueError, match="no attention weights available"):
-        replaced_heads(model, {0: [0]}).__enter__()
+    maps = model(**batch, output_attentions=True).attentions
+    for call, expected in zip(capture(model, batch).values(), maps, strict=True):
+        assert_close(call.full().detach(), expected.detach(), "equal")
+
+
+def test_a_mechanism_whose_numbers_are_no_weights_says_so():
+    model = native(mechanism="linformer", is_decoder=False, mechanism_options={"rank": 4})
+    with pytest.raises(ValueError, match="mechanism 'linformer' gives negative numbers, which are no weights"):
+        measure(model, [token_batch(model, length=9)])
 
 
 def test_maps_of_negative_numbers_are_refused(monkeypatch):

@@ -43,8 +43,33 @@ def test_spec_json_round_trip_and_unknown_field():
     spec = AttentionSpec("lp", p=3, layers="0-5", heads=[2, 0], lam=1.5, transform="maps")
     assert AttentionSpec.from_dict(spec.to_dict()) == spec
     assert AttentionSpec(heads="0-2,5") == AttentionSpec(heads=[0, 1, 2, 5])
-    with pytest.raises(ValueError, match="unknown AttentionSpec field 'metrik'; expected one of metric"):
+    with pytest.raises(ValueError, match=r"AttentionSpec has no field 'metrik'; did you mean metric\? its fields are"):
         AttentionSpec.from_dict({"metrik": "l2"})
+
+
+@pytest.mark.parametrize(
+    ("word", "own"),
+    [("distance_type", "metric"), ("lambda_param", "lam"), ("windowsize", "window_size"), ("eps", "softening")],
+)
+def test_other_words_name_the_field(word, own):
+    with pytest.raises(ValueError, match=rf"AttentionSpec has no field '{word}'; did you mean {own}\?"):
+        AttentionSpec(**{word: 1})
+    with pytest.raises(ValueError, match=r"has no field 'quux'; its fields are metric, mechanism, p"):
+        AttentionSpec(quux=1)
+
+
+def test_a_misspelt_metric_is_warned_of_at_once_and_one_to_be_registered_is_not(caplog, monkeypatch):
+    from distattn_hf.core import registry
+
+    said = []
+    monkeypatch.setattr(registry.logger, "warning", said.append)
+    assert AttentionSpec("euclidian").metric == "euclidian"
+    assert said == ["metric 'euclidian' is not known (yet); did you mean euclidean, sqeuclidean? "]
+    for name in ("L2", "manhattan", "my_own"):
+        AttentionSpec(name)
+    assert len(said) == 1
+    with pytest.raises(ValueError, match=r"unknown metric 'euclidian'; did you mean euclidean, .*\? expected one of"):
+        convert(gpt2(), "euclidian", init="plain")
 
 
 @pytest.mark.parametrize(

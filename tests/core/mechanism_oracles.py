@@ -148,15 +148,18 @@ def _bigbird(row):
 
 def _landmark(row):
     m = row.module
-    size, mine, scores = m.block_size, row.place // m.block_size, {}
-    for block in range(-(-len(row.keys) // size)):
-        real = [j for j in range(block * size, min((block + 1) * size, len(row.keys))) if row.keep[j]]
+    # Blocks are counted from the first real key.
+    first = next((j for j in range(len(row.keys)) if row.keep[j]), 0)
+    size, mine, scores = m.block_size, (row.place - first) // m.block_size, {}
+    for block in range(-(-(len(row.keys) - first) // size)):
+        start = first + block * size
+        real = [j for j in range(start, min(start + size, len(row.keys))) if row.keep[j]]
         apart = mine - block
         reach = m.num_candidates if row.is_causal else m.num_candidates // 2
         if real and apart != 0 and abs(apart) <= reach and (apart > 0 or not row.is_causal):
             scores[block] = (sum(row.keys[j] for j in real) / len(real) @ row.query).item()
     best = sorted(scores, key=scores.get, reverse=True)[: m.num_blocks]
-    return row.softmax([j for j in row.open_keys if j // size in [*best, mine]])
+    return row.softmax([j for j in row.open_keys if (j - first) // size in [*best, mine]])
 
 
 def _relative(row):

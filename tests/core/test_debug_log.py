@@ -14,7 +14,7 @@ from tests.native.choices import make_model
 @pytest.fixture
 def said(caplog, monkeypatch):
     """What the package logs at DEBUG, as `logging.basicConfig(level=logging.DEBUG)` would print it."""
-    monkeypatch.setattr(inputs, "_said", set())
+    monkeypatch.setattr(inputs, "_said", {})
     caplog.set_level(logging.DEBUG)
     return lambda: [r.getMessage() for r in caplog.records if r.name.startswith("distattn_hf.core.inputs")]
 
@@ -54,3 +54,12 @@ def test_a_compiled_graph_stays_one(said):
     tensors = torch.randn(3, 1, 2, 5, 8)
     compiled = torch.compile(lambda q, k, v: distance_attention(q, k, v, metric="l2"), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*tensors), distance_attention(*tensors, metric="l2"))
+
+
+def test_what_was_said_is_forgotten_in_the_end(said, monkeypatch):
+    monkeypatch.setattr(inputs, "_MOST_SAID", 3)
+    x = torch.randn(1, 1, 8, 4)
+    for length in (4, 5, 6, 7, 4):
+        distance_attention(x, x[:, :, :length], x[:, :, :length], metric="cosine")
+    assert len(inputs._said) == 3
+    assert len(said()) == 5, "the first was forgotten, and is said again"

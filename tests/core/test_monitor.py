@@ -49,7 +49,7 @@ def test_calls_time_and_memory():
     assert stats["seconds_per_call"] == stats["seconds"] / 3
     # Linux says how much memory rose; allocators take up to a few MB more or have some left from before.
     assert stats["peak_bytes"] is None or 0 <= stats["peak_bytes"] < 100_000_000
-    assert set(stats) == {"calls", "seconds", "seconds_per_call", "peak_bytes", "tokens", "tokens_per_second"}
+    assert set(stats) == {"calls", "seconds", "seconds_per_call", "peak_bytes", "tokens", "tokens_per_second", "flops"}
     assert (stats["tokens"], stats["tokens_per_second"]) == (0, None)
     assert module.asked == [False] * 3
     monitor.reset()

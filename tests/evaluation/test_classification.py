@@ -78,7 +78,7 @@ def test_tokens_count_at_the_first_piece_of_a_word(tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (gpt2, "needs a head of sequence-classification or token-classification, and 'm' is GPT2LMHeadModel"),
+        (gpt2, "needs one of the heads sequence-classification, .*, and 'm' is GPT2LMHeadModel"),
         (lambda: bert(BertForSequenceClassification, num_labels=1), "'m' has a regression head"),
         (lambda: bert(BertForSequenceClassification, num_labels=3),
          r"labels are names \(bad, good\), and the model calls its classes LABEL_0, LABEL_1, LABEL_2: give labels as"),

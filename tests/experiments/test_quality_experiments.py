@@ -4,10 +4,14 @@ import math
 import sys
 
 import pytest
+import torch
 
+from distattn_hf.data.packing import pack
+from distattn_hf.data.sources import read_texts
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
-from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality
+from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality, quantised
 from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
+from distattn_hf.storage.models import load_checkpoint
 from tests.fixtures.load import GPT2_ENGLISH, gpt2_english
 
 
@@ -50,6 +54,46 @@ def test_nystrom_quality(tmp_path, monkeypatch):
     assert rows[3]["nystrom_heads"] < rows[2]["nystrom_heads"]
     assert abs(limited - teacher) < abs(whole - teacher)
     assert len(fits) == 1
+
+
+def test_model_speed_to_see_it_run_needs_no_checkpoint(tmp_path):
+    rows = run_experiment("model_speed", tmp_path, quick=True, echo=lambda line: None).rows
+    assert [row["attention"] for row in rows] == 3 * ["untouched", "l2", "retrieval"]
+    assert all(row["seconds"] > 0 for row in rows)
+    with pytest.raises(ValueError, match="data must be None with checkpoint='random'"):
+        read_options(load_experiment("model_speed"), None, ["data=news"], quick=True)
+
+
+def test_quantised(tmp_path, monkeypatch):
+    given = [f"checkpoint={GPT2_ENGLISH}", "data=README.md", "attentions=untouched,exact,retrieval"]
+    rows = run_experiment("quantised", tmp_path, given, quick=True, echo=lambda line: None).rows
+    teacher, tokenizer, _ = gpt2_english()
+    ids = pack(tokenizer, read_texts("README.md", split="test"), 36, 36)[0][:1]
+    with torch.no_grad():
+        logits = teacher(ids).logits[0, 31:-1]
+    expected = float(torch.nn.functional.cross_entropy(logits, ids[0, 32:]).exp())
+    for row in rows:
+        assert row["perplexity"] == pytest.approx(expected, rel=1e-3), "it reads most of the keys"
+        assert row["weight_bytes"] == 4 * sum(p.numel() for p in teacher.parameters())
+        heads = 2 * teacher.config.n_layer * teacher.config.n_embd
+        assert row["cache_bytes"] == 4 * 35 * heads
+    with pytest.raises(ValueError, match="has no linear layers of PyTorch whose weights could have 8 bits"):
+        run_experiment("quantised", tmp_path / "gpt2", [*given, "parts=weights"], quick=True)
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="parts: 'cache' needs hqq; run: pip install"):
+        run_experiment("quantised", tmp_path / "none", [*given, "parts=cache"], quick=True)
+
+
+def test_digits(tmp_path):
+    """The whole chain: a ViT trained here, converted, adapted and scored by `adapt`."""
+    rows = run_experiment("digits", tmp_path, quick=True, echo=lambda line: None).rows
+    (row,) = rows
+    names = ("teacher", "calibrated", "distillation", "window_only")
+    assert all(0 <= row[f"{name}_accuracy"] <= 1 for name in names)
+    assert row["calibrated_accuracy"] == pytest.approx(row["teacher_accuracy"], abs=0.1), "it reads most of the keys"
+    assert load_checkpoint(tmp_path / "retrieval" / "student")[0].config.num_labels == 10
+    with pytest.raises(ValueError, match="attentions must be among l2; l1; "):
+        read_options(load_experiment("digits"), None, ["attentions=l3"])
 
 
 def test_model_speed(tmp_path):

@@ -50,7 +50,7 @@ REFUSED = [
     ({"mechanism": "l2", "mechanism_options": {"lam": -1}}, "lam .* must be a positive finite number, got -1"),
     ({"mechanism": "l2", "mechanism_options": {"window_size": 3}}, "window_size belongs to mechanism='nystrom'"),
     ({"mechanism": "l2", "mechanism_options": {"heads": [0]}}, "'heads' is no option of mechanism 'distance'"),
-    ({"mechanism": "l2", "mechanism_options": {"lamda": 1}}, "unknown AttentionSpec field 'lamda'"),
+    ({"mechanism": "l2", "mechanism_options": {"lamda": 1}}, "AttentionSpec has no field 'lamda'; did you mean lam"),
     ({"mechanism_options": {"window_size": 3}}, "mechanism 'dot' has no option 'window_size'"),
     ({"mechanism_options": [1]}, r"mechanism_options must be a dict, got \[1\]"),
     ({"mechanism": "local", "mechanism_options": {"width": 3}}, "mechanism 'local' has no option 'width'"),
@@ -58,7 +58,10 @@ REFUSED = [
         {"mechanism": "local", "mechanism_options": {"window_size": 0}},
         "window_size of mechanism 'local' must be an integer",
     ),
-    ({"positional_encoding": "rotory"}, "unknown positional encoding 'rotory'; expected one of none, sinusoidal"),
+    (
+        {"positional_encoding": "rotory"},
+        "unknown positional encoding 'rotory'; did you mean rotary\\? expected one of none, sinusoidal",
+    ),
     (
         {"positional_encoding": "alibi", "mechanism": "linear"},
         "'linear' with positional_encoding='alibi'.*no position_bias",

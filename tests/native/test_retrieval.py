@@ -109,7 +109,7 @@ def test_what_its_config_says():
     assert DistAttnConfig(mechanism="Retrieval", metric="manhattan").metric == "l1"
     for options, says in (
         ({"window_size": 0}, "window_size must be an integer >= 1 with mechanism='retrieval', got 0"),
-        ({"num_candidates": 4}, "unknown AttentionSpec field 'num_candidates'"),
+        ({"num_candidates": 4}, "AttentionSpec has no field 'num_candidates'"),
         ({"landmarks": "kmeans"}, "'landmarks' is no option of mechanism 'retrieval'"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -109,7 +109,7 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
         ({"max_steps": 2.5}, "max_steps must be an integer, got 2.5"),
         ({"stage_options": {"transfer": {"seed": "one"}}}, "stage_options.transfer.seed must be an integer, got 'one'"),
         ({"learning_rat": 1.0}, "unknown key 'learning_rat'; did you mean learning_rate"),
-        ({"spec": {"metrik": "l1"}}, "unknown AttentionSpec field 'metrik'"),
+        ({"spec": {"metrik": "l1"}}, "AttentionSpec has no field 'metrik'"),
         ({"stage_options": {"transfr": {}}}, "unknown key 'transfr' in stage_options; did you mean transfer"),
         ({"stage_options": {"transfer": {"max_step": 1}}}, "unknown key 'max_step' in stage_options.transfer; did you"),
         ({"stage_options": {"transfer": {"output_dir": "x"}}}, "unknown key 'output_dir' in stage_options.transfer"),
