@@ -35,8 +35,8 @@ struct Unit : Keys<T> {
     long looks = is_dot<Metric> ? 0 : rows * a.block * P16;
     long few = (std::max(a.candidates, a.most) + P16) / P16 * P16;
     long sizes[] = {rows * a.dp, rows * ld, rows * a.vp, std::max(a.G * tops, looks), tops, 2 * tops + P16,
-                    rows * tops, near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows,
-                    a.G, a.G, (a.G + 1) * few};
+                    rows * tops, near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows,
+                    rows, a.G, a.G, (a.G + 1) * few};
     float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step,
                         &top, &sum, &closer};
     size_t all = 0;
