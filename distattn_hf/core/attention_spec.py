@@ -18,21 +18,19 @@ TRANSFORMS = ("none", "scalar", "maps")
 MECHANISMS = ("distance", "nystrom", "retrieval")
 ATTENTION_KINDS = ("self", "cross")
 BEYOND = ("retrieval", "exact")
+# Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
+OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True, "cluster_keys": True}
 # Each option that no fit depends on, and the mechanisms that have it (see `has_option`).
 OPTIONS = {
     "exact_below": ("nystrom",),
     "window_size": ("nystrom", "retrieval"),
     "backend": ("distance",),
-    **dict.fromkeys(
-        ("num_sinks", "block_size", "num_blocks", "min_weight", "far_field", "cluster_keys"), ("retrieval",)
-    ),
+    **dict.fromkeys(("num_sinks", *OF_BLOCKS), ("retrieval",)),
 }
 # Values of transformers' `config.layer_types` that `AttentionSpec(layers=...)` takes.
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # The metric sqeuclidean and its aliases.
 SQUARED_NAMES = ("sqeuclidean", "squared_l2", "l2_squared")
-# Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.
-OF_BLOCKS = {"block_size": 16, "num_blocks": 64, "min_weight": 0.003, "far_field": True, "cluster_keys": True}
 # The fields of each mechanism and their defaults; what stays None is for `convert` to decide.
 _OWN = {
     "distance": {},
@@ -112,9 +110,8 @@ class AttentionSpec:
             across sequences, beside a position bias and under a cap. Default 0.003.
         far_field: whether each block that a "retrieval" query does not read still counts, as one key that stands for it
             (see retrieval_far.py; not across sequences, beside a position bias or under a cap). Default True.
-        cluster_keys: whether keys that came before the window's own 16 blocks stand in blocks by their likeness, which
-            a query finds by their means (see retrieval_order.py; causal, not beside a position bias or under a cap), or
-            where they stand in the text. Default True.
+        cluster_keys: whether older keys stand in blocks by their likeness, found by their means (retrieval_order.py;
+            causal, not beside a position bias or under a cap), or as in the text. Default True.
         beyond: what heads of "nystrom" use whose far field loses too much (see `CalibrationOptions`), by the teacher's
             own logits and with all keys of their key head in the cache. "retrieval": retrieval attention (block_size,
             num_blocks, min_weight, and window_size and num_sinks as they are) at any length, for whole key heads.
@@ -211,12 +208,11 @@ class AttentionSpec:
                     owners = [f"mechanism={mechanism!r}" for mechanism in MECHANISMS if name in _OWN[mechanism]]
                     if name in OF_BLOCKS and self.mechanism == "nystrom":
                         owners.append("beyond='retrieval'")
-                    raise ValueError(
-                        f"{name} belongs to {' or '.join(owners)}, got {name}={value!r} with {self.mechanism!r}"
-                    )
+                    where = " or ".join(owners)
+                    raise ValueError(f"{name} belongs to {where}, got {name}={value!r} with {self.mechanism!r}")
                 continue
-            if value is None:
-                object.__setattr__(self, name, value := defaults[name])
+            value = defaults[name] if value is None else value
+            object.__setattr__(self, name, value)
             if value is None:
                 continue
             if name == "beyond":
