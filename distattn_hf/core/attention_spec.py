@@ -88,9 +88,8 @@ class AttentionSpec:
             Euclidean attention in d + 1 dimensions and equals dot-product attention. None: True for "nystrom" and
             "retrieval", which then approximate the teacher's own softmax, and False for "distance".
         layers: which layers: None (all; with "retrieval" all of full_attention), a list of indices, a pattern ("0-5",
-            "0,2,4-7", or a glob on module names
-            such as "encoder.*"), or a type of the model's `config.layer_types`: "full_attention", "sliding_attention"
-            or "chunked_attention".
+            "0,2,4-7", or a glob on module names such as "encoder.*"), or a type of the model's `config.layer_types`:
+            "full_attention", "sliding_attention" or "chunked_attention".
         heads: which query heads: None (all) or a list of indices; the others keep dot-product attention.
         attention: None (all), "self" or "cross".
         backend: "auto", "cpp", "sdpa", "triton", "chunked" or "reference".

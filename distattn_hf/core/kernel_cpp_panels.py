@@ -56,7 +56,7 @@ INLINE void tile_logits(const float* q, long ldq, const float* const* panels, lo
 template <class Metric, int R>
 static void row_logits(const float* q, long ldq, const float* const* panels, long count, long d, float* out, long ldo,
                        const float* coef, const float* soft, long G, long row, float p) {
-  constexpr int X = R * NV >= 8 ? 1 : R * NV >= 4 ? 2 : R * NV >= 2 ? 4 : 8;
+  constexpr int SUMS = R * NV, X = SUMS >= 8 ? (W == 16 ? 2 : 1) : SUMS >= 4 ? 2 : SUMS >= 2 ? 4 : 8;
   long x = 0;
   for (; x + X <= count; x += X)
     tile_logits<Metric, R, X>(q, ldq, panels + x, d, out + x * P16, ldo, coef, soft, G, row, p);
@@ -65,7 +65,10 @@ static void row_logits(const float* q, long ldq, const float* const* panels, lon
 template <class Metric>
 static void logits(const float* q, long ldq, long rows, const float* const* panels, long count, long d, float* out,
                    long ldo, const float* coef, const float* soft, long G, float p) {
+  constexpr int MANY = NV == 1 ? 8 : 4;  // rows that share what is read of the panels, as many as registers hold
   long r = 0;
+  for (; r + MANY <= rows; r += MANY)
+    row_logits<Metric, MANY>(q + r * ldq, ldq, panels, count, d, out + r * ldo, ldo, coef, soft, G, r, p);
   for (; r + 4 <= rows; r += 4)
     row_logits<Metric, 4>(q + r * ldq, ldq, panels, count, d, out + r * ldo, ldo, coef, soft, G, r, p);
   const float* rest = q + r * ldq;

@@ -1,11 +1,12 @@
 """How fast retrieval attention is beside scaled_dot_product_attention, reading a text and generating after it.
 
 python -m distattn_hf.experiments.retrieval_speed OUT.json [--lengths 4096,16384,32768] [--heads 12] [--key-heads 12,4]
+    [--blocks 8,16]
 
-Random float32 tensors, d = 64, causal, 16 blocks. First both are compared where all blocks are chosen. Then each
-length is timed in pairs, one after the other in one run: a prefill with nothing cached (codes and summaries included),
-and a step of one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is
-faster.
+Random float32 tensors, d = 64, causal; so many blocks of 16 keys, of alike keys, and the last number of blocks as they
+stand in the text, too. First both are compared where all blocks are chosen. Then each length is timed in pairs, one
+after the other in one run: a prefill with nothing cached (order, codes and summaries included), and a step of one token
+against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from ..core.inputs import AttentionInputs
 from ..core.metrics import get_metric
 from ..core.retrieval import Retrieval, Search
+from ..core.retrieval_cache import KeyClusters
 from ..core.retrieval_cpp import cpp_supports, encode_keys
 from ..core.retrieval_far import summaries_of
 from ..core.retrieval_gather import run_retrieval
@@ -42,14 +44,21 @@ def problem(query, key, value, search: Search, codes=None, summaries=None) -> Re
 
 
 @torch.no_grad()
-def measure(length: int, heads: int, key_heads: int, pairs: int) -> dict:
+def measure(length: int, heads: int, key_heads: int, search: Search, pairs: int) -> dict:
     """Return medians over pairs of runs: seconds of both, and the ratio within each pair."""
     query, (key, value) = torch.randn(1, heads, length, 64), torch.randn(2, 1, key_heads, length, 64)
     grouped = {"enable_gqa": heads != key_heads}
-    # Of random keys none has a weight by which it would be read.
-    search, step = Search(num_blocks=16, min_weight=0.0), query[:, :, -1:]
-    codes = encode_keys(key, torch.ones(1, length, dtype=torch.bool), search.block_size)
-    summaries = summaries_of(problem(query, key, value, search))
+    step, clusters = query[:, :, -1:], KeyClusters()
+    if not search.cluster_keys:
+        codes = encode_keys(key, torch.ones(1, length, dtype=torch.bool), search.block_size)
+        summaries = summaries_of(problem(query, key, value, search))
+
+    def one_step():
+        if search.cluster_keys:
+            return run_retrieval(clusters.update(problem(step, key, value, search), [], True))
+        return run_retrieval(problem(step, key, value, search, codes, summaries))
+
+    one_step()
     runs = {
         "prefill": (
             lambda: run_retrieval(problem(query, key, value, search)),
@@ -57,12 +66,13 @@ def measure(length: int, heads: int, key_heads: int, pairs: int) -> dict:
             pairs,
         ),
         "step": (
-            lambda: run_retrieval(problem(step, key, value, search, codes, summaries)),
+            one_step,
             lambda: F.scaled_dot_product_attention(step, key, value, **grouped),
             20 * pairs,
         ),
     }
     row = {"length": length, "heads": heads, "key_heads": key_heads}
+    row |= {"blocks": search.num_blocks, "cluster_keys": search.cluster_keys}
     for name, (ours, theirs, count) in runs.items():
         times = [(timed(ours), timed(theirs)) for _ in range(count)]
         row[name] = {
@@ -83,15 +93,19 @@ def check() -> None:
         raise RuntimeError(f"all blocks are not exact attention: {error:.1e}")
 
 
-def main(out: Path, lengths: list[int], heads: int, key_heads: list[int], pairs: int) -> None:
+def main(out: Path, lengths: list[int], heads: int, key_heads: list[int], blocks: list[int], pairs: int) -> None:
     """Check, measure each length, print a line for each and write the file."""
     check()
     rows = []
+    # Of random keys none has a weight by which it would be read: by number.
+    searches = [Search(num_blocks=number, min_weight=0.0) for number in blocks]
+    searches.append(Search(num_blocks=blocks[-1], min_weight=0.0, cluster_keys=False))
     for count in key_heads:
         for length in lengths:
-            rows.append(measure(length, heads, count, pairs))
-            write_json(out, {"threads": torch.get_num_threads(), "rows": rows})
-            print(rows[-1], flush=True)
+            for search in searches:
+                rows.append(measure(length, heads, count, search, pairs))
+                write_json(out, {"threads": torch.get_num_threads(), "rows": rows})
+                print(rows[-1], flush=True)
 
 
 if __name__ == "__main__":
@@ -104,6 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--lengths", default="4096,16384,32768", type=numbers)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--key-heads", type=numbers, default="12,4")
+    parser.add_argument("--blocks", default="8,16", type=numbers)
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
-    main(given.out, given.lengths, given.heads, given.key_heads, given.pairs)
+    main(given.out, given.lengths, given.heads, given.key_heads, given.blocks, given.pairs)
