@@ -10,12 +10,14 @@ are a dot product; other metrics look at the keys themselves. Query heads of one
 softmax over the scores, beside the logits of what it reads anyway where min_weight asks for shares, and a block counts
 as it does for the head that wants it most. The choice has no gradient.
 
+In causal attention blocks are of alike keys, which their means tell from others (retrieval_order.py): the copies of the
+CANDIDATES blocks of the best means alone are looked at. In blocks of neighbours (cluster_keys=False, and wherever a
+whole block's worth is not known, see `is_of_metric_alone`) means do not do in place of the copies: they average out the
+one key that a query looks for; nor does a choice of coarser blocks before the look, for the same reason.
+
 min_weight lets every head and query read what it needs: in a language model most heads look at the sinks and the
 window, and blocks are spent on those few that look things up. Across sequences, beside a position bias and under a cap
 the scores do not tell shares: num_blocks are read there.
-
-Means of keys do not do in place of the copies: they average out the one key that a query looks for. Nor does a choice
-of coarser blocks before the look, for the same reason.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from .attention_spec import OF_BLOCKS
 from .inputs import AttentionInputs
 from .metrics import BUILT_IN
 
-# Blocks whose codes lie side by side, for the CPU kernel's vectors.
+# Blocks of a panel, whose means and stand-ins lie side by side for the CPU kernel's vectors.
 PANEL = 16
 # Blocks of an order of likeness whose codes a query looks at, at least.
 CANDIDATES = 64

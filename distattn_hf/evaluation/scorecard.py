@@ -232,7 +232,7 @@ def without_far_field(student):
         if isinstance(group, NystromParameters):
             group.far_field, group.spec = False, replace(group.spec, exact_below=0)
         else:
-            group.spec = replace(group.spec, num_blocks=0, far_field=False)
+            group.spec = replace(group.spec, num_blocks=0, far_field=False, cluster_keys=False)
     return student
 
 

@@ -48,7 +48,7 @@ class Options:
     "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe").
     tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
     steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
-    num_landmarks, window_size, num_sinks, block_size, exact_below: of the students, as in `AttentionSpec`.
+    num_landmarks, window_size, num_sinks, block_size, exact_below, cluster_keys: of the students, as in `AttentionSpec`.
     device: "auto" is cuda where there is one.
     """
 
@@ -74,6 +74,7 @@ class Options:
     num_sinks: int = 4
     block_size: int = 16
     exact_below: int = 0
+    cluster_keys: bool = True
     device: str = "auto"
 
     def __post_init__(self):
@@ -101,7 +102,8 @@ class Options:
             return retrieval(num_blocks=count, min_weight=0.0, far_field=far_field)
 
         def retrieval(**options):
-            return near(mechanism="retrieval", block_size=self.block_size, **options)
+            options = {"block_size": self.block_size, "cluster_keys": self.cluster_keys, **options}
+            return near(mechanism="retrieval", **options)
 
         def fit(**choice):
             return CalibrationOptions(
@@ -110,19 +112,23 @@ class Options:
             )  # fmt: skip
 
         nystrom = {"mechanism": "nystrom", "num_landmarks": self.num_landmarks, "exact_below": self.exact_below}
-        beyond = {"beyond": "retrieval", "block_size": self.block_size}
+        beyond = {"beyond": "retrieval", "block_size": self.block_size, "cluster_keys": self.cluster_keys}
+        where = "" if self.cluster_keys else ", blocks of the text"
+        # Exactly the window, which goes on to the start of its unit in clusters.
+        window = retrieval(num_blocks=0, min_weight=0.0, far_field=False, cluster_keys=False)
         found = {
             "teacher": {"teacher": (None, None)},
-            "window": {"sinks and window": (blocks(0, False), None)},
+            "window": {"sinks and window": (window, None)},
             "retrieval": {
-                f"retrieval, weight {least:g}": (retrieval(min_weight=least), None) for least in self.min_weights
+                f"retrieval, weight {least:g}{where}": (retrieval(min_weight=least), None)
+                for least in self.min_weights
             },
-            "fixed": {f"retrieval, {count} blocks": (blocks(count, True), None) for count in self.blocks},
-            "blocks": {f"{count} blocks alone": (blocks(count, False), None) for count in self.blocks},
+            "fixed": {f"retrieval, {count} blocks{where}": (blocks(count, True), None) for count in self.blocks},
+            "blocks": {f"{count} blocks alone{where}": (blocks(count, False), None) for count in self.blocks},
             "l2": {"l2": (AttentionSpec("l2"), fit())},
             "nystrom": {"nystrom": (near(**nystrom), fit())},
             "nystrom+retrieval": {
-                f"nystrom + {share:.3g} retrieval": (
+                f"nystrom + {share:.3g} retrieval{where}": (
                     near(**nystrom, **beyond), fit(beyond_share=share, select=self.select)
                 )
                 for share in self.shares

@@ -255,6 +255,7 @@ def _attention_text(config: dict) -> str:
 def _retrieval_text(spec: dict) -> str:
     own = "" if spec.get("lift") or spec["mechanism"] == "nystrom" else f" by the {spec['metric']} distance"
     beyond = ", of each other block one key that stands for it" if spec.get("far_field") else ""
+    alike = " alike keys" if spec.get("cluster_keys") else ""
     others = spec["num_blocks"] * spec["block_size"]
     if least := spec.get("min_weight"):
         others = f"at most {others:,} others, whose weight is at least {least:g},"
@@ -262,7 +263,7 @@ def _retrieval_text(spec: dict) -> str:
         others = f"{others:,} others"
     return (
         f"retrieval attention{own} (each query reads the last {spec['window_size']} tokens, the first "
-        f"{spec['num_sinks']}, and {others} in blocks of {spec['block_size']}{beyond})"
+        f"{spec['num_sinks']}, and {others} in blocks of {spec['block_size']}{alike}{beyond})"
     )
 
 
