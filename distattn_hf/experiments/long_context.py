@@ -48,7 +48,7 @@ class Options:
     "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe").
     tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
     steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
-    num_landmarks, window_size, num_sinks, block_size, exact_below, cluster_keys: of the students, as in `AttentionSpec`.
+    num_landmarks, window_size, num_sinks, block_size, exact_below, cluster_keys: of the students (`AttentionSpec`).
     device: "auto" is cuda where there is one.
     """
 

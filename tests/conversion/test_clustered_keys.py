@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.core.retrieval_cache import KeyClusters
+from distattn_hf.evaluation.scorecard import without_far_field
 from tests.conversion.models import VOCAB, gpt2, llama
 from tests.conversion.nystrom_cases import in_chunks
 from tests.tolerances import CACHED_LOGITS
@@ -148,6 +149,17 @@ def test_what_was_saved_before_reads_blocks_of_the_text(tmp_path):
     clustered = type(student).from_pretrained(tmp_path, cluster_keys=True).eval()
     assert clustered.config.attention_specs[0].cluster_keys
     assert not torch.equal(clustered(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_the_control_is_sinks_and_window_alone():
+    """Not the rest of the window's unit, which clusters read."""
+    student, ids = student_of(SMALL), batch_of(130, padding=(0,))["input_ids"]
+    alone = without_far_field(student)(ids, output_attentions=True).attentions[0] > 0
+    place = torch.arange(130)
+    own = (place // 2)[:, None] - (place // 2)[None]
+    near = (own >= 0) & ((own <= 3) | (place < 4)) & (place <= place[:, None])
+    assert torch.equal(alone, near.expand_as(alone))
 
 
 def test_training_follows_the_kernels_forward():
