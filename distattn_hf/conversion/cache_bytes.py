@@ -40,8 +40,8 @@ def cache_bytes(model) -> dict[str, int] | None:
                 found["constant"] += 4 * group.num_heads * state_size + max(0, spec.window_size - 1) * key_heads * token
             elif group is not None and group.spec.mechanism == "retrieval":
                 size, block, width = entry["head_dim"], group.spec.block_size, torch.finfo(model.dtype).bits // 8
-                # The codes of a block (see `Codes`): its mean, a scale for each key, and half a byte a coordinate.
-                codes = 4 * size + block * (4 + 4 * -(-size // 8))
+                # The codes of a block (see `Codes`): mean, variance, a scale for each key, half a byte a coordinate.
+                codes = 8 * size + block * (4 + 4 * -(-size // 8))
                 beside = len({head // groups for head in heads}) * codes if group.is_absolute else 0
                 if group.spec.cluster_keys:  # and which key stands where
                     beside += len({head // groups for head in heads}) * 8 * block

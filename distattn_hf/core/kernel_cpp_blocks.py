@@ -8,7 +8,7 @@ struct Blocks {
   const float *k, *v, *center;
   const int64_t* order;
   const uint8_t* keep;
-  float *mean, *scale, *key, *bias, *value;
+  float *mean, *variance, *scale, *key, *bias, *value;
   uint8_t* code;
   long B, H, G, M, n, d, dv_, block, groups, centers, threads;
   long k_stride[3], v_stride[3];
@@ -43,6 +43,7 @@ static long which(const Blocks& a, long b, long kh, long x, bool* real) {
   return count;
 }
 static void encode_block(const Blocks& a, long b, long kh, long x, const Rows& rows, bool* real, float* mean) {
+  float* spread = mean + rows.ld;
   long bk = b * (a.H / a.G) + kh, at = bk * a.groups + x / P16, lane = x % P16, steps = (a.d + 7) / 8, half = 4 * steps;
   long count = which(a, b, kh, x, real), other = 0;
   rows.read(a, a.k, a.k_stride, b, kh, x, real);
@@ -50,6 +51,10 @@ static void encode_block(const Blocks& a, long b, long kh, long x, const Rows& r
   for (long t = 0; t < a.block; t++)
     for (long c = 0; c < a.d; c++) mean[c] += rows.at(t)[c];
   for (long c = 0; c < a.d; c++) a.mean[(at * a.d + c) * P16 + lane] = mean[c] /= std::max(1L, count);
+  memset(spread, 0, 4 * rows.ld);
+  for (long t = 0; t < a.block; t++)
+    for (long c = 0; real[t] && c < a.d; c++) spread[c] += (rows.at(t)[c] - mean[c]) * (rows.at(t)[c] - mean[c]);
+  for (long c = 0; c < a.d; c++) a.variance[(at * a.d + c) * P16 + lane] = spread[c] / std::max(1L, count);
   while (count && !real[other]) other++;
   for (long t = 0; t < a.block; t++) {  // padding looks like the first real key
     float *row = rows.at(count && !real[t] ? other : t), largest = 0;
@@ -230,7 +235,7 @@ extern "C" int summarise_keys(const Blocks* a) { return blocks_of(a, false); }
 // order: where keys are in an order of likeness, which key stands at each place, (B, H_kv, levels, units·16·block);
 // else null and levels 0. candidates: blocks at least whose codes are looked at then, by their means.
 struct Retrieve {
-  const float *q, *coef, *soft, *mean, *scale, *off, *step, *far_key, *far_bias, *far_value;
+  const float *q, *coef, *soft, *mean, *variance, *scale, *off, *step, *far_key, *far_bias, *far_value;
   const void *k, *v;
   const uint8_t *code, *real, *keep;
   const int8_t* whole;
@@ -240,7 +245,7 @@ struct Retrieve {
   long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
   long units, levels, candidates;
   long k_stride[3], v_stride[3];
-  float p, least;
+  float p, least, spreads;  // spreads: how many of a block's beside its mean rank it
 };
 template <class T>
 struct Keys {  // where the keys and values of blocks are

@@ -16,7 +16,8 @@ struct Unit : Keys<T> {
   using Keys<T>::is_real, Keys<T>::all_real, Keys<T>::panel_of, Keys<T>::near_panel, Keys<T>::find_values;
   long around, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
-  float *q, *s, *o, *work, *most, *room, *rank, *near_keys, *far_keys, *values, *sums, *off, *step, *top, *sum, *closer;
+  float *q, *s, *o, *work, *most, *room, *rank, *hope, *squares, *near_keys, *far_keys, *values, *sums, *off, *step;
+  float *top, *sum, *closer;
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const void*[]> value_rows;
   std::unique_ptr<int8_t[]> whole;
@@ -35,15 +36,15 @@ struct Unit : Keys<T> {
     long looks = is_dot<Metric> ? 0 : rows * a.block * P16;
     long few = (std::max(a.candidates, a.most) + P16) / P16 * P16;
     long sizes[] = {rows * a.dp, rows * ld, rows * a.vp, std::max(a.G * tops, looks), tops, 2 * tops + P16,
-                    rows * tops, near * kept_near, std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows,
-                    rows, a.G, a.G, (a.G + 1) * few};
-    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &near_keys, &far_keys, &values, &sums, &off, &step,
-                        &top, &sum, &closer};
+                    rows * tops, a.levels ? rows * tops : 0, a.levels ? rows * a.dp : 0, near * kept_near,
+                    std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows, a.G, a.G, (a.G + 1) * few};
+    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &hope, &squares, &near_keys, &far_keys, &values,
+                        &sums, &off, &step, &top, &sum, &closer};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
     memory = buffer(all);
     float* at = memory.get();
-    for (int i = 0; i < 16; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
+    for (int i = 0; i < 18; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
     long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
     value_rows.reset(new const void*[list * P16]);
@@ -67,6 +68,13 @@ struct Unit : Keys<T> {
         panel[0] = a.mean + (bk * a.groups + stored[x]) * a.d * P16;
         logits<Metric>(q, a.dp, rows, panel.get(), 1, a.d, out, tops, a.coef + h0, soft(h0), a.G, a.p);
         for (long z = 0; !a.levels && z < P16; z++) look_closer(bk, x * P16 + z, 0, rows, out + z, tops);
+        if (!a.levels) continue;
+        float* above = hope + x * P16;
+        panel[0] = a.variance + (bk * a.groups + stored[x]) * a.d * P16;
+        logits<Metric>(squares, a.dp, rows, panel.get(), 1, a.d, above, tops, a.coef + h0, soft(h0), a.G, a.p);
+        for (long r = 0; r < rows; r++)
+          for (long z = r * tops; z < r * tops + P16; z += W)
+            store(above + z, load(out + z) + a.spreads * sqrtv(vmax(load(above + z), vf{})));
       } else {
         long count = std::min(P16, end - x * P16) * parts, width = count * P16, from = stored[x] * P16 * parts;
         for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, from + y, far_keys + y * a.d * P16);
@@ -143,6 +151,14 @@ struct Unit : Keys<T> {
     float* by = shares ? most : work;
     bool by_means = a.levels && is_dot<Metric>;
     if (by_means) {
+      std::fill(most, most + n, -INF);
+      for (long g = 0; g < a.G; g++) {  // the logarithm of the share that its best key may have
+        const float* above = hope + (i * a.G + g) * tops;
+        float whole = !shares ? 0 : sum[g] > 0 ? top[g] + logf(sum[g]) : -INF;
+        for (long x = 0; x < n; x += W) store(most + x, vmax(load(most + x), load(above + x) - whole));
+      }
+      hide(most);
+      by = most;
       looked = largest_k(by, n, std::max(a.candidates, a.budget[kh]), chosen.get(), room, places.get());
       by = look_at(b * (a.H / a.G) + kh, i, looked, shares);
       n = (looked + P16 - 1) / P16 * P16;
@@ -260,6 +276,7 @@ struct Unit : Keys<T> {
         memcpy(whole.get() + r * a.dq, a.whole + number * a.dq, a.dq);
         off[r] = a.off[number], step[r] = a.step[number];
       }
+      for (long x = 0; a.levels && x < rows * a.dp; x++) squares[x] = q[x] * q[x];
       look(b, kh, rows, a.causal ? lo : blocks);
     }
     memset(o, 0, 4 * rows * a.vp);

@@ -11,9 +11,10 @@ softmax over the scores, beside the logits of what it reads anyway where min_wei
 as it does for the head that wants it most. The choice has no gradient.
 
 In causal attention blocks are of alike keys, which their means tell from others (retrieval_order.py): the copies of the
-CANDIDATES blocks of the best means alone are looked at. In blocks of neighbours (cluster_keys=False, and wherever a
-whole block's worth is not known, see `is_of_metric_alone`) means do not do in place of the copies: they average out the
-one key that a query looks for; nor does a choice of coarser blocks before the look, for the same reason.
+CANDIDATES blocks alone are looked at whose means, and how far their keys lie about them, promise most. In blocks of
+neighbours (cluster_keys=False, and wherever a whole block's worth is not known, see `is_of_metric_alone`) means do not
+do in place of the copies: they average out the one key that a query looks for; nor does a choice of coarser blocks
+before the look, for the same reason.
 
 min_weight lets every head and query read what it needs: in a language model most heads look at the sinks and the
 window, and blocks are spent on those few that look things up. Across sequences, beside a position bias and under a cap
@@ -33,8 +34,9 @@ from .metrics import BUILT_IN
 
 # Blocks of a panel, whose means and stand-ins lie side by side for the CPU kernel's vectors.
 PANEL = 16
-# Blocks of an order of likeness whose codes a query looks at, at least.
-CANDIDATES = 64
+# Blocks of alike keys whose codes a query looks at, at least: those of the largest q·mean + SPREADS·√Σ q²·variance.
+# With the mean alone, or 64, the one block is missed at times in which a key stands that is like no other.
+CANDIDATES, SPREADS = 128, 2.5
 # Codes are 1 to 15 about 8; queries whole numbers up to 63, so that 64 products of both fit into 16 bits.
 _MIDDLE, _LARGEST_CODE, _LARGEST_QUERY = 8, 7, 63
 
@@ -103,12 +105,13 @@ class Search:
 class Codes:
     """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks together.
 
-    mean (B, H_kv, g, d, 16); scale (B, H_kv, g, 16, b); code (B, H_kv, g, 16, ⌈d/8⌉, b, 4) uint8: of each key four
-    coordinates, and in the high bits the four that stand half the head size (rounded up to 8) further on;
+    mean (B, H_kv, g, d, 16) and variance of each coordinate; scale (B, H_kv, g, 16, b);
+    code (B, H_kv, g, 16, ⌈d/8⌉, b, 4) uint8: of each key four coordinates, and in the high bits the four that stand half the head size (rounded up to 8) further on;
     real (B, g, 16) bool: blocks with keys that are not padding. Padding has the code of another key of its block.
     """
 
     mean: Tensor
+    variance: Tensor
     scale: Tensor
     code: Tensor
     real: Tensor
@@ -203,6 +206,7 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     own = keep[:, None, :, :, None]
     mean = torch.where(own, key, 0.0).sum(3) / own.sum(3).clamp_min(1)
     rest = torch.where(own, key - mean[:, :, :, None], 0.0)
+    variance = rest.square().sum(3) / own.sum(3).clamp_min(1)
     # Padding takes part in no maximum: it looks like the first real key of its block.
     other = keep.int().argmax(-1)[:, None, :, None, None].expand(-1, key.shape[1], -1, 1, size)
     rest = torch.where(own, rest, rest.gather(3, other))
@@ -211,8 +215,9 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     code = F.pad(code.to(torch.uint8), (0, -size % 8), value=_MIDDLE)
     low, high = code.unflatten(-1, (2, -1, 4)).unbind(-3)
     code = (low | (high << 4)).unflatten(2, (-1, PANEL)).transpose(-3, -2).contiguous()
-    mean, scale = mean.unflatten(2, (-1, PANEL)).mT.contiguous(), scale.unflatten(2, (-1, PANEL)).contiguous()
-    return Codes(mean, scale, code, keep.any(-1).unflatten(1, (-1, PANEL)))
+    mean, variance = (t.unflatten(2, (-1, PANEL)).mT.contiguous() for t in (mean, variance))
+    scale = scale.unflatten(2, (-1, PANEL)).contiguous()
+    return Codes(mean, variance, scale, code, keep.any(-1).unflatten(1, (-1, PANEL)))
 
 
 def whole_numbers(query: Tensor) -> tuple[Tensor, Tensor]:

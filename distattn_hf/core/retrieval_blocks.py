@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .absolute_logits import unlifted
 from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
-from .retrieval import CANDIDATES, PANEL, Retrieval, aligned, has_codes, scores_by_codes
+from .retrieval import CANDIDATES, PANEL, SPREADS, Retrieval, aligned, has_codes, scores_by_codes
 from .retrieval_cpp import encode_keys, order_keys
 from .retrieval_order import in_order, level_of, levels_of, units_of
 
@@ -205,10 +205,13 @@ class Layout:
             scores = scores_by_codes(own, codes)[..., : len(self.numbers)]
             if self.problem.order is None:
                 return self._shared(scores, may, part)
-            # By means, and the best ones of these by their codes.
-            mean = codes.lines(own.shape[-1])[0].repeat_interleave(self.heads // key.shape[1], dim=1)
+            # By means and what lies about them, and the best ones of these by their codes.
+            lines = codes.mean.mT.flatten(2, 3), codes.variance.mT.flatten(2, 3)
+            mean, variance = (t.repeat_interleave(self.heads // key.shape[1], dim=1) for t in lines)
             means = (own @ mean.mT)[..., : len(self.numbers)]
-            rank = self._shared(means, may, part).sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+            hope = means + SPREADS * (own.square() @ variance.mT)[..., : len(self.numbers)].clamp_min(0).sqrt()
+            hope = self._best_shares(hope, means, may, part)
+            rank = hope.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
             count = self.problem.search.budget(rank.shape[1], rank.device).clamp_min(CANDIDATES)
             looked = rank < count[:, None, None]
             closer = looked.repeat_interleave(self.share, dim=1) if self.share > 1 else looked
@@ -231,6 +234,17 @@ class Layout:
             shares = masked_softmax(scores, may.expand_as(scores), self._near(part) if needs_shares else None)
             scores = shares.unflatten(1, (-1, self.share)).amax(2)
         return scores.masked_fill(~may, float("-inf"))
+
+    def _best_shares(self, hope: Tensor, means: Tensor, may: Tensor, part: slice) -> Tensor:
+        """Return the logarithm of the largest share that blocks of these logits may have in the heads that choose
+        together, beside blocks of the logits `means`; the logits where there is one head, and shares do not matter.
+        """
+        if self.share > 1 or self.problem.min_weight > 0:
+            whole = means.masked_fill(~may, float("-inf"))
+            if self.problem.min_weight > 0:
+                whole = torch.cat([whole, self._near(part)], dim=-1)
+            hope = (hope - whole.logsumexp(-1, keepdim=True)).unflatten(1, (-1, self.share)).amax(2)
+        return hope.masked_fill(~may, float("-inf"))
 
     def _near(self, part: slice) -> Tensor:
         """Return the log-sum of the exponentials of the logits of sinks and window, (B, H, n, 1)."""

@@ -110,6 +110,7 @@ class KeyCodes(_OfKeys):
         at, lane, panel, own = self._places(new, start, count)
         codes = self.made
         codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
+        codes.variance[:, :, panel, :, own] = new.variance[:, :, at, :, lane]
         codes.scale[:, :, panel, own] = new.scale[:, :, at, lane]
         codes.code[:, :, panel, own] = new.code[:, :, at, lane]
         codes.real[:, panel, own] = new.real[:, at, lane]
@@ -186,7 +187,7 @@ class KeyClusters(_OfKeys):
         known = vars(self.made)
         changes = {"order": self.made.order.flatten(2)[:, :, None]}
         if "code" in known:
-            changes["codes"] = Codes(*(known[name] for name in ("mean", "scale", "code", "real")))
+            changes["codes"] = Codes(*(known[name] for name in ("mean", "variance", "scale", "code", "real")))
         if keeps_summaries:
             changes["summaries"] = Summaries(*(known[name] for name in ("key", "bias", "value")))
         return replace(problem, **changes)

@@ -148,13 +148,13 @@ class Clusters(Loops):
     def end_of(self, number):
         return (number[2] + 1) * self.search.block_size
 
-    def mean_logit(self, number) -> torch.Tensor:
-        """(G, N): the logit of the mean of a block's keys."""
+    def mean_logit(self, number) -> tuple[torch.Tensor, torch.Tensor]:
+        """(G, N): the logit of the mean of a block's keys, and 2.5 times how far those of its keys lie about it."""
         keys, query = self.key[self.keys_of(number)], self.query * self.factor
         if self.name == "cosine":
             keys = keys / keys.norm(dim=-1, keepdim=True)
             query = self.query / self.query.norm(dim=-1, keepdim=True) * self.factor
-        return query @ keys.mean(0)
+        return query @ keys.mean(0), query @ keys.mean(0) + 2.5 * (query**2 @ keys.var(0, unbiased=False)).sqrt()
 
     def seen(self, query, position):
         search, size = self.search, self.search.block_size
@@ -172,12 +172,10 @@ class Clusters(Loops):
         far = [number for number in far if self.keys_of(number)]
         scores = {number: self.score(number) for number in far}
         if self.name in ("dot", "cosine"):
-            means = {number: self.mean_logit(number) for number in far}
+            means = {number: self.mean_logit(number)[0] for number in far}
             least = self.search.min_weight
-            self.search = replace(search, min_weight=0.0) if least else search
-            # The best by their means, whatever their share; of equal ones the first.
-            table = self._shares(query, means, read if least else [])
-            self.search = search
+            # The best by what their means promise, whatever their share; of equal ones the first.
+            table = self._promises(query, far, means, read if least else [])
             ranked = sorted(far, key=lambda number: (-table[number], far.index(number)))
             looked = set(ranked[: max(FEW_CANDIDATES, self.budget)])
             mixed = {number: scores[number] if number in looked else means[number] for number in far}
@@ -188,6 +186,21 @@ class Clusters(Loops):
             chosen = self.best(query, scores, self.budget, read)
         beyond = [number for number in far if number not in chosen] if search.far_field else []
         return sorted({*read, *(j for number in chosen for j in self.keys_of(number))}), beyond
+
+    def _promises(self, query, far, means, near):
+        """What blocks promise: the largest of the heads' logarithms of shares, among the blocks' means."""
+        if not far:
+            return {}
+        hope = torch.stack([self.mean_logit(number)[1][:, query] for number in far], dim=-1)
+        if near or len(hope) > 1:
+            whole = torch.stack([means[number][:, query] for number in far], dim=-1)
+            if near:
+                beside = self.logits(self.key[near])[:, query]
+                if self.name == "cosine":
+                    beside = beside + self.factor[..., 0]
+                whole = torch.cat([whole, beside], dim=-1)
+            hope = hope - whole.logsumexp(-1, keepdim=True)
+        return dict(zip(far, hope.amax(0).tolist()))
 
     def _shares(self, query, logits, near):
         """What blocks are ranked by: the largest share in any head, or the logit where there is but one."""
