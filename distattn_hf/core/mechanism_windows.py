@@ -4,51 +4,17 @@ Written here and not taken from a library, because a checkpoint must load with t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .constant_cache import RingLayer
-from .mechanism_base import Call, Mechanism, Option, register_mechanism
+from .mechanism_base import Call, Option, register_mechanism
+from .mechanism_pattern import PatternAttention, attend, merge, weigh
 
 # Queries in one block: more make fewer and larger products, of which more entries are masked.
 _FEWEST, _MOST = 32, 256
-
-
-@dataclass(frozen=True)
-class Part:
-    """Softmax attention to some of the keys, not yet normalised: weights are exp(logits - top).
-
-    summed (B, H, N, d_v): Σ weight·value; total and top (B, H, N, 1): Σ weight and the largest logit.
-    """
-
-    summed: Tensor
-    total: Tensor
-    top: Tensor
-
-
-def merge(parts: list[Part]) -> Tensor:
-    """Return the attention output over the keys of all parts, which share none; queries that see nothing get zeros."""
-    top = torch.stack([part.top for part in parts]).amax(0)
-    factors = [(part.top - top).exp() for part in parts]
-    total = sum(part.total * factor for part, factor in zip(parts, factors))
-    return sum(part.summed * factor for part, factor in zip(parts, factors)) / torch.where(total != 0, total, 1.0)
-
-
-def attend(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
-    """Compute softmax(logits (..., N, L) over `seen`)·value (..., L, d_v); queries that see nothing get zeros."""
-    weights = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
-    return (drop(weights) @ value).masked_fill(~seen.any(-1, keepdim=True), 0.0)
-
-
-def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], Tensor]) -> Part:
-    """Return the part of logits (..., N, L), `seen` (which of them count) and value (..., L, d_v); `drop`: dropout."""
-    logits = logits.masked_fill(~seen, float("-inf"))
-    top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    weights = (logits - top).exp()
-    return Part(drop(weights) @ value, weights.sum(-1, keepdim=True), top)
 
 
 def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tuple[Tensor, Tensor, Tensor, Callable]:
@@ -82,7 +48,8 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
     seen = (offset.abs() < window_size) & (offset.abs() * dilation >= beyond)
     if call.is_causal:
         seen = seen & (offset <= 0)
-    keep = call.keep if call.keep is not None else torch.ones(1, call.key.shape[2], dtype=torch.bool, device=device)
+    keep = call.pattern_keep
+    keep = keep if keep is not None else torch.ones(1, call.key.shape[2], dtype=torch.bool, device=device)
     seen = seen & around(keep[:, None, :, None])
     logits = queries(call.scaled_query) @ around(call.key)
     if call.bias is not None:
@@ -124,7 +91,7 @@ def distances(call: Call) -> Tensor:
 
 
 @register_mechanism("local", aliases=("window", "sliding_window"))
-class LocalAttention(Mechanism):
+class LocalAttention(PatternAttention):
     """Softmax attention to the keys j with |i - j| = 0, D, 2·D, ..., (W - 1)·D, W = window_size and D = dilation.
 
     Causal: W keys, the query's own among them. Bidirectional: W - 1 more ahead, so that every query has as many on
@@ -134,7 +101,6 @@ class LocalAttention(Mechanism):
     Source: Beltagy et al., Longformer (2020).
     """
 
-    takes_bias = True
     complexity = "O(N·W·d)"
     memory = "O(N·(W + d))"
     options = {"window_size": Option(128), "dilation": Option(1)}
@@ -142,12 +108,16 @@ class LocalAttention(Mechanism):
     def cache_layer(self, layer):
         return RingLayer.from_layer(layer, (self.window_size - 1) * self.dilation)
 
-    def _attend(self, call):
+    def _by_pattern(self, call):
         offsets = torch.arange(self.window_size, device=call.query.device) * self.dilation
         if (output := looked_up(call, offsets)) is not None:
             return output
         *problem, to_query_order = windows(call, self.window_size, self.dilation)
         return to_query_order(attend(*problem, call.drop))
+
+    def _parts(self, call):
+        *problem, to_query_order = windows(call, self.window_size, self.dilation)
+        return [weigh(*problem, call.drop).map(to_query_order)]
 
     def _visible(self, call):
         distance = distances(call)
@@ -155,7 +125,7 @@ class LocalAttention(Mechanism):
 
 
 @register_mechanism("strided")
-class StridedAttention(Mechanism):
+class StridedAttention(PatternAttention):
     """Softmax attention to the keys j with |i - j| < W and those with |i - j| = s, 2·s, ..., T·s, under one normaliser.
 
     W = window_size, s = stride, T = num_strides. Child et al. let the second kind go back to the first token, which is
@@ -166,7 +136,6 @@ class StridedAttention(Mechanism):
     Source: Child et al., Generating Long Sequences with Sparse Transformers (2019).
     """
 
-    takes_bias = True
     complexity = "O(N·(W + T)·d)"
     memory = "O(N·(W + T + d))"
     options = {"window_size": Option(64), "stride": Option(64), "num_strides": Option(64)}
@@ -174,16 +143,18 @@ class StridedAttention(Mechanism):
     def cache_layer(self, layer):
         return RingLayer.from_layer(layer, max(self.window_size - 1, self.num_strides * self.stride))
 
-    def _attend(self, call):
+    def _by_pattern(self, call):
         offsets = sorted({*range(self.window_size), *range(0, self.num_strides * self.stride + 1, self.stride)})
         if (output := looked_up(call, torch.tensor(offsets, device=call.query.device))) is not None:
             return output
+        return merge(self._parts(call))
+
+    def _parts(self, call):
         parts = []
         for size, dilation, beyond in ((self.window_size, 1, 0), (self.num_strides + 1, self.stride, self.window_size)):
             *problem, to_query_order = windows(call, size, dilation, beyond)
-            part = weigh(*problem, call.drop)
-            parts.append(Part(to_query_order(part.summed), to_query_order(part.total), to_query_order(part.top)))
-        return merge(parts)
+            parts.append(weigh(*problem, call.drop).map(to_query_order))
+        return parts
 
     def _visible(self, call):
         distance = distances(call)
