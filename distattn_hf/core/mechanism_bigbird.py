@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .inputs import surely
 from .mechanism_base import Call, Option, register_mechanism
-from .mechanism_pattern import Part, PatternAttention, attend, weigh
+from .mechanism_windows import Part, PatternAttention, attend, weigh
 
 
 def first_keys(call: Call) -> Tensor:

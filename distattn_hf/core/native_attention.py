@@ -188,6 +188,27 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
     return requested
 
 
+def global_tokens(marked: Tensor, config: DistAttnConfig, given: Tensor | None, has_cache: bool) -> Tensor:
+    """Return global_attention_mask as bool (B, N) for given (B, N, ...); raises `ValueError` for what cannot be."""
+    able = [name for name in MECHANISMS if MECHANISMS.get(name).takes_global]
+    if config.mechanism not in able:
+        raise ValueError(
+            f"global_attention_mask needs a mechanism with a pattern ({', '.join(able)}), got {config.mechanism!r}"
+        )
+    if config.is_decoder and has_cache:
+        raise ValueError(
+            "global_attention_mask needs use_cache=False in a causal model: a cache of mechanism "
+            f"{config.mechanism!r} does not know which of its tokens are global"
+        )
+    shape, looks = None if given is None else tuple(given.shape[:2]), not torch.compiler.is_compiling()
+    if tuple(marked.shape) != shape or looks and bool(((marked != 0) & (marked != 1)).any()):
+        raise ValueError(
+            f"global_attention_mask must hold 0 and 1, of shape (B, N)={shape}, got shape {tuple(marked.shape)}"
+            + (f" and values {marked.unique().tolist()[:5]}" if looks else "")
+        )
+    return marked != 0
+
+
 class AttentionHeads(nn.Module):
     """Projections to heads and back, rotary positions, and a cache of keys and values; subclasses put attention
     between.
@@ -351,6 +372,8 @@ class DistAttnAttention(AttentionHeads):
             )
         if self.mechanism is not None:
             call = {"is_cross": self.is_cross_attention, "position_bias": position_bias, "dropout_p": dropout_p}
+            if (marked := kwargs.get("global_attention_mask")) is not None:
+                call["is_global"] = marked
             output, weights = self._by_mechanism(query, key, value, mask, return_weights=return_weights, **call)
             return output.transpose(1, 2), weights
         if return_weights and implementation not in _WITH_WEIGHTS:
