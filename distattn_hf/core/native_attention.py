@@ -29,7 +29,10 @@ logger = logging.get_logger(__name__)
 # Names that mean several mechanisms.
 _SEVERAL = {
     "sparse": "which may be 'nystrom', with num_landmarks, 'landmark' or 'retrieval', which read the best blocks, "
-    "'strided', 'local' or 'bigbird', whose pattern is fixed"
+    "'strided', 'local' or 'bigbird', whose pattern is fixed",
+    "block_sparse": "which may be 'bigbird', with blocks of a window, random and global ones; a mask of your own goes "
+    "to 'dot' or a metric as attention_mask (B, H, N, M), or into a class by register_mechanism",
+    "topk": "which is 'retrieval' with window_size=1, num_sinks=0, block_size=1, far_field=False and num_blocks=k",
 }
 # Attention functions that return true weights.
 _WITH_WEIGHTS = ("eager", "sdpa", *IMPLEMENTATIONS)
@@ -62,7 +65,7 @@ def options_of_layer(options: dict, layer_idx: int) -> dict:
 def unknown_mechanism(what: str, name: str) -> ValueError:
     """Return an error with the names that a mechanism may have, and what a name of several may mean."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
-    hint = _SEVERAL.get(name.lower() if isinstance(name, str) else name)
+    hint = _SEVERAL.get(name.lower().replace("top_k", "topk") if isinstance(name, str) else name)
     return ValueError(
         f"unknown {what} {name!r}{f' ({hint})' if hint else ''}; expected one of {', '.join(names)}; or a metric: "
         f"{METRICS.describe()}"
