@@ -79,11 +79,12 @@ def beginnings_of(
 ) -> Tensor | None:
     """Return where packed documents begin, (B, N) bool, or None; raises `ValueError` for such beside a cache.
 
-    Where a mask (B, N, M) says itself which tokens see each other, and where a compiled graph cannot look: None.
+    None where a mask that is no padding mask says itself which tokens see each other, and in a compiled graph, which
+    cannot look.
     """
     if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
         return None
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         return None
     keep = None if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :].bool()
     if cache is None:
