@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -521,3 +522,11 @@ def test_a_measuring_process_that_ends_is_reported(tmp_path):
 def test_cases_travel_as_json(tmp_path):
     for case in config(tmp_path, metrics="lp3,l2", passes=list(PASSES)).cases():
         assert type(case)(**json.loads(json.dumps(asdict(case)))) == case
+
+
+@pytest.mark.parametrize(("pass_name", "queries"), [("forward", 100), ("forward_backward", 100), ("decode", 1)])
+def test_tokens_are_queries(pass_name, queries):
+    """Of all sequences; a step of decoding has one query each, however many keys it sees."""
+    case = SimpleNamespace(batch=3, length=100, pass_name=pass_name)
+    for times in ("ours", "seconds"):
+        assert module.with_tokens({times: {"median": 0.5}}, case)["tokens_per_second"] == 3 * queries / 0.5

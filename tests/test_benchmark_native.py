@@ -62,6 +62,9 @@ def test_every_mechanism_passes_its_check_and_is_written(tmp_path):
         assert (row["gate"]["error"] is not None) == checked
         assert row["seconds"]["median"] > 0
         assert ("growth" in row) == (row["length"] == 96)
+        rate = row["batch"] * row["length"] / row["seconds"]["median"]
+        assert row["tokens_per_second"] == pytest.approx(rate)
+        assert f"{rate:,.0f}" in printed
         line = [row["label"], "forward", "yes" if row["causal"] else "no", str(row["length"])]
         assert any(text.split()[:4] == line for text in printed.splitlines())
 

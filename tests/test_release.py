@@ -27,7 +27,7 @@ from distattn_hf.experiments.run_experiment import load_experiment, read_options
 from distattn_hf.training.arguments import read_config
 print(card.__file__)
 comparison = read_comparison("configs/experiments/native_comparison.yaml")
-assert len(comparison.runs) == 8
+assert len(comparison.runs) == 10
 assert comparison.runs["l1"][0].scratch.model["hidden_size"] == 320
 assert max(read_options(load_experiment("long_context"), "configs/experiments/long_context.yaml", ()).lengths) == 8192
 assert read_config("configs/training/minilm_l1.yaml", ["use_cpu=true"]).adaptation.stages

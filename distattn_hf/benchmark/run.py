@@ -151,7 +151,7 @@ class Benchmark(ABC):
             self.check(case, name, row)
             if "gate" in row and not row["gate"]["passed"]:
                 return {**row, "status": "wrong"}
-            return {**row, "status": "ok", **self.measure(case, name, row)}
+            return {**row, "status": "ok", **with_tokens(self.measure(case, name, row), case)}
         except Unavailable as reason:
             return {**row, "status": self.unavailable, "reason": str(reason)}
         except Exception as error:  # One case out of memory must not end a run of hours; the exit code tells.
@@ -223,6 +223,13 @@ def exit_code(report: dict) -> int:
     return 0 if "ok" in states and not states & {"wrong", "failed"} else 1
 
 
+def with_tokens(measured: dict, case) -> dict:
+    """Add "tokens_per_second" to what was measured of a case: its queries by the median time of a call."""
+    queries = case.batch * (1 if case.pass_name == "decode" else case.length)
+    times = measured["ours"] if "ours" in measured else measured["seconds"]
+    return {**measured, "tokens_per_second": queries / times["median"]}
+
+
 def plot_row(row: dict, backend: str, sdpa: dict | None, sdpa_memory: float | None = None) -> dict:
     """Convert a row with "seconds" and "memory" for `plot_results`; `sdpa`: seconds of PyTorch's attention."""
     return {
@@ -262,9 +269,11 @@ def memory_cell(row: dict) -> str:
 
 # Columns that several tables share, and their meaning.
 MILLISECONDS = ("ms", 10, cell(".2f", lambda r: 1e3 * r["seconds"]["median"]))
+TOKENS = ("tokens/s", 11, cell(",.0f", lambda r: r["tokens_per_second"]))
 GROWTH = ("x2 N", 6, cell(".2f", lambda r: r["growth"]))
 MEGABYTES = ("MB", 8, memory_cell)
 MEANING = {
+    "tokens_per_second": "queries / the median of the seconds of a call, in all sequences and of one layer's attention",
     "growth": "factor of the time for each doubling of the length, since the length before: 2 where time is linear",
     "memory": "10^6 bytes at the peak of one call, above its inputs; the output (and gradients) count; on CPU",
 }

@@ -16,7 +16,7 @@ from .exact_check import (
 )
 from .exact_options import BenchmarkConfig, Case
 from .measure import SAMPLE_SECONDS, serve
-from .run import Benchmark, Unavailable, summary
+from .run import MEANING, TOKENS, Benchmark, Unavailable, summary
 
 # PyTorch's own memory below this is near the resolution (pages, allocator arenas), so there is no ratio.
 LEAST_MEGABYTES = 1.0
@@ -37,6 +37,7 @@ DEFINITIONS = {
     "ours": "seconds a call of distance_attention, with the median, 10th and 90th percentile over the pairs",
     "sdpa": "the same for scaled_dot_product_attention on the same tensors, run back to back in random order",
     "ratio": "ours / sdpa within a pair: below 1 is faster than PyTorch's attention",
+    "tokens_per_second": MEANING["tokens_per_second"],
     "naive": "cdist + softmax + matmul, in pairs of its own with ours; ratio is naive / ours: how much faster ours is",
     "sample": f"one half of a pair: the call repeated until {1e3 * SAMPLE_SECONDS:g} ms",
     "forward": "no gradient",
@@ -71,6 +72,7 @@ class ExactBenchmark(Benchmark):
     )
     numbers = (
         ("ms", 10, lambda r: f"{1e3 * r['ours']['median']:.3f}"),
+        TOKENS,
         ("SDPA ms", 10, lambda r: f"{1e3 * r['sdpa']['median']:.3f}"),
         ("ratio [p10-p90]", 22, lambda r: "{median:.2f} [{p10:.2f}-{p90:.2f}]".format(**r["ratio"])),
         ("naive/ours", 10, lambda r: _naive_cell(r["naive"])),

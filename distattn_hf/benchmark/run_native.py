@@ -12,7 +12,7 @@ from ..functional.retrieval_attention import retrieval_attention
 from .measure import serve, timed_call
 from .native_options import NativeCase, NativeConfig
 from .nystrom_inputs import sdpa
-from .run import GROWTH, MEANING, MEGABYTES, MILLISECONDS, Benchmark, cell, named_columns, plot_row, summary
+from .run import GROWTH, MEANING, MEGABYTES, MILLISECONDS, TOKENS, Benchmark, cell, named_columns, plot_row, summary
 
 # N of the check before timing, and its largest error relative to the largest entry, in float64.
 CHECKED_LENGTH, TOLERANCE = 150, 1e-9
@@ -67,7 +67,9 @@ class NativeBenchmark(Benchmark):
     about = {"mechanism": "native"}
     definitions = DEFINITIONS
     columns = named_columns("mechanism", 12)
-    numbers = (MILLISECONDS, ("x sdpa", 8, cell(".3f", lambda r: r["times_sdpa"]["median"])), GROWTH, MEGABYTES)
+    numbers = (
+        MILLISECONDS, TOKENS, ("x sdpa", 8, cell(".3f", lambda r: r["times_sdpa"]["median"])), GROWTH, MEGABYTES,
+    )  # fmt: skip
 
     def headline(self) -> str:
         """Describe the run, above the table."""

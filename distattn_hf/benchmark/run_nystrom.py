@@ -17,6 +17,7 @@ from .run import (
     MEANING,
     MEGABYTES,
     MILLISECONDS,
+    TOKENS,
     Benchmark,
     Unavailable,
     cell,
@@ -107,6 +108,7 @@ DEFINITIONS = {
     "times_ours": "seconds / those of ours with the first strategy in the same pair, run back to back in random order: "
     "above 1 is slower than ours",
     "growth": MEANING["growth"],
+    "tokens_per_second": MEANING["tokens_per_second"],
     "errors": "‖output - exact‖ / ‖exact‖ against softmax attention on up to 1,024 evenly spaced query rows, for each "
     "kind of input",
     "mean of all values": "no attention at all: the error that an approximation has to beat",
@@ -129,6 +131,7 @@ class NystromBenchmark(Benchmark):
     columns = named_columns("competitor", 20)
     numbers = (
         MILLISECONDS,
+        TOKENS,
         ("x ours", 8, cell(".2f", lambda r: r["times_ours"]["median"])),
         GROWTH,
         ("error normal", 12, cell(".3f", lambda r: r["errors"]["normal"])),

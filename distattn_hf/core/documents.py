@@ -4,17 +4,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 
 class Documents:
-    """Stands in the place of a mask: tokens of a row (B, N) whose position is not the one after the last begin anew.
+    """Stands in the place of a mask: the tokens of rows (B, N), cut where positions begin anew (see `beginnings`).
 
     Each document is cut out, and a batch of them padded on the right: whatever a mechanism does with a text, it does
     with each, and nothing of one is left when the next begins. Those in one batch differ in length by less than a
     factor of two, so that padding less than doubles the work.
     """
 
-    def __init__(self, begins: Tensor):
+    def __init__(self, begins: Tensor, keep: Tensor | None = None):
+        """begins (B, N) bool: where documents start; keep (B, N) bool: which tokens are no padding, or None for all."""
         starts = begins.flatten().nonzero()[:, 0]
         ends = torch.cat([starts[1:], starts.new_tensor([begins.numel()])])
         self.shape, self.parts = begins.shape, []
@@ -24,14 +26,27 @@ class Documents:
             longest = max(lengths[number] for number in own)
             places = starts[own, None] + torch.arange(longest, device=starts.device)
             exists = places < ends[own, None]
-            self.parts.append((places.clamp(max=begins.numel() - 1), exists))
+            places = places.clamp(max=begins.numel() - 1)
+            self.parts.append((places, exists, exists if keep is None else exists & keep.flatten()[places]))
 
-    @classmethod
-    def of(cls, position_ids: Tensor) -> "Documents | None":
-        """Return the documents that positions (B, N) tell apart, as transformers does; None for one in each row."""
+    @staticmethod
+    def beginnings(position_ids: Tensor, keep: Tensor | None = None) -> Tensor | None:
+        """Return where documents begin that positions (B, N) tell apart, (B, N) bool; None for one in each row.
+
+        A position that is not the one after the last begins anew, as in transformers. Beside keep (B, N), which tokens
+        are no padding, only one that is 0 or less than that of the last such token: padding may stand between them.
+        Padding before the first token is apart.
+        """
         begins = torch.ones_like(position_ids, dtype=torch.bool)
-        begins[:, 1:] = position_ids.diff(dim=-1) != 1
-        return cls(begins) if bool(begins[:, 1:].any()) else None
+        if keep is None:
+            begins[:, 1:] = position_ids.diff(dim=-1) != 1
+            return begins if bool(begins[:, 1:].any()) else None
+        place = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last = torch.where(keep, place, -1).cummax(-1).values[:, :-1]
+        positions, before = position_ids[:, 1:], position_ids.gather(1, last.clamp(min=0))
+        anew = keep[:, 1:] & (last >= 0) & ((positions < before) | (positions == 0))
+        begins[:, 1:] = anew | (keep[:, 1:] & (last < 0))
+        return begins if bool(anew.any()) else None
 
     def apart(self, attend: Callable, query: Tensor, key: Tensor, value: Tensor, bias) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, N, H, d_v), weights (B, H, N, N) or None) of every document's attention to itself.
@@ -42,11 +57,11 @@ class Documents:
         """
         batch, length = self.shape
         outputs, order, all_weights = [], [], None
-        for number, (places, exists) in enumerate(self.parts):
+        for number, (places, exists, seen) in enumerate(self.parts):
             tensors = (t.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2) for t in (query, key, value))
             longest = places.shape[1]
             own_bias = bias[..., :longest, :longest] if isinstance(bias, Tensor) else bias
-            output, weights = attend(number, *tensors, exists[:, None, None], own_bias)
+            output, weights = attend(number, *tensors, seen[:, None, None], own_bias)
             outputs.append(output[exists])
             order.append(places[exists])
             if weights is not None:
@@ -57,3 +72,30 @@ class Documents:
                     here = slice(start, start + own)
                     all_weights[row, :, here, here] = own_weights[:, :own, :own]
         return torch.cat(outputs)[torch.cat(order).argsort()].unflatten(0, self.shape), all_weights
+
+
+def beginnings_of(
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, is_new: bool
+) -> Tensor | None:
+    """Return where packed documents begin, (B, N) bool, or None; raises `ValueError` for such beside a cache.
+
+    None where a mask that is no padding mask says itself which tokens see each other, and in a compiled graph, which
+    cannot look.
+    """
+    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return None
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        return None
+    keep = None if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :].bool()
+    if cache is None:
+        return Documents.beginnings(position_ids, keep)
+    # Positions beside a cache may leave some out.
+    keep = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
+    if Documents.beginnings(position_ids, keep) is not None:
+        # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
+        remedy = "pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False"
+        raise ValueError(
+            "position_ids start anew within a row (packed documents), which keeps documents apart only without cache, "
+            f"whose keys every token that follows would see: {remedy}"
+        )
+    return None

@@ -52,7 +52,8 @@ class Call:
 
     keep (B, M) bool, True for a real key, or None for all; bias (B or 1, H, N, M) or None. Causal: the last N of the M
     keys are the queries' own. scaling: what the caller gave, None where it gave nothing. memory: what is kept of a text
-    whose earlier keys are not among these (see `Mechanism.cache_layer`).
+    whose earlier keys are not among these (see `Mechanism.cache_layer`). is_global (B, M) bool: tokens that see and are
+    seen wherever they stand, or None.
     """
 
     query: Tensor
@@ -65,6 +66,14 @@ class Call:
     dropout_p: float
     bias: Tensor | None
     memory: RecurrentLayer | None = None
+    is_global: Tensor | None = None
+
+    @property
+    def pattern_keep(self) -> Tensor | None:
+        """Which keys a pattern may look at: `keep` without global tokens, which come besides."""
+        if self.is_global is None:
+            return self.keep
+        return ~self.is_global if self.keep is None else self.keep & ~self.is_global
 
     @property
     def before(self) -> int:
@@ -94,7 +103,8 @@ class Mechanism(nn.Module):
     """Attention (query, key, value) -> (output, weights), in forms that the class attributes name.
 
     causal, bidirectional, cross: which forms exist (cross: queries and keys of different sequences).
-    takes_bias: whether an additive position bias can be honoured. needs_max_length: whether the longest sequence must
+    takes_bias: whether an additive position bias can be honoured. takes_global: whether single tokens can be global.
+    needs_max_length: whether the longest sequence must
     be known when the module is made. complexity, memory: of one call, N queries, M keys, head size d, in words.
     options: the keyword arguments beyond `num_heads`, `head_dim` and `max_length`, with what they may be.
 
@@ -106,6 +116,7 @@ class Mechanism(nn.Module):
     bidirectional: bool = True
     cross: bool = False
     takes_bias: bool = False
+    takes_global: bool = False
     needs_max_length: bool = False
     complexity: str
     memory: str
@@ -171,6 +182,7 @@ class Mechanism(nn.Module):
         position_bias: Tensor | None = None,
         return_weights: bool = False,
         memory: RecurrentLayer | None = None,
+        is_global: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, H, N, d_v) in value's dtype, weights (B, H, N, M) before dropout, or None).
 
@@ -185,6 +197,7 @@ class Mechanism(nn.Module):
             return_weights: also return the true weights, quadratic in time and memory here and only here.
             memory: the cache layer that these keys came from and that has summed up those before, where the mechanism
                 made it; it is brought up to date.
+            is_global: (B, M) bool, tokens that see and are seen wherever they stand; as many queries as keys.
 
         A query that sees nothing gets zeros.
 
@@ -193,12 +206,13 @@ class Mechanism(nn.Module):
         """
         self.check(is_causal=is_causal, is_cross=is_cross, has_bias=position_bias is not None)
         self._check_call(query, key, value, keep, is_causal, is_cross, scaling, dropout_p, position_bias)
+        self._check_global(is_global, query, key)
         say_backend(self.name, "operators", query, key)
         with without_autocast(query.device.type):
             dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
             bias = None if position_bias is None else position_bias.to(dtype)
             tensors = (tensor.to(dtype) for tensor in (query, key, value))
-            call = Call(*tensors, keep, is_causal, is_cross, scaling, dropout_p, bias, memory)
+            call = Call(*tensors, keep, is_causal, is_cross, scaling, dropout_p, bias, memory, is_global)
             if return_weights and memory is not None and memory.state is not None:
                 raise ValueError(
                     f"output_attentions is not available once keys are in the cache of mechanism {self.name!r}: they "
@@ -232,7 +246,10 @@ class Mechanism(nn.Module):
         logits = call.scaled_query @ call.key.mT
         if call.bias is not None:
             logits = logits + call.bias
-        seen = call.seen() & self._visible(call)
+        visible = self._visible(call)
+        if call.is_global is not None:
+            visible = visible | call.is_global[:, None, None] | call.is_global[:, None, :, None]
+        seen = call.seen() & visible
         return masked_softmax(logits, seen.expand_as(logits))
 
     def _visible(self, call: Call) -> Tensor:
@@ -273,6 +290,19 @@ class Mechanism(nn.Module):
             shape = (batch, heads, num_queries, num_keys)
             if bias.dim() != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != shape[1:]:
                 raise ValueError(f"position_bias must have shape (B or 1, H, N, M)={shape}, got {tuple(bias.shape)}")
+
+    def _check_global(self, is_global: Tensor | None, query: Tensor, key: Tensor) -> None:
+        """Raise `ValueError` for global tokens that this mechanism or call cannot have."""
+        if is_global is None:
+            return
+        if not self.takes_global:
+            raise ValueError(f"mechanism {self.name!r} takes no global tokens")
+        shape = (len(query), query.shape[2])
+        if is_global.dtype != torch.bool or is_global.shape != shape or key.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"is_global must be bool of shape (B, N)={shape}, of as many queries as keys, got {is_global.dtype} of "
+                f"shape {tuple(is_global.shape)} and {key.shape[2]} keys"
+            )
 
     def extra_repr(self) -> str:
         values = {name: getattr(self, name) for name in self.options}

@@ -4,6 +4,7 @@ Written here and not taken from transformers, whose BigBird attention belongs to
 for other lengths than multiples of the block.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .inputs import surely
-from .mechanism_base import Call, Mechanism, Option, register_mechanism
-from .mechanism_windows import attend
+from .mechanism_base import Call, Option, register_mechanism
+from .mechanism_windows import Part, PatternAttention, attend, weigh
 
 
 def first_keys(call: Call) -> Tensor:
@@ -29,7 +30,7 @@ def turned(tensor: Tensor, places: Tensor, axis: int) -> Tensor:
 
 
 @register_mechanism("bigbird", aliases=("big_bird",))
-class BigBirdAttention(Mechanism):
+class BigBirdAttention(PatternAttention):
     """Softmax attention between blocks of b = block_size tokens, and of all tokens with the global ones.
 
     A query in block B sees the blocks B - window_blocks ... B + window_blocks, num_random_blocks others, and the first
@@ -46,7 +47,6 @@ class BigBirdAttention(Mechanism):
     Source: Zaheer et al., Big Bird (2020), the form with internal global tokens; the causal form is ours.
     """
 
-    takes_bias = True
     complexity = "O(N·A·b·d), A = global + random + 2·window_blocks + 1 blocks"
     memory = "O(N·A·(b + d))"
     options = {
@@ -101,28 +101,40 @@ class BigBirdAttention(Mechanism):
         return blocks.clamp(0, count - 1), exists & ~repeated
 
     def _attend(self, call):
+        if call.is_global is not None and not call.is_causal:
+            place = torch.arange(call.key.shape[2], device=call.query.device)
+            call = replace(call, is_global=call.is_global | (place < self.num_global_blocks * self.block_size))
+        return super()._attend(call)
+
+    def _by_pattern(self, call):
         return self._causal(call) if call.is_causal else self._by_blocks(call)
 
-    def _causal(self, call: Call) -> Tensor:
+    def _parts(self, call):
+        def finish(*problem):
+            return weigh(*problem).packed()
+
+        return [Part.of(self._causal(call, finish) if call.is_causal else self._by_blocks(call, finish))]
+
+    def _causal(self, call: Call, finish: Callable = attend) -> Tensor:
         """Return the causal output: of few queries by looking their keys up, of many by blocks."""
         count, num_keys = call.query.shape[2], call.key.shape[2]
         first = first_keys(call)
-        if count * self.block_size * self._reads <= num_keys:
+        if call.is_global is None and count * self.block_size * self._reads <= num_keys:
             return self._looked_up(call, first)
         query = F.pad(call.query, (0, 0, call.before, 0))
         bias = None if call.bias is None else F.pad(call.bias, (0, 0, call.before, 0))
         whole = replace(call, query=query, bias=bias)
         if call.keep is None or surely(~first.any()):
-            return self._by_blocks(whole)[:, :, call.before :]
+            return self._by_blocks(whole, finish)[:, :, call.before :]
         place = torch.arange(num_keys, device=first.device)
         # Each row's first real key at its start, and what stood before it at its end.
         ahead = (place + first[:, None]) % num_keys
         query, key, value = (turned(tensor, ahead, 2) for tensor in (query, call.key, call.value))
         if bias is not None:
             bias = turned(turned(bias.expand(len(first), -1, -1, -1), ahead, 2), ahead, 3)
-        output = self._by_blocks(
-            replace(call, query=query, key=key, value=value, keep=turned(call.keep, ahead, 1), bias=bias)
-        )
+        keep, is_global = (t if t is None else turned(t, ahead, 1) for t in (call.keep, call.is_global))
+        whole = replace(call, query=query, key=key, value=value, keep=keep, bias=bias, is_global=is_global)
+        output = self._by_blocks(whole, finish)
         output = turned(output, (place - first[:, None]) % num_keys, 2)
         return output.masked_fill((place < first[:, None])[:, None, :, None], 0.0)[:, :, call.before :]
 
@@ -150,7 +162,8 @@ class BigBirdAttention(Mechanism):
             logits = logits + call.bias.expand(batch, -1, -1, -1).gather(-1, place)
         return attend(logits[..., None, :], seen[..., None, :], call.value[item, head, place], call.drop).squeeze(-2)
 
-    def _by_blocks(self, call: Call) -> Tensor:
+    def _by_blocks(self, call: Call, finish: Callable = attend) -> Tensor:
+        """Return the output by blocks; `finish`: `attend`, or what makes something else of the same."""
         size, (batch, heads, length, _), device = self.block_size, call.query.shape, call.query.device
         blocks, valid = self._plan(call)
         count, fill = blocks.shape[2], blocks.shape[2] * size - length
@@ -164,7 +177,8 @@ class BigBirdAttention(Mechanism):
             """Return (B, H, blocks, A·b, x) from (B, H, N, x)."""
             return cut(tensor)[item, head, blocks].flatten(3, 4)
 
-        keep = call.keep if call.keep is not None else torch.ones(1, length, dtype=torch.bool, device=device)
+        keep = call.pattern_keep
+        keep = keep if keep is not None else torch.ones(1, length, dtype=torch.bool, device=device)
         seen = chosen(keep[:, None, :, None].expand(batch, heads, -1, -1))[..., 0]
         seen = seen & valid.repeat_interleave(size, dim=-1)
         logits = cut(call.scaled_query) @ chosen(call.key).mT
@@ -180,9 +194,9 @@ class BigBirdAttention(Mechanism):
             key_at = (blocks[..., None] * size + inside).flatten(3)
             query_at = torch.arange(count, device=device)[:, None] * size + inside
             seen = seen & (key_at[..., None, :] <= query_at[..., None])
-        output = attend(logits, seen, chosen(call.value), call.drop).flatten(2, 3)[:, :, :length]
-        if call.is_causal:
-            # Queries of the first blocks see no others, global or not.
+        output = finish(logits, seen, chosen(call.value), call.drop).flatten(2, 3)[:, :, :length]
+        if call.is_causal or call.is_global is not None:
+            # Causal queries of the first blocks see no others; where a call names global tokens, theirs are among them.
             return output
 
         first = min(length, self.num_global_blocks * size)

@@ -1,5 +1,7 @@
 """Attention to the keys near a query, in overlapping blocks: time and memory O(N·window), never an (N, M) matrix.
 
+And what mechanisms of a fixed pattern share: parts of one softmax, and global tokens.
+
 Written here and not taken from a library, because a checkpoint must load with torch and transformers alone.
 """
 
@@ -28,6 +30,19 @@ class Part:
     total: Tensor
     top: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Part":
+        """Return the part with each tensor changed."""
+        return Part(change(self.summed), change(self.total), change(self.top))
+
+    def packed(self) -> Tensor:
+        """Return (..., N, d_v + 2), all three side by side."""
+        return torch.cat([self.summed, self.total, self.top], dim=-1)
+
+    @classmethod
+    def of(cls, packed: Tensor) -> "Part":
+        """Return the part of a tensor as `packed` returns it."""
+        return cls(*packed.split([packed.shape[-1] - 2, 1, 1], dim=-1))
+
 
 def merge(parts: list[Part]) -> Tensor:
     """Return the attention output over the keys of all parts, which share none; queries that see nothing get zeros."""
@@ -49,6 +64,64 @@ def weigh(logits: Tensor, seen: Tensor, value: Tensor, drop: Callable[[Tensor], 
     top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     weights = (logits - top).exp()
     return Part(drop(weights) @ value, weights.sum(-1, keepdim=True), top)
+
+
+class PatternAttention(Mechanism):
+    """Softmax attention of each query to the keys of a pattern, and with the global tokens where a call names them.
+
+    A global token sees every key that causality and padding leave, and every query that they leave sees it, under one
+    normaliser with its pattern. G of them cost O((N + M)·G·d) besides. They have the projections of all others;
+    Longformer gives their queries projections of their own.
+    """
+
+    takes_bias = True
+    takes_global = True
+
+    def _attend(self, call):
+        if call.is_global is None:
+            return self._by_pattern(call)
+        return attend_with_global(call, self._parts(call))
+
+    def _by_pattern(self, call: Call) -> Tensor:
+        """Return the output (B, H, N, d_v) without global tokens."""
+        raise NotImplementedError
+
+    def _parts(self, call: Call) -> list[Part]:
+        """Return the parts of the pattern's keys that are not global."""
+        raise NotImplementedError
+
+
+def attend_with_global(call: Call, parts: list[Part]) -> Tensor:
+    """Return the output over the keys of all parts, none of which is global, and with the global tokens."""
+    batch, heads, num_keys = call.key.shape[:3]
+    # Of each row's global tokens; a row with fewer has others behind them.
+    places = call.is_global.int().argsort(dim=-1, descending=True, stable=True)
+    places = places[:, : max(1, int(call.is_global.sum(-1).max()))]
+    exists = call.is_global.gather(1, places)
+    place = torch.arange(num_keys, device=places.device)
+
+    def rows(tensor):
+        """Return (B, H, G, x) of (B or 1, H, M, x)."""
+        index = places[:, None, :, None].expand(-1, heads, -1, tensor.shape[-1])
+        return tensor.expand(batch, -1, -1, -1).gather(2, index)
+
+    logits = call.scaled_query @ rows(call.key).mT
+    if call.bias is not None:
+        logits = logits + rows(call.bias.mT).mT
+    seen = exists if call.keep is None else exists & call.keep.gather(1, places)
+    seen = seen[:, None, None]
+    if call.is_causal:
+        seen = seen & (places[:, None, None] <= place[:, None])
+    output = merge([*parts, weigh(logits, seen, rows(call.value), call.drop)])
+
+    logits = rows(call.scaled_query) @ call.key.mT
+    if call.bias is not None:
+        logits = logits + rows(call.bias)
+    seen = torch.ones_like(logits[:, :1], dtype=torch.bool) if call.keep is None else call.keep[:, None, None]
+    if call.is_causal:
+        seen = seen & (place <= places[:, None, :, None])
+    own = torch.where(exists[:, None, :, None], attend(logits, seen, call.value, call.drop), rows(output))
+    return output.scatter(2, places[:, None, :, None].expand_as(own), own)
 
 
 def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tuple[Tensor, Tensor, Tensor, Callable]:
@@ -82,7 +155,8 @@ def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tup
     seen = (offset.abs() < window_size) & (offset.abs() * dilation >= beyond)
     if call.is_causal:
         seen = seen & (offset <= 0)
-    keep = call.keep if call.keep is not None else torch.ones(1, call.key.shape[2], dtype=torch.bool, device=device)
+    keep = call.pattern_keep
+    keep = keep if keep is not None else torch.ones(1, call.key.shape[2], dtype=torch.bool, device=device)
     seen = seen & around(keep[:, None, :, None])
     logits = queries(call.scaled_query) @ around(call.key)
     if call.bias is not None:
@@ -124,7 +198,7 @@ def distances(call: Call) -> Tensor:
 
 
 @register_mechanism("local", aliases=("window", "sliding_window"))
-class LocalAttention(Mechanism):
+class LocalAttention(PatternAttention):
     """Softmax attention to the keys j with |i - j| = 0, D, 2·D, ..., (W - 1)·D, W = window_size and D = dilation.
 
     Causal: W keys, the query's own among them. Bidirectional: W - 1 more ahead, so that every query has as many on
@@ -134,7 +208,6 @@ class LocalAttention(Mechanism):
     Source: Beltagy et al., Longformer (2020).
     """
 
-    takes_bias = True
     complexity = "O(N·W·d)"
     memory = "O(N·(W + d))"
     options = {"window_size": Option(128), "dilation": Option(1)}
@@ -142,12 +215,16 @@ class LocalAttention(Mechanism):
     def cache_layer(self, layer):
         return RingLayer.from_layer(layer, (self.window_size - 1) * self.dilation)
 
-    def _attend(self, call):
+    def _by_pattern(self, call):
         offsets = torch.arange(self.window_size, device=call.query.device) * self.dilation
         if (output := looked_up(call, offsets)) is not None:
             return output
         *problem, to_query_order = windows(call, self.window_size, self.dilation)
         return to_query_order(attend(*problem, call.drop))
+
+    def _parts(self, call):
+        *problem, to_query_order = windows(call, self.window_size, self.dilation)
+        return [weigh(*problem, call.drop).map(to_query_order)]
 
     def _visible(self, call):
         distance = distances(call)
@@ -155,7 +232,7 @@ class LocalAttention(Mechanism):
 
 
 @register_mechanism("strided")
-class StridedAttention(Mechanism):
+class StridedAttention(PatternAttention):
     """Softmax attention to the keys j with |i - j| < W and those with |i - j| = s, 2·s, ..., T·s, under one normaliser.
 
     W = window_size, s = stride, T = num_strides. Child et al. let the second kind go back to the first token, which is
@@ -166,7 +243,6 @@ class StridedAttention(Mechanism):
     Source: Child et al., Generating Long Sequences with Sparse Transformers (2019).
     """
 
-    takes_bias = True
     complexity = "O(N·(W + T)·d)"
     memory = "O(N·(W + T + d))"
     options = {"window_size": Option(64), "stride": Option(64), "num_strides": Option(64)}
@@ -174,16 +250,18 @@ class StridedAttention(Mechanism):
     def cache_layer(self, layer):
         return RingLayer.from_layer(layer, max(self.window_size - 1, self.num_strides * self.stride))
 
-    def _attend(self, call):
+    def _by_pattern(self, call):
         offsets = sorted({*range(self.window_size), *range(0, self.num_strides * self.stride + 1, self.stride)})
         if (output := looked_up(call, torch.tensor(offsets, device=call.query.device))) is not None:
             return output
+        return merge(self._parts(call))
+
+    def _parts(self, call):
         parts = []
         for size, dilation, beyond in ((self.window_size, 1, 0), (self.num_strides + 1, self.stride, self.window_size)):
             *problem, to_query_order = windows(call, size, dilation, beyond)
-            part = weigh(*problem, call.drop)
-            parts.append(Part(to_query_order(part.summed), to_query_order(part.total), to_query_order(part.top)))
-        return merge(parts)
+            parts.append(weigh(*problem, call.drop).map(to_query_order))
+        return parts
 
     def _visible(self, call):
         distance = distances(call)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -28,10 +28,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
-from .documents import Documents
+from .documents import Documents, beginnings_of
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
-from .native_attention import DistAttnAttention
+from .native_attention import DistAttnAttention, global_tokens
 from .native_layers import (
+    COLUMNS,
     CallArguments,
     DistAttnLayer,
     DistAttnPreTrainedModel,
@@ -59,34 +60,6 @@ def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor =
         raise ValueError(
             f"{name} must have shape (B, M)={expected}, one entry for each token, those in the cache included; got "
             f"{tuple(mask.shape)}"
-        )
-
-
-def check_documents(
-    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, is_new: bool = False
-) -> None:
-    """Raise `ValueError` for positions that start anew among tokens that would see each other.
-
-    transformers takes each start for a document of its own where neither mask nor cache is given, and nowhere else.
-    """
-    separates_documents = attention_mask is None and cache is None
-    if position_ids is None or position_ids.shape[-1] == 1 or separates_documents or torch.compiler.is_compiling():
-        return
-    kept = torch.ones_like(position_ids, dtype=torch.bool)
-    if isinstance(attention_mask, Tensor):
-        if attention_mask.dim() == 4:  # the mask itself says which tokens see each other
-            return
-        kept = attention_mask[:, -position_ids.shape[-1] :].bool()
-    earlier_max = torch.where(kept, position_ids, -1).cummax(-1).values[:, :-1]
-    positions = position_ids[:, 1:]
-    if bool((kept[:, 1:] & ((earlier_max > positions) | (positions == 0) & (earlier_max >= 0))).any()):
-        remedies = [] if attention_mask is None else ["leave out attention_mask"]
-        if cache is not None:
-            # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
-            remedies.append("pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False")
-        raise ValueError(
-            "position_ids start anew within a row (packed documents), which keeps documents apart only without "
-            f"attention_mask and cache: {' and '.join(remedies)}"
         )
 
 
@@ -132,15 +105,25 @@ class DistAttnModel(DistAttnPreTrainedModel):
 
         token_type_ids: segments (B or 1, N), 0 where none are given, of a config with type_vocab_size.
 
+        global_attention_mask: (B, N) of 0 and 1, as transformers' Longformer has it, for mechanisms of a pattern
+        (local, strided, bigbird): tokens with 1 see what they may see, and all that may see them do; causal models take
+        it with use_cache=False.
+
         position_ids that start anew within a row mark documents of their own (packing): a causal model keeps them apart
-        where neither attention_mask nor cache is given (use_cache=False), and refuses them otherwise; an encoder never
-        keeps them apart.
+        where no cache is in use (use_cache=False), and refuses them otherwise; an encoder never keeps them apart.
         """
         cache = one_cache(past_key_values, cache)
         if misnamed := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
             raise ValueError(f"{misnamed[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
+        if (marked := kwargs.get("global_attention_mask")) is not None:
+            given = input_ids if input_ids is not None else inputs_embeds
+            kwargs["global_attention_mask"] = global_tokens(marked, self.config, given, use_cache or cache is not None)
         segments = None if self.token_type_embeddings is None else kwargs.pop("token_type_ids", None)
         arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, segments)
+        if marked is not None and isinstance(arguments["attention_mask"], Documents):
+            raise ValueError(
+                "global_attention_mask beside position_ids that start anew (packed documents): give one of them"
+            )
         hidden_states = self._run(**arguments, **kwargs)
         return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
@@ -170,12 +153,8 @@ class DistAttnModel(DistAttnPreTrainedModel):
         widest = widths.index(max(widths)) if widths else 0
         mask_of = {"config": self.config, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_decoder:
-            # Positions that the caller gave may start anew: packed sequences.
-            check_documents(position_ids, attention_mask, self_cache, is_new)
-            documents = self._documents(position_ids, attention_mask, self_cache, len(inputs_embeds))
-            given = None if documents is not None else position_ids
-            mask_of |= {"position_ids": given, CACHE_NAME: self_cache, "layer_idx": widest}
-            mask = documents or create_causal_mask(**mask_of)
+            mask_of |= {"position_ids": position_ids, CACHE_NAME: self_cache, "layer_idx": widest}
+            mask = self._causal_mask(mask_of, is_new)
         else:
             mask = create_bidirectional_mask(**mask_of)
         if position_ids is None:
@@ -205,13 +184,27 @@ class DistAttnModel(DistAttnPreTrainedModel):
             )
         return self.token_type_embeddings(segments)
 
-    def _documents(self, position_ids, attention_mask, cache, batch: int) -> Documents | None:
-        """Return the documents of packed rows, of a mechanism for which no mask can tell them apart; None without."""
-        separates = attention_mask is None and cache is None and self.config.mechanism not in ("dot", "distance")
-        # A compiled graph cannot cut by values: the mask that transformers makes is refused by such mechanisms.
-        if not separates or position_ids is None or torch.compiler.is_compiling():
-            return None
-        return Documents.of(position_ids.expand(batch, -1))
+    def _causal_mask(self, mask_of: dict, is_new: bool):
+        """Return the mask that transformers makes of its arguments, or what keeps packed documents apart without one.
+
+        Positions that the caller gave may start anew. transformers looks for that where no mask is given; mechanisms
+        for which no mask can tell documents apart get them cut out, which a compiled graph cannot do by values: they
+        refuse the mask that transformers makes there.
+        """
+        positions, mask, batch = mask_of["position_ids"], mask_of["attention_mask"], len(mask_of["inputs_embeds"])
+        positions = positions if positions is None else positions.expand(batch, -1)
+        begins = beginnings_of(positions, mask, mask_of[CACHE_NAME], is_new)
+        if begins is not None and self.config.mechanism not in ("dot", "distance"):
+            return Documents(begins, None if mask is None else mask.bool())
+        if begins is not None and mask is not None:
+            if "flash" in self.config._attn_implementation:
+                raise ValueError(
+                    "position_ids start anew within a row (packed documents) beside attention_mask, which "
+                    f"attn_implementation={self.config._attn_implementation!r} cannot follow: leave out "
+                    "attention_mask, or use 'sdpa'"
+                )
+            mask_of = {**mask_of, "and_mask_function": packed_sequence_mask_function(begins.cumsum(-1))}
+        return create_causal_mask(**mask_of)
 
     def _new_cache(self) -> Cache:
         return DynamicCache(config=self.config)
@@ -353,6 +346,7 @@ class DistAttnForMultipleChoice(DistAttnPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         batch, choices, length = model_inputs.shape[:3]
         named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        named |= {name: kwargs.pop(name, None) for name in COLUMNS}
         flat = {name: None if t is None else t.reshape(-1, length) for name, t in named.items()}
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.flatten(0, 1)

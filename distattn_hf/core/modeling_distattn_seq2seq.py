@@ -115,8 +115,10 @@ class DistAttnSeq2SeqModel(_Seq2Seq):
             )
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        # The encoder has read them.
+        kwargs.pop("global_attention_mask", None)
         if self.config.type_vocab_size:
-            kwargs.pop("token_type_ids", None)  # the encoder has read them
+            kwargs.pop("token_type_ids", None)
         outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,

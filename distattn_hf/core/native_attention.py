@@ -29,7 +29,10 @@ logger = logging.get_logger(__name__)
 # Names that mean several mechanisms.
 _SEVERAL = {
     "sparse": "which may be 'nystrom', with num_landmarks, 'landmark' or 'retrieval', which read the best blocks, "
-    "'strided', 'local' or 'bigbird', whose pattern is fixed"
+    "'strided', 'local' or 'bigbird', whose pattern is fixed",
+    "block_sparse": "which may be 'bigbird', with blocks of a window, random and global ones; a mask of your own goes "
+    "to 'dot' or a metric as attention_mask (B, H, N, M), or into a class by register_mechanism",
+    "topk": "which is 'retrieval' with window_size=1, num_sinks=0, block_size=1, far_field=False and num_blocks=k",
 }
 # Attention functions that return true weights.
 _WITH_WEIGHTS = ("eager", "sdpa", *IMPLEMENTATIONS)
@@ -62,7 +65,7 @@ def options_of_layer(options: dict, layer_idx: int) -> dict:
 def unknown_mechanism(what: str, name: str) -> ValueError:
     """Return an error with the names that a mechanism may have, and what a name of several may mean."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
-    hint = _SEVERAL.get(name.lower() if isinstance(name, str) else name)
+    hint = _SEVERAL.get(name.lower().replace("top_k", "topk") if isinstance(name, str) else name)
     return ValueError(
         f"unknown {what} {name!r}{f' ({hint})' if hint else ''}; expected one of {', '.join(names)}; or a metric: "
         f"{METRICS.describe()}"
@@ -186,6 +189,27 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
             f"{config.positional_encoding!r} is; use 'sdpa', 'eager' or 'flex_attention'"
         )
     return requested
+
+
+def global_tokens(marked: Tensor, config: DistAttnConfig, given: Tensor | None, has_cache: bool) -> Tensor:
+    """Return global_attention_mask as bool (B, N) for given (B, N, ...); raises `ValueError` for what cannot be."""
+    able = [name for name in MECHANISMS if MECHANISMS.get(name).takes_global]
+    if config.mechanism not in able:
+        raise ValueError(
+            f"global_attention_mask needs a mechanism with a pattern ({', '.join(able)}), got {config.mechanism!r}"
+        )
+    if config.is_decoder and has_cache:
+        raise ValueError(
+            "global_attention_mask needs use_cache=False in a causal model: a cache of mechanism "
+            f"{config.mechanism!r} does not know which of its tokens are global"
+        )
+    shape, looks = None if given is None else tuple(given.shape[:2]), not torch.compiler.is_compiling()
+    if tuple(marked.shape) != shape or looks and bool(((marked != 0) & (marked != 1)).any()):
+        raise ValueError(
+            f"global_attention_mask must hold 0 and 1, of shape (B, N)={shape}, got shape {tuple(marked.shape)}"
+            + (f" and values {marked.unique().tolist()[:5]}" if looks else "")
+        )
+    return marked != 0
 
 
 class AttentionHeads(nn.Module):
@@ -351,6 +375,8 @@ class DistAttnAttention(AttentionHeads):
             )
         if self.mechanism is not None:
             call = {"is_cross": self.is_cross_attention, "position_bias": position_bias, "dropout_p": dropout_p}
+            if (marked := kwargs.get("global_attention_mask")) is not None:
+                call["is_global"] = marked
             output, weights = self._by_mechanism(query, key, value, mask, return_weights=return_weights, **call)
             return output.transpose(1, 2), weights
         if return_weights and implementation not in _WITH_WEIGHTS:

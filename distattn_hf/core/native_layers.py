@@ -116,8 +116,11 @@ class CallArguments(TransformersKwargs, total=False):
     # `generate` hands its own on to every call.
     tokenizer: Any
     assistant_tokenizer: Any
+    global_attention_mask: Tensor
 
 
+# Of these, (B, N) tensors that a data set may have a column of.
+COLUMNS = ("token_type_ids", "global_attention_mask")
 _CALL_NAMES = {*inspect.signature(DistAttnLayer.forward).parameters, *CallArguments.__annotations__}
 # Attention functions that take no arguments of their own; one that somebody registered may.
 _WITHOUT_ARGUMENTS = (None, "eager", "sdpa", "flex_attention", *IMPLEMENTATIONS)
@@ -214,6 +217,11 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         return {name: module for name, module in self.named_modules() if isinstance(module, DistAttnAttention)}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if not self.config.is_encoder_decoder and model_kwargs.get("global_attention_mask") is not None:
+            raise ValueError(
+                "generate takes no global_attention_mask in a causal model: neither a cache nor the mask of a longer "
+                "text would say which tokens are global"
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Now, and not at the first call: assisted generation tells the layers before to record what it may take back.
         cache = model_kwargs.get(CACHE_NAME)
@@ -265,17 +273,17 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def _naming_segments(forward):
-    """Return a forward with token_type_ids in its signature, where Trainer looks which columns a model reads."""
+def _naming_columns(forward):
+    """Return a forward with `COLUMNS` in its signature, where Trainer looks which columns a model reads."""
 
     @functools.wraps(forward)
     def named(self, *args, **kwargs):
         return forward(self, *args, **kwargs)
 
     own = inspect.signature(forward)
-    segments = inspect.Parameter("token_type_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    columns = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in COLUMNS]
     *parameters, keywords = own.parameters.values()
-    named.__signature__ = own.replace(parameters=[*parameters, segments, keywords])
+    named.__signature__ = own.replace(parameters=[*parameters, *columns, keywords])
     return named
 
 
@@ -291,6 +299,6 @@ def _set_options(config: DistAttnConfig, options: dict) -> None:
 def register_heads(config_class: type[DistAttnConfig], **kinds: type[PreTrainedModel]) -> None:
     """Register head classes of the native family by the name of their Auto class."""
     for auto_name, kind in kinds.items():
-        kind._auto_class, kind.forward = auto_name, _naming_segments(kind.forward)
+        kind._auto_class, kind.forward = auto_name, _naming_columns(kind.forward)
     NATIVE_HEADS[config_class.model_type] = {auto_name: (kind,) for auto_name, kind in kinds.items()}
     register_models(config_class, NATIVE_HEADS[config_class.model_type])

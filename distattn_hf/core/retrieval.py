@@ -106,7 +106,8 @@ class Codes:
     """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks together.
 
     mean (B, H_kv, g, d, 16) and variance of each coordinate; scale (B, H_kv, g, 16, b);
-    code (B, H_kv, g, 16, ⌈d/8⌉, b, 4) uint8: of each key four coordinates, and in the high bits the four that stand half the head size (rounded up to 8) further on;
+    code (B, H_kv, g, 16, ⌈d/8⌉, b, 4) uint8: of each key four coordinates, and in the high bits the
+    four that stand half the head size (rounded up to 8) further on;
     real (B, g, 16) bool: blocks with keys that are not padding. Padding has the code of another key of its block.
     """
 

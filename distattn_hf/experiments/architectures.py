@@ -63,9 +63,13 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def build(model_type: str):
-    """Build a tiny model with random weights, in eval mode: the causal, sequence-to-sequence or base class."""
+    """Build a tiny model with random weights, in eval mode: the speech, causal, sequence-to-sequence or base class."""
     config = shrink(configuration_auto.CONFIG_MAPPING[model_type]())
-    for auto_name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
+    names = ["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"]
+    if type(config) not in modeling_auto.AutoModelForSeq2SeqLM._model_mapping:
+        # Speech models are causal ones, too, without their encoder.
+        names.insert(0, "AutoModelForSpeechSeq2Seq")
+    for auto_name in names:
         auto_class = getattr(modeling_auto, auto_name)
         if type(config) in auto_class._model_mapping:
             torch.manual_seed(0)
@@ -82,22 +86,29 @@ def build(model_type: str):
 
 
 def inputs_for(model) -> dict:
-    """Return random tokens, pixels or audio features, by the model's main input."""
-    generator = torch.Generator().manual_seed(1)
-    name = model.main_input_name
-    if name == "pixel_values":
-        vision = getattr(model.config, "vision_config", model.config)
+    """Return random tokens, pixels, sound, series of numbers, or a text and a picture, by the model's main input."""
+    generator, config = torch.Generator().manual_seed(1), model.config
+    name, shapes = model.main_input_name, {}
+    pairs = type(config) in modeling_auto.AutoModelForZeroShotImageClassification._model_mapping
+    if name == "pixel_values" or pairs:
+        vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", 32)
         height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return {name: torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)}
-    if name == "input_values":
-        return {name: torch.randn(2, 4000, generator=generator)}
-    if name != "input_ids":
+        shapes["pixel_values"] = (2, getattr(vision, "num_channels", 3), height, width)
+    elif name == "input_values":
+        shapes[name] = (2, 4000)
+    elif name == "input_features" and hasattr(config, "num_mel_bins"):
+        shapes[name] = (2, config.num_mel_bins, 2 * getattr(config, "max_source_positions", 50))
+    elif name == "past_values" and hasattr(config, "context_length"):
+        shapes[name] = (2, config.context_length, config.num_input_channels)
+    elif name != "input_ids":
         raise ValueError(f"no inputs made for {name}")
-    ids = torch.randint(3, 90, (2, 20), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch["attention_mask"][0, -5:] = 0
-    if model.config.is_encoder_decoder:
+    batch = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    if name == "input_ids":
+        ids = torch.randint(3, 90, (2, 20), generator=generator)
+        batch |= {name: ids, "attention_mask": torch.ones_like(ids)}
+        batch["attention_mask"][0, -5:] = 0
+    if config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(3, 90, (2, 9), generator=generator)
     return batch
 

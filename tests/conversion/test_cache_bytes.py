@@ -8,6 +8,7 @@ from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.cache_bytes import cache_bytes
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.core.retrieval import encode
+from distattn_hf.core.retrieval_cache import KeyClusters
 from tests.conversion.models import VOCAB, bert, token_batch
 from tests.conversion.nystrom_cases import QUICK, build, nystrom, taken
 
@@ -24,6 +25,8 @@ def cache_of(model, length: int) -> DynamicCache:
     ids = torch.randint(3, VOCAB, (1, length))
     cache = DynamicCache(config=model.config)
     model(ids, position_ids=torch.arange(length)[None].clamp_max(127), past_key_values=cache)
+    # What is made of clustered keys is made for the steps after the text.
+    model(ids[:, :1], position_ids=torch.full((1, 1), 127), past_key_values=cache)
     return cache
 
 
@@ -33,12 +36,18 @@ def grown(sizes: list[int]) -> float:
 
 
 def derived_bytes(layer) -> int:
-    """Codes and summaries of a layer's keys without room for more, and without the bit for a block that it has keys."""
+    """What is made of a layer's keys without room for more, and without the bit for a block that it has keys."""
+    if clusters := [made for made in layer.derived.values() if isinstance(made, KeyClusters)]:
+        (clusters,) = clusters
+        units = sum(count for _, count in clusters._segments[0])
+        made = {name: tensor for name, tensor in vars(clusters.made).items() if name != "real"}
+        return tensors_bytes(tensor[:, :, :units] for tensor in made.values())
     length = layer.keys.shape[2]
     (summaries,) = (made for name, made in layer.derived.items() if name != "codes")
     made = summaries.made.lines(length // 16)
-    codes = encode(layer.keys, torch.ones(1, layer.keys.shape[2], dtype=torch.bool), 16)
-    return tensors_bytes([codes.mean, codes.scale, codes.code, *made])
+    length = length // 16 * 16
+    codes = encode(layer.keys[:, :, :length], torch.ones(1, length, dtype=torch.bool), 16)
+    return tensors_bytes([codes.mean, codes.variance, codes.scale, codes.code, *made])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -61,9 +70,10 @@ def test_of_nystrom_and_retrieval_heads(family):
     assert constant == [said["constant"]] * 2
 
 
-def test_of_retrieval_alone_and_of_distances():
+@pytest.mark.parametrize("cluster_keys", [True, False])
+def test_of_retrieval_alone_and_of_distances(cluster_keys):
     teacher = build("llama")
-    student = convert(teacher, AttentionSpec(mechanism="retrieval", num_blocks=1))
+    student = convert(teacher, AttentionSpec(mechanism="retrieval", num_blocks=1, cluster_keys=cluster_keys))
     kept = []
     for length in LENGTHS:
         layers = cache_of(student, length).layers

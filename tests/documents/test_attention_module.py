@@ -227,6 +227,10 @@ def test_sparse_attention():
         assert_close(weights.sum(-1), torch.ones(1, 8, 200), "weights_sum")
     with pytest.raises(ValueError, match=r"'sparse' \(which may be 'nystrom', .* 'strided', 'local'"):
         AttentionFactory.create_attention("sparse", d_model=64, num_heads=8)
+    with pytest.raises(ValueError, match=r"'block_sparse' \(which may be 'bigbird', .* by register_mechanism\)"):
+        AttentionFactory.create_attention("block_sparse", d_model=64, num_heads=8)
+    with pytest.raises(ValueError, match=r"'Top_K' \(which is 'retrieval' with window_size=1, .* num_blocks=k\)"):
+        AttentionFactory.create_attention("Top_K", d_model=64, num_heads=8)
     with pytest.raises(ValueError, match="'strided' has no option 'sparsity_ratio'"):
         AttentionFactory.create_attention("strided", d_model=64, num_heads=8, sparsity_ratio=0.1)
 

@@ -66,15 +66,70 @@ def test_weights_stay_within_documents(mechanism):
     assert not weights[1][:, ~same].any()
 
 
+# Rows of documents with padding on both sides, holes, and a border of a document that a hole follows.
+MASK = torch.tensor([[0] * 5 + [1] * 13 + [0, 0, 1, 1, 0], [1] * 16 + [1, 0, 1] + [1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize("mechanism", CAUSAL)
+@pytest.mark.parametrize("encoding", ["rotary", "learned", "alibi"])
+def test_beside_a_mask_each_is_what_it_is_alone(mechanism, encoding):
+    """With its own part of the mask; padding before the first token is apart from it."""
+    if not possible(mechanism, encoding, "causal"):
+        pytest.skip("refused: see test_trains_or_is_refused_by_name")
+    model = make_model(mechanism, encoding, "causal")
+    # The first row's first document is padding, so that its text begins in the middle of a batch's row.
+    positions = POSITIONS.masked_fill(MASK == 0, 1)
+    positions[1, 17] = 1
+    with torch.no_grad():
+        found = packed(model, attention_mask=MASK) if encoding == "rotary" else None
+        other = model(IDS, position_ids=positions, attention_mask=MASK, use_cache=False).logits
+        expected = []
+        for ids, mask, row in zip(IDS, MASK, ROWS, strict=True):
+            for document, own in zip(ids.split(row), mask.split(row), strict=True):
+                call = {"position_ids": torch.arange(len(document))[None], "use_cache": False}
+                expected.append(model(document[None], attention_mask=own[None], **call).logits[0])
+        one_text = model(IDS, attention_mask=MASK, use_cache=False).logits
+    expected, real = torch.cat(expected).unflatten(0, MASK.shape), MASK.bool()
+    torch.testing.assert_close(other[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+    if found is not None:
+        torch.testing.assert_close(found.logits[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+    assert (one_text[real] - expected[real]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mechanism", ["dot", "l2", "linear", "local", "nystrom"])
+def test_a_mask_of_ones_changes_nothing(mechanism):
+    model = make_model(mechanism, "rotary", "causal")
+    with torch.no_grad():
+        plain, masked = packed(model).logits, packed(model, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(masked, plain, rtol=0, atol=CACHED_LOGITS)
+
+
+def test_what_a_mask_makes_of_positions():
+    """Holes and padding are no borders; a document of one token is."""
+    keep = torch.tensor([[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1, 0]]).bool()
+    assert Documents.beginnings(keep.cumsum(-1) - 1, keep) is None
+    assert Documents.beginnings(torch.arange(7).expand(2, -1), keep) is None
+    begins = Documents.beginnings(torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 1, 2, 1, 3, 0, 1]]), keep)
+    assert begins.int().tolist() == [[1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1, 0]]
+
+
+def test_flash_attention_beside_a_mask_is_refused():
+    """It reads borders from the positions where no mask is given, and nowhere else."""
+    model = make_model("dot", "rotary", "causal")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="beside attention_mask, which attn_implementation='flash_attention_2' cannot"):
+        packed(model, attention_mask=MASK)
+
+
 def test_batches_of_documents_waste_less_than_they_hold():
     """One long document and many short ones do not become a batch of long ones."""
     positions = torch.cat([torch.arange(1000), *(torch.arange(n) for n in [3, 5, 2, 7, 1] * 20)])[None]
-    documents = Documents.of(positions)
-    assert sum(places.numel() for places, _ in documents.parts) < 2 * positions.numel()
-    assert torch.cat([places[exists] for places, exists in documents.parts]).sort().values.tolist() == list(
+    documents = Documents(Documents.beginnings(positions))
+    assert sum(places.numel() for places, *_ in documents.parts) < 2 * positions.numel()
+    assert torch.cat([places[exists] for places, exists, _ in documents.parts]).sort().values.tolist() == list(
         range(positions.numel())
     )
-    assert Documents.of(torch.arange(7).expand(2, -1)) is None
+    assert Documents.beginnings(torch.arange(7).expand(2, -1)) is None
 
 
 def test_features_are_drawn_once_for_all_documents_of_a_call():

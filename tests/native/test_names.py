@@ -12,6 +12,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from distattn_hf import DistAttnConfig, DistAttnSeq2SeqConfig
+from distattn_hf.core.compatibility import CACHE_NAME, cache_of
 from tests.tolerances import assert_close
 
 from .choices import make_model, tokens
@@ -228,19 +229,18 @@ def test_packed_documents_are_kept_apart(mechanism):
 
 
 @pytest.mark.parametrize("mechanism", ["dot", "l2", "nystrom", "retrieval", "local"])
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"attention_mask": torch.ones(1, 8, dtype=torch.long), "use_cache": False},
-        {"use_cache": True},
-        {"attention_mask": torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1]]), "use_cache": False},
-    ],
-    ids=["mask", "cache", "interior padding"],
-)
-def test_packed_documents_that_would_see_each_other_are_refused(mechanism, more):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_new", [True, False], ids=["new cache", "filled cache"])
+def test_packed_documents_beside_a_cache_are_refused(mechanism, masked, is_new):
     model, ids, _ = packed(mechanism)
-    with pytest.raises(ValueError, match="position_ids start anew .* without .* cache: (leave out|pass) "):
-        model(ids, position_ids=ROW, **more)
+    more = {} if is_new else {CACHE_NAME: cache_of(model(ids, use_cache=True))}
+    if masked:
+        more["attention_mask"] = torch.ones(1, 8 if is_new else 16, dtype=torch.long)
+    remedy = "pass" if is_new else "leave out past_key_values and pass"
+    with pytest.raises(ValueError, match=f"position_ids start anew .* only without cache.*: {remedy} use_cache=False"):
+        model(ids, position_ids=ROW, use_cache=True, **more)
+    if not is_new:
+        assert more[CACHE_NAME].get_seq_length() == 8
 
 
 def test_positions_of_padded_batches_are_no_documents():

@@ -58,6 +58,27 @@ def test_with_all_blocks_it_is_the_metrics_attention(form, metric):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("metric", ["dot", "l1"])
+def test_single_keys_are_the_k_nearest_and_a_querys_own(is_causal, metric):
+    """What the guide calls "topk", by torch.topk over all distances."""
+    options = {"window_size": 1, "num_sinks": 0, "block_size": 1, "far_field": False, "num_blocks": 4}
+    layer = AttentionFactory.create("retrieval", 16, 2, is_causal=is_causal, metric=metric, **options).double().eval()
+    x = torch.randn(2, 23, 16, dtype=torch.float64)
+    query, key, value = (layer._heads(p, x) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    nearness = query @ key.mT if metric == "dot" else -torch.cdist(query, key, p=1)
+    logits = nearness * layer.distattn.lam().double()[:, None, None] * 8**-0.5
+    own = torch.eye(23, dtype=torch.bool)
+    others = logits.masked_fill(own | (torch.ones(23, 23).triu(1).bool() & is_causal), float("-inf"))
+    chosen = torch.zeros_like(others, dtype=torch.bool).scatter(-1, others.topk(4).indices, True)
+    chosen = chosen & (others > float("-inf")) | own
+    weights = logits.masked_fill(~chosen, float("-inf")).softmax(-1)
+    expected = layer.o_proj((weights @ value).transpose(1, 2).flatten(2))
+    found = layer(x, output_attentions=True)
+    assert_close(found[0], expected, "float64")
+    assert_close(found[1], weights, "float64")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("metric", ["dot", "l2"])
 def test_a_layer_is_the_definition(is_causal, metric):
     """The loops over queries and blocks, on the layer's own projections, with padding; and with a cache, causal."""

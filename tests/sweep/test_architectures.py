@@ -11,11 +11,13 @@ from distattn_hf.experiments.architectures import sweep_one
 RESULTS = Path(__file__).parent / "RESULTS.txt"
 
 # One or two of each kind: learned positions, RoPE, T5 bias; grouped and multi-query keys; sliding windows; learned
-# sinks, capped logits, chosen keys; mixture of experts; shared layers; vision; those that broke.
+# sinks, capped logits, chosen keys; mixture of experts; shared layers; pictures, alone and beside text; sound; series
+# of numbers; those that broke.
 EXACT = [
     "gpt2", "bert", "t5", "mt5", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "gpt_neox", "opt",
     "roberta", "albert", "electra", "distilbert", "bart", "pegasus_x", "nllb-moe", "mixtral", "olmo2", "starcoder2",
-    "vit", "modernbert", "gpt_oss", "gemma2", "inkling2_text", "hy_v4",
+    "vit", "clip_vision_model", "clip", "whisper", "patchtst", "modernbert", "gpt_oss", "gemma2",
+    "inkling2_text", "hy_v4",
 ]  # fmt: skip
 REFUSED = {"git": "picks its attention class"}
 

@@ -7,7 +7,9 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from distattn_hf.core.encodings import POSITIONAL_ENCODINGS
 from distattn_hf.data.config import read_specs
+from distattn_hf.experiments.native_comparison import read_comparison
 from distattn_hf.training.arguments import read_config
 from distattn_hf.training.arguments_scratch import read_scratch_config
 
@@ -15,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 OF = {f: [p for p in FILES if p.parts[1] == f] for f in ("attention", "training", "accelerate", "model")}
 NATIVE = [p for p in OF["training"] if p.name.startswith("native_")]
+
+DISTANCES = ("sqeuclidean", "l2", "l1", "lp", "cosine", "chebyshev")
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -69,6 +73,22 @@ def test_accelerate(path):
 def test_what_others_test_is_a_mapping(path):
     """configs/experiments is read by tests of its own."""
     assert isinstance(yaml.safe_load((ROOT / path).read_text()), dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "expected"),
+    [
+        ("native_comparison", "mechanism", {"dot", "nystrom", "performer", "linear", *DISTANCES}),
+        ("native_encodings", "positional_encoding", set(POSITIONAL_ENCODINGS)),
+    ],
+)
+def test_comparisons(name, field, expected, monkeypatch):
+    """Each choice is a model that can be; metrics and encodings that are registered are all among them."""
+    monkeypatch.chdir(ROOT)
+    comparison = read_comparison(f"configs/experiments/{name}.yaml", ["use_cpu=true"])
+    configs = {choice: runs[0].scratch.model for choice, runs in comparison.runs.items()}
+    assert {config[field] for config in configs.values()} == expected
+    assert set(configs) == expected
 
 
 def test_no_kind_is_missing():
