@@ -82,6 +82,33 @@ def test_a_token_at_a_time_over_units():
     assert (after - expected).abs().max() <= CACHED_LOGITS
 
 
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0, 1])), [1, 0, 1]),
+    ],
+    ids=["repeat", "select", "reorder"],
+)
+@torch.no_grad()
+def test_other_rows_of_a_cache_go_on(change, rows):
+    """Rows' segments are of other units. Breaks if what is noted of each row stays the old row's."""
+    student, batch = student_of(SMALL), batch_of(160, padding=(45, 0, 20))
+    # The next query's window begins the shortest row's second unit: a segment that the longest row has already.
+    count = 45 + 2 * (3 + 32)
+    _, cache = in_chunks(student, {name: t[:, :count] for name, t in batch.items()}, [count - 3, 3])
+    change(cache)
+    assert all(len(clusters._segments) == len(rows) for clusters in clusters_of(cache))
+    ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
+    steps = [
+        student(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+        for i in range(count, 160)
+    ]
+    full = student(ids, attention_mask=mask, use_cache=False).logits[:, count:]
+    assert (torch.cat(steps, dim=1) - full).abs().max() <= CACHED_LOGITS
+
+
 @CASES
 @torch.no_grad()
 def test_a_cache_that_is_cut_and_goes_on_otherwise(options, length):
