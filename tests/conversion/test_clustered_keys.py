@@ -64,6 +64,15 @@ def test_chunks_with_left_padding_are_one_forward(metric, options, length):
 
 
 @torch.no_grad()
+def test_a_unit_may_begin_before_the_first_queries_are_all_there():
+    """Of small blocks, 53 keys from the longest row's first: fewer than the queries that blocks are expanded about."""
+    student, batch = student_of({**SMALL, "window_size": 5}), batch_of(160, padding=(0, 17))
+    full = student(**batch, use_cache=False).logits
+    logits, _ = in_chunks(student, batch, [30, 90, 40])
+    assert (logits - full)[batch["attention_mask"].bool()].abs().max() <= CACHED_LOGITS
+
+
+@torch.no_grad()
 def test_a_token_at_a_time_over_units():
     """Each step of 130 tokens over four units, and what a copy and other rows of the cache go on with."""
     student, batch = student_of(SMALL), batch_of(160, padding=(5, 0, 0))
