@@ -275,6 +275,17 @@ def test_queries_of_one_unit():
     assert all(before[-1] != after[0] for before, after in zip(units, units[1:]))
 
 
+def test_the_order_of_half_precisions_directions_is_that_of_the_cache():
+    """Breaks if one of them rounds the directions of bfloat16 keys."""
+    x = problem(search=SMALL, shape=(1, 2, 1, 170, 170), metric="cosine", dtype=torch.bfloat16)
+    last = replace(x, inputs=replace(x.inputs, query=x.inputs.query[:, :, -1:]))
+    found = KeyClusters().update(last, [], False).order[:, :, 0, :160]
+    segments = torch.arange(5) // 4 == 0
+    expected = order_of(x)
+    levels = torch.where(segments.repeat_interleave(32), expected[:, :, 1], expected[:, :, 0])
+    assert torch.equal(found, levels)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
