@@ -210,8 +210,7 @@ class AttentionSpec:
                     where = " or ".join(owners)
                     raise ValueError(f"{name} belongs to {where}, got {name}={value!r} with {self.mechanism!r}")
                 continue
-            value = defaults[name] if value is None else value
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value := defaults[name] if value is None else value)
             if value is None:
                 continue
             if name == "beyond":

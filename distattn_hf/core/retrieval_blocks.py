@@ -72,8 +72,8 @@ def order_of_blocks(problem: Retrieval, start: int, stop: int, unit: int, levels
     size = problem.search.block_size
     key, _, keep = cut_blocks(problem, start, stop)
     if has_codes(problem.inputs):
-        # Of cosine the keys' directions.
-        key = dot_form_of(problem.inputs, key)[1]
+        # Of cosine the keys' directions, in full precision as a cache has them.
+        key = dot_form_of(problem.inputs, key.to(torch.promote_types(key.dtype, torch.float32)))[1]
     return order_keys(key, keep, size, unit * size, max(0, problem.search.sink_blocks - start) * size, levels)
 
 

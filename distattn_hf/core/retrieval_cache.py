@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .derived_cache import SPARE, same_values, writable
-from .retrieval import PANEL, Codes, Retrieval, aligned, has_codes
+from .retrieval import PANEL, Codes, Retrieval, Search, aligned, has_codes
 from .retrieval_blocks import cut_blocks, dot_form_of, in_full, order_of_blocks
 from .retrieval_cpp import encode_keys
 from .retrieval_far import Summaries, has_far_field, summaries_of
@@ -161,6 +161,7 @@ class KeyClusters(_OfKeys):
         super().__init__()
         self._parameters: list[Tensor] = []
         self._segments: list[list[tuple[int, int]]] = []
+        self._kept: tuple[Search, bool] | None = None
 
     def update(self, problem: Retrieval, parameters: list[Tensor], keeps_summaries: bool) -> Retrieval:
         """Return the problem, which is `of_one_unit`, with its order, codes and, if asked for, summaries.
@@ -174,8 +175,11 @@ class KeyClusters(_OfKeys):
         self._start(inputs.key, keep, problem.first, size)
         self.counted = inputs.key.shape[2]
         wanted = [segments_before(units) for units in units_before(problem, self.counted - 1)]
+        wanted *= len(inputs.key) // len(wanted)
         keeps_summaries = keeps_summaries and has_far_field(problem)
-        if self.made is None or (keeps_summaries and not hasattr(self.made, "key")):
+        kept, self._kept = self._kept, (problem.search, keeps_summaries)
+        if self.made is None or kept != self._kept:
+            # Sinks are pinned in the order, and a budget of none makes no codes: options may have changed.
             self.made, self._segments = None, [[] for _ in wanted]
         for segment in sorted({segment for row in wanted for segment in row}):
             new = [segment in row and segment not in old for row, old in zip(wanted, self._segments, strict=True)]
@@ -191,6 +195,13 @@ class KeyClusters(_OfKeys):
         if keeps_summaries:
             changes["summaries"] = Summaries(*(known[name] for name in ("key", "bias", "value")))
         return replace(problem, **changes)
+
+    def change_rows(self, change) -> None:
+        """Apply `change` to every tensor, whose first axis is the batch, and to what is noted of each row."""
+        super().change_rows(change)
+        if self.made is not None:
+            rows = change(torch.arange(len(self._segments), device=self.made.order.device))
+            self._segments = [self._segments[row] for row in rows.tolist()]
 
     def _take(self, problem: Retrieval, start: int, count: int, rows: list[bool], keeps_summaries: bool) -> None:
         """Put in what is made of `count` units from unit `start` on, in these rows of the batch."""

@@ -130,7 +130,8 @@ def _of_queries(problem: Retrieval, part: slice) -> Retrieval:
         keep=None if inputs.keep is None else inputs.keep[..., :last], sink_logit=rows_of(inputs.sink_logit, part),
         shift=rows_of(inputs.shift, part),
     )  # fmt: skip
-    return replace(problem, inputs=inputs)
+    beginning = None if problem.beginning is None else problem.beginning[:, :, :last]
+    return replace(problem, inputs=inputs, beginning=beginning)
 
 
 def _joined(results: list[tuple[Tensor, Tensor | None]], num_keys: int) -> tuple[Tensor, Tensor | None]:

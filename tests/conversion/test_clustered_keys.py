@@ -65,6 +65,15 @@ def test_chunks_with_left_padding_are_one_forward(metric, options, length):
 
 
 @torch.no_grad()
+def test_a_unit_may_begin_before_the_first_queries_are_all_there():
+    """Of small blocks, 53 keys from the longest row's first: fewer than the queries that blocks are expanded about."""
+    student, batch = student_of({**SMALL, "window_size": 5}), batch_of(160, padding=(0, 17))
+    full = student(**batch, use_cache=False).logits
+    logits, _ = in_chunks(student, batch, [30, 90, 40])
+    assert (logits - full)[batch["attention_mask"].bool()].abs().max() <= CACHED_LOGITS
+
+
+@torch.no_grad()
 def test_a_token_at_a_time_over_units():
     """Each step of 130 tokens over four units, and what a copy and other rows of the cache go on with."""
     student, batch = student_of(SMALL), batch_of(160, padding=(5, 0, 0))
@@ -81,6 +90,33 @@ def test_a_token_at_a_time_over_units():
     ids = torch.cat([batch["input_ids"][rows], step], dim=1)
     expected = student(ids, attention_mask=mask[rows], use_cache=False).logits[:, -1:]
     assert (after - expected).abs().max() <= CACHED_LOGITS
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0, 1])), [1, 0, 1]),
+    ],
+    ids=["repeat", "select", "reorder"],
+)
+@torch.no_grad()
+def test_other_rows_of_a_cache_go_on(change, rows):
+    """Rows' segments are of other units. Breaks if what is noted of each row stays the old row's."""
+    student, batch = student_of(SMALL), batch_of(160, padding=(45, 0, 20))
+    # The next query's window begins the shortest row's second unit: a segment that the longest row has already.
+    count = 45 + 2 * (3 + 32)
+    _, cache = in_chunks(student, {name: t[:, :count] for name, t in batch.items()}, [count - 3, 3])
+    change(cache)
+    assert all(len(clusters._segments) == len(rows) for clusters in clusters_of(cache))
+    ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
+    steps = [
+        student(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache).logits
+        for i in range(count, 160)
+    ]
+    full = student(ids, attention_mask=mask, use_cache=False).logits[:, count:]
+    assert (torch.cat(steps, dim=1) - full).abs().max() <= CACHED_LOGITS
 
 
 @CASES

@@ -10,6 +10,7 @@ from distattn_hf import retrieval_attention
 from distattn_hf.core import retrieval_blocks, retrieval_cpp
 from distattn_hf.core.retrieval import Search, aligned, first_keys
 from distattn_hf.core.retrieval_blocks import order_of
+from distattn_hf.core.retrieval_cache import KeyClusters
 from distattn_hf.core.retrieval_cpp import cpp_supports, order_keys
 from distattn_hf.core.retrieval_gather import caught_weight, run_retrieval, visible_keys
 from distattn_hf.core.retrieval_order import (
@@ -285,6 +286,42 @@ def test_queries_of_one_unit():
     units = [[units_before(x, 20 + query) for query in range(part.start, part.stop)] for part in parts]
     assert all(len({tuple(row) for row in part}) == 1 for part in units)
     assert all(before[-1] != after[0] for before, after in zip(units, units[1:]))
+
+
+def test_the_order_of_half_precisions_directions_is_that_of_the_cache():
+    """Breaks if one of them rounds the directions of bfloat16 keys."""
+    x = problem(search=SMALL, shape=(1, 2, 1, 170, 170), metric="cosine", dtype=torch.bfloat16)
+    last = replace(x, inputs=replace(x.inputs, query=x.inputs.query[:, :, -1:]))
+    found = KeyClusters().update(last, [], False).order[:, :, 0, :160]
+    segments = torch.arange(5) // 4 == 0
+    expected = order_of(x)
+    levels = torch.where(segments.repeat_interleave(32), expected[:, :, 1], expected[:, :, 0])
+    assert torch.equal(found, levels)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ({"num_blocks": 0}, {"num_blocks": 6}),
+        ({}, {"num_sinks": 20}),
+        ({}, {"far_field": False}, {"far_field": True}),
+    ],
+    ids=["no codes", "pins", "no summaries"],
+)
+def test_what_a_cache_made_by_other_options_does_not_go_on(changes):
+    """Against what is made anew. Breaks if a search without codes or summaries, or of other pins, leaves its own."""
+    x = problem(search=SMALL, shape=(1, 4, 2, 400, 400))
+    clusters = KeyClusters()
+    for number, change in enumerate(changes):
+        # A unit further each time; there is room for the first of them.
+        last = 168 + 32 * number
+        inputs = replace(
+            x.inputs, query=x.inputs.query[:, :, last - 1 : last], key=x.inputs.key[:, :, :last],
+            value=x.inputs.value[:, :, :last],
+        )  # fmt: skip
+        now = replace(x, inputs=inputs, search=replace(x.search, **change), beginning=x.inputs.query[:, :, :64])
+        found, expected = (run_retrieval(made.update(now, [], True))[0] for made in (clusters, KeyClusters()))
+        assert_close(found, expected, "float64")
 
 
 def test_gradients_are_those_of_what_is_read():
