@@ -93,7 +93,7 @@ def test_labels(folder, tmp_path):
         (["L2", "--task", "perplexity", "--depths", "0"], "--depths does nothing with --task perplexity"),
         (["L2", "--samples", "3"], "--samples does nothing without --task"),
         (["L2", "--task", "kv", "--out", "FILE"], "--out must be a folder, got the file"),
-        (["L2", "--task", "classification"], "task 'classification' needs a head of"),
+        (["L2", "--task", "classification"], "task 'classification' needs one of the heads"),
         (["L2", "--task", "kv", "--against", "minilm"], "tokenizers with different vocabularies"),
     ],
 )
