@@ -141,7 +141,8 @@ QUICK = {
     "checkpoint": MADE, "data": MADE,
     "lengths": (128, 200), "depths": (0.0, 1.0), "samples": 2, "tail": 32, "min_weights": (0.03,), "blocks": (2,),
     "shares": (0.25,),
-    "block_size": 4, "steps": 2, "fit_length": 200, "fit_tokens": 800, "probe_lengths": (180,), "num_landmarks": 8, "window_size": 16,
+    "block_size": 4, "steps": 2, "fit_length": 200, "fit_tokens": 800, "probe_lengths": (180,),
+    "num_landmarks": 8, "window_size": 16,
     "num_sinks": 2,
 }  # fmt: skip
 AXES = ("students", "tasks", "lengths", "depths", "min_weights", "blocks", "shares")

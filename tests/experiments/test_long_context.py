@@ -35,8 +35,8 @@ def test_students_are_measured_and_drawn(tmp_path):
     assert len({row["values"]["log_loss"] for row in rows if row["key"]["task"] == "perplexity"}) == 7
     sizes = {row["key"]["student"]: row["values"].get("cache_bytes") for row in rows}
     assert sizes["nystrom"] < sizes["nystrom + 0.25 retrieval"] < sizes["teacher"] < sizes["retrieval, 2 blocks"]
-    # Blocks of 4: two sinks in one, 15 keys of the window in four, of the query's own, of which the last three of a text
-    # see 3 on average. In clusters the window begins at key 64, and two more blocks are read.
+    # Blocks of 4: two sinks in one, 15 keys of the window in four, of the query's own, of which the last three of a
+    # text see 3 on average. In clusters the window begins at key 64, and two more blocks are read.
     shares = [row["values"].get("share_read") for row in rows[::2]]
     assert shares[:2] + shares[3:] == [None, 23 / 128, 75 / 128, 75 / 128, None, None]
     assert 67 / 128 < shares[2] < 1.0
