@@ -154,15 +154,17 @@ ROWS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
 def test_packed_rows_name_what_the_call_gave(mechanism):
     """A cache that the call began by itself is left out by use_cache=False; nothing else was given."""
     model, ids = make_model(mechanism, "rotary", "causal"), tokens()[:1, :8]
-    with pytest.raises(ValueError, match="only without attention_mask and cache: pass use_cache=False$"):
+    with pytest.raises(ValueError, match="every token that follows would see: pass use_cache=False$"):
         model(ids, position_ids=ROWS)
-    with pytest.raises(ValueError, match="cache: leave out attention_mask$"):
-        model(ids, position_ids=ROWS, attention_mask=torch.ones(1, 8), use_cache=False)
-    with pytest.raises(ValueError, match="cache: leave out attention_mask and pass use_cache=False$"):
+    with pytest.raises(ValueError, match="every token that follows would see: pass use_cache=False$"):
         model(ids, position_ids=ROWS, attention_mask=torch.ones(1, 8))
     cache = model(ids).past_key_values
-    with pytest.raises(ValueError, match="cache: leave out past_key_values and pass use_cache=False$"):
+    with pytest.raises(ValueError, match="leave out past_key_values and pass use_cache=False$"):
         model(ids, position_ids=ROWS, past_key_values=cache)
+    with torch.no_grad():
+        alone = model(ids, position_ids=ROWS, use_cache=False).logits
+        masked = model(ids, position_ids=ROWS, attention_mask=torch.ones(1, 8), use_cache=False).logits
+    assert torch.equal(alone, masked)
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (1, 1, 1, 9)])
