@@ -163,7 +163,7 @@ def _renumber_config(config, prefix: str, numbers: dict[int, int]) -> None:
     if pruned := getattr(config, PRUNED, None):
         setattr(config, PRUNED, renamed(pruned))
     # Of native models: an option of a mechanism, one value a layer.
-    for field in ("mechanism_options", "cross_mechanism_options"):
+    for field in ("mechanism_options", "cross_options"):
         options = getattr(config, field, None) or {}
         for name, value in options.items():
             if isinstance(value, list | tuple):

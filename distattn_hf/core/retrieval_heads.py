@@ -1,6 +1,6 @@
 """Retrieval attention inside a model: from transformers' arguments to `run_retrieval`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -101,22 +101,23 @@ def retrieve(
             problem = replace(problem, beginning=group(known, key[:, :, :1]).query)
     keeps = (is_whole or known is not None) and not problem.inputs.needs_grad()
     is_reference = call.backend == "reference"
-    if layer is not None and problem.is_clustered:
-        if is_whole or problem.inputs.needs_grad():
-            output, weights = run_retrieval(problem, call.return_weights, is_reference)
-        else:
-            clusters = layer.derived_for(("clusters", number), KeyClusters)
-            parameters, results = list(group.fitted_tensors().values()), []
-            for part in of_one_unit(problem):
-                with torch.no_grad(), without_autocast(query.device.type):
-                    own = clusters.update(_of_queries(problem, part), parameters, keeps)
-                results.append(run_retrieval(own, call.return_weights, is_reference))
-            output, weights = _joined(results, key.shape[2])
-        return output.to(value.dtype), weights
-    if layer is not None:
-        problem = _with_what_is_cached(group, problem, key, keep, layer, number, keeps)
-    output, weights = run_retrieval(problem, call.return_weights, reference=is_reference)
+    problems = [problem]
+    if layer is not None and not problem.is_clustered:
+        problems = [_with_what_is_cached(group, problem, key, keep, layer, number, keeps)]
+    elif layer is not None and not is_whole and not problem.inputs.needs_grad():
+        problems = _of_clusters(group, problem, layer.derived_for(("clusters", number), KeyClusters), keeps)
+    # One after the other: a part of the queries is run before the clusters go on to the next one's unit.
+    output, weights = _joined([run_retrieval(p, call.return_weights, is_reference) for p in problems], key.shape[2])
     return output.to(value.dtype), weights
+
+
+def _of_clusters(group: HeadParameters, problem: Retrieval, clusters: KeyClusters, keeps: bool) -> Iterator[Retrieval]:
+    """Yield the problem in parts whose queries' windows begin in one unit, with what the cache keeps for each."""
+    parameters = list(group.fitted_tensors().values())
+    for part in of_one_unit(problem):
+        with torch.no_grad(), without_autocast(problem.inputs.query.device.type):
+            own = clusters.update(_of_queries(problem, part), parameters, keeps)
+        yield own
 
 
 def _of_queries(problem: Retrieval, part: slice) -> Retrieval:
@@ -136,10 +137,12 @@ def _of_queries(problem: Retrieval, part: slice) -> Retrieval:
 
 def _joined(results: list[tuple[Tensor, Tensor | None]], num_keys: int) -> tuple[Tensor, Tensor | None]:
     """Return outputs, and weights of so many keys, of parts of the queries one after another."""
+    if len(results) == 1:
+        return results[0]
     outputs, weights = zip(*results)
-    if weights[0] is not None:
-        weights = torch.cat([F.pad(w, (0, num_keys - w.shape[-1])) for w in weights], dim=2)
-    return torch.cat(outputs, dim=2), None if weights[0] is None else weights
+    if weights[0] is None:
+        return torch.cat(outputs, dim=2), None
+    return torch.cat(outputs, dim=2), torch.cat([F.pad(w, (0, num_keys - w.shape[-1])) for w in weights], dim=2)
 
 
 def _with_what_is_cached(

@@ -47,8 +47,8 @@ def retrieval_attention(
     window_size - 1 more keys, and at most num_blocks others: those with the largest logits, as far as a copy of the
     keys in four bits says, where logits are a dot product ("dot", "cosine"); other metrics look at the keys themselves.
     With cluster_keys a causal query reads the keys from the start of the unit of 16 blocks on in which its window
-    begins; those before it stand in blocks by their likeness, and only of the 64 blocks (num_blocks, if more) whose
-    means match best are the copies looked at.
+    begins; those before it stand in blocks by their likeness, and only of the 128 blocks (num_blocks, if more) whose
+    means, and how far their keys lie about them, promise most are the copies looked at.
     Query heads of one key head choose together. The choice has no gradient. A block that is not read counts as a key of
     its own, such that to first order about the mean of the first 64 queries (in both directions: of all) nothing is
     lost.
