@@ -8,8 +8,8 @@ struct Blocks {
   const float *k, *v, *center;
   const int64_t* order;
   const uint8_t* keep;
-  float *mean, *variance, *scale, *key, *bias, *value;
-  uint8_t* code;
+  float *mean, *spread, *scale, *key, *bias, *value;
+  uint8_t *variance, *code;
   long B, H, G, M, n, d, dv_, block, groups, centers, threads;
   long k_stride[3], v_stride[3];
 };
@@ -54,7 +54,10 @@ static void encode_block(const Blocks& a, long b, long kh, long x, const Rows& r
   memset(spread, 0, 4 * rows.ld);
   for (long t = 0; t < a.block; t++)
     for (long c = 0; real[t] && c < a.d; c++) spread[c] += (rows.at(t)[c] - mean[c]) * (rows.at(t)[c] - mean[c]);
-  for (long c = 0; c < a.d; c++) a.variance[(at * a.d + c) * P16 + lane] = spread[c] / std::max(1L, count);
+  float most = largest_in(spread, rows.ld) / LARGEST_BYTE, unit = most > 0 ? most : 1;
+  a.spread[at * P16 + lane] = most / std::max(1L, count);
+  for (long c = 0; c < 2 * half; c++)
+    a.variance[((at * 2 * steps + c / 4) * P16 + lane) * 4 + c % 4] = c < a.d ? (int)nearbyintf(spread[c] / unit) : 0;
   while (count && !real[other]) other++;
   for (long t = 0; t < a.block; t++) {  // padding looks like the first real key
     float *row = rows.at(count && !real[t] ? other : t), largest = 0;
@@ -230,20 +233,21 @@ extern "C" int encode_keys(const Blocks* a) { return blocks_of(a, true); }
 extern "C" int summarise_keys(const Blocks* a) { return blocks_of(a, false); }
 
 // Keys stand in blocks of `block` from key first[b] on. mean, scale, code, real: see `Codes`, of `groups` panels.
-// far_key, far_bias, far_value: see `Summaries`, of `far_groups` panels, values of vp numbers; or null.
+// far_key, far_bias, far_value: see `Summaries`, of far_heads heads and far_groups panels, values of vp numbers; or
+// null. No far_key: the means are the keys.
 // whole, off, step: queries as whole numbers (B, H, N, dq), 8 times their sum, and what one of them is worth.
 // order: where keys are in an order of likeness, which key stands at each place, (B, H_kv, levels, units·16·block);
 // else null and levels 0. candidates: blocks at least whose codes are looked at then, by their means.
 struct Retrieve {
-  const float *q, *coef, *soft, *mean, *variance, *scale, *off, *step, *far_key, *far_bias, *far_value;
+  const float *q, *coef, *soft, *mean, *spread, *scale, *off, *step, *far_key, *far_bias, *far_value;
   const void *k, *v;
-  const uint8_t *code, *real, *keep;
+  const uint8_t *variance, *code, *real, *keep;
   const int8_t* whole;
   const int64_t *order, *first, *budget;
   float *o, *panels;
   int64_t *read;  // of every query how many keys it reads, or null
   long B, H, G, N, M, d, dp, dq, dv_, vp, causal, window, sinks, block, groups, far_groups, most, half, kind, threads;
-  long units, levels, candidates;
+  long units, levels, candidates, far_heads;
   long k_stride[3], v_stride[3];
   float p, least, spreads;  // spreads: how many of a block's beside its mean rank it
 };

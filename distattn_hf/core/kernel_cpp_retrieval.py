@@ -1,12 +1,14 @@
 """C++ source of retrieval attention on the CPU: search, then exact attention to the blocks found and the far field."""
 
 from .kernel_cpp_blocks import BLOCKS
+from .kernel_cpp_codes import CODES
 from .kernel_cpp_panels import PANELS
 from .kernel_cpp_tiles import TILES
 
 SOURCE = (
     TILES
     + PANELS
+    + CODES
     + BLOCKS
     + r"""
 template <class Metric, class T>
@@ -16,11 +18,11 @@ struct Unit : Keys<T> {
   using Keys<T>::is_real, Keys<T>::all_real, Keys<T>::panel_of, Keys<T>::near_panel, Keys<T>::find_values;
   long around, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
-  float *q, *s, *o, *work, *most, *room, *rank, *hope, *squares, *near_keys, *far_keys, *values, *sums, *off, *step;
+  float *q, *s, *o, *work, *most, *room, *rank, *hope, *near_keys, *far_keys, *values, *sums, *off, *step;
   float *top, *sum, *closer;
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const void*[]> value_rows;
-  std::unique_ptr<int8_t[]> whole;
+  std::unique_ptr<int8_t[]> whole, squares;
   std::unique_ptr<long[]> chosen, best, stored;  // stored: which panel of blocks is the x-th for the queries at hand
   std::unique_ptr<int32_t[]> places;
 
@@ -30,21 +32,21 @@ struct Unit : Keys<T> {
     // In an order of likeness the window goes on to the start of its unit.
     long near = ((a.window ? 2 * around + 1 + (a.levels ? P16 : 0) : 0) + a.sinks) * parts, far = a.most * parts;
     long rows = std::min(a.block, a.N) * a.G;
-    beyond = a.far_key ? tops : 0;
+    beyond = a.far_bias ? tops : 0;
     ld = beyond + (near + far) * P16;
     long kept = a.panels ? 0 : a.d * P16, kept_near = a.levels ? a.d * P16 : kept;
     long looks = is_dot<Metric> ? 0 : rows * a.block * P16;
     long few = (std::max(a.candidates, a.most) + P16) / P16 * P16;
     long sizes[] = {rows * a.dp, rows * ld, rows * a.vp, std::max(a.G * tops, looks), tops, 2 * tops + P16,
-                    rows * tops, a.levels ? rows * tops : 0, a.levels ? rows * a.dp : 0, near * kept_near,
+                    rows * tops, a.levels ? rows * tops : 0, near * kept_near,
                     std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows, a.G, a.G, (a.G + 1) * few};
-    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &hope, &squares, &near_keys, &far_keys, &values,
+    float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &hope, &near_keys, &far_keys, &values,
                         &sums, &off, &step, &top, &sum, &closer};
     size_t all = 0;
     for (long size : sizes) all += (size + 31) / 16 * 16;
     memory = buffer(all);
     float* at = memory.get();
-    for (int i = 0; i < 18; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
+    for (int i = 0; i < 17; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
     long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
     value_rows.reset(new const void*[list * P16]);
@@ -54,6 +56,7 @@ struct Unit : Keys<T> {
     for (long x = 0; x <= tops / P16; x++) stored[x] = x;
     places.reset(new int32_t[2 * tops + P16]);
     whole.reset(new int8_t[rows * a.dq + 1]);
+    squares.reset(new int8_t[rows * a.dq + 1]);
   }
   const float* soft(long h0) const { return a.soft ? a.soft + h0 : nullptr; }
   // Where block x of those that the queries at hand may choose from is stored.
@@ -70,11 +73,14 @@ struct Unit : Keys<T> {
         for (long z = 0; !a.levels && z < P16; z++) look_closer(bk, x * P16 + z, 0, rows, out + z, tops);
         if (!a.levels) continue;
         float* above = hope + x * P16;
-        panel[0] = a.variance + (bk * a.groups + stored[x]) * a.d * P16;
-        logits<Metric>(squares, a.dp, rows, panel.get(), 1, a.d, above, tops, a.coef + h0, soft(h0), a.G, a.p);
+        long at = bk * a.groups + stored[x];
+        byte_logits(squares.get(), a.dq, rows, a.variance + at * a.dq * P16, above, tops);
         for (long r = 0; r < rows; r++)
-          for (long z = r * tops; z < r * tops + P16; z += W)
-            store(above + z, load(out + z) + a.spreads * sqrtv(vmax(load(above + z), vf{})));
+          for (long z = 0; z < P16; z += W) {
+            float* to = above + r * tops + z;
+            vf spread = sqrtv(load(to) * load(a.spread + at * P16 + z));
+            store(to, load(out + r * tops + z) + a.spreads * SQUARE_STEP * step[r] * spread);
+          }
       } else {
         long count = std::min(P16, end - x * P16) * parts, width = count * P16, from = stored[x] * P16 * parts;
         for (long y = 0; y < count; y++) panel[y] = panel_of(b, kh, from + y, far_keys + y * a.d * P16);
@@ -104,20 +110,24 @@ struct Unit : Keys<T> {
   void codes(long r, const uint8_t* code, const float* scale, float* out, long ldo) {
     code_rows<R>(whole.get() + r * a.dq, a.dq, off + r, step + r, code, scale, a.block, out, ldo);
   }
+  long far_head(long b, long kh, long g) const { return (b * a.H + kh * a.G + g) / (a.H / a.far_heads); }
   // Logits of the summaries of blocks below `end`, for `positions` queries, to the end of each row's place for them;
   // -INF for what the window of blocks lo .. hi - 1 and the sinks show already. Returns how many there are.
   long look_beyond(long b, long kh, long positions, long end, long lo, long hi) {
     long n = (end + P16 - 1) / P16 * P16, G = a.G;
     for (long g = 0; g < G; g++) {
-      long head = b * a.H + kh * G + g;
+      long head = far_head(b, kh, g);
       float* out = s + g * ld + beyond - n;
-      for (long x = 0; x * P16 < n; x++) panel[x] = a.far_key + (head * a.far_groups + stored[x]) * a.d * P16;
-      logits<Metric>(q + g * a.dp, G * a.dp, positions, panel.get(), n / P16, a.d, out, G * ld, a.coef + kh * G + g,
-                     soft(kh * G + g), 1, a.p);
+      for (long x = 0; a.far_key && x * P16 < n; x++)
+        panel[x] = a.far_key + (head * a.far_groups + stored[x]) * a.d * P16;
+      if (a.far_key)
+        logits<Metric>(q + g * a.dp, G * a.dp, positions, panel.get(), n / P16, a.d, out, G * ld, a.coef + kh * G + g,
+                       soft(kh * G + g), 1, a.p);
       const float* bias = a.far_bias + head * a.far_groups * P16;
       for (long i = 0; i < positions; i++) {
         float* row = out + i * G * ld;
-        for (long x = 0; x < n; x += W) store(row + x, load(row + x) + load(bias + block_of(x)));
+        const float* from = a.far_key ? row : rank + (i * G + g) * tops;
+        for (long x = 0; x < n; x += W) store(row + x, load(from + x) + load(bias + block_of(x)));
         for (long x = 0; x < std::min(a.sinks, n); x++) row[x] = -INF;
         for (long x = lo; x < std::min(hi, n); x++) row[x] = -INF;
         for (long x = end; x < n; x++) row[x] = -INF;
@@ -185,7 +195,12 @@ struct Unit : Keys<T> {
       for (long x = 0; shares && x < n; x += W) gone += expv(load(row + x) - top[g]);
       sum[g] = std::max(0.0f, sum[g] - ::total(gone));
     }
-    for (long x = 0; x < looked; x++) look_closer(bk, block_of(chosen[x]), i * a.G, a.G, closer + x, n);
+    for (long x = 0; x < n; x += P16) {
+      long numbers[P16];
+      for (long z = 0; z < P16; z++) numbers[z] = bk * a.groups * P16 + block_of(chosen[std::min(x + z, looked - 1)]);
+      look_at_codes(whole.get() + i * a.G * a.dq, a.dq, a.G, off + i * a.G, step + i * a.G, a.code, a.scale, a.block,
+                    numbers, closer + x, n);
+    }
     row = closer;
     for (long g = 0; g < a.G; g++, row += n) {
       if (!shares) return row;
@@ -268,7 +283,6 @@ struct Unit : Keys<T> {
       logits<Metric>(q, a.dp, rows, panel.get(), fixed, a.d, to, ld, a.coef + h0, soft(h0), G, a.p);
       for (long x = 0; x < fixed; x++) mask(b, chosen[x / parts] * parts + x % parts, to + x * P16, rows, from);
     }
-    if (beyond && (!a.causal || lo > a.sinks)) far = look_beyond(b, kh, positions, a.causal ? lo : blocks, lo, hi);
     bool searches = a.most > 0 && (!a.causal || lo > a.sinks);
     if (searches) {
       for (long r = 0; is_dot<Metric> && r < rows; r++) {
@@ -276,9 +290,11 @@ struct Unit : Keys<T> {
         memcpy(whole.get() + r * a.dq, a.whole + number * a.dq, a.dq);
         off[r] = a.off[number], step[r] = a.step[number];
       }
-      for (long x = 0; a.levels && x < rows * a.dp; x++) squares[x] = q[x] * q[x];
+      for (long x = 0; a.levels && is_dot<Metric> && x < rows * a.dq; x++)
+        squares[x] = (int8_t)nearbyintf((float)(whole[x] * whole[x]) * (LARGEST_BYTE / (63.0f * 63)));
       look(b, kh, rows, a.causal ? lo : blocks);
     }
+    if (beyond && (!a.causal || lo > a.sinks)) far = look_beyond(b, kh, positions, a.causal ? lo : blocks, lo, hi);
     memset(o, 0, 4 * rows * a.vp);
     for (long i = 0; i < positions; i++) {
       float *mine = s + i * G * ld + beyond, *own = q + i * G * a.dp;
@@ -303,7 +319,7 @@ struct Unit : Keys<T> {
     }
     if (seen) multiply_rows<true>(s + beyond, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
     for (long g = 0; far && g < G; g++) {
-      const float* middle = a.far_value + (b * a.H + h0 + g) * a.far_groups * P16 * a.vp;
+      const float* middle = a.far_value + far_head(b, kh, g) * a.far_groups * P16 * a.vp;
       for (long x = 0, y = 1; x * P16 < far; x = y++) {  // as many as stand one after another
         while (y * P16 < far && stored[y] == stored[y - 1] + 1) y++;
         multiply_rows<true>(s + g * ld + beyond - far + x * P16, G * ld, 1, middle + stored[x] * P16 * a.vp, a.vp,

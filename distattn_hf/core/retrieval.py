@@ -38,7 +38,7 @@ PANEL = 16
 # With the mean alone, or 64, the one block is missed at times in which a key stands that is like no other.
 CANDIDATES, SPREADS = 128, 2.5
 # Codes are 1 to 15 about 8; queries whole numbers up to 63, so that 64 products of both fit into 16 bits.
-_MIDDLE, _LARGEST_CODE, _LARGEST_QUERY = 8, 7, 63
+_MIDDLE, _LARGEST_CODE, _LARGEST_QUERY, _LARGEST_BYTE = 8, 7, 63, 127
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Search:
 class Codes:
     """Copies of whole blocks of keys, key = mean + scale·(code - 8) with codes of four bits, PANEL blocks together.
 
-    mean (B, H_kv, g, d, 16) and variance of each coordinate; scale (B, H_kv, g, 16, b);
+    mean (B, H_kv, g, d, 16); scale (B, H_kv, g, 16, b);
+    the variance of each coordinate is spread (B, H_kv, g, 16) · variance (B, H_kv, g, ⌈d/8⌉·2, 16, 4) uint8, four
+    coordinates side by side;
     code (B, H_kv, g, 16, ⌈d/8⌉, b, 4) uint8: of each key four coordinates, and in the high bits the
     four that stand half the head size (rounded up to 8) further on;
     real (B, g, 16) bool: blocks with keys that are not padding. Padding has the code of another key of its block.
@@ -113,6 +115,7 @@ class Codes:
 
     mean: Tensor
     variance: Tensor
+    spread: Tensor
     scale: Tensor
     code: Tensor
     real: Tensor
@@ -207,7 +210,11 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     own = keep[:, None, :, :, None]
     mean = torch.where(own, key, 0.0).sum(3) / own.sum(3).clamp_min(1)
     rest = torch.where(own, key - mean[:, :, :, None], 0.0)
-    variance = rest.square().sum(3) / own.sum(3).clamp_min(1)
+    squares, count = rest.square().sum(3), own[..., 0].sum(-1).clamp_min(1)
+    most = squares.amax(-1) / _LARGEST_BYTE
+    variance = (squares / torch.where(most > 0, most, 1.0)[..., None]).round().to(torch.uint8)
+    variance = F.pad(variance, (0, -size % 8)).unflatten(-1, (-1, 4)).unflatten(2, (-1, PANEL)).transpose(3, 4)
+    spread = (most / count).unflatten(2, (-1, PANEL))
     # Padding takes part in no maximum: it looks like the first real key of its block.
     other = keep.int().argmax(-1)[:, None, :, None, None].expand(-1, key.shape[1], -1, 1, size)
     rest = torch.where(own, rest, rest.gather(3, other))
@@ -216,15 +223,26 @@ def encode(key: Tensor, keep: Tensor, block_size: int) -> Codes:
     code = F.pad(code.to(torch.uint8), (0, -size % 8), value=_MIDDLE)
     low, high = code.unflatten(-1, (2, -1, 4)).unbind(-3)
     code = (low | (high << 4)).unflatten(2, (-1, PANEL)).transpose(-3, -2).contiguous()
-    mean, variance = (t.unflatten(2, (-1, PANEL)).mT.contiguous() for t in (mean, variance))
+    mean = mean.unflatten(2, (-1, PANEL)).mT.contiguous()
     scale = scale.unflatten(2, (-1, PANEL)).contiguous()
-    return Codes(mean, variance, scale, code, keep.any(-1).unflatten(1, (-1, PANEL)))
+    return Codes(mean, variance.contiguous(), spread, scale, code, keep.any(-1).unflatten(1, (-1, PANEL)))
 
 
 def whole_numbers(query: Tensor) -> tuple[Tensor, Tensor]:
     """Return (whole numbers (..., d) of at most 63, as floats; what one of them is worth (..., 1)) of queries."""
     step = query.abs().amax(-1, keepdim=True) / _LARGEST_QUERY
     return (query / torch.where(step > 0, step, 1.0)).round(), step
+
+
+def spreads_by_codes(query: Tensor, codes: Codes) -> Tensor:
+    """Return √Σ q²·variance of each block, as its codes say: query (B, H, n, d), scaled -> (B, H, n, blocks)."""
+    number, step = whole_numbers(query)
+    squares = (number.square() * (_LARGEST_BYTE / _LARGEST_QUERY**2)).round()
+    variance = codes.variance.transpose(3, 4).flatten(2, 3).flatten(-2)[..., : query.shape[-1]].to(query.dtype)
+    groups = query.shape[1] // variance.shape[1]
+    variance, spread = (t.repeat_interleave(groups, dim=1) for t in (variance, codes.spread.flatten(2)))
+    largest = _LARGEST_QUERY / _LARGEST_BYTE**0.5
+    return largest * step * ((squares @ variance.mT) * spread[:, :, None]).sqrt()
 
 
 def scores_by_codes(query: Tensor, codes: Codes) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .absolute_logits import unlifted
 from .inputs import AttentionInputs, masked_softmax
 from .metrics import BUILT_IN
-from .retrieval import CANDIDATES, PANEL, SPREADS, Retrieval, aligned, has_codes, scores_by_codes
+from .retrieval import CANDIDATES, PANEL, SPREADS, Retrieval, aligned, has_codes, scores_by_codes, spreads_by_codes
 from .retrieval_cpp import encode_keys, order_keys
 from .retrieval_order import in_order, level_of, levels_of, units_of
 
@@ -206,10 +206,9 @@ class Layout:
             if self.problem.order is None:
                 return self._shared(scores, may, part)
             # By means and what lies about them, and the best ones of these by their codes.
-            lines = codes.mean.mT.flatten(2, 3), codes.variance.mT.flatten(2, 3)
-            mean, variance = (t.repeat_interleave(self.heads // key.shape[1], dim=1) for t in lines)
+            mean = codes.mean.mT.flatten(2, 3).repeat_interleave(self.heads // key.shape[1], dim=1)
             means = (own @ mean.mT)[..., : len(self.numbers)]
-            hope = means + SPREADS * (own.square() @ variance.mT)[..., : len(self.numbers)].clamp_min(0).sqrt()
+            hope = means + SPREADS * spreads_by_codes(own, codes)[..., : len(self.numbers)]
             hope = self._best_shares(hope, means, may, part)
             rank = hope.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
             count = self.problem.search.budget(rank.shape[1], rank.device).clamp_min(CANDIDATES)

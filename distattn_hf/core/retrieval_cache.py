@@ -111,6 +111,7 @@ class KeyCodes(_OfKeys):
         codes = self.made
         codes.mean[:, :, panel, :, own] = new.mean[:, :, at, :, lane]
         codes.variance[:, :, panel, :, own] = new.variance[:, :, at, :, lane]
+        codes.spread[:, :, panel, own] = new.spread[:, :, at, lane]
         codes.scale[:, :, panel, own] = new.scale[:, :, at, lane]
         codes.code[:, :, panel, own] = new.code[:, :, at, lane]
         codes.real[:, panel, own] = new.real[:, at, lane]
@@ -191,9 +192,9 @@ class KeyClusters(_OfKeys):
         known = vars(self.made)
         changes = {"order": self.made.order.flatten(2)[:, :, None]}
         if "code" in known:
-            changes["codes"] = Codes(*(known[name] for name in ("mean", "variance", "scale", "code", "real")))
+            changes["codes"] = Codes(*(known[name] for name in ("mean", "variance", "spread", "scale", "code", "real")))
         if keeps_summaries:
-            changes["summaries"] = Summaries(*(known[name] for name in ("key", "bias", "value")))
+            changes["summaries"] = Summaries(known["key" if "key" in known else "mean"], known["bias"], known["value"])
         return replace(problem, **changes)
 
     def change_rows(self, change) -> None:
@@ -214,7 +215,9 @@ class KeyClusters(_OfKeys):
             key, _, keep = cut_blocks(problem, *blocks)
             new |= vars(encode_keys(dot_form_of(problem.inputs, key)[1], keep, size, order.flatten(2)))
         if keeps_summaries:
-            new |= vars(summaries_of(problem, *blocks, order))
+            summaries = vars(summaries_of(problem, *blocks, order))
+            # Where codes are, the means of their blocks are the summaries' keys.
+            new |= {name: tensor for name, tensor in summaries.items() if name != "key" or "mean" not in new}
         if self.made is None or self.made.order.shape[2] < start + count:
             self._grow(SimpleNamespace(**new), start + count)
         chosen = slice(None) if all(rows) or len(rows) < len(order) else torch.tensor(rows, device=order.device)

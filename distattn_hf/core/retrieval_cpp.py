@@ -33,9 +33,9 @@ _NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups
 
 class _Retrieve(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft mean variance scale off step far_key far_bias far_value k v code real keep whole order first "
+        "q coef soft mean spread scale off step far_key far_bias far_value k v variance code real keep whole order first "
         "budget o panels read",
-        f"{_NUMBERS} units levels candidates",
+        f"{_NUMBERS} units levels candidates far_heads",
         {"k_stride": 3, "v_stride": 3},
         "p least spreads",
     )
@@ -43,7 +43,7 @@ class _Retrieve(ctypes.Structure):
 
 class _Blocks(ctypes.Structure):
     _fields_ = fields(
-        "k v center order keep mean variance scale key bias value code",
+        "k v center order keep mean spread scale key bias value variance code",
         "B H G M n d dv_ block groups centers threads",
         {"k_stride": 3, "v_stride": 3},
         "",
@@ -90,7 +90,7 @@ def cpp_retrieval(x) -> Tensor:
     whole_size = size + -size % 8
     if x.codes is not None:
         number, step = whole_numbers(query)
-        tensors |= {name: getattr(x.codes, name) for name in ("mean", "variance", "scale", "code", "real")}
+        tensors |= {name: getattr(x.codes, name) for name in ("mean", "spread", "scale", "variance", "code", "real")}
         tensors |= {"off": 8 * number.sum(-1), "step": step.contiguous()}
         tensors["whole"] = F.pad(number, (0, whole_size - size)).to(torch.int8).contiguous()
     blocks = -(-num_keys // search.block_size)
@@ -103,7 +103,9 @@ def cpp_retrieval(x) -> Tensor:
     rows = padded_rows(query)
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
     if x.summaries is not None:
-        tensors |= {f"far_{name}": getattr(x.summaries, name).float() for name in ("key", "bias")}
+        # Where blocks are expanded about nothing, their codes have the same means.
+        names = ("bias",) if x.is_clustered and x.codes is not None else ("key", "bias")
+        tensors |= {f"far_{name}": getattr(x.summaries, name).float() for name in names}
         tensors["far_value"] = padded_rows(x.summaries.value)
     data = _Retrieve(
         B=batch, H=heads, G=heads // key_heads, N=num_queries, M=num_keys, d=size, dp=rows.shape[-1], dq=whole_size,
@@ -114,7 +116,7 @@ def cpp_retrieval(x) -> Tensor:
         threads=min(torch.get_num_threads(), batch * key_heads * -(-num_queries // search.block_size)),
         units=places // (PANEL * search.block_size), levels=levels, candidates=CANDIDATES,
         k_stride=strides(key), v_stride=strides(value), p=inputs.p or 0.0, least=x.min_weight,
-        spreads=SPREADS,
+        spreads=SPREADS, far_heads=1 if x.summaries is None else x.summaries.key.shape[1],
     )  # fmt: skip
     tensors["order"] = None if x.order is None else x.order.contiguous()
     tensors["keep"] = None if inputs.keep is None else inputs.keep[:, 0, 0].expand(batch, num_keys).contiguous()
@@ -183,7 +185,9 @@ def encode_keys(key: Tensor, keep: Tensor, block_size: int, order: Tensor | None
     data, panels = _blocks(key, keep, block_size, key_heads, order)
     fill = panels * PANEL * block_size - real.shape[1]
     made = Codes(
-        *(torch.empty(batch, key_heads, panels, size, PANEL, **FLOATS) for _ in range(2)),
+        torch.empty(batch, key_heads, panels, size, PANEL, **FLOATS),
+        torch.empty(batch, key_heads, panels, 2 * -(-size // 8), PANEL, 4, dtype=torch.uint8, device="cpu"),
+        torch.empty(batch, key_heads, panels, PANEL, **FLOATS),
         torch.empty(batch, key_heads, panels, PANEL, block_size, **FLOATS),
         torch.empty(batch, key_heads, panels, PANEL, -(-size // 8), block_size, 4, dtype=torch.uint8, device="cpu"),
         F.pad(real.expand(batch, -1), (0, fill)).unflatten(1, (panels, PANEL, -1)).any(-1),
@@ -191,7 +195,7 @@ def encode_keys(key: Tensor, keep: Tensor, block_size: int, order: Tensor | None
     order = None if order is None else order.contiguous()
     run_kernel(
         SOURCE, "encode_keys", data, k=key, keep=keep, order=order, mean=made.mean, variance=made.variance,
-        scale=made.scale, code=made.code,
+        spread=made.spread, scale=made.scale, code=made.code,
     )  # fmt: skip
     return made
 

@@ -12,6 +12,9 @@ c is the mean of a head's first BEGINNING queries, of those up to the block's ow
 after the block, and a cache need only keep the first queries. In both directions it is the mean of all queries. Plain
 means (c = 0) do harm, and so does what a block really weighs with the plain mean of its values: in most heads a few
 tokens, whatever is asked, take the weight of their block.
+
+In blocks of alike keys they do as well (nothing is unlike its block there), and c = 0: k̄ and v̄ are the means that all
+query heads of a key head share, the bias is the logarithm of the number of keys.
 """
 
 from dataclasses import dataclass, replace
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .inputs import AttentionInputs, masked_softmax
+from .metrics import BUILT_IN
 from .retrieval import PANEL, Retrieval, aligned, has_codes
 from .retrieval_blocks import Layout, cut_blocks, dot_form_of, dotted, in_full
 from .retrieval_cpp import summarise_keys
@@ -33,7 +37,7 @@ BEGINNING = 64
 
 @dataclass(frozen=True)
 class Summaries:
-    """One key for each block, PANEL blocks side by side, each query head its own.
+    """One key for each block, PANEL blocks side by side, of each query head, or where c = 0 of each key head.
 
     key (B, H, g, d, 16); bias (B, H, g, 16), -inf for blocks without keys; value (B, H, g, 16, d_v).
     """
@@ -141,7 +145,8 @@ def far_field(problem: Retrieval, key: Tensor, value: Tensor, keep: Tensor, numb
     about, own = _about(problem, key, numbers)
     if has_codes(inputs):
         query = dot_form_of(inputs, key)[0]
-    return FarField(query, *summarise(about, own, value, keep, about.query, problem.search.block_size))
+    made = summarise(about, own, value, keep, about.query, problem.search.block_size)
+    return FarField(query, *(t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in made))
 
 
 def _about(problem: Retrieval, key: Tensor, numbers: Tensor) -> tuple[AttentionInputs, Tensor]:
@@ -149,6 +154,10 @@ def _about(problem: Retrieval, key: Tensor, numbers: Tensor) -> tuple[AttentionI
 
     Both are of dot products where logits are.
     """
+    if problem.is_clustered and has_codes(problem.inputs):
+        own = dot_form_of(problem.inputs, key)[1]
+        nothing = own.new_zeros(1, own.shape[1], 1, own.shape[-1])
+        return replace(problem.inputs, query=nothing, metric=BUILT_IN["dot"], lam=1.0, scaling=1.0, softening=None), own
     center = centers(problem, int(numbers.max()) + 1)
     about = replace(problem.inputs, query=center[:, :, numbers] if center.shape[2] > 1 else center)
     if has_codes(problem.inputs):
@@ -163,7 +172,8 @@ def far_field_of(layout: Layout, needs_shares: bool) -> FarField:
     if known is None or needs_shares:
         return far_field(layout.problem, *layout.searched(), layout.numbers)
     query = dot_form_of(inputs, layout.key[:, :, :0])[0] if has_codes(inputs) else inputs.query
-    return FarField(query, *known.lines(len(layout.numbers)), None)
+    lines = known.lines(len(layout.numbers))
+    return FarField(query, *(t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in lines), None)
 
 
 def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None, order: Tensor | None = None) -> Summaries:
@@ -180,10 +190,10 @@ def summaries_of(problem: Retrieval, start: int = 0, stop: int | None = None, or
     if order is not None:
         numbers, order = numbers[: order.shape[3] // search.block_size].repeat(order.shape[2]), order.flatten(2)
     if has_codes(inputs):
-        center, dot_key = _about(problem, key, numbers)
-        if (made := summarise_keys(center.query, dot_key, value, keep, search.block_size, order)) is not None:
+        about, own = _about(problem, key, numbers)
+        if (made := summarise_keys(about.query, own, value, keep, search.block_size, order)) is not None:
             return Summaries(*made)
     if order is not None:
         key, value, keep = in_order(key, order), in_order(value, order), keep.gather(1, order[:, 0])
-    far = far_field(problem, key, value, keep, numbers)
-    return in_panels(far.key, far.bias, far.value)
+    about, own = _about(problem, key, numbers)
+    return in_panels(*summarise(about, own, value, keep, about.query, search.block_size)[:3])

@@ -150,12 +150,28 @@ class Clusters(Loops):
         return (number[2] + 1) * self.search.block_size
 
     def mean_logit(self, number) -> tuple[torch.Tensor, torch.Tensor]:
-        """(G, N): the logit of the mean of a block's keys, and 2.5 times how far those of its keys lie about it."""
+        """(G, N): the logit of the mean of a block's keys, and 2.5 times how far those of its keys lie about it.
+
+        The variance of a coordinate in parts of 127 of the largest, a query's square in parts of 127 of its largest.
+        """
         keys, query = self.key[self.keys_of(number)], self.query * self.factor
         if self.name == "cosine":
             keys = keys / keys.norm(dim=-1, keepdim=True)
             query = self.query / self.query.norm(dim=-1, keepdim=True) * self.factor
-        return query @ keys.mean(0), query @ keys.mean(0) + 2.5 * (query**2 @ keys.var(0, unbiased=False)).sqrt()
+        variance, step = keys.var(0, unbiased=False), query.abs().amax(-1, keepdim=True) / 63
+        part, square = variance.max() / 127, (step * 63) ** 2 / 127
+        rounded = part * (variance / part.clamp_min(1e-300)).round()
+        spread = square * ((query / step).round() ** 2 * 127 / 63**2).round() @ rounded
+        return query @ keys.mean(0), query @ keys.mean(0) + 2.5 * spread.sqrt()
+
+    def _stand_in(self, number):
+        """As many keys, each with the mean of the block's, and the mean of its values."""
+        if self.name not in ("dot", "cosine"):
+            return super()._stand_in(number)
+        where = self.keys_of(number)
+        constant = self.factor[..., 0] if self.name == "cosine" else 0.0
+        shares = torch.full((len(self.query), len(where)), 1 / len(where), dtype=self.key.dtype)
+        return where, shares, self.mean_logit(number)[0] - constant + math.log(len(where))
 
     def seen(self, query, position):
         search, size = self.search, self.search.block_size
