@@ -128,68 +128,81 @@ struct Order {
   const float* k;
   const uint8_t* keep;
   int64_t* place;
-  long B, H, M, d, n, unit, block, pinned, levels, threads, k_stride[3];
+  long B, H, M, d, n, unit, block, pinned, levels, threads, sample, k_stride[3];
 };
 struct Segment {  // the order of the keys of one segment
   const Order& a;
   long ld, ready;
   std::unique_ptr<float, void (*)(void*)> memory;
   float *rows, *mean, *axis, *next, *along;
-  std::unique_ptr<int32_t[]> number;
+  std::unique_ptr<int32_t[]> number, spare;
   Segment(const Order& a, long most) : a(a), ld((a.d + W - 1) / W * W), memory(buffer((most + 3) * ld + most)) {
     number.reset(new int32_t[most]);
+    spare.reset(new int32_t[most]);
     rows = memory.get(), mean = rows + most * ld, axis = mean + ld, next = axis + ld, along = next + ld;
     if (memory) memset(rows, 0, 4 * (most + 3) * ld);
   }
-  // Halves places lo .. hi - 1, of which the first `low` and the last `high` stay where they are, down to blocks.
+  // Halves places lo .. hi - 1, of which the first `low` and the last `high` stay where they are, down to blocks; what
+  // does not stay is in order of its number.
   void halve(long lo, long hi, long low, long high) {
     long from = lo + low, to = hi - high, middle = lo + (hi - lo) / 2;
-    if (hi - lo <= a.block) {
-      if (from < to) std::sort(number.get() + from, number.get() + to);
-      return;
-    }
+    if (hi - lo <= a.block) return;
     if (from < middle && middle < to) {
-      memset(mean, 0, 4 * ld);
-      for (long x = from; x < to; x++)
-        for (long c = 0; c < ld; c += W) store(mean + c, load(mean + c) + load(row(x) + c));
-      for (long c = 0; c < ld; c += W) store(mean + c, load(mean + c) / splat(to - from));
-      float most = -1;
-      for (long x = from; x < to; x++) {
-        vf sum = {};
-        for (long c = 0; c < ld; c += W) {
-          vf rest = load(row(x) + c) - load(mean + c);
-          sum += rest * rest;
-        }
-        if (float far = ::total(sum); far > most) {
-          most = far;
-          for (long c = 0; c < ld; c += W) store(axis + c, load(row(x) + c) - load(mean + c));
-        }
-      }
-      bool finite = true;
-      for (int i = 0; i < 2; i++) {  // towards the direction in which they differ most
-        float all = 0, base = dot_product(mean, axis, ld), size = 0;
-        memset(next, 0, 4 * ld);
-        for (long x = from; x < to; x++) {
-          float part = dot_product(row(x), axis, ld) - base;
-          all += part;
-          for (long c = 0; c < ld; c += W) store(next + c, load(next + c) + part * load(row(x) + c));
-        }
-        for (long c = 0; c < ld; c++) {
-          next[c] -= all * mean[c], size = std::max(size, fabsf(next[c]));
-          finite &= fabsf(next[c]) < INF;
-        }
-        for (long c = 0; c < ld; c++) axis[c] = size > 0 ? next[c] / size : 0;
-      }
+      bool finite = find_axis(from, to);
       for (long x = from; x < to; x++) {
         float part = dot_product(row(x), axis, ld);
         along[number[x]] = finite && part == part ? part : INF;
       }
-      std::nth_element(number.get() + from, number.get() + middle, number.get() + to, [&](int32_t x, int32_t y) {
-        return along[x] < along[y] || (along[x] == along[y] && x < y);
-      });
+      auto before = [&](int32_t x, int32_t y) { return along[x] < along[y] || (along[x] == along[y] && x < y); };
+      std::copy(number.get() + from, number.get() + to, spare.get() + from);
+      std::nth_element(spare.get() + from, spare.get() + middle, spare.get() + to, before);
+      int32_t first = spare[middle];  // of the second half
+      long kept = from, moved = 0;
+      for (long x = from; x < to; x++)
+        if (before(number[x], first))
+          number[kept++] = number[x];
+        else
+          spare[moved++] = number[x];
+      std::copy(spare.get(), spare.get() + moved, number.get() + middle);
     }
     halve(lo, middle, std::min(low, middle - lo), std::max(0L, middle - to));
     halve(middle, hi, std::max(0L, from - middle), std::min(high, hi - middle));
+  }
+  // The direction in which keys differ most, of a sample of those at places from .. to - 1; whether it is finite.
+  bool find_axis(long from, long to) {
+    long step = std::max(1L, (to - from) / a.sample);
+    bool finite = true;
+    memset(mean, 0, 4 * ld);
+    for (long x = from; x < to; x += step)
+      for (long c = 0; c < ld; c += W) store(mean + c, load(mean + c) + load(row(x) + c));
+    for (long c = 0; c < ld; c += W) store(mean + c, load(mean + c) / splat((to - from + step - 1) / step));
+    float most = -1;
+    for (long x = from; x < to; x += step) {
+      vf sum = {};
+      for (long c = 0; c < ld; c += W) {
+        vf rest = load(row(x) + c) - load(mean + c);
+        sum += rest * rest;
+      }
+      if (float far = ::total(sum); far > most) {
+        most = far;
+        for (long c = 0; c < ld; c += W) store(axis + c, load(row(x) + c) - load(mean + c));
+      }
+    }
+    for (int i = 0; i < 2; i++) {
+      float all = 0, base = dot_product(mean, axis, ld), size = 0;
+      memset(next, 0, 4 * ld);
+      for (long x = from; x < to; x += step) {
+        float part = dot_product(row(x), axis, ld) - base;
+        all += part;
+        for (long c = 0; c < ld; c += W) store(next + c, load(next + c) + part * load(row(x) + c));
+      }
+      for (long c = 0; c < ld; c++) {
+        next[c] -= all * mean[c], size = std::max(size, fabsf(next[c]));
+        finite &= fabsf(next[c]) < INF;
+      }
+      for (long c = 0; c < ld; c++) axis[c] = size > 0 ? next[c] / size : 0;
+    }
+    return finite;
   }
   const float* row(long x) const { return rows + number[x] * ld; }
   void run(long b, long h, long level, long start, long count) {
@@ -271,11 +284,17 @@ struct Keys {  // where the keys and values of blocks are
   bool is_real(long b, long j) const { return j < length(b) && (!a.keep || a.keep[b * a.M + a.first[b] + j]); }
   template <class Number>
   void pack16(long b, long kh, Number number, float* to) const {
+    const type* from[P16];
+    bool real[P16], all = true;
     for (long x = 0; x < P16; x++) {
       long j = number(x);
-      const type* from = key(b, kh, j);
-      for (long c = 0; c < a.d; c++) to[c * P16 + x] = j < length(b) ? T::one(from[c]) : 0;
+      from[x] = key(b, kh, j), real[x] = j < length(b), all &= real[x];
     }
+    long c = 0;
+    if (all)
+      for (; c + P16 <= a.d; c += P16) transpose16<T>(from, c, to + c * P16);
+    for (; c < a.d; c++)
+      for (long x = 0; x < P16; x++) to[c * P16 + x] = real[x] ? T::one(from[x][c]) : 0;
   }
   void pack_place(long b, long kh, long place, float* to) const {
     pack16(b, kh, [&](long x) { return at_place(b, kh, place + x); }, to);
@@ -302,17 +321,26 @@ struct Keys {  // where the keys and values of blocks are
     }
   }
   long all_places() const { return (a.levels ? a.levels * a.units * P16 : blocks) * a.block; }
-  void pack_values(long b, long kh, long place, float* to) const {
+  template <class Number>
+  void pack_values(long b, long kh, Number number, float* to) const {
     for (long x = 0; x < P16; x++) {
-      long j = at_place(b, kh, place + x);
+      long j = number(x);
       for (long c = 0; c < a.dv_; c++) to[x * a.vp + c] = is_real(b, j) ? T::one(value(b, kh, j)[c]) : 0;
     }
   }
-  // The same of keys where they stand.
+  // Panels and values of the keys where they stand: behind those of the order, if there is one.
+  float* near_panels() const { return a.panels + (a.levels ? all_places() * (a.d + a.vp) : 0); }
+  float* near_values() const { return near_panels() + blocks * a.block * a.d; }
   const float* near_panel(long b, long kh, long number, float* room) const {
-    if (!a.levels) return panel_of(b, kh, number, room);
+    if (a.panels) return near_panels() + number * a.d * P16;
     pack16(b, kh, [&](long x) { return number * P16 + x; }, room);
     return room;
+  }
+  // Copies the number-th 16 keys of a head, in order or where they stand, with their values.
+  void copy(long b, long kh, long number, bool in_order) const {
+    auto which = [&](long x) { return in_order ? at_place(b, kh, number * P16 + x) : number * P16 + x; };
+    pack16(b, kh, which, (in_order ? a.panels : near_panels()) + number * a.d * P16);
+    pack_values(b, kh, which, (in_order ? a.panels + all_places() * a.d : near_values()) + number * a.vp * P16);
   }
 };
 """

@@ -24,6 +24,35 @@ struct BF16 {
     return (vf)(__builtin_convertvector(x, vi) << 16);
   }
 };
+// to[c, x] = numbers c0 + c of row x, of 16 rows.
+template <class T>
+INLINE void transpose16(const typename T::type* const* rows, long c0, float* to) {
+#if defined(__AVX512F__)
+  __m512 x[16], y[16];
+  for (int i = 0; i < 16; i++) x[i] = (__m512)T::read(rows[i] + c0);
+  for (int i = 0; i < 16; i += 2)
+    y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + j + 2]);
+      x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  for (int i = 0; i < 4; i++)  // of rows 4·i .. 4·i + 3 now number 4·lane + j in x[4·i + j]
+    for (int k = 0; k < 2; k++) {
+      y[i + 8 * k] = _mm512_shuffle_f32x4(x[i + 8 * k], x[i + 8 * k + 4], 0x88);
+      y[i + 8 * k + 4] = _mm512_shuffle_f32x4(x[i + 8 * k], x[i + 8 * k + 4], 0xdd);
+    }
+  for (int j = 0; j < 4; j++)
+    for (int k = 0; k < 2; k++) {
+      _mm512_storeu_ps(to + (j + 4 * k) * P16, _mm512_shuffle_f32x4(y[j + 4 * k], y[j + 4 * k + 8], 0x88));
+      _mm512_storeu_ps(to + (j + 4 * k + 8) * P16, _mm512_shuffle_f32x4(y[j + 4 * k], y[j + 4 * k + 8], 0xdd));
+    }
+#else
+  for (long c = 0; c < P16; c++)
+    for (long x = 0; x < P16; x++) to[c * P16 + x] = T::one(rows[x][c0 + c]);
+#endif
+}
 template <class Metric>
 constexpr bool is_dot = std::is_same<Metric, Dot>::value;
 
@@ -97,7 +126,7 @@ INLINE void weighted(const float* w, long ldw, const typename T::type* const* ro
 template <class T, int R>
 static void weighted_rows(const float* w, long ldw, const typename T::type* const* rows, long count, long width,
                           float* out, long ldo) {
-  constexpr int C = R == 1 ? 8 : R == 2 ? 4 : 2;
+  constexpr int C = W == 16 ? 4 : R == 1 ? 8 : R == 2 ? 4 : 2;
   long c = 0;
   for (; c + C * W <= width; c += C * W) weighted<T, R, C>(w, ldw, rows, count, c, out + c, ldo);
   for (; c < width; c += W) weighted<T, R, 1>(w, ldw, rows, count, c, out + c, ldo);

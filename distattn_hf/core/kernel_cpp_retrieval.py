@@ -15,7 +15,8 @@ template <class Metric, class T>
 struct Unit : Keys<T> {
   typedef typename T::type type;
   using Keys<T>::a, Keys<T>::blocks, Keys<T>::parts, Keys<T>::key, Keys<T>::value, Keys<T>::length, Keys<T>::at_place;
-  using Keys<T>::is_real, Keys<T>::all_real, Keys<T>::panel_of, Keys<T>::near_panel, Keys<T>::find_values;
+  using Keys<T>::is_real, Keys<T>::all_real, Keys<T>::panel_of, Keys<T>::near_panel, Keys<T>::near_values;
+  using Keys<T>::find_values, Keys<T>::copy;
   long around, tops, beyond, ld;  // a row of s: `beyond` summaries, then keys
   std::unique_ptr<float, void (*)(void*)> memory;
   float *q, *s, *o, *work, *most, *room, *rank, *hope, *near_keys, *far_keys, *values, *sums, *off, *step;
@@ -23,23 +24,24 @@ struct Unit : Keys<T> {
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const void*[]> value_rows;
   std::unique_ptr<int8_t[]> whole, squares;
-  std::unique_ptr<long[]> chosen, best, stored;  // stored: which panel of blocks is the x-th for the queries at hand
+  std::unique_ptr<long[]> chosen, best, near, stored;  // stored: which panel of blocks is the x-th for the queries at hand
   std::unique_ptr<int32_t[]> places;
 
   Unit(const Retrieve& a) : Keys<T>(a), memory(nullptr, free) {
     around = a.window ? (a.window - 1 + a.block - 1) / a.block : 0;
     tops = (blocks + P16 - 1) / P16 * P16;
     // In an order of likeness the window goes on to the start of its unit.
-    long near = ((a.window ? 2 * around + 1 + (a.levels ? P16 : 0) : 0) + a.sinks) * parts, far = a.most * parts;
+    long near_blocks = (a.window ? 2 * around + 1 + (a.levels ? P16 : 0) : 0) + a.sinks;
+    long few_near = near_blocks * parts, far = a.most * parts;
     long rows = std::min(a.block, a.N) * a.G;
     beyond = a.far_bias ? tops : 0;
-    ld = beyond + (near + far) * P16;
-    long kept = a.panels ? 0 : a.d * P16, kept_near = a.levels ? a.d * P16 : kept;
+    ld = beyond + (few_near + far) * P16;
+    long kept = a.panels ? 0 : a.d * P16;
     long looks = is_dot<Metric> ? 0 : rows * a.block * P16;
     long few = (std::max(a.candidates, a.most) + P16) / P16 * P16;
     long sizes[] = {rows * a.dp, rows * ld, rows * a.vp, std::max(a.G * tops, looks), tops, 2 * tops + P16,
-                    rows * tops, a.levels ? rows * tops : 0, near * kept_near,
-                    std::max(far, P16 * parts) * kept, near * P16 * a.vp, rows, rows, rows, a.G, a.G, (a.G + 1) * few};
+                    rows * tops, a.levels ? rows * tops : 0, few_near * kept,
+                    std::max(far, P16 * parts) * kept, few_near * (a.panels ? 0 : P16 * a.vp), rows, rows, rows, a.G, a.G, (a.G + 1) * few};
     float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &hope, &near_keys, &far_keys, &values,
                         &sums, &off, &step, &top, &sum, &closer};
     size_t all = 0;
@@ -47,10 +49,11 @@ struct Unit : Keys<T> {
     memory = buffer(all);
     float* at = memory.get();
     for (int i = 0; i < 17; i++) *starts[i] = at, at += (sizes[i] + 31) / 16 * 16;
-    long list = std::max(std::max(std::max(near, far), P16 * parts), tops / P16) + 1;
+    long list = std::max(std::max(std::max(few_near, far), P16 * parts), tops / P16) + 1;
     panel.reset(new const float*[list]);
     value_rows.reset(new const void*[list * P16]);
-    chosen.reset(new long[std::max(std::max(near, far), a.candidates) + a.sinks + 1]);
+    chosen.reset(new long[std::max(far, a.candidates) + 1]);
+    near.reset(new long[near_blocks + 1]);
     best.reset(new long[a.most + 1]);
     stored.reset(new long[tops / P16 + 1]);
     for (long x = 0; x <= tops / P16; x++) stored[x] = x;
@@ -224,6 +227,7 @@ struct Unit : Keys<T> {
       for (long y = 0; y < parts; y++, fixed++) {
         long number = near[x] * parts + y, n = std::max(0L, std::min(P16, length(b) - number * P16));
         panel[fixed] = near_panel(b, kh, number, near_keys + fixed * a.d * P16);
+        if (a.panels) continue;
         memset(values + fixed * P16 * a.vp, 0, 4 * P16 * a.vp);
         for (long j = 0; j < n; j++) {
           if (a.keep && !a.keep[b * a.M + a.first[b] + number * P16 + j]) continue;
@@ -259,7 +263,7 @@ struct Unit : Keys<T> {
     long first = a.window ? a.first[b] : 0, before = a.causal ? a.M - a.N : 0, G = a.G, h0 = kh * G;
     long key_heads = a.H / G;
     long from = std::max(c * a.block, before - first), to = std::min((c + 1) * a.block, before + a.N - first);
-    long positions = to - from, rows = positions * G, lo = 0, hi = 0, seen = 0, far = 0;
+    long positions = to - from, rows = positions * G, lo = 0, hi = 0, seen = 0, far = 0, near_count = 0;
     if (positions <= 0) return;
     for (long r = 0; r < rows; r++)
       memcpy(q + r * a.dp, a.q + ((b * a.H + h0 + r % G) * a.N + from + r / G + first - before) * a.dp, 4 * a.dp);
@@ -272,16 +276,15 @@ struct Unit : Keys<T> {
         stored[x] = level * a.units + x;
       }
       hi = a.causal ? c + 1 : std::min(blocks, c + around + 1);
-      long count = 0;
       for (long x = 0; x < a.sinks && x < blocks; x++)
-        if (x < lo || x >= hi) chosen[count++] = x;
-      if (a.causal) count = std::min(count, lo);
-      for (long x = lo; x < hi; x++) chosen[count++] = x;
-      long fixed = take_near(b, kh, chosen.get(), count);
+        if (x < lo || x >= hi) near[near_count++] = x;
+      if (a.causal) near_count = std::min(near_count, lo);
+      for (long x = lo; x < hi; x++) near[near_count++] = x;
+      long fixed = take_near(b, kh, near.get(), near_count);
       seen = fixed * P16;
       float* to = s + beyond;
       logits<Metric>(q, a.dp, rows, panel.get(), fixed, a.d, to, ld, a.coef + h0, soft(h0), G, a.p);
-      for (long x = 0; x < fixed; x++) mask(b, chosen[x / parts] * parts + x % parts, to + x * P16, rows, from);
+      for (long x = 0; x < fixed; x++) mask(b, near[x / parts] * parts + x % parts, to + x * P16, rows, from);
     }
     bool searches = a.most > 0 && (!a.causal || lo > a.sinks);
     if (searches) {
@@ -317,7 +320,12 @@ struct Unit : Keys<T> {
       for (long g = 0; g < G; g++) weigh(mine + g * ld - far, far + seen + n * P16, sums + i * G + g);
       far_values(mine + seen, n, o + i * G * a.vp);
     }
-    if (seen) multiply_rows<true>(s + beyond, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
+    if (!a.panels && seen) multiply_rows<true>(s + beyond, ld, 1, values, a.vp, seen, o, a.vp, rows, a.vp);
+    for (long x = 0, y = 1; a.panels && x < near_count; x = y++) {  // as many blocks as stand one after another
+      while (y < near_count && near[y] == near[y - 1] + 1) y++;
+      multiply_rows<true>(s + beyond + x * a.block, ld, 1, near_values() + near[x] * a.block * a.vp, a.vp,
+                          (y - x) * a.block, o, a.vp, rows, a.vp);
+    }
     for (long g = 0; far && g < G; g++) {
       const float* middle = a.far_value + far_head(b, kh, g) * a.far_groups * P16 * a.vp;
       for (long x = 0, y = 1; x * P16 < far; x = y++) {  // as many as stand one after another
@@ -360,7 +368,7 @@ template <class Metric, class T>
 static int retrieve(const Retrieve& a) {
   long key_heads = a.H / a.G, blocks = (a.M + a.block - 1) / a.block, parts = a.block / P16;
   long units = a.window ? blocks : (a.N + a.block - 1) / a.block, lowest = 0;
-  long searched = (a.levels ? a.levels * a.units * P16 : blocks) * parts;
+  long copied = a.levels ? a.levels * a.units * P16 * parts : 0, all = copied + blocks * parts;
   if (a.window && a.causal)  // of a step the last block alone has a query
     lowest = std::max(0L, a.M - a.N - *std::max_element(a.first, a.first + a.B)) / a.block;
   int failed = 0;
@@ -373,10 +381,8 @@ static int retrieve(const Retrieve& a) {
       // One head after the other: what a head reads stays in the cache.
       for (long bk = 0; a.panels && bk < a.B * key_heads; bk++) {
 #pragma omp for schedule(static)
-        for (long x = 0; x < searched; x++) {
-          unit.pack_place(bk / key_heads, bk % key_heads, x * P16, a.panels + x * a.d * P16);
-          unit.pack_values(bk / key_heads, bk % key_heads, x * P16, a.panels + (searched * a.d + x * a.vp) * P16);
-        }
+        for (long x = 0; x < all; x++)
+          unit.copy(bk / key_heads, bk % key_heads, x < copied ? x : x - copied, x < copied);
 #pragma omp for schedule(dynamic)
         for (long x = 0; x < units - lowest; x++)  // causal: those with the most to search first
           unit.run(bk / key_heads, bk % key_heads, units - 1 - x);

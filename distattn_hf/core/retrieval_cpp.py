@@ -22,7 +22,7 @@ from .kernel_cpp_library import (
 from .kernel_cpp_retrieval import SOURCE
 from .metrics import BUILT_IN
 from .retrieval import CANDIDATES, PANEL, SPREADS, Codes, encode, has_codes, whole_numbers
-from .retrieval_order import in_order, order_by_likeness
+from .retrieval_order import SAMPLE, in_order, order_by_likeness
 from .softening import LEAST
 
 # Numbers of metrics (see `kind_of`) that the kernel has; cosine and dot product are products of what `dot_form` gives.
@@ -51,7 +51,7 @@ class _Blocks(ctypes.Structure):
 
 
 class _Order(ctypes.Structure):
-    _fields_ = fields("k keep place", "B H M d n unit block pinned levels threads", {"k_stride": 3}, "")
+    _fields_ = fields("k keep place", "B H M d n unit block pinned levels threads sample", {"k_stride": 3}, "")
 
 
 def cpp_supports(x) -> bool:
@@ -99,7 +99,8 @@ def cpp_retrieval(x) -> Tensor:
     # Where most keys are read more than once, their panels are made once; a look at the keys themselves reads all.
     panels, most = None, min(search.most_blocks, blocks)
     if num_queries * (most + 1) > blocks or (num_queries > search.block_size and not is_dot):
-        panels = torch.empty(max(1, levels) * places * (size + value_size), **FLOATS)
+        copies = blocks * search.block_size + levels * places
+        panels = torch.empty(copies * (size + value_size), **FLOATS)
     rows = padded_rows(query)
     output = torch.zeros(batch, heads, num_queries, value_size, **FLOATS)
     if x.summaries is not None:
@@ -164,7 +165,7 @@ def order_keys(key: Tensor, keep: Tensor, block_size: int, unit: int, pinned: in
     place = torch.empty(batch, heads, levels, units * unit, dtype=torch.long, device="cpu")
     data = _Order(
         B=batch, H=heads, M=num_keys, d=size, n=units, unit=unit, block=block_size, pinned=pinned, levels=levels,
-        threads=torch.get_num_threads(), k_stride=strides(key),
+        threads=torch.get_num_threads(), sample=SAMPLE, k_stride=strides(key),
     )  # fmt: skip
     run_kernel(SOURCE, "order_keys", data, k=key, keep=keep, place=place)
     return place

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .retrieval import PANEL, Retrieval
 
+# Keys at least by which the direction is told in which those of a part differ.
+SAMPLE = 256
+
 
 def units_before(problem: Retrieval, number: int) -> list[int]:
     """Return how many whole units of keys there are before the window of key `number`'s query, of each row (or of all).
@@ -107,8 +110,13 @@ def _halved(key: Tensor, stays: Tensor, block_size: int) -> Tensor:
         x = key.gather(1, of_part[..., None].expand(-1, -1, size)).view(parts, -1, size)
         fixed = stays.gather(1, of_part).view(parts, -1)
         free = (fixed == 0)[..., None]
-        mean = torch.where(free, x, 0.0).sum(1, keepdim=True) / free.sum(1, keepdim=True).clamp_min(1)
-        rest = torch.where(free, x - mean, 0.0)
+        # By their numbers, but for what stays: that is in its order already.
+        by_number = (number + fixed.long() * length).argsort(dim=1)
+        rank = by_number.argsort(dim=1) - (fixed < 0).sum(1, keepdim=True)
+        step = (free.sum(1) // SAMPLE).clamp_min(1)
+        sampled = free & (rank % step == 0)[..., None]
+        mean = torch.where(sampled, x, 0.0).sum(1, keepdim=True) / sampled.sum(1, keepdim=True).clamp_min(1)
+        rest = torch.where(sampled, x - mean, 0.0)
         farthest = rest.square().sum(-1).argmax(1)
         axis = rest.gather(1, farthest[:, None, None].expand(-1, 1, size)).mT
         for _ in range(2):
@@ -118,8 +126,7 @@ def _halved(key: Tensor, stays: Tensor, block_size: int) -> Tensor:
         along = (x @ axis)[..., 0]
         along = torch.where(along.isnan(), float("inf"), along)
         along = along.masked_fill(fixed < 0, -float("inf")).masked_fill(fixed > 0, float("inf"))
-        # By their numbers where they are alike, but for what stays: that is in its order already.
-        by_number = (number + fixed.long() * length).argsort(dim=1)
+        # By their numbers where they are alike.
         order = by_number.gather(1, along.gather(1, by_number).argsort(dim=1, stable=True))
         number = number.gather(1, order).view(2 * parts, -1)
     fixed = stays.gather(1, number.view(count, -1)).view_as(number)

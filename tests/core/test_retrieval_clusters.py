@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distattn_hf import retrieval_attention
-from distattn_hf.core import retrieval_blocks, retrieval_cpp
+from distattn_hf.core import retrieval_blocks, retrieval_cpp, retrieval_order
 from distattn_hf.core.retrieval import Search, aligned, first_keys
 from distattn_hf.core.retrieval_blocks import order_of
 from distattn_hf.core.retrieval_cache import KeyClusters
@@ -29,12 +29,20 @@ from .test_retrieval import Loops, by_loops, needs_kernel, padding, problem
 SMALL = Search(window_size=5, num_sinks=3, block_size=2, num_blocks=3, min_weight=0.0)
 LARGE = Search(window_size=20, num_sinks=4, block_size=16, num_blocks=6, min_weight=0.0)
 FEW_CANDIDATES = 5
+SAMPLE = 40
 
 
 @pytest.fixture
 def few_candidates(monkeypatch):
     for module in (retrieval_blocks, retrieval_cpp):
         monkeypatch.setattr(module, "CANDIDATES", FEW_CANDIDATES)
+
+
+@pytest.fixture(autouse=True)
+def few_sampled(monkeypatch):
+    """A sample that leaves out some keys of a few hundred."""
+    for module in (retrieval_order, retrieval_cpp):
+        monkeypatch.setattr(module, "SAMPLE", SAMPLE)
 
 
 def halved(key: torch.Tensor, numbers: list[int], low: int, high: int, block: int) -> list[int]:
@@ -44,7 +52,9 @@ def halved(key: torch.Tensor, numbers: list[int], low: int, high: int, block: in
         return [*numbers[:low], *sorted(numbers[low:end]), *numbers[max(low, end) :]]
     free = numbers[low : len(numbers) - high]
     if free:
-        rest = key[free] - key[free].mean(0)
+        free.sort()
+        few = free[:: max(1, len(free) // SAMPLE)]
+        rest = key[few] - key[few].mean(0)
         axis = rest[int(rest.square().sum(1).argmax())]
         for _ in range(2):
             axis = rest.T @ (rest @ axis)
