@@ -186,31 +186,21 @@ INLINE void code_lists(const int8_t* q, long dq, const float* off, const float* 
   for (int r = 0; r < R; r++)
     _mm512_storeu_ps(out + r * ldo, _mm512_loadu_ps(out + r * ldo) + step[r] * largest_of_each(best[r]));
 }
+#else
+template <int R, int>
+INLINE void code_lists(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code,
+                       const float* scale, long block, const long* numbers, float* out, long ldo) {
+  for (int x = 0; x < P16; x++)
+    code_rows<R>(q, dq, off, step, code + numbers[x] * block * (dq / 2), scale + numbers[x] * block, block, out + x, ldo);
+}
 #endif
 // The same of `rows` rows and 16 blocks of these numbers, whose codes and scales lie one after another.
 static void look_at_codes(const int8_t* q, long dq, long rows, const float* off, const float* step, const uint8_t* code,
                           const float* scale, long block, const long* numbers, float* out, long ldo) {
   long r = 0;
-#if defined(__AVX512VNNI__)
-  auto some = [&](auto rows, auto many) {
-    code_lists<rows, many>(q + r * dq, dq, off + r, step + r, code, scale, block, numbers, out + r * ldo, ldo);
-    r += rows;
-  };
-  typedef std::integral_constant<int, 1> One;
-  typedef std::integral_constant<int, 3> Three;
-  typedef std::integral_constant<int, 4> Four;
-  typedef std::integral_constant<int, 8> Eight;
-  while (r + 3 <= rows) some(Three(), Four());
-  while (r < rows) some(One(), Eight());
-#else
   for (; r + 3 <= rows; r += 3)
-    for (int x = 0; x < P16; x++)
-      code_rows<3>(q + r * dq, dq, off + r, step + r, code + numbers[x] * block * (dq / 2), scale + numbers[x] * block,
-                   block, out + r * ldo + x, ldo);
+    code_lists<3, 4>(q + r * dq, dq, off + r, step + r, code, scale, block, numbers, out + r * ldo, ldo);
   for (; r < rows; r++)
-    for (int x = 0; x < P16; x++)
-      code_rows<1>(q + r * dq, dq, off + r, step + r, code + numbers[x] * block * (dq / 2), scale + numbers[x] * block,
-                   block, out + r * ldo + x, ldo);
-#endif
+    code_lists<1, 8>(q + r * dq, dq, off + r, step + r, code, scale, block, numbers, out + r * ldo, ldo);
 }
 """
