@@ -13,6 +13,7 @@ EXPERIMENTS = (
     "nystrom_quality",
     "patterns",
     "quantised",
+    "retrieval_speed",
     "sinks_and_caps",
     "training",
 )  # fmt: skip

@@ -1,22 +1,20 @@
 """How fast retrieval attention is beside scaled_dot_product_attention, reading a text and generating after it.
 
-python -m distattn_hf.experiments.retrieval_speed OUT.json [--lengths 4096,16384,32768] [--heads 12] [--key-heads 12,4]
-    [--blocks 8,16]
-
-Random float32 tensors, d = 64, causal; so many blocks of 16 keys, of alike keys, and the last number of blocks as they
-stand in the text, too. First both are compared where all blocks are chosen. Then each length is timed in pairs, one
-after the other in one run: a prefill with nothing cached (order, codes and summaries included), and a step of one token
-against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
+Random float32 tensors, d = 64, causal. First both are compared where all blocks are chosen. Then each length is timed in
+pairs, one after the other in one run: "prefill" with nothing cached (order, codes and summaries included), and "step",
+one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
 """
 
-import argparse
 import time
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 
+from ..benchmark.measure import spread
 from ..core.inputs import AttentionInputs
 from ..core.metrics import get_metric
 from ..core.retrieval import Retrieval, Search
@@ -24,7 +22,6 @@ from ..core.retrieval_cache import KeyClusters
 from ..core.retrieval_cpp import cpp_supports, encode_keys
 from ..core.retrieval_far import summaries_of
 from ..core.retrieval_gather import run_retrieval
-from ..storage.folders import write_json
 
 
 def timed(run) -> float:
@@ -44,8 +41,8 @@ def problem(query, key, value, search: Search, codes=None, summaries=None) -> Re
 
 
 @torch.no_grad()
-def measure(length: int, heads: int, key_heads: int, search: Search, pairs: int) -> dict:
-    """Return medians over pairs of runs: seconds of both, and the ratio within each pair."""
+def measured(length: int, heads: int, key_heads: int, search: Search, pairs: int) -> Callable[[str], dict]:
+    """Return job -> medians over pairs of runs: seconds of both, and the ratio within each pair with its spread."""
     query, (key, value) = torch.randn(1, heads, length, 64), torch.randn(2, 1, key_heads, length, 64)
     grouped = {"enable_gqa": heads != key_heads}
     step, clusters = query[:, :, -1:], KeyClusters()
@@ -71,16 +68,21 @@ def measure(length: int, heads: int, key_heads: int, search: Search, pairs: int)
             20 * pairs,
         ),
     }
-    row = {"length": length, "heads": heads, "key_heads": key_heads}
-    row |= {"blocks": search.num_blocks, "cluster_keys": search.cluster_keys}
-    for name, (ours, theirs, count) in runs.items():
+
+    @torch.no_grad()
+    def values(job: str) -> dict:
+        ours, theirs, count = runs[job]
         times = [(timed(ours), timed(theirs)) for _ in range(count)]
-        row[name] = {
+        ratios = spread([theirs / ours for ours, theirs in times])
+        return {
             "seconds": median(ours for ours, _ in times),
             "sdpa_seconds": median(theirs for _, theirs in times),
-            "ratio": median(theirs / ours for ours, theirs in times),
+            "ratio": ratios["median"],
+            "p10": ratios["p10"],
+            "p90": ratios["p90"],
         }
-    return row
+
+    return values
 
 
 @torch.no_grad()
@@ -93,32 +95,44 @@ def check() -> None:
         raise RuntimeError(f"all blocks are not exact attention: {error:.1e}")
 
 
-def main(out: Path, lengths: list[int], heads: int, key_heads: list[int], blocks: list[int], pairs: int) -> None:
-    """Check, measure each length, print a line for each and write the file."""
+@dataclass(frozen=True)
+class Options:
+    """lengths: numbers of keys. heads: query heads; key_heads: as many key heads in turn. blocks: so many blocks of 16
+    alike keys in turn, and the last number of blocks as they stand in the text, too; pairs: of prefills, and of 20 steps.
+    """
+
+    lengths: tuple[int, ...] = (4096, 16384, 32768)
+    heads: int = 12
+    key_heads: tuple[int, ...] = (12, 4)
+    blocks: tuple[int, ...] = (8, 16)
+    pairs: int = 3
+
+    def __post_init__(self):
+        for name in ("lengths", "key_heads", "blocks"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be numbers >= 1, got {getattr(self, name)!r}")
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be >= 1, got {self.pairs!r}")
+        for number in self.key_heads:
+            if self.heads % number:
+                raise ValueError(f"key_heads must divide heads={self.heads}, got {number!r}")
+
+
+QUICK = {"lengths": (512,), "heads": 2, "key_heads": (1,), "blocks": (2,), "pairs": 1}
+AXES = ("lengths", "key_heads", "blocks")
+
+
+def run(options: Options, results) -> None:
+    """Check, and measure a row for each job, number of key heads, length and search."""
     check()
-    rows = []
     # Of random keys none has a weight by which it would be read: by number.
-    searches = [Search(num_blocks=number, min_weight=0.0) for number in blocks]
-    searches.append(Search(num_blocks=blocks[-1], min_weight=0.0, cluster_keys=False))
-    for count in key_heads:
-        for length in lengths:
+    searches = [Search(num_blocks=number, min_weight=0.0) for number in options.blocks]
+    searches.append(Search(num_blocks=options.blocks[-1], min_weight=0.0, cluster_keys=False))
+    for key_heads in options.key_heads:
+        for length in options.lengths:
             for search in searches:
-                rows.append(measure(length, heads, count, search, pairs))
-                write_json(out, {"threads": torch.get_num_threads(), "rows": rows})
-                print(rows[-1], flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-
-    def numbers(text):
-        return [int(part) for part in text.split(",")]
-
-    parser.add_argument("--lengths", default="4096,16384,32768", type=numbers)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--key-heads", type=numbers, default="12,4")
-    parser.add_argument("--blocks", default="8,16", type=numbers)
-    parser.add_argument("--pairs", type=int, default=3)
-    given = parser.parse_args()
-    main(given.out, given.lengths, given.heads, given.key_heads, given.blocks, given.pairs)
+                values = cache(lambda n=length, k=key_heads, s=search: measured(n, options.heads, k, s, options.pairs))
+                for job in ("prefill", "step"):
+                    key = {"job": job, "length": length, "key_heads": key_heads, "blocks": search.num_blocks}
+                    key["cluster_keys"] = search.cluster_keys
+                    results.row(key, lambda v=values, j=job: v()(j))

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from distattn_hf.core.kernel_cpp_library import compiler
 from distattn_hf.data.packing import pack
 from distattn_hf.data.sources import read_texts
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
@@ -62,6 +63,19 @@ def test_model_speed_to_see_it_run_needs_no_checkpoint(tmp_path):
     assert all(row["seconds"] > 0 for row in rows)
     with pytest.raises(ValueError, match="data must be None with checkpoint='random'"):
         read_options(load_experiment("model_speed"), None, ["data=news"], quick=True)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler here")
+def test_retrieval_speed(tmp_path):
+    """Also gone on with. Breaks if a job is the other's, or a ratio is upside down."""
+    run_experiment("retrieval_speed", tmp_path, quick=True, echo=lambda line: None)
+    rows = run_experiment("retrieval_speed", tmp_path, ["lengths=512,48"], quick=True, echo=lambda line: None).rows
+    expected = [(n, order, job) for n in (512, 48) for order in (True, False) for job in ("prefill", "step")]
+    assert [(row["length"], row["cluster_keys"], row["job"]) for row in rows] == expected
+    for row in rows:
+        assert row["p10"] <= row["ratio"] <= row["p90"]
+        if row["job"] == "prefill":  # of one pair
+            assert row["ratio"] == pytest.approx(row["sdpa_seconds"] / row["seconds"])
 
 
 def test_quantised(tmp_path, monkeypatch):
@@ -139,6 +153,8 @@ def test_sinks_and_caps(tmp_path):
         ("sinks_and_caps", "kinds=bias", "kinds must be among sinks; caps, got 'bias'"),
         ("sinks_and_caps", "steps=0", "steps must be >= 1, got 0"),
         ("model_speed", "rounds=0", "rounds must be >= 1, got 0"),
+        ("retrieval_speed", "key_heads=5", "key_heads must divide heads=2, got 5"),
+        ("retrieval_speed", "pairs=0", "pairs must be >= 1, got 0"),
         ("model_speed", "prompt_tokens=128", "prompt_tokens must be at most prefill_tokens, got 128"),
     ],
 )
