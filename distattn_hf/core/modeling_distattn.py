@@ -188,16 +188,20 @@ class DistAttnModel(DistAttnPreTrainedModel):
         """Return the mask that transformers makes of its arguments, or what keeps packed documents apart without one.
 
         Positions that the caller gave may start anew. transformers looks for that where no mask is given; mechanisms
-        for which no mask can tell documents apart get them cut out, which a compiled graph cannot do by values: they
-        refuse the mask that transformers makes there.
+        for which no mask can tell documents apart get them cut out.
         """
         positions, mask, batch = mask_of["position_ids"], mask_of["attention_mask"], len(mask_of["inputs_embeds"])
         positions = positions if positions is None else positions.expand(batch, -1)
-        begins = beginnings_of(positions, mask, mask_of[CACHE_NAME], is_new)
-        if begins is not None and self.config.mechanism not in ("dot", "distance"):
-            return Documents(begins, None if mask is None else mask.bool())
-        if begins is not None and mask is not None:
-            if "flash" in self.config._attn_implementation:
+        cut_out = self.config.mechanism not in ("dot", "distance")
+        flash = "flash" in self.config._attn_implementation
+        by_mask = not cut_out and not (flash and mask is not None)
+        begins = beginnings_of(positions, mask, mask_of[CACHE_NAME], is_new, by_mask)
+        if cut_out:
+            if begins is not None:
+                return Documents(begins, None if mask is None else mask.bool())
+            mask_of = {**mask_of, "position_ids": None}
+        elif begins is not None and mask is not None:
+            if flash:
                 raise ValueError(
                     "position_ids start anew within a row (packed documents) beside attention_mask, which "
                     f"attn_implementation={self.config._attn_implementation!r} cannot follow: leave out "

@@ -113,6 +113,38 @@ def test_what_a_mask_makes_of_positions():
     assert begins.int().tolist() == [[1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1, 0]]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mechanism", ["dot", "l2"])
+def test_a_compiled_graph_keeps_them_apart_by_a_mask(mechanism, masked):
+    """It cannot look whether there are any; beside a mask it read them as one text."""
+    model = make_model(mechanism, "rotary", "causal")
+    mask = {"attention_mask": MASK} if masked else {}
+    real = MASK.bool() if masked else torch.ones_like(IDS, dtype=torch.bool)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for positions in (POSITIONS, torch.arange(23).expand(2, -1)):
+            call = {"position_ids": positions, "use_cache": False, **mask}
+            found, expected = compiled(IDS, **call).logits, model(IDS, **call).logits
+            torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("mechanism", "use_cache"), [("linear", False), ("nystrom", False), ("dot", True)])
+def test_where_no_mask_can_a_compiled_graph_stops(mechanism, use_cache, masked):
+    model = make_model(mechanism, "rotary", "causal")
+    call = {"use_cache": use_cache} | ({"attention_mask": MASK} if masked else {})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    one_text = torch.arange(23).expand(2, -1)
+    with torch.no_grad():
+        found, expected = (each(IDS, position_ids=one_text, **call).logits for each in (compiled, model))
+        real = MASK.bool() if masked else torch.ones_like(IDS, dtype=torch.bool)
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+        with pytest.raises(RuntimeError, match="packed documents"):
+            compiled(IDS, position_ids=POSITIONS, **call)
+
+
 def test_flash_attention_beside_a_mask_is_refused():
     """It reads borders from the positions where no mask is given, and nowhere else."""
     model = make_model("dot", "rotary", "causal")
