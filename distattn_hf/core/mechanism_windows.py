@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .constant_cache import RingLayer
+from .constant_cache import RingLayer, chosen_first
 from .mechanism_base import Call, Mechanism, Option, register_mechanism
 
 # Queries in one block: more make fewer and larger products, of which more entries are masked.
@@ -94,33 +94,39 @@ class PatternAttention(Mechanism):
 def attend_with_global(call: Call, parts: list[Part]) -> Tensor:
     """Return the output over the keys of all parts, none of which is global, and with the global tokens."""
     batch, heads, num_keys = call.key.shape[:3]
-    # Of each row's global tokens; a row with fewer has others behind them.
-    places = call.is_global.int().argsort(dim=-1, descending=True, stable=True)
-    places = places[:, : max(1, int(call.is_global.sum(-1).max()))]
-    exists = call.is_global.gather(1, places)
-    place = torch.arange(num_keys, device=places.device)
+    place = torch.arange(num_keys, device=call.key.device)
 
-    def rows(tensor):
-        """Return (B, H, G, x) of (B or 1, H, M, x)."""
+    def rows(tensor, places):
+        """Return (B, H, G, x) of (B or 1, H, n, x)."""
         index = places[:, None, :, None].expand(-1, heads, -1, tensor.shape[-1])
         return tensor.expand(batch, -1, -1, -1).gather(2, index)
 
-    logits = call.scaled_query @ rows(call.key).mT
+    places, exists = chosen_first(call.is_global)
+    logits = call.scaled_query @ rows(call.key, places).mT
     if call.bias is not None:
-        logits = logits + rows(call.bias.mT).mT
+        logits = logits + rows(call.bias.mT, places).mT
     seen = exists if call.keep is None else exists & call.keep.gather(1, places)
     seen = seen[:, None, None]
     if call.is_causal:
-        seen = seen & (places[:, None, None] <= place[:, None])
-    output = merge([*parts, weigh(logits, seen, rows(call.value), call.drop)])
+        seen = seen & (places[:, None, None] <= place[call.before :, None])
+    parts = [*parts, weigh(logits, seen, rows(call.value, places), call.drop)]
+    if (beyond := call.beyond) is not None:
+        logits = call.scaled_query @ beyond.key.mT
+        if beyond.bias is not None:
+            logits = logits + beyond.bias
+        parts.append(weigh(logits, beyond.seen[:, None, None], beyond.value, call.drop))
+    output = merge(parts)
+    if not call.global_queries.any():
+        return output
 
-    logits = rows(call.scaled_query) @ call.key.mT
+    places, exists = chosen_first(call.global_queries)
+    logits = rows(call.scaled_query, places) @ call.key.mT
     if call.bias is not None:
-        logits = logits + rows(call.bias)
+        logits = logits + rows(call.bias, places)
     seen = torch.ones_like(logits[:, :1], dtype=torch.bool) if call.keep is None else call.keep[:, None, None]
     if call.is_causal:
-        seen = seen & (place <= places[:, None, :, None])
-    own = torch.where(exists[:, None, :, None], attend(logits, seen, call.value, call.drop), rows(output))
+        seen = seen & (place <= places[:, None, :, None] + call.before)
+    own = torch.where(exists[:, None, :, None], attend(logits, seen, call.value, call.drop), rows(output, places))
     return output.scatter(2, places[:, None, :, None].expand_as(own), own)
 
 

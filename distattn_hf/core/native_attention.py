@@ -17,6 +17,7 @@ from .constant_cache import RecurrentLayer, RingLayer, layer_at
 from .derived_cache import use_derived_cache
 from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS
+from .global_tokens import before_ring
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
 from .mechanisms import MECHANISMS
@@ -191,27 +192,6 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
     return requested
 
 
-def global_tokens(marked: Tensor, config: DistAttnConfig, given: Tensor | None, has_cache: bool) -> Tensor:
-    """Return global_attention_mask as bool (B, N) for given (B, N, ...); raises `ValueError` for what cannot be."""
-    able = [name for name in MECHANISMS if MECHANISMS.get(name).takes_global]
-    if config.mechanism not in able:
-        raise ValueError(
-            f"global_attention_mask needs a mechanism with a pattern ({', '.join(able)}), got {config.mechanism!r}"
-        )
-    if config.is_decoder and has_cache:
-        raise ValueError(
-            "global_attention_mask needs use_cache=False in a causal model: a cache of mechanism "
-            f"{config.mechanism!r} does not know which of its tokens are global"
-        )
-    shape, looks = None if given is None else tuple(given.shape[:2]), not torch.compiler.is_compiling()
-    if tuple(marked.shape) != shape or looks and bool(((marked != 0) & (marked != 1)).any()):
-        raise ValueError(
-            f"global_attention_mask must hold 0 and 1, of shape (B, N)={shape}, got shape {tuple(marked.shape)}"
-            + (f" and values {marked.unique().tolist()[:5]}" if looks else "")
-        )
-    return marked != 0
-
-
 class AttentionHeads(nn.Module):
     """Projections to heads and back, rotary positions, and a cache of keys and values; subclasses put attention
     between.
@@ -276,8 +256,13 @@ class AttentionHeads(nn.Module):
         if isinstance(layer, RecurrentLayer):
             call["memory"] = layer
         elif isinstance(layer, RingLayer):
-            # Mask and bias speak of the keys of the layer that keeps most.
+            # Mask and bias speak of the keys of the layer that keeps most, beside global tokens of the whole text.
             num_keys = key.shape[2]
+            if (marked := call.get("is_global")) is not None:
+                if (found := layer.keep_global(marked, key, value, query.shape[2])) is not None:
+                    keep = padding_alone(self.mechanism.name, mask, query, marked.shape[1])
+                    call["beyond"] = before_ring(*found, keep, call["position_bias"], self.num_key_value_groups)
+                call["is_global"] = marked[:, -num_keys:]
             mask = mask if mask is None else mask[..., -num_keys:]
             bias = call["position_bias"]
             call["position_bias"] = bias if bias is None else bias[..., -num_keys:]

@@ -217,11 +217,6 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         return {name: module for name, module in self.named_modules() if isinstance(module, DistAttnAttention)}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if not self.config.is_encoder_decoder and model_kwargs.get("global_attention_mask") is not None:
-            raise ValueError(
-                "generate takes no global_attention_mask in a causal model: neither a cache nor the mask of a longer "
-                "text would say which tokens are global"
-            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Now, and not at the first call: assisted generation tells the layers before to record what it may take back.
         cache = model_kwargs.get(CACHE_NAME)
