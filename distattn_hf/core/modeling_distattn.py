@@ -30,7 +30,7 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .documents import Documents, beginnings_of
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
-from .global_tokens import global_tokens
+from .mechanism_windows import global_tokens
 from .native_attention import DistAttnAttention
 from .native_layers import (
     COLUMNS,
@@ -117,7 +117,7 @@ class DistAttnModel(DistAttnPreTrainedModel):
         if misnamed := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
             raise ValueError(f"{misnamed[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
         given = input_ids if input_ids is not None else inputs_embeds
-        marked = global_tokens(kwargs.pop("global_attention_mask", None), self.config, given, cache)
+        marked = global_tokens(kwargs.pop("global_attention_mask", None), self.config.mechanism, given, cache)
         if marked is not None:
             kwargs["global_attention_mask"] = marked
         segments = None if self.token_type_embeddings is None else kwargs.pop("token_type_ids", None)

@@ -17,9 +17,9 @@ from .constant_cache import RecurrentLayer, RingLayer, layer_at
 from .derived_cache import use_derived_cache
 from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS
-from .global_tokens import before_ring
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
+from .mechanism_windows import before_ring
 from .mechanisms import MECHANISMS
 from .metrics import METRICS, get_metric
 from .nystrom_cache import use_nystrom_cache

@@ -188,7 +188,7 @@ def test_a_cache_with_global_tokens_is_changed_as_any_other(mechanism):
     goes_on(cache, [0, 1, 2])
     cache.reset()
     with torch.no_grad():
-        found = model(TEXT, **{CACHE_NAME: cache}).logits
+        found = torch.cat([model(part, **{CACHE_NAME: cache}).logits for part in TEXT.split(20, dim=1)], dim=1)
         torch.testing.assert_close(found, model(TEXT, use_cache=False).logits, rtol=0, atol=CACHED_LOGITS)
 
 
@@ -232,19 +232,33 @@ def test_generate(mechanism):
     options["max_new_tokens"] = 5
     first = model.generate(tokens(), **prompt, **options, return_dict_in_generate=True)
     prompt["attention_mask"] = torch.nn.functional.pad(prompt["attention_mask"], (0, 5), value=1)
-    again = model.generate(
-        first.sequences, **prompt, **{CACHE_NAME: cache_of(first)}, **options | {"max_new_tokens": 7}
-    )
-    assert again.tolist() == expected
+    options |= {"max_new_tokens": 7, CACHE_NAME: cache_of(first)}
+    assert model.generate(first.sequences, **prompt, **options).tolist() == expected
+
+
+@pytest.mark.parametrize("mechanism", ABLE)
+def test_keys_of_a_layer_that_keeps_all_are_gone_on_from(mechanism):
+    """What a plain layer holds of global tokens, the layer that takes its place keeps."""
+    model, real = of_text(mechanism), TEXT_PADDING.bool()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in model.attention_modules().values():
+            patch.setattr(module.mechanism, "cache_layer", lambda layer: layer)
+        first, cache = in_parts(model, parts=PARTS[:2])
+    parts, start = [first], 13
+    for stop in (20, 30):
+        call = {"attention_mask": TEXT_PADDING[:, :stop], "global_attention_mask": TEXT_MARKED[:, :stop]}
+        with torch.no_grad():
+            parts.append(model(TEXT[:, start:stop], **call, **{CACHE_NAME: cache}).logits)
+        start = stop
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole(model)[real], rtol=0, atol=CACHED_LOGITS)
 
 
 def test_what_a_cache_cannot_have():
     local, bigbird = of_text("local"), of_text("bigbird")
     late = TEXT_MARKED.clone()
     late[2, 20] = 1
-    with pytest.raises(
-        ValueError, match="a token after the first 13 would see all of them, of which the cache has kept 2"
-    ):
+    message = "a token after the first 13 would see all of them, of which the cache has kept 2"
+    with pytest.raises(ValueError, match=message):
         in_parts(local, marked=late)
     # Where all keys are kept it can.
     real = TEXT_PADDING.bool()
