@@ -257,7 +257,7 @@ def distances(call: Call) -> Tensor:
     return (query[:, None] - torch.arange(call.key.shape[2], device=call.query.device)).abs()
 
 
-@register_mechanism("local", aliases=("window", "sliding_window"))
+@register_mechanism("local", aliases=("window", "sliding_window", "longformer"))
 class LocalAttention(PatternAttention):
     """Softmax attention to the keys j with |i - j| = 0, D, 2·D, ..., (W - 1)·D, W = window_size and D = dilation.
 

@@ -33,6 +33,13 @@ _SEVERAL = {
     "'strided', 'local' or 'bigbird', whose pattern is fixed",
     "block_sparse": "which may be 'bigbird', with blocks of a window, random and global ones; a mask of your own goes "
     "to 'dot' or a metric as attention_mask (B, H, N, M), or into a class by register_mechanism",
+    **dict.fromkeys(
+        ("hierarchical", "pyramid", "multi_resolution"),
+        "which is 'retrieval': near keys one by one, of far blocks the num_blocks best, and of the others one key "
+        "and value each; num_blocks=0 leaves two fixed levels",
+    ),
+    "flash": "which is 'dot' with attn_implementation='flash_attention_2'",
+    "retention": "which sums with decay; positional_encoding='decay' has its rates, for mechanisms that take a bias",
     "topk": "which is 'retrieval' with window_size=1, num_sinks=0, block_size=1, far_field=False and num_blocks=k",
 }
 # Attention functions that return true weights.
@@ -66,7 +73,7 @@ def options_of_layer(options: dict, layer_idx: int) -> dict:
 def unknown_mechanism(what: str, name: str) -> ValueError:
     """Return an error with the names that a mechanism may have, and what a name of several may mean."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
-    hint = _SEVERAL.get(name.lower().replace("top_k", "topk") if isinstance(name, str) else name)
+    hint = _SEVERAL.get(name.lower().replace("top_k", "topk").replace("-", "_") if isinstance(name, str) else name)
     return ValueError(
         f"unknown {what} {name!r}{f' ({hint})' if hint else ''}; expected one of {', '.join(names)}; or a metric: "
         f"{METRICS.describe()}"

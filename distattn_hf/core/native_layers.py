@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs
 from .attention_spec import OPTIONS
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
+from .encodings import PositionalEncoding
 from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
 from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
@@ -209,7 +210,7 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HeadParameters | Mechanism):
+        if isinstance(module, HeadParameters | Mechanism | PositionalEncoding):
             module.reset_parameters()
 
     def attention_modules(self) -> dict[str, nn.Module]:
