@@ -14,5 +14,6 @@ EXPERIMENTS = (
     "patterns",
     "quantised",
     "sinks_and_caps",
+    "speech",
     "training",
 )  # fmt: skip
