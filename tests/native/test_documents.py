@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from distattn_hf.core.documents import Documents
 from tests.tolerances import CACHED_LOGITS
@@ -64,6 +65,29 @@ def test_weights_stay_within_documents(mechanism):
             start += length
     same = torch.block_diag(*(torch.ones(n, n) for n in ROWS[1])).bool()
     assert not weights[1][:, ~same].any()
+
+
+@pytest.mark.parametrize("mechanism", ["l1", "linear", "local", "nystrom"])
+def test_transformers_collator_of_packed_rows(mechanism, tmp_path):
+    """`DataCollatorWithFlattening` packs a batch into a row: the loss is that of the texts, and Trainer takes it."""
+    model = make_model(mechanism, "rotary", "causal")
+    texts = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (5, 9, 3, 12)]
+    with pytest.raises(ValueError, match="packed documents.*: pass use_cache=False"):
+        model(**DataCollatorWithFlattening()(texts))
+    model.config.use_cache = False
+    total = 0.0
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([text["input_ids"]])
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        expected = total / sum(len(text["input_ids"]) - 1 for text in texts)
+        assert float(model(**DataCollatorWithFlattening()(texts)).loss) == pytest.approx(expected, rel=1e-5)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", per_device_train_batch_size=4, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=texts, data_collator=DataCollatorWithFlattening())
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
 
 
 # Rows of documents with padding on both sides, holes, and a border of a document that a hole follows.
