@@ -29,7 +29,7 @@ START, END = 10, 11
 SIZES = {
     "vocab_size": 12, "num_mel_bins": 40, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
-    "max_source_positions": 50 * SECONDS, "max_target_positions": 6, "decoder_start_token_id": START,
+    "max_source_positions": 50 * SECONDS, "max_target_positions": 16, "decoder_start_token_id": START,
     "bos_token_id": START, "eos_token_id": END, "pad_token_id": END, "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }  # fmt: skip
@@ -119,7 +119,7 @@ def train(spectra: torch.Tensor, labels: list[list[int]], epochs: int) -> PreTra
 @torch.no_grad()
 def right(model: PreTrainedModel, spectra: np.ndarray, labels: list[list[int]]) -> float:
     """Return the share of strings that greedy generation transcribes without a fault."""
-    written = model.generate(torch.from_numpy(spectra), max_length=6, do_sample=False)
+    written = model.generate(torch.from_numpy(spectra), max_new_tokens=5, do_sample=False)
     found = [[t for t in row if t != START] for row in written.tolist()]
     found = [row[: row.index(END) + 1] if END in row else row for row in found]
     return sum(a == b for a, b in zip(found, labels, strict=True)) / len(labels)
