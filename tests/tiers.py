@@ -56,6 +56,7 @@ TABLE = {
     "tests/experiments/test_long_context.py::test_a_run_that_was_killed": "system",
     "tests/experiments/test_sequence_speed.py::test_a_small": "system",
     "tests/experiments/test_quality_experiments.py::test_digits": "system",
+    "tests/experiments/test_quality_experiments.py::test_speech": "system",
     "tests/training/test_distributed.py": "system",
     "tests/training/test_long_sequences.py::test_five": "system",
     "tests/training/test_resume.py": "system",
