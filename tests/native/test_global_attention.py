@@ -112,6 +112,7 @@ def test_mechanisms_without_a_pattern_refuse_it(mechanism):
 # A text in parts: the first part's global tokens are far behind when the last ones come.
 TEXT, PARTS = tokens(length=30), (12, 1, 9, 1, 7)
 TEXT_MARKED = torch.nn.functional.pad(MARKED, (0, 18))
+TEXT_MARKED[2, 1] = 1  # padding
 TEXT_PADDING = torch.nn.functional.pad(PADDING, (0, 18), value=1)
 TEXT_PADDING[0, 9:12] = 0
 
@@ -187,28 +188,42 @@ def test_a_cache_with_global_tokens_is_changed_as_any_other(mechanism):
     after = tokens(batch=6, length=2, seed=4)
     goes_on(cache, [0, 1, 2])
     cache.reset()
+    assert not any(getattr(layer, "global_tokens", None) for layer in cache.layers)
     with torch.no_grad():
         found = torch.cat([model(part, **{CACHE_NAME: cache}).logits for part in TEXT.split(20, dim=1)], dim=1)
         torch.testing.assert_close(found, model(TEXT, use_cache=False).logits, rtol=0, atol=CACHED_LOGITS)
 
 
 @pytest.mark.parametrize("mechanism", ABLE)
+@torch.no_grad()
 def test_global_tokens_that_are_taken_back_are_gone(mechanism):
     model, marked = of_text(mechanism), TEXT_MARKED.clone()
-    marked[:, 12:] = 0
+    marked[:, 2:] = 0
     cache = in_parts(model, parts=(2,))[1]
     cache.activate_past_recording()
-    in_parts_of = {"attention_mask": TEXT_PADDING[:, :3], "global_attention_mask": TEXT_MARKED[:, :3].clone()}
-    in_parts_of["global_attention_mask"][:, 2] = 1
-    with torch.no_grad():
-        model(TEXT[:, 2:3], **in_parts_of, **{CACHE_NAME: cache})
-        cache.crop(-1)
-        call = {"attention_mask": TEXT_PADDING[:, :20], "global_attention_mask": marked[:, :20].clone()}
-        call["global_attention_mask"][:, 2:] = 0
-        found = model(TEXT[:, 2:20], **call, **{CACHE_NAME: cache}).logits
-        expected = model(TEXT[:, :20], use_cache=False, **call).logits[:, 2:]
-    real = TEXT_PADDING[:, 2:20].bool()
-    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+    draft = marked[:, :3].clone()
+    draft[:, 2] = 1
+    call = {"attention_mask": TEXT_PADDING[:, :3], "global_attention_mask": draft, CACHE_NAME: cache}
+    model(TEXT[:, 2:3], **call)
+    cache.crop(-1)
+    expected, real = whole(model, marked), TEXT_PADDING.bool()
+    for new in (slice(2, 20), slice(20, 30)):
+        stop = new.stop
+        call = {"attention_mask": TEXT_PADDING[:, :stop], "global_attention_mask": marked[:, :stop], CACHE_NAME: cache}
+        found = model(TEXT[:, new], **call).logits
+        cache.crop(0)
+        torch.testing.assert_close(found[real[:, new]], expected[:, new][real[:, new]], rtol=0, atol=CACHED_LOGITS)
+
+
+@torch.no_grad()
+def test_weights_beside_a_cache_that_keeps_all_keys():
+    model, marked = of_text("bigbird"), TEXT_MARKED.clone()
+    marked[1, 25] = 1
+    call = {"attention_mask": TEXT_PADDING, "global_attention_mask": marked, "output_attentions": True}
+    expected = model(TEXT, use_cache=False, **call).attentions[1]
+    cache = in_parts(model, marked=marked, parts=(22,))[1]
+    found = model(TEXT[:, 22:], **call, **{CACHE_NAME: cache}).attentions[1]
+    torch.testing.assert_close(found, expected[:, :, 22:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mechanism", ABLE)
