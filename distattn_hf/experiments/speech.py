@@ -120,9 +120,9 @@ def train(spectra: torch.Tensor, labels: list[list[int]], epochs: int) -> PreTra
 def right(model: PreTrainedModel, spectra: np.ndarray, labels: list[list[int]]) -> float:
     """Return the share of strings that greedy generation transcribes without a fault."""
     written = model.generate(torch.from_numpy(spectra), max_new_tokens=5, do_sample=False)
-    found = [[t for t in row if t != START] for row in written.tolist()]
-    found = [row[: row.index(END) + 1] if END in row else row for row in found]
-    return sum(a == b for a, b in zip(found, labels, strict=True)) / len(labels)
+    # Whisper leaves out the start, and of the longest the end.
+    found = [[token for token in row if token != START] + [END] for row in written.tolist()]
+    return sum(a[: a.index(END) + 1] == b for a, b in zip(found, labels, strict=True)) / len(labels)
 
 
 @only_errors("transformers")
