@@ -75,6 +75,16 @@ def adapted(name: str, column: str, value: str) -> str:
     return table(["attention", "swapped", "converted", "distilled", column], lines)
 
 
+def compared(name: str) -> str:
+    """Return the table of what `distattn compare` wrote: perplexities, and of several seeds their deviation."""
+    lines = []
+    for choice, runs in results(name).items():
+        scores = [run["scores"]["perplexity"] for run in runs.values()]
+        spread = f"{stdev(scores):.1f}" if len(scores) > 1 else ""
+        lines.append([choice, f"{fmean(scores):.1f}", spread, ", ".join(f"{score:.1f}" for score in scores)])
+    return table(["attention", "perplexity", "standard deviation", "each seed"], lines)
+
+
 def quantised() -> str:
     """Return the table of what 8 bits cost; ratios to the same attention without."""
     rows = {(row["attention"], row["int8"]): row for row in rows_of("quantised")}
@@ -117,6 +127,7 @@ def rendered() -> dict[Path, str]:
         "earlier": earlier,
         "sweep": sweep,
         "adapted": adapted,
+        "compared": compared,
         "quantised": quantised,
         "rows_of": rows_of,
         "pivot": pivot,
