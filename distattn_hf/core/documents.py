@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .inputs import refuse_where
+
 
 class Documents:
     """Stands in the place of a mask: the tokens of rows (B, N), cut where positions begin anew (see `beginnings`).
@@ -101,18 +103,14 @@ def beginnings_of(
     begins, is_packed = _begun(position_ids, keep)
     # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
     remedy = "pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False"
-    beside_cache = (
-        "position_ids start anew within a row (packed documents), which keeps documents apart only without cache, "
-        f"whose keys every token that follows would see: {remedy}"
-    )
-    if torch.compiler.is_compiling():
-        if cache is None and by_mask:
-            return begins
-        uncut = "position_ids start anew within a row (packed documents), which a compiled graph cannot cut apart"
-        torch._assert_async(~is_packed, uncut if cache is None else beside_cache)
-        return None
-    if not bool(is_packed):
-        return None
+    what = "position_ids start anew within a row (packed documents), which"
     if cache is not None:
-        raise ValueError(beside_cache)
-    return begins
+        whose = "whose keys every token that follows would see"
+        refuse_where(is_packed, f"{what} keeps documents apart only without cache, {whose}: {remedy}")
+    elif not torch.compiler.is_compiling():
+        return begins if bool(is_packed) else None
+    elif by_mask:
+        return begins
+    else:
+        refuse_where(is_packed, f"{what} a compiled graph cannot cut apart")
+    return None

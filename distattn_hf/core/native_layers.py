@@ -5,7 +5,6 @@ import inspect
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -19,6 +18,7 @@ from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
 from .encodings import PositionalEncoding
 from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
+from .inputs import refuse_where
 from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
@@ -148,11 +148,12 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
             f"{config.mechanism!r} in the config; make a model with the is_decoder you want"
         )
     segments = given.get("token_type_ids")
-    if isinstance(segments, Tensor) and not torch.compiler.is_compiling() and bool(segments.any()):
-        raise ValueError(
+    if isinstance(segments, Tensor):
+        refuse_where(
+            segments.any(),
             "token_type_ids mark a second segment, for which this model has no vectors: give its config "
             "type_vocab_size=2, or leave them out (return_token_type_ids=False of the tokenizer) and mark the border "
-            "by a token of its own"
+            "by a token of its own",
         )
 
 
