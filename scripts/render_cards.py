@@ -65,15 +65,24 @@ def pivot(name: str, down: str, across: str, value: str, digits: int = 3, **wher
     return table([down.replace("_", " "), *(f"{across.replace('_', ' ')} {column}" for column in columns)], lines)
 
 
-def digits() -> str:
-    """Return the table of the ViT's conversions."""
-    columns = ["attention", "swapped", "converted", "distilled", "F1"]
-    names = ("calibrated_accuracy", "distillation_accuracy", "f1")
+def adapted(name: str, column: str, value: str) -> str:
+    """Return the table of an experiment's adaptations: accuracies, and one value more under a name of its column."""
     lines = []
-    for row in rows_of("digits"):
+    for row in rows_of(name):
         swapped = row.get("plain_accuracy", row.get("window_only_accuracy"))
-        lines.append([row["attention"], *(f"{value:.4f}" for value in (swapped, *(row[name] for name in names)))])
-    return table(columns, lines)
+        numbers = (swapped, row["calibrated_accuracy"], row["distillation_accuracy"], row[value])
+        lines.append([row["attention"], *(f"{number:.4f}" for number in numbers)])
+    return table(["attention", "swapped", "converted", "distilled", column], lines)
+
+
+def compared(name: str) -> str:
+    """Return the table of what `distattn compare` wrote: perplexities, and of several seeds their deviation."""
+    lines = []
+    for choice, runs in results(name).items():
+        scores = [run["scores"]["perplexity"] for run in runs.values()]
+        spread = f"{stdev(scores):.1f}" if len(scores) > 1 else ""
+        lines.append([choice, f"{fmean(scores):.1f}", spread, ", ".join(f"{score:.1f}" for score in scores)])
+    return table(["attention", "perplexity", "standard deviation", "each seed"], lines)
 
 
 def quantised() -> str:
@@ -117,7 +126,8 @@ def rendered() -> dict[Path, str]:
         "table": table,
         "earlier": earlier,
         "sweep": sweep,
-        "digits": digits,
+        "adapted": adapted,
+        "compared": compared,
         "quantised": quantised,
         "rows_of": rows_of,
         "pivot": pivot,

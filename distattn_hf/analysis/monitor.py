@@ -23,10 +23,16 @@ class PerformanceMonitor:
             mean entropy, sparsity, largest weight and attended distance of their rows.
         flops: count floating-point operations (see `flops.FlopCounter`), which slows what is timed; not in compiled
             graphs.
+        every: measure the first of so many calls of each module and let the others pass: for models in use.
+
+    Raises `ValueError` for another `every` than an integer >= 1.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], statistics: bool = False, flops: bool = False):
-        self.statistics, self.flops = statistics, flops
+    def __init__(self, modules: dict[str, nn.Module], statistics: bool = False, flops: bool = False, every: int = 1):
+        if type(every) is not int or every < 1:
+            raise ValueError(f"every must be an integer >= 1, got {every!r}")
+        self.statistics, self.flops, self.every = statistics, flops, every
+        self._begun = dict.fromkeys(modules, 0)
         # Running calls by module and thread, as stacks since a module may call itself.
         self._open: dict[tuple[str, int], list[tuple]] = {}
         self._layers = {name: _layer_of(name, modules) for name in modules}
@@ -39,6 +45,11 @@ class PerformanceMonitor:
     # Bound methods, so that the hooks of a copied or pickled model count for the copy.
     def _before(self, name: str, module, arguments, keywords):
         token, injected = None, False
+        calls = self._open.setdefault((name, threading.get_ident()), [])
+        self._begun[name] += 1
+        if (self._begun[name] - 1) % self.every:
+            calls.append(None)
+            return None
         if self.statistics:
             if "output_attentions" in argument_names(type(module)):
                 injected = not keywords.get("output_attentions")
@@ -48,16 +59,18 @@ class PerformanceMonitor:
         counter = FlopCounter().__enter__() if self.flops else None
         device = _device(module)
         _synchronise(device)
-        calls = self._open.setdefault((name, threading.get_ident()), [])
         calls.append(
             (time.perf_counter(), _mark_memory(device), token, injected, _tokens(arguments, keywords), counter)
         )
         return arguments, keywords
 
     def _after(self, name: str, module, arguments, output):
+        call = self._open[name, threading.get_ident()].pop()
+        if call is None:
+            return None
         device = _device(module)
         _synchronise(device)
-        started, memory_before, token, injected, tokens, counter = self._open[name, threading.get_ident()].pop()
+        started, memory_before, token, injected, tokens, counter = call
         if counter is not None:
             counter.__exit__(None, None, None)
         if token is not None:
@@ -79,7 +92,7 @@ class PerformanceMonitor:
         return output[0] if injected and getattr(module, "gives_weights_on_request", False) else None
 
     def stats(self) -> dict[str, dict]:
-        """Return {module name: numbers} of the calls so far.
+        """Return {module name: numbers} of the calls measured so far, which JSON takes as they are.
 
         calls; seconds, of all calls; seconds_per_call; tokens, those of queries, padding included; tokens_per_second,
         of this module's own time; flops, of all calls, with the projections (None unless they are counted);
@@ -135,6 +148,7 @@ class PerformanceMonitor:
     def reset(self) -> None:
         """Reset all counts."""
         self._stats = {name: _empty() for name in self._stats}
+        self._begun = dict.fromkeys(self._begun, 0)
 
     def stop(self) -> None:
         """Remove the hooks; the counts stay."""

@@ -72,7 +72,7 @@ def evaluate(
     that --against goes on with are the same. ruler runs lm-eval's own six tasks that need no download (pip install
     'lm-eval[ruler]'); those that need longer texts are left out of a length. classification gives accuracy and macro
     F1 of a classifier of texts, words, pictures or sound on data with labels; speech the perplexity of transcripts,
-    given the sound.
+    given the sound; both on the split validation or test of data with splits.
     """
     counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)

@@ -63,8 +63,9 @@ _ELSEWHERE = {
     "head_dim": "it is hidden_size / num_attention_heads",
     "use_mixed_precision": "train with bf16=True of TrainingArguments",
     "enable_performance_monitoring": "call model.enable_performance_monitoring()",
-    "log_attention_weights": "call the model with output_attentions=True",
+    "log_attention_weights": "give Trainer AttentionLoggingCallback(), or call the model with output_attentions=True",
     "return_attention_weights": "call the model with output_attentions=True",
+    "sparsity_ratio": "mechanism='retrieval' reads the num_blocks best blocks, or those with min_weight",
     "use_padding_mask": "padding is masked wherever a call gives attention_mask",
     "gradient_checkpointing": "call model.gradient_checkpointing_enable(), or give it to TrainingArguments",
 }
@@ -95,7 +96,7 @@ class DistAttnConfig(OwnAttentionMixin, PreTrainedConfig):
             parameter of each head from the metric's default on unless they say otherwise, and nothing is lifted.
             Options of mechanisms in `MECHANISMS` may be lists, a value for each layer: {"dilation": [1, 1, 2, 4]}.
         positional_encoding: a name registered in `POSITIONAL_ENCODINGS`: "sinusoidal", "learned", "rotary",
-            "relative", "alibi", "none".
+            "relative", "alibi", "decay", "none".
         rope_parameters: of "rotary", as transformers has them, over whole heads; rope_theta=... alone will do.
         relative_attention_num_buckets, relative_attention_max_distance: of "relative".
         scale_embedding: token embeddings times √hidden_size; None: for "sinusoidal", whose entries are of size 1.

@@ -140,8 +140,11 @@ class RecurrentLayer(ConstantLayer):
 class RingLayer(DynamicSlidingWindowLayer):
     """transformers' layer of the last keys, `reach` of them: so far back a query looks.
 
-    Without the prompt that they were cut from.
+    Without the prompt that they were cut from, but for its global tokens, which every query looks back to.
     """
+
+    # Of global tokens: key and value (B, H_kv, G, ...), and places in the text (B, G), -1 where a row has fewer.
+    global_tokens: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(self, reach: int):
         # One more, the query's own key; transformers' layer of a window of one would keep every key.
@@ -166,6 +169,86 @@ class RingLayer(DynamicSlidingWindowLayer):
         keys = keys.view_as(keys)
         keys.distattn_layer = self
         return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Beside global tokens mask and bias are those of the whole text, from which each takes its own.
+        if self.global_tokens is not None:
+            return self.cumulative_length + query_length, 0
+        return super().get_mask_sizes(query_length)
+
+    def check_global(self, is_global: Tensor) -> None:
+        """Raise `ValueError` where global tokens (B, M) of a text, M - N of which are here, are not to be had."""
+        past = self.cumulative_length
+        known = torch.zeros_like(is_global[:, :past])
+        if self.global_tokens is not None:
+            places = self.global_tokens[2]
+            row, number = ((places >= 0) & (places < past)).nonzero(as_tuple=True)
+            known[row, places[row, number]] = True
+        if not torch.equal(known, is_global[:, :past]):
+            raise ValueError(
+                "global_attention_mask must say of the tokens in the cache what it said when they came, got others"
+            )
+        if past >= self.sliding_window and bool(is_global[:, past:].any()):
+            raise ValueError(
+                f"global_attention_mask: a token after the first {past} would see all of them, of which the cache has "
+                f"kept {self.sliding_window - 1}; read the text up to its last global token in one call, or pass "
+                "use_cache=False"
+            )
+
+    def keep_global(self, is_global: Tensor, key: Tensor, value: Tensor, num_new: int) -> tuple[Tensor, ...] | None:
+        """Keep the new ones of a text's global tokens (B, M), given as `update` returned them after num_new tokens.
+
+        Returns (key, value, places) of those that stand before these keys, or None.
+        """
+        past, first = is_global.shape[1] - num_new, is_global.shape[1] - key.shape[2]
+        held, start = self.global_tokens, first
+        if held is not None:
+            # Some may have been taken back.
+            held, start = (*held[:2], held[2].masked_fill(held[2] >= past, -1)), past
+        if bool(is_global[:, start:].any()):
+            places, exists = chosen_first(is_global[:, start:])
+            index = (places + start - first)[:, None, :, None]
+            new = [t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value)]
+            new.append((places + start).masked_fill(~exists, -1))
+            held = new if held is None else [torch.cat(pair, dim=a) for pair, a in zip(zip(held, new), (2, 2, 1))]
+        self.global_tokens = None if held is None else tuple(held)
+        if held is None or not bool(((held[2] >= 0) & (held[2] < first)).any()):
+            return None
+        return *held[:2], held[2].masked_fill(held[2] >= first, -1)
+
+    def nbytes(self) -> int:
+        """Return the bytes of all tensors held."""
+        held = [self.keys, self.values] if self.is_initialized else []
+        return sum(t.numel() * t.element_size() for t in [*held, *(self.global_tokens or ())])
+
+    def _global_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.global_tokens is not None:
+            self.global_tokens = tuple(map(change, self.global_tokens))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._global_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        super().batch_repeat_interleave(repeats)
+        self._global_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._global_rows(lambda tensor: tensor[indices])
+
+    def reset(self) -> None:
+        super().reset()
+        self.global_tokens = None
+
+
+def chosen_first(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (places (B, G) of the chosen (B, n), in order; which of them there are): G is the most of a row, or 1."""
+    places = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    places = places[:, : max(1, int(chosen.sum(-1).max()))]
+    return places, chosen.gather(1, places)
 
 
 def layer_at(cache: Cache, index: int) -> CacheLayerMixin | None:

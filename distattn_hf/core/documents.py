@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .inputs import refuse_where
+
 
 class Documents:
     """Stands in the place of a mask: the tokens of rows (B, N), cut where positions begin anew (see `beginnings`).
@@ -37,16 +39,8 @@ class Documents:
         are no padding, only one that is 0 or less than that of the last such token: padding may stand between them.
         Padding before the first token is apart.
         """
-        begins = torch.ones_like(position_ids, dtype=torch.bool)
-        if keep is None:
-            begins[:, 1:] = position_ids.diff(dim=-1) != 1
-            return begins if bool(begins[:, 1:].any()) else None
-        place = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last = torch.where(keep, place, -1).cummax(-1).values[:, :-1]
-        positions, before = position_ids[:, 1:], position_ids.gather(1, last.clamp(min=0))
-        anew = keep[:, 1:] & (last >= 0) & ((positions < before) | (positions == 0))
-        begins[:, 1:] = anew | (keep[:, 1:] & (last < 0))
-        return begins if bool(anew.any()) else None
+        begins, is_packed = _begun(position_ids, keep)
+        return begins if bool(is_packed) else None
 
     def apart(self, attend: Callable, query: Tensor, key: Tensor, value: Tensor, bias) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, N, H, d_v), weights (B, H, N, N) or None) of every document's attention to itself.
@@ -74,28 +68,49 @@ class Documents:
         return torch.cat(outputs)[torch.cat(order).argsort()].unflatten(0, self.shape), all_weights
 
 
+def _begun(position_ids: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (where documents begin, (B, N) bool; whether a row has more than one, a bool): `Documents.beginnings`."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    if keep is None:
+        anew = position_ids.diff(dim=-1) != 1
+        begins[:, 1:] = anew
+        return begins, anew.any()
+    place = torch.arange(position_ids.shape[1], device=position_ids.device)
+    last = torch.where(keep, place, -1).cummax(-1).values[:, :-1]
+    positions, before = position_ids[:, 1:], position_ids.gather(1, last.clamp(min=0))
+    anew = keep[:, 1:] & (last >= 0) & ((positions < before) | (positions == 0))
+    begins[:, 1:] = anew | (keep[:, 1:] & (last < 0))
+    return begins, anew.any()
+
+
 def beginnings_of(
-    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, is_new: bool
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, is_new: bool, by_mask: bool
 ) -> Tensor | None:
     """Return where packed documents begin, (B, N) bool, or None; raises `ValueError` for such beside a cache.
 
-    None where a mask that is no padding mask says itself which tokens see each other, and in a compiled graph, which
-    cannot look.
+    None where a mask that is no padding mask says itself which tokens see each other. by_mask: whether a mask can keep
+    documents apart. A compiled graph cannot look: it gets a mask of whatever begins, and where there can be none,
+    packed documents stop it with a `RuntimeError`.
     """
-    if position_ids is None or position_ids.shape[-1] == 1 or torch.compiler.is_compiling():
+    if position_ids is None or position_ids.shape[-1] == 1:
         return None
     if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         return None
     keep = None if attention_mask is None else attention_mask[:, -position_ids.shape[-1] :].bool()
-    if cache is None:
-        return Documents.beginnings(position_ids, keep)
-    # Positions beside a cache may leave some out.
-    keep = torch.ones_like(position_ids, dtype=torch.bool) if keep is None else keep
-    if Documents.beginnings(position_ids, keep) is not None:
-        # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
-        remedy = "pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False"
-        raise ValueError(
-            "position_ids start anew within a row (packed documents), which keeps documents apart only without cache, "
-            f"whose keys every token that follows would see: {remedy}"
-        )
+    if cache is not None and keep is None:
+        # Positions beside a cache may leave some out.
+        keep = torch.ones_like(position_ids, dtype=torch.bool)
+    begins, is_packed = _begun(position_ids, keep)
+    # One that the call made itself, as config.use_cache says, is not the caller's to leave out.
+    remedy = "pass use_cache=False" if is_new else "leave out past_key_values and pass use_cache=False"
+    what = "position_ids start anew within a row (packed documents), which"
+    if cache is not None:
+        whose = "whose keys every token that follows would see"
+        refuse_where(is_packed, f"{what} keeps documents apart only without cache, {whose}: {remedy}")
+    elif not torch.compiler.is_compiling():
+        return begins if bool(is_packed) else None
+    elif by_mask:
+        return begins
+    else:
+        refuse_where(is_packed, f"{what} a compiled graph cannot cut apart")
     return None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -47,6 +48,9 @@ class PositionalEncoding(nn.Module):
     def check(cls, config) -> None:
         """Raise `ValueError` for a native config in which this encoding is impossible."""
 
+    def reset_parameters(self) -> None:
+        """Set parameters of the encoding's own to their initial values; does nothing for encodings without any."""
+
     def forward(self, hidden_states: Tensor, length: int | None = None) -> Tensor:
         """Add positions 0 to N - 1 to embeddings (B, N, D), or turn them by these, with dropout in training.
 
@@ -79,6 +83,12 @@ class PositionalEncoding(nn.Module):
     def bias(self, num_queries: int, num_keys: int, past: int | Tensor = 0, device=None) -> Tensor | None:
         """Return a bias (1, H, N, M) for queries that have `past` keys before the first; None for none."""
         return None
+
+
+def distances(num_queries: int, num_keys: int, past: int | Tensor, device) -> Tensor:
+    """Return how many places lie between each query, with `past` keys before the first, and each key: (N, M)."""
+    query, key = (torch.arange(n, device=device) for n in (num_queries, num_keys))
+    return (key - query[:, None] - past).abs()
 
 
 @register_encoding("none")
@@ -267,6 +277,35 @@ class AlibiEncoding(PositionalEncoding):
         return (first + between)[: self.num_heads]
 
     def bias(self, num_queries, num_keys, past=0, device=None):
-        query, key = (torch.arange(n, device=device) for n in (num_queries, num_keys))
-        distance = (key - query[:, None] - past).abs()
-        return -torch.tensor(self.slopes(), device=device)[None, :, None, None] * distance
+        slopes = torch.tensor(self.slopes(), device=device)
+        return -slopes[None, :, None, None] * distances(num_queries, num_keys, past, device)
+
+
+@register_encoding("decay", aliases=("exponential_decay", "learned_alibi"))
+class DecayEncoding(AlibiEncoding):
+    """Weights that fall with the distance by a learned rate: w_ij ∝ e^(logit_ij - rate_h·|i - j|).
+
+    rate_h = slope_h·e^(θ_h), one θ a head in all layers, 0 at the start: ALiBi's slope, to which weight decay pulls.
+    Bidirectional: the same on both sides. As a decay of sums (RetNet's) it would need no bias; `linear` has none.
+    Length extrapolation: as ALiBi where the rates stay near its own; a rate near 0 sees places as new ones.
+    """
+
+    extrapolates = "yes, at rates like ALiBi's"
+
+    def __init__(self, num_heads: int):
+        super().__init__(num_heads)
+        # A module that is called, by which offloading knows it.
+        self.log_ratio = nn.Embedding(1, num_heads)
+        nn.init.zeros_(self.log_ratio.weight)
+
+    def reset_parameters(self):
+        initialization.zeros_(self.log_ratio.weight)
+
+    def rates(self, device=None) -> Tensor:
+        """Return how fast weights fall, (H,): by e^-rate a token."""
+        device = self.log_ratio.weight.device if device is None else device
+        ratio = self.log_ratio(torch.zeros(1, dtype=torch.long, device=device))[0].float().exp()
+        return torch.tensor(self.slopes(), device=device) * ratio
+
+    def bias(self, num_queries, num_keys, past=0, device=None):
+        return -self.rates(device)[None, :, None, None] * distances(num_queries, num_keys, past, device)

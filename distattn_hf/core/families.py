@@ -116,8 +116,10 @@ class Monitored:
         layers = {n: m for n, m in self.named_modules() if getattr(m, "gives_weights_on_request", False)}
         return {name or type(module).__name__: module for name, module in layers.items()}
 
-    def enable_performance_monitoring(self, statistics: bool = False, flops: bool = False) -> None:
+    def enable_performance_monitoring(self, statistics: bool = False, flops: bool = False, every: int = 1) -> None:
         """Count time and memory (and FLOPs) of every attention module from now on, starting anew if it was on.
+
+        every: measure the first of so many calls of each module; the others pass as they would without.
 
         See `distattn_hf.analysis.monitor.PerformanceMonitor`.
         """
@@ -126,9 +128,10 @@ class Monitored:
             from distattn_hf.analysis.monitor import PerformanceMonitor
         except ImportError as error:
             raise ImportError("performance monitoring needs the package: pip install distattn_hf") from error
+        monitor = PerformanceMonitor(self.attention_modules(), statistics, flops, every)
         self.disable_performance_monitoring()
         # Not an attribute that torch would register or copy as a submodule.
-        object.__setattr__(self, "_monitor", PerformanceMonitor(self.attention_modules(), statistics, flops))
+        object.__setattr__(self, "_monitor", monitor)
 
     def disable_performance_monitoring(self) -> None:
         """Stop counting and discard the statistics."""

@@ -190,6 +190,17 @@ def surely(condition: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool(condition)
 
 
+def refuse_where(wrong: Tensor, message: str) -> None:
+    """Raise `ValueError` where a bool tensor of one entry is True; a compiled graph, which cannot look, stops instead.
+
+    Its error is a `RuntimeError` with the same message.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong, message)
+    elif bool(wrong):
+        raise ValueError(message)
+
+
 def causal_keep(num_queries: int, num_keys: int, device, offset: int = 0) -> Tensor:
     """Return (N, M) bool, True where key j <= query i + offset: the top-left triangle, as in PyTorch's `is_causal`."""
     rows = torch.arange(num_queries, device=device)[:, None] + offset

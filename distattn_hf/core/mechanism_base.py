@@ -1,7 +1,7 @@
 """Base class of the native family's attention mechanisms: options, checks, the call and true weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,32 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Beyond:
+    """Global tokens that stand before a call's keys, where a cache has let go of those between.
+
+    key (B, H, G, d), value (B, H, G, d_v), seen (B, G): which of them there are, padding aside; bias (B, H, N, G) or
+    None.
+    """
+
+    key: Tensor
+    value: Tensor
+    seen: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Beyond":
+        """Return these in a floating-point type."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Beyond(self.key.to(dtype), self.value.to(dtype), self.seen, bias)
+
+
+@dataclass(frozen=True)
 class Call:
     """Checked inputs of one call in at least float32: query (B, H, N, d), key (B, H, M, d), value (B, H, M, d_v).
 
     keep (B, M) bool, True for a real key, or None for all; bias (B or 1, H, N, M) or None. Causal: the last N of the M
     keys are the queries' own. scaling: what the caller gave, None where it gave nothing. memory: what is kept of a text
     whose earlier keys are not among these (see `Mechanism.cache_layer`). is_global (B, M) bool: tokens that see and are
-    seen wherever they stand, or None.
+    seen wherever they stand, or None; beyond: those before the first key, or None.
     """
 
     query: Tensor
@@ -67,6 +86,7 @@ class Call:
     bias: Tensor | None
     memory: RecurrentLayer | None = None
     is_global: Tensor | None = None
+    beyond: Beyond | None = None
 
     @property
     def pattern_keep(self) -> Tensor | None:
@@ -79,6 +99,11 @@ class Call:
     def before(self) -> int:
         """How many keys stand before the first query's own."""
         return self.key.shape[2] - self.query.shape[2] if self.is_causal else 0
+
+    @property
+    def global_queries(self) -> Tensor:
+        """Which queries are global tokens, (B, N) bool."""
+        return self.is_global[:, self.before :]
 
     @property
     def scaled_query(self) -> Tensor:
@@ -183,6 +208,7 @@ class Mechanism(nn.Module):
         return_weights: bool = False,
         memory: RecurrentLayer | None = None,
         is_global: Tensor | None = None,
+        beyond: Beyond | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return (output (B, H, N, d_v) in value's dtype, weights (B, H, N, M) before dropout, or None).
 
@@ -197,7 +223,8 @@ class Mechanism(nn.Module):
             return_weights: also return the true weights, quadratic in time and memory here and only here.
             memory: the cache layer that these keys came from and that has summed up those before, where the mechanism
                 made it; it is brought up to date.
-            is_global: (B, M) bool, tokens that see and are seen wherever they stand; as many queries as keys.
+            is_global: (B, M) bool, tokens that see and are seen wherever they stand.
+            beyond: those that stand before the first key; then no query is one.
 
         A query that sees nothing gets zeros.
 
@@ -206,17 +233,24 @@ class Mechanism(nn.Module):
         """
         self.check(is_causal=is_causal, is_cross=is_cross, has_bias=position_bias is not None)
         self._check_call(query, key, value, keep, is_causal, is_cross, scaling, dropout_p, position_bias)
-        self._check_global(is_global, query, key)
+        self._check_global(is_global, key)
         say_backend(self.name, "operators", query, key)
         with without_autocast(query.device.type):
             dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
             bias = None if position_bias is None else position_bias.to(dtype)
             tensors = (tensor.to(dtype) for tensor in (query, key, value))
             call = Call(*tensors, keep, is_causal, is_cross, scaling, dropout_p, bias, memory, is_global)
+            if beyond is not None:
+                call = replace(call, beyond=beyond.to(dtype))
             if return_weights and memory is not None and memory.state is not None:
                 raise ValueError(
                     f"output_attentions is not available once keys are in the cache of mechanism {self.name!r}: they "
                     "are sums by now. Pass use_cache=False"
+                )
+            if return_weights and beyond is not None:
+                raise ValueError(
+                    "output_attentions is not available once global tokens stand before the keys that the cache of "
+                    f"mechanism {self.name!r} has kept. Pass use_cache=False"
                 )
             weights = self._weights(call).to(value.dtype) if return_weights else None
             output = self._attend(call).to(value.dtype)
@@ -248,7 +282,7 @@ class Mechanism(nn.Module):
             logits = logits + call.bias
         visible = self._visible(call)
         if call.is_global is not None:
-            visible = visible | call.is_global[:, None, None] | call.is_global[:, None, :, None]
+            visible = visible | call.is_global[:, None, None] | call.global_queries[:, None, :, None]
         seen = call.seen() & visible
         return masked_softmax(logits, seen.expand_as(logits))
 
@@ -291,17 +325,17 @@ class Mechanism(nn.Module):
             if bias.dim() != 4 or bias.shape[0] not in (1, batch) or bias.shape[1:] != shape[1:]:
                 raise ValueError(f"position_bias must have shape (B or 1, H, N, M)={shape}, got {tuple(bias.shape)}")
 
-    def _check_global(self, is_global: Tensor | None, query: Tensor, key: Tensor) -> None:
+    def _check_global(self, is_global: Tensor | None, key: Tensor) -> None:
         """Raise `ValueError` for global tokens that this mechanism or call cannot have."""
         if is_global is None:
             return
         if not self.takes_global:
             raise ValueError(f"mechanism {self.name!r} takes no global tokens")
-        shape = (len(query), query.shape[2])
-        if is_global.dtype != torch.bool or is_global.shape != shape or key.shape[2] != query.shape[2]:
+        shape = (len(key), key.shape[2])
+        if is_global.dtype != torch.bool or is_global.shape != shape:
             raise ValueError(
-                f"is_global must be bool of shape (B, N)={shape}, of as many queries as keys, got {is_global.dtype} of "
-                f"shape {tuple(is_global.shape)} and {key.shape[2]} keys"
+                f"is_global must be bool of shape (B, M)={shape}, got {is_global.dtype} of shape "
+                f"{tuple(is_global.shape)}"
             )
 
     def extra_repr(self) -> str:

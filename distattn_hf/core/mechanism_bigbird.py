@@ -119,8 +119,8 @@ class BigBirdAttention(PatternAttention):
         """Return the causal output: of few queries by looking their keys up, of many by blocks."""
         count, num_keys = call.query.shape[2], call.key.shape[2]
         first = first_keys(call)
-        if call.is_global is None and count * self.block_size * self._reads <= num_keys:
-            return self._looked_up(call, first)
+        if count * self.block_size * self._reads <= num_keys:
+            return self._looked_up(call, first, finish)
         query = F.pad(call.query, (0, 0, call.before, 0))
         bias = None if call.bias is None else F.pad(call.bias, (0, 0, call.before, 0))
         whole = replace(call, query=query, bias=bias)
@@ -143,7 +143,7 @@ class BigBirdAttention(PatternAttention):
         """How many blocks a causal query reads, A."""
         return self.num_global_blocks + self.window_blocks + 1 + self.num_random_blocks
 
-    def _looked_up(self, call: Call, first: Tensor) -> Tensor:
+    def _looked_up(self, call: Call, first: Tensor, finish: Callable) -> Tensor:
         """Return the causal output of few queries, each by the keys of its own blocks; first (B,): see `first_keys`."""
         size, (batch, heads, count, _), num_keys = self.block_size, call.query.shape, call.key.shape[2]
         device = first.device
@@ -155,12 +155,12 @@ class BigBirdAttention(PatternAttention):
         place = place.clamp(max=num_keys - 1)
         item, head = torch.arange(batch, device=device)[:, None, None, None], torch.arange(heads, device=device)
         head = head[:, None, None]
-        if call.keep is not None:
-            seen = seen & call.keep[item, place]
+        if call.pattern_keep is not None:
+            seen = seen & call.pattern_keep[item, place]
         logits = (call.scaled_query[..., None, :] @ call.key[item, head, place].mT).squeeze(-2)
         if call.bias is not None:
             logits = logits + call.bias.expand(batch, -1, -1, -1).gather(-1, place)
-        return attend(logits[..., None, :], seen[..., None, :], call.value[item, head, place], call.drop).squeeze(-2)
+        return finish(logits[..., None, :], seen[..., None, :], call.value[item, head, place], call.drop).squeeze(-2)
 
     def _by_blocks(self, call: Call, finish: Callable = attend) -> Tensor:
         """Return the output by blocks; `finish`: `attend`, or what makes something else of the same."""

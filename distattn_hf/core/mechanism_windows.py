@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.integrations.sdpa_attention import repeat_kv
 
-from .constant_cache import RingLayer
-from .mechanism_base import Call, Mechanism, Option, register_mechanism
+from .constant_cache import RingLayer, chosen_first
+from .mechanism_base import MECHANISMS, Beyond, Call, Mechanism, Option, register_mechanism
 
 # Queries in one block: more make fewer and larger products, of which more entries are masked.
 _FEWEST, _MOST = 32, 256
@@ -94,34 +96,92 @@ class PatternAttention(Mechanism):
 def attend_with_global(call: Call, parts: list[Part]) -> Tensor:
     """Return the output over the keys of all parts, none of which is global, and with the global tokens."""
     batch, heads, num_keys = call.key.shape[:3]
-    # Of each row's global tokens; a row with fewer has others behind them.
-    places = call.is_global.int().argsort(dim=-1, descending=True, stable=True)
-    places = places[:, : max(1, int(call.is_global.sum(-1).max()))]
-    exists = call.is_global.gather(1, places)
-    place = torch.arange(num_keys, device=places.device)
+    place = torch.arange(num_keys, device=call.key.device)
 
-    def rows(tensor):
-        """Return (B, H, G, x) of (B or 1, H, M, x)."""
+    def rows(tensor, places):
+        """Return (B, H, G, x) of (B or 1, H, n, x)."""
         index = places[:, None, :, None].expand(-1, heads, -1, tensor.shape[-1])
         return tensor.expand(batch, -1, -1, -1).gather(2, index)
 
-    logits = call.scaled_query @ rows(call.key).mT
+    places, exists = chosen_first(call.is_global)
+    logits = call.scaled_query @ rows(call.key, places).mT
     if call.bias is not None:
-        logits = logits + rows(call.bias.mT).mT
+        logits = logits + rows(call.bias.mT, places).mT
     seen = exists if call.keep is None else exists & call.keep.gather(1, places)
     seen = seen[:, None, None]
     if call.is_causal:
-        seen = seen & (places[:, None, None] <= place[:, None])
-    output = merge([*parts, weigh(logits, seen, rows(call.value), call.drop)])
+        seen = seen & (places[:, None, None] <= place[call.before :, None])
+    parts = [*parts, weigh(logits, seen, rows(call.value, places), call.drop)]
+    if (beyond := call.beyond) is not None:
+        logits = call.scaled_query @ beyond.key.mT
+        if beyond.bias is not None:
+            logits = logits + beyond.bias
+        parts.append(weigh(logits, beyond.seen[:, None, None], beyond.value, call.drop))
+    output = merge(parts)
+    if not call.global_queries.any():
+        return output
 
-    logits = rows(call.scaled_query) @ call.key.mT
+    places, exists = chosen_first(call.global_queries)
+    logits = rows(call.scaled_query, places) @ call.key.mT
     if call.bias is not None:
-        logits = logits + rows(call.bias)
+        logits = logits + rows(call.bias, places)
     seen = torch.ones_like(logits[:, :1], dtype=torch.bool) if call.keep is None else call.keep[:, None, None]
     if call.is_causal:
-        seen = seen & (place <= places[:, None, :, None])
-    own = torch.where(exists[:, None, :, None], attend(logits, seen, call.value, call.drop), rows(output))
+        seen = seen & (place <= places[:, None, :, None] + call.before)
+    own = torch.where(exists[:, None, :, None], attend(logits, seen, call.value, call.drop), rows(output, places))
     return output.scatter(2, places[:, None, :, None].expand_as(own), own)
+
+
+def global_tokens(marked: Tensor | None, mechanism: str, given: Tensor | None, cache: Cache | None) -> Tensor | None:
+    """Return global_attention_mask as bool (B, M) for given (B, N, ...), the last N of M tokens; None for None.
+
+    Raises `ValueError` for what cannot be, and where it is missing beside a cache that it was given with.
+    """
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    known = getattr(cache, "distattn_has_global", False)
+    past = 0 if cache is None or marked is None and not known else int(cache.get_seq_length())
+    if marked is None:
+        if past:
+            raise ValueError(
+                "the cache holds global tokens: give global_attention_mask of all tokens, those in the cache included"
+            )
+        if known:
+            # A cache that was reset.
+            cache.distattn_has_global = False
+        return None
+    able = [name for name in MECHANISMS if MECHANISMS.get(name).takes_global]
+    if mechanism not in able:
+        raise ValueError(
+            f"global_attention_mask needs a mechanism with a pattern ({', '.join(able)}), got {mechanism!r}"
+        )
+    shape = None if given is None else (given.shape[0], past + given.shape[1])
+    looks = not torch.compiler.is_compiling()
+    if tuple(marked.shape) != shape or looks and bool(((marked != 0) & (marked != 1)).any()):
+        raise ValueError(
+            f"global_attention_mask must hold 0 and 1, of shape (B, M)={shape}, one entry for each token, those in the "
+            f"cache included; got shape {tuple(marked.shape)}"
+            + (f" and values {marked.unique().tolist()[:5]}" if looks else "")
+        )
+    marked = marked != 0
+    for layer in [] if cache is None else cache.layers:
+        if isinstance(layer, RingLayer):
+            layer.check_global(marked)
+    return marked
+
+
+def before_ring(
+    key: Tensor, value: Tensor, places: Tensor, keep: Tensor | None, bias: Tensor | None, groups: int
+) -> Beyond:
+    """Return the global tokens that `RingLayer.keep_global` found before a call's keys, for all query heads.
+
+    keep (B, M) and bias (B or 1, H, N, M) speak of the whole text.
+    """
+    seen, places = places >= 0, places.clamp(min=0)
+    if bias is not None:
+        index = places[:, None, None].expand(-1, bias.shape[1], bias.shape[2], -1)
+        bias = bias.expand(len(places), -1, -1, -1).gather(-1, index)
+    seen = seen if keep is None else seen & keep.gather(1, places)
+    return Beyond(repeat_kv(key, groups), repeat_kv(value, groups), seen, bias)
 
 
 def windows(call: Call, window_size: int, dilation: int, beyond: int = 0) -> tuple[Tensor, Tensor, Tensor, Callable]:
@@ -197,7 +257,7 @@ def distances(call: Call) -> Tensor:
     return (query[:, None] - torch.arange(call.key.shape[2], device=call.query.device)).abs()
 
 
-@register_mechanism("local", aliases=("window", "sliding_window"))
+@register_mechanism("local", aliases=("window", "sliding_window", "longformer"))
 class LocalAttention(PatternAttention):
     """Softmax attention to the keys j with |i - j| = 0, D, 2·D, ..., (W - 1)·D, W = window_size and D = dilation.
 

@@ -30,7 +30,8 @@ from .compatibility import CACHE_NAME, cache_of, one_cache
 from .configuration_native import DistAttnConfig
 from .documents import Documents, beginnings_of
 from .encodings import POSITIONAL_ENCODINGS, RelativeEncoding
-from .native_attention import DistAttnAttention, global_tokens
+from .mechanism_windows import global_tokens
+from .native_attention import DistAttnAttention
 from .native_layers import (
     COLUMNS,
     CallArguments,
@@ -53,7 +54,7 @@ def positions_of(attention_mask: Tensor | None, num_queries: int, past: int | Te
 
 def check_padding_mask(name: str, mask, embeddings: Tensor, past: int | Tensor = 0) -> None:
     """Raise `ValueError` for a padding mask that does not fit embeddings (B, N, D) with `past` tokens before them."""
-    if not isinstance(mask, Tensor) or mask.dim() == 4 or isinstance(past, Tensor) or torch.compiler.is_compiling():
+    if not isinstance(mask, Tensor) or mask.dim() == 4 or isinstance(past, Tensor):
         return
     expected = (embeddings.shape[0], past + embeddings.shape[1])
     if tuple(mask.shape) != expected:
@@ -105,9 +106,9 @@ class DistAttnModel(DistAttnPreTrainedModel):
 
         token_type_ids: segments (B or 1, N), 0 where none are given, of a config with type_vocab_size.
 
-        global_attention_mask: (B, N) of 0 and 1, as transformers' Longformer has it, for mechanisms of a pattern
-        (local, strided, bigbird): tokens with 1 see what they may see, and all that may see them do; causal models take
-        it with use_cache=False.
+        global_attention_mask: (B, M) of 0 and 1, as transformers' Longformer has it, for mechanisms of a pattern
+        (local, strided, bigbird): tokens with 1 see what they may see, and all that may see them do. As attention_mask,
+        of all tokens, those in the cache included.
 
         position_ids that start anew within a row mark documents of their own (packing): a causal model keeps them apart
         where no cache is in use (use_cache=False), and refuses them otherwise; an encoder never keeps them apart.
@@ -115,15 +116,18 @@ class DistAttnModel(DistAttnPreTrainedModel):
         cache = one_cache(past_key_values, cache)
         if misnamed := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
             raise ValueError(f"{misnamed[0]!r} holds a cache, which {type(self).__name__} takes as {CACHE_NAME!r}")
-        if (marked := kwargs.get("global_attention_mask")) is not None:
-            given = input_ids if input_ids is not None else inputs_embeds
-            kwargs["global_attention_mask"] = global_tokens(marked, self.config, given, use_cache or cache is not None)
+        given = input_ids if input_ids is not None else inputs_embeds
+        marked = global_tokens(kwargs.pop("global_attention_mask", None), self.config.mechanism, given, cache)
+        if marked is not None:
+            kwargs["global_attention_mask"] = marked
         segments = None if self.token_type_embeddings is None else kwargs.pop("token_type_ids", None)
         arguments = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, segments)
         if marked is not None and isinstance(arguments["attention_mask"], Documents):
             raise ValueError(
                 "global_attention_mask beside position_ids that start anew (packed documents): give one of them"
             )
+        if marked is not None and arguments[CACHE_NAME] is not None:
+            arguments[CACHE_NAME].distattn_has_global = True
         hidden_states = self._run(**arguments, **kwargs)
         return self._output_class(hidden_states, **{CACHE_NAME: arguments[CACHE_NAME]})
 
@@ -188,16 +192,20 @@ class DistAttnModel(DistAttnPreTrainedModel):
         """Return the mask that transformers makes of its arguments, or what keeps packed documents apart without one.
 
         Positions that the caller gave may start anew. transformers looks for that where no mask is given; mechanisms
-        for which no mask can tell documents apart get them cut out, which a compiled graph cannot do by values: they
-        refuse the mask that transformers makes there.
+        for which no mask can tell documents apart get them cut out.
         """
         positions, mask, batch = mask_of["position_ids"], mask_of["attention_mask"], len(mask_of["inputs_embeds"])
         positions = positions if positions is None else positions.expand(batch, -1)
-        begins = beginnings_of(positions, mask, mask_of[CACHE_NAME], is_new)
-        if begins is not None and self.config.mechanism not in ("dot", "distance"):
-            return Documents(begins, None if mask is None else mask.bool())
-        if begins is not None and mask is not None:
-            if "flash" in self.config._attn_implementation:
+        cut_out = self.config.mechanism not in ("dot", "distance")
+        flash = "flash" in self.config._attn_implementation
+        by_mask = not cut_out and not (flash and mask is not None)
+        begins = beginnings_of(positions, mask, mask_of[CACHE_NAME], is_new, by_mask)
+        if cut_out:
+            if begins is not None:
+                return Documents(begins, None if mask is None else mask.bool())
+            mask_of = {**mask_of, "position_ids": None}
+        elif begins is not None and mask is not None:
+            if flash:
                 raise ValueError(
                     "position_ids start anew within a row (packed documents) beside attention_mask, which "
                     f"attn_implementation={self.config._attn_implementation!r} cannot follow: leave out "
@@ -239,6 +247,16 @@ class DistAttnForCausalLM(DistAttnPreTrainedModel, GenerationMixin):
         self.model = DistAttnModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """Return the inputs of one call as transformers does; what is written is not global."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if (marked := inputs.get("global_attention_mask")) is not None:
+            cache, ids = inputs.get(CACHE_NAME), inputs.get("input_ids")
+            total = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+            total += 0 if cache is None else int(cache.get_seq_length())
+            inputs["global_attention_mask"] = nn.functional.pad(marked, (0, total - marked.shape[1]))
+        return inputs
 
     @can_return_tuple
     def forward(

@@ -19,6 +19,7 @@ from .documents import Documents
 from .encodings import POSITIONAL_ENCODINGS
 from .inputs import split_mask
 from .interface import IMPLEMENTATION, IMPLEMENTATIONS, resolve_implementation, weights_requested
+from .mechanism_windows import before_ring
 from .mechanisms import MECHANISMS
 from .metrics import METRICS, get_metric
 from .nystrom_cache import use_nystrom_cache
@@ -32,6 +33,13 @@ _SEVERAL = {
     "'strided', 'local' or 'bigbird', whose pattern is fixed",
     "block_sparse": "which may be 'bigbird', with blocks of a window, random and global ones; a mask of your own goes "
     "to 'dot' or a metric as attention_mask (B, H, N, M), or into a class by register_mechanism",
+    **dict.fromkeys(
+        ("hierarchical", "pyramid", "multi_resolution"),
+        "which is 'retrieval': near keys one by one, of far blocks the num_blocks best, and of the others one key "
+        "and value each; num_blocks=0 leaves two fixed levels",
+    ),
+    "flash": "which is 'dot' with attn_implementation='flash_attention_2'",
+    "retention": "which sums with decay; positional_encoding='decay' has its rates, for mechanisms that take a bias",
     "topk": "which is 'retrieval' with window_size=1, num_sinks=0, block_size=1, far_field=False and num_blocks=k",
 }
 # Attention functions that return true weights.
@@ -65,7 +73,7 @@ def options_of_layer(options: dict, layer_idx: int) -> dict:
 def unknown_mechanism(what: str, name: str) -> ValueError:
     """Return an error with the names that a mechanism may have, and what a name of several may mean."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
-    hint = _SEVERAL.get(name.lower().replace("top_k", "topk") if isinstance(name, str) else name)
+    hint = _SEVERAL.get(name.lower().replace("top_k", "topk").replace("-", "_") if isinstance(name, str) else name)
     return ValueError(
         f"unknown {what} {name!r}{f' ({hint})' if hint else ''}; expected one of {', '.join(names)}; or a metric: "
         f"{METRICS.describe()}"
@@ -191,27 +199,6 @@ def resolve_native_implementation(requested, config: DistAttnConfig, crosses: bo
     return requested
 
 
-def global_tokens(marked: Tensor, config: DistAttnConfig, given: Tensor | None, has_cache: bool) -> Tensor:
-    """Return global_attention_mask as bool (B, N) for given (B, N, ...); raises `ValueError` for what cannot be."""
-    able = [name for name in MECHANISMS if MECHANISMS.get(name).takes_global]
-    if config.mechanism not in able:
-        raise ValueError(
-            f"global_attention_mask needs a mechanism with a pattern ({', '.join(able)}), got {config.mechanism!r}"
-        )
-    if config.is_decoder and has_cache:
-        raise ValueError(
-            "global_attention_mask needs use_cache=False in a causal model: a cache of mechanism "
-            f"{config.mechanism!r} does not know which of its tokens are global"
-        )
-    shape, looks = None if given is None else tuple(given.shape[:2]), not torch.compiler.is_compiling()
-    if tuple(marked.shape) != shape or looks and bool(((marked != 0) & (marked != 1)).any()):
-        raise ValueError(
-            f"global_attention_mask must hold 0 and 1, of shape (B, N)={shape}, got shape {tuple(marked.shape)}"
-            + (f" and values {marked.unique().tolist()[:5]}" if looks else "")
-        )
-    return marked != 0
-
-
 class AttentionHeads(nn.Module):
     """Projections to heads and back, rotary positions, and a cache of keys and values; subclasses put attention
     between.
@@ -276,8 +263,13 @@ class AttentionHeads(nn.Module):
         if isinstance(layer, RecurrentLayer):
             call["memory"] = layer
         elif isinstance(layer, RingLayer):
-            # Mask and bias speak of the keys of the layer that keeps most.
+            # Mask and bias speak of the keys of the layer that keeps most, beside global tokens of the whole text.
             num_keys = key.shape[2]
+            if (marked := call.get("is_global")) is not None:
+                if (found := layer.keep_global(marked, key, value, query.shape[2])) is not None:
+                    keep = padding_alone(self.mechanism.name, mask, query, marked.shape[1])
+                    call["beyond"] = before_ring(*found, keep, call["position_bias"], self.num_key_value_groups)
+                call["is_global"] = marked[:, -num_keys:]
             mask = mask if mask is None else mask[..., -num_keys:]
             bias = call["position_bias"]
             call["position_bias"] = bias if bias is None else bias[..., -num_keys:]

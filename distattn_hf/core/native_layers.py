@@ -5,7 +5,6 @@ import inspect
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -17,7 +16,9 @@ from transformers.utils import TransformersKwargs
 from .attention_spec import OPTIONS
 from .compatibility import CACHE_NAME, check_transformers, one_cache
 from .configuration_native import DistAttnConfig
+from .encodings import PositionalEncoding
 from .families import Heads, KeepsLoadedWeights, Monitored, auto_map_for, register_models
+from .inputs import refuse_where
 from .interface import IMPLEMENTATIONS, say_what_sdpa_means
 from .mechanism_base import Mechanism
 from .native_attention import DistAttnAttention, check_choices, resolve_native_implementation
@@ -147,11 +148,12 @@ def check_arguments(model: "DistAttnPreTrainedModel", arguments: dict) -> None:
             f"{config.mechanism!r} in the config; make a model with the is_decoder you want"
         )
     segments = given.get("token_type_ids")
-    if isinstance(segments, Tensor) and not torch.compiler.is_compiling() and bool(segments.any()):
-        raise ValueError(
+    if isinstance(segments, Tensor):
+        refuse_where(
+            segments.any(),
             "token_type_ids mark a second segment, for which this model has no vectors: give its config "
             "type_vocab_size=2, or leave them out (return_token_type_ids=False of the tokenizer) and mark the border "
-            "by a token of its own"
+            "by a token of its own",
         )
 
 
@@ -209,7 +211,7 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HeadParameters | Mechanism):
+        if isinstance(module, HeadParameters | Mechanism | PositionalEncoding):
             module.reset_parameters()
 
     def attention_modules(self) -> dict[str, nn.Module]:
@@ -217,11 +219,6 @@ class DistAttnPreTrainedModel(KeepsLoadedWeights, RefusesAssistance, Monitored, 
         return {name: module for name, module in self.named_modules() if isinstance(module, DistAttnAttention)}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if not self.config.is_encoder_decoder and model_kwargs.get("global_attention_mask") is not None:
-            raise ValueError(
-                "generate takes no global_attention_mask in a causal model: neither a cache nor the mask of a longer "
-                "text would say which tokens are global"
-            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Now, and not at the first call: assisted generation tells the layers before to record what it may take back.
         cache = model_kwargs.get(CACHE_NAME)

@@ -14,6 +14,15 @@ _OTHER_WORDS = {
     "distance_type": "metric", "distance": "metric", "lambda_param": "lam", "lambda_": "lam", "temperature": "lam",
     "p_norm": "p", "use_learnable_lambda": "learnable_lambda", "epsilon": "softening", "eps": "softening",
 }  # fmt: skip
+# Words that no field has, and what does what they say.
+_ELSEWHERE = {
+    **dict.fromkeys(
+        ("sparsity_ratio", "keep_ratio", "topk", "top_k"),
+        "mechanism 'retrieval' reads the num_blocks best blocks of block_size keys, or those with min_weight",
+    ),
+    "decay": "a conversion keeps the teacher's positions; native models have positional_encoding='decay'",
+    "project_dim": "distances of projected points were off by 12% (model_cards/research_plan.md), so there is none",
+}
 
 
 # Registries by kind.
@@ -41,6 +50,8 @@ def with_known_fields(kind: type) -> type:
     def __init__(self, *args, **given):
         for name in given:
             if name not in names:
+                if name in _ELSEWHERE:
+                    raise ValueError(f"{kind.__name__} has no field {name!r}: {_ELSEWHERE[name]}")
                 own = _OTHER_WORDS.get(name)
                 hint = f"did you mean {own}? " if own in names else nearest(name, names)
                 raise ValueError(f"{kind.__name__} has no field {name!r}; {hint}its fields are {', '.join(names)}")

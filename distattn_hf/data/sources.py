@@ -141,6 +141,14 @@ def find_data(arguments):
     return train, _split_of(opened, name, "eval_split", source)
 
 
+def scored_split(arguments) -> str:
+    """Return which split of train_data a score is for: train_split where it is given, else what is held out, if any."""
+    opened = _open(arguments, "train_data")
+    if not isinstance(opened, dict) or arguments.train_split != "train":
+        return arguments.train_split
+    return next((name for name in ("validation", "test") if name in opened), "train")
+
+
 def _evaluation_split(splits, arguments) -> str:
     name = arguments.eval_split
     if name == "validation" and name not in splits and "test" in splits:

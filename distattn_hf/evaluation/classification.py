@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from ..data.datasets import DataArguments, TaskData, build_data
+from ..data.sources import scored_split
 from ..data.tasks import task_of
 from .score import score_model
 
@@ -23,7 +24,8 @@ def evaluate_labels(
     "classification": "loss", "accuracy", "f1" (macro); of token classification each word counts at its first piece.
     "speech": "loss" and "perplexity" of each transcript's tokens given the sound and those before, and "accuracy". Both
     with the number of "texts" (rows). arguments: train_data is what they are scored on, with its columns (see
-    `DataArguments`; of pictures and sound `features.feature_rows`).
+    `DataArguments`; of pictures and sound `features.feature_rows`); of several splits train_split, or where that is
+    "train", its default, the split "validation" or "test" if there is one.
 
     Raises `ValueError`, before any model is run, for another head or several kinds of them, a regression head, labels
     that are no class of the model, names where the model's classes have none, and as `build_data`.
@@ -39,6 +41,7 @@ def evaluate_labels(
             raise ValueError(f"{name!r} has a regression head (num_labels=1), which has no accuracy")
     if len(set(kinds.values())) > 1:
         raise ValueError(f"the models have different heads: {kinds}")
+    arguments = replace(arguments, train_split=scored_split(arguments))
     data = {name: _labelled(arguments, kinds[name], *pair) for name, pair in models.items()}
     return {
         name: {**score_model(model, kinds[name], data[name], tokenizer, progress=progress),

@@ -15,5 +15,6 @@ EXPERIMENTS = (
     "quantised",
     "retrieval_speed",
     "sinks_and_caps",
+    "speech",
     "training",
 )  # fmt: skip

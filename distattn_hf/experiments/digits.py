@@ -117,7 +117,10 @@ def run(options: Options, results) -> None:
 
         def measure(name=name) -> dict:
             teacher, data = prepared()
-            card = adapt(_config(name, teacher, data, folder, options.steps), say=results.echo)
+            card = adapt(
+                adaptation(ATTENTIONS[name], teacher, data, folder / name.replace(" ", "_"), options.steps),
+                say=results.echo,
+            )
             scores = {row.name: row.metrics for row in card.rows}
             values = {f"{row}_accuracy": metrics["accuracy"] for row, metrics in scores.items()}
             return {**values, "f1": scores["distillation"]["f1"], "seconds": card.row("distillation").seconds}
@@ -125,14 +128,13 @@ def run(options: Options, results) -> None:
         results.row({"attention": name}, measure)
 
 
-def _config(name: str, teacher: str, data: str, folder: Path, steps: int):
+def adaptation(spec: dict, teacher: str, data: str, output: Path, steps: int, batch: int = BATCH):
     """Return the config of one adaptation, as a file of `distattn adapt` would give it."""
-    spec = ATTENTIONS[name]
     fits = spec.get("mechanism") != "retrieval"
     return parse_config({
         "teacher": teacher, "spec": spec, "init": "calibrated" if fits else "plain", "train_data": data,
         "stages": ["distillation"], "controls": ["plain"] if fits else ["window_only"], "max_steps": steps,
-        "learning_rate": 5e-4, "learning_rates": {"attention": 5e-3}, "per_device_train_batch_size": BATCH,
-        "per_device_eval_batch_size": HELD_OUT, "output_dir": str(folder / name.replace(" ", "_")), "use_cpu": True,
+        "learning_rate": 5e-4, "learning_rates": {"attention": 5e-3}, "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": HELD_OUT, "output_dir": str(output), "use_cpu": True,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "seed": 0,
     })  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from ..analysis.figure_style import new_figure, save_figure, styled
 from ..benchmark.measure import only_errors
 from ..core.compatibility import CACHE_NAME, cache_of
-from ..core.constant_cache import ConstantLayer
+from ..core.constant_cache import ConstantLayer, RingLayer
 from ..data.packing import start_tokens, token_stream
 from ..data.sources import read_texts
 from ..evaluation.score import TokenScores
@@ -42,7 +42,7 @@ def cache_bytes(cache) -> int:
     """Return the bytes of keys, values and states in a cache."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, ConstantLayer):
+        if isinstance(layer, ConstantLayer | RingLayer):
             total += layer.nbytes()
         else:
             total += sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.figure_style import COLOURS, new_figure, save_figure, styled
+from ..benchmark.results import provenance
 from ..data.config import override, read_mapping, refuse_unknown
 from ..data.tasks import TASKS
 from ..storage.folders import write_atomically, write_json
@@ -86,14 +87,22 @@ def _check_settings(name: str, settings) -> None:
 
 
 def compare(comparison: Comparison) -> dict:
-    """Train all runs that are not finished and write comparison.json, .md, .svg and .png to output_dir."""
-    results = {}
+    """Train all runs that are not finished and write comparison.json, .md, .svg and .png to output_dir.
+
+    comparison.json: {choice: {seed: what `train_from_scratch` gives, and "provenance": versions, machine, commit}}.
+    """
+    results, path = {}, comparison.output_dir / RESULTS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for choice, configs in comparison.runs.items():
         for config in configs:
-            results.setdefault(choice, {})[str(config.training.seed)] = train_from_scratch(config)
+            seed, result = str(config.training.seed), train_from_scratch(config)
+            stored = before.get(choice, {}).get(seed, {})
+            if {**stored, **result} != stored or "provenance" not in stored:
+                stored = {**result, "provenance": provenance(config.training.device.type)}
+            results.setdefault(choice, {})[seed] = stored
             # After each run, so that an interrupted comparison keeps its results.
             comparison.output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(comparison.output_dir / RESULTS, results)
+            write_json(path, results)
             write_atomically(comparison.output_dir / TABLE, (table(results) + "\n").encode())
     for path in plot(results, comparison.output_dir / f".{FIGURE}"):
         os.replace(path, path.with_name(path.name[1:]))

@@ -17,6 +17,22 @@ ALIASES = {
     "d_v": "value_head_dim",
 }
 
+# What is no setting of a layer, and where it is.
+_ELSEWHERE = {
+    "enable_performance_monitoring": "call layer.enable_performance_monitoring()",
+    **dict.fromkeys(
+        ("log_attention_weights", "return_attention_weights"),
+        "call the layer with output_attentions=True; in training, Trainer logs with AttentionLoggingCallback",
+    ),
+    **dict.fromkeys(
+        ("mechanism", "mechanism_options"),
+        "AttentionFactory.create('local', ...) is a layer with a mechanism, DistAttnConfig(mechanism=...) a model",
+    ),
+    **dict.fromkeys(
+        ("sparsity_ratio", "keep_ratio"),
+        "'retrieval' reads the num_blocks best blocks of block_size keys, or those with min_weight",
+    ),
+}
 _WORDS_AT_CALL = {"need_weights": "output_attentions", "mask": "attention_mask"}
 
 
@@ -29,6 +45,8 @@ def canonical(given: dict, known: Iterable[str], what: str) -> dict:
     for name, value in given.items():
         own = name if name in known else ALIASES.get(name, name)
         if own not in known:
+            if name in _ELSEWHERE:
+                raise ValueError(f"{what} has no option {name!r}: {_ELSEWHERE[name]}")
             nearest = [ALIASES.get(match, match) for match in get_close_matches(name, [*known, *ALIASES])]
             nearest = [match for match in dict.fromkeys(nearest) if match in known]
             hint = f"did you mean {', '.join(nearest)}?" if nearest else f"its options are: {', '.join(known)}"

@@ -1,6 +1,7 @@
 """The monitor of attention modules: what it counts, and that nothing of it is left when it is off."""
 
 import copy
+import json
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,32 @@ class Sleepy(nn.Module):
         time.sleep(0.02)
         torch.ones(2_000_000).sum()
         return x, self.weights if output_attentions else None
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_one_call_in_so_many(raises):
+    """The others are neither timed nor asked for weights, also where one of them fails."""
+    module = Sleepy(torch.full((1, 1, 2, 2), 0.5))
+    monitor = PerformanceMonitor({"a": module}, statistics=True, every=3)
+    for number in range(7):
+        if raises and number == 4:
+            with pytest.raises(TypeError):
+                module()
+        else:
+            module(torch.ones(1, 2, 3))
+    assert monitor.stats()["a"]["calls"] == 3
+    assert monitor.stats()["a"]["tokens"] == 6
+    assert module.asked == [n in (0, 3, 6) for n in range(7) if not (raises and n == 4)]
+    monitor.reset()
+    module(torch.ones(1, 2, 3))
+    assert json.loads(json.dumps(monitor.stats()))["a"]["calls"] == 1
+    with pytest.raises(ValueError, match="every must be an integer >= 1, got 0"):
+        PerformanceMonitor({"a": module}, every=0)
+    model = DistanceEncoder(DistanceAttentionConfig(16, 2), 2)
+    model.enable_performance_monitoring(every=2)
+    for _ in range(3):
+        model(torch.randn(1, 4, 16))
+    assert [stats["calls"] for stats in model.get_performance_stats(by="layer").values()] == [2, 2]
 
 
 def test_calls_time_and_memory():

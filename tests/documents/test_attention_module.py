@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from distattn_hf import (
     AttentionFactory,
+    AttentionSpec,
     DistanceAttentionConfig,
     DistanceDecoder,
     DistanceDecoderLayer,
@@ -233,6 +234,36 @@ def test_sparse_attention():
         AttentionFactory.create_attention("Top_K", d_model=64, num_heads=8)
     with pytest.raises(ValueError, match="'strided' has no option 'sparsity_ratio'"):
         AttentionFactory.create_attention("strided", d_model=64, num_heads=8, sparsity_ratio=0.1)
+    for word, kind in (("keep_ratio", AttentionSpec), ("sparsity_ratio", DistAttnConfig)):
+        with pytest.raises(ValueError, match=f"no field '{word}': mechanism.*retrieval.* reads the num_blocks best"):
+            kind(**{word: 0.1})
+
+
+def test_words_for_what_retrieval_and_local_are():
+    for word in ("hierarchical", "Pyramid", "multi-resolution"):
+        for make in (lambda w: DistAttnConfig(attention_type=w), lambda w: AttentionFactory.create(w, 64, 8)):
+            with pytest.raises(ValueError, match=rf"(?i)'{word}' \(which is 'retrieval': near keys one by one"):
+                make(word)
+    assert DistAttnConfig(attention_type="longformer").mechanism == "local"
+    with pytest.raises(ValueError, match="'flash' .which is 'dot' with attn_implementation='flash_attention_2'"):
+        DistAttnConfig(attention_type="flash")
+    with pytest.raises(ValueError, match="no field 'decay': .*native models have positional_encoding='decay'"):
+        AttentionSpec("l2", decay=0.1)
+
+
+def test_settings_that_are_no_layers():
+    for word, place in (
+        ("enable_performance_monitoring", r"layer.enable_performance_monitoring\(\)"),
+        ("log_attention_weights", "output_attentions=True"),
+        ("mechanism", r"AttentionFactory.create\('local', ...\)"),
+        ("sparsity_ratio", "num_blocks"),
+    ):
+        with pytest.raises(ValueError, match=f"has no option '{word}': .*{place}"):
+            DistanceAttentionConfig(**{word: True})
+    layer = create_distance_attention(16, 2)
+    layer.enable_performance_monitoring()
+    layer(torch.randn(1, 3, 16))
+    assert layer.get_performance_stats()
 
 
 def test_local_attention():

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from distattn_hf.core.kernel_cpp_library import compiler
 from distattn_hf.data.packing import pack
 from distattn_hf.data.sources import read_texts
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
-from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality, quantised
+from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality, quantised, speech
 from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
 from distattn_hf.storage.models import load_checkpoint
 from tests.fixtures.load import GPT2_ENGLISH, gpt2_english
@@ -108,6 +109,46 @@ def test_digits(tmp_path):
     assert load_checkpoint(tmp_path / "retrieval" / "student")[0].config.num_labels == 10
     with pytest.raises(ValueError, match="attentions must be among l2; l1; "):
         read_options(load_experiment("digits"), None, ["attentions=l3"])
+
+
+def test_speech(tmp_path):
+    """The whole chain: sounds, a Whisper trained here, converted, adapted, scored and generating."""
+    (row,) = run_experiment("speech", tmp_path, quick=True, echo=lambda line: None).rows
+    names = ("teacher_accuracy", "calibrated_accuracy", "distillation_accuracy", "plain_accuracy")
+    assert all(0 <= row[name] <= 1 for name in (*names, "teacher_right", "distillation_right"))
+    assert row["calibrated_accuracy"] == pytest.approx(row["teacher_accuracy"], abs=0.05)
+    student = load_checkpoint(tmp_path / "l2" / "student")[0]
+    assert {spec.metric for spec in student.config.attention_specs} == {"l2"}
+    with pytest.raises(ValueError, match="attentions must be among l2; l1; "):
+        read_options(load_experiment("speech"), None, ["attentions=l3"])
+
+
+def test_what_is_said_is_what_is_scored():
+    spectra, labels = speech.strings(6, seed=3)
+    again, other = speech.strings(6, seed=3), speech.strings(6, seed=4)
+    assert spectra.shape == (6, 40, 100)
+    assert (again[0] == spectra).all()
+    assert (again[1], other[1] == labels) == (labels, False)
+    assert all(2 <= len(row) <= 4 and row[-1] == speech.END and max(row[:-1]) < 10 for row in labels)
+    # A syllable is loudest near its first resonance; of 1 it rises from 300 Hz to 650, of 5 it falls from 750 to 300.
+    for digit, begins_higher in ((1, False), (5, True)):
+        wave = speech.say([digit], np.random.default_rng(0))
+        sounding = np.flatnonzero(np.abs(wave) > 0.1)
+        halves = np.array_split(wave[sounding[0] : sounding[-1]], 2)
+        powers = [np.abs(np.fft.rfft(half, 4000)[:500]) ** 2 for half in halves]  # up to 1,000 Hz
+        centres = [float((power * np.arange(500)).sum() / power.sum()) for power in powers]
+        assert (centres[0] > centres[1]) == begins_higher
+
+    class Writes:
+        def generate(self, spectra, **options):
+            return torch.tensor(self.rows)
+
+    model = Writes()
+    width = max(map(len, labels)) - 1  # as Whisper gives them
+    model.rows = [(row + [speech.END] * width)[:width] for row in labels]
+    assert speech.right(model, spectra, labels) == 1.0
+    model.rows[2][0] = (model.rows[2][0] + 1) % 10
+    assert speech.right(model, spectra, labels) == pytest.approx(5 / 6)
 
 
 def test_model_speed(tmp_path):

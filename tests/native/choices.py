@@ -11,8 +11,8 @@ from distattn_hf import (
 )
 
 VOCAB = 29
-ENCODINGS = ("sinusoidal", "learned", "rotary", "relative", "alibi", "none")
-BIASES = ("relative", "alibi")
+ENCODINGS = ("sinusoidal", "learned", "rotary", "relative", "alibi", "decay", "none")
+BIASES = ("relative", "alibi", "decay")
 FORMS = ("causal", "bidirectional", "cross")
 # Options small enough for a few tokens to leave windows, blocks and bases.
 OPTIONS = {
@@ -57,7 +57,7 @@ def possible(mechanism: str, encoding: str, form: str) -> bool:
         return False
     if encoding not in BIASES or form == "cross":
         return True
-    return takes_bias and not (mechanism == "nystrom" and encoding == "alibi")
+    return takes_bias and not (mechanism == "nystrom" and encoding in ("alibi", "decay"))
 
 
 def make_config(mechanism: str, encoding: str, form: str, /, **settings) -> DistAttnConfig:
@@ -91,7 +91,11 @@ def make_model(mechanism: str, encoding: str, form: str, /, seed: int = 0, **set
         "cross": DistAttnForConditionalGeneration,
     }
     torch.manual_seed(seed)
-    return classes[form](config).eval()
+    model = classes[form](config).eval()
+    for name, parameter in model.named_parameters():
+        if "log_ratio" in name:  # all rates are ALiBi's before training
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def tokens(batch: int = 3, length: int = 12, seed: int = 0) -> torch.Tensor:

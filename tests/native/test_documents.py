@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from distattn_hf.core.documents import Documents
 from tests.tolerances import CACHED_LOGITS
@@ -66,6 +67,29 @@ def test_weights_stay_within_documents(mechanism):
     assert not weights[1][:, ~same].any()
 
 
+@pytest.mark.parametrize("mechanism", ["l1", "linear", "local", "nystrom"])
+def test_transformers_collator_of_packed_rows(mechanism, tmp_path):
+    """`DataCollatorWithFlattening` packs a batch into a row: the loss is that of the texts, and Trainer takes it."""
+    model = make_model(mechanism, "rotary", "causal")
+    texts = [{"input_ids": tokens(1, length, seed=length)[0].tolist()} for length in (5, 9, 3, 12)]
+    with pytest.raises(ValueError, match="packed documents.*: pass use_cache=False"):
+        model(**DataCollatorWithFlattening()(texts))
+    model.config.use_cache = False
+    total = 0.0
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([text["input_ids"]])
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        expected = total / sum(len(text["input_ids"]) - 1 for text in texts)
+        assert float(model(**DataCollatorWithFlattening()(texts)).loss) == pytest.approx(expected, rel=1e-5)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", per_device_train_batch_size=4, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=texts, data_collator=DataCollatorWithFlattening())
+    assert trainer.train().training_loss == pytest.approx(expected, rel=1e-4)
+
+
 # Rows of documents with padding on both sides, holes, and a border of a document that a hole follows.
 MASK = torch.tensor([[0] * 5 + [1] * 13 + [0, 0, 1, 1, 0], [1] * 16 + [1, 0, 1] + [1, 1, 0, 0]])
 
@@ -111,6 +135,38 @@ def test_what_a_mask_makes_of_positions():
     assert Documents.beginnings(torch.arange(7).expand(2, -1), keep) is None
     begins = Documents.beginnings(torch.tensor([[1, 1, 0, 1, 1, 0, 0], [0, 1, 2, 1, 3, 0, 1]]), keep)
     assert begins.int().tolist() == [[1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mechanism", ["dot", "l2"])
+def test_a_compiled_graph_keeps_them_apart_by_a_mask(mechanism, masked):
+    """It cannot look whether there are any; beside a mask it read them as one text."""
+    model = make_model(mechanism, "rotary", "causal")
+    mask = {"attention_mask": MASK} if masked else {}
+    real = MASK.bool() if masked else torch.ones_like(IDS, dtype=torch.bool)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for positions in (POSITIONS, torch.arange(23).expand(2, -1)):
+            call = {"position_ids": positions, "use_cache": False, **mask}
+            found, expected = compiled(IDS, **call).logits, model(IDS, **call).logits
+            torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("mechanism", "use_cache"), [("linear", False), ("nystrom", False), ("dot", True)])
+def test_where_no_mask_can_a_compiled_graph_stops(mechanism, use_cache, masked):
+    model = make_model(mechanism, "rotary", "causal")
+    call = {"use_cache": use_cache} | ({"attention_mask": MASK} if masked else {})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    one_text = torch.arange(23).expand(2, -1)
+    with torch.no_grad():
+        found, expected = (each(IDS, position_ids=one_text, **call).logits for each in (compiled, model))
+        real = MASK.bool() if masked else torch.ones_like(IDS, dtype=torch.bool)
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CACHED_LOGITS)
+        with pytest.raises(RuntimeError, match="packed documents"):
+            compiled(IDS, position_ids=POSITIONS, **call)
 
 
 def test_flash_attention_beside_a_mask_is_refused():

@@ -172,6 +172,32 @@ def test_alibi_is_the_formula(heads):
                 assert found[0, h, i, j].item() == pytest.approx(-slope * abs(i + 2 - j), rel=1e-6)
 
 
+def test_decay_is_a_power_of_a_learned_rate():
+    """Weights times e^(-rate·distance) beside the logits', and at the start ALiBi's; the rate gets a gradient."""
+    ours, alibi = encoding("decay"), encoding("alibi")
+    assert_close(ours.bias(4, 7, past=3), alibi.bias(4, 7, past=3), "equal")
+    torch.nn.init.normal_(ours.log_ratio.weight)
+    rates = torch.tensor(alibi.slopes()) * ours.log_ratio.weight[0].exp()
+    distance = (torch.arange(4)[:, None] + 3 - torch.arange(7)).abs()
+    logits = torch.randn(1, 6, 4, 7)
+    weights = logits.exp() * (-rates[:, None, None] * distance).exp()
+    assert_close(
+        (logits + ours.bias(4, 7, past=3)).softmax(-1), weights / weights.sum(-1, keepdim=True), "float32_forward"
+    )
+    ours.bias(4, 7, past=3).sum().backward()
+    assert_close(ours.log_ratio.weight.grad[0], -rates.detach() * distance.sum(), "float32_forward")
+
+
+def test_a_models_rates_start_as_alibis_and_train():
+    sizes = {"vocab_size": 9, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "metric": "l1"}
+    config = DistAttnConfig(**sizes, positional_encoding="exponential_decay", is_decoder=True, initializer_range=1.0)
+    assert config.positional_encoding == "decay"
+    model = DistAttnModel(config)
+    assert model.positions.rates().tolist() == model.positions.slopes()
+    model(torch.arange(8)[None]).last_hidden_state.square().sum().backward()
+    assert model.positions.log_ratio.weight.grad.ne(0).all()
+
+
 def test_none_does_nothing():
     nothing, hidden_states = encoding("none"), torch.randn(2, 3, 24)
     assert nothing.embed(hidden_states, torch.arange(3)[None]) is hidden_states

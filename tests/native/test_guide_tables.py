@@ -69,4 +69,4 @@ def test_every_encoding():
         assert (where == "on the logits") == kind.is_bias
         assert (where == "turns query and key") == (kind.rotation is not PositionalEncoding.rotation)
         assert (where == "added to the embeddings") == (kind.embed is not PositionalEncoding.embed)
-        assert (learned == "yes") == (name in ("relative", "learned"))
+        assert (learned == "yes") == (name in ("relative", "learned", "decay"))

@@ -68,8 +68,11 @@ class Naive:
 
     def bias(self, head, i, j, is_causal, prefix):
         config = self.config
-        if config.positional_encoding == "alibi":
-            return -(2 ** (-8 * (head + 1) / config.num_attention_heads)) * abs(i - j)
+        if config.positional_encoding in ("alibi", "decay"):
+            rate = 2 ** (-8 * (head + 1) / config.num_attention_heads)
+            if config.positional_encoding == "decay":
+                rate *= math.exp(self.state[f"{prefix}positions.log_ratio.weight"][0, head].item())
+            return -rate * abs(i - j)
         # Raffel et al. 2020: below half of the buckets (of a side) one bucket each, then logarithmic.
         buckets, furthest, start, distance = 8, 8, 0, i - j
         if not is_causal:

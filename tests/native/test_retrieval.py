@@ -78,6 +78,24 @@ def test_single_keys_are_the_k_nearest_and_a_querys_own(is_causal, metric):
     assert_close(found[1], weights, "float64")
 
 
+def test_without_blocks_to_open_far_keys_count_by_groups():
+    """What the guide calls hierarchical with two fixed levels: keys of one far block change nothing but its sums."""
+    options = {"window_size": 2, "num_sinks": 0, "block_size": 4, "num_blocks": 0}
+    layer = AttentionFactory.create("retrieval", 16, 2, is_causal=True, **options).double().eval()
+    x = torch.randn(1, 24, 16, dtype=torch.float64)
+    with torch.no_grad():
+        output = layer(x)
+        plain = AttentionFactory.create("retrieval", 16, 2, is_causal=True, **options, far_field=False).double().eval()
+        plain.load_state_dict(layer.state_dict())
+        # Far keys count, and in what order they stand in their block does not.
+        assert (plain(x) - output)[:, -1].abs().max() > 1e-3
+        order = torch.tensor([*range(8), 10, 8, 11, 9, *range(12, 24)])
+        assert_close(layer(x[:, order])[:, -1], output[:, -1], "float64")
+        other = x.clone()
+        other[:, 8] += 1.0
+        assert (layer(other) - output)[:, -1].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("metric", ["dot", "l2"])
 def test_a_layer_is_the_definition(is_causal, metric):

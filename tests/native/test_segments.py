@@ -86,3 +86,31 @@ def test_a_config_without_says_which_field():
         model(tokens(), token_type_ids=SEGMENTS)
     with pytest.raises(ValueError, match="type_vocab_size must be an integer >= 1 or None, got 0"):
         DistAttnConfig(type_vocab_size=0)
+
+
+def test_a_compiled_graph_refuses_them_too():
+    """It cannot look, and left them out without a word."""
+    model = make_model("l1", "rotary", "bidirectional")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(tokens(), token_type_ids=0 * SEGMENTS).logits
+        assert_close(found, model(tokens()).logits, "float32_forward")
+        with pytest.raises(RuntimeError, match="token_type_ids mark a second segment"):
+            compiled(tokens(), token_type_ids=SEGMENTS)
+
+
+def test_a_compiled_graph_refuses_a_mask_that_does_not_fit():
+    """transformers would take what a mask lacks for padding."""
+    model = make_model("l1", "rotary", "causal")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    mask = torch.ones_like(tokens())
+    with torch.no_grad():
+        for length in (12, 9):
+            call = {"attention_mask": mask[:, :length], "use_cache": False}
+            found, expected = compiled(tokens()[:, :length], **call), model(tokens()[:, :length], **call)
+            assert_close(found.logits, expected.logits, "float32_forward")
+        wrong = (ValueError, torch._dynamo.exc.Unsupported)  # the second quotes the first
+        with pytest.raises(wrong, match=r"attention_mask must have shape \(B, M\)"):
+            compiled(tokens(), attention_mask=mask[:, :7], use_cache=False)

@@ -1,6 +1,7 @@
 """Pictures and sound: rows, batches, scores, conversion and adaptation, beside the models' own numbers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -156,6 +157,28 @@ def test_images_go_through_the_models_processor(tmp_path):
 def _saved(model, folder):
     model.save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def test_what_is_held_out_is_scored(tmp_path):
+    """Of data with splits, not what a model was trained on; a split that is named, and data of one split, whole."""
+    model = vit()
+    splits = DatasetDict.load_from_disk(pictures(tmp_path / "data"))
+
+    def scores(parts, **options):
+        parts.save_to_disk(tmp_path / "scored")
+        arguments = DataArguments(train_data=str(tmp_path / "scored"), **options)
+        found = evaluate_labels({"vit": (model, None)}, arguments)["vit"]
+        shutil.rmtree(tmp_path / "scored")
+        return found
+
+    held_out, trained = scores(splits["validation"]), scores(splits["train"])
+    assert held_out["loss"] != trained["loss"]
+    assert scores(splits) == held_out
+    assert scores(DatasetDict(train=splits["train"], test=splits["validation"])) == held_out
+    assert scores(DatasetDict(train=splits["train"], other=splits["validation"])) == trained
+    others = DatasetDict(validation=splits["train"], other=splits["validation"])
+    assert scores(others, train_split="other") == held_out
 
 
 @torch.no_grad()

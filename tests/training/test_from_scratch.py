@@ -145,7 +145,7 @@ def tokenizer_ids(tokenizer, text) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_compare_trains_each_choice_with_each_seed_and_goes_on(tmp_path):
+def test_compare_trains_each_choice_with_each_seed_and_goes_on(tmp_path, monkeypatch):
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values("unused", save_strategy="no")))
     (tmp_path / "compare.yaml").write_text(
         yaml.safe_dump(
@@ -174,6 +174,9 @@ def test_compare_trains_each_choice_with_each_seed_and_goes_on(tmp_path):
     scores = [run["scores"]["perplexity"] for run in results["dot"].values()]
     assert lines[2].split("|")[2].strip() == f"{sum(scores) / 2:.2f}"
     assert lines[3].split("|")[3].strip() == "", "one seed has no standard deviation"
+    assert {run["provenance"]["torch"] for runs in results.values() for run in runs.values()} == {torch.__version__}
+    # Of the run, and not of the call that reads it again.
+    monkeypatch.setattr("distattn_hf.experiments.native_comparison.provenance", lambda device: {})
     assert compare(comparison) == results
 
 
