@@ -58,8 +58,8 @@ def measure(model, ids: torch.Tensor, processes: tuple[int, ...], modules: list[
 def fetched(shape: Shape, length: int, devices: int, share: float) -> dict:
     """Return the bytes that the busiest device would send forward if it sent chosen blocks alone.
 
-    Of each key what a choice needs, as the mechanism has it: four bits a coordinate, one scale, and by blocks of 16 mean
-    and variance; and for each query head the key, value and bias that stand for a block. Then the share of the rows.
+    Of each key what a choice needs, as the mechanism has it: four bits a coordinate, one scale, and by blocks of 16
+    mean and variance; for each query head the key, value and bias that stand for a block. Then the share of the rows.
     """
     others = (devices - 1) * (length // devices)
     codes = shape.key_heads * (shape.size // 2 + shape.width + 2 * shape.size * shape.width // 16)
@@ -87,7 +87,7 @@ def main(given: argparse.Namespace) -> None:
     # Characters enough for any tokenizer, and no more: a whole corpus takes a while.
     ids = tokenizer(text[: 16 * max(given.lengths)], return_tensors="pt").input_ids
     if ids.shape[1] < max(given.lengths):
-        raise ValueError(f"--data {given.data} holds {ids.shape[1]:,} tokens, fewer than --lengths {max(given.lengths)}")
+        raise ValueError(f"--data {given.data} holds {ids.shape[1]} tokens, fewer than --lengths {max(given.lengths)}")
     found = {"provenance": provenance("cpu"), "checkpoint": given.checkpoint, "data": given.data, "measured": []}
     for clustered in (True, False):
         spec = AttentionSpec(mechanism="retrieval", cluster_keys=clustered)
