@@ -118,8 +118,8 @@ def keys_read(model, ids: Tensor, starts: list[int], modules: Collection[str]) -
     """Return which keys the queries of each stretch of a text read in causal retrieval heads, by module.
 
     ids: (1, N); starts: where stretches begin, in order, the first at 0; modules: names of those that are looked at.
-    Bool (stretches, H, N) of each group of heads: keys that some query of the stretch reads. What counts as one key for
-    all of its block is not read.
+    Bool (stretches, H_kv, N) of each group of heads: keys that some query of the stretch reads (query heads of one key
+    head choose together). What counts as one key for all of its block is not read.
     """
     names = {state: name for name, state in model.attention_states.items()}
     found: list[tuple[str, Tensor]] = []
@@ -129,10 +129,11 @@ def keys_read(model, ids: Tensor, starts: list[int], modules: Collection[str]) -
         problems = _problems(state, query, key, value, call, None) if names[state] in modules else ()
         for problem in filter(None, problems):
             seen = visible_keys(problem)
-            read = torch.zeros(len(starts), problem.inputs.query.shape[1], ids.shape[1], dtype=torch.bool)
+            read = torch.zeros(len(starts), problem.inputs.key.shape[1], ids.shape[1], dtype=torch.bool)
             for number, (start, stop) in enumerate(zip(bounds, bounds[1:])):
                 for first in range(start, stop, _ROWS):
-                    read[number] |= seen(first, min(first + _ROWS, stop))[0].any(1).cpu()
+                    by_query_head = seen(first, min(first + _ROWS, stop))[0].any(1).cpu()
+                    read[number] |= by_query_head.unflatten(0, (read.shape[1], -1)).any(1)
             found.append((names[state], read))
         return retrieval_forward(state, query, key, value, call, attend)[0]
 

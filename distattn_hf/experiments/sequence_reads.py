@@ -41,10 +41,7 @@ def measure(model, ids: torch.Tensor, processes: tuple[int, ...], modules: list[
     """Return a row for each number of processes: shares of the earlier keys that their stretches read."""
     pieces, length = max(processes), ids.shape[1]
     starts = [piece * length // pieces for piece in range(pieces)]
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
-    # Query heads of one key head choose together, so any of them says what is read.
-    heads = [read[:, ::group] for _, read in keys_read(model, ids, starts, modules)]
-    read = torch.cat(heads, dim=1)
+    read = torch.cat([of_module for _, of_module in keys_read(model, ids, starts, modules)], dim=1)
     rows = []
     for count in processes:
         together, last = share_read(read, count)
