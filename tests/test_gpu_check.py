@@ -238,6 +238,9 @@ def test_timings_on_the_cpu(monkeypatch):
         row = measure(timing, "cpu")
         assert row["status"] == "ok"
         assert row["ratio"]["median"] > 0
+        if timing.kind == "exact":
+            # 64 queries of two heads see 32 keys each on average, of 64 coordinates.
+            assert row["coordinates_per_second"] * row["ours"]["median"] == pytest.approx(2 * 64 * 32 * 64)
     names = [timing.name for timing in timings("cuda")]
     assert len(set(names)) == len(names)
 

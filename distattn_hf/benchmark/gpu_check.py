@@ -4,7 +4,7 @@ python -m distattn_hf.benchmark.gpu_check [--out FILE] [--seconds 440]
     [--parts correctness,exact,retrieval,nystrom,model] [--only TEXT] [--device auto] [--workers N] [--commit HASH]
 
 `scripts/gpu_check.sh` calls it and says how packages travel to a machine without network. On a machine without a GPU it
-runs the share of Triton's interpreter, in two minutes. The status is 1 if anything computed was wrong or failed.
+runs the share of Triton's interpreter, in three minutes. The status is 1 if anything computed was wrong or failed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SHARES = {
     "cpu": {"correctness": 0.9, "exact": 0.94, "retrieval": 0.97, "nystrom": 1.0, "model": 1.0},
 }
 PARTS = tuple(SHARES["cuda"])
-SECONDS = {"cuda": 440.0, "cpu": 120.0}
+SECONDS = {"cuda": 440.0, "cpu": 300.0}
 # A case that takes longer hangs.
 _CASE_SECONDS = 60.0
 # A timing makes about this many calls, and is skipped if they would take longer than this.

@@ -43,6 +43,8 @@ DEFINITIONS = {
     "megabytes": "10^6 bytes at the peak of one call above what was there before: torch.cuda.max_memory_allocated",
     "check": "before timing, some query rows at the timed shape against float64 (exact: as in `distattn benchmark`)",
     "part_entries": "numbers that Nyström and retrieval attention work on at a time; null: as it comes, for a CPU",
+    "coordinates_per_second": "of exact metrics forward: coordinates of all pairs of query and key, a second; l1 and "
+    "chebyshev take two operations for each that no product of matrices does",
     "target": "what the ratio is to be at most, where something was aimed at",
 }
 # The times that exact metrics are to have, beside flash attention's.
@@ -149,9 +151,17 @@ def measure(timing: Timing, device: str) -> dict:
     megabytes = {"ours": peak_megabytes(ours, device), "peer": peak_megabytes(peer, device)} if device == "cuda" else {}
     times = time_pair(peer, ours, device, repeats=_PAIRS, warmup=2, min_seconds=_MIN_SECONDS, max_seconds=_MAX_SECONDS)
     return {
-        "status": "ok", **about, "peer": times["first"], "ours": times["second"], "ratio": times["ratio"],
+        "status": "ok", **about, **_pace(timing, times["second"]["median"]),
+        "peer": times["first"], "ours": times["second"], "ratio": times["ratio"],
         "pairs": times["pairs"], "megabytes": megabytes,
     }  # fmt: skip
+
+
+def _pace(timing: Timing, seconds: float) -> dict:
+    if timing.kind != "exact" or timing.pass_name != "forward":
+        return {}
+    pairs = timing.batch * timing.heads * timing.length**2 / (2 if timing.causal else 1)
+    return {"coordinates_per_second": pairs * timing.head_size / seconds}
 
 
 def _flash(device: str, causal: bool) -> Callable:
