@@ -105,8 +105,8 @@ class NystromLayer(ConstantLayer):
         if not self.keys.shape[2] == self.values.shape[2] == self.keep.shape[1]:
             raise ValueError(
                 f"Nyström attention: keys of its cache layer were replaced from outside, {self.keys.shape[2]} in the "
-                f"place of the window's {self.keep.shape[1]} (by a press of kvpress, say). All keys before the window are "
-                "one sum, so none can be taken out: press a retrieval or exact model"
+                f"place of the window's {self.keep.shape[1]} (by a press of kvpress, say). All keys before the window "
+                "are one sum, so none can be taken out: press a retrieval or exact model"
             )
         if not self.keys.shape[2]:
             return key, value, keep
