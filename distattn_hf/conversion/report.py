@@ -263,7 +263,7 @@ class ConversionReport:
     def table(self, per_head: bool = False) -> str:
         """Return a table for a terminal: a line per group of heads, or per head, with what is known of any.
 
-        Modules of which nothing was measured, one after another and with the same λ, share a line.
+        Modules one after another whose lines would be equal, as where nothing was measured, share one.
         """
         columns = [column for column in _COLUMNS if any(getattr(part, column[2]) for part in self.groups)]
         rows: list[tuple[list[str], tuple[str, ...]]] = []
@@ -273,7 +273,7 @@ class ConversionReport:
             for pick in [[i] for i in range(len(part.heads))] if each else [range(len(part.heads))]:
                 label = str(part.heads[pick[0]]) if each else "all" if per_head else self._count(part)
                 cells = part.attention, label, *(_cell(getattr(part, name), pick) for _, _, name in columns)
-                if not is_measured and rows and rows[-1][1] == cells:
+                if rows and rows[-1][1] == cells:
                     rows[-1][0].append(part.module)
                 else:
                     rows.append(([part.module], cells))

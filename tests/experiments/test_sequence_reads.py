@@ -15,7 +15,7 @@ from tests.fixtures.load import GPT2_ENGLISH
 
 @pytest.mark.parametrize("clustered", [True, False])
 @pytest.mark.parametrize("make", [gpt2, llama])
-def test_keys_that_are_read_are_those_with_weight(make, clustered):
+def test_keys_that_are_read_are_those_with_weight(make, clustered, monkeypatch):
     """Of two layers in three; without a far field all weight is on keys that are read."""
     options = {"far_field": False, "window_size": 4, "num_sinks": 1, "block_size": 2, "min_weight": 0.0}
     spec = AttentionSpec(mechanism="retrieval", num_blocks=1, cluster_keys=clustered, **options)
@@ -25,6 +25,8 @@ def test_keys_that_are_read_are_those_with_weight(make, clustered):
     starts = [0, length - 40, length - 12]
     ids = torch.randint(3, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
     names = list(model.attention_states)
+    # Queries are looked at in parts, of which the last stretch's second has one.
+    monkeypatch.setattr("distattn_hf.conversion.observe._ROWS", 11)
     with torch.no_grad():
         weights = model(ids, output_attentions=True).attentions
     found = keys_read(model, ids, starts, names[1:])
