@@ -5,7 +5,7 @@
 #   bash scripts/gpu_check.sh [--out FILE] [--seconds N] [--parts LIST] [--only TEXT] [--commit HASH] ...
 #
 # Results that are kept: --out model_cards/results/gpu_check.json. The status is 1 if anything was wrong. Without a GPU
-# the share of Triton's interpreter runs, in two minutes. It takes PYTHON, else .venv, else python3; that Python needs
+# the share of Triton's interpreter runs, in three minutes. It takes PYTHON, else .venv, else python3; that Python needs
 # torch and Triton.
 #
 # Where transformers there is older than what setup.cfg asks for and nothing can be fetched, wheels travel along. On a

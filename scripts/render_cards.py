@@ -27,6 +27,11 @@ def results(name: str) -> dict:
     return json.loads((CARDS / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def results_if_any(name: str) -> dict | None:
+    """Return what model_cards/results/NAME.json holds; None where nobody has measured it yet."""
+    return results(name) if (CARDS / "results" / f"{name}.json").is_file() else None
+
+
 def table(columns: list[str], rows: list[list]) -> str:
     """Return a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
@@ -123,6 +128,7 @@ def rendered() -> dict[Path, str]:
     )
     environment.globals |= {
         "results": results,
+        "results_if_any": results_if_any,
         "table": table,
         "earlier": earlier,
         "sweep": sweep,

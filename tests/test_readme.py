@@ -1,6 +1,7 @@
 """The README, the guides and the cards are true: their figures, links, commands and code."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -33,6 +34,21 @@ def test_cards_and_the_readmes_table_are_what_the_results_say():
         [sys.executable, "scripts/render_cards.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, f"python scripts/render_cards.py would change: {run.stdout} {run.stderr}"
+
+
+def test_a_run_on_a_gpu_fills_the_cards_section():
+    """With the report of the interpreter in its place: its file has the same form."""
+    names = runpy.run_path(str(ROOT / "scripts" / "render_cards.py"))
+    card, found = names["CARDS"] / "speed.md", names["results"]("gpu_check_interpreter")
+    assert "**Not run yet.**" in names["rendered"]()[card]
+    found["rows"]["exact"][0]["target"] = 0.25
+    names["rendered"].__globals__["results_if_any"] = {"gpu_check": found}.get
+    text = names["rendered"]()[card].partition("## On a GPU")[2]
+    assert "Not run yet" not in text
+    assert found["provenance"]["device"] in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| exact sqeuclidean forward 64 |"))
+    assert line.endswith(" 0.25 |")
+    assert f"{1e3 * found['rows']['exact'][0]['ours']['median']:.3f}" in line
 
 
 def test_the_readme_is_short():

@@ -99,7 +99,16 @@ def test_the_readme_can_be_cited():
     version = next(
         line for line in (ROOT / "distattn_hf" / "__init__.py").read_text().splitlines() if "__version__ =" in line
     )
-    assert f"version = {{{yaml.safe_load(version.partition('=')[2])}}}" in entry
+    number = yaml.safe_load(version.partition("=")[2])
+    assert f"version = {{{number}}}" in entry
+    # The same in the form that tools read; the top level has no place for it, so the README says where it is.
+    assert "](model_cards/CITATION.cff)" in text
+    cited = yaml.safe_load((ROOT / "model_cards" / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["version"] == number
+    assert cited["title"] in entry.replace("\\_", "_")
+    assert f"{{{{{cited['authors'][0]['name']}}}}}" in entry.replace("\\_", "_")
+    assert f"license = {cited['license']}" in (ROOT / "setup.cfg").read_text(encoding="utf-8").splitlines()
 
 
 def test_what_the_check_keeps_lies_where_the_caller_said(tmp_path):

@@ -43,6 +43,10 @@ def test_help_needs_no_torch(distattn, arguments):
     ("arguments", "message"),
     [
         (["convert", "minilm", "OUT", "--metric", "l3"], "unknown metric 'l3'; --metric is one of sqeuclidean ("),
+        (
+            ["convert", "minilm", "OUT", "--metric", "retreival"],
+            "did you mean --mechanism retrieval? --metric is one",
+        ),
         (["convert", "minilm", "OUT", "--mechanism", "nystroem"], "--mechanism must be one of distance, nystrom"),
         (["convert", "minilm", "OUT", "--init", "best"], "--init must be one of exact, calibrated, plain, got 'best'"),
         (["convert", "minilm", "OUT", "--metric", "lp", "--p", "0.5"], "--p must be a finite number >= 1, got 0.5"),

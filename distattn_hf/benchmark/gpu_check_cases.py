@@ -18,6 +18,7 @@ from ..functional.landmarks import select_landmarks
 from ..functional.nystrom import nystrom_attention
 from .exact_check import HALF_ERROR_RATIO, TOLERANCE, relative_errors
 from .exact_options import DTYPES
+from .gpu_check_retrieval import CHOICE_BOUND, check_paged, retrieval_pair
 from .nystrom_inputs import GAMMA
 from .run import summary
 
@@ -25,19 +26,22 @@ HALF_NAMES = ("bfloat16", "float16")
 _DRAWS = 4
 # Largest error relative to the largest entry in float32. Nyström: the inverse of κ(L, L) + γI magnifies rounding, by up
 # to m/γ. Models: rounding through two layers.
-BOUNDS = {"exact": TOLERANCE["float32"], "nystrom": 5e-4, "model": 5e-4}
+BOUNDS = {"exact": TOLERANCE["float32"], "retrieval": TOLERANCE["float32"], "nystrom": 5e-4, "model": 5e-4}
 RULE = (
     "float32: largest error relative to the largest entry, at most "
     + ", ".join(f"{bound:g} ({kind})" for kind, bound in BOUNDS.items())
     + f"; bfloat16, float16: root mean square and largest error at most {HALF_ERROR_RATIO:g} times those of PyTorch's "
     f"own attention in that dtype on the same inputs, the worst of {_DRAWS} upstream gradients (largest error, and "
-    "both of λ's gradient: or of half a unit in the last place); truth: the formula written out in float64, same inputs"
+    "both of λ's gradient: or of half a unit in the last place); truth: the formula written out in float64, same "
+    "inputs (retrieval: over the keys that are read on this device, of which at most a share of "
+    f"{CHOICE_BOUND:g} may be others than in float64); paged: tokens of a batch equal those of generate"
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `path` names a backend of exact attention, "nystrom", or "model" (a whole one, `metric` its spec).
+    """One problem. `path` names a backend of exact attention, "nystrom", "retrieval" (of blocks of alike keys where it
+    is `clustered`), "model" (a whole one, `metric` its spec) or "paged" (the same in continuous batching).
 
     `mask` is None, "padding", "empty rows" (some queries see nothing), or "bias" (per query, with a float bias that
     takes a gradient, too). `backward` asks for the gradients of query, key, value, λ of each head, bias, landmarks.
@@ -63,6 +67,7 @@ class Case:
     num_landmarks: int = 16
     softening: float = 0.0
     learned_sink: bool = False
+    clustered: bool = False
 
     @property
     def name(self) -> str:
@@ -77,6 +82,7 @@ class Case:
             self.mask,
             *([near, "lifted" if self.lift else None] if self.path == "nystrom" else []),
             "landmarks from the keys" if self.chosen else None,
+            "alike keys" if self.clustered else None,
             f"ε {self.softening:g}" if self.softening else None,
             "learned sink" if self.learned_sink else None,
             None if self.backward else "forward only",
@@ -122,6 +128,13 @@ def correctness_cases(interpreted: bool) -> list[Case]:
             lift=True)  # fmt: skip
         add("nystrom", "sqeuclidean", dtype, *cross, common, mask="padding", lift=True)
         add("nystrom", "sqeuclidean", dtype, square, square, common, chosen=True, lift=True)
+        for metric, clustered in (("dot", True), ("dot", False), ("l2", True)):
+            near = {"window": 9, "sinks": 3, "causal": True, "clustered": clustered}
+            # Clusters of two levels.
+            add("retrieval", metric, dtype, 331, 331, common, **near)
+            add("retrieval", metric, dtype, 331, 331, common, mask="padding", **near)
+    for kind in ("sqeuclidean exact", "l2", "cosine"):
+        add("paged", kind, "float32", square, square, 16, causal=True, backward=False, heads=4, key_heads=2)
     for kind in MODELS:
         add("model", kind, "float32", square, square, 16, causal=True, backward=False, heads=4, key_heads=2, batch=2)
     for metric, p in (*KERNELS[:3], *DOT_FORMS):
@@ -140,7 +153,10 @@ def check(case: Case, device: str) -> dict:
     """Check one case; returns {"passed", "worst", "error", "bound", "checks", "failures"}, with the failed checks."""
     # The user may have enabled TF32; the check needs full float32.
     torch.set_float32_matmul_precision("highest")
-    checks = _check_model(case, device) if case.path == "model" else _check_attention(case, device)
+    if case.path == "paged":
+        checks = check_paged(small_model(case.metric), device)
+    else:
+        checks = _check_model(case, device) if case.path == "model" else _check_attention(case, device)
     failures = [c for c in checks if not c["error"] <= c["bound"]]
     failures = [{**c, "error": c["error"] if math.isfinite(c["error"]) else str(c["error"])} for c in failures]
     return {**summary(checks), "failures": failures}
@@ -186,11 +202,16 @@ def make_mask(case: Case, device: str) -> Tensor | None:
 
 def _check_attention(case: Case, device: str) -> list[dict]:
     tensors, mask = make_tensors(case, device), make_mask(case, device)
-    nystrom = case.path == "nystrom"
-    truth = evaluate(case, _formula(case, mask) if nystrom else _exact(case, mask, "reference"), tensors, torch.float64)
-    actual = evaluate(case, _nystrom(case, mask) if nystrom else _exact(case, mask, case.path), tensors)
-    errors = relative_errors(actual, truth)
-    bound = BOUNDS["nystrom" if nystrom else "exact"]
+    if case.path == "nystrom":
+        attention, formula, others = _nystrom(case, mask), _formula(case, mask), []
+    elif case.path == "retrieval":
+        attention, formula, choice = retrieval_pair(case, mask, tensors)
+        others = [choice]
+    else:
+        attention, formula, others = _exact(case, mask, case.path), _exact(case, mask, "reference"), []
+    truth = evaluate(case, formula, tensors, torch.float64)
+    errors = relative_errors(evaluate(case, attention, tensors), truth)
+    bound = BOUNDS.get(case.path, BOUNDS["exact"])
     bounds = dict.fromkeys(truth, (bound, bound))
     if case.dtype in HALF_NAMES:
         peer_tensors = {name: tensors[name] for name in ("query", "key", "value", "lam")}
@@ -207,7 +228,7 @@ def _check_attention(case: Case, device: str) -> list[dict]:
             mean, largest = map(max, zip(*(draw[name] for draw in draws)))
             floor = rounding if name == "lam gradient" else 0.0
             bounds[name] = (HALF_ERROR_RATIO * max(mean, floor), HALF_ERROR_RATIO * max(largest, rounding))
-    return [
+    return others + [
         {"what": f"{name}, {kind} error", "error": error, "bound": bound}
         for name in truth
         for kind, error, bound in zip(("root mean square", "largest"), errors[name], bounds[name])

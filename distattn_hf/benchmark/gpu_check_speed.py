@@ -20,6 +20,7 @@ from ..storage.models import load_checkpoint
 from . import nystrom_inputs
 from .exact_check import backend_of, check_rows, make_tensors, one_call, our_attention
 from .exact_options import Case
+from .gpu_check_retrieval import retrieval_timing
 from .measure import peak_megabytes, time_pair
 from .nystrom_options import NystromCase
 from .run import summary
@@ -41,14 +42,21 @@ DEFINITIONS = {
     "ratio": "ours / peer within a pair: below 1 is faster",
     "megabytes": "10^6 bytes at the peak of one call above what was there before: torch.cuda.max_memory_allocated",
     "check": "before timing, some query rows at the timed shape against float64 (exact: as in `distattn benchmark`)",
-    "part_entries": "numbers that Nyström attention works on at a time; null: as it comes, chosen for a CPU's cache",
+    "part_entries": "numbers that Nyström and retrieval attention work on at a time; null: as it comes, for a CPU",
+    "coordinates_per_second": "of exact metrics forward: coordinates of all pairs of query and key, a second; l1 and "
+    "chebyshev take two operations for each that no product of matrices does",
+    "target": "what the ratio is to be at most, where something was aimed at",
 }
+# The times that exact metrics are to have, beside flash attention's.
+_OF_EXACT = {"sqeuclidean": 1 / 0.9, "cosine": 1 / 0.9, "l2": 1 / 0.6}
+# And others at 64k.
+_OF_LONG = {("nystrom", "forward"): 1 / 5, ("retrieval", "forward"): 1 / 3, ("retrieval", "decode"): 1 / 10}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One pair to time. `kind`: "exact", "nystrom" or "model"; `pass_name`: "forward", "forward_backward", "decode",
-    and for models "prefill" or "generate"; `metric` is a model's spec there.
+    """One pair to time. `kind`: "exact", "retrieval", "nystrom" or "model"; `pass_name`: "forward", "forward_backward",
+    "decode", and for models "prefill" or "generate"; `metric` is a model's spec there.
     """
 
     kind: str
@@ -78,6 +86,15 @@ class Timing:
         ]
         return " ".join(word for word in words if word)
 
+    @property
+    def target(self) -> float | None:
+        """The ratio to flash attention's time that was aimed at, at most; None: nothing was."""
+        if self.kind == "exact" and self.pass_name != "decode":
+            return _OF_EXACT.get(self.metric)
+        if self.length >= 65536:
+            return _OF_LONG.get((self.kind, self.pass_name))
+        return None
+
     def work(self) -> float:
         """Return the work that a call's time is proportional to, for one kind, metric, pass and backend."""
         linear = self.pass_name == "decode" or self.kind != "exact"
@@ -89,6 +106,8 @@ def timings(device: str) -> list[Timing]:
     if device == "cpu":  # Only checks that the code runs; the times say nothing about a GPU.
         return [
             Timing("exact", "sqeuclidean", "forward", 64, heads=2, key_heads=2),
+            Timing("retrieval", "", "forward", 512, heads=2, key_heads=2),
+            Timing("retrieval", "", "decode", 512, heads=2, key_heads=2),
             Timing("nystrom", "", "forward", 256, heads=2, key_heads=2),
         ]
     exact = [("l2", None), ("l1", None), ("chebyshev", None), ("lp", 3.0), ("sqeuclidean", None), ("cosine", None)]
@@ -104,13 +123,17 @@ def timings(device: str) -> list[Timing]:
         for metric, p in exact[:3]:
             result.append(Timing("exact", metric, "decode", length, p, backend="chunked", batch=4, key_heads=4))
     shape = {"heads": 8, "key_heads": 8}
+    # The CPU's size of parts takes a GPU one query at a time at 64k.
+    for pass_name in ("decode", "forward"):
+        for length, entries in ((16384, None), (16384, 2**28), (65536, 2**28)):
+            result.append(Timing("retrieval", "", pass_name, length, part_entries=entries, **shape))
     for length in (16384, 32768, 65536):
         for entries in (None, 2**25):
             result.append(Timing("nystrom", "", "forward", length, part_entries=entries, **shape))
         result.append(Timing("nystrom", "", "forward", length, causal=False, **shape))
     for entries in (None, 2**25):
         result.append(Timing("nystrom", "", "forward_backward", 16384, part_entries=entries, **shape))
-    for metric in ("sqeuclidean exact", "l2", "l1", "nystrom"):
+    for metric in ("sqeuclidean exact", "l2", "l1", "retrieval", "nystrom"):
         result.append(Timing("model", metric, "prefill", PREFILL_TOKENS))
         result.append(Timing("model", metric, "generate", PROMPT_TOKENS))
     return result
@@ -119,15 +142,26 @@ def timings(device: str) -> list[Timing]:
 def measure(timing: Timing, device: str) -> dict:
     """Return {"status", "check", "peer", "ours", "ratio", "pairs", "megabytes", ...}; a wrong result is not timed."""
     torch.set_float32_matmul_precision("highest")
-    ours, peer, about = {"exact": _exact, "nystrom": _nystrom, "model": _model}[timing.kind](timing, device)
+    makers = {"exact": _exact, "retrieval": _retrieval, "nystrom": _nystrom, "model": _model}
+    ours, peer, about = makers[timing.kind](timing, device)
+    if (target := timing.target) is not None:
+        about["target"] = target
     if not about["check"].get("passed", True):
         return {"status": "wrong", **about}
     megabytes = {"ours": peak_megabytes(ours, device), "peer": peak_megabytes(peer, device)} if device == "cuda" else {}
     times = time_pair(peer, ours, device, repeats=_PAIRS, warmup=2, min_seconds=_MIN_SECONDS, max_seconds=_MAX_SECONDS)
     return {
-        "status": "ok", **about, "peer": times["first"], "ours": times["second"], "ratio": times["ratio"],
+        "status": "ok", **about, **_pace(timing, times["second"]["median"]),
+        "peer": times["first"], "ours": times["second"], "ratio": times["ratio"],
         "pairs": times["pairs"], "megabytes": megabytes,
     }  # fmt: skip
+
+
+def _pace(timing: Timing, seconds: float) -> dict:
+    if timing.kind != "exact" or timing.pass_name != "forward":
+        return {}
+    pairs = timing.batch * timing.heads * timing.length**2 / (2 if timing.causal else 1)
+    return {"coordinates_per_second": pairs * timing.head_size / seconds}
 
 
 def _flash(device: str, causal: bool) -> Callable:
@@ -149,6 +183,10 @@ def _exact(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
     attention = our_attention(case)
     about = {"backend": backend_of(case, tensors), "check": summary(check_rows(case, attention, tensors))}
     return one_call(case, attention, tensors), one_call(case, _flash(device, case.causal), tensors), about
+
+
+def _retrieval(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
+    return retrieval_timing(timing, device, getattr(torch, DTYPE), _flash(device, timing.pass_name == "forward"))
 
 
 def _nystrom(timing: Timing, device: str) -> tuple[Callable, Callable, dict]:
@@ -213,6 +251,8 @@ def _student(metric: str, device: str):
         options = CalibrationOptions(steps=2, sequences=1, progress=False)
         spec = AttentionSpec(mechanism="nystrom")
         return convert(teacher, spec, calibration=[{"input_ids": ids.to(device)}], options=options).eval()
+    if metric == "retrieval":
+        return convert(teacher, metric).eval()
     name, _, init = metric.partition(" ")
     return convert(teacher, AttentionSpec(name), init=init or "plain").eval()
 

@@ -143,6 +143,16 @@ def time_pair(
     }
 
 
+def ratio_with_spread(timed: dict) -> str:
+    """Return what `time_pair` found, "1.25 x [1.10-1.40 in 5 pairs]": median, 10th and 90th percentile of the ratio.
+
+    Where these are more than half apart, the words say so: the machine was busy.
+    """
+    ratio = timed["ratio"]
+    busy = "; other work on the machine: run it again" if ratio["p90"] > 1.5 * ratio["p10"] else ""
+    return f"{ratio['median']:.2f} x [{ratio['p10']:.2f}-{ratio['p90']:.2f} in {timed['pairs']} pairs{busy}]"
+
+
 def _cpu_peak(call: Callable) -> int:
     """Return the largest rise in bytes of this process's resident memory during one call.
 

@@ -15,7 +15,7 @@ from .measure import only_errors, time_pair
 # Texts below so many tokens leave nothing to gain but a geometry.
 SHORT = 4096
 # At most so many tokens are read to time a text, and so many pairs and seconds.
-TIMED_TOKENS, TIMED_PAIRS, TIMED_SECONDS = 2048, 2, 15.0
+TIMED_TOKENS, TIMED_PAIRS, TIMED_SECONDS = 2048, 3, 15.0
 # What each was measured to lose on SmolLM2-135M without training (model_cards/README.md; a test compares).
 MEASURED = {
     "dot": "nothing: it is the model itself",
@@ -29,6 +29,7 @@ class Choice:
     """One attention at one length: bytes of the weights and of the cache of all rows, and whether they fit.
 
     time_ratio: of reading `timed_tokens` tokens, to the model's own attention, here; None where it was not measured.
+    time_spread: the 10th and the 90th percentile of that ratio over the pairs that were timed.
     """
 
     attention: str
@@ -38,6 +39,7 @@ class Choice:
     measured_loss: str
     time_ratio: float | None = None
     timed_tokens: int | None = None
+    time_spread: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,8 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
         candidates = {"dot": model, "retrieval": convert(model, "retrieval"), "nystrom": _nystrom(model, ids)}
         for name, candidate in candidates.items():
             size = batch * _size(candidate, length)
-            ratio = _time(model, candidate, ids) if measure and name != "dot" else None
-            choices.append(
-                Choice(
-                    name, weights, size, weights + size <= memory, MEASURED[name], ratio,
-                    None if ratio is None else ids.shape[1],
-                )
-            )  # fmt: skip
+            timed = _time(model, candidate, ids) if measure and name != "dot" else {}
+            choices.append(Choice(name, weights, size, weights + size <= memory, MEASURED[name], **timed))
     take, why = _advice({choice.attention: choice for choice in choices}, length)
     return Plan(choices, take, why, str(model.dtype).removeprefix("torch."))
 
@@ -115,14 +112,16 @@ def _size(model, length: int) -> int:
 
 
 @torch.no_grad()
-def _time(model, candidate, ids) -> float:
+def _time(model, candidate, ids) -> dict:
     def read(which):
         return lambda: which(ids, use_cache=False)
 
     timed = time_pair(
         read(model), read(candidate), "cpu", repeats=TIMED_PAIRS, warmup=1, min_seconds=0, max_seconds=TIMED_SECONDS
     )
-    return round(timed["ratio"]["median"], 3)
+    ratio = {name: round(value, 3) for name, value in timed["ratio"].items()}
+    spread = ratio["p10"], ratio["p90"]
+    return {"time_ratio": ratio["median"], "timed_tokens": ids.shape[1], "time_spread": spread}
 
 
 def _advice(by_name: dict[str, Choice], length: int) -> tuple[str | None, str]:
@@ -140,12 +139,15 @@ def _advice(by_name: dict[str, Choice], length: int) -> tuple[str | None, str]:
 
 def lines(plan: Plan) -> list[str]:
     """Return the lines of a table, and the advice."""
-    made = [f"{'attention':<10} {'weights MB':>11} {'cache MB':>10} {'fits':>5} {'time':>7}  measured on SmolLM2-135M"]
+    titles = f"{'attention':<10} {'weights MB':>11} {'cache MB':>10} {'fits':>5} {'time [p10-p90]':>18}"
+    made = [f"{titles}  measured on SmolLM2-135M"]
     for choice in plan.choices:
-        time = "" if choice.time_ratio is None else f"x {choice.time_ratio:.2f}"
+        time = ""
+        if choice.time_ratio is not None:
+            time = "x {:.2f} [{:.2f}-{:.2f}]".format(choice.time_ratio, *choice.time_spread)
         made.append(
             f"{choice.attention:<10} {choice.weight_bytes / 1e6:>11,.1f} {choice.cache_bytes / 1e6:>10,.1f} "
-            f"{'yes' if choice.fits else 'no':>5} {time:>7}  {choice.measured_loss}"
+            f"{'yes' if choice.fits else 'no':>5} {time:>18}  {choice.measured_loss}"
         )
     made.append(f"weights and cache in {plan.dtype}, in which the model is loaded here")
     if timed := next((choice.timed_tokens for choice in plan.choices if choice.timed_tokens), None):

@@ -26,14 +26,14 @@ from ..data.config import is_integer
 from .exact_options import DTYPES
 from .gpu_check_cases import Case, small_model
 from .gpu_check_cases import check as check_case
-from .measure import one_line, only_errors, peak_megabytes, time_pair
+from .measure import one_line, only_errors, peak_megabytes, ratio_with_spread, time_pair
 from .results import provenance
 from .self_check_results import Check
 
 METRICS = (("sqeuclidean", None), ("l2", None), ("l1", None), ("lp", 3.0), ("cosine", None), ("chebyshev", None))
 CONVERTED = ("sqeuclidean exact", "l2", "l1", "cosine", "nystrom", "retrieval", "retrieval l2")
 # Tokens of the timed calls, how many pairs, and seconds at most.
-SPEED_TOKENS, SPEED_PAIRS, SPEED_SECONDS = 1024, 3, 4.0
+SPEED_TOKENS, SPEED_PAIRS, SPEED_SECONDS = 1024, 5, 4.0
 
 
 @dataclass(frozen=True)
@@ -322,10 +322,8 @@ class DistanceAttentionTester:
         timed = time_pair(
             pytorchs, ours, device, repeats=SPEED_PAIRS, warmup=1, min_seconds=0, max_seconds=SPEED_SECONDS
         )
-        said = (
-            f"{timed['ratio']['median']:.2f} x the time of PyTorch's attention at {SPEED_TOKENS:,} tokens, forward and "
-        )
-        said += "backward"
+        where = f"at {SPEED_TOKENS:,} tokens, forward and backward"
+        said = f"{ratio_with_spread(timed)} the time of PyTorch's attention {where}"
         if device == "cuda":
             # On a CPU a process that has run much knows no peak of one call; `distattn benchmark` forks for each.
             memory = [peak_megabytes(call, device) for call in (ours, pytorchs)]

@@ -1,6 +1,7 @@
 """Checks of options that need no torch: names of choices, and ranges of numbers."""
 
 import math
+from difflib import get_close_matches
 
 from .flags import flag
 
@@ -74,8 +75,13 @@ def check_choices(**values) -> None:
             raise ValueError(f"--metric {metric!r} is a mechanism and not a metric; give --mechanism {metric.lower()}")
         usual = {name: aliases for name, aliases in METRICS.items() if name not in ("lifted_sqeuclidean", "dot")}
         known = ", ".join(f"{name} ({', '.join(aliases)})" if aliases else name for name, aliases in usual.items())
+        mechanisms = [name for name in CHOICES["mechanism"] if name != "distance"]
+        names = [*usual, *(alias for aliases in usual.values() for alias in aliases), *mechanisms]
+        matches = get_close_matches(metric.lower(), names, cutoff=0.65)
+        meant = " or ".join(f"--{'mechanism' if name in mechanisms else 'metric'} {name}" for name in matches)
         raise ValueError(
-            f"unknown metric {metric!r}; --metric is one of {known}. A metric of your own must be registered, so it is "
+            f"unknown metric {metric!r}; {f'did you mean {meant}? ' if meant else ''}--metric is one of "
+            f"{known}; --mechanism may be {' or '.join(mechanisms)}. A metric of your own must be registered, so it is "
             "converted from Python"
         )
     order = values.get("p")

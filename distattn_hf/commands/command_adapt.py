@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import check_config, resumable, say, start
+from .shared import begin_run, resumable, say
 
 command = typer.Typer()
 
@@ -25,8 +25,7 @@ def adapt(
 
     In stages; run it again to go on where it stopped.
     """
-    check_config(config)
-    start()
+    begin_run(config, overrides)
     from ..training.adapt import adapt as run
     from ..training.arguments import read_config
 

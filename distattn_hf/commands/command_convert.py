@@ -172,6 +172,11 @@ def convert(
     check_output(out, overwrite)
     if adapter and Path(source).is_dir() and Path(source).resolve() == Path(out).resolve():
         raise ValueError(f"--adapter is loaded onto its source, so it cannot replace {source!r}; give another folder")
+    if calibration is not None:
+        from ..data.at_hand import check_at_hand
+
+        with reading("calibration"):
+            check_at_hand(calibration)
     begin(source)
     from ..conversion import convert as conversion
     from ..conversion import fold

@@ -77,8 +77,9 @@ def evaluate(
     counts = {"samples": samples, "new_tokens": new_tokens, "tail": tail}
     check_choices(max_tokens=max_tokens, max_length=max_length, max_texts=max_texts, task=task, **counts)
     of_task = _OF_TASK if task != "ruler" else _OF_TASK | {"data": (), "column": ()}
-    for name in (name for name, tasks in of_task.items() if task not in tasks and given(context, [name])):
-        raise ValueError(f"{flag(name)} does nothing {f'with --task {task}' if task else 'without --task'}")
+    for name, tasks in of_task.items():
+        if task not in tasks and given(context, [name]):
+            raise ValueError(_misplaced(name, task, of_task))
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
     if out is not None:
@@ -102,6 +103,16 @@ def evaluate(
         _score_long_texts(path, against, data, column, about, control, as_json, out)
     else:
         _score_texts(path, against, data, column, max_length, max_tokens, max_texts, as_json, out)
+
+
+def _misplaced(name: str, task: str | None, of_task: dict[str, tuple]) -> str:
+    """Say that an option does nothing with a task, or without one, what it is for, and which options there are."""
+
+    now = f"with --task {task}" if task else "without --task"
+    others = [f"--task {', '.join(own)}"] if (own := [other for other in of_task[name] if other]) else []
+    others = " and ".join(others + ["evaluation without --task"] * (None in of_task[name])) or "any other --task"
+    has = ", ".join(flag(option) for option, tasks in of_task.items() if task in tasks)
+    return f"{flag(name)} does nothing {now}: it is for {others}; {now} there are {has}"
 
 
 def _load(path: str, against: str | None) -> dict[str, tuple]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import check_config, resumable, start
+from .shared import begin_run, resumable
 
 command = typer.Typer()
 
@@ -24,8 +24,7 @@ def train(
 
     Run it again to go on where it stopped.
     """
-    check_config(config)
-    start()
+    begin_run(config, overrides)
     from ..training.arguments_scratch import read_scratch_config
     from ..training.from_scratch import summary, train_from_scratch
 

@@ -50,6 +50,24 @@ def check_config(path: Path) -> None:
         say(f"config: {found}, the package's own")
 
 
+def begin_run(config: Path, overrides: list[str] | None) -> None:
+    """Check a YAML file, and that the models and data it names are at hand, then `start`.
+
+    A config that is wrong otherwise is left to its own reader, which knows what each field takes.
+    """
+    check_config(config)
+    from ..data.at_hand import check_data_fields
+    from ..data.config import read_mapping
+    from ..storage.embedded import check_source
+
+    values = read_mapping(config, "config", overrides or ())
+    for name in ("teacher", "student"):
+        if isinstance(source := values.get(name), str):
+            check_source(source)
+    check_data_fields(values)
+    start()
+
+
 def say(text: str) -> None:
     """Print progress to standard error, apart from results."""
     print(text, file=sys.stderr, flush=True)

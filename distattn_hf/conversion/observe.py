@@ -1,6 +1,6 @@
 """Observe a converted model's attention while it runs, and replace its output."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,6 +15,9 @@ from ..core.relative_bias import of_heads
 from ..core.retrieval import Retrieval
 from ..core.retrieval_gather import caught_weight, visible_keys
 from ..core.retrieval_heads import retrieval_forward, retrieval_problem, some_heads
+
+# Queries whose keys, of all of a text, are looked at together.
+_ROWS = 128
 
 
 @contextmanager
@@ -108,6 +111,35 @@ def read_share(model, ids: Tensor, last: int) -> float:
     if not shares:
         raise ValueError("model must have heads with retrieval attention, got one without")
     return sum(shares) / len(shares)
+
+
+@torch.no_grad()
+def keys_read(model, ids: Tensor, starts: list[int], modules: Collection[str]) -> list[tuple[str, Tensor]]:
+    """Return which keys the queries of each stretch of a text read in causal retrieval heads, by module.
+
+    ids: (1, N); starts: where stretches begin, in order, the first at 0; modules: names of those that are looked at.
+    Bool (stretches, H_kv, N) of each group of heads: keys that some query of the stretch reads (query heads of one key
+    head choose together). What counts as one key for all of its block is not read.
+    """
+    names = {state: name for name, state in model.attention_states.items()}
+    found: list[tuple[str, Tensor]] = []
+    bounds = [*starts, ids.shape[1]]
+
+    def observe(state, query, key, value, call):
+        problems = _problems(state, query, key, value, call, None) if names[state] in modules else ()
+        for problem in filter(None, problems):
+            seen = visible_keys(problem)
+            read = torch.zeros(len(starts), problem.inputs.key.shape[1], ids.shape[1], dtype=torch.bool)
+            for number, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+                for first in range(start, stop, _ROWS):
+                    by_query_head = seen(first, min(first + _ROWS, stop))[0].any(1).cpu()
+                    read[number] |= by_query_head.unflatten(0, (read.shape[1], -1)).any(1)
+            found.append((names[state], read))
+        return retrieval_forward(state, query, key, value, call, attend)[0]
+
+    with observed(model, observe):
+        model.base_model(input_ids=ids, use_cache=False)
+    return found
 
 
 def _problems(state, query, key, value, call, keep) -> Iterator[Retrieval | None]:

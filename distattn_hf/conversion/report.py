@@ -18,6 +18,14 @@ MEASURED = (
     "caught",
     "probe_rise",
 )
+# Columns of the table: title, width, and the field that has their values.
+_COLUMNS = (
+    ("λ", 9, "lam"), ("α", 7, "alpha"), ("KL before", 10, "divergence_before"), ("KL after", 10, "divergence_after"),
+    ("window off", 10, "window_error"), ("off", 10, "output_error"), ("ε", 9, "softening"),
+    ("ε/median", 9, "softening_ratio"), ("KL plain", 10, "divergence_plain"), ("caught", 9, "caught"),
+    ("probe", 9, "probe_rise"), ("sink", 9, "sink_weight"), ("teacher", 9, "teacher_sink_weight"),
+    ("shift", 9, "logit_shift"),
+)  # fmt: skip
 
 
 @dataclass
@@ -253,51 +261,28 @@ class ConversionReport:
         return any(g.measured_with not in (None, now.get((g.module, tuple(g.heads)))) for g in self.groups)
 
     def table(self, per_head: bool = False) -> str:
-        """Return a table for a terminal: a line per group of heads, or per head.
+        """Return a table for a terminal: a line per group of heads, or per head, with what is known of any.
 
-        With Nyström attention also how far the outputs are off, relatively: of sinks and window alone, and as fitted.
+        Modules one after another whose lines would be equal, as where nothing was measured, share one.
         """
-        lines = [f"{'module':<42} {'attention':<18} {'heads':>5} {'λ':>9} {'α':>7} {'KL before':>10} {'KL after':>10}"]
-        has_nystrom = any(part.output_error for part in self.groups)
-        if has_nystrom:
-            lines[0] += f" {'window off':>10} {'off':>10}"
-        has_softening = any(part.softening for part in self.groups)
-        if has_softening:
-            lines[0] += f" {'ε':>9} {'ε/median':>9} {'KL plain':>10}"
-        has_caught = any(part.caught for part in self.groups)
-        if has_caught:
-            lines[0] += f" {'caught':>9}"
-        has_probe = any(part.probe_rise for part in self.groups)
-        if has_probe:
-            lines[0] += f" {'probe':>9}"
-        has_sink = any(part.sink_weight for part in self.groups)
-        if has_sink:
-            lines[0] += f" {'sink':>9} {'teacher':>9}"
-        has_shift = any(part.logit_shift for part in self.groups)
-        if has_shift:
-            lines[0] += f" {'shift':>9}"
+        columns = [column for column in _COLUMNS if any(getattr(part, column[2]) for part in self.groups)]
+        rows: list[tuple[list[str], tuple[str, ...]]] = []
         for part in self.groups:
-            picks = [[i] for i in range(len(part.heads))] if per_head else [range(len(part.heads))]
-            for pick in picks:
-                label = str(part.heads[pick[0]]) if per_head else self._count(part)
-                cells = [_cell(v, pick) for v in (part.lam, part.alpha, part.divergence_before, part.divergence_after)]
-                lines.append(
-                    f"{part.module[-42:]:<42} {part.attention[:18]:<18} {label:>5} {cells[0]:>9} {cells[1]:>7} "
-                    f"{cells[2]:>10} {cells[3]:>10}"
-                )
-                if has_nystrom:
-                    lines[-1] += "".join(f" {_cell(v, pick):>10}" for v in (part.window_error, part.output_error))
-                if has_softening:
-                    cells = [_cell(v, pick) for v in (part.softening, part.softening_ratio, part.divergence_plain)]
-                    lines[-1] += f" {cells[0]:>9} {cells[1]:>9} {cells[2]:>10}"
-                if has_caught:
-                    lines[-1] += f" {_cell(part.caught, pick):>9}"
-                if has_probe:
-                    lines[-1] += f" {_cell(part.probe_rise, pick):>9}"
-                if has_sink:
-                    lines[-1] += "".join(f" {_cell(v, pick):>9}" for v in (part.sink_weight, part.teacher_sink_weight))
-                if has_shift:
-                    lines[-1] += f" {_cell(part.logit_shift, pick):>9}"
+            is_measured = any(getattr(part, name) for _, _, name in columns if name != "lam") or len(set(part.lam)) > 1
+            each = per_head and is_measured
+            for pick in [[i] for i in range(len(part.heads))] if each else [range(len(part.heads))]:
+                label = str(part.heads[pick[0]]) if each else "all" if per_head else self._count(part)
+                cells = part.attention, label, *(_cell(getattr(part, name), pick) for _, _, name in columns)
+                if rows and rows[-1][1] == cells:
+                    rows[-1][0].append(part.module)
+                else:
+                    rows.append(([part.module], cells))
+        lines = [f"{'module':<42} {'attention':<18} {'heads':>5}" + "".join(f" {t:>{w}}" for t, w, _ in columns)]
+        for modules, (attention, label, *cells) in rows:
+            more = f" and {len(modules) - 1} more like it" if len(modules) > 1 else ""
+            name = modules[0][len(more) - 42 :] + more
+            values = "".join(f" {cell:>{width}}" for cell, (_, width, _) in zip(cells, columns))
+            lines.append(f"{name:<42} {attention[:18]:<18} {label:>5}{values}")
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
         lines += self._legend()

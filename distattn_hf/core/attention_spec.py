@@ -8,14 +8,13 @@ from typing import Any
 
 import transformers
 
-from .registry import warn_unless_known, with_known_fields
+from .registry import MECHANISMS, warn_unless_known, with_known_fields
 
 # The releases of transformers that this code was tested with.
 OLDEST_TESTED, NEWEST_TESTED = "5.23.0", "5.24.0"
 
 BLOCK_VERSION = 1
 TRANSFORMS = ("none", "scalar", "maps")
-MECHANISMS = ("distance", "nystrom", "retrieval")
 ATTENTION_KINDS = ("self", "cross")
 BEYOND = ("retrieval", "exact")
 # Fields of retrieval that a Nyström spec with beyond="retrieval" has, too.

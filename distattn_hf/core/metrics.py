@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .kernel_cpp_library import distance_backward, distance_forward, in_onnx_export, kind_of, readable, unavailable
 from .metric_checks import check_distances, refuse_parameters
-from .registry import Registry
+from .registry import Registry, mechanism_hint
 from .softening import huber, knee, plummer, soft_maximum, soft_normalize, soft_power_mean
 
 METRICS = Registry("metric")
@@ -397,4 +397,4 @@ def get_metric(name: str) -> Metric:
     try:
         return METRICS.get(name)
     except ValueError as error:
-        raise ValueError(f"{error}. A metric of your own? Call distattn_hf.register_metric before it is used") from None
+        raise ValueError(f"{error}{mechanism_hint(name)}. Your own? Call distattn_hf.register_metric first") from None

@@ -102,6 +102,12 @@ class NystromLayer(ConstantLayer):
         if self._new is None:
             raise RuntimeError("the keys of this cache layer were taken already: update it before each attention call")
         (key, value), self._new = self._new, None
+        if not self.keys.shape[2] == self.values.shape[2] == self.keep.shape[1]:
+            raise ValueError(
+                f"Nyström attention: keys of its cache layer were replaced from outside, {self.keys.shape[2]} in the "
+                f"place of the window's {self.keep.shape[1]} (by a press of kvpress, say). All keys before the window "
+                "are one sum, so none can be taken out: press a retrieval or exact model"
+            )
         if not self.keys.shape[2]:
             return key, value, keep
         return (

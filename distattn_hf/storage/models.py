@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants as hub
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
@@ -19,8 +20,9 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
+from ..connection import hub_in_reach
 from ..core.configuration_distattn import CLASS_PREFIX
-from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source
+from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source, without_the_hub
 
 # Of any kind of tokenizer; a kind has others beside.
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -50,13 +52,17 @@ def load_checkpoint(
         model, tokenizer = _load_embedded(EMBEDDED[str(source)])
         return model.to(dtype).eval(), tokenizer
     check_source(source)
+    # Out of reach, the cache alone is asked: else the client would try again for half a minute.
+    cached_only = not (Path(source).is_dir() or hub.HF_HUB_OFFLINE or hub_in_reach())
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=cached_only)
     except OSError as error:
         if Path(source).is_dir():
             raise
+        why = "the Hub cannot be reached, and the local cache does not hold it" if cached_only else str(error)
         raise OSError(
-            f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: {error}"
+            f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: {why}. "
+            f"{without_the_hub(source)}"
         ) from error
     model = _class_of(config).from_pretrained(source, dtype=dtype)
     return model.eval(), _load_tokenizer(source)

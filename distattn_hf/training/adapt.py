@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from accelerate import PartialState
 
+from ..data.at_hand import check_data_fields
 from ..data.datasets import build_data, check_tokenizers, row_length
 from ..data.tasks import TASKS, task_of
 from ..evaluation.scorecard import Examiner, Scorecard, evaluation_pairs, passkey_questions
@@ -132,6 +133,7 @@ def _fit_note(config: AdaptationConfig) -> str:
 def load_inputs(config: AdaptationConfig) -> tuple:
     """Load (teacher, tokenizer or processor, task, data); raises `ValueError` where they do not fit together."""
     model = config.model
+    check_data_fields(config.values)
     teacher, tokenizer = load_checkpoint(model.teacher)
     task = task_of(teacher)
     reads_text = TASKS[task].inputs == "text"

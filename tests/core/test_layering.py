@@ -16,6 +16,7 @@ CORE = [path for path in FILES if path.parts[0] == "core" and path.name != "__in
 # From the lowest floor to the highest: a folder or file imports only from lower rows and from itself.
 FLOORS = [
     ("core",),
+    ("connection",),
     ("functional", "storage", "data"),
     ("layers",),
     ("conversion",),

@@ -90,8 +90,24 @@ def test_labels(folder, tmp_path):
         (["minilm", "--task", "passkey"], "task 'passkey' needs a causal language model, and 'minilm' is BertModel"),
         (["L2", "--task", "generation"], "--task generation compares with a teacher: give --against"),
         (["L2", "--task", "generation", "--against", "L2"], "--against must be another model than"),
-        (["L2", "--task", "perplexity", "--depths", "0"], "--depths does nothing with --task perplexity"),
-        (["L2", "--samples", "3"], "--samples does nothing without --task"),
+        (
+            ["L2", "--task", "perplexity", "--depths", "0"],
+            "--depths does nothing with --task perplexity: it is for --task passkey, needle, kv; with --task "
+            "perplexity there are --lengths, --samples, --tail, --control",
+        ),
+        (
+            ["L2", "--samples", "3"],
+            "--samples does nothing without --task: it is for --task passkey, needle, kv, perplexity, generation, "
+            "ruler; without --task there are --max-tokens, --max-length, --max-texts",
+        ),
+        (
+            ["L2", "--task", "speech", "--max-tokens", "9"],
+            "speech: it is for evaluation without --task; with --task",
+        ),
+        (
+            ["L2", "--task", "kv", "--max-texts", "9"],
+            "for --task classification, speech and evaluation without",
+        ),
         (["L2", "--task", "kv", "--out", "FILE"], "--out must be a folder, got the file"),
         (["L2", "--task", "classification"], "task 'classification' needs one of the heads"),
         (["L2", "--task", "kv", "--against", "minilm"], "tokenizers with different vocabularies"),

@@ -45,6 +45,14 @@ def test_a_package_that_is_absent_is_left_out_and_measured_later(tmp_path, monke
     assert len(run_experiment("compute", tmp_path, given, quick=True).rows) == 2
 
 
+def test_passes_that_an_attention_has_not_are_said(tmp_path):
+    lines, given = [], ["lengths=64,128", "passes=decode", "attentions=nystrom,performer"]
+    assert run_experiment("compute", tmp_path, given, quick=True, echo=lines.append).rows == []
+    assert [line.partition(": ")[2][:24] for line in lines if line.startswith("left out")] == [
+        "nystrom, decode: a step ", "performer, decode: it ha",
+    ]  # fmt: skip
+
+
 def test_a_wrong_result_has_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ExactBenchmark, "check", lambda self, case, name, row: row.update(gate={"passed": False, "error": 1.0})

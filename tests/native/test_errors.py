@@ -37,6 +37,7 @@ REFUSED = [
         {"mechanism": "sotfmax"},
         "unknown mechanism 'sotfmax'; expected one of dot, distance, nystrom, retrieval, local.*sqeuclidean",
     ),
+    ({"mechanism": "retreival"}, r"unknown mechanism 'retreival'; did you mean retrieval\? expected one of dot"),
     ({"mechanism": 3}, r"mechanism must be a name \(str\), got 3"),
     ({"mechanism": "distance", "metric": "l7"}, "unknown metric 'l7'; expected one of sqeuclidean"),
     ({"mechanism": "l1", "metric": "l2"}, "metric belongs to mechanism='distance' or 'retrieval', got 'l2' with 'l1'"),

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from distattn_hf import AttentionSpec, convert
+from distattn_hf import AttentionSpec, convert, load_adapter, load_checkpoint, revert
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.experiments import conversion_quality
 from tests.tolerances import EXACT_LOGITS
@@ -102,3 +103,28 @@ def test_smollm2_exact_logits_and_greedy_generation(smollm2):
         assert (student(**batch).logits - model(**batch).logits)[real].abs().max() <= EXACT_LOGITS
     expected, got = (m.generate(**batch, max_new_tokens=24, do_sample=False) for m in (model, student))
     assert torch.equal(got, expected)
+
+
+@pytest.mark.xdist_group("smollm2")
+def test_an_adapter_of_smollm2_is_small_and_loads_as_the_full_checkpoint(tmp_path):
+    """Under 200 kB beside the code, whose files are those of any checkpoint; both ways, bit for bit."""
+    teacher, tokenizer = load_checkpoint("smollm2-135m")
+    # What is saved does not depend on how well it is fitted.
+    options = CalibrationOptions(steps=1, max_length=128, max_tokens=256, progress=False)
+    text = ["The news of the day was long, and nobody had read it to its end. " * 40]
+    student = convert(teacher, "l2", calibration=text, tokenizer=tokenizer, options=options)
+    student.save_adapter(tmp_path / "adapter", base=teacher, base_name="smollm2-135m")
+    student.save_pretrained(tmp_path / "full")
+    files = [path for path in (tmp_path / "adapter").iterdir() if path.suffix != ".py"]
+    assert sum(path.stat().st_size for path in files) < 200_000
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :100]
+    with torch.no_grad():
+        full = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()(ids).logits
+        assert not full.equal(teacher(ids).logits)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()(ids).logits.equal(full)
+        assert load_adapter(teacher, tmp_path / "adapter").eval()(ids).logits.equal(full)
+    # Another base of the same shape is refused by name.
+    wrong = revert(student)
+    wrong.model.layers[3].mlp.up_proj.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match="smollm2-135m"):
+        load_adapter(wrong, tmp_path / "adapter")

@@ -127,7 +127,7 @@ def test_yaml_numbers_with_an_exponent_and_no_point(tmp_path):
         ({"anneal": {"window_size": 4}}, "anneal.window_size needs a spec with mechanism='nystrom'"),
         ({"spec": None}, "give either spec"),
         ({"student": "out/s"}, "give either spec"),
-        ({"spec": 3}, "spec must be an AttentionSpec, a metric's name"),
+        ({"spec": 3}, "spec must be an AttentionSpec, the name of a metric or mech"),
         (
             {"init": "plain", "calibration_data": "t.txt"},
             "calibration_data='t.txt' is for init='calibrated'; init='plain' fits nothing",

@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
 )
 
+from distattn_hf import connection
 from distattn_hf.data import sources
 from distattn_hf.data.sources import read_texts
 from tests.training.data_cases import (
@@ -190,7 +191,7 @@ def test_a_hub_name_without_a_network_fails_at_once(monkeypatch):
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(sources.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(connection, "getproxies", dict)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(ValueError, match="'no/such'.*cannot be reached.*HF_HUB_OFFLINE=1"):
         build("embedding", train_data="no/such")

@@ -1,0 +1,17 @@
+"""Whether the Hub can be reached at all, asked before its client is. Needs no torch."""
+
+import socket
+from urllib.request import getproxies
+
+from huggingface_hub import constants as hub
+
+
+def hub_in_reach() -> bool:
+    """Return False if the Hub's host name does not resolve: the client would retry for half a minute before failing."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(hub.ENDPOINT.split("://")[-1].split("/")[0].split(":")[0], 443)
+    except OSError:
+        return False
+    return True
