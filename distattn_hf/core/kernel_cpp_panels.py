@@ -131,6 +131,22 @@ static void weighted_rows(const float* w, long ldw, const typename T::type* cons
   for (; c + C * W <= width; c += C * W) weighted<T, R, C>(w, ldw, rows, count, c, out + c, ldo);
   for (; c < width; c += W) weighted<T, R, 1>(w, ldw, rows, count, c, out + c, ldo);
 }
+// out[g, :] += Σ_j w[g, j]·value of the j-th of `count` keys, of G rows, `width` numbers; values as in `weighted`.
+template <class T>
+static void sums_of_rows(const float* w, long ldw, long G, const void* const* values, long count, long width,
+                         float* out, long ldo) {
+  auto rows = (const typename T::type* const*)values;
+  long g = 0, whole = width / W * W;
+  if (!count) return;
+  for (; g + 4 <= G; g += 4) weighted_rows<T, 4>(w + g * ldw, ldw, rows, count, whole, out + g * ldo, ldo);
+  if (G - g == 3) weighted_rows<T, 3>(w + g * ldw, ldw, rows, count, whole, out + g * ldo, ldo);
+  if (G - g == 2) weighted_rows<T, 2>(w + g * ldw, ldw, rows, count, whole, out + g * ldo, ldo);
+  if (G - g == 1) weighted_rows<T, 1>(w + g * ldw, ldw, rows, count, whole, out + g * ldo, ldo);
+  for (long z = whole; z < width; z++)  // sizes that fill no vector
+    for (g = 0; g < G; g++)
+      for (long x = 0; x < count; x++)
+        if (rows[x]) out[g * ldo + z] += w[g * ldw + x] * T::one(rows[x][z]);
+}
 
 // Which numbers of a vector x > y, as bits; a NaN is, so that it is chosen and seen.
 INLINE uint32_t above(vf x, vf y) {

@@ -341,27 +341,10 @@ struct Unit : Keys<T> {
     }
   }
   void far_values(const float* w, long n, float* out) {
-    if (!n) return;
-    long width = a.dv_ / W * W;
     if (a.panels)
-      sum_of<F32>(w, n, width, out);
+      sums_of_rows<F32>(w, ld, a.G, value_rows.get(), n * P16, a.dv_, out, a.vp);
     else
-      sum_of<T>(w, n, width, out);
-  }
-  template <class Row>
-  void sum_of(const float* w, long n, long width, float* out) {
-    auto rows = (const typename Row::type* const*)value_rows.get();
-    long g = 0, count = n * P16;
-    for (; g + 4 <= a.G; g += 4) weighted_rows<Row, 4>(w + g * ld, ld, rows, count, width, out + g * a.vp, a.vp);
-    w += g * ld, out += g * a.vp;
-    if (a.G - g == 3) weighted_rows<Row, 3>(w, ld, rows, count, width, out, a.vp);
-    if (a.G - g == 2) weighted_rows<Row, 2>(w, ld, rows, count, width, out, a.vp);
-    if (a.G - g == 1) weighted_rows<Row, 1>(w, ld, rows, count, width, out, a.vp);
-    w -= g * ld, out -= g * a.vp;
-    for (long z = width; z < a.dv_; z++)  // sizes that fill no vector
-      for (g = 0; g < a.G; g++)
-        for (long x = 0; x < count; x++)
-          if (rows[x]) out[g * a.vp + z] += w[g * ld + x] * Row::one(rows[x][z]);
+      sums_of_rows<T>(w, ld, a.G, value_rows.get(), n * P16, a.dv_, out, a.vp);
   }
 };
 template <class Metric, class T>

@@ -74,12 +74,8 @@ def options_of_layer(options: dict, layer_idx: int) -> dict:
 def unknown_mechanism(what: str, name: str) -> ValueError:
     """Return an error with the names that a mechanism may have, and what a name of several may mean."""
     names = dict.fromkeys(("dot", *SPEC_MECHANISMS, *MECHANISMS))
-<<<<<<< HEAD
     hint = _SEVERAL.get(name.lower().replace("top_k", "topk").replace("-", "_") if isinstance(name, str) else name)
-=======
-    hint = _SEVERAL.get(name.lower().replace("top_k", "topk") if isinstance(name, str) else name)
     meant = "" if hint else nearest(name, [*names, *METRICS.names()])
->>>>>>> scale
     return ValueError(
         f"unknown {what} {name!r}{f' ({hint})' if hint else ''}; {meant}expected one of {', '.join(names)}; or a "
         f"metric: {METRICS.describe()}"
