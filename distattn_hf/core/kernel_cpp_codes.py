@@ -191,7 +191,8 @@ template <int R, int>
 INLINE void code_lists(const int8_t* q, long dq, const float* off, const float* step, const uint8_t* code,
                        const float* scale, long block, const long* numbers, float* out, long ldo) {
   for (int x = 0; x < P16; x++)
-    code_rows<R>(q, dq, off, step, code + numbers[x] * block * (dq / 2), scale + numbers[x] * block, block, out + x, ldo);
+    code_rows<R>(q, dq, off, step, code + numbers[x] * block * (dq / 2), scale + numbers[x] * block, block, out + x,
+                 ldo);
 }
 #endif
 // The same of `rows` rows and 16 blocks of these numbers, whose codes and scales lie one after another.

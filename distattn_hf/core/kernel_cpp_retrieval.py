@@ -24,7 +24,8 @@ struct Unit : Keys<T> {
   std::unique_ptr<const float*[]> panel;
   std::unique_ptr<const void*[]> value_rows;
   std::unique_ptr<int8_t[]> whole, squares;
-  std::unique_ptr<long[]> chosen, best, near, stored;  // stored: which panel of blocks is the x-th for the queries at hand
+  // near: the blocks that all queries at hand see; stored: which panel of blocks is the x-th for them.
+  std::unique_ptr<long[]> chosen, best, near, stored;
   std::unique_ptr<int32_t[]> places;
 
   Unit(const Retrieve& a) : Keys<T>(a), memory(nullptr, free) {
@@ -41,7 +42,8 @@ struct Unit : Keys<T> {
     long few = (std::max(a.candidates, a.most) + P16) / P16 * P16;
     long sizes[] = {rows * a.dp, rows * ld, rows * a.vp, std::max(a.G * tops, looks), tops, 2 * tops + P16,
                     rows * tops, a.levels ? rows * tops : 0, few_near * kept,
-                    std::max(far, P16 * parts) * kept, few_near * (a.panels ? 0 : P16 * a.vp), rows, rows, rows, a.G, a.G, (a.G + 1) * few};
+                    std::max(far, P16 * parts) * kept, few_near * (a.panels ? 0 : P16 * a.vp), rows, rows, rows,
+                    a.G, a.G, (a.G + 1) * few};
     float** starts[] = {&q, &s, &o, &work, &most, &room, &rank, &hope, &near_keys, &far_keys, &values,
                         &sums, &off, &step, &top, &sum, &closer};
     size_t all = 0;

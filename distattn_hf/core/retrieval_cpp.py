@@ -33,8 +33,8 @@ _NUMBERS = "B H G N M d dp dq dv_ vp causal window sinks block groups far_groups
 
 class _Retrieve(ctypes.Structure):
     _fields_ = fields(
-        "q coef soft mean spread scale off step far_key far_bias far_value k v variance code real keep whole order first "
-        "budget o panels read",
+        "q coef soft mean spread scale off step far_key far_bias far_value k v variance code real keep whole order "
+        "first budget o panels read",
         f"{_NUMBERS} units levels candidates far_heads",
         {"k_stride": 3, "v_stride": 3},
         "p least spreads",

@@ -1,8 +1,8 @@
 """How fast retrieval attention is beside scaled_dot_product_attention, reading a text and generating after it.
 
-Random float32 tensors, d = 64, causal. First both are compared where all blocks are chosen. Then each length is timed in
-pairs, one after the other in one run: "prefill" with nothing cached (order, codes and summaries included), and "step",
-one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
+Random float32 tensors, d = 64, causal. First both are compared where all blocks are chosen. Then each length is timed
+in pairs, one after the other in one run: "prefill" with nothing cached (order, codes and summaries included), and
+"step", one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
 """
 
 import time
@@ -98,7 +98,8 @@ def check() -> None:
 @dataclass(frozen=True)
 class Options:
     """lengths: numbers of keys. heads: query heads; key_heads: as many key heads in turn. blocks: so many blocks of 16
-    alike keys in turn, and the last number of blocks as they stand in the text, too; pairs: of prefills, and of 20 steps.
+    alike keys in turn, and the last number of blocks as they stand in the text, too; pairs: of prefills, and of 20
+    times as many steps.
     """
 
     lengths: tuple[int, ...] = (4096, 16384, 32768)
