@@ -2,7 +2,7 @@
 
 Random float32 tensors, d = 64, causal. First both are compared where all blocks are chosen. Then each length is timed
 in pairs, one after the other in one run: "prefill" with nothing cached (order, codes and summaries included), and
-"step", one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is faster.
+"step", one token against a cache of so many keys with theirs. Ratios are of SDPA's time to ours: above 1 ours is less.
 """
 
 import time
