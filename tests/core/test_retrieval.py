@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from distattn_hf import distance_attention, retrieval_attention
 from distattn_hf.core import retrieval_blocks
@@ -558,6 +559,17 @@ def test_the_kernels_codes_are_the_operators(size, block):
             # A code on the border between two may be either.
             assert ((mine - theirs).abs() > 1e-6).float().mean() < 1e-4
             assert (mine - theirs).abs().max() <= tolerance
+        # What queries rank by is the variance, to half of the 127th part of the largest.
+        blocks = F.pad(given.masked_fill(~own[:, None, :, None], 0.0), (0, 0, 0, -1000 % block)).unflatten(
+            2, (-1, block)
+        )
+        is_key = F.pad(own, (0, -1000 % block)).unflatten(1, (-1, block))[:, None, :, :, None]
+        count = is_key.sum(3).clamp_min(1)
+        mean = blocks.sum(3) / count
+        variance = torch.where(is_key, blocks - mean[:, :, :, None], 0.0).square().sum(3) / count
+        coded = made.variance.transpose(3, 4).flatten(2, 3).flatten(-2)[:, :, : variance.shape[2], :size]
+        off = (coded * made.spread.flatten(2)[:, :, : variance.shape[2], None] - variance).abs()
+        assert bool((off <= 0.501 / 127 * variance.amax(-1, keepdim=True) + 1e-7).all())
 
 
 @needs_kernel

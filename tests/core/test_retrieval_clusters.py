@@ -288,6 +288,22 @@ def test_the_kernel_is_the_operators(heads, metric, padded, num_queries):
     assert_close(run_retrieval(x)[0], run_retrieval(x, reference=True)[0], "float32_forward")
 
 
+@needs_kernel
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(16, 9), (32, 2)])
+def test_the_kernels_candidates_are_the_operators(block_size, num_blocks, heads, few_candidates):
+    """Five of 60 blocks are looked at, or as many as are read. Breaks if the kernel ranks by the mean alone, or looks
+    at some keys of a block.
+    """
+    search = replace(LARGE, block_size=block_size, num_blocks=num_blocks)
+    # Keys of some parts of the text lie farther about their means than others'.
+    x = problem(search=search, shape=(2, *heads, 80, 60 * block_size), dtype=torch.float32, sizes=(17, 5), lam=1.0)
+    spread = torch.rand(2, heads[1], x.inputs.key.shape[2] // 4, 1).repeat_interleave(4, dim=2) * 2
+    x = replace(x, inputs=replace(x.inputs, key=x.inputs.key * spread))
+    assert cpp_supports(x)
+    assert_close(run_retrieval(x)[0], run_retrieval(x, reference=True)[0], "float32_forward")
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 def test_nothing_that_comes_after_changes_what_a_query_gets(kernel):
     """Segments grow behind a query: what it sees of them must not."""
