@@ -1,6 +1,7 @@
 """Whether the Hub can be reached at all, asked before its client is. Needs no torch."""
 
 import socket
+from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants as hub
@@ -11,7 +12,7 @@ def hub_in_reach() -> bool:
     if getproxies():
         return True
     try:
-        socket.getaddrinfo(hub.ENDPOINT.split("://")[-1].split("/")[0].split(":")[0], 443)
+        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
     except OSError:
         return False
     return True
