@@ -37,6 +37,10 @@ def push(
             '{"dataset", "metric", "value"}, optionally "base" (the base model\'s value) and "note". Again for more.'
         ),
     ] = None,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Upload what differs from the base model alone, some kilobytes."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the card, upload nothing.")] = False,
 ):
     """Check a converted checkpoint, write its card, upload it.
@@ -53,7 +57,7 @@ def push(
 
     result = push_folder(
         path, repo, private=private, license=license, base_model=base_model, commit_message=message,
-        overwrite_card=overwrite_card, results=results, dry_run=dry_run,
+        overwrite_card=overwrite_card, results=results, dry_run=dry_run, adapter=adapter,
     )  # fmt: skip
     for note in result.notes:
         print(f"note: {as_flags(note, option_names(context.command))}", file=sys.stderr)

@@ -40,14 +40,17 @@ def cache_bytes(model) -> dict[str, int] | None:
                 found["constant"] += 4 * group.num_heads * state_size + max(0, spec.window_size - 1) * key_heads * token
             elif group is not None and group.spec.mechanism == "retrieval":
                 size, block, width = entry["head_dim"], group.spec.block_size, torch.finfo(model.dtype).bits // 8
-                # The codes of a block (see `Codes`): mean, variance, a scale for each key, half a byte a coordinate.
-                codes = 8 * size + block * (4 + 4 * -(-size // 8))
-                beside = len({head // groups for head in heads}) * codes if group.is_absolute else 0
+                # The codes of a block (see `Codes`): mean, variance and its unit, a scale for each key, half a byte a
+                # coordinate.
+                own, codes = len({head // groups for head in heads}), 4 * size + 8 * -(-size // 8) + 4
+                beside = own * (codes + block * (4 + 4 * -(-size // 8))) if group.is_absolute else 0
                 if group.spec.cluster_keys:  # and which key stands where
-                    beside += len({head // groups for head in heads}) * 8 * block
+                    beside += own * 8 * block
                 if group.spec.far_field:
-                    # A key, its bias and a value for each query head (see `Summaries`), and the first queries.
-                    beside += 4 * len(heads) * (sizes + 1)
+                    # A key, its bias and a value for each query head (see `Summaries`), but of alike keys, whose means
+                    # are the keys, for each key head; and the first queries.
+                    by_means = group.spec.cluster_keys and group.is_absolute
+                    beside += 4 * (own * (sizes - size + 1) if by_means else len(heads) * (sizes + 1))
                     found["constant"] += BEGINNING * len(heads) * size * width
                 found["growing"] += TOKENS * beside // block
     return found if found["teacher"] else None

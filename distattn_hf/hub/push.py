@@ -1,6 +1,7 @@
 """Push a converted checkpoint: check, reload, card, then one commit. Nothing that fails a check is uploaded."""
 
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..storage.adapters import ADAPTER_NAME, save_adapter
 from ..storage.files import CARD_NAME
+from ..storage.models import load_checkpoint
 from .card import build_card, is_unedited
 from .folder import ConvertedFolder, read_folder
 from .reload import check_reload
@@ -39,6 +42,7 @@ def push(
     results: str | Path | list[str | Path] | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
+    adapter: bool = False,
 ) -> PushResult:
     """Upload a converted checkpoint folder to the Hub in one commit, with a model card, after a reload check.
 
@@ -59,15 +63,25 @@ def push(
         overwrite_card: replace a README.md that somebody wrote or edited.
         dry_run: do all checks and build the card, but create and upload nothing.
         endpoint: None takes HF_ENDPOINT or the Hub.
+        adapter: upload a full checkpoint as an adapter, what differs from its base (base_model, or where the model says
+            that it came from); a folder that is one is uploaded as it is.
 
     Raises:
-        ValueError: the folder, the licence or the reload check is not in order, or the repository is public.
+        ValueError: the folder, the licence or the reload check is not in order, or the repository is public; see also
+            `save_adapter`.
         OSError: the Hub refused, or could not be reached; names the step. The repository has all files or none.
     """
     validate_repo_id(repo)
     if repo.count("/") != 1:
         raise ValueError(f"repo must be 'owner/name', got {repo!r}")
     folder = read_folder(path)
+    if adapter and ADAPTER_NAME not in folder.files:
+        with tempfile.TemporaryDirectory(prefix="distattn_adapter_") as staging:
+            return push(
+                _as_adapter(folder, Path(staging, "adapter"), base_model), repo, private=private, license=license,
+                base_model=base_model, token=token, revision=revision, commit_message=commit_message,
+                overwrite_card=overwrite_card, results=results, dry_run=dry_run, endpoint=endpoint,
+            )  # fmt: skip
     card, notes = choose_card(folder, repo, overwrite_card, license, base_model, token, endpoint, results)
     if folder.left_out:
         notes.append(f"left out of the upload: {', '.join(folder.left_out)}")
@@ -86,6 +100,17 @@ def push(
             result, files, private, revision, message, keep_remote_card=not (overwrite_card or own_card)
         )
     return result
+
+
+def _as_adapter(folder: ConvertedFolder, out: Path, base_model: str | None) -> Path:
+    """Write a full checkpoint's adapter to `out`, with the files beside its weights, and return `out`."""
+    student, tokenizer = load_checkpoint(folder.path, dtype="auto")
+    save_adapter(student, out, base=base_model, tokenizer=tokenizer)
+    for name in folder.files:
+        if not (name.endswith((".safetensors", ".safetensors.index.json")) or (out / name).exists()):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder.path / name, out / name)
+    return out
 
 
 def _local_card(folder: ConvertedFolder) -> str | None:

@@ -47,7 +47,7 @@ def derived_bytes(layer) -> int:
     made = summaries.made.lines(length // 16)
     length = length // 16 * 16
     codes = encode(layer.keys[:, :, :length], torch.ones(1, length, dtype=torch.bool), 16)
-    return tensors_bytes([codes.mean, codes.variance, codes.scale, codes.code, *made])
+    return tensors_bytes([codes.mean, codes.variance, codes.spread, codes.scale, codes.code, *made])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import BertTokenizerFast, ViTConfig, ViTForImageClassification
 
 from distattn_hf import AttentionSpec, convert
@@ -198,6 +198,8 @@ with torch.no_grad():
     torch.save(({"input_ids": ids}, student(input_ids=ids).logits), folder + "_expected.pt")
 from distattn_hf.hub import push
 push(folder, repo, license="mit")
+student.save_pretrained(folder + "_whole")
+push(folder + "_whole", repo + "-of-whole", license="mit", base_model="somebody/gpt2", adapter=True)
 """
 
 
@@ -210,6 +212,12 @@ def test_an_adapter_is_pushed_and_fetched_with_its_base(world, tmp_path):
     pushed = world.hub.repositories["user/gpt2-adapter"].revisions["main"]
     assert "distattn_adapter.safetensors" in pushed
     assert "model.safetensors" not in pushed
+    of_whole = world.hub.repositories["user/gpt2-adapter-of-whole"].revisions["main"]
+    assert of_whole.keys() == pushed.keys()
+    own, expected = (load(files["distattn_adapter.safetensors"]) for files in (of_whole, pushed))
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in own.items())
+    assert (world.folder / "adapter_whole" / "model.safetensors").is_file()
     for mode in ("package", "remote"):
         run = world.python(
             FETCH, "user/gpt2-adapter", "AutoModelForCausalLM", mode, world.folder / "adapter_expected.pt",
