@@ -50,8 +50,8 @@ def retrieval_attention(
     begins; those before it stand in blocks by their likeness, and only of the 128 blocks (num_blocks, if more) whose
     means, and how far their keys lie about them, promise most are the copies looked at.
     Query heads of one key head choose together. The choice has no gradient. A block that is not read counts as a key of
-    its own, such that to first order about the mean of the first 64 queries (in both directions: of all) nothing is
-    lost.
+    its own: a block of alike keys whose logits are dot products by the means of its keys and values; any other such
+    that to first order about the mean of the first 64 queries (in both directions: of all) nothing is lost.
     With min_weight=0 and num_blocks at least the number of blocks it is exact attention.
 
     A query costs M / block_size products (without cluster_keys M more, in whole numbers of four bits), and those with
@@ -70,7 +70,8 @@ def retrieval_attention(
         window_size: at least so many last keys are seen, the query's own included (in both directions unless causal).
         num_sinks: at least so many first keys are seen.
         far_field: False: blocks that are not read count as nothing. So they do across sequences and beside a bias.
-            With fewer queries than keys, the first of which are not here, blocks are expanded about the first of these.
+            With fewer queries than keys, the first of which are not here, blocks that are expanded about the first
+            queries are about the first of these.
         cluster_keys: False: blocks are those of the text. So they are in both directions, across sequences and beside a
             bias. (Ordering keys by likeness costs O(M·log M·d).)
         lam, p, scaling, dropout_p, softening: as in `distance_attention`.
