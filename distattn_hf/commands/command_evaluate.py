@@ -190,6 +190,9 @@ def _score_long_texts(path, against, data, column, about: dict, control: bool, a
     models, tokenizer = _load_readers(path, against, control)
     with reading("data", "lengths", "depths"):
         haystack = Haystack(tokenizer, texts)
+    count, cells = len(models), len(options.lengths) * (len(options.depths) if options.task in RETRIEVAL_TASKS else 1)
+    # Without a terminal there is no bar, and this takes minutes.
+    print(f"{options.task}: {options.samples} texts in {cells} cells for {count} models", file=sys.stderr)
     rows = evaluate_long_texts(models, haystack, options, teacher=against)
     figure = None
     if out is not None and options.task in RETRIEVAL_TASKS:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import Annotated
 
 import typer
@@ -37,6 +38,8 @@ def plan(
     from ..benchmark.plan import lines, make_plan
     from ..storage.models import load_checkpoint
 
+    if measure:
+        print(f"{path}: reading is timed, which takes a while (--no-measure leaves it out)", file=sys.stderr)
     found = make_plan(load_checkpoint(path)[0], length, size, batch=batch, measure=measure)
     print(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(lines(found)))
 

@@ -49,6 +49,11 @@ def calibration_batch(
                 f"calibration is the name of the file {calibration!r}, which would be fitted on as text; give what is "
                 "in it: distattn_hf.data.sources.read_texts(path)"
             )
+        if not any(character.isspace() for character in calibration.strip()):
+            raise ValueError(
+                f"calibration is {calibration!r}, one word, which would be fitted on as text; of data of that name "
+                f"give the texts: distattn_hf.data.sources.read_texts({calibration!r})"
+            )
         calibration = [calibration]
     if isinstance(getattr(calibration, "column_names", None), dict):
         raise ValueError(f"calibration is a DatasetDict; give one of its splits: {list(calibration.column_names)}")

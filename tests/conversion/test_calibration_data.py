@@ -82,6 +82,8 @@ def test_the_name_of_a_file_is_no_text(tmp_path):
     with pytest.raises(ValueError, match="calibration is the name of the file .*read_texts"):
         calibration_batch(gpt2(), str(path), TOKENIZER)
     assert read_texts(str(path)) == TEXTS[:1]
+    with pytest.raises(ValueError, match="calibration is 'news', one word.*read_texts"):
+        calibration_batch(gpt2(), "news", TOKENIZER)
 
 
 def test_texts_of_files_and_saved_data_sets(tmp_path):
