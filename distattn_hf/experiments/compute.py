@@ -132,11 +132,13 @@ def _exact(options: Options, metric: str, pass_name: str, length: int) -> dict:
 def _retrieval(options: Options, length: int) -> dict:
     # Of random keys none has a weight by which it would be read: by number.
     search = Search(num_blocks=16, min_weight=0.0)
-    found = retrieval_speed.measure(length, options.heads, options.heads, search, options.pairs)
-    return {
-        pass_name: {"causal": True, "backend": "cpp", **found[name]}
-        for pass_name, name in (("forward", "prefill"), ("decode", "step"))
-    }
+    measure = retrieval_speed.measured(length, options.heads, options.heads, search, options.pairs)
+    rows = {}
+    for pass_name, job in (("forward", "prefill"), ("decode", "step")):
+        found = measure(job)
+        rows[pass_name] = {"causal": True, "backend": "cpp"}
+        rows[pass_name] |= {name: found[name] for name in ("seconds", "sdpa_seconds", "ratio")}
+    return rows
 
 
 def _linear(options: Options, name: str, length: int) -> dict:
