@@ -52,18 +52,21 @@ def measure(model, ids: torch.Tensor, processes: tuple[int, ...], modules: list[
     return rows
 
 
-def fetched(shape: Shape, length: int, devices: int, share: float) -> dict:
+def fetched(shape: Shape, length: int, devices: int, share: float, cluster_keys: bool) -> dict:
     """Return the bytes that the busiest device would send forward if it sent chosen blocks alone.
 
-    Of each key what a choice needs, as the mechanism has it: four bits a coordinate, one scale, and by blocks of 16
-    mean and variance; for each query head the key, value and bias that stand for a block. Then the share of the rows.
+    Of each key what a choice needs, as the mechanism has it: four bits a coordinate, one scale, and by blocks of 16 the
+    mean; of alike keys also a byte of variance a coordinate, its unit, and the value and bias that stand for a block; of
+    the text key, value and bias of each query head that do. Then the share of the rows.
     """
     others = (devices - 1) * (length // devices)
-    codes = shape.key_heads * (shape.size // 2 + shape.width + 2 * shape.size * shape.width // 16)
-    summaries = shape.heads * (2 * shape.size + 1) * shape.width / 16
+    beside = shape.size + (shape.size + 2) * shape.width if cluster_keys else 0
+    codes = shape.key_heads * (shape.size // 2 + shape.width + (shape.size * shape.width + beside) / 16)
+    summaries = 0 if cluster_keys else shape.heads * (2 * shape.size + 1) * shape.width / 16
     whole = shape.sent("retrieval", length, devices)["keys"]
     return {
         "devices": devices,
+        "cluster_keys": cluster_keys,
         "gathered": whole,
         "choosing": int(others * (codes + summaries)),
         "rows": int(share * whole),
@@ -97,10 +100,11 @@ def main(given: argparse.Namespace) -> None:
                 found["measured"].append({"length": length, "cluster_keys": clustered, **row})
                 print(found["measured"][-1], flush=True)
             found["modelled"] = [
-                fetched(Shape(), 2**20, count, bound(row["share"] for row in rows))
+                fetched(Shape(), 2**20, count, bound(row["share"] for row in rows), order)
                 for count in given.processes
+                for order in (True, False)
                 for bound in (min, max)
-                if (rows := [row for row in found["measured"] if row["processes"] == count])
+                if (rows := [r for r in found["measured"] if r["processes"] == count and r["cluster_keys"] == order])
             ]
             write_json(given.out, found)
 

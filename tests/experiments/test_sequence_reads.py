@@ -51,10 +51,12 @@ def test_shares_by_hand():
 
 
 def test_bytes_by_hand():
-    # 3 x 100 earlier keys; of each of 2 key heads 4 bytes of codes (8 coordinates), 4 of a scale, 2·8·4/16 of mean and
-    # variance; of each of 4 query heads (2·8 + 1)·4 bytes for 16 keys.
-    found = fetched(SMALL, 400, 4, 0.5)
-    assert found["choosing"] == 300 * (2 * (4 + 4 + 4) + 4 * 17 * 4 / 16)
+    # 3 x 100 earlier keys; of each of 2 key heads 4 bytes of codes (8 coordinates), 4 of a scale, 8·4/16 of a mean; of
+    # each of 4 query heads (2·8 + 1)·4 bytes for 16 keys.
+    found = fetched(SMALL, 400, 4, 0.5, False)
+    assert found["choosing"] == 300 * (2 * (4 + 4 + 2) + 4 * 17 * 4 / 16)
+    # Of alike keys 8 + 4 bytes of variance and (8 + 1)·4 of value and bias for 16 keys of a key head.
+    assert fetched(SMALL, 400, 4, 0.5, True)["choosing"] == 300 * 2 * (4 + 4 + (8 * 4 + 12 + 36) / 16)
     assert found["gathered"] == SMALL.sent("retrieval", 400, 4)["keys"] == 2 * found["rows"]
 
 
@@ -67,9 +69,9 @@ def test_a_small_run(tmp_path):
     ]  # fmt: skip
     for row in found["measured"]:
         assert 0 < row["least_head"] <= row["share"] <= row["most_head"] <= 1
-    assert [row["share"] for row in found["modelled"]] == [
-        bound(row["share"] for row in found["measured"]) for bound in (min, max)
-    ]
+    shares = [[row["share"] for row in found["measured"] if row["cluster_keys"] == order] for order in (True, False)]
+    assert [row["share"] for row in found["modelled"]] == [bound(each) for each in shares for bound in (min, max)]
+    assert [row["cluster_keys"] for row in found["modelled"]] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
