@@ -56,8 +56,8 @@ def fetched(shape: Shape, length: int, devices: int, share: float, cluster_keys:
     """Return the bytes that the busiest device would send forward if it sent chosen blocks alone.
 
     Of each key what a choice needs, as the mechanism has it: four bits a coordinate, one scale, and by blocks of 16 the
-    mean; of alike keys also a byte of variance a coordinate, its unit, and the value and bias that stand for a block; of
-    the text key, value and bias of each query head that do. Then the share of the rows.
+    mean; of alike keys also a byte of variance a coordinate, its unit, and the value and bias that stand for a block;
+    of the text key, value and bias of each query head that do. Then the share of the rows.
     """
     others = (devices - 1) * (length // devices)
     beside = shape.size + (shape.size + 2) * shape.width if cluster_keys else 0
