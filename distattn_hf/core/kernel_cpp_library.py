@@ -266,7 +266,8 @@ class _Call:
     def norms(self, query: Tensor, key: Tensor, kind: int) -> None:
         """Set the squared norms that softened l2 is computed with; of keys with zeros up to a whole panel."""
         if kind == _SOFTENED[KINDS["l2"]]:
-            query_norms, key_norms = (torch.linalg.vecdot(t.float(), t.float()) for t in (query, key))
+            # Not `vecdot`, which writes all products before it adds them.
+            query_norms, key_norms = (torch.linalg.vector_norm(t.float(), dim=-1).square() for t in (query, key))
             fill = -key.shape[2] % _load(EXACT)[0].panel_width()
             self.point(q_norms=query_norms.contiguous(), k_norms=F.pad(key_norms, (0, fill)).contiguous())
 
