@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .absolute_logits import relative_sink
+from .absolute_logits import relative_sink, row_shift
 from .inputs import AttentionInputs
 from .metrics import Chebyshev, Euclidean, Manhattan, Minkowski
 
@@ -33,8 +33,6 @@ def unsupported(inputs: AttentionInputs) -> str | None:
     """Return why this backend cannot run `inputs`, or None when it can."""
     if type(inputs.metric) not in _KERNEL_METRICS:
         return f"metric {inputs.metric.name!r} has no Triton kernel (built-in {', '.join(_KERNEL_METRICS.values())} do)"
-    if inputs.softcap is not None:
-        return "its kernels have no cap on logits (softcap)"
     if inputs.dropout_p > 0:
         return "its kernels have no dropout"
     for name in ("query", "key", "value"):
@@ -72,9 +70,10 @@ def triton_attention(inputs: AttentionInputs) -> Tensor:
         lam = torch.full((heads,), lam, dtype=torch.float32, device=query.device)
     if bias is not None and bias.dtype == torch.float64:
         bias = bias.float()
+    shift = None if inputs.softcap is None else row_shift(inputs).float()
     return _Attention.apply(
-        query, key, inputs.value, lam.float() * inputs.scaling, bias, inputs.keep, relative_sink(inputs), metric, p,
-        inputs.is_causal,
+        query, key, inputs.value, lam.float() * inputs.scaling, bias, inputs.keep, relative_sink(inputs), shift,
+        inputs.softcap, metric, p, inputs.is_causal,
     )  # fmt: skip
 
 
@@ -145,19 +144,21 @@ def _strides(tensor: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
 class _Attention(torch.autograd.Function):
     """Calls the kernels; arguments as of `triton_attention`, λ·scaling as `slope` (H,), `sink` (B, H, N, 1) or None.
 
+    With a softcap `shift` (B, H, N, 1) is what makes the logits inside it absolute; both are None without.
+
     A sink scales a row by exp(lse) / (exp(lse) + exp(sink)). With output and log-sum-exp those of the row with its
     sink, the backward kernels need not know of it.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, slope, bias, keep, sink, metric, p, is_causal):
+    def forward(ctx, query, key, value, slope, bias, keep, sink, shift, softcap, metric, p, is_causal):
         from .kernel_triton_forward import forward_kernel
 
         out = query.new_empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32)
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.metric, ctx.p, ctx.is_causal = metric, p, is_causal
+        ctx.metric, ctx.p, ctx.is_causal, ctx.softcap = metric, p, is_causal, softcap
         tile = _tile(metric, query.shape[-1], value.shape[-1])
-        tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep)
+        tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep, shift)
         with _on(query.device):
             programs = -(-query.shape[2] // tile["BLOCK_N"]) * query.shape[0] * query.shape[1]
             if programs:
@@ -167,7 +168,7 @@ class _Attention(torch.autograd.Function):
             sink = sink.float()[..., 0] / math.log(2)
             share = torch.sigmoid((lse - sink) * math.log(2))[..., None]
             out, lse = out * share, torch.logaddexp2(lse, sink)
-        ctx.save_for_backward(query, key, value, slope, bias, keep, sink, out, lse)
+        ctx.save_for_backward(query, key, value, slope, bias, keep, sink, shift, out, lse)
         return out.to(value.dtype)
 
     @staticmethod
@@ -175,23 +176,33 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out):
         from .kernel_triton_backward import key_kernel, query_kernel
 
-        query, key, value, slope, bias, keep, sink, out, lse = ctx.saved_tensors
+        query, key, value, slope, bias, keep, sink, shift, out, lse = ctx.saved_tensors
         (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape
-        needs_query, needs_key, needs_value, needs_slope, needs_bias, _, needs_sink, *_ = ctx.needs_input_grad
+        needs_query, needs_key, needs_value, needs_slope, needs_bias, _, needs_sink, needs_shift, *_ = (
+            ctx.needs_input_grad
+        )
         delta = (grad_out.float() * out).sum(-1)
-        tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep)
+        tensors, strides, options = _arguments(ctx, query, key, value, slope, bias, keep, shift)
         saved = (_readable(grad_out).contiguous(), lse, delta)
-        grad_query = grad_key = grad_value = grad_slope = grad_bias = grad_sink = None
+        grad_query = grad_key = grad_value = grad_slope = grad_bias = grad_sink = grad_shift = None
         if needs_sink:
             grad_sink = (-(sink - lse).exp2() * delta)[..., None]
         with _on(query.device):
-            if needs_query or needs_slope or needs_bias:
+            if needs_query or needs_slope or needs_bias or needs_shift:
                 # The kernels add gradients of queries and keys coordinate by coordinate, so these are stored that way.
                 grad_query = out.new_zeros(batch, heads, head_dim, num_queries)
                 grad_slope = out.new_zeros(batch, heads, num_queries)
                 if needs_bias:
                     grad_bias = out.new_zeros(batch, heads, num_queries, num_keys)
-                gradients = (grad_query, grad_slope, grad_bias if needs_bias else grad_slope)
+                if ctx.softcap is not None:
+                    grad_shift = torch.zeros_like(grad_slope)
+                # Unused pointers must still be valid tensors.
+                gradients = (
+                    grad_query,
+                    grad_slope,
+                    grad_bias if needs_bias else grad_slope,
+                    grad_slope if grad_shift is None else grad_shift,
+                )
                 tile = _tile(ctx.metric, head_dim, value_dim)
                 programs = -(-num_queries // tile["BLOCK_N"]) * batch * heads
                 if programs:
@@ -200,6 +211,7 @@ class _Attention(torch.autograd.Function):
                     )
                 grad_query = grad_query.transpose(-1, -2).to(query.dtype)
                 grad_slope = grad_slope.sum((0, 2))
+                grad_shift = None if grad_shift is None else grad_shift[..., None]
                 if needs_bias:
                     grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
             if needs_key or needs_value:
@@ -211,7 +223,8 @@ class _Attention(torch.autograd.Function):
                     key_kernel[(programs,)](*tensors, *saved, grad_key, grad_value, *strides, **options, **tile)
                 grad_key = grad_key.transpose(-1, -2).to(key.dtype)
                 grad_value = grad_value.to(value.dtype)
-        return grad_query, grad_key, grad_value, grad_slope, grad_bias, None, grad_sink, None, None, None
+        absolute = grad_sink, grad_shift, None
+        return grad_query, grad_key, grad_value, grad_slope, grad_bias, None, *absolute, None, None, None
 
 
 def _on(device: torch.device):
@@ -219,7 +232,7 @@ def _on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[int, ...], dict]:
+def _arguments(ctx, query, key, value, slope, bias, keep, shift) -> tuple[tuple, tuple, dict]:
     """Return what all kernels take: (the tensors they read, strides and sizes, compile-time options)."""
     (batch, heads, num_queries, head_dim), (_, key_heads, num_keys, value_dim) = query.shape, value.shape
     query, key, value = _readable(query), _readable(key), _readable(value)
@@ -234,9 +247,10 @@ def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[
         slope.contiguous(),
         query if keep is None else keep.view(torch.uint8),
         query if bias is None else bias,
+        query if shift is None else shift.contiguous(),
     )
     strides = (*query.stride(), *key.stride(), *value.stride(), *_strides(keep, shape), *_strides(bias, shape))
-    sizes = (heads, heads // key_heads, num_queries, num_keys)
+    sizes = (heads, heads // key_heads, num_queries, num_keys, float(ctx.softcap or 0.0))
     options = {
         "METRIC": ctx.metric,
         "SOFT": ctx.metric.startswith("soft"),
@@ -244,6 +258,7 @@ def _arguments(ctx, query, key, value, slope, bias, keep) -> tuple[tuple, tuple[
         "IS_CAUSAL": ctx.is_causal,
         "HAS_KEEP": keep is not None,
         "HAS_BIAS": bias is not None,
+        "HAS_CAP": shift is not None,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_D": _power_of_two(head_dim),

@@ -15,6 +15,7 @@ from .kernel_triton_tile import (
     add_matmul_gradient,
     coordinate_distance,
     load_rows,
+    load_shift,
     masked_logits,
     matmul_distance,
     soft_coordinate_distance,
@@ -30,12 +31,14 @@ def query_kernel(
     slope_ptr,
     keep_ptr,
     bias_ptr,
+    shift_ptr,
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
     grad_q_ptr,
     grad_slope_ptr,
     grad_bias_ptr,
+    grad_shift_ptr,
     q_stride_b,
     q_stride_h,
     q_stride_n,
@@ -60,12 +63,14 @@ def query_kernel(
     groups,
     num_queries,
     num_keys,
+    cap,
     METRIC: tl.constexpr,
     SOFT: tl.constexpr,
     P: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -77,7 +82,8 @@ def query_kernel(
 ):
     """Compute gradients for one block of queries of one head.
 
-    grad_q (B, H, d, N) float32 starts as zeros, grad_slope is (B, H, N), and grad_bias (B, H, N, M) starts as zeros.
+    grad_q (B, H, d, N) float32 starts as zeros, grad_slope is (B, H, N), as grad_shift where there is a cap, and
+    grad_bias (B, H, N, M) starts as zeros.
     """
     blocks = tl.cdiv(num_queries, BLOCK_N)
     first = tl.program_id(0) % blocks * BLOCK_N
@@ -97,7 +103,9 @@ def query_kernel(
     lse = tl.load(lse_ptr + rows, mask=query_inside, other=float("inf"))
     delta = tl.load(delta_ptr + rows, mask=query_inside, other=0.0)
     grad_out = load_rows(grad_out_ptr + rows * VALUE_DIM, 1, query_inside, VALUE_DIM, BLOCK_V)
+    shift = load_shift(shift_ptr, rows, query_inside, HAS_CAP)
     grad_slope = tl.zeros((BLOCK_N,), tl.float32)
+    grad_shift = tl.zeros((BLOCK_N,), tl.float32)
     if METRIC == "l2":
         q = load_rows(q_ptrs, q_stride_d, query_inside, HEAD_DIM, BLOCK_D)
         grad_q = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -120,7 +128,7 @@ def query_kernel(
             distance, count, reached = coordinate_distance(
                 k_ptrs, k_stride_d, key_inside, q_ptrs, q_stride_d, query_inside, METRIC, P, HEAD_DIM, BLOCK_M, BLOCK_N
             )
-        logits = masked_logits(
+        logits, passed = masked_logits(
             distance,
             queries[None, :],
             keys[:, None],
@@ -131,23 +139,28 @@ def query_kernel(
             bias_ptr,
             bias_stride_n,
             bias_stride_m,
+            shift[None, :],
+            cap,
             num_queries,
             num_keys,
             IS_CAUSAL,
             HAS_KEEP,
             HAS_BIAS,
+            HAS_CAP,
         )
         weights = tl.exp2(logits - lse[None, :])
         v = load_rows(v_ptr + keys.to(tl.int64) * v_stride_m, v_stride_d, key_inside, VALUE_DIM, BLOCK_V)
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         grad_logits = weights * (grad_weights - delta[None, :])
-        grad_slope -= tl.sum(grad_logits * distance, axis=0)
         if NEEDS_BIAS:
             tl.store(
                 grad_bias_ptr + rows[None, :] * num_keys + keys[:, None],
                 grad_logits,
                 mask=query_inside[None, :] & key_inside[:, None],
             )
+        grad_logits = grad_logits * passed
+        grad_slope -= tl.sum(grad_logits * distance, axis=0)
+        grad_shift += tl.sum(grad_logits, axis=0)
         grad_distance = -slope * grad_logits
         if METRIC == "l2":
             grad_q = add_matmul_gradient(grad_q, q, k, grad_distance, distance, PRECISION)
@@ -171,6 +184,8 @@ def query_kernel(
             )
 
     tl.store(grad_slope_ptr + rows, grad_slope, mask=query_inside)
+    if HAS_CAP:
+        tl.store(grad_shift_ptr + rows, grad_shift, mask=query_inside)
     if METRIC == "l2":
         columns = tl.arange(0, BLOCK_D)
         tl.store(
@@ -188,6 +203,7 @@ def key_kernel(
     slope_ptr,
     keep_ptr,
     bias_ptr,
+    shift_ptr,
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
@@ -217,12 +233,14 @@ def key_kernel(
     groups,
     num_queries,
     num_keys,
+    cap,
     METRIC: tl.constexpr,
     SOFT: tl.constexpr,
     P: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -295,7 +313,8 @@ def key_kernel(
                     BLOCK_N,
                     BLOCK_M,
                 )
-            logits = masked_logits(
+            shift = load_shift(shift_ptr, rows, query_inside, HAS_CAP)
+            logits, passed = masked_logits(
                 distance,
                 queries[:, None],
                 keys[None, :],
@@ -306,11 +325,14 @@ def key_kernel(
                 bias_ptr + batch * bias_stride_b + head * bias_stride_h,
                 bias_stride_n,
                 bias_stride_m,
+                shift[:, None],
+                cap,
                 num_queries,
                 num_keys,
                 IS_CAUSAL,
                 HAS_KEEP,
                 HAS_BIAS,
+                HAS_CAP,
             )
             lse = tl.load(lse_ptr + rows, mask=query_inside, other=float("inf"))
             delta = tl.load(delta_ptr + rows, mask=query_inside, other=0.0)
@@ -318,7 +340,7 @@ def key_kernel(
             grad_out = load_rows(grad_out_ptr + rows * VALUE_DIM, 1, query_inside, VALUE_DIM, BLOCK_V)
             grad_v += weighted_sum(weights, grad_out, PRECISION)
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-            grad_distance = -slope * weights * (grad_weights - delta[:, None])
+            grad_distance = -slope * passed * weights * (grad_weights - delta[:, None])
             if METRIC == "l2":
                 grad_k = add_matmul_gradient(grad_k, k, q, grad_distance, distance, PRECISION)
             else:

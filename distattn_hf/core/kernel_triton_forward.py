@@ -12,6 +12,7 @@ except ImportError as error:
 from .kernel_triton_tile import (
     coordinate_distance,
     load_rows,
+    load_shift,
     masked_logits,
     matmul_distance,
     soft_coordinate_distance,
@@ -26,6 +27,7 @@ def forward_kernel(
     slope_ptr,
     keep_ptr,
     bias_ptr,
+    shift_ptr,
     out_ptr,
     lse_ptr,
     q_stride_b,
@@ -52,12 +54,14 @@ def forward_kernel(
     groups,
     num_queries,
     num_keys,
+    cap,
     METRIC: tl.constexpr,
     SOFT: tl.constexpr,
     P: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -86,6 +90,7 @@ def forward_kernel(
     if METRIC == "l2":
         q = load_rows(q_ptrs, q_stride_d, query_inside, HEAD_DIM, BLOCK_D)
 
+    shift = load_shift(shift_ptr, item * num_queries + queries, query_inside, HAS_CAP)
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     out = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -107,7 +112,7 @@ def forward_kernel(
             distance, _, _ = coordinate_distance(
                 q_ptrs, q_stride_d, query_inside, k_ptrs, k_stride_d, key_inside, METRIC, P, HEAD_DIM, BLOCK_N, BLOCK_M
             )
-        logits = masked_logits(
+        logits, _ = masked_logits(
             distance,
             queries[:, None],
             keys[None, :],
@@ -118,11 +123,14 @@ def forward_kernel(
             bias_ptr,
             bias_stride_n,
             bias_stride_m,
+            shift[:, None],
+            cap,
             num_queries,
             num_keys,
             IS_CAUSAL,
             HAS_KEEP,
             HAS_BIAS,
+            HAS_CAP,
         )
         new_largest = tl.maximum(largest, tl.max(logits, axis=1))
         # -inf - (-inf) is NaN: a row that has seen nothing is measured from 0.

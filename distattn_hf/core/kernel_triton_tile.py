@@ -273,6 +273,25 @@ def weighted_sum(weight, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_shift(shift_ptr, rows, inside, HAS_CAP: tl.constexpr):
+    """Return what is added to the logits of each row inside the cap; 0 without a cap, as a softmax forgets it."""
+    shift = tl.zeros(rows.shape, tl.float32)
+    if HAS_CAP:
+        shift = tl.load(shift_ptr + rows, mask=inside, other=0.0)
+    return shift
+
+
+@triton.jit
+def tanh(x):
+    """Return tanh(x), with the digits of a small x, as logits far below a large cap are: its series below 0.2."""
+    square = x * x
+    near = x * (1.0 - square * (0.33333333 - square * (0.13333333 - square * 0.053968254)))
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - shrunk) / (1.0 + shrunk)
+    return tl.where(square < 0.04, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
 def masked_logits(
     distance,
     queries,
@@ -284,23 +303,34 @@ def masked_logits(
     bias_ptr,
     bias_stride_n,
     bias_stride_m,
+    shift,
+    cap,
     num_queries,
     num_keys,
     IS_CAUSAL: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
 ):
-    """Return (-slope·distance + bias)·log2(e), -inf where masked; `queries` and `keys` are indices that broadcast."""
+    """Return (cap·tanh((shift - slope·distance) / cap) + bias)·log2(e), -inf where masked, and the slope of the tanh.
+
+    Without a cap the logit is -slope·distance + bias, and its slope 1. `queries`, `keys` and `shift` broadcast.
+    """
     # A mask of 46,341² entries has offsets beyond int32.
     far_queries, far_keys = queries.to(tl.int64), keys.to(tl.int64)
     kept = (queries < num_queries) & (keys < num_keys)
     if IS_CAUSAL:
         kept = kept & (keys <= queries)
     logits = -slope * distance
+    passed = 1.0
+    if HAS_CAP:
+        share = tanh((shift + logits) / cap)
+        logits = cap * share
+        passed = 1.0 - share * share
     if HAS_BIAS:
         bias = tl.load(bias_ptr + far_queries * bias_stride_n + far_keys * bias_stride_m, mask=kept, other=0.0)
         logits += bias.to(tl.float32)
     if HAS_KEEP:
         keep = tl.load(keep_ptr + far_queries * keep_stride_n + far_keys * keep_stride_m, mask=kept, other=0)
         kept = kept & (keep != 0)
-    return tl.where(kept, logits * LOG2_E, float("-inf"))
+    return tl.where(kept, logits * LOG2_E, float("-inf")), passed

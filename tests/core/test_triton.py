@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -86,12 +87,15 @@ def attention_by(run, kernel: str):
     """attention(query, key, value, ...) by `run`, a function of AttentionInputs, with the metric of `kernel`."""
     name, p, by_matmul, epsilon = KERNELS[kernel]
 
-    def attend(query, key, value, *, lam=0.8, bias=None, mask=None, is_causal=False, softening=epsilon, sink=None):
+    def attend(
+        query, key, value, *, lam=0.8, bias=None, mask=None, is_causal=False, softening=epsilon, sink=None, shift=None,
+        softcap=None,
+    ):  # fmt: skip
         keep, _ = split_mask(mask, (*query.shape[:3], key.shape[2]))
         keep = None if keep is None else keep.to(query.device)
         scaling = query.shape[-1] ** -0.5
         inputs = AttentionInputs(query, key, value, get_metric(name), lam, scaling, p, keep, bias, is_causal)
-        inputs = replace(inputs, softening=softening, sink_logit=sink)
+        inputs = replace(inputs, softening=softening, sink_logit=sink, shift=shift, softcap=softcap)
         if run is not reference:
             assert unsupported(inputs) is None
         with pytest.MonkeyPatch.context() as patch:
@@ -144,6 +148,35 @@ class TestKernels:
         tensors = make_tensors(QUERIES, KEYS, 5, 6, batch=BATCH, heads=HEADS)
         for shape in ((1, HEADS, 1, 1), (BATCH, HEADS, QUERIES, 1)):
             check(kernel, {**tensors, "sink": 2 * torch.randn(shape) - 1}, **MASKS[mask]())
+
+    @pytest.mark.parametrize("kernel", ["l1", "l2 by matmul", "chebyshev", "soft lp3"])
+    @pytest.mark.parametrize("mask", ["causal", "empty rows"])
+    def test_caps(self, kernel, mask):
+        """Of logits from far below the cap to beyond it: the shift is inside it, a bias and a sink are not."""
+        tensors = make_tensors(QUERIES, KEYS, 5, 6, batch=BATCH, heads=2 * HEADS, key_heads=HEADS)
+        tensors["lam"] = torch.tensor([0.05, 0.8, 3.0, 8.0])
+        check(kernel, tensors, softcap=0.7, **MASKS[mask]())
+        tensors["bias"] = torch.randn(1, 1, QUERIES, KEYS)
+        tensors["shift"] = 3 * torch.randn(BATCH, 2 * HEADS, QUERIES, 1)
+        tensors["sink"] = torch.randn(1, 2 * HEADS, 1, 1)
+        check(kernel, tensors, softcap=1.3, is_causal=mask == "causal")
+
+    @pytest.mark.parametrize("cap", [0.3, 20.0, 1e5])
+    def test_the_tanh_keeps_its_digits(self, cap):
+        """Logits from 0 to 12 caps, densely: weights of a value of ones each; of a large cap, tanh(x) is x."""
+        points = torch.linspace(0, min(12 * cap, 30.0), 300)
+        shift = torch.tensor([[[[0.0], [min(3 * cap, 9.0)]]]])
+        key, value = points[None, None, :, None], torch.eye(300)[None, None]
+        inputs = AttentionInputs(torch.zeros(1, 1, 2, 1), key, value, get_metric("l1"), 1.0, 1.0)
+        inputs = replace(inputs, **on_device({"query": inputs.query, "key": key, "value": value, "shift": shift}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend_triton, "_LARGEST_DIM", 512)
+            weights = triton_attention(replace(inputs, softcap=cap))[0, 0].cpu()
+        exact = cap * torch.tanh((shift[0, 0].double() - points.double()) / cap)
+        exact = exact.softmax(-1)
+        # Half of cap times the last bit of tanh, and what exp makes of it.
+        error = ((weights - exact) / exact).abs().max()
+        assert float(error) < 2e-7 * max(1.0, min(cap, 30.0)) + 4e-6
 
     @pytest.mark.parametrize("bias", BIASES)
     def test_biases(self, bias):
@@ -260,11 +293,11 @@ class TestKernels:
         assert result["output"].shape == (2, 2, lengths[0], 5)
         assert all(bool((tensor == 0).all()) for tensor in result.values())
 
-    @pytest.mark.parametrize("only", ["query", "key", "value", "lam", "bias"])
+    @pytest.mark.parametrize("only", ["query", "key", "value", "lam", "bias", "shift"])
     def test_gradient_of_one_input_alone(self, only):
         tensors = {**make_tensors(9, 5, 3, batch=1), "lam": lambdas(2), "bias": torch.randn(1, 2, 1, 5)}
-        tensors = on_device(tensors)
-        attend = attention_by(triton_attention, "l1")
+        tensors = on_device({**tensors, "shift": torch.randn(1, 2, 9, 1)})
+        attend = partial(attention_by(triton_attention, "l1"), softcap=2.0)
         expected = evaluate(attend, tensors)[only]
         others = {name: tensor for name, tensor in tensors.items() if name != only}
         actual = evaluate(lambda **leaf: attend(**leaf, **others), {only: tensors[only]})[only]
@@ -441,9 +474,9 @@ def _kernels():
 
 
 def _source(triton, kernel, owner: str, metric: str, p: float | None, dtype: str):
-    """The kernel as `_arguments` would call it for head size 64, with a mask, a bias and everything differentiated."""
+    """The kernel as `_arguments` would call it for head size 64, with a mask, a bias, a cap and everything differentiated."""
     tile = {n: size for n, size in backend_triton._tile(metric, 64, 64, owner=owner).items() if n != "num_warps"}
-    flags = dict.fromkeys(("IS_CAUSAL", "HAS_KEEP", "HAS_BIAS", "NEEDS_BIAS"), True)
+    flags = dict.fromkeys(("IS_CAUSAL", "HAS_KEEP", "HAS_BIAS", "HAS_CAP", "NEEDS_BIAS"), True)
     sizes = dict.fromkeys(("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V"), 64)
     constants = {
         "METRIC": metric,
@@ -464,7 +497,7 @@ def _source(triton, kernel, owner: str, metric: str, p: float | None, dtype: str
         elif name.endswith("_ptr"):
             signature[name] = "*" + (dtype if name in ("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr") else "fp32")
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name == "cap" else "i32"
     return triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
 
 
