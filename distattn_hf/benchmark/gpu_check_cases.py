@@ -67,6 +67,7 @@ class Case:
     num_landmarks: int = 16
     softening: float = 0.0
     learned_sink: bool = False
+    softcap: float | None = None
     clustered: bool = False
 
     @property
@@ -85,6 +86,7 @@ class Case:
             "alike keys" if self.clustered else None,
             f"ε {self.softening:g}" if self.softening else None,
             "learned sink" if self.learned_sink else None,
+            f"cap {self.softcap:g}" if self.softcap else None,
             None if self.backward else "forward only",
         ]
         return " ".join(word for word in words if word)
@@ -118,6 +120,8 @@ def correctness_cases(interpreted: bool) -> list[Case]:
                 add(path, metric, dtype, square, square, common, p=p, causal=True, softening=3.0)
             if p is None:
                 add(path, metric, dtype, square, square, common, causal=True, learned_sink=True)
+            if p is None and path == "triton":
+                add(path, metric, dtype, square, square, common, causal=True, learned_sink=True, softcap=1.5)
         for index, (path, metric, p) in enumerate(exact):
             size = sizes[(index + shift) % len(sizes)]
             add(path, metric, dtype, *cross, size, p=p, mask="padding")
@@ -255,6 +259,7 @@ def _exact(case: Case, mask: Tensor | None, backend: str) -> Callable:
         return distance_attention(
             query, key, value, metric=case.metric, p=case.p, lam=lam, mask=mask, position_bias=bias,
             is_causal=case.causal, backend=backend, softening=case.softening, sink_logit=sink(lam),
+            softcap=case.softcap,
         )  # fmt: skip
 
     def sink(lam):
