@@ -110,9 +110,8 @@ def quantised() -> str:
 
 
 def sweep() -> dict[str, int]:
-    """Return how many architectures have each outcome in tests/sweep/RESULTS.txt, and "tested"."""
-    lines = (ROOT / "tests" / "sweep" / "RESULTS.txt").read_text(encoding="utf-8").splitlines()
-    kinds = [line[:14].strip() for line in lines if line and line[0] not in "#{"]
+    """Return how many architectures have each outcome of the experiment `architectures`, and "tested"."""
+    kinds = [row["status"] for row in rows_of("architectures")]
     counts = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     return {**counts, "tested": len(kinds) - counts["not built"]}
 

@@ -1,4 +1,4 @@
-"""What a converted model's cache takes, by its sizes, beside the teacher's."""
+"""What a converted model's cache takes, by its sizes, beside the teacher's; and what a cache holds."""
 
 import torch
 
@@ -54,3 +54,27 @@ def cache_bytes(model) -> dict[str, int] | None:
                     found["constant"] += BEGINNING * len(heads) * size * width
                 found["growing"] += TOKENS * beside // block
     return found if found["teacher"] else None
+
+
+def held_bytes(cache) -> int:
+    """Return the bytes of a cache's keys, values and states, packed ones with their scales.
+
+    Not what retrieval derives from its keys, which `cache_bytes` counts.
+    """
+    return sum(layer.nbytes() if hasattr(layer, "nbytes") else _layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer) -> int:
+    packed = [getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")]
+    return sum(tensor_bytes(item) for item in (layer.keys, layer.values, *packed) if item is not None)
+
+
+def tensor_bytes(item) -> int:
+    """Return the bytes of a tensor, of one of a library's packed kinds, or of all tensors in a list or dict."""
+    if isinstance(item, torch.Tensor):
+        inner = getattr(item, "tensor_data_names", None) or getattr(type(item), "tensor_data_names", None)
+        if inner:
+            return sum(tensor_bytes(getattr(item, name)) for name in inner)
+        return item.numel() * item.element_size()
+    values = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
+    return sum(map(tensor_bytes, values))

@@ -2,6 +2,7 @@
 
 # Those that `distattn experiment` runs, each a module of this folder.
 EXPERIMENTS = (
+    "architectures",
     "compute",
     "conversion_quality",
     "digits",
@@ -14,6 +15,8 @@ EXPERIMENTS = (
     "patterns",
     "quantised",
     "retrieval_speed",
+    "sequence_reads",
+    "sequence_speed",
     "sinks_and_caps",
     "speech",
     "training",

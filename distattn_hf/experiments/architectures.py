@@ -1,16 +1,12 @@
-"""Tiny models of every architecture of transformers, and what the exact conversion does to each.
-
-python -m distattn_hf.experiments.architectures [MODEL_TYPE ...]
-
-tests/sweep/RESULTS.txt is what it printed of all.
-"""
+"""Tiny models of every architecture of transformers, and what the exact conversion does to each."""
 
 import contextlib
 import io
 import signal
-import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,6 +16,7 @@ from ..benchmark.measure import only_errors
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.discovery import find_attention_modules
+from ..data.config import refuse_unknown
 
 # Fields that are set in a config and its sub-configs, if they exist.
 TINY = {
@@ -34,17 +31,6 @@ TINY = {
     "decoder_start_token_id": 0, "sliding_window": 8, "embedding_size": 32, "word_embed_proj_dim": 32,
     "attention_dropout": 0.0, "layer_types": None, "mlp_layer_types": None, "vocab_size_per_layer_input": 99,
 }  # fmt: skip
-SECONDS = 60
-
-
-@dataclass
-class Outcome:
-    """status: "exact" (equal to the teacher), "refused" (a clear error), "no interface" (nothing to convert),
-    "not built" (no tiny model from these fields), or "wrong"; detail says why, or the largest difference."""
-
-    model_type: str
-    status: str
-    detail: str
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -113,7 +99,7 @@ def inputs_for(model) -> dict:
     return batch
 
 
-def run(model, batch) -> torch.Tensor:
+def run_model(model, batch) -> torch.Tensor:
     """Return the model's first output, without padding."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -125,56 +111,89 @@ def run(model, batch) -> torch.Tensor:
     return tensor
 
 
-def sweep_one(model_type: str) -> Outcome:
-    """Build, convert exactly, compare with the teacher; never raises for a model that cannot be built."""
+def sweep_one(model_type: str) -> dict:
+    """Build, convert exactly, compare with the teacher; never raises for a model that cannot be built.
+
+    Returns {"status", "detail"}; status: "exact" (equal to the teacher), "refused" (a clear error), "no interface"
+    (nothing to convert), "not built" (no tiny model from these fields), or "wrong"; detail is the class or the error.
+    Of those that run also "modules" (how many were converted), "difference" (the largest from the teacher) and
+    "control" (that of a conversion by init="plain": 0 would say that attention does not matter).
+    """
     try:
         model = build(model_type)
         batch = inputs_for(model)
-        expected = run(model, batch)
+        expected = run_model(model, batch)
         if not torch.isfinite(expected).all():
             raise ValueError("the tiny teacher gives NaN")
     except Exception as error:  # noqa: BLE001 (400 config classes raise various errors for tiny sizes)
-        return Outcome(model_type, "not built", f"{type(error).__name__}: {error}".split("\n")[0][:110])
+        return _outcome("not built", error, 110)
     modules = find_attention_modules(model)
     if not modules:
-        return Outcome(model_type, "no interface", type(model).__name__)
+        return {"status": "no interface", "detail": type(model).__name__}
     try:
         student = convert(model, AttentionSpec(), init="exact")
-        actual = run(student, batch)
+        actual = run_model(student, batch)
     except TimeoutError:
         raise
     except ValueError as error:
-        return Outcome(model_type, "refused", str(error).split("\n")[0][:160])
+        return {"status": "refused", "detail": str(error).split("\n")[0][:160]}
     except Exception as error:  # noqa: BLE001 (reported as wrong, with its text)
-        return Outcome(model_type, "wrong", f"{type(error).__name__}: {error}".split("\n")[0][:160])
-    difference = float((actual - expected).abs().max())
-    scale = float(expected.abs().max())
-    status = "exact" if difference <= 1e-4 * max(1.0, scale) else "wrong"
-    control = float((run(convert(model, AttentionSpec(), init="plain"), batch) - expected).abs().max())
-    detail = f"{type(model).__name__}, {len(modules)} modules, |Δ| {difference:.1e}, control {control:.1e}"
-    return Outcome(model_type, status, detail)
+        return _outcome("wrong", error, 160)
+    difference, scale = float((actual - expected).abs().max()), float(expected.abs().max())
+    control = run_model(convert(model, AttentionSpec(), init="plain"), batch)
+    return {
+        "status": "exact" if difference <= 1e-4 * max(1.0, scale) else "wrong",
+        "detail": type(model).__name__,
+        "modules": len(modules),
+        "difference": difference,
+        "control": float((control - expected).abs().max()),
+    }
+
+
+def _outcome(status: str, error: Exception, length: int) -> dict:
+    return {"status": status, "detail": f"{type(error).__name__}: {error}".split("\n")[0][:length]}
+
+
+@dataclass(frozen=True)
+class Options:
+    """model_types: as configs call them; none: all that transformers has. seconds: after which one is given up."""
+
+    model_types: tuple[str, ...] = ()
+    seconds: int = 60
+
+    def __post_init__(self):
+        if self.seconds < 1:
+            raise ValueError(f"seconds must be >= 1, got {self.seconds!r}")
+        refuse_unknown(self.model_types, configuration_auto.CONFIG_MAPPING_NAMES, "model_types")
+
+
+QUICK = {"model_types": ("gpt2", "git", "vit")}
+AXES = ("model_types",)
 
 
 @only_errors("transformers")
-def main(names: list[str]) -> None:
-    """Print one line per architecture and the counts."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("took too long")))
-    counts: dict[str, int] = {}
-    for model_type in names or sorted(configuration_auto.CONFIG_MAPPING_NAMES):
-        signal.alarm(SECONDS)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                outcome = sweep_one(model_type)
-        except TimeoutError as error:
-            outcome = Outcome(model_type, "not built", str(error))
-        finally:
-            signal.alarm(0)
-        counts[outcome.status] = counts.get(outcome.status, 0) + 1
-        print(f"{outcome.status:<13} {outcome.model_type:<28} {outcome.detail}", flush=True)
-    print(counts)
+def run(options: Options, results) -> None:
+    """Measure a row for each model type, and say how many there are of each outcome."""
+    asked = options.model_types or sorted(configuration_auto.CONFIG_MAPPING_NAMES)
+    rows = [results.row({"model_type": name}, partial(_measure, name, options.seconds)) for name in asked]
+    counts = Counter(row["status"] for row in rows)
+    results.echo(", ".join(f"{count} {status}" for status, count in counts.most_common()))
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _measure(model_type: str, seconds: int) -> dict:
+    """Return the outcome of a model type in a process's main thread, "not built" where it takes too long."""
+
+    def give_up(*_):
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return sweep_one(model_type)
+    except TimeoutError as error:
+        return _outcome("not built", error, 110)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

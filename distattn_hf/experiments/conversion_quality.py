@@ -1,23 +1,24 @@
-"""What a conversion without training costs, on real checkpoints.
+"""What a conversion without training costs, on real checkpoints: by metric, and from the plain distance to the teacher.
 
-`python -m distattn_hf.experiments.conversion_quality {iglm|minilm|smollm2} [METRIC ...] [softening=0]` is the same with
-other words.
+A distance put in as it is, the plain distance with fitted scales, and softened distances: each budget of KL is what a fit
+may lose for a smaller ε, so that the larger it is, the nearer to the plain distance the fit stays.
 """
 
-import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from ..benchmark.measure import only_errors
+from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
-from ..core.attention_spec import AttentionSpec
+from ..core.attention_spec import TRANSFORMS, AttentionSpec
+from ..core.metrics import get_metric
+from ..core.softening import has_softened_form
 from ..data.sources import news_articles
 from ..evaluation.score import EvaluationOptions, TokenScores, embedding_agreement, evaluate_model
 from ..storage.models import load_checkpoint
-from .run_experiment import run_experiment
 
 METRICS = ("sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev")
 # Tokens that IgLM's own generation forbids, and the end token.
@@ -78,38 +79,77 @@ def smollm2(max_tokens: int = 4096):
     return (model, tokenizer, texts[:200], lambda m: evaluate_model(m, tokenizer, texts[3000:], options=options))
 
 
+def seq2seq(folder: str):
+    """Score the perplexity of the targets in FOLDER/heldout.tsv, a pair of texts a line below a header, beside an
+    encoder-decoder's checkpoint: of every second pair, calibrated on the others.
+    """
+    model, tokenizer = load_checkpoint(folder)
+    lines = (Path(folder) / HELD_OUT).read_text(encoding="utf-8").splitlines()[1:]
+    pairs = [tuple(line.split("\t")) for line in lines]
+    sources, targets = (tokenizer(side, padding=True, return_tensors="pt") for side in map(list, zip(*pairs[::2])))
+    labels = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, -100)
+    options = EvaluationOptions(progress=False, batch_size=50)
+    return (
+        model,
+        tokenizer,
+        [{**sources, "labels": labels}],
+        lambda candidate: evaluate_model(candidate, tokenizer, [], pairs=pairs[1::2], options=options),
+    )
+
+
 CHECKPOINTS = {"iglm": iglm, "minilm": minilm, "smollm2": smollm2}
-INITS = ("plain", "calibrated")
-AXES = ("metrics", "inits")
+HELD_OUT = "heldout.tsv"
+SWAPPED, PLAIN = "swapped", "plain"
+AXES = ("metrics", "fits")
+# Scores of which a row has the ratio to the teacher's.
+_COMPARED = ("perplexity", "mrr", "cosine")
 
 
 @dataclass(frozen=True)
 class Options:
-    """checkpoint: iglm (perplexity of antibody sequences), minilm (articles found by their titles) or smollm2
-    (perplexity of news at 512 tokens). metrics: of its conversions, lp with p = 3. inits: plain, calibrated. softening:
-    ε of all of them, 0 the plain distances; null: fitted by calibrated, none of plain.
+    """checkpoint: iglm (perplexity of antibody sequences), minilm (articles found by their titles), smollm2 (perplexity
+    of news at 512 tokens), or the folder of an encoder-decoder with pairs of texts in heldout.tsv (perplexity of the
+    second ones). metrics: of its conversions, lp with p = 3.
+
+    fits: "swapped", the metric as it is, without a fit; "plain", fitted without an ε; or a budget of KL in nats a query,
+    under which ε is fitted, for metrics that take one. transform: of the fits, as in `AttentionSpec`; null: its default, which has maps for plain distances and none for softened ones.
+    steps: of a fit; null: as in `convert`.
     """
 
     checkpoint: str = "smollm2"
     metrics: tuple[str, ...] = METRICS
-    inits: tuple[str, ...] = INITS
-    softening: float | None = None
+    fits: tuple[str | float, ...] = (SWAPPED, PLAIN, CalibrationOptions.divergence_budget)
+    transform: str | None = None
+    steps: int | None = None
 
     def __post_init__(self):
-        if self.checkpoint not in CHECKPOINTS:
-            raise ValueError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}, got {self.checkpoint!r}")
-        for init in self.inits:
-            if init not in INITS:
-                raise ValueError(f"inits must be among {', '.join(INITS)}, got {init!r}")
-        for metric in self.metrics:
-            self.spec(metric)
+        if self.checkpoint not in CHECKPOINTS and not (Path(self.checkpoint) / HELD_OUT).is_file():
+            raise ValueError(
+                f"checkpoint must be one of {', '.join(CHECKPOINTS)} or a folder with {HELD_OUT}, got "
+                f"{self.checkpoint!r}"
+            )
+        if self.transform not in (None, *TRANSFORMS):
+            raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)} or null, got {self.transform!r}")
+        for fit in self.fits:
+            for metric in self.metrics:
+                self.asked(metric, fit)
 
-    def spec(self, metric: str) -> AttentionSpec:
-        """Return what replaces dot-product attention."""
-        return AttentionSpec(metric, p=3.0 if metric == "lp" else None, softening=self.softening)
+    def asked(self, metric: str, fit: str | float) -> tuple[AttentionSpec, CalibrationOptions]:
+        """Return what replaces dot-product attention, and the options of the fit.
+
+        Raises `ValueError` for a fit that is neither "swapped", "plain" nor a number of nats.
+        """
+        if isinstance(fit, str) and fit not in (SWAPPED, PLAIN):
+            raise ValueError(f"fits must be among {SWAPPED}, {PLAIN} and numbers of nats, got {fit!r}")
+        p = 3.0 if metric == "lp" else None
+        if fit == SWAPPED:
+            return AttentionSpec(metric, p=p), CalibrationOptions()
+        spec = AttentionSpec(metric, p=p, transform=self.transform, softening=0 if fit == PLAIN else None)
+        budget = {} if fit == PLAIN else {"divergence_budget": fit}
+        return spec, CalibrationOptions(steps=self.steps, progress=False, **budget)
 
 
-QUICK = {"metrics": ("l2",), "inits": ("plain",)}
+QUICK = {"metrics": ("l2",), "fits": (SWAPPED,)}
 
 
 @only_errors("transformers")
@@ -118,35 +158,24 @@ def run(options: Options, results) -> None:
 
     @cache
     def task():
-        return CHECKPOINTS[options.checkpoint]()
+        return (CHECKPOINTS.get(options.checkpoint) or partial(seq2seq, options.checkpoint))()
 
-    teacher = results.row({"attention": "teacher", "init": None}, lambda: task()[3](task()[0]))
+    def measure(metric: str, fit: str) -> dict:
+        model, tokenizer, calibration, score = task()
+        spec, of_fit = options.asked(metric, fit)
+        fitted = {"calibration": calibration, "tokenizer": tokenizer, "options": of_fit}
+        student = convert(model, spec, **({"init": "plain"} if fit == SWAPPED else fitted))
+        scores, report = score(student), student.conversion_report
+        ratios = {f"{name}_ratio": scores[name] / teacher[name] for name in _COMPARED if name in scores}
+        return {
+            **scores, **ratios, "divergence": report.mean_divergence_after, "alpha": report.mean_alpha,
+            "softening_ratio": report.median_softening_ratio, "convert_seconds": report.seconds,
+        }  # fmt: skip
+
+    teacher = results.row({"attention": "teacher", "fit": None}, lambda: task()[3](task()[0]))
     for metric in options.metrics:
-        for init in options.inits:
-
-            def measure(metric=metric, init=init):
-                model, tokenizer, calibration, score = task()
-                texts = calibration if init == "calibrated" else None
-                student = convert(model, options.spec(metric), init=init, calibration=texts, tokenizer=tokenizer)
-                scores, report = score(student), student.conversion_report
-                ratios = {f"{name}_ratio": value / teacher[name] for name, value in scores.items()}
-                return {
-                    **scores, **ratios, "divergence": report.mean_divergence_after, "alpha": report.mean_alpha,
-                    "softening_ratio": report.median_softening_ratio, "convert_seconds": report.seconds,
-                }  # fmt: skip
-
-            results.row({"attention": metric, "init": init}, measure)
-
-
-def main(names: list[str]) -> None:
-    """Run the experiment on a checkpoint, by metrics and softening=0 as they are named."""
-    if not names or names[0] not in CHECKPOINTS:
-        raise SystemExit(__doc__)
-    metrics = [name for name in names[1:] if "=" not in name]
-    given = [f"checkpoint={names[0]}", *(name for name in names[1:] if "=" in name)]
-    given += [f"metrics={','.join(metrics)}"] if metrics else []
-    run_experiment("conversion_quality", Path("out", "experiments", f"conversion_quality-{names[0]}"), given)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        for fit in options.fits:
+            if not isinstance(fit, str) and not has_softened_form(get_metric(metric)):
+                results.echo(f"left out: {metric}, {fit}: it takes no ε, so its fit is the plain one")
+                continue
+            results.row({"attention": metric, "fit": fit}, partial(measure, metric, fit))

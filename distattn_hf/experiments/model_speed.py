@@ -1,31 +1,27 @@
-"""Speed of converted models beside the untouched one: reading, steps after it, generation; interleaved in one run.
-
-`python -m distattn_hf.experiments.model_speed {smollm2-135m|iglm|FOLDER|HUB NAME} [ATTENTION ...]` is the same with
-other words.
-"""
+"""Speed of converted models beside the untouched one: reading, steps after it, generation; interleaved in one run."""
 
 import random
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..benchmark.measure import only_errors, spread
+from ..conversion.cache_bytes import held_bytes
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.compatibility import CACHE_NAME, cache_of
 from ..core.discovery import max_positions
+from ..core.nystrom_heads import SHORT_TEXT
 from ..data.sources import read_texts
 from ..storage.models import load_checkpoint
-from .run_experiment import run_experiment
 
 ATTENTIONS = ("sqeuclidean", "l2", "cosine", "l1")
+NYSTROM = ("nystrom", "nystrom+exact")
 JOBS = ("prefill", "step", "generate")
 RANDOM = "random"
 
@@ -34,28 +30,29 @@ def model_speed(models: dict, ids: torch.Tensor, options: "Options") -> dict[str
     """Return {job: {model's name: seconds of each round}}; the order within a round is random.
 
     "prefill": the text `ids` (1, N) is read; "step": one token after it, the median of `new_tokens`; "generate":
-    `prompt_tokens` of it are read and `new_tokens` made.
+    `prompt_tokens` of it are read and `new_tokens` made. And under "cache_bytes" what the cache held after the text.
     """
-    order, seconds = list(models), {job: {name: [] for name in models} for job in JOBS}
+    order, seconds = list(models), {job: {name: [] for name in models} for job in (*JOBS, "cache_bytes")}
     with torch.no_grad():
         for round_number in range(options.rounds + 1):
             random.Random(round_number).shuffle(order)
             for name in order:
-                for job, value in zip(JOBS, _round(models[name], ids, options), strict=True):
+                for job, value in zip(seconds, _round(models[name], ids, options), strict=True):
                     if round_number:  # The first round warms up.
                         seconds[job][name].append(value)
     return seconds
 
 
-def _round(model, ids: torch.Tensor, options: "Options") -> tuple[float, float, float]:
+def _round(model, ids: torch.Tensor, options: "Options") -> tuple[float, float, float, int]:
     prompt, new = ids[:, : options.prompt_tokens], options.new_tokens
     asked = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     read, read_seconds = _timed(lambda: model(ids, use_cache=True, logits_to_keep=1))
     cache, steps = cache_of(read), []
+    size = held_bytes(cache)
     for _ in range(new):
         steps.append(_timed(lambda: model(ids[:, -1:], use_cache=True, **{CACHE_NAME: cache}))[1])
     generated = _timed(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **asked))[1]
-    return read_seconds, statistics.median(steps), generated
+    return read_seconds, statistics.median(steps), generated, size
 
 
 def _timed(run) -> tuple:
@@ -67,14 +64,16 @@ def _timed(run) -> tuple:
 @dataclass(frozen=True)
 class Options:
     """checkpoint: a causal model, "untouched"; "random": a small Llama with random weights, to see it run.
-    attentions: "retrieval", or metrics of its conversions, lp with p = 3;
-    two steps fit them, as speed does not depend on how good a fit is. data: what is read, which decides what retrieval
-    reads; None for random tokens. prefill_tokens: of a text that is read, which leaves room for the new ones.
-    prompt_tokens, new_tokens: of one that is gone on with. rounds: in which each model runs once, in random order.
+    attentions: "retrieval"; "nystrom", all heads and exact nowhere; "nystrom+exact", exact up to `exact_below` keys; or
+    metrics of its conversions, lp with p = 3. Two steps fit them, as speed does not depend on how good a fit is. data:
+    what is read, which decides what retrieval reads; None for random tokens. prefill_tokens: of a text that is read,
+    which leaves room for the new ones. prompt_tokens, new_tokens: of one that is gone on with. rounds: in which each
+    model runs once, in random order.
     """
 
     checkpoint: str = "smollm2-135m"
     attentions: tuple[str, ...] = ATTENTIONS
+    exact_below: int = SHORT_TEXT
     data: str | None = None
     prefill_tokens: int = 1024
     prompt_tokens: int = 512
@@ -88,23 +87,25 @@ class Options:
         if self.prompt_tokens > self.prefill_tokens:
             raise ValueError(f"prompt_tokens must be at most prefill_tokens, got {self.prompt_tokens}")
         for name in self.attentions:
-            _spec(name)
+            self.spec(name)
         if self.checkpoint == RANDOM and self.data is not None:
             raise ValueError(f"data must be None with checkpoint={RANDOM!r}, which reads no text, got {self.data!r}")
         if len(set(self.attentions)) < len(self.attentions):
             raise ValueError(f"attentions must be different ones, got {', '.join(self.attentions)}")
+
+    def spec(self, name: str) -> AttentionSpec:
+        """Return what replaces dot-product attention."""
+        if name == "retrieval":
+            return AttentionSpec(mechanism="retrieval")
+        if name in NYSTROM:
+            return AttentionSpec(mechanism="nystrom", exact_below=0 if name == "nystrom" else self.exact_below)
+        return AttentionSpec(name, p=3.0 if name == "lp" else None)
 
 
 QUICK = {
     "checkpoint": RANDOM, "attentions": ("l2", "retrieval"), "prefill_tokens": 64, "prompt_tokens": 32,
     "new_tokens": 2, "rounds": 1,
 }  # fmt: skip
-
-
-def _spec(name: str) -> AttentionSpec:
-    if name == "retrieval":
-        return AttentionSpec(mechanism="retrieval")
-    return AttentionSpec(name, p=3.0 if name == "lp" else None)
 
 
 def _random_model() -> LlamaForCausalLM:
@@ -151,27 +152,18 @@ def run(options: Options, results) -> None:
         fit = CalibrationOptions(steps=2, sequences=2, progress=False)
         for name in options.attentions:
             fitted = {} if name == "retrieval" else {"calibration": text, "tokenizer": tokenizer, "options": fit}
-            models[name] = convert(teacher, _spec(name), **fitted).eval()
+            models[name] = convert(teacher, options.spec(name), **fitted).eval()
         return model_speed(models, _ids(options, tokenizer, teacher.config.vocab_size), options)
 
     for job in JOBS:
         for name in ("untouched", *options.attentions):
-            results.row({"job": job, "attention": name}, lambda j=job, n=name: _compared(times()[j], n))
+            results.row({"job": job, "attention": name}, lambda j=job, n=name: _compared(times(), j, n))
 
 
-def _compared(times: dict[str, list[float]], name: str) -> dict:
+def _compared(found: dict[str, dict[str, list[float]]], job: str, name: str) -> dict:
+    times = found[job]
+    # What retrieval derives from its keys is not among the bytes held: `conversion_report.cache_bytes` has it.
+    held = {"cache_bytes": found["cache_bytes"][name][0]} if job == "prefill" and name != "retrieval" else {}
     ratios = spread([own / reference for own, reference in zip(times[name], times["untouched"], strict=True)])
     return {"seconds": statistics.median(times[name]), "ratio": ratios["median"], "p10": ratios["p10"],
-            "p90": ratios["p90"]}  # fmt: skip
-
-
-def main(names: list[str]) -> None:
-    """Run the experiment on a checkpoint, by attentions as they are named."""
-    if not names:
-        raise SystemExit(__doc__)
-    given = [f"checkpoint={names[0]}", *([f"attentions={','.join(names[1:])}"] if names[1:] else [])]
-    run_experiment("model_speed", Path("out", "experiments", f"model_speed-{Path(names[0]).name}"), given)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+            "p90": ratios["p90"], **held}  # fmt: skip

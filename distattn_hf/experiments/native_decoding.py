@@ -12,11 +12,12 @@ from statistics import median
 
 import torch
 
+from ..conversion.cache_bytes import held_bytes
 from ..core.compatibility import CACHE_NAME, cache_of
 from ..core.configuration_native import DistAttnConfig
 from ..core.modeling_distattn import DistAttnForCausalLM
-from .long_text import CHUNK, cache_bytes
 
+CHUNK = 1024
 AXES = ("mechanisms",)
 
 
@@ -81,7 +82,7 @@ def _measure(options: Options, mechanism: str) -> list[dict]:
     own, dot = seconds[mechanism], seconds["dot"]
     return [
         {
-            "cache_bytes": cache_bytes(text.cache),
+            "cache_bytes": held_bytes(text.cache),
             "milliseconds": 1e3 * median(times),
             "times_first": median(now / first for now, first in zip(times, own[0], strict=True)),
             "times_dot": median(now / beside for now, beside in zip(times, dot[number], strict=True)),

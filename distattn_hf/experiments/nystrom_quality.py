@@ -1,15 +1,9 @@
-"""What linear time costs without training: Nyström conversions of real checkpoints beside their window-only control.
+"""What linear time costs without training: Nyström conversions of real checkpoints beside their window-only control."""
 
-`python -m distattn_hf.experiments.nystrom_quality {iglm|minilm|smollm2} [--landmarks 16 64 ...] [--max-error 0.4 ...]`
-is the same with other words.
-"""
-
-import argparse
 import copy
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -24,7 +18,6 @@ from ..evaluation.score import EvaluationOptions, embedding_agreement, evaluate_
 from ..evaluation.scorecard import without_far_field
 from ..storage.models import load_checkpoint
 from .conversion_quality import iglm as iglm_task
-from .run_experiment import run_experiment
 
 
 def iglm():
@@ -155,21 +148,3 @@ def run(options: Options, results) -> None:
 
             results.row({"attention": "nystrom", "landmarks": count, "max_error": limit}, measure)
         fitted.cache_clear()
-
-
-def main() -> None:
-    """Run the experiment with the options of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=CHECKPOINTS)
-    parser.add_argument("--landmarks", nargs="+", default=["64"])
-    parser.add_argument("--max-error", nargs="*", default=[], help="beside no limit: heads left exact")
-    parser.add_argument("--refit", action="store_true", help="fit anew for each limit, as `convert` does; else once")
-    parser.add_argument("--steps", default="null")
-    found = parser.parse_args()
-    given = [f"checkpoint={found.task}", f"landmarks={','.join(found.landmarks)}", f"steps={found.steps}"]
-    given += [f"max_errors=[{','.join(found.max_error)}]", f"refit={str(found.refit).lower()}"]
-    run_experiment("nystrom_quality", Path("out", "experiments", f"nystrom_quality-{found.task}"), given)
-
-
-if __name__ == "__main__":
-    main()

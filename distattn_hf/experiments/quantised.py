@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 from ..benchmark.measure import only_errors
+from ..conversion.cache_bytes import held_bytes, tensor_bytes
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..core.compatibility import CACHE_NAME
@@ -126,20 +127,6 @@ def _scored(model, ids: torch.Tensor, options: Options, is_int8: bool) -> dict:
     loss = torch.nn.functional.cross_entropy(torch.cat(logits).float(), ids[0, start:])
     return {
         "perplexity": math.exp(float(loss)),
-        "cache_bytes": sum(map(_bytes_of, kept.layers)),
-        "weight_bytes": sum(map(_bytes, model.parameters())),
+        "cache_bytes": held_bytes(kept),
+        "weight_bytes": sum(map(tensor_bytes, model.parameters())),
     }
-
-
-def _bytes_of(layer) -> int:
-    """Return the bytes of a cache layer's keys and values: those as they are, and the packed ones with their scales."""
-    packed = [getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")]
-    return sum(_bytes(item) for item in (layer.keys, layer.values, *packed) if item is not None)
-
-
-def _bytes(item) -> int:
-    if isinstance(item, torch.Tensor):
-        inner = getattr(item, "tensor_data_names", None) or getattr(type(item), "tensor_data_names", None)
-        return sum(_bytes(getattr(item, name)) for name in inner) if inner else item.numel() * item.element_size()
-    values = item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
-    return sum(map(_bytes, values))

@@ -50,7 +50,8 @@ def _as_type(name: str, value, hint):
         if isinstance(value, str):
             value = [part if item is str else parse_yaml(part, name) for part in value.split(",") if part.strip()]
         value = value if isinstance(value, list | tuple) else [value]
-        value = tuple(float(v) if item is float and type(v) is int else v for v in value)
+        takes_float = float in (item, *get_args(item))
+        value = tuple(float(v) if takes_float and type(v) is int else v for v in value)
     elif kind is float and type(value) is int:
         value = float(value)
     try:

@@ -1,19 +1,17 @@
 """What a sequence over several devices costs: bytes and seconds measured here, and a model of 8 to 1,024 devices.
 
-python -m distattn_hf.experiments.sequence_speed OUT.json [--length 16384] [--processes 2,4]
-
 Measured: processes with gloo on this machine, one thread each, each holding a stretch of random float32 tokens. Outputs
-are compared with one process's, and the bytes that each sent are compared with the model's formulas: the program stops
-where they differ. Two processes and one run in turns, forward without gradients: CPU seconds of one over those of the
+are compared with one process's, and the bytes that each sent are compared with the model's formulas: the experiment
+stops where they differ. Two processes and one run in turns, forward without gradients: CPU seconds of one over those of the
 busier of two.
 
 Modelled: one layer's forward pass of 2**20 tokens, bytes / bandwidth + rounds·latency + operations / rate, none of them
 overlapping. Bandwidth, latency and rate are assumptions (options), not measurements; so is that each is reached.
 """
 
-import argparse
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil, log2
 from pathlib import Path
 from statistics import median
@@ -24,11 +22,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from ..benchmark.results import provenance
 from ..core.retrieval_far import BEGINNING
 from ..functional import nystrom, retrieval_attention, sequence_parallel
 from ..functional.sequence_exchange import count_traffic
-from ..storage.folders import write_json
 
 MECHANISMS = ("nystrom", "retrieval")
 # Queries that share one running sum of the far field.
@@ -100,9 +96,8 @@ def modelled(shape: Shape, length: int, devices: int, mechanism: str, bandwidth,
     rounds, operations = shape.rounds(mechanism, devices), shape.operations(mechanism, length, devices)
     moving, computing = sum(sent.values()) / bandwidth + rounds * latency, operations / rate
     return {
-        "mechanism": mechanism, "devices": devices, "bytes": sum(sent.values()), "sent": sent, "rounds": rounds,
-        "operations": operations, "seconds_moving": moving, "seconds_computing": computing,
-        "seconds": moving + computing,
+        "bytes": sum(sent.values()), "sent": sent, "rounds": rounds, "operations": operations,
+        "seconds_moving": moving, "seconds_computing": computing, "seconds": moving + computing,
     }  # fmt: skip
 
 
@@ -166,12 +161,12 @@ def _process(rank: int, size: int, folder: str, shape: Shape, length: int, pairs
     dist.destroy_process_group()
 
 
-def measure(shape: Shape, length: int, size: int, pairs: int) -> list[dict]:
-    """Return a row for each mechanism; raises `RuntimeError` where outputs or bytes are not what they should be."""
+def measure(shape: Shape, length: int, size: int, pairs: int) -> dict[str, dict]:
+    """Return values of each mechanism; raises `RuntimeError` where outputs or bytes are not what they should be."""
     with TemporaryDirectory() as folder:
         mp.spawn(_process, (size, folder, shape, length, pairs), nprocs=size)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
-    tokens, rows = tokens_of(shape, length), []
+    tokens, measured = tokens_of(shape, length), {}
     for mechanism in MECHANISMS:
         found = [rank[mechanism] for rank in ranks]
         expected = run_alone(shape, mechanism, tokens)
@@ -186,52 +181,65 @@ def measure(shape: Shape, length: int, size: int, pairs: int) -> list[dict]:
                 f"{mechanism} on {size} processes sent {sent} in {rounds} rounds, and the model says "
                 f"{shape.sent(mechanism, length, size)} in {shape.rounds(mechanism, size)}"
             )
-        row = {"mechanism": mechanism, "processes": size, "length": length, "error": error, "sent": sent}
-        row |= {"rounds": rounds, "bytes": sum(sent.values()), "bytes_to_agree": asked}
+        values = {"error": error, "sent": sent, "rounds": rounds, "bytes": sum(sent.values()), "bytes_to_agree": asked}
         if times := list(zip(*(each["times"] for each in found))):
-            row |= {"cpu_seconds_alone": median(first[0] for first, _ in times)}
-            row |= {"ratio": median(first[0] / max(first[1], second[1]) for first, second in times)}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+            values |= {"cpu_seconds_alone": median(first[0] for first, _ in times)}
+            values |= {"ratio": median(first[0] / max(first[1], second[1]) for first, second in times)}
+        measured[mechanism] = values
+    return measured
 
 
-def main(given: argparse.Namespace) -> None:
-    """Measure, model, and write the file."""
-    if bad := [number for number in given.processes if number < 2 or given.length // number < 64]:
-        raise ValueError(f"--processes must be at least 2 with at least 64 tokens each, got {bad[0]}")
-    if bad := [number for number in given.processes if given.length % number]:
-        raise ValueError(f"--length must be a multiple of --processes, got {given.length} and {bad[0]}")
-    here = Shape(heads=8, key_heads=2, size=64, width=4)
-    measured = [row for size in given.processes for row in measure(here, given.length, size, given.pairs)]
-    assumed = {"bandwidth": given.bandwidth, "latency": given.latency, "rate": given.rate}
-    there, length = Shape(), 2**20
-    rows = [
-        modelled(there, length, devices, mechanism, **assumed)
-        for mechanism in (*MECHANISMS, "exact")
-        for devices in (8, 16, 32, 64, 128, 256, 512, 1024)
-    ]
-    write_json(
-        given.out,
-        {
-            "provenance": provenance("cpu"), "measured_shape": asdict(here), "measured": measured,
-            "modelled_shape": asdict(there), "modelled_length": length, "assumed": assumed, "modelled": rows,
-        },
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Options:
+    """length: tokens of what is measured. processes: numbers of them that hold a stretch each. pairs: of two processes
+    and one, timed in turns. Assumed of a device: bandwidth, bytes a second that it sends; latency, seconds of a round;
+    rate, operations a second in bfloat16.
+    """
+
+    length: int = 16384
+    processes: tuple[int, ...] = (2, 4)
+    pairs: int = 5
+    bandwidth: float = 50e9
+    latency: float = 1e-5
+    rate: float = 2e14
+
+    def __post_init__(self):
+        if bad := [number for number in self.processes if number < 2 or self.length // number < 64]:
+            raise ValueError(f"processes must be at least 2 with at least 64 tokens each, got {bad[0]}")
+        if bad := [number for number in self.processes if self.length % number]:
+            raise ValueError(f"length must be a multiple of processes, got {self.length} and {bad[0]}")
+        for name in ("pairs", "bandwidth", "rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.latency < 0:
+            raise ValueError(f"latency must be at least 0 seconds, got {self.latency!r}")
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--length", type=int, default=16384, help="tokens of what is measured")
-    parser.add_argument("--processes", default=(2, 4), type=lambda text: tuple(int(part) for part in text.split(",")))
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--bandwidth", type=float, default=50e9, help="bytes a second that a device sends")
-    parser.add_argument("--latency", type=float, default=1e-5, help="seconds of a round")
-    parser.add_argument("--rate", type=float, default=2e14, help="operations a second of a device, bfloat16")
-    return parser.parse_args(arguments)
+QUICK = {"length": 256, "processes": (2,), "pairs": 1}
+AXES = ("length", "processes")
+# What is measured, and what is modelled.
+HERE, THERE, MODELLED_LENGTH = Shape(heads=8, key_heads=2, size=64, width=4), Shape(), 2**20
+DEVICES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-if __name__ == "__main__":
-    main(parse())
+def run(options: Options, results) -> None:
+    """Measure a row for each mechanism and number of processes, and model one for each number of devices."""
+    measured = {}
+
+    def values(mechanism: str, size: int) -> dict:
+        if size not in measured:
+            measured[size] = measure(HERE, options.length, size, options.pairs)
+        return {**measured[size][mechanism], "shape": asdict(HERE)}
+
+    def modelled_values(mechanism: str, devices: int) -> dict:
+        assumed = {"bandwidth": options.bandwidth, "latency": options.latency, "rate": options.rate}
+        return {**modelled(THERE, MODELLED_LENGTH, devices, mechanism, **assumed), "shape": asdict(THERE)}
+
+    for size in options.processes:
+        for mechanism in MECHANISMS:
+            key = {"part": "measured", "mechanism": mechanism, "processes": size, "length": options.length}
+            results.row(key, partial(values, mechanism, size))
+    for mechanism in (*MECHANISMS, "exact"):
+        for devices in DEVICES:
+            key = {"part": "modelled", "mechanism": mechanism, "devices": devices, "length": MODELLED_LENGTH}
+            results.row(key, partial(modelled_values, mechanism, devices))

@@ -1,15 +1,12 @@
 """What conversions cost small models with learned sinks (gpt-oss) or capped logits (Gemma 2), trained on a text here.
 
 Bytes are the tokens, nine tenths of the text train the model and calibrate, the rest is scored. No checkpoint of these
-architectures is small enough to be at hand. `python -m distattn_hf.experiments.sinks_and_caps TEXT_FILE [STEPS]` is the
-same with other words.
+architectures is small enough to be at hand.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +17,6 @@ from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..core.attention_spec import AttentionSpec
 from ..data.sources import read_texts
-from .run_experiment import run_experiment
 
 SIZES = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -135,14 +131,3 @@ def run(options: Options, results) -> None:
                 }  # fmt: skip
 
             results.row({"kind": kind, "attention": name}, measure)
-
-
-def main(path: str, steps: str = "400") -> None:
-    """Run the experiment on a text file."""
-    run_experiment("sinks_and_caps", Path("out", "experiments", "sinks_and_caps"), [f"data={path}", f"steps={steps}"])
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        raise SystemExit(__doc__)
-    main(*sys.argv[1:])

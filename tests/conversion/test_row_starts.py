@@ -12,7 +12,6 @@ from distattn_hf.data.batches import calibration_batch
 from distattn_hf.data.datasets import DataArguments, build_data
 from distattn_hf.data.packing import start_tokens
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
-from distattn_hf.experiments import long_text
 from tests.conversion.models import bert, gpt2, t5
 
 TEXTS = ["abcdefg", "hij", "a", "jihgfedcba", "bbbb"] * 3
@@ -125,13 +124,6 @@ def test_training_rows_of_a_causal_model(sort, packing, streaming, tmp_path, mon
     assert [row["input_ids"] for row in rows] == wanted
     unpredicted = max(1, len(start))
     assert [row["labels"] for row in rows] == [[-100] * unpredicted + row[unpredicted:] for row in wanted]
-
-
-def test_a_long_document_begins_once(monkeypatch):
-    monkeypatch.setattr(long_text, "read_texts", lambda source, split: TEXTS)
-    assert long_text.document(letters("bos (Gemma)"), 30).tolist() == [[1, *rows_of(TEXTS, 29, [])[0]]]
-    with pytest.raises(ValueError, match="the articles hold 91 tokens, asked for 92"):
-        long_text.document(letters("bos (Gemma)"), 92)
 
 
 def test_too_little_text_is_refused():

@@ -18,7 +18,7 @@ from distattn_hf.core.inputs import ModuleCall
 from distattn_hf.core.metrics import get_metric
 from distattn_hf.core.parameters import HeadParameters
 from distattn_hf.experiments import sinks_and_caps
-from distattn_hf.experiments.architectures import inputs_for, run
+from distattn_hf.experiments.architectures import inputs_for, run_model
 from tests.conversion.absolute_models import FAMILIES, OTHERS, gemma2, gpt_oss, in_float64, other
 from tests.conversion.models import token_batch
 from tests.tolerances import CACHED_LOGITS, EXACT_LOGITS, LIFT_FLOAT64
@@ -65,11 +65,11 @@ def test_exact(family, padded):
 def test_exact_on_every_other_architecture(model_type):
     teacher = other(model_type)
     batch = inputs_for(teacher)
-    expected = run(teacher, batch)
-    got = run(convert(teacher, AttentionSpec(), init="exact"), batch)
+    expected = run_model(teacher, batch)
+    got = run_model(convert(teacher, AttentionSpec(), init="exact"), batch)
     assert float((got - expected).abs().max()) <= EXACT_LOGITS * max(1.0, float(expected.abs().max()))
     if model_type != "inkling2_text":  # its sinks come from its inputs
-        assert float((run(without(other(model_type)), batch) - expected).abs().max()) > 100 * EXACT_LOGITS
+        assert float((run_model(without(other(model_type)), batch) - expected).abs().max()) > 100 * EXACT_LOGITS
 
 
 @every_family

@@ -1,7 +1,7 @@
 """Experiments on real checkpoints, `distattn experiment NAME`, with tiny models in their place: what rows there are."""
 
 import math
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,16 +29,43 @@ def task():
 
 
 def test_conversion_quality(tmp_path, monkeypatch):
+    """Breaks if a fit is another's: the plain distance loses more than one with an ε, and less than one without a fit."""
     monkeypatch.setitem(conversion_quality.CHECKPOINTS, "smollm2", task)
-    run_experiment("conversion_quality", tmp_path, ["inits=plain"], quick=True, echo=lambda line: None)
-    rows = run_experiment("conversion_quality", tmp_path, ["metrics=l2,lp", "inits=plain"], quick=True).rows
-    assert [(row["attention"], row["init"]) for row in rows] == [("teacher", None), ("l2", "plain"), ("lp", "plain")]
-    teacher, *others = rows
-    for row in others:
+    run_experiment("conversion_quality", tmp_path, quick=True, echo=lambda line: None)
+    given = ["metrics=l2,sqeuclidean", "fits=swapped,plain,0.004,0", "transform=scalar", "steps=5"]
+    with pytest.raises(ValueError, match="transform is 'scalar', and .* holds rows of transform=None"):
+        run_experiment("conversion_quality", tmp_path, given, quick=True)
+    said = []
+    rows = run_experiment("conversion_quality", tmp_path / "all", given, quick=True, echo=said.append).rows
+    l2 = [("l2", fit) for fit in ("swapped", "plain", 0.004, 0)]
+    rest = [("sqeuclidean", "swapped"), ("sqeuclidean", "plain")]
+    assert [(row["attention"], row["fit"]) for row in rows] == [("teacher", None), *l2, *rest]
+    teacher, swapped, plain, default, nearest, *_ = rows
+    for row in rows[1:]:
         assert row["perplexity_ratio"] == pytest.approx(row["perplexity"] / teacher["perplexity"])
-        assert row["perplexity_ratio"] > 1.02
+    assert swapped["perplexity_ratio"] > 1.02
+    assert swapped["perplexity"] > plain["perplexity"] > default["perplexity"]
+    assert (plain["softening_ratio"], swapped["softening_ratio"]) == (None, None)
+    # A budget of nothing allows no plainer distance than the best fit.
+    assert nearest["softening_ratio"] > default["softening_ratio"] > 0
+    assert any("left out: sqeuclidean, 0.004" in line for line in said)
     model, _, _, score = task()
     assert teacher["perplexity"] == pytest.approx(score(model)["perplexity"])
+
+
+def test_conversion_quality_of_an_encoder_decoder(tmp_path):
+    """Scored on every second pair of its own file."""
+    folder = Path(GPT2_ENGLISH).parent / "t5-g2p"
+    with pytest.raises(ValueError, match="checkpoint must be one of iglm, minilm, smollm2 or a folder with heldout.tsv"):
+        read_options(load_experiment("conversion_quality"), None, [f"checkpoint={folder.parent}"])
+    given = [f"checkpoint={folder}", "metrics=sqeuclidean"]
+    teacher, swapped = run_experiment("conversion_quality", tmp_path, given, quick=True).rows
+    assert swapped["perplexity"] > 1.2 * teacher["perplexity"]
+    pairs = [tuple(line.split("\t")) for line in (folder / "heldout.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    model, tokenizer = load_checkpoint(folder)
+    options = EvaluationOptions(progress=False)
+    expected = evaluate_model(model, tokenizer, [], pairs=pairs[1::2], options=options)["perplexity"]
+    assert teacher["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_nystrom_quality(tmp_path, monkeypatch):
@@ -162,6 +189,20 @@ def test_model_speed(tmp_path):
             assert row["ratio"] == pytest.approx(row["seconds"] / reference["seconds"])
 
 
+def test_model_speed_of_nystrom_says_what_its_cache_holds(tmp_path):
+    """Up to `exact_below` a cache keeps every key; without it, one size. Breaks if the two are the same model."""
+    given = ["attentions=nystrom,nystrom+exact", "exact_below=200", "prefill_tokens=160"]
+    rows = run_experiment("model_speed", tmp_path, given, quick=True, echo=lambda line: None).rows
+    sizes = {row["attention"]: row["cache_bytes"] for row in rows if row["job"] == "prefill"}
+    # Two layers, two key heads of 16, key and value in float32.
+    assert sizes["untouched"] == 2 * 2 * 2 * 16 * 4 * 160
+    longer = run_experiment("model_speed", tmp_path / "b", [*given, "prefill_tokens=180"], quick=True).rows
+    more = {row["attention"]: row["cache_bytes"] for row in longer if row["job"] == "prefill"}
+    assert more["nystrom"] == sizes["nystrom"]
+    assert more["nystrom+exact"] > sizes["nystrom+exact"]
+    assert all("cache_bytes" not in row for row in rows if row["job"] != "prefill")
+
+
 def test_model_speed_reads_the_text_it_is_given(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("One two three. " * 10, encoding="utf-8")
@@ -187,8 +228,10 @@ def test_sinks_and_caps(tmp_path):
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("conversion_quality", "checkpoint=gpt2", "checkpoint must be one of iglm, minilm, smollm2, got 'gpt2'"),
-        ("conversion_quality", "inits=exact", "inits must be among plain, calibrated, got 'exact'"),
+        ("conversion_quality", "checkpoint=gpt2", "checkpoint must be one of iglm, minilm, smollm2 or a folder with"),
+        ("conversion_quality", "fits=exact", "fits must be among swapped, plain and numbers of nats, got 'exact'"),
+        ("conversion_quality", "fits=-0.1", "divergence_budget must be >= 0 nats, got -0.1"),
+        ("conversion_quality", "transform=map", "transform must be one of none, scalar, maps or null, got 'map'"),
         ("nystrom_quality", "max_errors=-1", "max_error must be"),
         ("nystrom_quality", "checkpoint=gpt2", "checkpoint must be one of iglm, minilm, smollm2, got 'gpt2'"),
         ("sinks_and_caps", "kinds=bias", "kinds must be among sinks; caps, got 'bias'"),
@@ -204,22 +247,3 @@ def test_bad_options(tmp_path, name, given, message):
         run_experiment(name, tmp_path / "out", [given], quick=True)
     assert not (tmp_path / "out").exists()
 
-
-def test_the_words_of_before(monkeypatch):
-    """`python -m distattn_hf.experiments.NAME` is the experiment, with the options it had."""
-    asked = []
-    for module in (conversion_quality, model_speed, nystrom_quality):
-        monkeypatch.setattr(module, "run_experiment", lambda name, out, given: asked.append((name, given)))
-    conversion_quality.main(["minilm", "l2", "l1", "softening=0"])
-    model_speed.main(["iglm", "l1"])
-    monkeypatch.setattr(sys, "argv", ["", "iglm", "--landmarks", "16", "64", "--max-error", "0.2", "--steps", "5"])
-    nystrom_quality.main()
-    monkeypatch.setattr(sys, "argv", ["", "smollm2"])
-    nystrom_quality.main()
-    options = [read_options(load_experiment(name), None, given) for name, given in asked]
-    assert options == [
-        conversion_quality.Options("minilm", ("l2", "l1"), softening=0.0),
-        model_speed.Options("iglm", ("l1",)),
-        nystrom_quality.Options("iglm", (16, 64), (0.2,), steps=5),
-        nystrom_quality.Options(),
-    ]

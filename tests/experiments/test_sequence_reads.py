@@ -1,13 +1,13 @@
 """Which keys stretches of a text read, by the weights that a model returns; shares, bytes by hand; a small run."""
 
-import json
-
 import pytest
 import torch
 
 from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.observe import keys_read
-from distattn_hf.experiments.sequence_reads import fetched, main, parse, share_read
+from distattn_hf.experiments.run_experiment import run_experiment
+from distattn_hf.experiments.sequence_reads import fetched, share_read
+from distattn_hf.experiments.sequence_speed import THERE
 from tests.conversion.models import VOCAB, gpt2, llama
 from tests.experiments.test_sequence_speed import SMALL
 from tests.fixtures.load import GPT2_ENGLISH
@@ -61,29 +61,43 @@ def test_bytes_by_hand():
 
 
 def test_a_small_run(tmp_path):
-    given = ["--lengths", "128,256", "--processes", "2", "--checkpoint", str(GPT2_ENGLISH), "--modules", "2"]
-    main(parse([str(tmp_path / "out.json"), *given, "--data", str(GPT2_ENGLISH / "heldout.txt")]))
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [(row["length"], row["cluster_keys"]) for row in found["measured"]] == [
+    """Also gone on with, from a checkpoint and a file: what stretches read does not depend on which others are asked."""
+    given = [f"checkpoint={GPT2_ENGLISH}", f"data={GPT2_ENGLISH / 'heldout.txt'}", "modules=2"]
+    quiet = {"quick": True, "echo": lambda line: None}
+    first = run_experiment("sequence_reads", tmp_path, [*given, "lengths=256"], **quiet).rows
+    rows = run_experiment("sequence_reads", tmp_path, [*given, "lengths=256", "processes=2,4"], **quiet).rows
+    whole = run_experiment("sequence_reads", tmp_path / "b", [*given, "lengths=256", "processes=2,4"], **quiet).rows
+    assert rows[:2] == first
+    assert sorted(rows, key=str) == sorted(whole, key=str)
+    assert {(row["processes"], row["cluster_keys"]) for row in rows} == {(p, c) for p in (2, 4) for c in (True, False)}
+    for row in rows:
+        assert 0 < row["least_head"] <= row["share"] <= row["most_head"] <= 1
+        expected = fetched(THERE, 2**20, row["processes"], row["share"], row["cluster_keys"])
+        assert {name: row[name] for name in expected} == expected
+        assert (row["modules"], row["num_blocks"]) == (2, 64)
+
+
+def test_to_see_it_run_needs_nothing(tmp_path):
+    rows = run_experiment("sequence_reads", tmp_path, quick=True, echo=lambda line: None).rows
+    assert [(row["length"], row["cluster_keys"]) for row in rows] == [
         (128, True), (256, True), (128, False), (256, False),
     ]  # fmt: skip
-    for row in found["measured"]:
-        assert 0 < row["least_head"] <= row["share"] <= row["most_head"] <= 1
-    shares = [[row["share"] for row in found["measured"] if row["cluster_keys"] == order] for order in (True, False)]
-    assert [row["share"] for row in found["modelled"]] == [bound(each) for each in shares for bound in (min, max)]
-    assert [row["cluster_keys"] for row in found["modelled"]] == [True, True, False, False]
+    with pytest.raises(ValueError, match=r"lengths must be at most the .* tokens of data=made, got 1,000,000"):
+        run_experiment("sequence_reads", tmp_path / "b", ["lengths=1000000"], quick=True)
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("given", "words"),
     [
-        (["--processes", "1,2"], "--processes must be at least 2 and divide the largest of them, got 1"),
-        (["--processes", "3,4"], "--processes must be at least 2 and divide the largest of them, got 3"),
-        (["--lengths", "511"], "--lengths must be at least 64 tokens a process, got 511"),
-        (["--lengths", "1001"], "--lengths must be multiples of the largest of --processes, got 1001"),
+        ("processes=1,2", "processes must be at least 2 and divide the largest of them, got 1"),
+        ("processes=3,4", "processes must be at least 2 and divide the largest of them, got 3"),
+        ("processes=[]", "processes must be at least 2 and divide the largest of them, got none"),
+        ("lengths=127", "lengths must be at least 64 tokens a process, got 127"),
+        ("lengths=1001", "lengths must be multiples of the largest of processes, got 1001"),
+        ("modules=0", "modules must be >= 1, got 0"),
     ],
 )
-def test_flags_that_cannot_be_are_named(tmp_path, flags, words):
+def test_options_that_cannot_be_are_named(tmp_path, given, words):
     with pytest.raises(ValueError, match=words):
-        main(parse([str(tmp_path / "out.json"), *flags]))
-    assert not (tmp_path / "out.json").exists()
+        run_experiment("sequence_reads", tmp_path / "out", [given], quick=True)
+    assert not (tmp_path / "out").exists()

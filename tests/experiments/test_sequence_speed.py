@@ -1,10 +1,9 @@
 """What a sequence over devices sends: by hand, and in a small run that compares it with what is counted."""
 
-import json
-
 import pytest
 
-from distattn_hf.experiments.sequence_speed import Shape, main, parse
+from distattn_hf.experiments.run_experiment import run_experiment
+from distattn_hf.experiments.sequence_speed import DEVICES, Shape
 
 SMALL = Shape(heads=4, key_heads=2, size=8, landmarks=16, window=5, sinks=3, blocks=2, width=4)
 
@@ -37,22 +36,29 @@ def test_work_is_divided():
 
 def test_a_small_run(tmp_path):
     """Stops by itself where bytes, rounds or outputs are not what they should be."""
-    main(parse([str(tmp_path / "out.json"), "--length", "256", "--processes", "2", "--pairs", "1"]))
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert [row["mechanism"] for row in found["measured"]] == ["nystrom", "retrieval"]
-    assert all(row["error"] < 1e-5 and row["ratio"] > 0 for row in found["measured"])
-    assert len(found["modelled"]) == 3 * 8
+    rows = run_experiment("sequence_speed", tmp_path, quick=True, echo=lambda line: None).rows
+    measured, modelled = ([row for row in rows if row["part"] == part] for part in ("measured", "modelled"))
+    assert [(row["mechanism"], row["processes"]) for row in measured] == [("nystrom", 2), ("retrieval", 2)]
+    assert all(row["error"] < 1e-5 and row["ratio"] > 0 for row in measured)
+    assert [(row["mechanism"], row["devices"]) for row in modelled] == [
+        (mechanism, devices) for mechanism in ("nystrom", "retrieval", "exact") for devices in DEVICES
+    ]
+    for row in modelled:
+        assert row["seconds"] == row["seconds_computing"] + row["seconds_moving"]
+        assert row["seconds_moving"] == pytest.approx(row["bytes"] / 50e9 + 1e-5 * row["rounds"])
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("given", "words"),
     [
-        (["--processes", "1"], "--processes must be at least 2 with at least 64 tokens each, got 1"),
-        (["--length", "100"], "--processes must be at least 2 with at least 64 tokens each, got 2"),
-        (["--length", "1001"], "--length must be a multiple of --processes, got 1001 and 2"),
+        ("processes=1", "processes must be at least 2 with at least 64 tokens each, got 1"),
+        ("length=100", "processes must be at least 2 with at least 64 tokens each, got 2"),
+        ("length=1001", "length must be a multiple of processes, got 1001 and 2"),
+        ("pairs=0", "pairs must be above 0, got 0"),
+        ("latency=-1", "latency must be at least 0 seconds, got -1.0"),
     ],
 )
-def test_flags_that_cannot_be_are_named(tmp_path, flags, words):
+def test_options_that_cannot_be_are_named(tmp_path, given, words):
     with pytest.raises(ValueError, match=words):
-        main(parse([str(tmp_path / "out.json"), *flags]))
-    assert not (tmp_path / "out.json").exists()
+        run_experiment("sequence_speed", tmp_path / "out", [given], quick=True)
+    assert not (tmp_path / "out").exists()

@@ -1,14 +1,18 @@
-"""The exact conversion on architectures of every kind; the full list is in RESULTS.txt."""
+"""The exact conversion on architectures of every kind; all of them: model_cards/results."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 from transformers.models.auto import configuration_auto
 
 from distattn_hf.core import modeling_converted
+from distattn_hf.experiments import architectures
 from distattn_hf.experiments.architectures import sweep_one
+from distattn_hf.experiments.run_experiment import run_experiment
 
-RESULTS = Path(__file__).parent / "RESULTS.txt"
+RESULTS = Path("model_cards") / "results" / "architectures.json"
 
 # One or two of each kind: learned positions, RoPE, T5 bias; grouped and multi-query keys; sliding windows; learned
 # sinks, capped logits, chosen keys; mixture of experts; shared layers; pictures, alone and beside text; sound; series
@@ -25,22 +29,21 @@ REFUSED = {"git": "picks its attention class"}
 @pytest.mark.parametrize("model_type", EXACT)
 def test_exact(model_type):
     outcome = sweep_one(model_type)
-    assert outcome.status == "exact", outcome.detail
+    assert outcome["status"] == "exact", outcome["detail"]
     # Without this the check could pass on a model whose attention does not matter.
-    control = float(outcome.detail.rsplit("control ", 1)[1])
-    assert control > 1e-3
+    assert outcome["control"] > 1e-3
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_refused_by_name(model_type):
     outcome = sweep_one(model_type)
-    assert outcome.status == "refused", outcome.detail
-    assert REFUSED[model_type] in outcome.detail
+    assert outcome["status"] == "refused", outcome["detail"]
+    assert REFUSED[model_type] in outcome["detail"]
 
 
 def test_the_recorded_sweep_has_no_wrong_result_and_agrees_with_this_test():
-    lines = [line.split(maxsplit=2) for line in RESULTS.read_text().splitlines() if line and line[0] not in "#{"]
-    recorded = {line[1]: line[0] for line in lines if line[0] in ("exact", "refused", "wrong")}
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    recorded = {row["key"]["model_type"]: row["values"]["status"] for row in rows}
     assert "wrong" not in recorded.values()
     assert all(recorded[name] == "exact" for name in EXACT)
     assert all(recorded[name] == "refused" for name in REFUSED)
@@ -51,3 +54,23 @@ def test_every_model_type_has_a_registered_converted_config():
         if model_type.startswith(modeling_converted.MODEL_TYPE_PREFIX):
             continue
         assert modeling_converted.MODEL_TYPE_PREFIX + model_type in configuration_auto.CONFIG_MAPPING
+
+
+def test_the_experiment(tmp_path, monkeypatch):
+    """Goes on where it stopped; one that takes too long, or is wrong, is said and stops nothing."""
+    given = {"quick": True, "echo": lambda line: None}
+    run_experiment("architectures", tmp_path, ["model_types=gpt2"], **given)
+    monkeypatch.setattr(architectures, "sweep_one", lambda name: time.sleep(60))
+    said, before = [], time.perf_counter()
+    rows = run_experiment("architectures", tmp_path, ["model_types=gpt2"], **given).rows
+    with pytest.raises(ValueError, match="seconds is 1, and .* holds rows of seconds=60"):
+        run_experiment("architectures", tmp_path, ["model_types=bert", "seconds=1"], **given)
+    late = run_experiment("architectures", tmp_path / "late", ["model_types=bert", "seconds=1"], quick=True, echo=said.append)
+    assert [(row["model_type"], row["status"]) for row in rows] == [("gpt2", "exact")]
+    assert [(row["status"], row["detail"]) for row in late.rows] == [
+        ("not built", "TimeoutError: took more than 1 seconds")
+    ]
+    assert said[-1] == "1 not built"
+    assert time.perf_counter() - before < 30
+    with pytest.raises(ValueError, match="gtp2.*did you mean gpt2"):
+        run_experiment("architectures", tmp_path / "unknown", ["model_types=gtp2"], **given)
