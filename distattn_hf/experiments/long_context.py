@@ -29,8 +29,9 @@ from ..data.tokenizer import byte_level_bpe
 from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
 from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack, Question
 from ..storage.models import load_checkpoint
+from .compensation_token import compensated
 
-STUDENTS = ("teacher", "window", "retrieval", "fixed", "blocks", "l2", "nystrom", "nystrom+retrieval")
+STUDENTS = ("teacher", "window", "compensation", "retrieval", "fixed", "blocks", "l2", "nystrom", "nystrom+retrieval")
 TASKS = (*RETRIEVAL_TASKS, "perplexity")
 MADE = "made"
 
@@ -42,9 +43,10 @@ class Options:
     checkpoint: a causal language model. data: what the texts are made of, and what is fitted on (of "news" articles
     that no text is made of; of a file the same). "made", of either: a small Llama with random weights, the package's
     own source; they need nothing installed, and say nothing but that it runs.
-    students: "teacher"; "window": sinks and window alone; "retrieval", once for each of `min_weights` (by which queries
-    read blocks); "fixed", once for each of `blocks` (how many a query reads); "blocks": the same without the far field;
-    "l2": exact attention by distance; "nystrom": all heads;
+    students: "teacher"; "window": sinks and window alone, and "compensation": these and one mean key and value for all
+    between them, both once for each of `windows` (none: window_size); "retrieval", once for each of `min_weights` (by
+    which queries read blocks); "fixed", once for each of `blocks` (how many a query reads); "blocks": the same without
+    the far field; "l2": exact attention by distance; "nystrom": all heads;
     "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe").
     tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
     steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
@@ -60,6 +62,7 @@ class Options:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 20
     tail: int = 256
+    windows: tuple[int, ...] = ()
     min_weights: tuple[float, ...] = (0.003,)
     blocks: tuple[int, ...] = (16,)
     shares: tuple[float, ...] = (0.1,)
@@ -92,11 +95,13 @@ class Options:
         """Return what is asked for a task."""
         return LongTextOptions(task, self.lengths, self.depths, self.samples, tail=self.tail)
 
-    def made(self) -> dict[str, tuple[AttentionSpec | None, CalibrationOptions | None]]:
-        """Return {student as rows call it: (its spec, None for the teacher; the options of its fit, if it has one)}."""
+    def made(self) -> dict[str, tuple[AttentionSpec | int | None, CalibrationOptions | None]]:
+        """Return {student as rows call it: (its spec, of "compensation" its window, None for the teacher; the options
+        of its fit, if it has one)}.
+        """
 
         def near(**fields):
-            return AttentionSpec(window_size=self.window_size, num_sinks=self.num_sinks, **fields)
+            return AttentionSpec(**{"window_size": self.window_size, "num_sinks": self.num_sinks, **fields})
 
         def blocks(count, far_field):
             return retrieval(num_blocks=count, min_weight=0.0, far_field=far_field)
@@ -115,10 +120,16 @@ class Options:
         beyond = {"beyond": "retrieval", "block_size": self.block_size, "cluster_keys": self.cluster_keys}
         where = "" if self.cluster_keys else ", blocks of the text"
         # Exactly the window, which goes on to the start of its unit in clusters.
-        window = retrieval(num_blocks=0, min_weight=0.0, far_field=False, cluster_keys=False)
+        alone = {"num_blocks": 0, "min_weight": 0.0, "far_field": False, "cluster_keys": False}
+        windows = {
+            size: "" if size == self.window_size else f" of {size}" for size in self.windows or (self.window_size,)
+        }
         found = {
             "teacher": {"teacher": (None, None)},
-            "window": {"sinks and window": (window, None)},
+            "window": {
+                f"sinks and window{of}": (retrieval(window_size=size, **alone), None) for size, of in windows.items()
+            },
+            "compensation": {f"sinks, window{of} and a mean": (size, None) for size, of in windows.items()},
             "retrieval": {
                 f"retrieval, weight {least:g}{where}": (retrieval(min_weight=least), None)
                 for least in self.min_weights
@@ -145,7 +156,7 @@ QUICK = {
     "num_landmarks": 8, "window_size": 16,
     "num_sinks": 2,
 }  # fmt: skip
-AXES = ("students", "tasks", "lengths", "depths", "min_weights", "blocks", "shares")
+AXES = ("students", "tasks", "lengths", "depths", "windows", "min_weights", "blocks", "shares")
 
 
 @only_errors("transformers")
@@ -168,6 +179,8 @@ def run(options: Options, results) -> None:
         def student(spec=spec, fit=fit):
             if spec is None:
                 return teacher
+            if isinstance(spec, int):
+                return compensated(teacher, spec, options.num_sinks)
             texts = None if fit is None else _texts(options, "train")
             return convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
 
@@ -197,19 +210,21 @@ def _texts(options: Options, split: str) -> list[str]:
     return made_texts() if options.data == MADE else read_texts(options.data, split=split)
 
 
-def _measure(student: Callable, spec: AttentionSpec | None, questions: list, asked: LongTextOptions) -> dict:
+def _measure(student: Callable, spec: AttentionSpec | int | None, questions: list, asked: LongTextOptions) -> dict:
     model = student()
     with tqdm(total=len(questions), desc=asked.task, disable=not sys.stderr.isatty(), leave=False) as bar:
         scores = score_cell(model, questions, asked, bar=bar)
     return {**scores, **_sizes(model, spec, questions[0])}
 
 
-def _sizes(model, spec: AttentionSpec | None, question: Question) -> dict[str, float]:
+def _sizes(model, spec: AttentionSpec | int | None, question: Question) -> dict[str, float]:
     """Return the bytes of a text's cache and, of retrieval, the share of its keys that its answer's queries read.
 
-    The control has no such cache: it keeps keys that nothing reads.
+    The controls have no such cache: they keep keys that nothing reads.
     """
     values, length = {}, question.ids.shape[1]
+    if isinstance(spec, int):
+        return values
     if spec is not None and spec.mechanism == "retrieval":
         values["share_read"] = read_share(model, question.ids.to(model.device), question.answer)
     if spec is None or spec.num_blocks != 0:

@@ -474,7 +474,7 @@ def _kernels():
 
 
 def _source(triton, kernel, owner: str, metric: str, p: float | None, dtype: str):
-    """The kernel as `_arguments` would call it for head size 64, with a mask, a bias, a cap and everything differentiated."""
+    """The kernel as `_arguments` would call it for head size 64, with mask, bias, cap and everything differentiated."""
     tile = {n: size for n, size in backend_triton._tile(metric, 64, 64, owner=owner).items() if n != "num_warps"}
     flags = dict.fromkeys(("IS_CAUSAL", "HAS_KEEP", "HAS_BIAS", "HAS_CAP", "NEEDS_BIAS"), True)
     sizes = dict.fromkeys(("HEAD_DIM", "VALUE_DIM", "BLOCK_D", "BLOCK_V"), 64)

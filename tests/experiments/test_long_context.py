@@ -1,14 +1,18 @@
 """The experiment on a small checkpoint: every student, gone on with after a stop, and what is refused."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch.nn import functional as F
 
-from distattn_hf.experiments import long_context
+from distattn_hf.experiments import compensation_token, long_context
 from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
+from distattn_hf.storage.models import load_checkpoint
 from tests.fixtures.load import GPT2_ENGLISH
 from tests.test_cli import distattn
 
@@ -21,10 +25,11 @@ def test_students_are_measured_and_drawn(tmp_path):
     students = [name for name in long_context.STUDENTS if name != "l2"]
     run = distattn(
         "experiment", "long_context", "--quick", "--out", tmp_path, *FEW, "tasks=kv,perplexity",
-        f"students={','.join(students)}",
+        f"students={','.join(students)}", "windows=16,24",
     )  # fmt: skip
     rows = json.loads((tmp_path / "long_context.json").read_text())["rows"]
-    labels = ["teacher", "sinks and window", "retrieval, weight 0.03", "retrieval, 2 blocks", "2 blocks alone",
+    labels = ["teacher", "sinks and window", "sinks and window of 24", "sinks, window and a mean",
+              "sinks, window of 24 and a mean", "retrieval, weight 0.03", "retrieval, 2 blocks", "2 blocks alone",
               "nystrom", "nystrom + 0.25 retrieval"]  # fmt: skip
     assert [row["key"]["student"] for row in rows[::2]] == labels
     assert [set(row["key"]) for row in rows[:2]] == [
@@ -32,16 +37,16 @@ def test_students_are_measured_and_drawn(tmp_path):
         {"student", "task", "length"},
     ]
     # No two of them are the same model.
-    assert len({row["values"]["log_loss"] for row in rows if row["key"]["task"] == "perplexity"}) == 7
+    assert len({row["values"]["log_loss"] for row in rows if row["key"]["task"] == "perplexity"}) == 10
     sizes = {row["key"]["student"]: row["values"].get("cache_bytes") for row in rows}
     assert sizes["nystrom"] < sizes["nystrom + 0.25 retrieval"] < sizes["teacher"] < sizes["retrieval, 2 blocks"]
     # Blocks of 4: two sinks in one, 15 keys of the window in four, of the query's own, of which the last three of a
     # text see 3 on average. In clusters the window begins at key 64, and two more blocks are read.
     shares = [row["values"].get("share_read") for row in rows[::2]]
-    assert shares[:2] + shares[3:] == [None, 23 / 128, 75 / 128, 75 / 128, None, None]
-    assert 67 / 128 < shares[2] < 1.0
+    assert shares[:2] + shares[3:5] + shares[6:] == [None, 23 / 128, None, None, 75 / 128, 75 / 128, None, None]
+    assert 67 / 128 < shares[5] < 1.0
     assert run.stdout.splitlines()[-1] == f"saved to {tmp_path / 'long_context.json'}"
-    assert len(run.stdout.splitlines()) == 15
+    assert len(run.stdout.splitlines()) == 21
     names = {f"{name}.{kind}" for name in ("kv", "perplexity") for kind in ("svg", "png")}
     assert {path.name for path in tmp_path.glob("*")} == {"long_context.json", *names}
 
@@ -113,3 +118,47 @@ def test_the_quick_setting_needs_no_file(tmp_path, monkeypatch):
         "retrieval, weight 0.03",
     ]
     assert first[1]["log_loss"] != first[3]["log_loss"]
+
+
+@pytest.mark.parametrize(("window", "sinks", "length"), [(7, 2, 40), (300, 4, 520), (1, 0, 9), (50, 4, 20)])
+def test_the_compensation_token_is_its_formula(window, sinks, length):
+    """Against a row at a time; where all is seen, against PyTorch's own attention."""
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 4, length, 8), torch.randn(2, 2, 2, length, 8)
+    out = compensation_token.attention(query, key, value, 0.3, window, sinks)
+    key, value = (tensor.repeat_interleave(2, 1).double() for tensor in (key, value))
+    for i in range(length):
+        between = [j for j in range(i + 1) if sinks <= j <= i - window]
+        read = [j for j in range(i + 1) if j not in between]
+        keys, values = key[:, :, read], value[:, :, read]
+        logits = keys @ query[:, :, i, :, None].double() * 0.3
+        if between:
+            mean = key[:, :, between].mean(2, keepdim=True)
+            rest = mean @ query[:, :, i, :, None].double() * 0.3 + math.log(len(between))
+            logits = torch.cat((logits, rest), 2)
+            values = torch.cat((values, value[:, :, between].mean(2, keepdim=True)), 2)
+        torch.testing.assert_close(
+            out[:, :, i].double(), (logits.softmax(2).mT @ values)[:, :, 0], atol=1e-5, rtol=1e-4
+        )
+    if window >= length:
+        plain = F.scaled_dot_product_attention(query, key.float(), value.float(), is_causal=True, scale=0.3)
+        torch.testing.assert_close(out, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_the_compensated_model_reads_whole_texts_alone():
+    """With a window over the whole text it is the teacher; a cache and padding are refused; the teacher is kept."""
+    model, tokenizer = load_checkpoint(GPT2_ENGLISH)
+    ids = tokenizer("The quick brown fox jumps over the lazy dog", return_tensors="pt").input_ids
+    with torch.no_grad():
+        plain = model(ids).logits
+        control = compensation_token.compensated(model, 64, 4)
+        torch.testing.assert_close(control(ids).logits, plain, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(compensation_token.compensated(model, 2, 1)(ids).logits, plain, atol=1e-2)
+        torch.testing.assert_close(model(ids).logits, plain)
+        cache = control(ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="without a cache and padding"):
+            control(ids[:, :1], past_key_values=cache)
+        mask = torch.ones_like(ids)
+        mask[:, 0] = 0
+        with pytest.raises(ValueError, match="without a cache and padding"):
+            control(ids, attention_mask=mask)
