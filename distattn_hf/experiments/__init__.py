@@ -7,6 +7,7 @@ EXPERIMENTS = (
     "conversion_quality",
     "digits",
     "distances",
+    "encoder_retrieval",
     "lipschitz",
     "long_context",
     "model_speed",

@@ -56,7 +56,9 @@ def test_conversion_quality(tmp_path, monkeypatch):
 def test_conversion_quality_of_an_encoder_decoder(tmp_path):
     """Scored on every second pair of its own file."""
     folder = Path(GPT2_ENGLISH).parent / "t5-g2p"
-    with pytest.raises(ValueError, match="checkpoint must be one of iglm, minilm, smollm2 or a folder with heldout.tsv"):
+    with pytest.raises(
+        ValueError, match="checkpoint must be one of iglm, minilm, smollm2 or a folder with heldout.tsv"
+    ):
         read_options(load_experiment("conversion_quality"), None, [f"checkpoint={folder.parent}"])
     given = [f"checkpoint={folder}", "metrics=sqeuclidean"]
     teacher, swapped = run_experiment("conversion_quality", tmp_path, given, quick=True).rows
@@ -247,3 +249,24 @@ def test_bad_options(tmp_path, name, given, message):
         run_experiment(name, tmp_path / "out", [given], quick=True)
     assert not (tmp_path / "out").exists()
 
+
+def test_an_encoder_that_reads_few_keys(tmp_path):
+    """Breaks if the two students read other numbers of keys, or if the blocks are not the best ones."""
+    given = ["block_sizes=4,8", "length=96"]
+    rows = run_experiment("encoder_retrieval", tmp_path, given, quick=True, echo=lambda line: None).rows
+    retrieval, window = rows[:2], rows[2:]
+    assert [row["student"] for row in rows] == ["retrieval"] * 2 + ["window"] * 2
+    # The first tokens' own block is the first block, too, and a window ends with the text.
+    assert all(0.8 * 32 < row["keys_read"] <= 32 for row in rows)
+    assert all(mine["cosine"] > control["cosine"] + 0.01 for mine, control in zip(retrieval, window, strict=True))
+    given = ["block_sizes=8", "length=24", "students=retrieval"]
+    (whole,) = run_experiment("encoder_retrieval", tmp_path / "all", given, quick=True, echo=lambda line: None).rows
+    assert (whole["keys_read"], whole["cosine"]) == (24, pytest.approx(1.0, abs=1e-5))
+    for bad, message in (
+        ("block_sizes=16", "block_sizes must be 1 to keys / 4 = 8, got 16"),
+        ("keys=0", "keys must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_experiment("encoder_retrieval", tmp_path / "bad", [bad], quick=True)
+    with pytest.raises(ValueError, match="data has 0 texts of length=9000000 tokens"):
+        run_experiment("encoder_retrieval", tmp_path / "long", ["length=9000000"], quick=True)
