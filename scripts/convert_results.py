@@ -38,11 +38,12 @@ old = json.loads((R / "sequence_reads.json").read_text())
 rows, said = [], {"modules": len(old["modules"]), "min_weight": old["min_weight"], "num_blocks": old["num_blocks"]}
 for found in old["measured"]:
     key = {name: found.pop(name) for name in ("length", "cluster_keys", "processes")}
-    bytes_ = sequence_reads.fetched(
-        sequence_speed.THERE, 2**20, key["processes"], found["share"], key["cluster_keys"]
-    )
-    (same,) = [m for m in old["modelled"] if (m["devices"], m["cluster_keys"], m["share"]) == (
-        key["processes"], key["cluster_keys"], found["share"])] or [None]
+    bytes_ = sequence_reads.fetched(sequence_speed.THERE, 2**20, key["processes"], found["share"], key["cluster_keys"])
+    (same,) = [
+        m
+        for m in old["modelled"]
+        if (m["devices"], m["cluster_keys"], m["share"]) == (key["processes"], key["cluster_keys"], found["share"])
+    ] or [None]
     assert same is None or all(same[name] == value for name, value in bytes_.items())
     rows.append(row(key, {**found, **said, **bytes_}))
 write("sequence_reads.json", "sequence_reads", sequence_reads.Options(), old["provenance"], rows)
@@ -54,7 +55,12 @@ for line in path.read_text(encoding="utf-8").splitlines():
         values = {"status": status, "detail": detail}
         if ran := re.fullmatch(r"(\w+), (\d+) modules, \|Δ\| (\S+), control (\S+)", detail):
             kind, modules, difference, control = ran.groups()
-            values |= {"detail": kind, "modules": int(modules), "difference": float(difference), "control": float(control)}
+            values |= {
+                "detail": kind,
+                "modules": int(modules),
+                "difference": float(difference),
+                "control": float(control),
+            }
         assert (status in ("exact", "wrong")) == bool(ran), line
         rows.append(row({"model_type": name}, values))
 commit, date = subprocess.check_output(["git", "log", "-1", "--format=%h %cs", "--", str(path)], text=True).split()

@@ -19,16 +19,21 @@ def converted(old: dict, run: dict) -> dict:
     rows = [{"key": {"attention": "teacher", "fit": None}, "values": teacher, "seconds": None, "run": 0}]
     for fit in old["fits"]:
         values = {
-            **fit["scores"], **{f"{n}_ratio": fit["scores"][n] / teacher[n] for n in COMPARED if n in teacher},
-            "divergence": fit["divergence"], "alpha": fit["alpha"],
+            **fit["scores"],
+            **{f"{n}_ratio": fit["scores"][n] / teacher[n] for n in COMPARED if n in teacher},
+            "divergence": fit["divergence"],
+            "alpha": fit["alpha"],
             "softening_ratio": fit["softening_ratio"] and fit["softening_ratio"]["median"],
             "convert_seconds": fit["seconds"],
         }
         key = {"attention": fit["metric"], "fit": "plain" if fit["budget"] is None else fit["budget"]}
         rows.append({"key": key, "values": values, "seconds": fit["seconds"], "run": 0})
     options = {
-        "checkpoint": old["checkpoint"], "metrics": list(dict.fromkeys(f["metric"] for f in old["fits"])),
-        "fits": list(dict.fromkeys(row["key"]["fit"] for row in rows[1:])), "transform": "scalar", "steps": 40,
+        "checkpoint": old["checkpoint"],
+        "metrics": list(dict.fromkeys(f["metric"] for f in old["fits"])),
+        "fits": list(dict.fromkeys(row["key"]["fit"] for row in rows[1:])),
+        "transform": "scalar",
+        "steps": 40,
     }
     return {"experiment": "conversion_quality", "options": options, "runs": [{**run, "options": options}], "rows": rows}
 
