@@ -51,7 +51,16 @@ def test_the_picture_says_what_the_table_says():
     cut = next(i for i, (before, after) in enumerate(zip(ticks, ticks[1:]), 1) if after[0] < before[0])
     axes = [(math.log(a[0]), a[1], math.log(b[0]), b[1]) for a, *_, b in (ticks[:cut], ticks[cut:])]
     names = [(t, y - 4) for t, _, y in words if any(f'"{t}' in line for line in table)]
-    assert [name for name, _ in names] == "sqeuclidean l2 cosine l1 lp chebyshev retrieval nystrom".split()
+    assert [name for name, _ in names] == [
+        "sqeuclidean",
+        "l2",
+        "cosine",
+        "l1",
+        "lp",
+        "chebyshev",
+        "retrieval",
+        "nystrom",
+    ]
     found = 0
     for name, height in names:
         (row,) = (line for line in table if f'"{name}"' in line)

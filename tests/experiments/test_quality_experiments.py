@@ -11,7 +11,7 @@ from distattn_hf.core.kernel_cpp_library import compiler
 from distattn_hf.data.packing import pack
 from distattn_hf.data.sources import read_texts
 from distattn_hf.evaluation.score import EvaluationOptions, evaluate_model
-from distattn_hf.experiments import conversion_quality, model_speed, nystrom_quality, quantised, speech
+from distattn_hf.experiments import conversion_quality, nystrom_quality, quantised, speech
 from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
 from distattn_hf.storage.models import load_checkpoint
 from tests.fixtures.load import GPT2_ENGLISH, gpt2_english
@@ -56,7 +56,9 @@ def test_conversion_quality(tmp_path, monkeypatch):
 def test_conversion_quality_of_an_encoder_decoder(tmp_path):
     """Scored on every second pair of its own file."""
     folder = Path(GPT2_ENGLISH).parent / "t5-g2p"
-    with pytest.raises(ValueError, match="checkpoint must be one of iglm, minilm, smollm2 or a folder with heldout.tsv"):
+    with pytest.raises(
+        ValueError, match="checkpoint must be one of iglm, minilm, smollm2 or a folder with heldout.tsv"
+    ):
         read_options(load_experiment("conversion_quality"), None, [f"checkpoint={folder.parent}"])
     given = [f"checkpoint={folder}", "metrics=sqeuclidean"]
     teacher, swapped = run_experiment("conversion_quality", tmp_path, given, quick=True).rows
@@ -246,4 +248,3 @@ def test_bad_options(tmp_path, name, given, message):
     with pytest.raises(ValueError, match=message):
         run_experiment(name, tmp_path / "out", [given], quick=True)
     assert not (tmp_path / "out").exists()
-
