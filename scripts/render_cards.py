@@ -4,9 +4,10 @@
     python scripts/render_cards.py --check    writes nothing; exit code 1 where something differs
 
 model_cards/templates/NAME.md.j2 becomes model_cards/NAME.md; `choices.md.j2` the part of README.md between its two
-markers, and `choices.svg.j2` the picture below it, model_cards/results/choices.svg. A template reads model_cards/results/NAME.json by `results("NAME")`, what a command measured and wrote, and a
-table of results/earlier.json by `earlier("NAME")`: tables that were typed from the output of a run, each with the
-commit that brought it, until the run is made again.
+markers, and `choices.svg.j2` the picture below it, model_cards/results/choices.svg. A template reads
+model_cards/results/NAME.json by `results("NAME")`, what a command measured and wrote, and a table of
+results/earlier.json by `earlier("NAME")`: tables that were typed from the output of a run, each with the commit that
+brought it, until the run is made again.
 """
 
 import json

@@ -183,7 +183,7 @@ def test_a_report_of_what_nobody_measured_is_a_line():
 
 def test_a_report_explains_its_columns():
     """λ and α where they are shown; of heads that have the teacher's own logits there is no λ to speak of."""
-    exact = convert(five_layers(), init="exact").conversion_report.table()
+    exact = convert(five_layers(), AttentionSpec(), init="exact").conversion_report.table()
     assert "λ" not in exact
     plain = convert(five_layers(), "l2", init="plain").conversion_report.table()
     assert "λ: softmax(-λ·distance) in place of softmax(q·k)" in plain
@@ -229,7 +229,7 @@ def test_a_gpu_that_is_not_here_is_told_of(monkeypatch):
     [("mechanism", "retreival", "retrieval"), ("init", "exat", "exact"), ("mechanism", "softmax", None)],
 )
 def test_a_choice_like_one_that_there_is(option, given, meant):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"--{option} must be one of") as caught:
         check_choices(**{option: given})
     assert str(caught.value).endswith(f"got {given!r}" + (f"; did you mean --{option} {meant}?" if meant else ""))
 

@@ -296,10 +296,9 @@ class ConversionReport:
         """Return what the table's columns are, for those that have values."""
         lines = []
         if "lam" in shown:
-            alpha = (
-                "; α: queries are divided, keys multiplied by it (1: the plain distance)" if "alpha" in shown else ""
-            )
-            lines.append(f"λ: softmax(-λ·distance) in place of softmax(q·k){alpha}")
+            lines.append("λ: softmax(-λ·distance) in place of softmax(q·k)")
+        if "alpha" in shown:
+            lines.append("α: queries are divided, keys multiplied by it (1: the plain distance)")
         if self.mean_divergence_after is not None:
             lines.append(
                 "KL: of the student's attention weights from the teacher's, in nats per query (0: equal); before: with "

@@ -106,10 +106,10 @@ def describe_source(source: Source) -> dict:
 
 
 def _metadata(source: Source) -> dict:
-    if CARD_NAME in source.names:
-        # Not ModelCard.load, which warns of a card without metadata.
-        if "license" in (metadata := card_metadata(metadata_load(source.path(CARD_NAME)) or {})):
-            return {**metadata, "from": CARD_NAME}
+    # Not ModelCard.load, which warns of a card without metadata.
+    found = metadata_load(source.path(CARD_NAME)) if CARD_NAME in source.names else None
+    if "license" in (metadata := card_metadata(found or {})):
+        return {**metadata, "from": CARD_NAME}
     for name in source.names:
         if fnmatchcase(name, "LICEN[SC]E*"):
             text = source.path(name).read_text(encoding="utf-8", errors="replace")

@@ -29,7 +29,7 @@ def task():
 
 
 def test_conversion_quality(tmp_path, monkeypatch):
-    """Breaks if a fit is another's: the plain distance loses more than one with an ε, and less than one without a fit."""
+    """Breaks if a fit is another's: the plain distance loses more than one with an ε, and less than without a fit."""
     monkeypatch.setitem(conversion_quality.CHECKPOINTS, "smollm2", task)
     run_experiment("conversion_quality", tmp_path, quick=True, echo=lambda line: None)
     given = ["metrics=l2,sqeuclidean", "fits=swapped,plain,0.004,0", "transform=scalar", "steps=5"]
@@ -56,9 +56,7 @@ def test_conversion_quality(tmp_path, monkeypatch):
 def test_conversion_quality_of_an_encoder_decoder(tmp_path):
     """Scored on every second pair of its own file."""
     folder = Path(GPT2_ENGLISH).parent / "t5-g2p"
-    with pytest.raises(
-        ValueError, match="checkpoint must be one of iglm, minilm, smollm2 or a folder with heldout.tsv"
-    ):
+    with pytest.raises(ValueError, match="checkpoint must be one of .*, smollm2 or a folder with heldout.tsv"):
         read_options(load_experiment("conversion_quality"), None, [f"checkpoint={folder.parent}"])
     given = [f"checkpoint={folder}", "metrics=sqeuclidean"]
     teacher, swapped = run_experiment("conversion_quality", tmp_path, given, quick=True).rows

@@ -65,9 +65,8 @@ def test_the_experiment(tmp_path, monkeypatch):
     rows = run_experiment("architectures", tmp_path, ["model_types=gpt2"], **given).rows
     with pytest.raises(ValueError, match="seconds is 1, and .* holds rows of seconds=60"):
         run_experiment("architectures", tmp_path, ["model_types=bert", "seconds=1"], **given)
-    late = run_experiment(
-        "architectures", tmp_path / "late", ["model_types=bert", "seconds=1"], quick=True, echo=said.append
-    )
+    given |= {"echo": said.append}
+    late = run_experiment("architectures", tmp_path / "late", ["model_types=bert", "seconds=1"], **given)
     assert [(row["model_type"], row["status"]) for row in rows] == [("gpt2", "exact")]
     assert [(row["status"], row["detail"]) for row in late.rows] == [
         ("not built", "TimeoutError: took more than 1 seconds")
