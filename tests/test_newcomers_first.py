@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoConfig, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -25,7 +26,7 @@ from distattn_hf.commands.choices import check_choices
 from distattn_hf.connection import hub_in_reach
 from distattn_hf.conversion.convert import describe_fit
 from distattn_hf.data.at_hand import check_at_hand
-from distattn_hf.storage import models
+from distattn_hf.storage import companions, models
 from distattn_hf.storage.companions import Source, describe_source
 from distattn_hf.storage.embedded import without_the_hub
 from distattn_hf.training.adapt import load_inputs
@@ -150,6 +151,8 @@ def test_of_a_name_out_of_reach_the_cache_alone_is_asked_for_every_file(monkeypa
     assert models.load_processor("user/cached") == "processor"
     # Two configs, weights, tokenizer and its files, the processor's and itself.
     assert asked == [True] * 7
+    monkeypatch.setattr(HfApi, "model_info", lambda *given: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(companions, "hub_in_reach", lambda: False)
     assert Source("user/cached").note.startswith("whatever user/cached has on the Hub beyond the cache")
 
 
