@@ -210,12 +210,12 @@ def test_a_source_whose_card_has_no_metadata_warns_of_nothing(tmp_path, caplog, 
 def test_a_fit_says_in_plain_words_what_it_does():
     l2, nystrom = AttentionSpec("l2"), AttentionSpec(mechanism="nystrom")
     assert describe_fit([l2], CalibrationOptions()).startswith(
-        "each layer's new attention is fitted to the model's own, in 100 steps on at most 8,192 tokens; "
+        "each layer's new attention is fitted to the model's own, in 100 steps on at most 8,192 tokens ("
     )
     assert "in 200 steps on at most 16,384 tokens" in describe_fit([l2, nystrom], CalibrationOptions())
     assert "in 200 steps on at most 8,192" in describe_fit([AttentionSpec("l1", softening=0)], CalibrationOptions())
     assert "in 0 steps on at most 50 tokens" in describe_fit([l2], CalibrationOptions(steps=0, max_tokens=50))
-    assert "in 100 steps on the data;" in describe_fit([l2], CalibrationOptions(), reads_text=False)
+    assert "in 100 steps on the data (" in describe_fit([l2], CalibrationOptions(), reads_text=False)
 
 
 def test_a_gpu_that_is_not_here_is_told_of(monkeypatch):

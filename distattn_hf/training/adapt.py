@@ -125,7 +125,7 @@ def _fit_note(config: AdaptationConfig, reads_text: bool) -> str:
     if config.model.init != "calibrated":
         return "nothing is fitted"
     told = describe_fit(config.model.specs, fit_options(config), reads_text)
-    return f"{told} (calibration_steps and calibration_tokens set this; max_steps is of the stages after it)"
+    return f"{told}; calibration_steps and calibration_tokens set this, max_steps is of the stages after it"
 
 
 def load_inputs(config: AdaptationConfig) -> tuple:
