@@ -1,6 +1,7 @@
 """Whether the Hub can be reached at all, asked before its client is. Needs no torch."""
 
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -16,3 +17,11 @@ def hub_in_reach() -> bool:
     except OSError:
         return False
     return True
+
+
+def hub_arguments(source: str | Path) -> dict[str, bool]:
+    """Return {"local_files_only": ...} for every file of a folder or Hub name: out of reach, the cache alone is asked.
+
+    The client would try each file again for half a minute.
+    """
+    return {"local_files_only": not (Path(source).is_dir() or hub.HF_HUB_OFFLINE or hub_in_reach())}

@@ -1,16 +1,18 @@
-"""Write the cards of model_cards/, and the README's table, from the results.
+"""Write the cards of model_cards/, and the README's table and picture, from the results.
 
     python scripts/render_cards.py            writes what differs and names it
     python scripts/render_cards.py --check    writes nothing; exit code 1 where something differs
 
 model_cards/templates/NAME.md.j2 becomes model_cards/NAME.md; `choices.md.j2` the part of README.md between its two
-markers. A template reads model_cards/results/NAME.json by `results("NAME")`, what a command measured and wrote, and a
-table of results/earlier.json by `earlier("NAME")`: tables that were typed from the output of a run, each with the
-commit that brought it, until the run is made again.
+markers, and `choices.svg.j2` the picture below it, model_cards/results/choices.svg. A template reads
+model_cards/results/NAME.json by `results("NAME")`, what a command measured and wrote, and a table of
+results/earlier.json by `earlier("NAME")`: tables that were typed from the output of a run, each with the commit that
+brought it, until the run is made again.
 """
 
 import json
 import sys
+from math import log
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -19,7 +21,8 @@ import jinja2
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 README, START, END = ROOT / "README.md", "<!-- choices: rendered -->\n", "<!-- /choices -->\n"
-CHOICES = "choices.md.j2"
+CHOICES, PICTURE = "choices.md.j2", "choices.svg.j2"
+RETRIEVAL = "retrieval, weight 0.003"
 
 
 def results(name: str) -> dict:
@@ -109,6 +112,48 @@ def quantised() -> str:
     return f"{note}\n\n{table(columns, lines)}"
 
 
+def choices() -> dict[str, dict]:
+    """Return the figures of the README's table and picture, of SmolLM2's perplexity and of forward passes on a CPU.
+
+    {name: {"loss" and "other" (of the plain distance, or of all heads; may be None): perplexity over the teacher's,
+    "time" (None: not measured): over plain attention's, at "length" tokens, "softening": ε/median}}.
+    """
+    exact = {row[0]: float(row[1].split(" ")[0]) for row in results("earlier")["exact_speed"]["rows"]}
+    softened = {row["metric"]: row["ratio"]["median"] for row in results("softened_speed")["results"]
+                if row["pass"] == "forward"}  # fmt: skip
+    found = {"sqeuclidean": {"loss": 1.0, "other": None, "time": exact["sqeuclidean"], "length": 2048}}
+    for metric in ("l2", "cosine", "l1", "lp", "chebyshev"):
+        (fit,) = rows_of("softening_smollm2", attention=metric, fit=0.004)
+        plain = rows_of("softening_smollm2", attention=metric, fit="plain")
+        found[metric] = {
+            "loss": fit["perplexity_ratio"], "softening": fit["softening_ratio"],
+            "other": plain[0]["perplexity_ratio"] if plain else None, "length": 2048,
+            # Cosine was timed without ε alone.
+            "time": exact["cosine"] if metric == "cosine" else softened.get(metric),
+        }  # fmt: skip
+    (read,) = rows_of("retrieval_speed", job="prefill", length=32768, key_heads=12, blocks=8, cluster_keys=True)
+    found["retrieval"] = {"loss": retrieved(4096), "other": None, "time": 1 / read["ratio"], "length": 32768}
+    landmarks = results("earlier")["nystrom_smollm2_landmarks"]
+    whole, limited = (float(landmarks["rows"][2][i].split(" ")[0]) / landmarks["teacher"] for i in (1, 3))
+    faster = float(results("earlier")["nystrom_speed"]["rows"][2][4])
+    found["nystrom"] = {"loss": limited, "other": whole, "time": 1 / faster, "length": 16384}
+    return found
+
+
+def of_retrieval(task: str, length: int) -> str:
+    """Return the student of `long_context` that is retrieval: blocks of alike keys; of the text where they lack."""
+    clustered = rows_of("long_context", task=task, length=length, student=RETRIEVAL)
+    return RETRIEVAL if clustered else f"{RETRIEVAL}, blocks of the text"
+
+
+def retrieved(length: int) -> float:
+    """Return SmolLM2's perplexity with retrieval over the teacher's, at the end of texts of this length."""
+    students = (of_retrieval("perplexity", length), "teacher")
+    asked = {"task": "perplexity", "length": length}
+    own, teacher = (rows_of("long_context", student=name, **asked)[0]["perplexity"] for name in students)
+    return own / teacher
+
+
 def sweep() -> dict[str, int]:
     """Return how many architectures have each outcome of the experiment `architectures`, and "tested"."""
     kinds = [row["status"] for row in rows_of("architectures")]
@@ -134,6 +179,10 @@ def rendered() -> dict[Path, str]:
         "adapted": adapted,
         "compared": compared,
         "quantised": quantised,
+        "choices": choices,
+        "log": log,
+        "of_retrieval": of_retrieval,
+        "retrieved": retrieved,
         "rows_of": rows_of,
         "pivot": pivot,
     }
@@ -144,7 +193,8 @@ def rendered() -> dict[Path, str]:
         raise ValueError(f"README.md: {START.strip()} and {END.strip()} must each be there once")
     before, after = readme.partition(START)[0], readme.partition(END)[2]
     found = {CARDS / name.removesuffix(".j2"): text for name, text in texts.items() if name != CHOICES}
-    return found | {README: before + START + texts[CHOICES] + END + after}
+    picture = {CARDS / "results" / "choices.svg": environment.get_template(PICTURE).render()}
+    return found | picture | {README: before + START + texts[CHOICES] + END + after}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,19 +1,33 @@
 """What a newcomer is told before anything takes long: what is missing, what a name may have meant, what is known."""
 
+import logging
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from huggingface_hub import HfApi
+from transformers import AutoConfig, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from distattn_hf import AttentionSpec, TestConfig, convert, load_checkpoint
+from distattn_hf import (
+    AttentionSpec,
+    CalibrationOptions,
+    TestConfig,
+    connection,
+    convert,
+    explain_backend,
+    load_checkpoint,
+)
 from distattn_hf.benchmark import self_check
 from distattn_hf.benchmark.measure import ratio_with_spread
 from distattn_hf.cli import app
+from distattn_hf.commands.choices import check_choices
 from distattn_hf.connection import hub_in_reach
+from distattn_hf.conversion.convert import describe_fit
 from distattn_hf.data.at_hand import check_at_hand
-from distattn_hf.storage import models
+from distattn_hf.storage import companions, models
+from distattn_hf.storage.companions import Source, describe_source
 from distattn_hf.storage.embedded import without_the_hub
 from distattn_hf.training.adapt import load_inputs
 from distattn_hf.training.arguments import parse_config
@@ -87,8 +101,8 @@ def test_data_that_is_here_or_cannot_be_known_passes(tmp_path):
 )
 def test_a_name_that_cannot_be_fetched_leads_to_a_checkpoint_that_needs_no_hub(name, hint, monkeypatch):
     """Without waiting for a host that does not resolve: the cache alone is asked."""
-    monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "hub_in_reach", lambda: False)
+    monkeypatch.setattr(connection.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(connection, "hub_in_reach", lambda: False)
     asked, real = [], AutoConfig.from_pretrained
 
     def from_pretrained(source, **options):
@@ -102,7 +116,7 @@ def test_a_name_that_cannot_be_fetched_leads_to_a_checkpoint_that_needs_no_hub(n
     assert time.monotonic() - begun < 10
     assert asked == [{"local_files_only": True}]
     # In reach, the Hub is asked, and its own words are passed on.
-    monkeypatch.setattr(models, "hub_in_reach", lambda: True)
+    monkeypatch.setattr(connection, "hub_in_reach", lambda: True)
 
     def refused(source, **options):
         assert options == {"local_files_only": False}
@@ -111,6 +125,35 @@ def test_a_name_that_cannot_be_fetched_leads_to_a_checkpoint_that_needs_no_hub(n
     monkeypatch.setattr(AutoConfig, "from_pretrained", refused)
     with pytest.raises(OSError, match=f"could not be fetched: 404: no such repository. {hint}"):
         load_checkpoint(name)
+
+
+def test_of_a_name_out_of_reach_the_cache_alone_is_asked_for_every_file(monkeypatch):
+    """Of a config that is cached without its weights too. Breaks if weights, tokenizer or processor ask the Hub."""
+    monkeypatch.setattr(connection.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(connection, "hub_in_reach", lambda: False)
+    model = gpt2()
+    model.config.architectures = ["GPT2LMHeadModel"]
+    asked = []
+
+    def answers(result):
+        return lambda source, *names, **options: asked.append(options["local_files_only"]) or result
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", answers(model.config))
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="the Hub cannot be reached, and the local cache does not hold all of it"):
+        load_checkpoint("user/half-cached")
+    assert time.monotonic() - begun < 10
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", answers(model))
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", answers(SimpleNamespace(vocab_files_names={"a": "b"})))
+    monkeypatch.setattr(models, "cached_file", answers("file"))
+    load_checkpoint("user/cached")
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", answers("processor"))
+    assert models.load_processor("user/cached") == "processor"
+    # Two configs, weights, tokenizer and its files, the processor's and itself.
+    assert asked == [True] * 7
+    monkeypatch.setattr(HfApi, "model_info", lambda *given: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(companions, "hub_in_reach", lambda: False)
+    assert Source("user/cached").note.startswith("whatever user/cached has on the Hub beyond the cache")
 
 
 def test_whether_the_hub_is_in_reach(monkeypatch):
@@ -135,10 +178,63 @@ def test_a_report_of_what_nobody_measured_is_a_line():
     report = convert(five_layers(), "retrieval").conversion_report
     for per_head in (False, True):
         table = report.table(per_head).splitlines()
-        assert table[0].split() == ["module", "attention", "heads", "λ"]
+        assert table[0].split() == ["module", "attention", "heads"]
         assert table[1].split()[:5] == ["layers.0.self_attn", "and", "4", "more", "like"]
         assert sum(line.startswith("layers.") for line in table) == 1
         assert " - " not in report.table(per_head)
+
+
+def test_a_report_explains_its_columns():
+    """λ and α where they are shown; of heads that have the teacher's own logits there is no λ to speak of."""
+    exact = convert(five_layers(), AttentionSpec(), init="exact").conversion_report.table()
+    assert "λ" not in exact
+    plain = convert(five_layers(), "l2", init="plain").conversion_report.table()
+    assert "λ: softmax(-λ·distance) in place of softmax(q·k)" in plain
+    assert "α: queries" not in plain
+    mixed = convert(five_layers(), [AttentionSpec("l1", layers=[0]), AttentionSpec(mechanism="retrieval", layers=[1])],
+                    init="plain").conversion_report.table()  # fmt: skip
+    (retrieves,) = (line for line in mixed.splitlines() if line.startswith("layers.1."))
+    assert retrieves.split()[-1] == "-"
+
+
+def test_a_source_whose_card_has_no_metadata_warns_of_nothing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    gpt2().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# A model\n", encoding="utf-8")
+    assert describe_source(Source(tmp_path)) == {"name": tmp_path.name}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n", encoding="utf-8")
+    assert describe_source(Source(tmp_path)) == {"name": tmp_path.name, "license": "mit", "from": "README.md"}
+    assert not caplog.records
+
+
+def test_a_fit_says_in_plain_words_what_it_does():
+    l2, nystrom = AttentionSpec("l2"), AttentionSpec(mechanism="nystrom")
+    assert describe_fit([l2], CalibrationOptions()).startswith(
+        "each layer's new attention is fitted to the model's own, in 100 steps on at most 8,192 tokens ("
+    )
+    assert "in 200 steps on at most 16,384 tokens" in describe_fit([l2, nystrom], CalibrationOptions())
+    assert "in 200 steps on at most 8,192" in describe_fit([AttentionSpec("l1", softening=0)], CalibrationOptions())
+    assert "in 0 steps on at most 50 tokens" in describe_fit([l2], CalibrationOptions(steps=0, max_tokens=50))
+    assert "in 100 steps on the data (" in describe_fit([l2], CalibrationOptions(), reads_text=False)
+
+
+def test_a_gpu_that_is_not_here_is_told_of(monkeypatch):
+    asked = {"metric": "l2", "num_queries": 64}
+    assert "machine" not in str(explain_backend(**asked))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = str(explain_backend(**asked, device="cuda"))
+    assert text.splitlines()[0].split()[1:] == ["would", "run"]
+    assert text.splitlines()[-1].startswith("(this machine has no GPU")
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "meant"),
+    [("mechanism", "retreival", "retrieval"), ("init", "exat", "exact"), ("mechanism", "softmax", None)],
+)
+def test_a_choice_like_one_that_there_is(option, given, meant):
+    with pytest.raises(ValueError, match=f"--{option} must be one of") as caught:
+        check_choices(**{option: given})
+    assert str(caught.value).endswith(f"got {given!r}" + (f"; did you mean --{option} {meant}?" if meant else ""))
 
 
 def test_a_report_keeps_apart_what_differs():

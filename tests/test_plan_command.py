@@ -69,7 +69,10 @@ def test_a_short_measurement(monkeypatch):
     monkeypatch.setattr("distattn_hf.benchmark.plan.TIMED_TOKENS", 64)
     teacher = long_llama()
     before = {name: t.clone() for name, t in teacher.state_dict().items()}
-    plan = make_plan(teacher, 500, PLENTY)
+    said = []
+    plan = make_plan(teacher, 500, PLENTY, say=said.append)
+    assert [line.split(":")[0] for line in said] == ["retrieval", "nystrom"]
+    assert "reads 64 tokens in turns with the model's own attention, 3 times each" in said[0]
     assert [choice.timed_tokens for choice in plan.choices] == [None, 64, 64]
     assert all(choice.time_ratio > 0 for choice in plan.choices[1:])
     assert "time: of reading 64 tokens here" in lines(plan)[-2]

@@ -1,11 +1,13 @@
 """The README, the guides and the cards are true: their figures, links, commands and code."""
 
+import math
 import re
 import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -16,6 +18,7 @@ from tests.fixtures.load import GPT2_ENGLISH
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "model_cards").glob("**/*.md")))]
 VERBS = typer.main.get_command(app).commands
+SVG = "{http://www.w3.org/2000/svg}"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -34,6 +37,35 @@ def test_cards_and_the_readmes_table_are_what_the_results_say():
         [sys.executable, "scripts/render_cards.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, f"python scripts/render_cards.py would change: {run.stdout} {run.stderr}"
+
+
+def test_the_picture_says_what_the_table_says():
+    """Each figure that is drawn, at the place that its axis says, is in the table's cell. Breaks if an axis is off."""
+    drawn = ElementTree.parse(ROOT / "model_cards" / "results" / "choices.svg").getroot()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = [line for line in text.partition("<!-- choices")[2].splitlines() if line.startswith("| `")]
+    words = [(word.text, float(word.get("x")), float(word.get("y"))) for word in drawn.iter(f"{SVG}text")]
+    middle = [word for word in drawn.iter(f"{SVG}text") if word.get("text-anchor") == "middle"]
+    ticks = [(float(word.text), float(word.get("x"))) for word in middle]
+    # The two axes: numbers from left to right, until they begin anew.
+    cut = next(i for i, (before, after) in enumerate(zip(ticks, ticks[1:]), 1) if after[0] < before[0])
+    axes = [(math.log(a[0]), a[1], math.log(b[0]), b[1]) for a, *_, b in (ticks[:cut], ticks[cut:])]
+    names = [(t, y - 4) for t, _, y in words if any(f'"{t}' in line for line in table)]
+    metrics = ["sqeuclidean", "l2", "cosine", "l1", "lp", "chebyshev"]
+    assert [name for name, _ in names] == [*metrics, "retrieval", "nystrom"]
+    found = 0
+    for name, height in names:
+        (row,) = (line for line in table if f'"{name}"' in line)
+        for circle in drawn.iter(f"{SVG}circle"):
+            if float(circle.get("cy")) == height:
+                x = float(circle.get("cx"))
+                is_time = x > axes[1][1] - 20
+                low, left, high, right = axes[is_time]
+                value = math.exp(low + (x - left) / (right - left) * (high - low))
+                figures = [float(figure) for figure in re.findall(r"\d+\.\d+", row.split("|")[4 + is_time])]
+                assert min(abs(value / figure - 1) for figure in figures) < 0.01, (name, value, figures)
+                found += 1
+    assert found >= 16
 
 
 def test_a_run_on_a_gpu_fills_the_cards_section():

@@ -56,7 +56,7 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool = True) -> Plan:
+def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool = True, say=None) -> Plan:
     """Plan generation with a causal model of transformers: up to `length` tokens in each of `batch` rows.
 
     Bytes count the weights and the whole cache, without what one step needs beside. Nyström attention is that with
@@ -64,6 +64,7 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
 
     Args:
         memory: bytes there are. measure: time reading of the length, 2,048 tokens at most, beside the model's own.
+        say: takes a line of text before each attention that is made and timed.
 
     Raises:
         ValueError: for a native model, one without a growing cache, a length that it has no positions for, or numbers
@@ -89,10 +90,20 @@ def make_plan(model, length: int, memory: int, *, batch: int = 1, measure: bool 
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     choices = []
     with only_errors("transformers", "distattn_hf"), in_eval_mode(model):
-        candidates = {"dot": model, "retrieval": convert(model, "retrieval"), "nystrom": _nystrom(model, ids)}
-        for name, candidate in candidates.items():
+        made = {
+            "dot": lambda: model, "retrieval": lambda: convert(model, "retrieval"),
+            "nystrom": lambda: _nystrom(model, ids),
+        }  # fmt: skip
+        for name, make in made.items():
+            is_timed = measure and name != "dot"
+            if is_timed and say is not None:
+                say(
+                    f"{name}: reads {ids.shape[1]:,} tokens in turns with the model's own attention, {TIMED_PAIRS} "
+                    f"times each or for about {TIMED_SECONDS:.0f} seconds"
+                )
+            candidate = make()
             size = batch * _size(candidate, length)
-            timed = _time(model, candidate, ids) if measure and name != "dot" else {}
+            timed = _time(model, candidate, ids) if is_timed else {}
             choices.append(Choice(name, weights, size, weights + size <= memory, MEASURED[name], **timed))
     take, why = _advice({choice.attention: choice for choice in choices}, length)
     return Plan(choices, take, why, str(model.dtype).removeprefix("torch."))

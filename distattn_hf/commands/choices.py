@@ -99,7 +99,9 @@ def check_choices(**values) -> None:
         if (name, value) == ("transform", "linear"):
             continue  # what "maps" was called before
         if name in CHOICES and value not in CHOICES[name]:
-            raise ValueError(f"{flag(name)} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+            matches = get_close_matches(str(value).lower(), CHOICES[name], n=1, cutoff=0.65)
+            hint = f"; did you mean {flag(name)} {matches[0]}?" if matches else ""
+            raise ValueError(f"{flag(name)} must be one of {', '.join(CHOICES[name])}, got {value!r}{hint}")
         if name in LEAST and value < LEAST[name]:
             raise ValueError(f"{flag(name)} must be an integer >= {LEAST[name]}, got {value}")
         if name == "seed" and not 0 <= value < 2**63:

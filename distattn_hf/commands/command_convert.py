@@ -7,7 +7,7 @@ import typer
 
 from .choices import check_choices, check_min_weight, read_softening
 from .flags import as_flags, given, option_names, reading
-from .shared import DATA, Column, Overwrite, SourceArgument, begin
+from .shared import DATA, Column, Overwrite, SourceArgument, begin, say
 
 command = typer.Typer()
 
@@ -207,6 +207,9 @@ def convert(
     options = CalibrationOptions(
         steps=steps, seed=seed, max_error=max_error, beyond_share=beyond_share, select=select or "error"
     )
+    if init == "calibrated":
+        specs = [spec] if isinstance(spec, AttentionSpec) else spec
+        say(conversion.describe_fit(specs, options, model.main_input_name in ("input_ids", "inputs_embeds")))
     student = conversion.convert(model, spec, init=init, calibration=texts, tokenizer=tokenizer, options=options)
     student = fold.fold_alpha(student) if fold_alpha else student
     report = student.conversion_report

@@ -2,12 +2,11 @@
 
 import json
 import re
-import sys
 from typing import Annotated
 
 import typer
 
-from .shared import SourceArgument, begin
+from .shared import SourceArgument, begin, say
 
 command = typer.Typer()
 
@@ -38,9 +37,8 @@ def plan(
     from ..benchmark.plan import lines, make_plan
     from ..storage.models import load_checkpoint
 
-    if measure:
-        print(f"{path}: reading is timed, which takes a while (--no-measure leaves it out)", file=sys.stderr)
-    found = make_plan(load_checkpoint(path)[0], length, size, batch=batch, measure=measure)
+    say(f"{path} is loaded" + (", and reading is timed; --no-measure leaves that out" if measure else ""))
+    found = make_plan(load_checkpoint(path)[0], length, size, batch=batch, measure=measure, say=say)
     print(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(lines(found)))
 
 

@@ -39,7 +39,7 @@ _ALPHA_PULL = 1e-4
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Options of the fit. The defaults take one to a few minutes for 135M parameters on two cores.
+    """Options of the fit. With 40 steps it took 3 to 11 minutes for 135M parameters on two busy cores.
 
     Args:
         steps: Adam steps per layer; None: 100, and 200 for `transform="maps"`.

@@ -222,8 +222,9 @@ class ConversionReport:
         if heads["unfitted"]:
             lines.append(f"not measured in {heads['unfitted']} heads, to which nothing was fitted: expect a large one")
         if heads["unread"] or heads["unfitted"]:
-            lines.append(
-                "measure it by distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: --task passkey)"
+            lines[-1] += (
+                "; what it costs is measured by distattn evaluate FOLDER --against TEACHER --data TEXT (of long texts: "
+                "--task passkey)"
             )
         return lines
 
@@ -265,14 +266,14 @@ class ConversionReport:
 
         Modules one after another whose lines would be equal, as where nothing was measured, share one.
         """
-        columns = [column for column in _COLUMNS if any(getattr(part, column[2]) for part in self.groups)]
+        columns = [column for column in _COLUMNS if any(_values(part, column[2]) for part in self.groups)]
         rows: list[tuple[list[str], tuple[str, ...]]] = []
         for part in self.groups:
-            is_measured = any(getattr(part, name) for _, _, name in columns if name != "lam") or len(set(part.lam)) > 1
+            is_measured = any(_values(part, name) for _, _, name in columns if name != "lam") or len(set(part.lam)) > 1
             each = per_head and is_measured
             for pick in [[i] for i in range(len(part.heads))] if each else [range(len(part.heads))]:
                 label = str(part.heads[pick[0]]) if each else "all" if per_head else self._count(part)
-                cells = part.attention, label, *(_cell(getattr(part, name), pick) for _, _, name in columns)
+                cells = part.attention, label, *(_cell(_values(part, name), pick) for _, _, name in columns)
                 if rows and rows[-1][1] == cells:
                     rows[-1][0].append(part.module)
                 else:
@@ -285,15 +286,19 @@ class ConversionReport:
             lines.append(f"{name:<42} {attention[:18]:<18} {label:>5}{values}")
         for module, heads in self.exact_heads.items():
             lines.append(f"{module[-42:]:<42} {'dot':<18} {'heads ' + ', '.join(map(str, heads))}")
-        lines += self._legend()
+        lines += self._legend({name for _, _, name in columns})
         lines.append(self.summary())
         lines += [f"loss: {text}" for text in self.loss]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
-    def _legend(self) -> list[str]:
+    def _legend(self, shown: set[str]) -> list[str]:
         """Return what the table's columns are, for those that have values."""
         lines = []
+        if "lam" in shown:
+            lines.append("λ: softmax(-λ·distance) in place of softmax(q·k)")
+        if "alpha" in shown:
+            lines.append("α: queries are divided, keys multiplied by it (1: the plain distance)")
         if self.mean_divergence_after is not None:
             lines.append(
                 "KL: of the student's attention weights from the teacher's, in nats per query (0: equal); before: with "
@@ -371,6 +376,11 @@ class ConversionReport:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _values(part: GroupReport, name: str):
+    """Return a field of a group; of the lift no λ, which is ½ by its formula and says nothing."""
+    return None if name == "lam" and part.metric == "lifted_sqeuclidean" else getattr(part, name)
 
 
 def _cell(values, pick) -> str:

@@ -77,14 +77,18 @@ def choose_backend(name: str, inputs: AttentionInputs) -> Backend:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The result of `explain_backend`: `backend` runs; `reasons` says for each other one why it does not."""
+    """The result of `explain_backend`: `backend` runs; `reasons` says for each other one why it does not; `note`, for a
+    device that this machine lacks, what was assumed."""
 
     backend: str
     reasons: dict[str, str]
+    note: str | None = None
 
     def __str__(self) -> str:
         width = max(map(len, (self.backend, *self.reasons)))
-        lines = [f"{self.backend:{width}}  runs", *(f"{name:{width}}  {why}" for name, why in self.reasons.items())]
+        runs = "runs" if self.note is None else "would run"
+        lines = [f"{self.backend:{width}}  {runs}", *(f"{name:{width}}  {why}" for name, why in self.reasons.items())]
+        lines += [] if self.note is None else [self.note]
         return "\n".join(lines)
 
 
@@ -167,4 +171,7 @@ def explain_backend(
             if name != chosen:
                 reason = other.unsupported(inputs) or (backend == "auto" and other.declined(inputs))
                 reasons[name] = reason or ("not asked for" if backend != "auto" else f"{chosen} comes first")
-    return BackendChoice(chosen, reasons)
+    note = None
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        note = "(this machine has no GPU: so it would be on one that has, with the packages that are installed here)"
+    return BackendChoice(chosen, reasons, note)

@@ -1,7 +1,7 @@
-"""What a conversion without training costs, on real checkpoints: by metric, and from the plain distance to the teacher.
+"""What a conversion without training costs, on real checkpoints: by metric, from the plain distance to the teacher.
 
-A distance put in as it is, the plain distance with fitted scales, and softened distances: each budget of KL is what a fit
-may lose for a smaller ε, so that the larger it is, the nearer to the plain distance the fit stays.
+A distance put in as it is, the plain distance with fitted scales, and softened distances: each budget of KL is what a
+fit may lose for a smaller ε, so that the larger it is, the nearer to the plain distance the fit stays.
 """
 
 from dataclasses import dataclass
@@ -111,9 +111,9 @@ class Options:
     of news at 512 tokens), or the folder of an encoder-decoder with pairs of texts in heldout.tsv (perplexity of the
     second ones). metrics: of its conversions, lp with p = 3.
 
-    fits: "swapped", the metric as it is, without a fit; "plain", fitted without an ε; or a budget of KL in nats a query,
-    under which ε is fitted, for metrics that take one. transform: of the fits, as in `AttentionSpec`; null: its default, which has maps for plain distances and none for softened ones.
-    steps: of a fit; null: as in `convert`.
+    fits: "swapped", the metric as it is, without a fit; "plain", fitted without an ε; or a budget of KL in nats a
+    query, under which ε is fitted, for metrics that take one. transform: of the fits, as in `AttentionSpec`; null: its
+    default, which has maps for plain distances and none for softened ones. steps: of a fit; null: as in `convert`.
     """
 
     checkpoint: str = "smollm2"

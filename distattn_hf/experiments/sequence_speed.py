@@ -2,8 +2,8 @@
 
 Measured: processes with gloo on this machine, one thread each, each holding a stretch of random float32 tokens. Outputs
 are compared with one process's, and the bytes that each sent are compared with the model's formulas: the experiment
-stops where they differ. Two processes and one run in turns, forward without gradients: CPU seconds of one over those of the
-busier of two.
+stops where they differ. Two processes and one run in turns, forward without gradients: CPU seconds of one over those of
+the busier of two.
 
 Modelled: one layer's forward pass of 2**20 tokens, bytes / bandwidth + rounds·latency + operations / rate, none of them
 overlapping. Bandwidth, latency and rate are assumptions (options), not measurements; so is that each is reached.

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..connection import hub_arguments
 from ..core.base_weights import ADAPTER_NAME, digest, tied_names
 from ..core.modeling_converted import DistAttnModelMixin, model_class_for
 from .embedded import EMBEDDED
@@ -112,7 +113,7 @@ def _load(model: PreTrainedModel, base: str | None) -> PreTrainedModel:
     if _is_converted(name):
         raise ValueError(f"base must be the teacher, got {name!r}, which is a converted checkpoint itself")
     try:
-        return model.base_class.from_pretrained(name, dtype=model.dtype)
+        return model.base_class.from_pretrained(name, dtype=model.dtype, **hub_arguments(name))
     except OSError as error:
         raise OSError(
             f"the base {name!r} could not be loaded; give base=, the teacher itself or a folder: {error}"
@@ -121,7 +122,7 @@ def _load(model: PreTrainedModel, base: str | None) -> PreTrainedModel:
 
 def _is_converted(name: str) -> bool:
     try:
-        return bool(PreTrainedConfig.get_config_dict(name)[0].get("distattn"))
+        return bool(PreTrainedConfig.get_config_dict(name, **hub_arguments(name))[0].get("distattn"))
     except OSError:
         return False  # loading it says what is wrong
 

@@ -8,9 +8,10 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import HTTPError
 
+from ..connection import hub_in_reach
 from .embedded import EMBEDDED
 from .files import CARD_NAME, MODULES, goes_along, is_hidden, list_files
 
@@ -46,7 +47,7 @@ class Source:
         if self.is_local:
             return Path(self.name)
         try:
-            if constants.HF_HUB_OFFLINE:
+            if constants.HF_HUB_OFFLINE or not hub_in_reach():
                 raise OSError("offline")
             info = HfApi().model_info(self.name)
         except (HTTPError, OSError):
@@ -105,10 +106,10 @@ def describe_source(source: Source) -> dict:
 
 
 def _metadata(source: Source) -> dict:
-    if CARD_NAME in source.names:
-        card = ModelCard.load(source.path(CARD_NAME), ignore_metadata_errors=True)
-        if "license" in (metadata := card_metadata(card.data.to_dict())):
-            return {**metadata, "from": CARD_NAME}
+    # Not ModelCard.load, which warns of a card without metadata.
+    found = metadata_load(source.path(CARD_NAME)) if CARD_NAME in source.names else None
+    if "license" in (metadata := card_metadata(found or {})):
+        return {**metadata, "from": CARD_NAME}
     for name in source.names:
         if fnmatchcase(name, "LICEN[SC]E*"):
             text = source.path(name).read_text(encoding="utf-8", errors="replace")

@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants as hub
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
@@ -20,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from ..connection import hub_in_reach
+from ..connection import hub_arguments
 from ..core.configuration_distattn import CLASS_PREFIX
 from .embedded import EMBEDDED, EmbeddedCheckpoint, check_source, without_the_hub
 
@@ -52,20 +51,19 @@ def load_checkpoint(
         model, tokenizer = _load_embedded(EMBEDDED[str(source)])
         return model.to(dtype).eval(), tokenizer
     check_source(source)
-    # Out of reach, the cache alone is asked: else the client would try again for half a minute.
-    cached_only = not (Path(source).is_dir() or hub.HF_HUB_OFFLINE or hub_in_reach())
+    reach = hub_arguments(source)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=cached_only)
+        config = AutoConfig.from_pretrained(source, **reach)
+        model = _class_of(config).from_pretrained(source, dtype=dtype, **reach)
     except OSError as error:
         if Path(source).is_dir():
             raise
-        why = "the Hub cannot be reached, and the local cache does not hold it" if cached_only else str(error)
+        lacking = "the Hub cannot be reached, and the local cache does not hold all of it"
         raise OSError(
-            f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: {why}. "
-            f"{without_the_hub(source)}"
+            f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: "
+            f"{lacking if reach['local_files_only'] else error}. {without_the_hub(source)}"
         ) from error
-    model = _class_of(config).from_pretrained(source, dtype=dtype)
-    return model.eval(), _load_tokenizer(source)
+    return model.eval(), _load_tokenizer(source, reach)
 
 
 def _class_of(config) -> type:
@@ -85,29 +83,32 @@ def _class_of(config) -> type:
     return AutoModel
 
 
-def _load_tokenizer(source) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(source, reach: dict) -> PreTrainedTokenizerBase | None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **reach)
     except (OSError, ValueError, KeyError, ImportError, TypeError):
         # A checkpoint without tokenizer files (a vision model, a test fixture) is a valid one.
         return None
     # For some model types transformers makes an empty tokenizer then, to which every word is unknown. Tokenizers of
     # bytes need no files.
     names = set(tokenizer.vocab_files_names.values())
-    return tokenizer if not names or any(_has(source, name) for name in _TOKENIZER_FILES | names) else None
+    return tokenizer if not names or any(_has(source, name, reach) for name in _TOKENIZER_FILES | names) else None
 
 
 def load_processor(source: str | Path):
     """Return the processor of a model of pictures or sound (an image processor or feature extractor where there is no
     other); None where the checkpoint has no files of one."""
-    if str(source) in EMBEDDED or not any(_has(source, name) for name in _PROCESSOR_FILES):
+    if str(source) in EMBEDDED:
         return None
-    return AutoProcessor.from_pretrained(source)
+    reach = hub_arguments(source)
+    if not any(_has(source, name, reach) for name in _PROCESSOR_FILES):
+        return None
+    return AutoProcessor.from_pretrained(source, **reach)
 
 
-def _has(source, name: str) -> bool:
+def _has(source, name: str, reach: dict) -> bool:
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(source, name, **missing) is not None
+    return cached_file(source, name, **missing, **reach) is not None
 
 
 def _load_embedded(checkpoint: EmbeddedCheckpoint):

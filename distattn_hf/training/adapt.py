@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from accelerate import PartialState
 
+from ..conversion.convert import describe_fit
 from ..data.at_hand import check_data_fields
 from ..data.datasets import build_data, check_tokenizers, row_length
 from ..data.tasks import TASKS, task_of
@@ -13,7 +14,7 @@ from ..storage.models import load_checkpoint, load_processor
 from ..storage.pooling import read_pooling
 from ..storage.runs import TRAINER_STATE, RunFolder, finished, spent_on
 from .arguments import FINETUNED, AdaptationConfig, StageOptions
-from .first_student import converted, first_student
+from .first_student import converted, first_student, fit_options
 from .objectives import STAGES
 from .stages import Stage, check_stages
 from .trainer import num_steps, train_stage
@@ -63,14 +64,13 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     run.note()
 
     # The student before training.
-    calibrated = part_paths["calibrated"]
+    calibrated, reads_text = part_paths["calibrated"], TASKS[task].inputs == "text"
     if state.is_main_process and "calibrated" not in finished_parts:
         if model.student is None:
-            say(f"conversion begins: {model.teacher} -> {calibrated}; {_fit_note(config)}")
+            say(f"conversion begins: {model.teacher} -> {calibrated}; {_fit_note(config, reads_text)}")
         run.save(first_student(config, teacher, tokenizer, data), tokenizer, calibrated)
     state.wait_for_everyone()
     options = {stage: config.adaptation.options_for(stage) for stage in stages}
-    reads_text = TASKS[task].inputs == "text"
     length = row_length(config.data, tokenizer, teacher.config) if reads_text else config.data.max_length
     check_stages(load_checkpoint(calibrated)[0], teacher, task, options, length)
 
@@ -120,14 +120,12 @@ def adapt(config: AdaptationConfig, say=logger.info) -> Scorecard:
     return card
 
 
-def _fit_note(config: AdaptationConfig) -> str:
-    """Say how long the conversion's fit is and which fields shorten it: max_steps is of the stages alone."""
-    model = config.model
-    if model.init != "calibrated":
-        return "no training yet"
-    length = f"{model.calibration_steps or '100 (maps: 200)'} steps a layer (calibration_steps)"
-    tokens = f"{model.calibration_tokens or '8,192 (Nyström: 16,384)'} tokens (calibration_tokens)"
-    return f"its fit takes {length} on {tokens}, whatever max_steps is"
+def _fit_note(config: AdaptationConfig, reads_text: bool) -> str:
+    """Say what the conversion's fit is and which fields shorten it."""
+    if config.model.init != "calibrated":
+        return "nothing is fitted"
+    told = describe_fit(config.model.specs, fit_options(config), reads_text)
+    return f"{told}; calibration_steps and calibration_tokens set this, max_steps is of the stages after it"
 
 
 def load_inputs(config: AdaptationConfig) -> tuple:

@@ -31,6 +31,19 @@ def first_student(config: AdaptationConfig, teacher, tokenizer, data: TaskData):
     return student
 
 
+def fit_options(config: AdaptationConfig) -> CalibrationOptions:
+    """Return the options of the teacher's fit."""
+    model = config.model
+    return CalibrationOptions(
+        steps=model.calibration_steps,
+        max_tokens=model.calibration_tokens,
+        max_length=model.calibration_length,
+        max_error=model.max_error,
+        seed=config.training.seed,
+        progress=not config.training.disable_tqdm,
+    )
+
+
 def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init: str | None = None):
     """Return the teacher converted as `config` says; `init` "plain": the same swap without a fit."""
     model, teacher, texts = config.model, teacher.to("cpu"), None
@@ -39,14 +52,7 @@ def converted(config: AdaptationConfig, teacher, tokenizer, data: TaskData, init
         return convert(teacher, [replace(spec, transform=None, softening=None) for spec in model.specs], init=init)
     if model.fold_alpha:
         check_foldable(teacher, model.specs)
-    options = CalibrationOptions(
-        steps=model.calibration_steps,
-        max_tokens=model.calibration_tokens,
-        max_length=model.calibration_length,
-        max_error=model.max_error,
-        seed=config.training.seed,
-        progress=not config.training.disable_tqdm,
-    )
+    options = fit_options(config)
     if init == "calibrated":
         # Text where the fit may choose its own row boundaries, else the first training rows.
         task, arguments = task_of(teacher), config.data

@@ -8,6 +8,7 @@ import transformers
 from accelerate import PartialState
 from transformers import AutoTokenizer, set_seed
 
+from ..connection import hub_arguments
 from ..data.datasets import build_data
 from ..data.rows import training_texts
 from ..data.sources import find_data
@@ -100,7 +101,7 @@ def _tokenizer(config: ScratchConfig, out: Path, state):
             tokenizer.save_pretrained(folder)
             write_json(source_file, source)
         name_or_options = str(folder)
-    return AutoTokenizer.from_pretrained(name_or_options)
+    return AutoTokenizer.from_pretrained(name_or_options, **hub_arguments(name_or_options))
 
 
 def _new_model(config: ScratchConfig, tokenizer):

@@ -61,7 +61,7 @@ def test_bytes_by_hand():
 
 
 def test_a_small_run(tmp_path):
-    """Also gone on with, from a checkpoint and a file: what stretches read does not depend on which others are asked."""
+    """Also gone on with, of a checkpoint and a file: what stretches read does not depend on which others are asked."""
     given = [f"checkpoint={GPT2_ENGLISH}", f"data={GPT2_ENGLISH / 'heldout.txt'}", "modules=2"]
     quiet = {"quick": True, "echo": lambda line: None}
     first = run_experiment("sequence_reads", tmp_path, [*given, "lengths=256"], **quiet).rows

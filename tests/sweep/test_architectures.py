@@ -60,12 +60,13 @@ def test_the_experiment(tmp_path, monkeypatch):
     """Goes on where it stopped; one that takes too long, or is wrong, is said and stops nothing."""
     given = {"quick": True, "echo": lambda line: None}
     run_experiment("architectures", tmp_path, ["model_types=gpt2"], **given)
-    monkeypatch.setattr(architectures, "sweep_one", lambda name: time.sleep(60))
+    monkeypatch.setattr(architectures, "convert", lambda *given, **options: time.sleep(60))
     said, before = [], time.perf_counter()
     rows = run_experiment("architectures", tmp_path, ["model_types=gpt2"], **given).rows
     with pytest.raises(ValueError, match="seconds is 1, and .* holds rows of seconds=60"):
         run_experiment("architectures", tmp_path, ["model_types=bert", "seconds=1"], **given)
-    late = run_experiment("architectures", tmp_path / "late", ["model_types=bert", "seconds=1"], quick=True, echo=said.append)
+    given |= {"echo": said.append}
+    late = run_experiment("architectures", tmp_path / "late", ["model_types=bert", "seconds=1"], **given)
     assert [(row["model_type"], row["status"]) for row in rows] == [("gpt2", "exact")]
     assert [(row["status"], row["detail"]) for row in late.rows] == [
         ("not built", "TimeoutError: took more than 1 seconds")
