@@ -30,6 +30,17 @@ def test_logits_equal_the_teachers(family, padded):
     assert (control - expected).abs().max() > 100 * EXACT_LOGITS
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_some_heads_alone_equal_the_teachers(family):
+    """Breaks if a group of heads reads another head's query, key, value, mask or (T5) position bias."""
+    teacher = FAMILIES[family]()
+    batch = token_batch(teacher, padded=True)
+    student = convert(teacher, AttentionSpec(heads=(1, 3)), init="exact")
+    with torch.no_grad():
+        expected, got = (valid_rows(teacher, batch, m(**batch).logits) for m in (teacher, student))
+    assert (got - expected).abs().max() <= EXACT_LOGITS
+
+
 def test_a_bias_that_hides_every_key_gives_zero():
     """T5 adds its mask to its bias: what is as low as its dtype goes hides, and is not one more number."""
     student = convert(FAMILIES["t5"](), AttentionSpec("l2"), init="plain")
