@@ -92,7 +92,6 @@ def saved(tmp_path_factory):
     [("package", [*ROWS]), *(("remote", [row]) for row in ROWS), ("remote", [*ROWS])],
     ids=lambda value: value if isinstance(value, str) else " + ".join(value),
 )
-@pytest.mark.xdist_group("fresh process")
 def test_every_family_loads_bit_equal(saved, mode, rows, tmp_path, monkeypatch):
     folders, classes = saved
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-# Built once for all.
-pytestmark = pytest.mark.xdist_group("release")
-
 ROOT = Path(__file__).parents[1]
 # What the working tree has beside the files of the release.
 IGNORED = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "build", "dist", "out")

@@ -33,9 +33,6 @@ from tests.analysis.models import hand_built, letter_tokenizer
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.fixtures.load import GPT2_ENGLISH
 
-# One analysis for all that look at what it wrote.
-pytestmark = pytest.mark.xdist_group("report")
-
 WICKED = "</script><img src=https://x.y/z>"
 TEXTS = [f"a b a {WICKED} b . c d", "c d c d e f g h", "e f e f . a"]
 OPTIONS = AnalyseOptions(max_length=16, map_tokens=8)

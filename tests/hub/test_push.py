@@ -22,9 +22,6 @@ from tests.conversion.test_companions import sentence_transformer
 from tests.hub.endpoint import Hub, Repository
 from tests.without_package import HIDE_PACKAGE
 
-# One server and two pushed checkpoints for the whole file.
-pytestmark = pytest.mark.xdist_group("hub")
-
 TOKEN = "hf_ThisTokenMustNotBeSeen0123456789"
 
 SCORECARD = {

@@ -79,11 +79,6 @@ def loop(monkeypatch, path, stop=None):
     names["main"]()
 
 
-# Those that compare with an uninterrupted run, which is made once.
-beside_a_whole_run = pytest.mark.xdist_group("resume")
-
-
-@beside_a_whole_run
 @pytest.mark.parametrize(
     ("where", "stage", "step", "left"),
     [("step", "transfer", 3, "checkpoint-2"), ("save", "distillation", 4, "checkpoint-2")],
@@ -115,7 +110,6 @@ def test_killed_and_started_again(tmp_path, whole, where, stage, step, left):
         assert (mine.score, mine.tokens, mine.trained_parameters) == (row.score, row.tokens, row.trained_parameters)
 
 
-@beside_a_whole_run
 def test_killed_between_training_and_saving_the_student(tmp_path, whole, monkeypatch):
     """All steps are done, but the stage's result is not there: it is made from the last checkpoint."""
     config, expected = whole
