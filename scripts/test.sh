@@ -29,4 +29,4 @@ else
     "$python" -m pip list --disable-pip-version-check 2>/dev/null | grep -E '^(torch|transformers|accelerate|peft|datasets) '
 fi
 "$python" scripts/fetch_common_tests.py
-exec "$python" -m pytest -n 2 --dist loadgroup -m "$tiers" "$@"
+exec "$python" -m pytest -n 2 -m "$tiers" "$@"

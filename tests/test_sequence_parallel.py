@@ -13,10 +13,6 @@ from tests.training.test_distributed import start
 KINDS = {torch.float64: ("float64", "float64"), torch.float32: ("float32_forward", "float32_gradient")}
 
 
-# In one worker, so that the processes are started once.
-pytestmark = pytest.mark.xdist_group("processes")
-
-
 @pytest.fixture(scope="module", params=LENGTHS, ids=lambda number: f"{number} processes")
 def found(request, tmp_path_factory):
     """What each of so many processes found."""

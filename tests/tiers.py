@@ -142,9 +142,9 @@ TABLE = {
     "tests/conversion/test_absolute_models.py::test_compiled": "system",
     "tests/core/test_cpp.py::test_one_graph": "system",
     "tests/core/test_cpp.py::test_two_processes_build_at_the_same_time": "system",
-    "tests/core/test_cpp.py::test_a_folder_that_cannot_be_written_is_no_obstacle": "system",
     "tests/core/test_cpp.py::test_without_a_compiler": "system",
-    "tests/core/test_cpp.py::test_without_a_home": "system",
+    "tests/core/test_cpp.py::test_without_a_cache": "system",
+    "tests/core/test_cpp.py::test_a_build_is_used_again": "system",
     "tests/core/test_cpp.py::test_with_a_compiler_that_fails": "system",
     "tests/core/test_triton.py::TestCompiler": "system",
     "tests/core/test_triton.py::test_kernels_in_the_interpreter": "system",
@@ -156,6 +156,46 @@ TABLE = {
 MANY, SHARE = 16, 3
 # Tables that are quick, and that a change of any file concerns.
 WHOLE = ("tests/core/test_layering.py", "tests/test_cli_flags.py", "tests/test_moved.py", "tests/test_tiers.py")
+
+
+# What shares a fixture that takes seconds (processes, a server, a build): the tests whose names begin with one entry
+# run in one worker, which makes it once.
+TOGETHER = (
+    "tests/analysis/test_report.py",
+    "tests/hub/test_measured.py",
+    "tests/hub/test_push.py",
+    "tests/quality/test_quality.py::test_iglm",
+    "tests/quality/test_quality.py::test_minilm",
+    "tests/quality/test_quality.py::test_smollm2",
+    "tests/test_fresh_process.py",
+    "tests/test_release.py",
+    "tests/test_sequence_parallel.py",
+    "tests/training/test_distributed.py",
+    "tests/training/test_long_sequences.py",
+    "tests/training/test_resume.py::test_killed",
+    "tests/training/test_sharded.py",
+    "tests/training/test_tensor_parallel.py",
+)
+
+
+def together(name: str) -> str:
+    """Return the entry of `TOGETHER` that a test's name begins with, or the name itself."""
+    return next((entry for entry in TOGETHER if name.startswith(entry)), name)
+
+
+def scheduler(config, log):
+    """Return the scheduler that hands tests out by `TOGETHER`, the largest groups first.
+
+    pytest-xdist's own mark for this, xdist_group, does nothing under pytest 9.2, which keeps the names of tests in
+    another place: each worker made every fixture.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return together(nodeid)
+
+    return Together(config, log)
 
 
 def beyond_the_sample(names: list[str]) -> set[str]:

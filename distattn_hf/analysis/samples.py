@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 from ..core.discovery import argument_names
 from ..data.batches import label_loss, length_for, pad_rows, query_mask, shift_right
-from ..data.config import is_integer
 from ..data.tasks import TASKS, text_task_of
-from ..evaluation.score import EvaluationOptions, check_pooling, embed, first_sentence_pairs
+from ..evaluation.score import EvaluationOptions, embed, first_sentence_pairs
 from .watch import forward
 
 # Inverse temperature of the loss of embeddings, as in sentence-transformers.
@@ -19,22 +18,11 @@ _SCALE = 20.0
 
 
 @dataclass(frozen=True)
-class AnalysisOptions:
-    """max_length in tokens per text, max_tokens in total, texts per batch, the seed of masked positions, and pooling of
-    an encoder's embeddings (see `EvaluationOptions`)."""
+class AnalysisOptions(EvaluationOptions):
+    """`EvaluationOptions`, silent: max_length in tokens per text, max_tokens in total, texts per batch, the seed of
+    masked positions, and pooling of an encoder's embeddings."""
 
-    max_length: int = 512
-    max_tokens: int = 8192
-    batch_size: int = 4
-    seed: int = 0
     progress: bool = False
-    pooling: str = "mean"
-
-    def __post_init__(self):
-        check_pooling(self.pooling)
-        for name in ("max_length", "max_tokens", "batch_size"):
-            if not is_integer(value := getattr(self, name), 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def check_texts(texts) -> list[str]:

@@ -20,10 +20,8 @@ from ..core.interface import (
     NYSTROM_IMPLEMENTATION,
     attend,
     attend_groups,
-    exact_call,
     read_call,
     refuse_unsupported,
-    with_selected_keys,
 )
 from ..core.native_attention import DistAttnAttention
 from ..core.nystrom_heads import nystrom_forward
@@ -186,12 +184,12 @@ def _untouched(implementation, module, name, entry, query, key, value, mask, kwa
     call = read_call(module, query, mask, kwargs, nystrom=nystrom)
     if kwargs.get("indices") is not None and implementation not in ("eager", "sdpa"):
         # For transformers' own attention the model has put its choice of keys into the mask.
-        call = with_selected_keys(call, kwargs["indices"], query, key)
+        call = call.with_selected_keys(kwargs["indices"], key.shape[2])
     if nystrom:
         call = write_out(call, query.shape[2], key.shape[2], query.device)
     if implementation == "eager":  # its mask is always written out
         call = replace(call, is_causal=False)
-    call = exact_call(call, query, key)
+    call = call.merged((*query.shape[:3], key.shape[2]))
     groups = query.shape[1] // key.shape[1]
     return AttentionCall(
         name, entry["layer"], entry["kind"], query, repeat_kv(key, groups), repeat_kv(value, groups), call.scaling,

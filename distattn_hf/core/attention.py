@@ -128,7 +128,8 @@ def run_attention(
         say_backend(inputs.metric.name, chosen.name, inputs.query, inputs.key)
         if inputs.dropout_p > 0 and (backend, chosen.name) == ("auto", "chunked") and not torch.compiler.is_compiling():
             _say_what_dropout_costs(inputs)
-        if chosen.run is not cpp_attention or not few_queries(inputs):
+        shared = inputs.value.shape[1] != inputs.key.shape[1]
+        if shared and (chosen.run is not cpp_attention or not few_queries(inputs)):
             # Only the kernel of decoding steps reads values that key heads share.
             inputs = inputs.with_value_heads()
         return chosen.run(inputs).to(dtype)

@@ -44,6 +44,45 @@ class ModuleCall:
     # Of keys that stand there once for each query head: how many query heads shared one.
     groups: int = 1
 
+    def causal_by_flag(self, num_queries: int) -> bool:
+        """Apply transformers' own rule: the flag counts only without a mask and for more than one query."""
+        return self.is_causal and self.mask is None and num_queries > 1
+
+    def with_selected_keys(self, indices: Tensor, num_keys: int) -> "ModuleCall":
+        """Return the call with a mask of the keys that a model's indexer chose for each query, indices (B, N, k).
+
+        Models mask the others themselves for transformers' own "eager" and "sdpa", and leave it to any other attention.
+        """
+        chosen = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=indices.device)
+        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        if self.causal_by_flag(num_queries := indices.shape[1]):
+            chosen = add_triangle(chosen, num_queries, num_keys, indices.device)
+        if self.mask is None:
+            return replace(self, mask=chosen)
+        mask = self.mask[..., :num_keys]
+        if mask.dtype == torch.bool:
+            return replace(self, mask=mask & chosen)
+        return replace(self, mask=mask.masked_fill(~chosen, torch.finfo(mask.dtype).min))
+
+    def merged(self, shape: tuple[int, int, int, int]) -> "ModuleCall":
+        """Return the call as exact attention of (B, H, N, M) takes it: causality decided, mask and bias merged."""
+        bias = self.position_bias
+        if bias is not None and bias.shape[-1] > shape[-1]:
+            bias = bias[..., : shape[-1]]
+        keep, bias = merge_masks(self.mask, bias, shape)
+        return replace(self, mask=keep, position_bias=bias, is_causal=self.causal_by_flag(shape[2]))
+
+    def additive_mask(self, query: Tensor, num_keys: int) -> Tensor | None:
+        """Return the float mask an eager attention expects, from the bool (or absent) one of our mask function."""
+        mask = self.mask
+        if self.causal_by_flag(query.shape[2]):
+            mask = add_triangle(None, query.shape[2], num_keys, query.device)
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        # Eager attention has its softmax in float32, where float64's least number would be -inf, a masked row NaN.
+        least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
+        return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, least)
+
 
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -90,9 +129,11 @@ class AttentionInputs:
         """Return whether autograd will ask for a gradient of any tensor here."""
         if self.assumed_grad is not None:
             return self.assumed_grad
+        if not torch.is_grad_enabled():
+            return False
         tensors = (self.query, self.key, self.value, self.bias, self.lam, self.softening)
         tensors += (self.sink_logit, self.shift)
-        return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
     def lambda_column(self) -> float | Tensor:
         """Return λ as a float, or as (H, 1, 1) in at least float32 so that it multiplies (B, H, N, M)."""

@@ -19,7 +19,7 @@ from .attention import run_attention, without_autocast
 from .backends import validate_backend
 from .derived_cache import DerivedLayer, MappedKeys
 from .head_groups import join_heads, write_out
-from .inputs import AttentionInputs, ModuleCall, add_triangle, merge_masks
+from .inputs import AttentionInputs, ModuleCall
 from .metrics import get_metric
 from .nystrom_heads import nystrom_forward, padding_mask
 from .parameters import DistanceAttentionState, HeadParameters
@@ -156,38 +156,6 @@ def sink_of(arguments: dict) -> Tensor | None:
     return next((arguments[name] for name in ("s_aux", "sinks") if arguments.get(name) is not None), None)
 
 
-def causal_by_flag(call: ModuleCall, num_queries: int) -> bool:
-    """Apply transformers' own rule: the flag counts only without a mask and for more than one query."""
-    return call.is_causal and call.mask is None and num_queries > 1
-
-
-def with_selected_keys(call: ModuleCall, indices: Tensor, query: Tensor, key: Tensor) -> ModuleCall:
-    """Return the call with a mask of the keys that a model's indexer chose for each query, indices (B, N, k) of them.
-
-    Models mask the others themselves for transformers' own "eager" and "sdpa", and leave it to any other attention.
-    """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    chosen = torch.zeros(*indices.shape[:2], num_keys, dtype=torch.bool, device=key.device)
-    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
-    if causal_by_flag(call, num_queries):
-        chosen = add_triangle(chosen, num_queries, num_keys, key.device)
-    if call.mask is None:
-        return replace(call, mask=chosen)
-    mask = call.mask[..., :num_keys]
-    return replace(
-        call, mask=mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
-    )
-
-
-def exact_call(call: ModuleCall, query: Tensor, key: Tensor) -> ModuleCall:
-    """Return a call with its mask written out, as exact attention takes it: causality decided, mask and bias merged."""
-    bias = call.position_bias
-    if bias is not None and bias.shape[-1] > key.shape[2]:
-        bias = bias[..., : key.shape[2]]
-    keep, bias = merge_masks(call.mask, bias, (*query.shape[:3], key.shape[2]))
-    return replace(call, mask=keep, position_bias=bias, is_causal=causal_by_flag(call, query.shape[2]))
-
-
 def _unconverted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall, arguments: dict):
     """Run the attention of a module that was not converted, as the base model would."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -195,20 +163,8 @@ def _unconverted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, c
     if call.return_weights or call.backend == "reference" or needs_eager:
         if eager is None:
             raise ValueError(f"{type(module).__name__} has no eager attention that could return weights")
-        return eager(module, query, key, value, _additive(call, query, key), **arguments)
+        return eager(module, query, key, value, call.additive_mask(query, key.shape[2]), **arguments)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, call.mask, **arguments)
-
-
-def _additive(call: ModuleCall, query: Tensor, key: Tensor) -> Tensor | None:
-    """Return the float mask an eager attention expects, from the bool (or absent) one of our mask function."""
-    mask = call.mask
-    if causal_by_flag(call, query.shape[2]):
-        mask = add_triangle(None, query.shape[2], key.shape[2], query.device)
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    # Eager attention has its softmax in float32, where float64's least number would be -inf, and a masked row NaN.
-    least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)
-    return torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, least)
 
 
 def _check_heads(module: nn.Module, state: DistanceAttentionState, query: Tensor) -> None:
@@ -250,12 +206,12 @@ def _retrieval(
 def _exact(
     state: DistanceAttentionState, query: Tensor, key: Tensor, value: Tensor, call: ModuleCall
 ) -> tuple[Tensor, Tensor | None]:
-    if causal_by_flag(call, query.shape[2]) and key.shape[2] > query.shape[2]:
+    if call.causal_by_flag(query.shape[2]) and key.shape[2] > query.shape[2]:
         # Prefill into an empty static cache: the keys behind the queries are not filled yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if query.shape[0] == 1 and key.shape[0] > 1:
         query = query.expand(key.shape[0], -1, -1, -1)
-    call = exact_call(call, query, key)
+    call = call.merged((*query.shape[:3], key.shape[2]))
     if state.observer is not None:
         return _observed(state, query, key, value, call), None
     return attend_groups(state, query, key, value, call)
@@ -360,7 +316,7 @@ def distattn_attention_forward(
         # A static cache: the places behind are not filled yet.
         key, value = (t[:, :, : attention_mask.shape[-1]] for t in (key, value))
     if (indices := kwargs.pop("indices", None)) is not None:
-        call = with_selected_keys(call, indices, query, key)
+        call = call.with_selected_keys(indices, key.shape[2])
     if nystrom and run is _exact:
         call = write_out(call, query.shape[2], key.shape[2], query.device)
     if not converted:

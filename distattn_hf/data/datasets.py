@@ -123,6 +123,10 @@ class DataArguments:
         if self.streaming and self.num_proc is not None:
             raise ValueError(f"num_proc must be None with streaming=True (it reads as it goes), got {self.num_proc}")
 
+    def limit_of(self, argument: str) -> int | None:
+        """Return how many rows of "train_data" or "eval_data" are used at most, None for all."""
+        return self.max_train_samples if argument == "train_data" else self.max_eval_samples
+
 
 @dataclass
 class TaskData:
@@ -167,29 +171,20 @@ def build_data(
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if TASKS[task].inputs != "text":
-        job = Job(arguments, task, tokenizer, model_config, arguments.max_length)
-        splits = zip(("train_data", "eval_data"), find_data(arguments))
-        rows = [None if data is None else feature_rows(job, data, name) for name, data in splits]
-        return TaskData(*rows, collate_features, job.label_names)
-    if tokenizer is None:
-        raise ValueError("tokenizer must be given: the data is text, got None")
-    _check_model(task, model_config)
-    _check_vocabulary(tokenizer, model_config)
-    _check_padding(tokenizer, task, arguments)
-    job = Job(arguments, task, tokenizer, model_config, _clamped_length(arguments, tokenizer, model_config))
-    if arguments.packing and task == "causal-lm" and job.max_length % (arguments.pad_to_multiple_of or 1):
-        raise ValueError(
-            f"pad_to_multiple_of must divide max_length={job.max_length} with packing=True, whose rows are not padded; "
-            f"got {arguments.pad_to_multiple_of}"
-        )
-    train, evaluation = find_data(arguments)
-    collator = collator_for(job)
-    train_rows = rows_for(job, train, "train_data", arguments.max_train_samples)
-    evaluation_rows = None
-    if evaluation is not None:
-        evaluation_rows = rows_for(job, evaluation, "eval_data", arguments.max_eval_samples)
-    return TaskData(train_rows, evaluation_rows, collator, job.label_names)
+    reads_text, max_length = TASKS[task].inputs == "text", arguments.max_length
+    if reads_text:
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given: the data is text, got None")
+        _check_model(task, model_config)
+        _check_vocabulary(tokenizer, model_config)
+        _check_padding(tokenizer, task, arguments)
+        max_length = _clamped_length(arguments, tokenizer, model_config)
+        _check_packing(max_length, task, arguments)
+    job = Job(arguments, task, tokenizer, model_config, max_length)
+    splits = zip(("train_data", "eval_data"), find_data(arguments))
+    read, collator = (rows_for, collator_for(job)) if reads_text else (feature_rows, collate_features)
+    rows = [None if data is None else read(job, data, name) for name, data in splits]
+    return TaskData(*rows, collator, job.label_names)
 
 
 # Checks of model and tokenizer
@@ -224,6 +219,14 @@ def _check_padding(tokenizer, task: str, arguments) -> None:
         raise ValueError(
             f"tokenizer must have a padding token for task {task!r}, got pad_token=None; set tokenizer.pad_token to a "
             "token of its vocabulary"
+        )
+
+
+def _check_packing(max_length: int, task: str, arguments) -> None:
+    if arguments.packing and task == "causal-lm" and max_length % (arguments.pad_to_multiple_of or 1):
+        raise ValueError(
+            f"pad_to_multiple_of must divide max_length={max_length} with packing=True, whose rows are not padded; "
+            f"got {arguments.pad_to_multiple_of}"
         )
 
 

@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-from datasets import IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 
 from .packing import IGNORED
-from .rows import LABEL_COLUMNS, Job, column_of, first_row, label_of, label_options, workers_of
+from .rows import LABEL_COLUMNS, Job, column_of, first_row, first_rows, label_of, label_options, workers_of
 from .tasks import TASKS
 
 # Columns of the model's own inputs, and of what a processor makes them of.
@@ -26,7 +25,6 @@ def feature_rows(job: Job, dataset, argument: str):
     Raises `ValueError` for data without such columns, raw inputs without a processor, and labels that do not fit.
     """
     arguments = job.arguments
-    limit = arguments.max_train_samples if argument == "train_data" else arguments.max_eval_samples
     first = first_row(dataset, argument, arguments)
     options = _columns(first, argument, TASKS[job.task].inputs, job.tokenizer, arguments.text_column)
     options["max_length"] = job.max_length
@@ -41,8 +39,8 @@ def feature_rows(job: Job, dataset, argument: str):
     else:
         column = column_of(first, "label_column", arguments.label_column, LABEL_COLUMNS)
         options |= label_options(job, dataset, column, argument == "train_data")
-    if limit is not None:
-        dataset = _first_rows(dataset, limit)
+    if (limit := arguments.limit_of(argument)) is not None:
+        dataset = first_rows(dataset, limit)
     names = [name for name in (dataset.features or first) if name != "labels"]
     return dataset.map(
         _read, batched=True, batch_size=100, remove_columns=names, fn_kwargs=options, **workers_of(job, dataset)
@@ -59,14 +57,9 @@ def input_batches(dataset, model, processor, column: str | None = None, *, count
     if first is None:
         raise ValueError("calibration holds no rows")
     options = _columns(first, "calibration", kind, processor, column)
-    batches = _first_rows(dataset, count).iter(size)
+    batches = first_rows(dataset, count).iter(size)
     rows = (_read(batch, **options, max_length=None, label_column=None) for batch in batches)
     return [collate_features([dict(zip(batch, row)) for row in zip(*batch.values())]) for batch in rows]
-
-
-def _first_rows(dataset, count: int):
-    streamed = isinstance(dataset, IterableDataset)
-    return dataset.take(count) if streamed else dataset.select(range(min(count, len(dataset))))
 
 
 def _columns(first: dict, argument: str, kind: str, processor, column: str | None) -> dict:

@@ -100,12 +100,19 @@ def workers_of(job: Job, dataset) -> dict[str, Any]:
     return {"num_proc": job.arguments.num_proc} if isinstance(dataset, Dataset) else {}
 
 
+def first_rows(dataset, count: int):
+    """Return the first `count` rows of a data set, streamed or not, or all where it holds fewer."""
+    streamed = isinstance(dataset, IterableDataset)
+    return dataset.take(count) if streamed else dataset.select(range(min(count, len(dataset))))
+
+
 # Rows
 
 
-def rows_for(job: Job, dataset, argument: str, limit: int | None):
+def rows_for(job: Job, dataset, argument: str):
     """Return the data set of token ids for one split."""
     arguments = job.arguments
+    limit = arguments.limit_of(argument)
     first = first_row(dataset, argument, arguments)
     training = argument == "train_data"
     function, columns, options = _READERS[job.task](job, dataset, first, training)
@@ -119,11 +126,7 @@ def rows_for(job: Job, dataset, argument: str, limit: int | None):
         # With packing, each row begins with the start tokens; otherwise each text does.
         options |= {"start": [], "max_length": None} if packing else {"start": start}
     if limit is not None and not packing:
-        dataset = (
-            dataset.take(limit)
-            if isinstance(dataset, IterableDataset)
-            else dataset.select(range(min(limit, len(dataset))))
-        )
+        dataset = first_rows(dataset, limit)
     # A stream without features only shows its columns in its first row.
     names = list(dataset.features or first)
     kind = type(dataset)

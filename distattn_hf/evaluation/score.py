@@ -21,7 +21,7 @@ from ..storage.pooling import POOLINGS
 logger = logging.get_logger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationOptions:
     """max_length in tokens per row, max_tokens in total, rows per batch, the seed of masked positions, and the pooling
     of embeddings: "mean", "cls", "max" or "lasttoken" (see `read_pooling`)."""

@@ -5,8 +5,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distattn_hf import AttentionSpec, convert, revert
+from distattn_hf.core.metrics import get_metric
 from tests.conversion.models import FAMILIES, token_batch
-from tests.tolerances import EXACT_LOGITS, LIFT_FLOAT64
+from tests.tolerances import EXACT_LOGITS, LIFT_FLOAT64, assert_close
 
 
 def valid_rows(model, batch, tensor):
@@ -28,6 +29,26 @@ def test_logits_equal_the_teachers(family, padded):
     assert (got - expected).abs().max() <= EXACT_LOGITS
     # The test has teeth only if attention matters to these logits.
     assert (control - expected).abs().max() > 100 * EXACT_LOGITS
+
+
+@pytest.mark.parametrize(("family", "scaling"), [("t5", 1.0), ("gpt2", 8**-0.5)])
+def test_lambda_starts_from_the_models_own_scaling(family, scaling):
+    """T5 has none: with λ for 1/√d its logits would be √d times as large as those of other models."""
+    student = convert(FAMILIES[family](), AttentionSpec("l2"), init="plain")
+    expected = get_metric("l2").default_lambda(8, scaling)
+    lambdas = torch.stack([group.lam() for state in student.attention_states.values() for group in state.groups])
+    assert_close(lambdas.detach(), torch.full_like(lambdas, expected), "float32_forward")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_some_heads_alone_equal_the_teachers(family):
+    """Breaks if a group of heads reads another head's query, key, value, mask or (T5) position bias."""
+    teacher = FAMILIES[family]()
+    batch = token_batch(teacher, padded=True)
+    student = convert(teacher, AttentionSpec(heads=(1, 3)), init="exact")
+    with torch.no_grad():
+        expected, got = (valid_rows(teacher, batch, m(**batch).logits) for m in (teacher, student))
+    assert (got - expected).abs().max() <= EXACT_LOGITS
 
 
 def test_a_bias_that_hides_every_key_gives_zero():

@@ -12,6 +12,7 @@ from distattn_hf.core.metrics import METRICS
 from distattn_hf.core.modeling_converted import model_class_for
 from tests.conversion.models import FAMILIES, gpt2, token_batch
 from tests.native.choices import ENCODINGS, FORMS, HAS, make_model, possible, tokens
+from tests.pairs import pairwise
 
 LAYERS = {
     "gpt2": ["transformer.h.1"],
@@ -76,9 +77,7 @@ def offloaded(folder, model, parts: list[str], place: str):
     return again
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "name", "place"), pairwise(FAMILIES, SPECS, ["cpu", "disk"]))
 def test_offloaded_layers_change_nothing(tmp_path, family, name, place):
     student = student_of(family, **SPECS[name])
     again = offloaded(tmp_path, student, LAYERS[family], place)
@@ -88,9 +87,10 @@ def test_offloaded_layers_change_nothing(tmp_path, family, name, place):
             assert torch.equal(again(**batch, **options).logits, student(**batch, **options).logits)
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("name", ["l1", "maps", "nystrom", "nystrom, some heads"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize(
+    ("family", "name", "place"),
+    pairwise(["gpt2", "llama", "t5"], ["l1", "maps", "nystrom", "nystrom, some heads"], ["cpu", "disk"]),
+)
 def test_offloaded_layers_generate_the_same(tmp_path, family, name, place):
     student = student_of(family, **SPECS[name])
     again = offloaded(tmp_path, student, LAYERS[family], place)
@@ -109,9 +109,7 @@ def test_a_registered_metric(tmp_path):
         assert torch.equal(again(**batch).logits, student(**batch).logits)
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("mechanism", HAS)
-@pytest.mark.parametrize("encoding", ["relative", "none"])
+@pytest.mark.parametrize(("encoding", "mechanism", "place"), pairwise(["relative", "none"], HAS, ["cpu", "disk"]))
 def test_native_mechanisms(tmp_path, encoding, mechanism, place):
     for form in FORMS:
         if possible(mechanism, encoding, form):

@@ -286,20 +286,19 @@ def test_nystrom_refuses_caps_by_name():
 def test_keys_that_an_indexer_chose():
     """Models with sparse key selection mask the other keys for transformers' own attention, and leave it to ours."""
     key, indices = torch.randn(2, 1, 7, 4), torch.tensor([[[0, 2], [3, 6], [1, 1]]] * 2)
-    query = torch.randn(2, 4, 3, 4)
     for mask in (
         None,
         torch.rand(2, 1, 3, 9) < 0.7,
         torch.zeros(2, 1, 3, 7).masked_fill(torch.rand(3, 7) < 0.3, -1e38),
     ):
-        call = interface.with_selected_keys(ModuleCall(1.0, mask), indices, query, key)
+        call = ModuleCall(1.0, mask).with_selected_keys(indices, key.shape[2])
         for b, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(7)).tolist():
             before = True if mask is None else mask[b, 0, i, j]
             before = bool(before) if mask is None or mask.dtype == torch.bool else bool(before > -1)
             after = call.mask[b, 0, i, j]
             after = bool(after) if after.dtype == torch.bool else bool(after > -1)
             assert after == (before and j in indices[b, i].tolist())
-    call = interface.with_selected_keys(ModuleCall(1.0, is_causal=True), indices, query, key)
+    call = ModuleCall(1.0, is_causal=True).with_selected_keys(indices, key.shape[2])
     assert call.mask[0, 0].nonzero().tolist() == [[0, 0], [2, 1]]
 
 

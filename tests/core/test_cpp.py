@@ -289,26 +289,49 @@ def _finish(process) -> str:
     return output
 
 
+@pytest.fixture
+def quick_compiler(tmp_path):
+    """A compiler that notes each call and hands out this process's library, which takes half a minute to build."""
+    library, script, calls = cpp_library._build(cpp_library.EXACT), tmp_path / "c++", tmp_path / "calls"
+    calls.touch()
+    script.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && echo quick && exit 0\n'
+        f"cat > /dev/null; echo called >> {calls}; sleep 1\n"
+        f'for output; do :; done; cp {library} "$output"\n'
+    )
+    script.chmod(0o755)
+    return script, lambda: len(calls.read_text().splitlines())
+
+
 @needs_compiler
-def test_two_processes_build_at_the_same_time(tmp_path):
-    for process in [_start(XDG_CACHE_HOME=tmp_path) for _ in range(2)]:
+def test_two_processes_build_at_the_same_time(quick_compiler, tmp_path):
+    compiler, calls = quick_compiler
+    environment = {"CXX": compiler, "XDG_CACHE_HOME": tmp_path}
+    for process in [_start(**environment) for _ in range(2)]:
         assert _finish(process).startswith("cpp | None | []")
+    assert 1 <= calls() <= 2
     files = list((tmp_path / "distattn_hf").iterdir())
     assert len(files) == 1
     assert files[0].suffix == ".so"
-    # And the next one compiles nothing.
-    before = files[0].stat().st_mtime_ns
-    assert _finish(_start(XDG_CACHE_HOME=tmp_path)).startswith("cpp")
-    assert files[0].stat().st_mtime_ns == before
-    # A damaged one is built anew.
-    files[0].write_bytes(b"")
-    assert _finish(_start(XDG_CACHE_HOME=tmp_path)).startswith("cpp | None | []")
-    assert files[0].stat().st_size > 0
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_written_is_no_obstacle():
-    assert _finish(_start(XDG_CACHE_HOME="/dev/null")).startswith("cpp | None | []")
+def test_a_build_is_used_again_and_a_damaged_one_is_not(quick_compiler, monkeypatch, tmp_path):
+    compiler, calls = quick_compiler
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load = cpp_library._load.__wrapped__
+    for _ in range(2):
+        assert load(cpp_library.EXACT)[0].attention_forward
+        assert calls() == 1
+    (file,) = (tmp_path / "distattn_hf").iterdir()
+    # Not written over: this process has it mapped.
+    file.unlink()
+    file.write_bytes(b"")
+    assert load(cpp_library.EXACT)[0].attention_forward
+    assert calls() == 2
+    assert file.stat().st_size > 0
 
 
 def test_without_a_compiler(tmp_path):
@@ -327,15 +350,19 @@ def test_with_a_compiler_that_fails(tmp_path):
     assert not list((tmp_path / "distattn_hf").iterdir())
 
 
-@needs_compiler
-def test_without_a_home_the_library_is_for_one_process(monkeypatch, tmp_path):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
+def _no_home():
+    raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(cpp_library.Path, "home", no_home)
+
+@needs_compiler
+@pytest.mark.parametrize("cache", [None, "/dev/null"], ids=["no home", "a folder that cannot be written"])
+def test_without_a_cache_the_library_is_for_one_process(cache, quick_compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(quick_compiler[0]))
+    monkeypatch.setenv("XDG_CACHE_HOME", cache or "")
+    monkeypatch.setattr(cpp_library.Path, "home", _no_home)
     monkeypatch.setattr(cpp_library.tempfile, "tempdir", str(tmp_path))
     assert cpp_library._build(cpp_library.EXACT).parent.parent == tmp_path
+    assert cpp_library._load.__wrapped__(cpp_library.EXACT)[0].attention_forward
 
 
 @pytest.mark.parametrize("variable", ["c++ -O2", "no-such-compiler", ""])

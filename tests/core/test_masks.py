@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from distattn_hf.core.inputs import add_bias, causal_keep, masked_softmax, split_mask
+from distattn_hf.core.inputs import AttentionInputs, add_bias, causal_keep, masked_softmax, merge_masks, split_mask
+from distattn_hf.core.metrics import get_metric
 from tests.tolerances import assert_close
 
 B, H, N, M = SHAPE = (2, 3, 4, 5)
@@ -68,6 +69,33 @@ def test_add_bias():
     assert add_bias(left, None) is left
     assert add_bias(None, right) is right
     assert torch.equal(add_bias(left, right), left + right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_mask_and_bias_both_mask_and_both_are_added(dtype):
+    """T5 adds its mask to its bias: what either hides is hidden, and what both say is added once."""
+    mask, bias = torch.randn(B, 1, N, M), torch.randn(1, H, N, M)
+    mask[0, 0, 1, 2], bias[0, 1, 2, 3] = -INF, torch.finfo(bias.dtype).min
+    keep, merged = merge_masks(mask > 0 if dtype == torch.bool else mask, bias, (B, H, N, M))
+    expected = (mask > 0 if dtype == torch.bool else mask > -INF).expand(B, H, N, M).clone()
+    expected[:, 1, 2, 3] = False
+    assert torch.equal(keep.expand_as(expected), expected)
+    wanted = bias if dtype == torch.bool else mask + bias
+    assert torch.equal(merged.expand_as(expected)[expected], wanted.expand_as(expected)[expected])
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "bias", "lam", "softening", "sink_logit", "shift"])
+def test_a_gradient_of_one_tensor_alone_is_asked_for(name):
+    """Backends without a backward pass are chosen where this says no."""
+    tensor, one = torch.ones(1, 1, 2, 2), torch.ones(1)
+    tensors = {"query": tensor, "key": tensor, "value": tensor, "bias": tensor, "lam": one, "softening": one}
+    tensors |= {"sink_logit": tensor[..., :1], "shift": tensor[..., :1]}
+    assert not AttentionInputs(metric=get_metric("l2"), scaling=1.0, **tensors).needs_grad()
+    tensors[name] = tensors[name].clone().requires_grad_()
+    inputs = AttentionInputs(metric=get_metric("l2"), scaling=1.0, **tensors)
+    assert inputs.needs_grad()
+    with torch.no_grad():
+        assert not inputs.needs_grad()
 
 
 def test_masked_softmax_is_softmax_over_the_kept():

@@ -240,7 +240,9 @@ def test_attention_pattern_analysis():
 TESTER = {"batch_size": 1, "seq_len": 16, "hidden_size": 32, "num_heads": 2}
 
 
-def test_run_comprehensive_tests():
+def test_run_comprehensive_tests(monkeypatch):
+    # `distattn check` times the long texts, in tests/test_self_check.py.
+    monkeypatch.setattr("distattn_hf.benchmark.self_check.SPEED_TOKENS", 64)
     # Create test configuration
     config = TestConfig(
         batch_size=4,

@@ -137,8 +137,7 @@ def test_what_a_mask_makes_of_positions():
     assert begins.int().tolist() == [[1, 0, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1, 0]]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mechanism", ["dot", "l2"])
+@pytest.mark.parametrize(("mechanism", "masked"), [("dot", True), ("l2", False)])
 def test_a_compiled_graph_keeps_them_apart_by_a_mask(mechanism, masked):
     """It cannot look whether there are any; beside a mask it read them as one text."""
     model = make_model(mechanism, "rotary", "causal")
@@ -153,8 +152,10 @@ def test_a_compiled_graph_keeps_them_apart_by_a_mask(mechanism, masked):
             torch.testing.assert_close(found[real], expected[real], rtol=0, atol=CACHED_LOGITS)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("mechanism", "use_cache"), [("linear", False), ("nystrom", False), ("dot", True)])
+@pytest.mark.parametrize(
+    ("mechanism", "use_cache", "masked"),
+    [("linear", False, False), ("nystrom", False, True), ("dot", True, False), ("dot", True, True)],
+)
 def test_where_no_mask_can_a_compiled_graph_stops(mechanism, use_cache, masked):
     model = make_model(mechanism, "rotary", "causal")
     call = {"use_cache": use_cache} | ({"attention_mask": MASK} if masked else {})

@@ -19,7 +19,6 @@ def iglm():
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "l2", "l1", "lp", "chebyshev"])
-@pytest.mark.xdist_group("iglm")
 def test_iglm_perplexity(iglm, metric):
     model, calibration, score, teacher = iglm
     spec = AttentionSpec(metric, p=3.0 if metric == "lp" else None)
@@ -30,7 +29,6 @@ def test_iglm_perplexity(iglm, metric):
 
 
 @pytest.mark.parametrize(("metric", "allowed"), [("l2", 1.03), ("cosine", 1.01), ("l1", 1.08), ("chebyshev", 1.25)])
-@pytest.mark.xdist_group("iglm")
 def test_iglm_perplexity_of_plain_distances(iglm, metric, allowed):
     """Without an ε a distance costs what it costs."""
     model, calibration, score, teacher = iglm
@@ -38,7 +36,6 @@ def test_iglm_perplexity_of_plain_distances(iglm, metric, allowed):
     assert score(student)["perplexity"] / teacher <= allowed
 
 
-@pytest.mark.xdist_group("iglm")
 def test_iglm_exact(iglm):
     model, calibration, *_ = iglm
     student = convert(model, AttentionSpec(), init="exact")
@@ -55,7 +52,6 @@ def minilm():
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "l2", "cosine", "l1"])
-@pytest.mark.xdist_group("minilm")
 def test_minilm_retrieval(minilm, metric):
     model, tokenizer, calibration, score, teacher = minilm
     student = convert(model, AttentionSpec(metric), calibration=calibration, tokenizer=tokenizer, options=QUIET)
@@ -64,7 +60,6 @@ def test_minilm_retrieval(minilm, metric):
     assert scores["cosine"] >= 0.995
 
 
-@pytest.mark.xdist_group("minilm")
 def test_minilm_exact(minilm):
     model, tokenizer, calibration, *_ = minilm
     student = convert(model, AttentionSpec(), init="exact")
@@ -82,7 +77,6 @@ def smollm2():
 
 
 @pytest.mark.parametrize(("metric", "allowed"), [("sqeuclidean", 1.02), ("l2", 1.01)])
-@pytest.mark.xdist_group("smollm2")
 def test_smollm2_perplexity(smollm2, metric, allowed):
     """A third of the default steps, which is enough for the limits."""
     model, tokenizer, calibration, score, teacher = smollm2
@@ -92,7 +86,6 @@ def test_smollm2_perplexity(smollm2, metric, allowed):
     assert 0 < student.conversion_report.mean_alpha <= 1
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_smollm2_exact_logits_and_greedy_generation(smollm2):
     model, tokenizer, calibration, *_ = smollm2
     student = convert(model, AttentionSpec(), init="exact")
@@ -105,7 +98,6 @@ def test_smollm2_exact_logits_and_greedy_generation(smollm2):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.xdist_group("smollm2")
 def test_an_adapter_of_smollm2_is_small_and_loads_as_the_full_checkpoint(tmp_path):
     """Under 200 kB beside the code, whose files are those of any checkpoint; both ways, bit for bit."""
     teacher, tokenizer = load_checkpoint("smollm2-135m")

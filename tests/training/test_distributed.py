@@ -28,10 +28,6 @@ def start(*command):
     return ended
 
 
-# In one worker, so that the processes are started once.
-pytestmark = pytest.mark.xdist_group("processes")
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes found: see `tests.training.worker`."""

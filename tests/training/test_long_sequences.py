@@ -16,9 +16,6 @@ from tests.tolerances import assert_close
 from tests.training.long_sequences_worker import CASES, NYSTROM, STEPS, losses
 from tests.training.test_distributed import start
 
-# In one worker, so that the processes are started once.
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture(scope="module", params=(2, 4), ids=lambda number: f"{number} processes")
 def split(request, tmp_path_factory):

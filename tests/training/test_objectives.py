@@ -199,6 +199,14 @@ def test_projections_that_moved_are_still_compared_with_the_teachers():
     assert float(AttentionTransfer(student, frozen)(student, batch).detach()) > float(before.detach()) + 1e-3
 
 
+def test_transfer_has_no_dropout_whatever_mode_the_trainer_left():
+    student, batch = plain(gpt2()), batch_for("gpt2")
+    transfer = attention_only(student)
+    expected = transfer(student, batch)
+    assert student.config.resid_pdrop > 0
+    assert torch.equal(transfer(student.train(), batch), expected)
+
+
 def test_shared_layers_count_once_for_each_use():
     torch.manual_seed(0)
     config = AlbertConfig(

@@ -8,9 +8,6 @@ import torch
 from tests.training.sharded_worker import CASES, STEPS, build, steps
 from tests.training.test_distributed import start
 
-# In one worker, so that the processes are started once.
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):

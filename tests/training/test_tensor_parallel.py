@@ -24,10 +24,6 @@ def qwen3_of(options: dict, key_heads: int = 2):
     return convert(Qwen3ForCausalLM(config), AttentionSpec(**options), init="plain")
 
 
-# In one worker, so that the processes are started once.
-pytestmark = pytest.mark.xdist_group("processes")
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """(folder of the models, what two processes found)"""
