@@ -264,9 +264,8 @@ class _Call:
                 setattr(self.data, name, tensor.data_ptr())
 
     def norms(self, query: Tensor, key: Tensor, kind: int) -> None:
-        """Set the squared norms that softened l2 is computed with; of keys with zeros up to a whole panel."""
+        """Set squared norms for softened l2, of keys with zeros up to a whole panel; `vecdot` would write products."""
         if kind == _SOFTENED[KINDS["l2"]]:
-            # Not `vecdot`, which writes all products before it adds them.
             query_norms, key_norms = (torch.linalg.vector_norm(t.float(), dim=-1).square() for t in (query, key))
             fill = -key.shape[2] % _load(EXACT)[0].panel_width()
             self.point(q_norms=query_norms.contiguous(), k_norms=F.pad(key_norms, (0, fill)).contiguous())
