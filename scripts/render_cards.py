@@ -116,27 +116,40 @@ def choices() -> dict[str, dict]:
     """Return the figures of the README's table and picture, of SmolLM2's perplexity and of forward passes on a CPU.
 
     {name: {"loss" and "other" (of the plain distance, or of all heads; may be None): perplexity over the teacher's,
-    "time" (None: not measured): over plain attention's, at "length" tokens, "softening": ε/median}}.
+    at "text" tokens, "time" (None: not measured): over plain attention's, at "length" tokens, "of" what else than the
+    perplexity, "softening": ε/median}}.
     """
     exact = {row[0]: float(row[1].split(" ")[0]) for row in results("earlier")["exact_speed"]["rows"]}
     softened = {row["metric"]: row["ratio"]["median"] for row in results("softened_speed")["results"]
                 if row["pass"] == "forward"}  # fmt: skip
-    found = {"sqeuclidean": {"loss": 1.0, "other": None, "time": exact["sqeuclidean"], "length": 2048}}
+    found = {
+        "sqeuclidean": {
+            "loss": 1.0,
+            "other": None,
+            "time": exact["sqeuclidean"],
+            "length": 2048,
+            "text": "any",
+            "of": "",
+        }
+    }
     for metric in ("l2", "cosine", "l1", "lp", "chebyshev"):
         (fit,) = rows_of("softening_smollm2", attention=metric, fit=0.004)
         plain = rows_of("softening_smollm2", attention=metric, fit="plain")
         found[metric] = {
             "loss": fit["perplexity_ratio"], "softening": fit["softening_ratio"],
-            "other": plain[0]["perplexity_ratio"] if plain else None, "length": 2048,
+            "other": plain[0]["perplexity_ratio"] if plain else None, "length": 2048, "text": "512",
+            "of": ", ε = 0" if metric == "cosine" else "",
             # Cosine was timed without ε alone.
             "time": exact["cosine"] if metric == "cosine" else softened.get(metric),
         }  # fmt: skip
     (read,) = rows_of("retrieval_speed", job="prefill", length=32768, key_heads=12, blocks=8, cluster_keys=True)
     found["retrieval"] = {"loss": retrieved(4096), "other": None, "time": 1 / read["ratio"], "length": 32768}
+    found["retrieval"] |= {"text": "4,096", "of": ", 8 blocks"}
     landmarks = results("earlier")["nystrom_smollm2_landmarks"]
     whole, limited = (float(landmarks["rows"][2][i].split(" ")[0]) / landmarks["teacher"] for i in (1, 3))
     faster = float(results("earlier")["nystrom_speed"]["rows"][2][4])
     found["nystrom"] = {"loss": limited, "other": whole, "time": 1 / faster, "length": 16384}
+    found["nystrom"] |= {"text": "1,024", "of": ", all heads"}
     return found
 
 

@@ -19,7 +19,7 @@ TIMED_TOKENS, TIMED_PAIRS, TIMED_SECONDS = 2048, 3, 15.0
 # What each was measured to lose on SmolLM2-135M without training (model_cards/README.md; a test compares).
 MEASURED = {
     "dot": "nothing: it is the model itself",
-    "retrieval": "2,048 tokens: perplexity × 0.998, numbers 20 of 20, needles 18 of 18",
+    "retrieval": "2,048 tokens: perplexity × 0.998, numbers 20 of the teacher's 20, needles 18 of the teacher's 18",
     "nystrom": "1,024 tokens: perplexity × 1.13 all heads, × 1.05 with max_error=0.4; far text blurs",
 }
 

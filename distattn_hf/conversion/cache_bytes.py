@@ -64,9 +64,12 @@ def held_bytes(cache) -> int:
     return sum(layer.nbytes() if hasattr(layer, "nbytes") else _layer_bytes(layer) for layer in cache.layers)
 
 
+# Of transformers' cache layers: keys and values, packed ones, and the states of linear attention.
+_HELD = ("keys", "values", "_quantized_keys", "_quantized_values", "conv_states", "recurrent_states")
+
+
 def _layer_bytes(layer) -> int:
-    packed = [getattr(layer, name, None) for name in ("_quantized_keys", "_quantized_values")]
-    return sum(tensor_bytes(item) for item in (layer.keys, layer.values, *packed) if item is not None)
+    return sum(tensor_bytes(getattr(layer, name, None)) for name in _HELD)
 
 
 def tensor_bytes(item) -> int:

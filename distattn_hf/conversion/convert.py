@@ -147,6 +147,8 @@ def _convert(model, spec, init, calibration, tokenizer, layers, options) -> PreT
 
 def describe_fit(specs: Sequence[AttentionSpec], options: CalibrationOptions, reads_text: bool = True) -> str:
     """Say in plain words what a calibrated conversion fits, on how much text, and about how long that takes."""
+    if all(_fits_nothing(spec) for spec in specs):
+        return "this attention has nothing to fit: what text is given only measures it"
     is_long = any(spec.mechanism == "nystrom" or fitted_defaults(spec).transform == "maps" for spec in specs)
     longer = 2 if any(spec.mechanism == "nystrom" for spec in specs) else 1
     data = f"at most {options.max_tokens or longer * MAX_TOKENS:,} tokens" if reads_text else "the data"

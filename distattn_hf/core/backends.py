@@ -161,7 +161,7 @@ def explain_backend(
             dropout_p,
             assumed_grad=requires_grad,
             softening=softening,
-            sink_logit=torch.empty(heads, **options)[None, :, None, None] if sink else None,
+            sink_logit=torch.empty(1, heads, 1, 1, **options) if sink else None,
             softcap=check_absolute(None, softcap, (batch, heads, num_queries))[1],
         )
         chosen = choose_backend(backend, inputs).name

@@ -9,6 +9,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 _CHUNK = 256
+# Of configs: what this attention does not do.
+_OWN = ("attn_logit_softcapping", "sliding_window", "attention_chunk_size")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, sinks: int) -> Tensor:
@@ -48,8 +50,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window:
 def compensated(model, window: int, sinks: int):
     """Return a copy of a causal model of transformers' attention interface with this attention in every layer.
 
-    It reads whole texts without padding: a cache or a mask raises `ValueError`.
+    It reads whole texts without padding: a cache or a mask raises `ValueError`, and so does, before anything is read, a
+    model whose attention has a cap, learned sinks or a window of its own.
     """
+    text_config = model.config.get_text_config()
+    own = [name for name in _OWN if getattr(text_config, name, None)]
+    if own or any(hasattr(module, "sinks") for module in model.modules()):
+        raise ValueError(
+            f"the compensation token is for full attention alone, and {type(model).__name__} has "
+            f'{", ".join(own) or "sinks"}: leave "compensation" out of students'
+        )
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         if attention_mask is not None or query.shape[2] != key.shape[2]:

@@ -34,8 +34,8 @@ class Options:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
         for size in self.block_sizes:
-            if not 1 <= size <= self.keys // 4:
-                raise ValueError(f"block_sizes must be 1 to keys / 4 = {self.keys // 4}, got {size!r}")
+            if size < 1 or self.keys % (2 * size) or self.keys < 4 * size:
+                raise ValueError(f"block_sizes must divide keys / 2 = {self.keys / 2:g}, twice or more, got {size!r}")
 
     def spec(self, student: str, block_size: int) -> AttentionSpec:
         """Return the spec with which every query reads its own block, the first, and others, `keys` keys in all."""

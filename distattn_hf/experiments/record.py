@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from ..benchmark.results import provenance
@@ -36,8 +36,12 @@ class Record:
         self._run: int | None = None
         if self.path.is_file():
             before = _read(self.path, experiment)
+            # An option that a file is older than had its default.
+            known = [field for field in fields(options) if field.default is not MISSING]
+            defaults = json_values({field.name: field.default for field in known})
             for name in {**before["options"], **values}:
-                if name not in axes and (old := before["options"].get(name)) != (new := values.get(name)):
+                old, new = ({**defaults, **given}.get(name) for given in (before["options"], values))
+                if name not in axes and old != new:
                     raise ValueError(
                         f"{name} is {new!r}, and {str(self.path)!r} holds rows of {name}={old!r}; give the same, or "
                         "another folder (--out)"

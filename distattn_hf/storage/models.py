@@ -58,10 +58,11 @@ def load_checkpoint(
     except OSError as error:
         if Path(source).is_dir():
             raise
-        lacking = "the Hub cannot be reached, and the local cache does not hold all of it"
+        lacking = f"the Hub cannot be reached, and from the local cache it could not be loaded: {error}"
         raise OSError(
-            f"there is no folder {str(source)!r} here, and as a Hub name it could not be fetched: "
-            f"{lacking if reach['local_files_only'] else error}. {without_the_hub(source)}"
+            f"there is no folder {str(source)!r} here, and as a Hub name it could not be loaded: "
+            f"{lacking if reach['local_files_only'] else error}".rstrip(".")
+            + f". {without_the_hub(source)}"
         ) from error
     return model.eval(), _load_tokenizer(source, reach)
 

@@ -262,7 +262,7 @@ def test_an_encoder_that_reads_few_keys(tmp_path):
     (whole,) = run_experiment("encoder_retrieval", tmp_path / "all", given, quick=True, echo=lambda line: None).rows
     assert (whole["keys_read"], whole["cosine"]) == (24, pytest.approx(1.0, abs=1e-5))
     for bad, message in (
-        ("block_sizes=16", "block_sizes must be 1 to keys / 4 = 8, got 16"),
+        ("block_sizes=16", "block_sizes must divide keys / 2 = 16, twice or more, got 16"),
         ("keys=0", "keys must be"),
     ):
         with pytest.raises(ValueError, match=message):
