@@ -123,7 +123,7 @@ def test_a_name_that_cannot_be_fetched_leads_to_a_checkpoint_that_needs_no_hub(n
         raise OSError("404: no such repository")
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", refused)
-    with pytest.raises(OSError, match=f"could not be fetched: 404: no such repository. {hint}"):
+    with pytest.raises(OSError, match=f"could not be loaded: 404: no such repository. {hint}"):
         load_checkpoint(name)
 
 
@@ -214,6 +214,7 @@ def test_a_fit_says_in_plain_words_what_it_does():
     )
     assert "in 200 steps on at most 16,384 tokens" in describe_fit([l2, nystrom], CalibrationOptions())
     assert "in 200 steps on at most 8,192" in describe_fit([AttentionSpec("l1", softening=0)], CalibrationOptions())
+    assert "nothing to fit" in describe_fit([AttentionSpec(mechanism="retrieval")], CalibrationOptions())
     assert "in 0 steps on at most 50 tokens" in describe_fit([l2], CalibrationOptions(steps=0, max_tokens=50))
     assert "in 100 steps on the data (" in describe_fit([l2], CalibrationOptions(), reads_text=False)
 

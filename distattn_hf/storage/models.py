@@ -58,11 +58,12 @@ def load_checkpoint(
     except OSError as error:
         if Path(source).is_dir():
             raise
-        lacking = f"the Hub cannot be reached, and from the local cache it could not be loaded: {error}"
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        if reach["local_files_only"]:
+            reason = f"the Hub cannot be reached, and the local cache does not hold all of it ({reason})"
         raise OSError(
-            f"there is no folder {str(source)!r} here, and as a Hub name it could not be loaded: "
-            f"{lacking if reach['local_files_only'] else error}".rstrip(".")
-            + f". {without_the_hub(source)}"
+            f"there is no folder {str(source)!r} here, and as a Hub name it could not be loaded: {reason}. "
+            f"{without_the_hub(source)}"
         ) from error
     return model.eval(), _load_tokenizer(source, reach)
 

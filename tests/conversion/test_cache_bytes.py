@@ -5,10 +5,11 @@ import torch
 from transformers import DynamicCache
 
 from distattn_hf import AttentionSpec, convert
-from distattn_hf.conversion.cache_bytes import cache_bytes
+from distattn_hf.conversion.cache_bytes import cache_bytes, held_bytes
 from distattn_hf.conversion.convert import current_report
 from distattn_hf.core.retrieval import encode
 from distattn_hf.core.retrieval_cache import KeyClusters
+from distattn_hf.experiments import architectures
 from tests.conversion.models import VOCAB, bert, token_batch
 from tests.conversion.nystrom_cases import QUICK, build, nystrom, taken
 
@@ -94,3 +95,16 @@ def test_of_a_model_without_a_cache():
     student = convert(teacher, nystrom(9), calibration=[token_batch(teacher, length=40)], options=QUICK)
     assert student.conversion_report.cache_bytes is None
     assert "cache" not in student.conversion_report.summary()
+
+
+def test_held_bytes_count_the_states_of_linear_attention_too():
+    """Of a hybrid model: all tensors of its cache's layers, whatever they are called."""
+    model = architectures.build("qwen3_next")
+    with torch.no_grad():
+        cache = model(torch.arange(1, 8)[None], use_cache=True).past_key_values
+    held = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            held += [t for t in (value.values() if isinstance(value, dict) else [value]) if isinstance(t, torch.Tensor)]
+    assert any(not hasattr(layer, "keys") for layer in cache.layers)
+    assert held_bytes(cache) == sum(tensor.nbytes for tensor in held) > 0

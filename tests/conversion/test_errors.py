@@ -279,7 +279,7 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(source):
 
 
 def test_neither_a_folder_nor_a_name_on_the_hub():
-    with pytest.raises(OSError, match="there is no folder 'out/typo' here, and as a Hub name it could not be fetched"):
+    with pytest.raises(OSError, match="there is no folder 'out/typo' here, and as a Hub name it could not be loaded"):
         load_checkpoint("out/typo")
 
 

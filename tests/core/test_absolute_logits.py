@@ -270,7 +270,9 @@ def test_who_runs_caps(metric):
         assert choice.backend == "cpp"
         assert "softcap" in choice.reasons["sdpa"] or "no dot-product form" in choice.reasons["sdpa"]
     on_gpu = "triton" if metric in ("l1", "l2", "lp", "chebyshev") else "chunked"
-    assert explain_backend(metric=metric, p=p, num_queries=40, softcap=2.0, device="cuda").backend == on_gpu
+    for sink in (False, True):  # of a device that need not be here
+        given = {"num_queries": 40, "softcap": 2.0, "device": "cuda", "sink": sink}
+        assert explain_backend(metric=metric, p=p, **given).backend == on_gpu
     for backend in ("sdpa", "triton"):
         with pytest.raises(ValueError, match=f"backend '{backend}' cannot run this"):
             distance_attention(**tensors, metric=metric, p=p, softcap=2.0, backend=backend)

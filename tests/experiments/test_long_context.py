@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from distattn_hf.experiments import compensation_token, long_context
 from distattn_hf.experiments.run_experiment import load_experiment, read_options, run_experiment
@@ -162,3 +163,14 @@ def test_the_compensated_model_reads_whole_texts_alone():
         mask[:, 0] = 0
         with pytest.raises(ValueError, match="without a cache and padding"):
             control(ids, attention_mask=mask)
+
+
+def test_what_the_compensation_token_would_leave_out_is_refused():
+    """Before anything is read: a cap, learned sinks, a window of the model's own."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, attn_logit_softcapping=0.5))
+    mistral = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
+    for model, name in ((capped, "attn_logit_softcapping"), (mistral, "sliding_window")):
+        with pytest.raises(ValueError, match=f"for full attention alone, and {type(model).__name__} has {name}"):
+            compensation_token.compensated(model, 4, 1)

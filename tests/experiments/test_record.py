@@ -83,6 +83,19 @@ def test_other_options_are_refused_by_name_but_more_rows_are_not(squares, tmp_pa
         Record(tmp_path / "squares.json", "squares", Options())
 
 
+def test_a_file_that_is_older_than_an_option_had_its_default(squares, tmp_path):
+    run_experiment.run_experiment("squares", tmp_path)
+    path = tmp_path / "squares.json"
+    old = json.loads(path.read_text())
+    del old["options"]["rate"]
+    path.write_text(json.dumps(old))
+    run_experiment.run_experiment("squares", tmp_path, ["sizes=3"])
+    assert squares.measured == [1, 2, 3]
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="rate is 0.25, and .* holds rows of rate=0.5"):
+        run_experiment.run_experiment("squares", tmp_path, ["rate=0.25"])
+
+
 def test_a_key_is_a_whole_key(tmp_path):
     """A row of two keys is not taken for one of its first; values and key have names of their own."""
     results = Record(tmp_path / "r.json", "r", Options(), echo=lambda line: None)
