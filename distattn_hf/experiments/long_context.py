@@ -2,9 +2,10 @@
 
 The texts are those of `distattn evaluate --task`, the same ones for every student of one checkpoint. Teacher and
 "window" (sinks and window alone) are the two ends between which the others lie. A student is made when a row of it is
-missing: "l2" and "nystrom" are then fitted, which takes minutes.
+missing: "l2" and "nystrom" are then fitted, which takes minutes; `keep=true` saves them.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..data.sources import read_texts
 from ..data.tokenizer import byte_level_bpe
 from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
 from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack, Question
+from ..storage.folders import save_checkpoint
 from ..storage.models import load_checkpoint
 from .compensation_token import compensated
 
@@ -51,7 +53,8 @@ class Options:
     tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
     steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
     num_landmarks, window_size, num_sinks, block_size, exact_below, cluster_keys: of the students (`AttentionSpec`).
-    device: "auto" is cuda where there is one.
+    device: "auto" is cuda where there is one. keep: save each fitted student as a checkpoint in STUDENT of the folder,
+    from where a run that goes on loads it, and `distattn evaluate` can.
     """
 
     checkpoint: str = "smollm2-135m"
@@ -79,6 +82,7 @@ class Options:
     exact_below: int = 0
     cluster_keys: bool = True
     device: str = "auto"
+    keep: bool = False
 
     def __post_init__(self):
         for name, allowed in (("students", STUDENTS), ("tasks", TASKS)):
@@ -156,7 +160,7 @@ QUICK = {
     "num_landmarks": 8, "window_size": 16,
     "num_sinks": 2,
 }  # fmt: skip
-AXES = ("students", "tasks", "lengths", "depths", "windows", "min_weights", "blocks", "shares")
+AXES = ("students", "tasks", "lengths", "depths", "windows", "min_weights", "blocks", "shares", "keep")
 
 
 @only_errors("transformers")
@@ -175,14 +179,22 @@ def run(options: Options, results) -> None:
         cells += [(asked, cell, asked.questions(text, **cell)) for cell in asked.cells()]
     for label, (spec, fit) in options.made().items():
 
+        # The other options are the same for all that is in one folder: its record says so.
+        kept = results.path.parent / re.sub(r"\W+", "-", label) if options.keep and fit is not None else None
+
         @cache
-        def student(spec=spec, fit=fit):
+        def student(spec=spec, fit=fit, kept=kept):
             if spec is None:
                 return teacher
             if isinstance(spec, int):
                 return compensated(teacher, spec, options.num_sinks)
+            if kept is not None and kept.is_dir():
+                return load_checkpoint(kept)[0].to(device)
             texts = None if fit is None else _texts(options, "train")
-            return convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
+            made = convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
+            if kept is not None:
+                save_checkpoint(made, tokenizer, kept)
+            return made
 
         for asked, cell, questions in cells:
             key = {"student": label, "task": asked.task, **cell}

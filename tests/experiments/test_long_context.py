@@ -61,6 +61,22 @@ def test_a_student_is_not_made_for_rows_that_are_there(tmp_path, monkeypatch):
     assert (tmp_path / "long_context.json").read_bytes() == before
 
 
+def test_a_student_that_was_kept_is_not_fitted_again(tmp_path, monkeypatch):
+    given = [*HERE, "depths=0.5", "tasks=kv,perplexity", "students=teacher,nystrom+retrieval"]
+    whole = run_experiment("long_context", tmp_path / "whole", [*given, "lengths=128,200"], quick=True)
+    run_experiment("long_context", tmp_path / "out", [*given, "lengths=200", "keep=true"], quick=True)
+    monkeypatch.setattr(long_context, "convert", lambda *args, **kwargs: pytest.fail("a student was made"))
+    again = run_experiment("long_context", tmp_path / "out", [*given, "lengths=128,200", "keep=true"], quick=True)
+
+    def by_key(record):
+        return {(row["student"], row["task"], row["length"]): row for row in record.rows}
+
+    assert by_key(again) == by_key(whole)
+    model, tokenizer = load_checkpoint(tmp_path / "out" / "nystrom-0-25-retrieval")
+    assert model.conversion_report.groups and tokenizer is not None
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"nystrom-0-25-retrieval"}
+
+
 def test_a_run_that_was_killed_goes_on(tmp_path):
     """Its rows are those of one that was not, fitted students' too, and none is measured twice."""
     given = [*HERE, "lengths=128,200", "depths=0,1", "tasks=kv,perplexity", "students=teacher,l2"]
