@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.attention_spec import AttentionSpec
 from ..core.head_groups import key_padding
 from ..core.inputs import ModuleCall
 from ..core.parameters import NystromParameters
@@ -20,8 +21,13 @@ _DIVERGENCE_WEIGHT = 0.1
 # A row is off when its normaliser is wrong by more than this factor.
 _ROW_OFF = 1.25
 _LEAST_WEIGHT = 1e-30
-# Weights (float32: 64 MB) that are written out at a time where every row of a text counts.
-_ENTRIES = 2**24
+_LEAST_OUTPUT = 1e-12
+# The logit of a key that is not seen.
+_HIDDEN = -1e30
+# Weights (float32: 8 MB) that are written out at a time where every row of a text counts.
+_ENTRIES = 2**21
+# Rows of a text, at most, from which the errors that are reported come.
+_REPORTED = 1024
 # Log-weight that a key at a distance of one standard deviation loses, per coordinate.
 _SHARPNESS = 0.125
 
@@ -107,7 +113,7 @@ def _descend(group, data: NystromData, options, steps: int) -> None:
             order = torch.randperm(len(data.fit_sequences), generator=generator)[:count].tolist()
             items = [data.fit_sequences[i] for i in order]
             optimizer.zero_grad()
-            _loss(group, data, items, options.rows, generator).backward()
+            _add_gradients(group, data, items, draw_rows(data.valid, items, options.rows, generator))
             optimizer.step()
             schedule.step()
     for name, tensor in group.named_parameters():
@@ -115,21 +121,36 @@ def _descend(group, data: NystromData, options, steps: int) -> None:
         tensor.grad = None
 
 
-def _loss(group, data: NystromData, items: list[int], count: int, generator) -> Tensor:
-    """Return outputs' relative error plus a little divergence, summed over heads, at some rows of some sequences."""
-    problem = _Rows(group, data, items, draw_rows(data.valid, items, count, generator))
-    return (problem.output_error() + _DIVERGENCE_WEIGHT * problem.divergence()).sum()
+def _add_gradients(group, data: NystromData, items: list[int], rows: Tensor) -> None:
+    """Add the gradients of outputs' relative error plus a little divergence, summed over heads, at some rows (b, n).
+
+    A sequence at a time: all weights of long ones together would be gigabytes, whose pages cost more than the sums.
+    """
+    parts = [_Rows(group.spec, data, [item], own[None]) for item, own in zip(items, rows, strict=True)]
+    total = sum(part.size for part in parts).clamp_min(_LEAST_OUTPUT)
+    for part in parts:
+        student = part.logits(*_features(group, data, part.query, part.key))
+        error = part.error(student) / total + _DIVERGENCE_WEIGHT * part.divergence(student) / len(parts)
+        error.sum().backward()
+
+
+def _features(group, data: NystromData, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return group(query, key, "features", scaling=data.call.scaling, sink_logit=data.call.sink_logit)
 
 
 class _Rows:
-    """Teacher's and student's weights at some rows (b, n) of some sequences, written out."""
+    """Teacher's and student's weights at some rows (b, n) of some sequences, written out.
 
-    def __init__(self, group: NystromParameters, data: NystromData, items: list[int], rows: Tensor):
+    teacher and weights: its logits and their softmax; output (b, H, n, d_v) and size (H,), ‖output‖².
+    """
+
+    @torch.no_grad()
+    def __init__(self, spec: AttentionSpec, data: NystromData, items: list[int], rows: Tensor):
         query = data.query[items].transpose(1, 2)
-        query = query[torch.arange(len(items), device=rows.device)[:, None], rows].transpose(1, 2)
-        key, self.value = data.key[items], data.value[items]
-        call, spec = data.call, group.spec
-        num_keys = key.shape[2]
+        self.query = query[torch.arange(len(items), device=rows.device)[:, None], rows].transpose(1, 2)
+        self.key, self.value = data.key[items], data.value[items]
+        self.call = call = data.call
+        num_keys = self.key.shape[2]
         relative = torch.arange(num_keys, device=rows.device) - rows[..., None]  # (b, n, M)
         keep = data.keep[items]
         seen = keep[:, None].expand_as(relative)
@@ -138,70 +159,66 @@ class _Rows:
         window = 0 if call.is_cross else spec.window_size
         sinks = 0 if call.is_cross else spec.num_sinks
         exact = (relative.abs() < window) | (keep & (keep.cumsum(-1) <= sinks))[:, None]
-        self.seen, self.exact = seen[:, None], (exact & seen)[:, None]
+        self.exact, self.hidden = (exact & seen)[:, None], ~seen[:, None]
         bias = call.position_bias
-        bias = 0.0 if bias is None else bias[0].float()[:, rows].transpose(0, 1)
-        logits = call.scaling * query @ key.transpose(-1, -2) + bias
-        self.teacher = logits.masked_fill(~self.seen, float("-inf"))
-        sink = call.sink_logit
-        query, key, far_query, far_key = group(query, key, "features", scaling=call.scaling, sink_logit=sink)
-        row_maximum = far_query.amax(-1, keepdim=True).detach()
-        far = ((far_query - row_maximum).exp() @ far_key.transpose(-1, -2)).clamp_min(_LEAST_WEIGHT).log() + row_maximum
-        near = query @ key.transpose(-1, -2)
-        self.student = (torch.where(self.exact, near, far) + bias).masked_fill(~self.seen, float("-inf"))
-        if sink is not None:
+        self.bias = None if bias is None else bias[0].float()[:, rows].transpose(0, 1)
+        logits = self._masked(call.scaling * self.query @ self.key.mT)
+        if call.sink_logit is not None:
             # One more key, which all see exactly, without a value.
-            sink = sink.float().expand_as(query[..., :1])
-            self.teacher, self.student = (
-                torch.cat([self.teacher, sink], -1),
-                torch.cat([self.student, query[..., -1:]], -1),
-            )
-            self.seen, self.exact = (F.pad(t, (0, 1), value=True) for t in (self.seen, self.exact))
+            logits = torch.cat([logits, call.sink_logit.float().expand_as(logits[..., :1])], -1)
+            self.exact = F.pad(self.exact, (0, 1), value=True)
             self.value = F.pad(self.value, (0, 0, 0, 1))
+        self.teacher, self.weights = logits, logits.softmax(-1)
+        self.output = self.weights @ self.value
+        self.size = self.output.square().sum((0, 2, 3))
 
-    def divergence(self, student: Tensor | None = None) -> Tensor:
-        """Return KL(teacher ‖ student) in nats, mean over rows: (H,)."""
-        teacher, student = self.teacher.log_softmax(-1), (self.student if student is None else student).log_softmax(-1)
-        terms = (teacher.exp() * (teacher - student)).masked_fill(~self.seen, 0.0)
-        return terms.sum(-1).mean((0, 2))
+    def _masked(self, logits: Tensor) -> Tensor:
+        # Finite, so that no weight of 0 meets an infinite logarithm.
+        return (logits if self.bias is None else logits + self.bias).masked_fill(self.hidden, _HIDDEN)
 
-    def squares(self, student: Tensor | None = None) -> Tensor:
-        """Return ‖teacher's output - student's‖² and ‖teacher's output‖²: (2, H)."""
-        teacher = self.teacher.softmax(-1) @ self.value
-        student = (self.student if student is None else student).softmax(-1) @ self.value
-        return torch.stack([(teacher - student).square().sum((0, 2, 3)), teacher.square().sum((0, 2, 3))])
+    def logits(self, query: Tensor, key: Tensor, far_query: Tensor, far_key: Tensor) -> Tensor:
+        """Return the student's logits (b, H, n, M) of its `_features`, after them that of the sink."""
+        row_maximum = far_query.amax(-1, keepdim=True).detach()
+        far = ((far_query - row_maximum).exp() @ far_key.mT).clamp_min(_LEAST_WEIGHT).log() + row_maximum
+        num_keys = key.shape[2]
+        logits = self._masked(torch.where(self.exact[..., :num_keys], query @ key.mT, far))
+        return logits if self.call.sink_logit is None else torch.cat([logits, query[..., -1:]], -1)
 
-    def output_error(self) -> Tensor:
-        """Return ‖teacher's output - student's‖² / ‖teacher's‖²: (H,)."""
-        return _ratio(self.squares())
+    def divergence(self, student: Tensor) -> Tensor:
+        """Return KL(teacher ‖ student) in nats, mean over rows, of the student's logits: (H,)."""
+        return (self.weights * (self.teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1).mean((0, 2))
 
-
-def _ratio(squares: Tensor) -> Tensor:
-    return squares[0] / squares[1].clamp_min(1e-12)
+    def error(self, student: Tensor) -> Tensor:
+        """Return ‖teacher's output - student's‖² of the student's logits: (H,)."""
+        return (self.output - student.softmax(-1) @ self.value).square().sum((0, 2, 3))
 
 
 def _figures(group, data: NystromData) -> dict[str, Tensor]:
-    """Compute the figures of `fit_nystrom` over all valid rows of the held-out sequences, some rows at a time."""
+    """Compute the figures of `fit_nystrom` over valid rows of the held-out sequences, evenly over long ones."""
     results: dict[str, list[Tensor]] = {}
     at_once = max(1, _ENTRIES // (data.key.shape[1] * data.key.shape[2]))
     for i in data.report_sequences:
         rows = data.valid[i].nonzero()[:, 0]
+        rows = rows[:: -(-len(rows) // _REPORTED)]
         sums: dict[str, Tensor] = {}
-        for part in rows.split(at_once):
-            problem = _Rows(group, data, [i], part[None])
-            alone = problem.student.masked_fill(~problem.exact, -1e4)
+        query, key, far_query, far_key = _features(group, data, data.query[[i]][:, :, rows], data.key[[i]])
+        for part, *own in zip(*(t.split(at_once, axis) for t, axis in ((rows, 0), (query, 2), (far_query, 2)))):
+            problem = _Rows(group.spec, data, [i], part[None])
+            student = problem.logits(own[0], key, own[1], far_key)
+            alone = student.masked_fill(~problem.exact, -1e4)
             added = {
-                "after": problem.divergence() * len(part),
-                "window_error": problem.squares(alone),
-                "output_error": problem.squares(),
+                "after": problem.divergence(student) * len(part),
+                "window_error": torch.stack([problem.error(alone), problem.size]),
+                "output_error": torch.stack([problem.error(student), problem.size]),
             }
             if group.spec.lift:
-                gap = problem.student.logsumexp(-1) - problem.teacher.logsumexp(-1)
+                gap = student.logsumexp(-1) - problem.teacher.logsumexp(-1)
                 added["rows_off"] = (gap.abs() > torch.tensor(_ROW_OFF).log()).float().sum((0, 2))
             sums = {name: value + sums.get(name, 0.0) for name, value in added.items()}
         for name, value in sums.items():
             is_error = name in ("window_error", "output_error")
-            results.setdefault(name, []).append(_ratio(value).sqrt() if is_error else value / len(rows))
+            value = (value[0] / value[1].clamp_min(_LEAST_OUTPUT)).sqrt() if is_error else value / len(rows)
+            results.setdefault(name, []).append(value)
     return {name: torch.stack(values).mean(0) for name, values in results.items()}
 
 

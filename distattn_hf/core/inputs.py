@@ -66,11 +66,14 @@ class ModuleCall:
 
     def merged(self, shape: tuple[int, int, int, int]) -> "ModuleCall":
         """Return the call as exact attention of (B, H, N, M) takes it: causality decided, mask and bias merged."""
-        bias = self.position_bias
+        bias, is_causal = self.position_bias, self.causal_by_flag(shape[2])
+        if self.mask is None and bias is None:
+            # A step of generation, of which each microsecond counts.
+            return self if is_causal == self.is_causal else replace(self, is_causal=is_causal)
         if bias is not None and bias.shape[-1] > shape[-1]:
             bias = bias[..., : shape[-1]]
         keep, bias = merge_masks(self.mask, bias, shape)
-        return replace(self, mask=keep, position_bias=bias, is_causal=self.causal_by_flag(shape[2]))
+        return replace(self, mask=keep, position_bias=bias, is_causal=is_causal)
 
     def additive_mask(self, query: Tensor, num_keys: int) -> Tensor | None:
         """Return the float mask an eager attention expects, from the bool (or absent) one of our mask function."""

@@ -20,6 +20,11 @@ from .softening import check_softens
 _REPORTED = ("log_lambda", "log_alpha", "log_softening", "logit_shift")
 
 
+def _full(tensor: Tensor) -> Tensor:
+    """Return a tensor in at least float32; quicker than `to` where it is, which a decoding step notices."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
 class HeadParameters(nn.Module):
     """λ, α, shift c, maps and softening ε of one group of heads, and from where absolute logits count.
 
@@ -122,13 +127,13 @@ class HeadParameters(nn.Module):
         """Return λ: a constant, or (H,) in at least float32."""
         if self.constant_lambda is not None:
             return self.constant_lambda
-        return self.log_lambda.to(torch.promote_types(self.log_lambda.dtype, torch.float32)).exp()
+        return _full(self.log_lambda).exp()
 
     def softening(self) -> float | Tensor | None:
         """Return ε: a constant, (H,) in at least float32, or None for the plain distance."""
         if not self.fits_softening:
             return self.constant_softening
-        return self.log_softening.to(torch.promote_types(self.log_softening.dtype, torch.float32)).exp()
+        return _full(self.log_softening).exp()
 
     def reported_values(self) -> dict[str, list[float] | None]:
         """Return {"lam", "alpha", "softening"} of each head, for reports: six digits; None where the heads have none.
@@ -353,6 +358,8 @@ class DistanceAttentionState(nn.Module):
     def parts(self) -> list[tuple[list[int], HeadParameters | None]]:
         """Return (heads, their parameters); heads of no spec come last, with None: dot-product attention."""
         all_heads = range(self.num_heads)
+        if self.head_lists == [None]:
+            return [(list(all_heads), self.groups[0])]
         parts = [(list(all_heads if h is None else h), g) for h, g in zip(self.head_lists, self.groups, strict=True)]
         converted = {head for heads, _ in parts for head in heads}
         unclaimed_heads = [head for head in all_heads if head not in converted]
