@@ -5,11 +5,13 @@ The texts are those of `distattn evaluate --task`, the same ones for every stude
 missing: "l2" and "nystrom" are then fitted, which takes minutes; `keep=true` saves them.
 """
 
+import copy
+import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -19,12 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..analysis.figure_style import COLOURS, INK, new_figure, save_figure, styled
 from ..analysis.retrieval_map import retrieval_map
 from ..benchmark.measure import only_errors
-from ..conversion.beyond import SELECTIONS
+from ..conversion.beyond import SELECTIONS, largest_errors, take_share
 from ..conversion.cache_bytes import TOKENS, cache_bytes
 from ..conversion.calibrate import CalibrationOptions
 from ..conversion.convert import convert
 from ..conversion.observe import read_share
+from ..conversion.probe import probe
 from ..core.attention_spec import AttentionSpec
+from ..data.batches import MAX_LENGTH, MAX_TOKENS, calibration_batch
 from ..data.sources import read_texts
 from ..data.tokenizer import byte_level_bpe
 from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
@@ -49,7 +53,9 @@ class Options:
     between them, both once for each of `windows` (none: window_size); "retrieval", once for each of `min_weights` (by
     which queries read blocks); "fixed", once for each of `blocks` (how many a query reads); "blocks": the same without
     the far field; "l2": exact attention by distance; "nystrom": all heads;
-    "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe").
+    "nystrom+retrieval", once for each of `shares` (of the key heads, chosen by `select`: "error" or "probe"). refit:
+    each by a fit of its own, as `convert` does; false: all from one fit of all heads, which for "error" is the same,
+    and for "probe" differs in what the layers above saw in the fit.
     tasks, lengths, depths, samples, tail: as in `LongTextOptions`.
     steps, fit_length, fit_tokens, probe_lengths, seed: of the fits, as in `CalibrationOptions`; null: its defaults.
     num_landmarks, window_size, num_sinks, block_size, exact_below, cluster_keys: of the students (`AttentionSpec`).
@@ -70,6 +76,7 @@ class Options:
     blocks: tuple[int, ...] = (16,)
     shares: tuple[float, ...] = (0.1,)
     select: str = "probe"
+    refit: bool = True
     steps: int | None = None
     fit_length: int | None = None
     fit_tokens: int | None = None
@@ -177,28 +184,55 @@ def run(options: Options, results) -> None:
         asked = options.texts(task)
         check_model(options.checkpoint, teacher, asked)
         cells += [(asked, cell, asked.questions(text, **cell)) for cell in asked.cells()]
+
+    @lru_cache(maxsize=1)
+    def fitted(label, spec, fit):
+        # The other options are the same for all that is in one folder: its record says so.
+        kept = results.path.parent / re.sub(r"\W+", "-", label)
+        if options.keep and kept.is_dir():
+            return load_checkpoint(kept)[0].to(device)
+        made = convert(teacher, spec, calibration=_texts(options, "train"), tokenizer=tokenizer, options=fit)
+        if options.keep:
+            save_checkpoint(made, tokenizer, kept)
+        return made
+
     for label, (spec, fit) in options.made().items():
 
-        # The other options are the same for all that is in one folder: its record says so.
-        kept = results.path.parent / re.sub(r"\W+", "-", label) if options.keep and fit is not None else None
-
         @cache
-        def student(spec=spec, fit=fit, kept=kept):
+        def student(label=label, spec=spec, fit=fit):
             if spec is None:
                 return teacher
             if isinstance(spec, int):
                 return compensated(teacher, spec, options.num_sinks)
-            if kept is not None and kept.is_dir():
-                return load_checkpoint(kept)[0].to(device)
-            texts = None if fit is None else _texts(options, "train")
-            made = convert(teacher, spec, calibration=texts, tokenizer=tokenizer, options=fit)
-            if kept is not None:
-                save_checkpoint(made, tokenizer, kept)
-            return made
+            if fit is None:
+                return convert(teacher, spec)
+            if fit.beyond_share is None or options.refit:
+                return fitted(label, spec, fit)
+            # No error is above that.
+            alone = replace(fit, beyond_share=None, select="error", max_error=math.inf)
+            return with_share(fitted("nystrom of all heads", spec, alone), fit, _texts(options, "train"), tokenizer)
 
         for asked, cell, questions in cells:
             key = {"student": label, "task": asked.task, **cell}
             results.row(key, partial(_measure, student, spec, questions, asked))
+
+
+@torch.no_grad()
+def with_share(fitted, fit: CalibrationOptions, texts: list[str], tokenizer):
+    """Return a copy of a Nyström student in which the key heads that `fit` chooses do what its spec's `beyond` says."""
+    student = copy.deepcopy(fitted)
+    config = student.config.get_text_config()
+    groups = dict.fromkeys(student.attention_states, config.num_attention_heads // config.num_key_value_heads)
+    figures: dict[str, list[dict]] = {}
+    for group in student.conversion_report.groups:
+        figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
+    if fit.select == "probe":
+        sizes = {"max_length": fit.max_length or 2 * MAX_LENGTH, "max_tokens": fit.max_tokens or 2 * MAX_TOKENS}
+        scores, _ = probe(student, calibration_batch(student, texts, tokenizer, seed=fit.seed, **sizes), fit)
+    else:
+        scores = largest_errors(student, figures, groups)
+    take_share(student, figures, scores, groups, fit)
+    return student
 
 
 def made_texts() -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -73,8 +74,41 @@ def test_a_student_that_was_kept_is_not_fitted_again(tmp_path, monkeypatch):
 
     assert by_key(again) == by_key(whole)
     model, tokenizer = load_checkpoint(tmp_path / "out" / "nystrom-0-25-retrieval")
-    assert model.conversion_report.groups and tokenizer is not None
+    assert model.conversion_report.groups
+    assert tokenizer is not None
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"nystrom-0-25-retrieval"}
+
+
+@pytest.mark.parametrize("select", ["error", "probe"])
+def test_one_fit_serves_all_shares(tmp_path, monkeypatch, select):
+    """By error it is the fit of each share, by probe the same heads retrieve."""
+    given = ["students=nystrom+retrieval", "shares=0.25,0.5", f"select={select}", "lengths=200", "tasks=perplexity"]
+    own = run_experiment("long_context", tmp_path / "own", [*given, "keep=true"], quick=True)
+    fits, real = [], long_context.convert
+
+    def counted(*args, options, **kwargs):
+        fits.append(options)
+        return real(*args, options=options, **kwargs)
+
+    monkeypatch.setattr(long_context, "convert", counted)
+    made, share = [], long_context.with_share
+    monkeypatch.setattr(long_context, "with_share", lambda *args: made.append(share(*args)) or made[-1])
+    shared = run_experiment("long_context", tmp_path / "shared", [*given, "refit=false"], quick=True)
+    assert len(fits) == 1
+    assert (shared.rows == own.rows) == (select == "error")
+    for student, row in zip(made, own.rows, strict=True):
+        kept, _ = load_checkpoint(tmp_path / "own" / re.sub(r"\W+", "-", row["student"]))
+        blocks = [model.config.distattn["modules"] for model in (student, kept)]
+        retrieving = [
+            {
+                (name, *group["heads"])
+                for name, entry in block.items()
+                for group in entry["groups"]
+                if group.get("beyond")
+            }
+            for block in blocks
+        ]
+        assert retrieving[0] == retrieving[1] != set()
 
 
 def test_a_run_that_was_killed_goes_on(tmp_path):
