@@ -159,7 +159,7 @@ class _Rows:
         window = 0 if call.is_cross else spec.window_size
         sinks = 0 if call.is_cross else spec.num_sinks
         exact = (relative.abs() < window) | (keep & (keep.cumsum(-1) <= sinks))[:, None]
-        self.exact, self.hidden = (exact & seen)[:, None], ~seen[:, None]
+        self.exact, self.hidden = exact[:, None], ~seen[:, None]
         bias = call.position_bias
         self.bias = None if bias is None else bias[0].float()[:, rows].transpose(0, 1)
         logits = self._masked(call.scaling * self.query @ self.key.mT)
