@@ -134,13 +134,15 @@ def read_call(
     bias are not written out (see `padding_mask` and `RelativeBias`).
     """
     scaling, is_causal, bias = (arguments.get(name) for name in ("scaling", "is_causal", "position_bias"))
+    is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     state = getattr(module, "distattn", None)
     sink_logit, softcap = check_absolute(sink_of(arguments), arguments.get("softcap"), query.shape[:3])
     return ModuleCall(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         mask=mask,
         position_bias=bias_behind(bias) if nystrom else bias,
-        is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+        # One query of exact attention sees all keys: said here, a step of generation makes no second call of this one.
+        is_causal=is_causal and (nystrom or query.shape[2] > 1),
         is_cross=isinstance(state, DistanceAttentionState) and state.is_cross,
         dropout_p=arguments.get("dropout") or 0.0,
         backend="reference" if reference else None,
