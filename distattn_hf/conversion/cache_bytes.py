@@ -43,15 +43,17 @@ def cache_bytes(model) -> dict[str, int] | None:
                 # The codes of a block (see `Codes`): mean, variance and its unit, a scale for each key, half a byte a
                 # coordinate.
                 own, codes = len({head // groups for head in heads}), 4 * size + 8 * -(-size // 8) + 4
-                beside = own * (codes + block * (4 + 4 * -(-size // 8))) if group.is_absolute else 0
+                # As `has_codes` says of a call; of blocks of the text only the model's own keys have any that are kept.
+                cosine = group.metric == "cosine" and not (group.fits_softening and groups > 1)
+                by_means = group.spec.cluster_keys and (group.is_absolute or cosine)
+                beside = own * (codes + block * (4 + 4 * -(-size // 8))) if group.is_absolute or by_means else 0
                 if group.spec.cluster_keys:  # and which key stands where
                     beside += own * 8 * block
                 if group.spec.far_field:
-                    # A key, its bias and a value for each query head (see `Summaries`), but of alike keys, whose means
-                    # are the keys, for each key head; and the first queries.
-                    by_means = group.spec.cluster_keys and group.is_absolute
+                    # A key, its bias and a value for each query head (see `Summaries`), and the first queries; but of
+                    # alike keys, whose means are the keys, for each key head, and no queries.
                     beside += 4 * (own * (sizes - size + 1) if by_means else len(heads) * (sizes + 1))
-                    found["constant"] += BEGINNING * len(heads) * size * width
+                    found["constant"] += 0 if by_means else BEGINNING * len(heads) * size * width
                 found["growing"] += TOKENS * beside // block
     return found if found["teacher"] else None
 

@@ -93,13 +93,15 @@ def retrieve(
     refuse_onnx("retrieval")
     problem = retrieval_problem(group, query, key, value, keep, call)
     known, is_whole = None, query.shape[2] == key.shape[2]
-    if first_queries is not None and call.is_causal:
+    # Others' far field is about no query.
+    is_about_queries = problem.search.far_field and not (problem.is_clustered and has_codes(problem.inputs))
+    if is_about_queries and first_queries is not None and call.is_causal:
         known = first_queries.update(number, query, key.shape[2], problem.first)
     if known is not None and not is_whole and has_far_field(problem):
         # The model's own, mapped as those of the call are.
         with without_autocast(query.device.type):
             problem = replace(problem, beginning=group(known, key[:, :, :1]).query)
-    keeps = (is_whole or known is not None) and not problem.inputs.needs_grad()
+    keeps = (is_whole or known is not None or not is_about_queries) and not problem.inputs.needs_grad()
     is_reference = call.backend == "reference"
     problems = [problem]
     if layer is not None and not problem.is_clustered:

@@ -46,6 +46,8 @@ def derived_bytes(layer) -> int:
     length = layer.keys.shape[2]
     (summaries,) = (made for name, made in layer.derived.items() if name != "codes")
     made = summaries.made.lines(length // 16)
+    if "codes" not in layer.derived:
+        return tensors_bytes(made)
     length = length // 16 * 16
     codes = encode(layer.keys[:, :, :length], torch.ones(1, length, dtype=torch.bool), 16)
     return tensors_bytes([codes.mean, codes.variance, codes.spread, codes.scale, codes.code, *made])
@@ -71,10 +73,12 @@ def test_of_nystrom_and_retrieval_heads(family):
     assert constant == [said["constant"]] * 2
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "l2"])
 @pytest.mark.parametrize("cluster_keys", [True, False])
-def test_of_retrieval_alone_and_of_distances(cluster_keys):
+def test_of_retrieval_alone_and_of_distances(cluster_keys, metric):
     teacher = build("llama")
-    student = convert(teacher, AttentionSpec(mechanism="retrieval", num_blocks=1, cluster_keys=cluster_keys))
+    spec = AttentionSpec(metric, mechanism="retrieval", num_blocks=1, cluster_keys=cluster_keys)
+    student = convert(teacher, spec, init=None if metric == "sqeuclidean" else "plain")
     kept = []
     for length in LENGTHS:
         layers = cache_of(student, length).layers
