@@ -42,7 +42,7 @@ class CalibrationOptions:
     """Options of the fit. With 40 steps it took 3 to 11 minutes for 135M parameters on two busy cores.
 
     Args:
-        steps: Adam steps per layer; None: 100, and 200 for `transform="maps"`.
+        steps: Adam steps per layer; None: 100, and 200 for `transform="maps"` and Nyström heads.
         learning_rate: its initial value; it falls to zero along a cosine.
         rows: query positions drawn per step from each sequence.
         sequences: sequences drawn per step; None: 4, and 2 for metrics without a matmul form (l1, lp, chebyshev).
