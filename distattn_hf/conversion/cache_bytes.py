@@ -42,19 +42,25 @@ def cache_bytes(model) -> dict[str, int] | None:
                 size, block, width = entry["head_dim"], group.spec.block_size, torch.finfo(model.dtype).bits // 8
                 # The codes of a block (see `Codes`): mean, variance and its unit, a scale for each key, half a byte a
                 # coordinate.
-                own, codes = len({head // groups for head in heads}), 4 * size + 8 * -(-size // 8) + 4
+                own = len(heads) if group.maps_keys else len({head // groups for head in heads})
+                codes = 4 * size + 8 * -(-size // 8) + 4
                 # As `has_codes` says of a call; of blocks of the text only the model's own keys have any that are kept.
-                cosine = group.metric == "cosine" and not (group.fits_softening and groups > 1)
+                is_grouped = groups > 1 and not group.maps_keys
+                cosine = group.metric == "cosine" and not (group.fits_softening and is_grouped)
                 by_means = group.spec.cluster_keys and (group.is_absolute or cosine)
-                beside = own * (codes + block * (4 + 4 * -(-size // 8))) if group.is_absolute or by_means else 0
+                has_codes = (group.is_absolute or by_means) and group.spec.num_blocks
+                beside = own * (codes + block * (4 + 4 * -(-size // 8))) if has_codes else 0
                 if group.spec.cluster_keys:  # and which key stands where
                     beside += own * 8 * block
                 if group.spec.far_field:
                     # A key, its bias and a value for each query head (see `Summaries`), and the first queries; but of
-                    # alike keys, whose means are the keys, for each key head, and no queries.
-                    beside += 4 * (own * (sizes - size + 1) if by_means else len(heads) * (sizes + 1))
+                    # alike keys for each key head, whose keys are the means of its codes, and no queries.
+                    of_key = size if by_means and has_codes else 0
+                    beside += 4 * (own if by_means else len(heads)) * (sizes - of_key + 1)
                     found["constant"] += 0 if by_means else BEGINNING * len(heads) * size * width
-                found["growing"] += TOKENS * beside // block
+                if state.is_nystrom or len(heads) == entry["num_heads"]:
+                    # Of some of a module's heads nothing is kept beside the keys.
+                    found["growing"] += TOKENS * beside // block
     return found if found["teacher"] else None
 
 

@@ -126,7 +126,7 @@ def _add_gradients(group, data: NystromData, items: list[int], rows: Tensor) -> 
 
     A sequence at a time: all weights of long ones together would be gigabytes, whose pages cost more than the sums.
     """
-    parts = [_Rows(group.spec, data, [item], own[None]) for item, own in zip(items, rows, strict=True)]
+    parts = [_Rows(group.spec, data, item, own) for item, own in zip(items, rows, strict=True)]
     total = sum(part.size for part in parts).clamp_min(_LEAST_OUTPUT)
     for part in parts:
         student = part.logits(*_features(group, data, part.query, part.key))
@@ -139,20 +139,19 @@ def _features(group, data: NystromData, query: Tensor, key: Tensor) -> tuple[Ten
 
 
 class _Rows:
-    """Teacher's and student's weights at some rows (b, n) of some sequences, written out.
+    """Teacher's and student's weights at some rows (n,) of one sequence, written out.
 
-    teacher and weights: its logits and their softmax; output (b, H, n, d_v) and size (H,), ‖output‖².
+    teacher and weights: its logits and their softmax (1, H, n, M); output (1, H, n, d_v) and size (H,), ‖output‖².
     """
 
     @torch.no_grad()
-    def __init__(self, spec: AttentionSpec, data: NystromData, items: list[int], rows: Tensor):
-        query = data.query[items].transpose(1, 2)
-        self.query = query[torch.arange(len(items), device=rows.device)[:, None], rows].transpose(1, 2)
-        self.key, self.value = data.key[items], data.value[items]
+    def __init__(self, spec: AttentionSpec, data: NystromData, item: int, rows: Tensor):
+        self.query = data.query[item : item + 1, :, rows]
+        self.key, self.value = data.key[item : item + 1], data.value[item : item + 1]
         self.call = call = data.call
         num_keys = self.key.shape[2]
-        relative = torch.arange(num_keys, device=rows.device) - rows[..., None]  # (b, n, M)
-        keep = data.keep[items]
+        relative = torch.arange(num_keys, device=rows.device) - rows[None, :, None]  # (1, n, M)
+        keep = data.keep[item : item + 1]
         seen = keep[:, None].expand_as(relative)
         if call.is_causal:
             seen = seen & (relative <= 0)
@@ -161,7 +160,7 @@ class _Rows:
         exact = (relative.abs() < window) | (keep & (keep.cumsum(-1) <= sinks))[:, None]
         self.exact, self.hidden = exact[:, None], ~seen[:, None]
         bias = call.position_bias
-        self.bias = None if bias is None else bias[0].float()[:, rows].transpose(0, 1)
+        self.bias = None if bias is None else bias[:1, :, rows].float()
         logits = self._masked(call.scaling * self.query @ self.key.mT)
         if call.sink_logit is not None:
             # One more key, which all see exactly, without a value.
@@ -177,7 +176,7 @@ class _Rows:
         return (logits if self.bias is None else logits + self.bias).masked_fill(self.hidden, _HIDDEN)
 
     def logits(self, query: Tensor, key: Tensor, far_query: Tensor, far_key: Tensor) -> Tensor:
-        """Return the student's logits (b, H, n, M) of its `_features`, after them that of the sink."""
+        """Return the student's logits (1, H, n, M) of its `_features`, after them that of the sink."""
         row_maximum = far_query.amax(-1, keepdim=True).detach()
         far = ((far_query - row_maximum).exp() @ far_key.mT).clamp_min(_LEAST_WEIGHT).log() + row_maximum
         num_keys = key.shape[2]
@@ -201,9 +200,9 @@ def _figures(group, data: NystromData) -> dict[str, Tensor]:
         rows = data.valid[i].nonzero()[:, 0]
         rows = rows[:: -(-len(rows) // _REPORTED)]
         sums: dict[str, Tensor] = {}
-        query, key, far_query, far_key = _features(group, data, data.query[[i]][:, :, rows], data.key[[i]])
+        query, key, far_query, far_key = _features(group, data, data.query[i : i + 1, :, rows], data.key[i : i + 1])
         for part, *own in zip(*(t.split(at_once, axis) for t, axis in ((rows, 0), (query, 2), (far_query, 2)))):
-            problem = _Rows(group.spec, data, [i], part[None])
+            problem = _Rows(group.spec, data, i, part)
             student = problem.logits(own[0], key, own[1], far_key)
             alone = student.masked_fill(~problem.exact, -1e4)
             added = {

@@ -80,16 +80,25 @@ class FirstQueries:
     an object of its own, and tensors are never written into: copies of a cache share them until they go on.
     """
 
-    def __init__(self, rows: dict[int, tuple[Tensor, int, Tensor]] | None = None):
-        # Of each group: queries (B, H, n, d), how many keys there were, the first key of each row.
+    def __init__(self, rows: dict[int, tuple[Tensor, int, Tensor] | None] | None = None):
+        # Of each group: queries (B, H, n, d), how many keys there were, the first key of each row; None: not noted.
         self._rows = dict(rows or {})
+
+    def leave_out(self, number: int) -> None:
+        """Note that a group needs no beginning of this text."""
+        self._rows[number] = None
 
     def update(self, number: int, query: Tensor, num_keys: int, first: Tensor | None) -> Tensor | None:
         """Return the beginning of group `number` as `Retrieval` has it, after the last queries (B, H, N, d) of M keys.
 
-        None where queries before them are not known.
+        None where queries before them are not known. Raises `ValueError` where the text began without need of them.
         """
         before, count = num_keys - query.shape[2], min(BEGINNING, num_keys)
+        if before and self._rows.get(number, ()) is None:
+            raise ValueError(
+                "the cache was begun with other options of retrieval (cluster_keys or far_field), under which a text's "
+                "first queries are not kept; begin the text anew"
+            )
         offset = torch.zeros(1, dtype=torch.long, device=query.device) if first is None else first
         known = self._goes_on(number, query, before, offset if first is not None else None) if before else None
         if before and known is None:
@@ -109,7 +118,7 @@ class FirstQueries:
 
     def _goes_on(self, number: int, query: Tensor, before: int, first: Tensor | None) -> Tensor | None:
         """Return the queries of a group if those before place `before` are known, counted from the same keys."""
-        known, reach, counted = self._rows.get(number, (None, 0, None))
+        known, reach, counted = self._rows.get(number) or (None, 0, None)
         if known is None or reach < before or known.shape[:2] != query.shape[:2] or known.device != query.device:
             return None
         if first is None:
@@ -119,11 +128,13 @@ class FirstQueries:
 
     def tensors(self) -> list[Tensor]:
         """Return what is held."""
-        return [rows for rows, *_ in self._rows.values()]
+        return [noted[0] for noted in self._rows.values() if noted]
 
     def changed(self, change) -> "FirstQueries":
         """Return these with `change` applied to every tensor, whose first axis is the batch."""
-        return FirstQueries({n: (change(rows), reach, change(first)) for n, (rows, reach, first) in self._rows.items()})
+        return FirstQueries(
+            {n: noted and (change(noted[0]), noted[1], change(noted[2])) for n, noted in self._rows.items()}
+        )
 
 
 class KeepsFirstQueries:

@@ -142,7 +142,7 @@ def read_call(
         mask=mask,
         position_bias=bias_behind(bias) if nystrom else bias,
         # One query of exact attention sees all keys: said here, a step of generation makes no second call of this one.
-        is_causal=is_causal and (nystrom or query.shape[2] > 1),
+        is_causal=is_causal and (nystrom or mask is not None or query.shape[2] > 1),
         is_cross=isinstance(state, DistanceAttentionState) and state.is_cross,
         dropout_p=arguments.get("dropout") or 0.0,
         backend="reference" if reference else None,

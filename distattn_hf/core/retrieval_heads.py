@@ -95,7 +95,9 @@ def retrieve(
     known, is_whole = None, query.shape[2] == key.shape[2]
     # Others' far field is about no query.
     is_about_queries = problem.search.far_field and not (problem.is_clustered and has_codes(problem.inputs))
-    if is_about_queries and first_queries is not None and call.is_causal:
+    if first_queries is not None and call.is_causal and not is_about_queries:
+        first_queries.leave_out(number)
+    elif first_queries is not None and call.is_causal:
         known = first_queries.update(number, query, key.shape[2], problem.first)
     if known is not None and not is_whole and has_far_field(problem):
         # The model's own, mapped as those of the call are.

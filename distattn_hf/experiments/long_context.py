@@ -6,12 +6,13 @@ missing: "l2" and "nystrom" are then fitted, which takes minutes; `keep=true` sa
 """
 
 import copy
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -33,13 +34,15 @@ from ..data.sources import read_texts
 from ..data.tokenizer import byte_level_bpe
 from ..evaluation.long_text_scores import LongTextOptions, check_model, score_cell
 from ..evaluation.retrieval_tasks import RETRIEVAL_TASKS, Haystack, Question
-from ..storage.folders import save_checkpoint
+from ..storage.folders import json_values, save_checkpoint
 from ..storage.models import load_checkpoint
 from .compensation_token import compensated
 
 STUDENTS = ("teacher", "window", "compensation", "retrieval", "fixed", "blocks", "l2", "nystrom", "nystrom+retrieval")
 TASKS = (*RETRIEVAL_TASKS, "perplexity")
 MADE = "made"
+# In the folder of a student that is kept: what it was made of.
+NOTE = "long_context_student.json"
 
 
 @dataclass(frozen=True)
@@ -185,16 +188,23 @@ def run(options: Options, results) -> None:
         check_model(options.checkpoint, teacher, asked)
         cells += [(asked, cell, asked.questions(text, **cell)) for cell in asked.cells()]
 
-    @lru_cache(maxsize=1)
     def fitted(label, spec, fit):
-        # The other options are the same for all that is in one folder: its record says so.
         kept = results.path.parent / re.sub(r"\W+", "-", label)
+        of = {"checkpoint": options.checkpoint, "data": options.data, "spec": asdict(spec)}
+        of = json_values({**of, "fit": {name: value for name, value in asdict(fit).items() if name != "progress"}})
         if options.keep and kept.is_dir():
-            return load_checkpoint(kept)[0].to(device)
+            return _load_kept(kept, of).to(device)
         made = convert(teacher, spec, calibration=_texts(options, "train"), tokenizer=tokenizer, options=fit)
         if options.keep:
-            save_checkpoint(made, tokenizer, kept)
+            save_checkpoint(made, tokenizer, kept, notes={NOTE: of})
         return made
+
+    @cache
+    def fitted_once():
+        spec, fit = next(entry for entry in options.made().values() if entry[1] and entry[1].beyond_share)
+        # No error is above that.
+        alone = replace(fit, beyond_share=None, select="error", max_error=math.inf)
+        return FittedOnce(fitted("nystrom of all heads", spec, alone), fit, _texts(options, "train"), tokenizer)
 
     for label, (spec, fit) in options.made().items():
 
@@ -208,31 +218,53 @@ def run(options: Options, results) -> None:
                 return convert(teacher, spec)
             if fit.beyond_share is None or options.refit:
                 return fitted(label, spec, fit)
-            # No error is above that.
-            alone = replace(fit, beyond_share=None, select="error", max_error=math.inf)
-            return with_share(fitted("nystrom of all heads", spec, alone), fit, _texts(options, "train"), tokenizer)
+            return fitted_once().with_share(fit.beyond_share)
 
         for asked, cell, questions in cells:
             key = {"student": label, "task": asked.task, **cell}
             results.row(key, partial(_measure, student, spec, questions, asked))
 
 
-@torch.no_grad()
-def with_share(fitted, fit: CalibrationOptions, texts: list[str], tokenizer):
-    """Return a copy of a Nyström student in which the key heads that `fit` chooses do what its spec's `beyond` says."""
-    student = copy.deepcopy(fitted)
-    config = student.config.get_text_config()
-    groups = dict.fromkeys(student.attention_states, config.num_attention_heads // config.num_key_value_heads)
-    figures: dict[str, list[dict]] = {}
-    for group in student.conversion_report.groups:
-        figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
-    if fit.select == "probe":
-        sizes = {"max_length": fit.max_length or 2 * MAX_LENGTH, "max_tokens": fit.max_tokens or 2 * MAX_TOKENS}
-        scores, _ = probe(student, calibration_batch(student, texts, tokenizer, seed=fit.seed, **sizes), fit)
-    else:
-        scores = largest_errors(student, figures, groups)
-    take_share(student, figures, scores, groups, fit)
-    return student
+class FittedOnce:
+    """A Nyström student of all heads, and how much each key head wants to do what its spec's `beyond` says."""
+
+    def __init__(self, student, fit: CalibrationOptions, texts: list[str], tokenizer):
+        self.student, self.fit = student, fit
+        modules = student.attention_modules()
+        self.groups = {name: getattr(modules[name], "num_key_value_groups", 1) for name in student.attention_states}
+        if fit.select == "probe":
+            sizes = {"max_length": fit.max_length or 2 * MAX_LENGTH, "max_tokens": fit.max_tokens or 2 * MAX_TOKENS}
+            batch = calibration_batch(student, texts, tokenizer, seed=fit.seed, **sizes)
+            self.scores, self.groups = probe(student, batch, fit)
+        else:
+            self.scores = largest_errors(student, self._figures(), self.groups)
+
+    def _figures(self) -> dict[str, list[dict]]:
+        figures: dict[str, list[dict]] = {}
+        for group in self.student.conversion_report.groups:
+            figures.setdefault(group.module, []).append({"output_error": torch.tensor(group.output_error)})
+        return figures
+
+    @torch.no_grad()
+    def with_share(self, share: float):
+        """Return a copy in which this share of the key heads does so."""
+        student = copy.deepcopy(self.student)
+        take_share(student, self._figures(), self.scores, self.groups, replace(self.fit, beyond_share=share))
+        return student
+
+
+def _load_kept(folder: Path, of: dict):
+    note = folder / NOTE
+    if not note.is_file():
+        raise ValueError(f"keep: {str(folder)!r} is there and holds no {NOTE}, so no student of this experiment")
+    before = json.loads(note.read_text(encoding="utf-8"))
+    if changed := [name for name in of if before.get(name) != of[name]]:
+        name = changed[0]
+        raise ValueError(
+            f"keep: {str(folder)!r} holds a student of another {name}, {before.get(name)!r} in place of {of[name]!r}; "
+            "take it away, or give another folder (--out)"
+        )
+    return load_checkpoint(folder)[0]
 
 
 def made_texts() -> list[str]:

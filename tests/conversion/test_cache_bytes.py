@@ -38,14 +38,15 @@ def grown(sizes: list[int]) -> float:
 
 def derived_bytes(layer) -> int:
     """What is made of a layer's keys without room for more, and without the bit for a block that it has keys."""
+    if not layer.derived:
+        return 0
     if clusters := [made for made in layer.derived.values() if isinstance(made, KeyClusters)]:
         (clusters,) = clusters
         units = sum(count for _, count in clusters._segments[0])
         made = {name: tensor for name, tensor in vars(clusters.made).items() if name != "real"}
         return tensors_bytes(tensor[:, :, :units] for tensor in made.values())
     length = layer.keys.shape[2]
-    (summaries,) = (made for name, made in layer.derived.items() if name != "codes")
-    made = summaries.made.lines(length // 16)
+    made = [t for name, kept in layer.derived.items() if name != "codes" for t in kept.made.lines(length // 16)]
     if "codes" not in layer.derived:
         return tensors_bytes(made)
     length = length // 16 * 16
@@ -73,12 +74,21 @@ def test_of_nystrom_and_retrieval_heads(family):
     assert constant == [said["constant"]] * 2
 
 
-@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "l2"])
 @pytest.mark.parametrize("cluster_keys", [True, False])
-def test_of_retrieval_alone_and_of_distances(cluster_keys, metric):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"metric": "cosine"}, {"metric": "l2"}, {"metric": "l2", "transform": "maps"}, {"num_blocks": 0},
+        {"metric": "cosine", "softening": "fit"}, {"metric": "cosine", "transform": "maps"}, {"heads": [0]},
+        {"far_field": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_of_retrieval_alone_and_of_distances(cluster_keys, fields):
     teacher = build("llama")
-    spec = AttentionSpec(metric, mechanism="retrieval", num_blocks=1, cluster_keys=cluster_keys)
-    student = convert(teacher, spec, init=None if metric == "sqeuclidean" else "plain")
+    spec = AttentionSpec(**{"mechanism": "retrieval", "num_blocks": 1, "cluster_keys": cluster_keys, **fields})
+    fit = {"calibration": [token_batch(teacher, length=40)], "options": QUICK} if "metric" in fields else {}
+    student = convert(teacher, spec, **fit)
     kept = []
     for length in LENGTHS:
         layers = cache_of(student, length).layers

@@ -138,3 +138,36 @@ def test_places_are_counted_from_the_first_key():
     known.update(0, query[:, :, :100], 100, torch.tensor([20]))
     assert known.update(0, query[:, :, 100:], 160, torch.tensor([0])) is None
     assert known.update(1, query[:, :, 100:], 160, None) is None
+
+
+@pytest.mark.parametrize("changed", ["cluster_keys", "far_field"])
+@torch.no_grad()
+def test_a_text_that_began_without_them_does_not_go_on_with_them(changed):
+    """Options that need no first queries, changed to such as do in the middle of a text: an error, and no other logits.
+
+    Those of a text before it, of which the cache still holds a beginning, are not taken for its own.
+    """
+    needs = {"cluster_keys": False, "far_field": True}
+    does_not = {**needs, changed: not needs[changed]}
+    model, first, text = student_of("llama", **WHOLE_PANELS), ids_of(90, 1), ids_of(110, 2)
+    for before in (None, first):
+        cache = DynamicCache(config=model.config)
+        if before is not None:
+            model.set_attention_options(**needs)
+            model(before, past_key_values=cache)
+            cache.crop(2 - before.shape[1])
+            text[:, :2] = before[:, :2]
+        model.set_attention_options(**does_not)
+        model(text[:, cache.get_seq_length() : 80], past_key_values=cache)
+        model.set_attention_options(**needs)
+        with pytest.raises(ValueError, match="begun with other options of retrieval .*begin the text anew"):
+            model(text[:, 80:], past_key_values=cache)
+    # From its first token on a text has its own, in the same cache.
+    cache = StaticCache(config=model.config, max_cache_len=120)
+    model.set_attention_options(**does_not)
+    model(text[:, :50], past_key_values=cache)
+    cache.reset()
+    model.set_attention_options(**needs)
+    model(text[:, :80], past_key_values=cache)
+    logits = model(text[:, 80:], past_key_values=cache).logits
+    assert (logits - model(text, use_cache=False).logits[:, 80:]).abs().max() <= CACHED_LOGITS

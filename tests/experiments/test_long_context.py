@@ -79,10 +79,24 @@ def test_a_student_that_was_kept_is_not_fitted_again(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"nystrom-0-25-retrieval"}
 
 
+def test_a_student_of_other_options_is_not_taken_for_the_one_asked_for(tmp_path):
+    """As after a run that was killed before its first row: no record says yet what the student in the folder is."""
+    given = [*FEW, "tasks=kv", "students=nystrom", "keep=true"]
+    run_experiment("long_context", tmp_path, [*given, "steps=1"], quick=True)
+    (tmp_path / "long_context.json").unlink()
+    with pytest.raises(ValueError, match="keep: .*nystrom' holds a student of another fit, .*'steps': 1, .*'steps': 2"):
+        run_experiment("long_context", tmp_path, [*given, "steps=2"], quick=True)
+    (tmp_path / "nystrom" / long_context.NOTE).unlink()
+    with pytest.raises(ValueError, match="holds no long_context_student.json"):
+        run_experiment("long_context", tmp_path, given, quick=True)
+
+
 @pytest.mark.parametrize("select", ["error", "probe"])
 def test_one_fit_serves_all_shares(tmp_path, monkeypatch, select):
     """By error it is the fit of each share, by probe the same heads retrieve."""
     given = ["students=nystrom+retrieval", "shares=0.25,0.5", f"select={select}", "lengths=200", "tasks=perplexity"]
+    # A config without a number of key heads.
+    given += HERE[:2] if select == "error" else []
     own = run_experiment("long_context", tmp_path / "own", [*given, "keep=true"], quick=True)
     fits, real = [], long_context.convert
 
@@ -91,8 +105,8 @@ def test_one_fit_serves_all_shares(tmp_path, monkeypatch, select):
         return real(*args, options=options, **kwargs)
 
     monkeypatch.setattr(long_context, "convert", counted)
-    made, share = [], long_context.with_share
-    monkeypatch.setattr(long_context, "with_share", lambda *args: made.append(share(*args)) or made[-1])
+    made, share = [], long_context.FittedOnce.with_share
+    monkeypatch.setattr(long_context.FittedOnce, "with_share", lambda *args: made.append(share(*args)) or made[-1])
     shared = run_experiment("long_context", tmp_path / "shared", [*given, "refit=false"], quick=True)
     assert len(fits) == 1
     assert (shared.rows == own.rows) == (select == "error")
