@@ -15,9 +15,12 @@ from ..core.relative_bias import of_heads
 from ..core.retrieval import Retrieval
 from ..core.retrieval_gather import caught_weight, visible_keys
 from ..core.retrieval_heads import retrieval_forward, retrieval_problem, some_heads
+from ..data.batches import longest_row
 
 # Queries whose keys, of all of a text, are looked at together.
 _ROWS = 128
+# Tokens of a calibration batch on which it is measured how much of the weight is read.
+_TOKENS = 4096
 
 
 @contextmanager
@@ -52,10 +55,13 @@ def observed(model, observer):
 def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | None]]:
     """Return how much of exact attention's weight retrieval heads read on a batch, the mean over queries of each head.
 
-    {module name: a (H,) tensor for each group of heads, None for those of another mechanism}.
+    Of its first rows, up to 4,096 tokens: all weights are written out. {module name: a (H,) tensor for each group of heads, None for those of another mechanism}.
     """
     names = {state: name for name, state in model.attention_states.items()}
     sums: dict[str, list] = {}
+    # Pictures and sound have no rows of tokens: all of them.
+    length = longest_row(batch)
+    batch = {name: tensor[: max(1, _TOKENS // length) if length else None] for name, tensor in batch.items()}
 
     def observe(state, query, key, value, call):
         if not state.is_retrieval:
