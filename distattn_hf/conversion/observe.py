@@ -55,8 +55,8 @@ def observed(model, observer):
 def caught_shares(model, batch: dict[str, Tensor]) -> dict[str, list[Tensor | None]]:
     """Return how much of exact attention's weight retrieval heads read on a batch, the mean over queries of each head.
 
-    {module name: a (H,) tensor for each group of heads, None for those of another mechanism}. Of the batch's first rows,
-    up to 4,096 tokens: all weights are written out.
+    {module name: a (H,) tensor for each group of heads, None for those of another mechanism}. Of the first rows of the
+    batch, up to 4,096 tokens: all weights are written out.
     """
     names = {state: name for name, state in model.attention_states.items()}
     sums: dict[str, list] = {}
