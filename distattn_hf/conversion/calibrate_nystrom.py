@@ -124,7 +124,7 @@ def _descend(group, data: NystromData, options, steps: int) -> None:
 def _add_gradients(group, data: NystromData, items: list[int], rows: Tensor) -> None:
     """Add the gradients of outputs' relative error plus a little divergence, summed over heads, at some rows (b, n).
 
-    A sequence at a time: all weights of long ones together would be gigabytes, whose pages cost more than the sums.
+    A sequence at a time: of all weights of long ones together the memory's fresh pages took as long as the sums.
     """
     parts = [_Rows(group.spec, data, item, own) for item, own in zip(items, rows, strict=True)]
     total = sum(part.size for part in parts).clamp_min(_LEAST_OUTPUT)
