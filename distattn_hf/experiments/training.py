@@ -42,7 +42,8 @@ class Options:
     with weights as small as 0.02 nothing is recalled for thousands of steps. steps: at most; a run stops at the first
     evaluation, every `evaluate_every` steps, with accuracy >= `enough`. batch_size. learning_rate: its peak, after a
     tenth of the steps, then falling as a cosine. examples: of an evaluation. minutes: of a run, after which it stops as
-    it is; 0: no limit.
+    it is; 0: no limit. test_lengths: of further examples, `test_examples` each, which a model that has `enough` is
+    asked after its training: what of it holds beyond `length`.
     """
 
     tasks: tuple[str, ...] = ("mqar",)
@@ -63,14 +64,17 @@ class Options:
     learning_rate: float = 3e-3
     examples: int = 256
     minutes: float = 0.0
+    test_lengths: tuple[int, ...] = ()
+    test_examples: int = 32
 
     def __post_init__(self):
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"tasks must be among {', '.join(sorted(TASKS))}, got {task!r}")
             for items in self.items if task != "induction" else (1,):
-                make_examples(task, 1, self.length, items=items, vocab_size=self.vocab_size, seed=0)
-        for name in ("steps", "evaluate_every", "batch_size", "examples"):
+                for length in (self.length, *self.test_lengths):
+                    make_examples(task, 1, length, items=items, vocab_size=self.vocab_size, seed=0)
+        for name in ("steps", "evaluate_every", "batch_size", "examples", "test_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)!r}")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.minutes < math.inf:
@@ -103,7 +107,7 @@ def config_for(options: Options, attention: str) -> DistAttnConfig:
         hidden_size=options.hidden_size,
         num_hidden_layers=options.layers,
         num_attention_heads=options.heads,
-        max_position_embeddings=max(options.length, 64),
+        max_position_embeddings=max(options.length, *options.test_lengths, 64),
         mechanism=attention,
         mechanism_options=dict(MECHANISM_OPTIONS.get(attention, {})),
         positional_encoding=options.encoding,
@@ -129,7 +133,8 @@ def run(options: Options, results) -> None:
 def train(options: Options, task: str, items: int, attention: str, seed: int) -> dict:
     """Train one model; return its accuracy on held-out examples, and when it first came to half and to the end.
 
-    accuracy: of the labels asked for. steps: trained. curve: [step, accuracy] of every evaluation.
+    accuracy: of the labels asked for. steps: trained. curve: [step, accuracy] of every evaluation. accuracy_at:
+    [length, accuracy] of each of `test_lengths`, of a model that has `enough`.
     """
     torch.manual_seed(seed)
     model = DistAttnForCausalLM(config_for(options, attention)).train()
@@ -143,8 +148,8 @@ def train(options: Options, task: str, items: int, attention: str, seed: int) ->
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
-    def examples(count: int, data_seed: int):
-        made = make_examples(task, count, options.length, items=items, vocab_size=options.vocab_size, seed=data_seed)
+    def examples(count: int, data_seed: int, length: int = options.length):
+        made = make_examples(task, count, length, items=items, vocab_size=options.vocab_size, seed=data_seed)
         return tuple(map(torch.from_numpy, made))
 
     held_out = examples(options.examples, _HELD_OUT + seed)
@@ -163,12 +168,18 @@ def train(options: Options, task: str, items: int, attention: str, seed: int) ->
             late = options.minutes and time.perf_counter() - started > 60 * options.minutes
             if curve[-1][1] >= options.enough or late:
                 break
+    solved = curve[-1][1] >= options.enough
+    longer = [
+        [length, accuracy(model, *examples(options.test_examples, _HELD_OUT + seed, length), batch_size=1)]
+        for length in (options.test_lengths if solved else ())
+    ]
     return {
         "accuracy": curve[-1][1],
         "loss": float(loss.detach()),
         "steps": curve[-1][0],
         "parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
+        "accuracy_at": longer,
     }
 
 

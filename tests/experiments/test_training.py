@@ -1,5 +1,7 @@
 """Synthetic tasks by their definition, and the experiment that trains on them in its quick setting."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -87,11 +89,19 @@ def test_a_model_learns_and_stops_when_it_has_enough():
     options = training.Options(
         tasks=("selective_copying",), attentions=("l2",), items=(1,), length=6, vocab_size=8, hidden_size=16, heads=1,
         layers=1, initializer_range=0.2, steps=400, evaluate_every=10, batch_size=32, learning_rate=1e-2, examples=64,
+        test_lengths=(6, 60),
     )  # fmt: skip
     row = training.train(options, "selective_copying", 1, "l2", 0)
     assert row["accuracy"] >= options.enough
     assert row["steps"] < 400
     assert row["curve"][0][1] < row["accuracy"]
+    # At its own length it is as good on other examples; among as much noise again it is not.
+    (own, at_own), (longer, at_longer) = row["accuracy_at"]
+    assert (own, longer) == (6, 60)
+    assert at_longer < 0.9 < at_own
+    # What has not learned the task is not asked.
+    short = replace(options, steps=10)
+    assert training.train(short, "selective_copying", 1, "l2", 0)["accuracy_at"] == []
 
 
 @pytest.mark.parametrize(
@@ -100,6 +110,7 @@ def test_a_model_learns_and_stops_when_it_has_enough():
         ("tasks=sorting", "tasks must be among induction, mqar, selective_copying, got 'sorting'"),
         ("items=8", "length must be even and at least 4·items for mqar, got 16 with 8 pairs"),
         ("attentions=dott", "unknown mechanism 'dott'"),
+        ("test_lengths=6", "length must be even and at least 4·items for mqar, got 6 with 2 pairs"),
         ("vocab_size=5", "vocab_size must be above 5 for 2 pairs, got 5"),
         ("learning_rate=0.0", "learning_rate must be > 0"),
     ],
