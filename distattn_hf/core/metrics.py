@@ -200,7 +200,7 @@ class LiftedSquaredEuclidean(Metric):
         norms = key.square().sum(-1, keepdim=True)
         # R² is a constant of the row, so its gradient cancels in the softmax, but for rounding that would reach masked
         # keys: it is not taken. The height enters squared, so its own square root (infinite slope at 0) is not either.
-        height = (norms.detach().amax(-2, keepdim=True) - norms).clamp_min(0)
+        height = norms.detach().amax(-2, keepdim=True) - norms
         flat = _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
         return flat + height.transpose(-1, -2)
 

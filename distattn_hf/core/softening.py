@@ -21,6 +21,9 @@ from torch import Tensor
 
 # A head whose ε is 0 among softened ones: far below any difference of two vectors.
 LEAST = 1e-12
+# Where an expression is not used any more it is kept finite by a clamp, well beyond the place where it ends: at the bound
+# itself the slope is 1 up to PyTorch 2.13, and 0 since.
+_UNUSED = 2.0
 
 
 def plummer(squared: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def soft_power_mean(difference: Tensor, epsilon: float | Tensor, p: float) -> Te
     delta = _knee(difference, epsilon, p)
     # ε·(mean_c((1 + x_c²/δ²)^(p/2))^(1/p) - 1): each step keeps the digits of what is small.
     exponent = 0.5 * p * torch.log1p((difference / delta).square())
-    near = torch.log1p(torch.expm1(exponent.clamp_max(1.0)).mean(-1))
+    near = torch.log1p(torch.expm1(exponent.clamp_max(_UNUSED)).mean(-1))
     far = exponent.logsumexp(-1) - math.log(difference.shape[-1])
     growth = torch.where(exponent.detach().amax(-1) <= 1, near, far)
     return delta[..., 0] * difference.shape[-1] ** (1 / p) * torch.expm1(growth / p)
@@ -53,7 +56,7 @@ def soft_maximum(difference: Tensor, epsilon: float | Tensor) -> Tensor:
     size = (difference / delta).abs()
     largest = size.detach().amax(-1, keepdim=True)
     # cosh z - 1 = 2·sinh²(z/2) near 0, where the exponentials would round it away; e^z beyond, where sinh overflows.
-    near = torch.log1p(2 * torch.sinh(0.5 * size.clamp_max(1.0)).square().mean(-1))
+    near = torch.log1p(2 * torch.sinh(0.5 * size.clamp_max(_UNUSED)).square().mean(-1))
     far = ((size - largest).exp() + (-size - largest).exp()).mean(-1).log() - math.log(2) + largest[..., 0]
     return delta[..., 0] * torch.where(largest[..., 0] <= 1, near, far)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distattn_hf.core import metrics
+from distattn_hf.core import metrics, softening
 from distattn_hf.core.metrics import METRICS, get_metric
 from tests.tolerances import assert_close
 
@@ -163,3 +163,55 @@ def test_minkowski_contains_the_other_norms(p, metric):
 def test_metric_cases_hold_every_metric_and_orders_on_both_sides_of_2():
     assert {metric for metric, _ in METRIC_CASES} == set(METRICS)
     assert {"lp1.5", "lp3"} <= {metric_id(case) for case in METRIC_CASES}
+
+
+def clamp_of(slope: float):
+    """`torch.clamp` whose slope at a bound itself is `slope`: 1 up to PyTorch 2.13, 0 since 2.14."""
+
+    def at_bound(x, bound, beyond):
+        edge = bound + slope * (x - x.detach())
+        return torch.where(beyond, x, torch.where(x.detach() == bound, edge, torch.full_like(x, bound)))
+
+    def clamp(x, min=None, max=None):  # noqa: A002
+        x = x if min is None else at_bound(x, min, x > min)
+        return x if max is None else at_bound(x, max, x < max)
+
+    return clamp
+
+
+@every_metric
+@pytest.mark.parametrize("form", ["distance", "fast_distance", "softened_distance"])
+def test_gradients_depend_on_no_clamps_slope_at_its_bound(metric, p, form, monkeypatch):
+    """Which PyTorch changed from a release to the next. Whole numbers: coordinates that agree, differ by one knee of
+    the softened forms, or belong to the longest key lie at the bounds.
+    """
+    if form == "softened_distance" and not get_metric(metric).softens:
+        pytest.skip("has no softened form")
+    query = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+    key = torch.tensor([[0.0, 1.0], [1.0, 2.0], [3.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    upstream = torch.randn(3, 4, dtype=torch.float64)
+    options = {"epsilon": 1.0} if form == "softened_distance" else {}
+    gradients = []
+    for slope in (0.0, 1.0):
+        clamp = clamp_of(slope)
+        monkeypatch.setattr(torch.Tensor, "clamp", clamp)
+        monkeypatch.setattr(torch.Tensor, "clamp_min", lambda x, bound, clamp=clamp: clamp(x, min=bound))
+        monkeypatch.setattr(torch.Tensor, "clamp_max", lambda x, bound, clamp=clamp: clamp(x, max=bound))
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key)]
+        distances = getattr(get_metric(metric), form)(*leaves, p=p, **options)
+        gradients.append(torch.autograd.grad((distances * upstream).sum(), leaves))
+    for first, second in zip(*gradients):
+        assert_close(first, second, "float64")
+
+
+def test_a_power_mean_depends_on_no_clamps_slope_where_its_forms_meet(monkeypatch):
+    """With p = 2 / ln 2 and a coordinate of one knee the exponent is 1 to the bit, the last of the near form."""
+    p, gradients = 2 / math.log(2), []
+    for slope in (0.0, 1.0):
+        clamp = clamp_of(slope)
+        monkeypatch.setattr(torch.Tensor, "clamp_max", lambda x, bound, clamp=clamp: clamp(x, max=bound))
+        difference = torch.full((1,), softening.knee(1.0, 1, p), dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(softening.soft_power_mean(difference, 1.0, p), difference)
+        gradients.append(gradient)
+    assert float(gradients[0]) > 0.1
+    assert_close(*gradients, "equal")
