@@ -141,7 +141,9 @@ def test_a_cache_that_is_reset_starts_anew():
 
 @DECODERS
 @torch.no_grad()
-def test_caches_of_another_kind_are_refused(family):
+def test_caches_of_another_kind_are_refused(family, monkeypatch):
+    # An offloaded cache makes one, and without a driver PyTorch's CUDA build cannot; it is refused before its use.
+    monkeypatch.setattr(torch, "Stream", object)
     model, batch = student_of(family), padded(12)
     # With places to spare and without.
     for places in (20, 12):

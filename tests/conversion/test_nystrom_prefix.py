@@ -137,7 +137,9 @@ def test_what_takes_tokens_back_is_refused_before_it_starts():
         past.crop(-1)
 
 
-def test_messages_name_the_kind_of_cache():
+def test_messages_name_the_kind_of_cache(monkeypatch):
+    # As in test_nystrom_cache.py.
+    monkeypatch.setattr(torch, "Stream", object)
     model, batch = student_of("gpt2"), token_batch(student_of("gpt2"), length=12)
     for kind, message in (
         ("offloaded", "with offloading.*not 'offloaded'"),
