@@ -142,6 +142,11 @@ def test_revert_gives_the_teachers_weights(folder):
     ("arguments", "message"),
     [
         (["convert", "TEACHER", "L2", "--init", "plain"], "is not empty; pass --overwrite"),
+        (
+            ["convert", "TEACHER", "TEACHER", "--init", "plain", "--overwrite"],
+            "is the model that is read, which it would",
+        ),
+        (["revert", "L2", "L2", "--overwrite"], "is the model that is read, which it would replace; give another"),
         (["convert", "TEACHER", "NEW", "--metric", "l7", "--init", "plain"], "unknown metric 'l7'"),
         (["convert", "TEACHER", "NEW", "--metric", "nystrom"], "give --mechanism nystrom"),
         (["convert", "TEACHER", "NEW", "--metric", "lp"], "--metric lp needs its order: give --p"),
@@ -241,3 +246,10 @@ def test_native_models_are_inspected_by_their_config_and_no_plan_is_made_for_the
     assert "--per-head is about what a conversion fitted" in refused.stderr
     refused = distattn("plan", tmp_path / "native", "--length", "64", "--memory", "1GB", check=False)
     assert "is a native model with mechanism='performer'" in refused.stderr
+
+
+def test_text_for_a_folder_without_a_tokenizer_is_refused_by_its_name(folder, tmp_path):
+    gpt2().save_pretrained(tmp_path / "bare")
+    text = folder / "text.txt"
+    run = distattn("convert", tmp_path / "bare", tmp_path / "out", "--metric", "l2", "--calibration", text, check=False)
+    assert "bare' has no tokenizer files, so it cannot read the text of --calibration" in run.stderr

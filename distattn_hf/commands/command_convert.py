@@ -169,9 +169,7 @@ def convert(
         raise ValueError(f"{unused[0]} is for the fit of --init calibrated; --init {init} fits nothing, leave it out")
     from ..storage.folders import check_output
 
-    check_output(out, overwrite)
-    if adapter and Path(source).is_dir() and Path(source).resolve() == Path(out).resolve():
-        raise ValueError(f"--adapter is loaded onto its source, so it cannot replace {source!r}; give another folder")
+    check_output(out, overwrite, source=source)
     if calibration is not None:
         from ..data.at_hand import check_at_hand
 
@@ -198,6 +196,8 @@ def convert(
     model, tokenizer = load_checkpoint(source)
     if model.main_input_name not in ("input_ids", "inputs_embeds"):
         tokenizer = load_processor(source)
+    elif calibration is not None and tokenizer is None:
+        raise ValueError(f"{source!r} has no tokenizer files, so it cannot read the text of --calibration")
     if calibration is not None and texts is None:
         with reading("calibration", "column"):
             texts = _calibration(calibration, column, model, tokenizer)

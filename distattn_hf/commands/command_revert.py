@@ -22,7 +22,7 @@ def revert(
     """
     from ..storage.folders import check_output
 
-    check_output(out, overwrite)
+    check_output(out, overwrite, source=path)
     begin(path)
     from ..conversion.convert import revert as revert_model
     from ..storage.companions import Source

@@ -60,7 +60,8 @@ def begin_run(config: Path, overrides: list[str] | None) -> None:
     from ..data.config import read_mapping
     from ..storage.embedded import check_source
 
-    values = read_mapping(config, "config", overrides or ())
+    # Of a field in a field only the reader of the config knows the file (model.mechanism=l1: that of `model`).
+    values = read_mapping(config, "config", [text for text in overrides or () if "." not in text.partition("=")[0]])
     for name in ("teacher", "student"):
         if isinstance(source := values.get(name), str):
             check_source(source)

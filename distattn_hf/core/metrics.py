@@ -200,9 +200,8 @@ class LiftedSquaredEuclidean(Metric):
         norms = key.square().sum(-1, keepdim=True)
         # R² is a constant of the row, so its gradient cancels in the softmax, but for rounding that would reach masked
         # keys: it is not taken. The height enters squared, so its own square root (infinite slope at 0) is not either.
-        height = norms.detach().amax(-2, keepdim=True) - norms
-        flat = _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
-        return flat + height.transpose(-1, -2)
+        height = (norms.detach().amax(-2, keepdim=True) - norms).transpose(-1, -2)
+        return height + _pairwise_difference(query, key, lambda diff: diff.square().sum(-1))
 
     def dot_form(self, query, key):
         return query, key, None, 2.0
@@ -226,7 +225,8 @@ class Euclidean(Metric):
         return _squared_distance(query, key).clamp_min(_NORM_EPSILON).sqrt()
 
     def softened_distance(self, query, key, epsilon, p=None):
-        return plummer(_squared_distance(query, key).clamp_min(0), epsilon)
+        # The clamp as in `fast_distance`: ε may be 0 in a head.
+        return plummer(_squared_distance(query, key).clamp_min(_NORM_EPSILON), epsilon)
 
     def temperature(self, head_dim, p=None):
         return math.sqrt(3) / 2

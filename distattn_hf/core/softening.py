@@ -21,8 +21,8 @@ from torch import Tensor
 
 # A head whose ε is 0 among softened ones: far below any difference of two vectors.
 LEAST = 1e-12
-# Where an expression is not used any more it is kept finite by a clamp, well beyond the place where it ends: at the bound
-# itself the slope is 1 up to PyTorch 2.13, and 0 since.
+# Where an expression is not used any more it is kept finite by a clamp, well beyond the place where it ends: at the
+# bound itself the slope is 1 up to PyTorch 2.13, and 0 since.
 _UNUSED = 2.0
 
 

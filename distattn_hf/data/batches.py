@@ -75,8 +75,16 @@ def calibration_batch(
             raise ValueError(f"calibration holds no text: all {len(items)} strings are empty")
         if tokenizer is None:
             raise ValueError("calibration is text, so tokenizer must be given, got None")
+        if not callable(tokenizer):
+            raise ValueError(f"tokenizer must be one, as AutoTokenizer.from_pretrained gives it, got {tokenizer!r}")
         random.Random(seed).shuffle(texts)
-        return _to_device(_tokenise(model, texts, tokenizer, max_length, max_tokens), model)
+        batch = _tokenise(model, texts, tokenizer, max_length, max_tokens)
+        largest, embedded = int(batch["input_ids"].max()), model.get_input_embeddings().weight.shape[0]
+        if largest >= embedded:
+            raise ValueError(
+                f"tokenizer gives token {largest}, and {type(model).__name__} embeds {embedded}: it is another's"
+            )
+        return _to_device(batch, model)
     if not items:
         raise ValueError("calibration is empty: give some text or tokenised batches")
     return _to_device(_merge(model, items, max_length, max_tokens), model)

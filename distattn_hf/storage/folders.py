@@ -15,12 +15,18 @@ from .embedded import EMBEDDED
 CONFIG_NAME = "config.json"
 
 
-def check_output(out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME) -> Path:
-    """Return the output folder as a path; marker: a file that a replaced folder must hold, None if none is removed.
+def check_output(
+    out: str | Path, overwrite: bool, marker: str | None = CONFIG_NAME, source: str | Path | None = None
+) -> Path:
+    """Return the output folder as a path; marker: a file that a replaced folder must hold, None if none is removed;
+    source: what is read, which it must not replace.
 
-    Raises `ValueError` when it is a file, not empty without `overwrite`, or, with it, a folder of something else.
+    Raises `ValueError` when it is a file, not empty without `overwrite`, or, with it, the source or a folder of
+    something else.
     """
     out = Path(out)
+    if overwrite and source is not None and out.is_dir() and Path(source).resolve() == out.resolve():
+        raise ValueError(f"output folder {str(out)!r} is the model that is read, which it would replace; give another")
     if out.exists() and not out.is_dir():
         raise ValueError(f"output {str(out)!r} is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):

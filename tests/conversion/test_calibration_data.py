@@ -17,6 +17,7 @@ from distattn_hf import AttentionSpec, convert
 from distattn_hf.conversion.calibrate import CalibrationOptions
 from distattn_hf.data.batches import calibration_batch
 from distattn_hf.data.sources import read_texts
+from distattn_hf.data.tokenizer import byte_level_bpe
 from tests.conversion.models import bert, gpt2, llama, t5, token_batch
 
 QUICK = CalibrationOptions(steps=3, progress=False)
@@ -159,3 +160,12 @@ def test_the_mode_of_the_model_and_the_global_random_state_do_not_matter():
         assert student.training is train
         states.append(student.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_tokenizer_that_is_none_or_another_models_is_named():
+    text = ["in the beginning " * 20]
+    with pytest.raises(ValueError, match="tokenizer must be one, .* got 'my-model'"):
+        convert(gpt2(), AttentionSpec("l2"), calibration=text, tokenizer="my-model")
+    large = byte_level_bpe(["in the beginning"] * 3, 270)
+    with pytest.raises(ValueError, match=r"tokenizer gives token \d+, and GPT2LMHeadModel embeds 64: it is another"):
+        convert(gpt2(), AttentionSpec("l2"), calibration=text, tokenizer=large)

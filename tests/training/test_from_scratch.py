@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from distattn_hf.cli import app
 from distattn_hf.data.tokenizer import byte_level_bpe
 from distattn_hf.evaluation.score import evaluate_model
 from distattn_hf.experiments.native_comparison import compare, read_comparison, table
@@ -127,6 +129,9 @@ def test_model_files_and_overrides(tmp_path):
     assert config.scratch.model_config(vocab_size=300).metric == "l1"
     assert config.scratch.model_config().is_decoder
     assert config.training.max_steps == 3
+    # The command reads the file twice, and knows of the model's file only the second time.
+    run = CliRunner().invoke(app, ["train", str(tmp_path / "train.yaml"), "model.mechanism=l7"])
+    assert "unknown mechanism 'l7'" in str(run.exception)
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values(tmp_path, model="nowhere.yaml")))
     with pytest.raises(ValueError, match="model 'nowhere.yaml' does not exist"):
         read_scratch_config(tmp_path / "train.yaml")
