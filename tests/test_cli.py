@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -144,9 +145,12 @@ def test_revert_gives_the_teachers_weights(folder):
         (["convert", "TEACHER", "L2", "--init", "plain"], "is not empty; pass --overwrite"),
         (
             ["convert", "TEACHER", "TEACHER", "--init", "plain", "--overwrite"],
-            "is the model that is read, which it would",
+            "is or holds the model that is read",
         ),
-        (["revert", "L2", "L2", "--overwrite"], "is the model that is read, which it would replace; give another"),
+        (
+            ["revert", "L2", "L2", "--overwrite"],
+            "is or holds the model that is read, which it would replace; give another",
+        ),
         (["convert", "TEACHER", "NEW", "--metric", "l7", "--init", "plain"], "unknown metric 'l7'"),
         (["convert", "TEACHER", "NEW", "--metric", "nystrom"], "give --mechanism nystrom"),
         (["convert", "TEACHER", "NEW", "--metric", "lp"], "--metric lp needs its order: give --p"),
@@ -202,6 +206,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, arguments, message):
     assert message in errors[0]
     assert "Traceback" not in run.stderr
     assert not (folder / "new").exists()
+
+
+def test_a_folder_that_holds_the_model_is_not_replaced(folder, tmp_path):
+    """As a Trainer leaves them: a whole model, and checkpoints in folders of it."""
+    shutil.copytree(folder / "teacher", tmp_path / "run")
+    shutil.copytree(folder / "teacher", tmp_path / "run" / "checkpoint-5")
+    source = tmp_path / "run" / "checkpoint-5"
+    run = distattn("convert", source, tmp_path / "run", "--init", "plain", "--overwrite", check=False)
+    assert "is or holds the model that is read" in run.stderr
+    assert (source / "config.json").is_file()
 
 
 def test_overwrite_replaces_the_folder(folder):

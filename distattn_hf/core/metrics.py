@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .kernel_cpp_library import distance_backward, distance_forward, in_onnx_export, kind_of, readable, unavailable
 from .metric_checks import check_distances, refuse_parameters
 from .registry import Registry, mechanism_hint
-from .softening import huber, knee, plummer, soft_maximum, soft_normalize, soft_power_mean
+from .softening import LEAST, huber, knee, plummer, soft_maximum, soft_normalize, soft_power_mean
 
 METRICS = Registry("metric")
 
@@ -225,8 +225,8 @@ class Euclidean(Metric):
         return _squared_distance(query, key).clamp_min(_NORM_EPSILON).sqrt()
 
     def softened_distance(self, query, key, epsilon, p=None):
-        # The clamp as in `fast_distance`: ε may be 0 in a head.
-        return plummer(_squared_distance(query, key).clamp_min(_NORM_EPSILON), epsilon)
+        # The clamp for a head whose ε is 0, as in `fast_distance`; below what any other ε would tell apart.
+        return plummer(_squared_distance(query, key).clamp_min(LEAST**2), epsilon)
 
     def temperature(self, head_dim, p=None):
         return math.sqrt(3) / 2

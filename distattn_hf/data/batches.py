@@ -79,15 +79,19 @@ def calibration_batch(
             raise ValueError(f"tokenizer must be one, as AutoTokenizer.from_pretrained gives it, got {tokenizer!r}")
         random.Random(seed).shuffle(texts)
         batch = _tokenise(model, texts, tokenizer, max_length, max_tokens)
-        largest, embedded = int(batch["input_ids"].max()), model.get_input_embeddings().weight.shape[0]
-        if largest >= embedded:
-            raise ValueError(
-                f"tokenizer gives token {largest}, and {type(model).__name__} embeds {embedded}: it is another's"
-            )
+        _check_tokens(model, batch["input_ids"])
         return _to_device(batch, model)
     if not items:
         raise ValueError("calibration is empty: give some text or tokenised batches")
     return _to_device(_merge(model, items, max_length, max_tokens), model)
+
+
+def _check_tokens(model, ids: Tensor) -> None:
+    """Raise `ValueError` for tokens beyond the model's table of embeddings, where it has one with rows."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    rows = 0 if weight is None or not weight.numel() else weight.shape[0]
+    if rows and ids.numel() and (largest := int(ids.max())) >= rows:
+        raise ValueError(f"tokenizer gives token {largest}, and {type(model).__name__} embeds {rows}: it is another's")
 
 
 def length_for(model, max_length: int) -> int:

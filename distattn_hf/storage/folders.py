@@ -25,8 +25,12 @@ def check_output(
     something else.
     """
     out = Path(out)
-    if overwrite and source is not None and out.is_dir() and Path(source).resolve() == out.resolve():
-        raise ValueError(f"output folder {str(out)!r} is the model that is read, which it would replace; give another")
+    if overwrite and source is not None and str(source) not in EMBEDDED and Path(source).exists():
+        read = Path(source).resolve()
+        if out.resolve() in (read, *read.parents):
+            raise ValueError(
+                f"output folder {str(out)!r} is or holds the model that is read, which it would replace; give another"
+            )
     if out.exists() and not out.is_dir():
         raise ValueError(f"output {str(out)!r} is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):

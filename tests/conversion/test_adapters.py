@@ -248,7 +248,7 @@ def test_the_base_is_not_replaced_and_must_be_here_and_the_whole_may_be_offloade
         student.save_adapter(tmp_path / "base", overwrite=True)
     place = str(tmp_path / "base")
     run = CliRunner().invoke(app, ["convert", place, place, "--init=plain", "--metric=l2", "--adapter", "--overwrite"])
-    assert "is the model that is read, which it would replace" in str(run.exception)
+    assert "is or holds the model that is read, which it would replace" in str(run.exception)
     student.save_adapter(tmp_path / "adapter")
     with torch.device("meta"):
         nowhere = type(base)(base.config)

@@ -51,6 +51,23 @@ def test_a_large_epsilon_is_the_squared_distance(metric, p):
 
 
 @every_soft
+def test_a_unit_of_length_does_not_matter(metric, p):
+    """f(s·q, s·k, s·ε) = s·f(q, k, ε), of cosine f alone, however small s is; gradients are of a degree less."""
+    points = [vector.double() for vector in vectors()]
+    points[1][0] = points[0][0]
+    upstream = torch.randn(12, 15, dtype=torch.float64)
+    results = []
+    for scale in (1.0, 1e-7):
+        leaves = [(scale * point).requires_grad_() for point in points]
+        distances = get_metric(metric).softened_distance(*leaves, 0.5 * scale, p)
+        unit = 1.0 if metric == "cosine" else scale
+        gradients = torch.autograd.grad((distances * upstream).sum(), leaves)
+        results.append([distances / unit, *(gradient * scale / unit for gradient in gradients)])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
+
+
+@every_soft
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 0.1, 1.0, 30.0, 1e3, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_float32_keeps_its_digits(metric, p, epsilon, dtype):
